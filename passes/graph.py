@@ -1,0 +1,216 @@
+"""The one way passes read and write Relax: a flat list of named bindings.
+
+A module here is one Relax function `main` with a single dataflow block and no control flow. Each binding's variable is named by its
+*value id*: the name of the tensor in the source model that holds the same value (see docs/architecture.md). Passes read a `Graph`, and write a
+new module with a `GraphBuilder`; a rewrite that keeps a value keeps its name.
+
+Our own operators are `R.call_pure_packed("qc.<op>", tensors..., attributes)`; what each means is defined by `qcompiler.numerics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+_CALL_PURE_PACKED = tvm.ir.Op.get("relax.call_pure_packed")
+
+
+def tensor_type(shape: Iterable[int], dtype: str) -> Any:
+    """The Relax type of a static tensor."""
+    return relax.TensorType(tuple(int(d) for d in shape), dtype)
+
+
+def shape_of(expr: Any) -> tuple[int, ...]:
+    """Static shape of a Relax expression whose type is a tensor."""
+    return tuple(int(d) for d in expr.ty.shape)
+
+
+def dtype_of(expr: Any) -> str:
+    return str(expr.ty.dtype)
+
+
+def is_const(expr: Any) -> bool:
+    return isinstance(expr, relax.Constant)
+
+
+def const_value(expr: Any) -> np.ndarray:
+    """The array of a Relax constant."""
+    return expr.data.numpy()
+
+
+def const(array: np.ndarray) -> Any:
+    return relax.const(np.ascontiguousarray(array))
+
+
+def plain(value: Any) -> Any:
+    """A TVM attribute value as plain Python (ints, floats, strings, bools, None, lists, dicts)."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(k): plain(v) for k, v in value.items()}
+    if hasattr(value, "value"):  # IntImm, FloatImm
+        return value.value
+    return [plain(v) for v in value]
+
+
+def make_op(name: str, tensors: Iterable[Any], attrs: Mapping[str, Any], shape: Iterable[int], dtype: str) -> Any:
+    """A call of the operator `name` ("qc.conv2d", ...) that yields one tensor of `shape` and `dtype`.
+
+    `attrs` holds plain Python values only; lists may nest.
+    """
+    ty = tensor_type(shape, dtype)
+    return tvm.ir.Call(_CALL_PURE_PACKED, [relax.ExternFunc(name), *tensors], dict(attrs), [ty], ret_ty=ty)
+
+
+def match_op(expr: Any) -> tuple[str, list[Any], dict[str, Any]] | None:
+    """(operator name, tensor arguments, attributes) of a call made by `make_op`; None for any other expression."""
+    if not (isinstance(expr, tvm.ir.Call) and expr.op == _CALL_PURE_PACKED):
+        return None
+    attrs = {} if expr.attrs is None else {str(k): plain(v) for k, v in dict(expr.attrs).items()}
+    return str(expr.args[0].global_symbol), list(expr.args[1:]), attrs
+
+
+def relax_op(expr: Any) -> str | None:
+    """The name of the Relax operator that `expr` calls ("relax.nn.conv2d"), or None."""
+    return str(expr.op.name) if isinstance(expr, tvm.ir.Call) and isinstance(expr.op, tvm.ir.Op) else None
+
+
+@dataclass
+class Graph:
+    """A module read as named bindings, in execution order. Variables are compared by identity (`same_as`) or by name."""
+
+    inputs: list[Any]
+    bindings: list[tuple[str, Any]]  # (value id, expression over vars and constants)
+    outputs: list[tuple[str, Any]]  # (output name, var)
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(module: tvm.IRModule) -> Graph:
+        """Raises AssertionError when the module is not of the form this file describes."""
+        function = module["main"]
+        blocks = function.body.blocks
+        assert len(blocks) <= 1, "one dataflow block expected"
+        bindings = [(str(b.var.name), b.value) for b in blocks[0].bindings] if len(blocks) else []
+        variables = {str(b.var.name): b.var for b in blocks[0].bindings} if len(blocks) else {}
+        assert len(variables) == len(bindings), "value ids must be unique"
+        body = function.body.body
+        results = list(body.fields) if isinstance(body, relax.Tuple) else [body]
+        attrs = {str(k): plain(v) for k, v in dict(function.attrs).items() if str(k).startswith("qc.")} if function.attrs else {}
+        names = attrs.pop("qc.outputs", [str(r.name) for r in results])
+        return Graph(list(function.params), bindings, list(zip(names, results, strict=True)), attrs)
+
+    def values(self) -> dict[str, Any]:
+        """value id -> expression, for bindings (not for inputs)."""
+        return dict(self.bindings)
+
+    def consumers(self) -> dict[str, list[str]]:
+        """value id -> ids of the bindings that read it, once per use; outputs count as the consumer "<output>"."""
+        uses: dict[str, list[str]] = {str(p.name): [] for p in self.inputs} | {name: [] for name, _ in self.bindings}
+        for name, expr in self.bindings:
+            for arg in arguments(expr):
+                if isinstance(arg, relax.Var):
+                    uses[str(arg.name)].append(name)
+        for _, var in self.outputs:
+            uses[str(var.name)].append("<output>")
+        return uses
+
+
+def arguments(expr: Any) -> list[Any]:
+    """The tensor-valued arguments of an expression, tuples flattened, the callee left out."""
+    if isinstance(expr, relax.Var):
+        return [expr]
+    if isinstance(expr, relax.TupleGetItem):
+        return [expr.tuple_value]
+    if isinstance(expr, relax.Tuple):
+        return [a for f in expr.fields for a in arguments(f)]
+    if isinstance(expr, tvm.ir.Call):
+        flat: list[Any] = []
+        for arg in expr.args:
+            if isinstance(arg, relax.Tuple):
+                flat += list(arg.fields)
+            elif not isinstance(arg, relax.ExternFunc):
+                flat.append(arg)
+        return flat
+    return []
+
+
+class GraphBuilder:
+    """Writes a module of the form `Graph` reads. `emit` infers the type, so a wrong rewrite fails where it is made."""
+
+    def __init__(self, attrs: Mapping[str, Any] | None = None) -> None:
+        self._inputs: list[Any] = []
+        self._bindings: list[Any] = []
+        self._names: set[str] = set()
+        self._attrs = dict(attrs or {})
+        self._normalizer = relax.BlockBuilder()
+
+    def input(self, name: str, shape: Iterable[int], dtype: str) -> Any:
+        assert name not in self._names, f"value id {name!r} is taken"
+        self._names.add(name)
+        var = relax.Var(name, tensor_type(shape, dtype))
+        self._inputs.append(var)
+        return var
+
+    def fresh(self, name: str) -> str:
+        """`name`, or `name` with the first free suffix: for values that the source model does not have."""
+        candidate, count = name, 0
+        while candidate in self._names:
+            count += 1
+            candidate = f"{name}~{count}"
+        return candidate
+
+    def emit(self, name: str, expr: Any) -> Any:
+        """Bind `expr` to the value id `name` and return its variable."""
+        assert name not in self._names, f"value id {name!r} is taken"
+        self._names.add(name)
+        expr = self._typed(expr)
+        var = relax.DataflowVar(name, expr.ty)
+        self._bindings.append(relax.VarBinding(var, expr))
+        return var
+
+    def _typed(self, expr: Any) -> Any:
+        return expr if isinstance(expr, relax.Var) or match_op(expr) is not None else self._normalizer.normalize(expr)
+
+    def finish(self, outputs: list[tuple[str, Any]]) -> tvm.IRModule:
+        """The module that returns `outputs` ((name, var) pairs, in order); bindings no output needs are dropped."""
+        needed, kept = {str(v.name) for _, v in outputs}, []
+        for binding in reversed(self._bindings):
+            if str(binding.var.name) in needed:
+                kept.append(binding)
+                needed |= {str(a.name) for a in arguments(binding.value) if isinstance(a, relax.Var)}
+        kept.reverse()
+        returned = {str(v.name) for _, v in outputs}
+        replaced: dict[str, Any] = {}
+        bindings = []
+        for binding in kept:  # what leaves the block must be a plain Var
+            name, expr = str(binding.var.name), self._typed(substitute(binding.value, lambda v: replaced.get(str(v.name), v)))
+            var = relax.Var(name, binding.var.ty) if name in returned else relax.DataflowVar(name, binding.var.ty)
+            replaced[name] = var
+            bindings.append(relax.VarBinding(var, expr))
+        results = [replaced.get(str(v.name), v) for _, v in outputs]
+        result = self._typed(relax.Tuple(results))
+        body = relax.SeqExpr([relax.DataflowBlock(bindings)], result)
+        function = relax.Function(self._inputs, self._normalizer.normalize(body), relax.TupleType([r.ty for r in results]))
+        function = function.with_attr("global_symbol", "main").with_attr("qc.outputs", [n for n, _ in outputs])
+        for key, value in self._attrs.items():
+            function = function.with_attr(key, value)
+        return tvm.IRModule({"main": function})
+
+
+def substitute(expr: Any, replace: Callable[[Any], Any]) -> Any:
+    """`expr` with `replace` applied to each variable it reads directly; the type is inferred again by `GraphBuilder.emit`."""
+    if isinstance(expr, relax.Var):
+        return replace(expr)
+    if isinstance(expr, relax.Tuple):
+        return relax.Tuple([substitute(f, replace) for f in expr.fields])
+    if isinstance(expr, relax.TupleGetItem):
+        return relax.TupleGetItem(substitute(expr.tuple_value, replace), expr.index)
+    if isinstance(expr, tvm.ir.Call):
+        result = expr.ty_args[0] if expr.op == _CALL_PURE_PACKED else None
+        return tvm.ir.Call(expr.op, [substitute(a, replace) for a in expr.args], expr.attrs, expr.ty_args, ret_ty=result)
+    return expr

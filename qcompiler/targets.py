@@ -1,0 +1,138 @@
+"""Targets: rows of targets.yaml, validated, and what the machine we stand on is."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcompiler.errors import TargetError, closest
+
+_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested"}
+_REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of targets.yaml.
+
+    `features` are CPU features as Linux spells them in /proc/cpuinfo. `rows` are the kernel rows allowed, best first.
+    `storage` is how int8 activations lie in memory: "int8", or "uint8" for q + 128.
+    """
+
+    name: str
+    triple: str
+    tvm: dict[str, Any]
+    features: tuple[str, ...]
+    rows: tuple[str, ...]
+    storage: str
+    compiler: tuple[str, ...] = ("g++",)
+    emulator: tuple[str, ...] = ()
+    cores: int = 2
+    tested: str = ""  # why not, when kernels of this row never ran on hardware
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def architecture(self) -> str:
+        """"x86_64", "aarch64", "armv7a", ..."""
+        return self.triple.split("-")[0]
+
+    @property
+    def storage_offset(self) -> int:
+        """What is added to a canonical int8 value in memory: 128 for uint8 storage, else 0."""
+        return 128 if self.storage == "uint8" else 0
+
+
+def default_file() -> Path:
+    """targets.yaml of the checkout, or the copy inside the installed package."""
+    here = Path(__file__).resolve().parent
+    return here / "targets.yaml" if (here / "targets.yaml").is_file() else here.parent / "targets.yaml"
+
+
+def load_targets(path: Path | None = None) -> dict[str, Target]:
+    """All rows of a targets file, in order. Raises TargetError for a malformed one, naming the row and the key."""
+    path = path or default_file()
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise TargetError(f"{path}: can't be read as YAML: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("targets"), dict):
+        raise TargetError(f"{path}: expected a mapping with the key 'targets'")
+    rows = {}
+    for name, fields in document["targets"].items():
+        if not isinstance(fields, dict):
+            raise TargetError(f"{path}: target '{name}': expected a mapping")
+        for key in fields:
+            if key not in _KEYS:
+                raise TargetError(f"{path}: target '{name}': unknown key '{key}'.{closest(str(key), sorted(_KEYS))}")
+        missing = sorted(_REQUIRED - set(fields))
+        if missing:
+            raise TargetError(f"{path}: target '{name}': missing {', '.join(missing)}")
+        if fields["storage"] not in ("int8", "uint8"):
+            raise TargetError(f"{path}: target '{name}': storage is '{fields['storage']}'; supported: int8, uint8")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        rows[str(name)] = Target(name=str(name), **values)
+    return rows
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """CPU features of this machine as the kernel reports them ("flags" on x86, "Features" on ARM)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def host_architecture() -> str:
+    machine = platform.machine()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine.lower(), machine)
+
+
+def missing_features(target: Target) -> list[str]:
+    """CPU features that `target` needs and this machine lacks (all of them on another architecture)."""
+    if target.architecture != host_architecture():
+        return list(target.features) or [target.architecture]
+    return [f for f in target.features if f not in host_features()]
+
+
+def find_target(name: str, path: Path | None = None) -> Target:
+    """A target by row name, by triple (its most portable row), by triple plus features ("x86_64-linux-gnu+avx512_vnni"), or "native".
+
+    "native" is the last row of the file that this machine can run: rows are listed from portable to best.
+    Raises TargetError with the nearest names when there is none.
+    """
+    rows = load_targets(path)
+    if name in rows:
+        return rows[name]
+    if name == "native":
+        runnable = [t for t in rows.values() if not missing_features(t)]
+        if not runnable:
+            raise TargetError(f"no target in {path or default_file()} runs on this machine ({host_architecture()}); name one with --target")
+        return runnable[-1]
+    triple, *wanted = name.split("+")
+    of_triple = [t for t in rows.values() if t.triple == triple]
+    if of_triple:
+        if not wanted:
+            return of_triple[0]
+        known = sorted({f for t in of_triple for f in t.features})
+        for feature in wanted:
+            if feature not in known:
+                raise TargetError(f"unknown feature '{feature}' for {triple}.{closest(feature, known)} Known: {', '.join(known)}")
+        best = [t for t in of_triple if set(wanted) <= set(t.features)]
+        if best:
+            return best[0]
+        raise TargetError(f"no target of {triple} has all of {', '.join(wanted)}")
+    candidates = [*rows, "native", *{t.triple for t in rows.values()}]
+    raise TargetError(f"unknown target '{name}'.{closest(name, candidates)} Known: {', '.join([*rows, 'native'])}")

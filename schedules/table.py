@@ -1,0 +1,166 @@
+"""What a kernel is, and the table of rows that make them.
+
+A *row* (operator family x ISA) turns an `OpCall` into a `Kernel`. `docs/architecture.md`, "Kernels", has the calling convention.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from qcompiler.targets import Target
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory: row-major `shape`, optionally with a halo and a channel pitch (rank 4, NHWC, only).
+
+    Element (n, h, w, c) is at index `(((n * (top+H+bottom) + top+h) * (left+W+right)) + left+w) * pitch + c`.
+    Halo elements hold the tensor's zero point (real 0) whenever a consumer runs; elements between channel C and `pitch` are undefined.
+    `dtype` is the storage type: uint8 stores canonical int8 `q` as `q + 128`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    halo: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    pitch: int = 0  # 0: the last dimension itself
+
+    def __post_init__(self) -> None:
+        assert len(self.shape) == 4 or (not any(self.halo) and self.pitch in (0, self.shape[-1] if self.shape else 0)), self
+
+    @property
+    def channel_pitch(self) -> int:
+        return self.pitch or (self.shape[-1] if self.shape else 1)
+
+    @property
+    def dense(self) -> bool:
+        """True when the tensor is contiguous: no halo, no channel padding."""
+        return not any(self.halo) and (not self.shape or self.channel_pitch == self.shape[-1])
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(height, width) of the stored image, halo included (rank 4)."""
+        top, left, bottom, right = self.halo
+        return self.shape[1] + top + bottom, self.shape[2] + left + right
+
+    @property
+    def elements(self) -> int:
+        """Elements to allocate, halo and channel padding included."""
+        if len(self.shape) != 4:
+            return math.prod(self.shape)
+        height, width = self.rows
+        return self.shape[0] * height * width * self.channel_pitch
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * np.dtype(self.dtype).itemsize
+
+    def index(self, n: Any, h: Any, w: Any, c: Any) -> Any:
+        """Flat element index of (n, h, w, c); works on ints and on TIR expressions. h and w may reach into the halo (negative)."""
+        height, width = self.rows
+        return ((n * height + (h + self.halo[0])) * width + (w + self.halo[1])) * self.channel_pitch + c
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a row asks of one input's layout. `halo` and `pitch` are lower bounds (pitch: must be a multiple of it)."""
+
+    halo: tuple[int, int, int, int] = (0, 0, 0, 0)
+    pitch: int = 1
+    dense: bool = False  # no halo and no channel padding at all
+
+
+@dataclass
+class OpCall:
+    """One operator to be compiled: `qc.*` name, tensor operands with their layouts, constant operands as arrays, attributes.
+
+    Operands keep the order of the operator's signature in `qcompiler.numerics`: `operands[i]` is a `Layout` for a tensor computed at run time, and
+    a numpy array for a constant; `output` is the layout to write.
+    """
+
+    name: str
+    operands: list[Layout | np.ndarray]
+    attrs: dict[str, Any]
+    output: Layout
+    value_id: str = ""
+
+    @property
+    def tensors(self) -> list[Layout]:
+        """Layouts of the run-time operands, in order."""
+        return [o for o in self.operands if isinstance(o, Layout)]
+
+
+@dataclass
+class Kernel:
+    """A compiled-to-TIR operator: `func(task: int32, inputs..., constants..., output)`, all pointers; run for task in range(tasks).
+
+    Tasks are independent and may run in any order on any threads. `func` is a private PrimFunc without parallel loops.
+    `scratch` bytes per call (0: none) are passed as one more pointer after the output; it is shared by all tasks of the call.
+    `key` identifies the code: equal keys mean interchangeable functions (constants excluded).
+    """
+
+    func: Any
+    tasks: int
+    constants: list[np.ndarray]
+    key: str
+    row: str
+    scratch: int = 0
+    macs: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+class Row(Protocol):
+    """One operator family on one ISA."""
+
+    name: str  # "x86-avx512vnni/conv2d"
+    isa: str  # matches a name in a target's `rows`, or "any"
+
+    def refuse(self, op: OpCall, target: Target) -> str | None:
+        """Why this row can't take `op` (a full sentence), or None when it can. Layouts are not decided yet: only shapes and dtypes count."""
+
+    def needs(self, op: OpCall, target: Target) -> list[Need]:
+        """One `Need` per run-time operand, in order."""
+
+    def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
+        """The design space: tunable name -> its candidate values, all of them JSON scalars. Every combination that `build` accepts is exact."""
+
+    def default(self, op: OpCall, target: Target) -> dict[str, Any]:
+        """The heuristic's point of `space`."""
+
+    def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
+        """The kernel for decided layouts. Raises ValueError for a combination of tunables that can't be built."""
+
+
+def kernel_key(*parts: Any) -> str:
+    """A short digest of everything that decides a kernel's code."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+KERNELS: dict[str, list[Row]] = {}  # operator name -> rows, best first
+
+
+def register(operator: str, row: Row) -> Row:
+    """Append a row to the table; earlier rows are preferred."""
+    KERNELS.setdefault(operator, []).append(row)
+    return row
+
+
+def select(op: OpCall, target: Target) -> Row:
+    """The first row that takes `op`, in the order of the target's `rows`, portable ("any") rows last.
+
+    Raises LookupError, with every row's reason, when none does.
+    """
+    reasons = []
+    for isa in [*target.rows, "any"]:
+        for row in KERNELS.get(op.name, []):
+            if row.isa == isa:
+                reason = row.refuse(op, target)
+                if reason is None:
+                    return row
+                reasons.append(f"{row.name}: {reason}")
+    raise LookupError("; ".join(reasons) or f"no kernel row implements {op.name} on {target.name}")
