@@ -1,4 +1,17 @@
-"""See docs/architecture.md. Imported as qcompiler.schedules only."""
+"""Kernels. Imported as qcompiler.schedules only."""
+
+from __future__ import annotations
+
+from typing import Any
 
 if __name__ != "qcompiler.schedules":
     raise ImportError("import this package as qcompiler.schedules, not as schedules")
+
+
+def load(target: Any) -> None:
+    """Fill the table with the rows of a target's architecture, then the portable ones."""
+    import importlib
+
+    if target.architecture == "x86_64":
+        importlib.import_module("qcompiler.schedules.x86")
+    importlib.import_module("qcompiler.schedules.portable")

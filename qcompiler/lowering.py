@@ -1,0 +1,382 @@
+"""Lowering: a Relax module (integer, or float with scheduled groups) becomes a Program of kernels over planned memory.
+
+    bindings --> OpCalls --> rows, layouts --> kernels --> offsets --> Program
+
+Must follow `realize` (integer network) or `select_float` (float network).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler import schedules
+from qcompiler.errors import ModelError
+from qcompiler.memory import Request, plan_memory, round_up
+from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of
+from qcompiler.schedules.legalized import legalized_kernel
+from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
+from qcompiler.targets import Target
+
+Params = Callable[[Row, OpCall], Mapping[str, Any] | None]  # tuned parameters for an operator, None for the row's own default
+
+VIEWS = {"relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value's bytes are: `space` is "workspace", "input" or "output" (then `offset` is the argument's index)."""
+
+    space: str
+    offset: int
+
+
+@dataclass
+class Value:
+    """A tensor of the program. `id` is its value id; `root` names the value whose memory it shares (itself when it owns memory)."""
+
+    id: str
+    layout: Layout
+    root: str
+    place: Place | None = None
+
+
+@dataclass
+class Step:
+    """One kernel call. `reads` and `writes` are value ids; `op` is kept so that its constants can be packed again."""
+
+    writes: str
+    op: OpCall | None
+    name: str
+    kernel: Kernel
+    reads: list[str]
+    row: Row | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    constants: list[int] = field(default_factory=list)  # byte offsets in the constants blob
+    scratch: int = 0  # byte offset in the workspace
+    more: list[str] = field(default_factory=list)  # further values it writes
+    auxiliary: bool = False  # made by lowering (halo, copy): no value of the model
+
+
+@dataclass
+class Port:
+    """A network input or output: shape and dtype as the user sees them."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    value: str
+
+
+@dataclass
+class Program:
+    """Kernels in order, the values they read and write, and the memory they need. Everything `artifact.build` wants."""
+
+    target: Target
+    steps: list[Step]
+    values: dict[str, Value]
+    inputs: list[Port]
+    outputs: list[Port]
+    workspace: int  # bytes
+    constants: np.ndarray  # uint8, every array 64-byte aligned
+
+    def step_of(self, value_id: str) -> Step:
+        """The step that computes a value. Raises KeyError."""
+        for step in self.steps:
+            if step.writes == value_id and not step.auxiliary:
+                return step
+        raise KeyError(value_id)
+
+    def replace_operand(self, value_id: str, index: int, array: np.ndarray) -> None:
+        """Pack the constants of one step again with operand `index` replaced; the kernel's code stays as it is."""
+        step = self.step_of(value_id)
+        assert step.op is not None and step.row is not None
+        step.op.operands[index] = array
+        kernel = step.row.build(step.op, step.params, self.target)
+        assert kernel.key == step.kernel.key, "constants must not decide a kernel's code"
+        for offset, packed in zip(step.constants, kernel.constants, strict=True):
+            raw = np.ascontiguousarray(packed).view(np.uint8).reshape(-1)
+            self.constants[offset : offset + raw.size] = raw
+
+
+def lower(module: tvm.IRModule, target: Target, params: Params | None = None, progress: Callable[[int, int], None] | None = None) -> Program:
+    """Lower a module for a target.
+
+    `params` returns tuned parameters for an operator, or None where the row's heuristic shall decide.
+    Raises ModelError, naming the operator, when no kernel can be made for one.
+    """
+    schedules.load(target)
+    return _Lowering(module, target, params or (lambda row, op: None), progress).run()
+
+
+@dataclass
+class _Node:
+    """A binding on its way to a step."""
+
+    id: str
+    name: str  # qc.* operator, or "legalized"
+    operands: list[str | np.ndarray]  # value ids and constants
+    attrs: dict[str, Any]
+    outputs: list[str]
+    function: Any = None  # PrimFunc of a legalized operator
+    row: Row | None = None
+
+
+class _Lowering:
+    def __init__(self, module: tvm.IRModule, target: Target, params: Params, progress: Callable[[int, int], None] | None) -> None:
+        self.target, self.params, self.progress = target, params, progress
+        self.values: dict[str, Value] = {}
+        self.nodes: list[_Node] = []
+        self.module = relax.transform.LegalizeOps()(_views_to_reshape(module))
+        self.graph = Graph.of(self.module)
+
+    def run(self) -> Program:
+        self.read()
+        self.select_rows()
+        self.decide_layouts()
+        steps = self.make_steps()
+        workspace = self.place(steps)
+        constants = _pack_constants(steps)
+        inputs = [Port(str(p.name), shape_of(p), dtype_of(p), str(p.name)) for p in self.graph.inputs]
+        outputs = [Port(name, shape_of(v), dtype_of(v), value) for (name, v), value in zip(self.graph.outputs, self.output_values, strict=True)]
+        return Program(self.target, steps, self.values, inputs, outputs, workspace, constants)
+
+    # -- bindings --> nodes ---------------------------------------------------------------------------------------------------------
+
+    def storage(self, dtype: str) -> str:
+        return self.target.storage if dtype == "int8" else dtype
+
+    def add_value(self, id: str, expr: Any, root: str | None = None) -> None:
+        self.values[id] = Value(id, Layout(shape_of(expr), self.storage(dtype_of(expr))), root or id)
+
+    def read(self) -> None:
+        alias: dict[str, str] = {}  # names of TupleGetItem and plain-variable bindings -> value id
+        tuples: dict[str, list[str]] = {}
+
+        def operand(arg: Any) -> str | np.ndarray:
+            return const_value(arg) if is_const(arg) else alias.get(str(arg.name), str(arg.name))
+
+        for p in self.graph.inputs:
+            self.add_value(str(p.name), p)
+        fields = {(str(e.tuple_value.name), int(e.index)): n for n, e in self.graph.bindings if isinstance(e, relax.TupleGetItem)}
+        for name, expr in self.graph.bindings:
+            op = match_op(expr)
+            if op is not None:
+                self.add_value(name, expr)
+                self.nodes.append(_Node(name, op[0], [operand(a) for a in op[1]], op[2], [name]))
+            elif relax_op(expr) == "relax.call_tir":
+                types = expr.ty_args
+                if len(types) == 1 and not hasattr(types[0], "fields"):
+                    outputs = [name]
+                    self.values[name] = Value(name, Layout(tuple(int(d) for d in types[0].shape), str(types[0].dtype)), name)
+                else:
+                    parts = list(types[0].fields) if len(types) == 1 else list(types)
+                    outputs = [fields.get((name, i), f"{name}~{i}") for i in range(len(parts))]
+                    for output, ty in zip(outputs, parts, strict=True):
+                        self.values[output] = Value(output, Layout(tuple(int(d) for d in ty.shape), str(ty.dtype)), output)
+                    tuples[name] = outputs
+                args = [operand(a) for a in arguments(expr.args[1])]
+                self.nodes.append(_Node(name, "legalized", args, {}, outputs, function=self.module[expr.args[0]]))
+            elif isinstance(expr, relax.TupleGetItem):
+                alias[name] = tuples[str(expr.tuple_value.name)][int(expr.index)]
+            elif isinstance(expr, relax.Var):
+                alias[name] = alias.get(str(expr.name), str(expr.name))
+            elif is_const(expr):  # a constant result: an operand of a copy
+                self.add_value(name, expr)
+                self.nodes.append(_Node(name, "qc.copy", [const_value(expr)], {}, [name]))
+            else:
+                raise ModelError(f"operator '{relax_op(expr) or type(expr).__name__}' of '{name}' has no kernel and no legalization; it can't be compiled")
+        self.output_values = [alias.get(str(v.name), str(v.name)) for _, v in self.graph.outputs]
+
+    # -- rows and layouts -----------------------------------------------------------------------------------------------------------
+
+    def op_call(self, node: _Node) -> OpCall:
+        operands = [self.values[o].layout if isinstance(o, str) else o for o in node.operands]
+        return OpCall(node.name, operands, node.attrs, self.values[node.outputs[0]].layout, node.id)
+
+    def select_rows(self) -> None:
+        for node in self.nodes:
+            if node.name in ("legalized", "qc.reshape"):
+                continue
+            try:
+                node.row = select(self.op_call(node), self.target)
+            except LookupError as error:
+                raise ModelError(f"'{node.id}': no kernel for {node.name} on {self.target.name}: {error}") from error
+
+    def decide_layouts(self) -> None:
+        """Give each value the halo and pitch its consumers need; where the producer can't write that, a copy does."""
+        needs: dict[str, list[tuple[Need, _Node]]] = {v: [] for v in self.values}
+        for node in self.nodes:
+            ids = [o for o in node.operands if isinstance(o, str)]
+            wanted = node.row.needs(self.op_call(node), self.target) if node.row else [Need(dense=True)] * len(ids)
+            for value, need in zip(ids, wanted, strict=True):
+                needs[value].append((need, node))
+        rigid = {str(p.name) for p in self.graph.inputs} | {v for v in self.output_values}
+        rigid |= {o for n in self.nodes if n.row is None for o in n.outputs}
+        ordered: list[_Node] = []
+        late: dict[str, list[_Node]] = {}  # copies to insert after the producer of a value
+        for value, wanted in needs.items():
+            layout = _join(self.values[value].layout, [n for n, _ in wanted])
+            if layout.dense:
+                continue
+            if value not in rigid and not any(n.dense for n, _ in wanted):
+                self.values[value].layout = layout
+                continue
+            copy = f"{value}~padded"
+            self.values[copy] = Value(copy, layout, copy)
+            node = _Node(copy, "qc.copy", [value], {}, [copy])
+            node.row = select(self.op_call(node), self.target)
+            late.setdefault(value, []).append(node)
+            for need, consumer in wanted:
+                if not _satisfied(self.values[value].layout, need):
+                    consumer.operands = [copy if isinstance(o, str) and o == value else o for o in consumer.operands]
+        for p in self.graph.inputs:
+            ordered += late.get(str(p.name), [])
+        for node in self.nodes:
+            ordered.append(node)
+            for output in node.outputs:
+                ordered += late.get(output, [])
+        self.nodes = ordered
+
+    # -- kernels --------------------------------------------------------------------------------------------------------------------
+
+    def make_steps(self) -> list[Step]:
+        steps: list[Step] = []
+        taken: set[str] = {str(p.name) for p in self.graph.inputs}
+        zero_points = self.halo_values()
+        for index, node in enumerate(self.nodes):
+            if self.progress:
+                self.progress(index, len(self.nodes))
+            reads = [o for o in node.operands if isinstance(o, str)]
+            if node.name == "qc.reshape" and reads:
+                self.values[node.id].root = self.values[reads[0]].root
+                continue
+            if node.name == "legalized":
+                types = [self.values[o].layout for o in node.outputs]
+                kernel = legalized_kernel(node.function, [o if isinstance(o, np.ndarray) else None for o in node.operands], types)
+                steps.append(Step(node.outputs[0], None, "float", kernel, reads, more=node.outputs[1:]))
+                continue
+            assert node.row is not None
+            layout = self.values[node.id].layout
+            if any(layout.halo):
+                steps.append(self.fill_halo(node.id, layout, zero_points[node.id]))
+            steps.append(self.step(node, reads))
+        self.output_values = [self.own_output(steps, value, taken) for value in self.output_values]
+        return steps
+
+    def step(self, node: _Node, reads: list[str]) -> Step:
+        assert node.row is not None
+        op = self.op_call(node)
+        tuned = self.params(node.row, op)
+        params = dict(tuned if tuned is not None else node.row.default(op, self.target))
+        kernel = node.row.build(op, params, self.target)
+        return Step(node.id, op, node.name, kernel, reads, node.row, params, auxiliary=node.id.endswith("~padded"))
+
+    def halo_values(self) -> dict[str, float]:
+        """What the halo of each value holds: the zero point by which its consumers read it."""
+        found: dict[str, float] = {}
+        for node in self.nodes:
+            for operand in node.operands:
+                if isinstance(operand, str) and any(self.values[operand].layout.halo):
+                    value = node.attrs.get("x_zero_point")
+                    if value is not None or self.values[operand].layout.dtype == "float32":
+                        found.setdefault(operand, 0 if value is None else value)
+        return found
+
+    def fill_halo(self, value: str, layout: Layout, zero_point: float) -> Step:
+        op = OpCall("qc.fill_halo", [], {"value": zero_point}, layout, value)
+        row = select(op, self.target)
+        params = row.default(op, self.target)
+        return Step(value, op, op.name, row.build(op, params, self.target), [], row, params, auxiliary=True)
+
+    def own_output(self, steps: list[Step], value: str, taken: set[str]) -> str:
+        """The value to write to the user's buffer: `value` itself when it owns its memory, else a copy of it."""
+        if self.values[value].root == value and value not in taken:
+            taken.add(value)
+            return value
+        copy, count = f"{value}~output", 0
+        while copy in self.values:
+            count += 1
+            copy = f"{value}~output{count}"
+        self.values[copy] = Value(copy, self.values[value].layout, copy)
+        node = _Node(copy, "qc.copy", [value], {}, [copy])
+        node.row = select(self.op_call(node), self.target)
+        step = self.step(node, [value])
+        step.auxiliary = True
+        steps.append(step)
+        taken.add(copy)
+        return copy
+
+    # -- memory ---------------------------------------------------------------------------------------------------------------------
+
+    def place(self, steps: list[Step]) -> int:
+        """Decide where every value and scratch buffer lies; returns the size of the workspace in bytes."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for index, step in enumerate(steps):
+            for value in [*step.reads, step.writes, *step.more]:
+                root = self.values[value].root
+                first.setdefault(root, index)
+                last[root] = index
+        fixed = {str(p.name): Place("input", i) for i, p in enumerate(self.graph.inputs)}
+        fixed |= {v: Place("output", i) for i, v in enumerate(self.output_values)}
+        requests = [Request(v, self.values[v].layout.bytes, first[v], last[v]) for v in first if v not in fixed]
+        requests += [Request(f"scratch {i}", s.kernel.scratch, i, i) for i, s in enumerate(steps) if s.kernel.scratch]
+        offsets, size = plan_memory(requests)
+        for value in self.values.values():
+            value.place = fixed.get(value.root) or (Place("workspace", offsets[value.root]) if value.root in offsets else None)
+        for index, step in enumerate(steps):
+            step.scratch = offsets.get(f"scratch {index}", 0)
+        self.values = {k: v for k, v in self.values.items() if v.place is not None}
+        return size
+
+
+def _views_to_reshape(module: tvm.IRModule) -> tvm.IRModule:
+    """`relax.reshape` and its kin --> `qc.reshape`, which lowering turns into a shared buffer instead of a copy."""
+    from qcompiler.passes.graph import GraphBuilder, substitute
+
+    graph = Graph.of(module)
+    builder = GraphBuilder({k: v for k, v in graph.attrs.items()})
+    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    for name, expr in graph.bindings:
+        new = substitute(expr, lambda v: env[str(v.name)])
+        if relax_op(expr) in VIEWS and not is_const(expr.args[0]):
+            new = make_op("qc.reshape", [new.args[0]], {"shape": list(shape_of(expr))}, shape_of(expr), dtype_of(expr))
+        env[name] = builder.emit(name, new)
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+
+
+def _join(layout: Layout, needs: list[Need]) -> Layout:
+    """The least layout that satisfies every need."""
+    halo = tuple(max([layout.halo[i], *(n.halo[i] for n in needs)]) for i in range(4))
+    pitch = math.lcm(*(n.pitch for n in needs)) if needs else 1
+    if not any(halo) and (not layout.shape or layout.shape[-1] % pitch == 0):
+        return layout
+    if len(layout.shape) != 4:
+        raise AssertionError(f"a halo or pitch is needed of a tensor of rank {len(layout.shape)}")
+    return replace(layout, halo=halo, pitch=round_up(layout.shape[-1], pitch))
+
+
+def _satisfied(layout: Layout, need: Need) -> bool:
+    return all(h >= n for h, n in zip(layout.halo, need.halo, strict=True)) and layout.channel_pitch % need.pitch == 0 and (layout.dense or not need.dense)
+
+
+def _pack_constants(steps: list[Step]) -> np.ndarray:
+    """All kernels' constants in one blob; sets each step's offsets."""
+    arrays, size = [], 0
+    for step in steps:
+        for array in step.kernel.constants:
+            raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1) if array.size else np.zeros(0, np.uint8)
+            step.constants.append(size)
+            arrays.append((size, raw))
+            size = round_up(size + raw.size)
+    blob = np.zeros(size + 64, np.uint8)  # vector loads may read past the last array
+    for offset, raw in arrays:
+        blob[offset : offset + raw.size] = raw
+    return blob
