@@ -35,16 +35,17 @@ def dtype_of(expr: Any) -> str:
 
 
 def is_const(expr: Any) -> bool:
-    return isinstance(expr, relax.Constant)
+    return isinstance(expr, tvm.ir.GenericConst)
 
 
 def const_value(expr: Any) -> np.ndarray:
     """The array of a Relax constant."""
-    return expr.data.numpy()
+    return np.asarray(expr.value.numpy())
 
 
 def const(array: np.ndarray) -> Any:
-    return relax.const(np.ascontiguousarray(array))
+    array = np.asarray(array, order="C")
+    return relax.const(array, str(array.dtype))  # without a dtype, float64 would become float32
 
 
 def plain(value: Any) -> Any:
@@ -127,7 +128,7 @@ def arguments(expr: Any) -> list[Any]:
     if isinstance(expr, relax.TupleGetItem):
         return [expr.tuple_value]
     if isinstance(expr, relax.Tuple):
-        return [a for f in expr.fields for a in arguments(f)]
+        return list(expr.fields)
     if isinstance(expr, tvm.ir.Call):
         flat: list[Any] = []
         for arg in expr.args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -37,9 +38,22 @@ qc_constants:
     .type qc_manifest, %object
 qc_manifest:
     .incbin "manifest.json"
-    .size qc_manifest, . - qc_manifest
+    .globl qc_manifest_end
+qc_manifest_end:
+    .byte 0
     .section .note.GNU-stack,"",%progbits
 """
+
+
+# Only the C interface is visible: two libraries in one process never see each other's symbols.
+_EXPORTS = "{ global: qc_*; local: *; };\n"
+
+_RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
+_DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
+
+# /proc/cpuinfo's names -> what the C runtime asks at run time
+_X86_FEATURES = {"avx512_vnni": "avx512vnni"}
+_ARM_HWCAP = {"asimddp": ("AT_HWCAP", 1 << 20), "i8mm": ("AT_HWCAP2", 1 << 13), "asimd": ("AT_HWCAP", 1 << 1)}
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ def program_manifest(program: Program) -> dict[str, Any]:
                 "macs": s.kernel.macs,
                 "params": s.params,
                 **({"auxiliary": True} if s.auxiliary else {}),
+                **({"more": s.more} if s.more else {}),
             }
             for s in program.steps
         ],
@@ -134,7 +149,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     raw, _ = read_section(path, MANIFEST_SECTION)
     try:
-        document = json.loads(raw.decode())
+        document = json.loads(raw.rstrip(b"\0").decode())
         manifest, digest = document["manifest"], document["digest"]
         body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     except (ValueError, KeyError, TypeError) as error:
@@ -156,6 +171,46 @@ def find_compiler(target: Target) -> str:
     raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH")
 
 
+def _feature_test(target: Target) -> str:
+    """A C expression: the name of the first feature that the CPU lacks, or 0."""
+    expression = "(const char*)0"
+    for feature in reversed(target.features):
+        if target.architecture == "x86_64":
+            if feature == "avx_vnni":  # CPUID leaf 7, subleaf 1, EAX bit 4: no name in older compilers
+                test = "qc_has_avx_vnni()"
+            else:
+                test = f'__builtin_cpu_supports("{_X86_FEATURES.get(feature, feature)}")'
+        elif feature in _ARM_HWCAP:
+            word, bit = _ARM_HWCAP[feature]
+            test = f"(getauxval({word}) & {bit}ul)"
+        else:
+            continue
+        expression = f'({test} ? {expression} : "{feature}")'
+    return expression
+
+
+def _model_header(manifest: dict[str, Any]) -> str:
+    """model.h: what the C runtime knows of the model."""
+
+    def info(port: dict[str, Any]) -> str:
+        elements = math.prod(port["shape"])
+        shape = ", ".join(map(str, port["shape"])) or "0"
+        if len(port["shape"]) > 8:
+            raise TargetError(f"port '{port['name']}' has rank {len(port['shape'])}; the runtime supports at most 8")
+        size = elements * np.dtype(port["dtype"]).itemsize
+        quantization = f"{float(port.get('scale') or 0.0)!r}f, {int(port.get('zero_point') or 0)}"
+        return f"{{{json.dumps(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {size}u, {quantization}}}"
+
+    target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
+    lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
+    if "avx_vnni" in target.features:
+        lines.append("static int qc_has_avx_vnni(void) { unsigned a = 0, b = 0, c = 0, d = 0; return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1); }")
+    for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
+        lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
+    lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_STEPS {len(manifest['steps'])}", f"#define QC_TARGET {json.dumps(manifest['target'])}"]
+    return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
+
+
 def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: Target) -> Artifact:
     """Link object code, constants and manifest into a shared library. The same arguments give the same bytes.
 
@@ -169,8 +224,13 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
         (folder / "constants.bin").write_bytes(constants.tobytes())
         (folder / "manifest.json").write_bytes(encode_manifest(manifest))
         (folder / "data.s").write_text(_DATA)
+        (folder / "model.h").write_text(_model_header(manifest))
+        (folder / "exports.map").write_text(_EXPORTS)
+        shutil.copy(_RUNTIME / "qc_runtime.c", folder)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        command = [compiler, "-shared", "-fPIC", "-nostartfiles", "-o", "out.so", "code.o", "data.s", "-lm", "-Wl,--build-id=none", "-s"]
+        command = [compiler, "-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{_RUNTIME / 'include'}", "-o", "out.so"]
+        command += ["-x", "c", "qc_runtime.c", "-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread"]
+        command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,--gc-sections", "-s"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise TargetError(f"linking for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")

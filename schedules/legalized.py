@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
-import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
@@ -37,6 +37,6 @@ def legalized_kernel(func: Any, constants: list[np.ndarray | None], outputs: lis
     order += list(range(operands, operands + len(outputs)))
     task = tirx.Var("task", "int32")
     kernel = tirx.PrimFunc([task, *[pointers[i] for i in order], *([scratch] if used else [])], body, attrs=func.attrs)
-    key = kernel_key("legalized", tvm.ir.structural_hash(kernel), order)
+    key = kernel_key("legalized", tvm_ffi.structural_hash(kernel), order)
     packed = [np.ascontiguousarray(c) for c in constants if c is not None]
     return Kernel(kernel, 1, packed, key, "any/legalized", scratch=used)

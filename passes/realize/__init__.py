@@ -1,0 +1,192 @@
+"""The QDQ module becomes integer code.
+
+    conv2d(dq(x8), dq(w8)) -> + b -> relu -> q     -->     qc.conv2d(x8, w8, bias32, multiplier)
+    softmax(dq(x8)) -> q                           -->     qc.quantize(softmax(qc.dequantize(x8)))       (no int8 kernel: float between edges)
+    dq(q) with the same parameters                 -->     nothing;  with others: qc.lut
+
+Must follow `insert_qdq`. Groups are found by the same matcher as in the float module, so an integer value has the id of the float value it stands for.
+One rule per group kind, in the files beside this one; `edges.py` then folds layout changes at the network's edges into qc.quantize and qc.dequantize.
+
+Attributes of the result: `qc.float_ops` {value id: why it stayed float}, `qc.params` {value id: [scale, zero_point]} for every int8 value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.constants import constant_of
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
+from qcompiler.passes.groups import ACCUMULATING, Group, find_groups
+from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
+from qcompiler.passes.realize.edges import fuse_edges
+from qcompiler.passes.realize.site import Site, Tensor
+from qcompiler.spec import QParams
+
+RULES: dict[str, Callable[[Site], Any]] = {
+    **dict.fromkeys(("conv2d", "conv2d_transpose", "dense"), conv.weighted),
+    "matmul": matmul.matmul,
+    **dict.fromkeys(("add", "sub"), elementwise.add),
+    "mul": elementwise.mul,
+    "unary": lut.unary,
+    "max_pool2d": pool.max_pool2d,
+    **dict.fromkeys(("avg_pool2d", "mean"), pool.average),
+    **dict.fromkeys(("concat", "reshape", "transpose", "slice", "pad"), shape.move),
+    "resize2d": resize.resize2d,
+}
+
+
+def realize(module: tvm.IRModule) -> tvm.IRModule:
+    """The integer module of a QDQ module. Raises ModelError for an accumulator that int32 can't hold."""
+    realizer = _Realizer(module)
+    main = fuse_edges(realizer.run())
+    kept = Graph.of(main).values()
+    floats = {k: v for k, v in realizer.float_ops.items() if k in kept and match_op(kept[k]) is None}
+    params = {k: v for k, v in realizer.params.items() if k in kept}
+    return tvm.IRModule({"main": main["main"].with_attr("qc.float_ops", floats).with_attr("qc.params", params)})
+
+
+@dataclass
+class _Value:
+    """A value of the QDQ module in the integer module: as int8, as float32, or both."""
+
+    int8: Tensor | None = None
+    real: Any = None
+
+
+class _Realizer:
+    def __init__(self, module: tvm.IRModule) -> None:
+        self.graph = Graph.of(module)
+        self.exprs = self.graph.values()
+        self.groups = find_groups(module)
+        self.uses = self.graph.consumers()
+        self.float_ops: dict[str, str] = dict(self.graph.attrs.get("qc.float_ops", {}))
+        self.params: dict[str, list[float | int]] = {}
+        self.builder = GraphBuilder({k: v for k, v in self.graph.attrs.items() if k != "qc.float_ops"})
+        self.values: dict[str, _Value] = {}
+
+    def run(self) -> tvm.IRModule:
+        for p in self.graph.inputs:
+            self.values[str(p.name)] = _Value(real=self.builder.input(str(p.name), shape_of(p), dtype_of(p)))
+        for group in self.groups:
+            if group.kind == "quantize":
+                self.values[group.id] = _Value(int8=self.quantized(group))
+            elif group.kind == "dequantize":
+                self.values[group.id] = self.dequantized(group)
+            elif (site := self.site(group)) is not None:
+                self.integer(group, site)
+            else:
+                self.float(group)
+        return self.builder.finish([(name, self.real(str(v.name))) for name, v in self.graph.outputs])
+
+    # -- edges --------------------------------------------------------------------------------------------------------------------------
+
+    def quantized(self, group: Group) -> Tensor:
+        """The int8 form of a `relax.quantize`: what its producer made already, else a table or a qc.quantize."""
+        source, params = group.inputs[0], self.quantize_params(group.id)
+        have = self.values[source].int8
+        if have is not None:
+            return self.requantized(have, params, group.id)
+        call = make_op("qc.quantize", [self.real(source)], {"scale": params.scale, "zero_point": params.zero_point, "low": -128, "high": 127}, group.shape, "int8")
+        return self.int8(group.id, call, params)
+
+    def dequantized(self, group: Group) -> _Value:
+        """A `relax.dequantize` of an int8 value costs nothing until a float operator reads it."""
+        value = self.values.get(group.inputs[0]) if group.inputs else None
+        if value is None or value.int8 is None:
+            return _Value(real=self.builder.emit(group.id, self.relax(group.id)))
+        params = self.quantize_params(group.id)
+        return _Value(int8=value.int8 if params == value.int8.params else Tensor(value.int8.expr, params))
+
+    def quantize_params(self, name: str) -> QParams:
+        scale, zero_point = (const_value(a) for a in self.exprs[name].args[1:3])
+        return QParams(float(scale.reshape(())), int(zero_point.reshape(())))
+
+    def requantized(self, tensor: Tensor, params: QParams, name: str) -> Tensor:
+        if tensor.params == params:
+            return tensor
+        return self.int8(self.builder.fresh(name), lut.rescale(tensor, params), params)
+
+    def int8(self, name: str, call: Any, params: QParams) -> Tensor:
+        self.params[name] = [params.scale, params.zero_point]
+        return Tensor(self.builder.emit(name, call), params)
+
+    def real(self, name: str) -> Any:
+        """The float32 variable of a value, dequantized on first use."""
+        value = self.values[name]
+        if value.real is None:
+            assert value.int8 is not None
+            params = value.int8.params
+            call = make_op("qc.dequantize", [value.int8.expr], {"scale": params.scale, "zero_point": params.zero_point}, shape_of(value.int8.expr), "float32")
+            value.real = self.builder.emit(self.builder.fresh(name), call)
+        return value.real
+
+    # -- groups -------------------------------------------------------------------------------------------------------------------------
+
+    def site(self, group: Group) -> Site | None:
+        """What a rule needs, or None for a group that stays float."""
+        if group.kind == "float" or group.id in self.float_ops:
+            return None
+        inputs = [self.values[i].int8 for i in group.inputs]
+        residual = self.values[group.residual].int8 if group.residual else None
+        output = self.output_params(group)
+        found = [t for t in inputs if t is not None]
+        if len(found) < len(inputs) or (group.residual and residual is None) or (group.weight is not None and group.weight_scale is None):
+            return None
+        if output is None and group.kind not in ACCUMULATING:
+            return None
+        return Site(group, found, residual, output, lambda t, p: self.requantized(t, p, f"{group.id}~requantized"))
+
+    def output_params(self, group: Group) -> QParams | None:
+        """Parameters under which every consumer wants the output; None when one wants float32."""
+        uses = self.uses[group.id]
+        return self.quantize_params(uses[0]) if uses and all(self.is_quantize(u) for u in uses) else None
+
+    def is_quantize(self, name: str) -> bool:
+        return name in self.exprs and getattr(self.exprs[name], "op", None) == _QUANTIZE
+
+    def integer(self, group: Group, site: Site) -> None:
+        call = RULES[group.kind](site)
+        if site.output is not None:
+            self.values[group.id] = _Value(int8=self.int8(group.id, call, site.output))
+            return
+        clamps = [m for m in group.members if group.kind == "matmul" and m != group.members[0]]
+        rest = [group.residual] if group.residual else []
+        if not clamps and not rest:
+            self.values[group.id] = _Value(real=self.builder.emit(group.id, call))
+            return
+        variable = self.builder.emit(self.builder.fresh(f"{group.id}~accumulated"), call)  # float32 from here on, as float operators
+        if group.residual:
+            variable = self.builder.emit(self.builder.fresh(f"{group.id}~added"), relax.op.add(variable, self.real(group.residual)))
+        low, high = (-math.inf if group.low is None else group.low), (math.inf if group.high is None else group.high)
+        if not math.isinf(low):
+            variable = self.builder.emit(self.builder.fresh(f"{group.id}~low"), relax.op.maximum(variable, const(np.float32(low))))
+        if not math.isinf(high):
+            variable = self.builder.emit(self.builder.fresh(f"{group.id}~high"), relax.op.minimum(variable, const(np.float32(high))))
+        self.values[group.id] = _Value(real=variable)
+
+    def float(self, group: Group) -> None:
+        for name in group.members:
+            if constant_of(self.exprs[name], self.exprs, evaluate=False) is None:
+                self.values[name] = _Value(real=self.builder.emit(name, self.relax(name)))
+        if group.id not in self.values:  # a constant handed out as it is
+            self.values[group.id] = _Value(real=self.builder.emit(group.id, self.constant(self.exprs[group.id])))
+        self.float_ops.setdefault(group.id, group.reason or "its operands or its output are float32")
+
+    def relax(self, name: str) -> Any:
+        """The expression of a float operator over the integer module's variables."""
+        return substitute(self.exprs[name], lambda v: self.constant(v) if str(v.name) not in self.values else self.real(str(v.name)))
+
+    def constant(self, expr: Any) -> Any:
+        found = constant_of(expr, self.exprs)
+        assert found is not None, f"{expr} is read before it is computed"
+        return const(found.real().astype(np.float32) if found.scale is not None else found.value)
+
+
+_QUANTIZE = tvm.ir.Op.get("relax.quantize")

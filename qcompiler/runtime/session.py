@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
-
 from qcompiler.artifact import read_manifest
 from qcompiler.elf import read_section
 from qcompiler.errors import ArtifactError, DataError, IncompatibleDevice, closest
 from qcompiler.targets import host_architecture, host_features
 
-_THREADS = threading.local()  # the pool's size as this thread last set it
+
+_ERROR_DEVICE = 7  # QC_ERROR_DEVICE
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,43 @@ class TensorInfo:
 class Context:
     """Memory of one run: a workspace, inputs and outputs. Contexts of one session share constants and code, not memory."""
 
-    def __init__(self, session: Session, inputs: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, session: Session, inputs: Mapping[str, np.ndarray], workspace: np.ndarray | None = None) -> None:
         self._session = session
-        self._workspace = _aligned(session.manifest["workspace"] + 64)
+        self._workspace = _aligned(session.manifest["workspace"] + 64) if workspace is None else workspace
         self._inputs = session.bind(inputs)
-        self._outputs = session.empty_outputs()
+        self._outputs = [np.empty(o.shape, o.dtype) for o in session.outputs]
+        self._input_pointers = (ctypes.c_void_p * len(self._inputs))(*(a.ctypes.data for a in self._inputs))
+        self._output_pointers = (ctypes.c_void_p * len(self._outputs))(*(a.ctypes.data for a in self._outputs))
+        self._address = self._workspace.ctypes.data
 
     def run(self, begin: int, end: int) -> None:
         """Run steps [begin, end) of the manifest's list."""
-        self._session.call(self._workspace, self._inputs, self._outputs, begin, end)
+        self._session.execute(self._address, self._input_pointers, self._output_pointers, begin, end)
+
+    def view(self, value_id: str) -> np.ndarray:
+        """A value as its last step left it: float32, or canonical int8. May be a view of the workspace, valid until the next step.
+
+        Raises KeyError for an unknown id.
+        """
+        entry = self._session.manifest["layouts"][value_id]
+        shape, storage = tuple(entry["shape"]), np.dtype(entry["storage"])
+        if entry["space"] != "workspace":
+            return (self._inputs if entry["space"] == "input" else self._outputs)[entry["offset"]].reshape(shape)
+        top, left, bottom, right = entry.get("halo", (0, 0, 0, 0))
+        full = shape if "halo" not in entry else (shape[0], shape[1] + top + bottom, shape[2] + left + right, entry["pitch"])
+        start = entry["offset"]
+        image = self._workspace[start : start + math.prod(full) * storage.itemsize].view(storage).reshape(full)
+        if "halo" in entry:
+            image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
+        return (image ^ 128).view(np.int8) if storage == np.uint8 else image
 
     def value(self, value_id: str) -> np.ndarray:
-        """A copy of a value as its last step left it: float32, or canonical int8. Raises KeyError for an unknown id."""
-        return self._session.fetch(value_id, self._workspace, self._inputs, self._outputs).copy()
+        """A copy of `view`."""
+        return self.view(value_id).copy()
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Network inputs by name."""
+        return {i.name: a for i, a in zip(self._session.inputs, self._inputs, strict=True)}
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Network outputs by name."""
@@ -69,16 +93,26 @@ class Session:
         self.manifest: dict[str, Any] = read_manifest(self.path)
         self._check_device()
         try:
-            self._handle = ctypes.CDLL(str(self.path.resolve()))
-            self._constants = ctypes.addressof(ctypes.c_char.in_dll(self._handle, "qc_constants"))
-            self._run = _load_module(str(self.path.resolve()))["qc_run"]
-        except (OSError, ValueError, RuntimeError, AttributeError) as error:
+            self._library = _declare(ctypes.CDLL(str(self.path.resolve())))
+        except (OSError, AttributeError) as error:
             raise ArtifactError(f"{self.path}: can't be loaded: {error}") from error
+        handle = ctypes.c_void_p()
+        self._check(self._library.qc_session_create(threads, ctypes.byref(handle)))
+        self._handle = handle
         self.inputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["inputs"]]
         self.outputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["outputs"]]
         self._workspace = _aligned(self.manifest["workspace"] + 64)
         self._mutable: np.ndarray | None = None
         self._lock = threading.Lock()
+
+    def _check(self, status: int) -> None:
+        if status:
+            message = f"{self.path}: {self._library.qc_last_error().decode(errors='replace')}"
+            raise (IncompatibleDevice if status == _ERROR_DEVICE else ArtifactError)(message)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.qc_session_destroy(self._handle)
 
     def _check_device(self) -> None:
         architecture = read_section(self.path, ".qc.manifest")[1]
@@ -97,38 +131,38 @@ class Session:
 
         Raises DataError for a missing or unknown name, a wrong shape or a wrong dtype.
         """
-        bound, outputs = self.bind(inputs), self.empty_outputs()
         with self._lock:
-            self.call(self._workspace, bound, outputs, 0, len(self.manifest["steps"]))
-        return {o.name: a for o, a in zip(self.outputs, outputs, strict=True)}
+            context = Context(self, inputs, self._workspace)
+            context.run(0, len(self.manifest["steps"]))
+        return context.outputs()
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
         """Run step by step, calling `visit(value id, array)` after each step that computes a value of the model.
 
         Arrays are float32, or canonical int8, in NHWC, and valid only during the call. Network inputs are visited first. Returns the outputs.
         """
-        bound, outputs = self.bind(inputs), self.empty_outputs()
         with self._lock:
-            for info, array in zip(self.inputs, bound, strict=True):
-                visit(info.name, array)
+            context = Context(self, inputs, self._workspace)
+            for name, array in context.inputs().items():
+                visit(name, array)
             for index, step in enumerate(self.manifest["steps"]):
-                self.call(self._workspace, bound, outputs, index, index + 1)
-                if not step.get("auxiliary"):
-                    visit(step["id"], self.fetch(step["id"], self._workspace, bound, outputs))
-        return {o.name: a for o, a in zip(self.outputs, outputs, strict=True)}
+                context.run(index, index + 1)
+                for value in [] if step.get("auxiliary") else [step["id"], *step.get("more", [])]:
+                    visit(value, context.view(value))
+        return context.outputs()
 
     def profile(self, inputs: Mapping[str, np.ndarray], iterations: int = 50) -> list[tuple[str, str, str, float]]:
         """(value id, operator, kernel, least seconds) per step, over `iterations` runs."""
-        bound, outputs = self.bind(inputs), self.empty_outputs()
         steps = self.manifest["steps"]
-        best = np.full(len(steps), np.inf)
+        best = [math.inf] * len(steps)
         with self._lock:
+            context = Context(self, inputs, self._workspace)
             for _ in range(iterations):
                 for index in range(len(steps)):
                     start = time.perf_counter()
-                    self.call(self._workspace, bound, outputs, index, index + 1)
+                    context.run(index, index + 1)
                     best[index] = min(best[index], time.perf_counter() - start)
-        return [(s["id"], s["op"], s["kernel"], float(t)) for s, t in zip(steps, best, strict=True)]
+        return [(s["id"], s["op"], s["kernel"], t) for s, t in zip(steps, best, strict=True)]
 
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
         """Separate memory for stepping through one sample while others advance too."""
@@ -161,42 +195,23 @@ class Session:
             bound.append(np.require(array, requirements=["C", "A"]))
         return bound
 
-    def empty_outputs(self) -> list[np.ndarray]:
-        return [np.empty(o.shape, o.dtype) for o in self.outputs]
-
-    def call(self, workspace: np.ndarray, inputs: list[np.ndarray], outputs: list[np.ndarray], begin: int, end: int) -> None:
-        """Run steps [begin, end) on the given memory."""
-        set_threads(self.threads)
-        constants = self._constants if self._mutable is None else self._mutable.ctypes.data
-        pointers = [workspace.ctypes.data, constants, *(a.ctypes.data for a in inputs), *(a.ctypes.data for a in outputs)]
-        self._run(*map(ctypes.c_void_p, pointers), begin, end)
-
-    def fetch(self, value_id: str, workspace: np.ndarray, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> np.ndarray:
-        """The value in its canonical form; a view of `workspace` where storage is canonical and dense."""
-        entry = self.manifest["layouts"][value_id]
-        shape, storage = tuple(entry["shape"]), np.dtype(entry["storage"])
-        if entry["space"] != "workspace":
-            return (inputs if entry["space"] == "input" else outputs)[entry["offset"]]
-        top, left, bottom, right = entry.get("halo", (0, 0, 0, 0))
-        full = shape if "halo" not in entry else (shape[0], shape[1] + top + bottom, shape[2] + left + right, entry["pitch"])
-        start = entry["offset"]
-        image = workspace[start : start + int(np.prod(full, dtype=np.int64)) * storage.itemsize].view(storage).reshape(full)
-        if "halo" in entry:
-            image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
-        return (image ^ 128).view(np.int8) if storage == np.uint8 else image
+    def execute(self, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:
+        """Run steps [begin, end) on memory given by addresses: `workspace`, and ctypes arrays of pointers."""
+        constants = None if self._mutable is None else self._mutable.ctypes.data
+        status = self._library.qc_session_execute(self._handle, workspace, constants, inputs, outputs, begin, end)
+        if status:
+            self._check(status)
 
 
-def set_threads(count: int) -> None:
-    """Set the size of this thread's worker pool; does nothing when it has that size."""
-    if getattr(_THREADS, "count", None) != count:
-        tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
-        _THREADS.count = count
-
-
-def _load_module(path: str) -> Any:
-    import tvm  # noqa: F401  (registers the runtime that the library's parallel loops call)
-
-    return tvm_ffi.load_module(path)
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Argument types of the C functions used here (runtime/cpp/include/qcompiler/qcompiler.h)."""
+    pointer, pointers = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+    library.qc_session_create.argtypes = [ctypes.c_int32, pointers]
+    library.qc_session_destroy.argtypes = [pointer]
+    library.qc_session_destroy.restype = None
+    library.qc_session_execute.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32]
+    library.qc_last_error.restype = ctypes.c_char_p
+    return library
 
 
 def _aligned(size: int) -> np.ndarray:

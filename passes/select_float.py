@@ -1,0 +1,54 @@
+"""Convolutions and dense layers of a float network become calls of our scheduled kernels, epilogue included.
+
+    relu(conv2d(x, w) + b + r)      -->     qc.f32.conv2d(x, w, b, r) {low: 0}
+    relu(matmul(x, w) + b)          -->     qc.f32.dense(x, w.T, b) {low: 0}
+    split(x).1                      -->     strided_slice(x)            (a value per kernel)
+
+Works on the canonical float module, in place of `insert_qdq` and `realize`; lowering must follow. The groups are those of the quantized network, so the
+float twin and the integer network compute values of the same ids. Everything else stays Relax.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, relax_op, shape_of, substitute
+from qcompiler.passes.groups import Group, find_groups
+
+NO_LIMIT = float(np.finfo(np.float32).max)
+
+
+def select_float(module: tvm.IRModule) -> tvm.IRModule:
+    """The float module with `qc.f32.*` calls."""
+    graph = Graph.of(module)
+    owner = {m: g for g in find_groups(module) for m in g.members}
+    builder = GraphBuilder(graph.attrs)
+    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    for name, expr in graph.bindings:
+        group = owner[name]
+        if group.kind in ("conv2d", "dense"):
+            if name == group.id:
+                env[name] = builder.emit(name, _call(group, env))
+            continue
+        if relax_op(expr) == "relax.split" and group.kind == "slice":
+            continue
+        if isinstance(expr, relax.TupleGetItem) and group.kind == "slice":
+            a = group.attrs
+            expr = relax.op.strided_slice(env[group.inputs[0]], list(range(len(a["begin"]))), a["begin"], a["end"], a["strides"])
+            env[name] = builder.emit(name, expr)
+            continue
+        env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+
+
+def _call(group: Group, env: dict[str, Any]) -> Any:
+    assert group.weight is not None
+    weight = group.weight if group.weight_scale is None else group.weight * group.weight_scale.reshape(-1, *[1] * (group.weight.ndim - 1))
+    bias = np.zeros(weight.shape[0]) if group.bias is None else group.bias
+    tensors = [env[group.inputs[0]], const(weight.astype(np.float32)), const(bias.astype(np.float32)), *([env[group.residual]] if group.residual else [])]
+    attrs = {**group.attrs, "low": -NO_LIMIT if group.low is None else group.low, "high": NO_LIMIT if group.high is None else group.high}
+    return make_op(f"qc.f32.{group.kind}", tensors, attrs, group.shape, "float32")

@@ -1,0 +1,144 @@
+"""Data movement and pooling: which Relax calls have an int8 operator, and that operator's attributes.
+
+`describe(call)` is a table look-up: Relax operator -> (group kind, tensor operands, attributes as the operator table of docs/architecture.md names
+them), or the sentence that says why the call has no int8 form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import relax
+
+from qcompiler.passes.graph import arguments, plain, relax_op, shape_of
+
+
+@dataclass(frozen=True)
+class Described:
+    kind: str
+    operands: list[Any]
+    attrs: dict[str, Any]
+
+
+def describe(expr: Any) -> Described | str | None:
+    """What `expr` is as one int8 operator, why it has none (a sentence without its full stop), or None when it isn't data movement or pooling."""
+    op = relax_op(expr)
+    return _TABLE[op](expr) if op in _TABLE else None
+
+
+def slice_of_split(split: Any, index: int) -> Described:
+    """Output `index` of a `relax.split` as a slice."""
+    shape = shape_of(split.args[0])
+    axis = int(split.attrs.axis) % len(shape)
+    sections = plain(split.attrs.indices_or_sections)
+    bounds = [0, *sections, shape[axis]] if isinstance(sections, list) else list(range(0, shape[axis] + 1, -(-shape[axis] // sections)))
+    if bounds[-1] != shape[axis]:
+        bounds.append(shape[axis])
+    bounds = [min(b, shape[axis]) for b in bounds]
+    begin, end = [0] * len(shape), list(shape)
+    begin[axis], end[axis] = bounds[index], bounds[index + 1]
+    return Described("slice", [split.args[0]], {"begin": begin, "end": end, "strides": [1] * len(shape)})
+
+
+def _pool(expr: Any) -> Described | str:
+    a = expr.attrs
+    if str(a.layout) != "NHWC" or str(a.out_layout or a.layout) != "NHWC":
+        return f"pooling has an int8 kernel for layout NHWC only, not {a.layout}"
+    kernel, strides, dilation = (plain(v) for v in (a.pool_size, a.strides, a.dilation))
+    top, left, bottom, right = plain(a.padding)
+    extra = []
+    for axis, (before, after) in enumerate([(top, bottom), (left, right)]):  # ceil_mode is the padding that makes floor give the same size
+        size, out = shape_of(expr.args[0])[1 + axis], shape_of(expr)[1 + axis]
+        reach = (out - 1) * strides[axis] + dilation[axis] * (kernel[axis] - 1) + 1
+        extra.append(max(0, reach - size - before - after))
+    attrs = {"kernel": kernel, "strides": strides, "padding": [top, left, bottom + extra[0], right + extra[1]]}
+    if relax_op(expr) == "relax.nn.max_pool2d":
+        return Described("max_pool2d", [expr.args[0]], {**attrs, "dilation": dilation})
+    if dilation != [1, 1]:
+        return "average pooling with dilation has no int8 kernel"
+    if bool(a.count_include_pad) and any(extra):
+        return "average pooling that counts padding has no int8 kernel with ceil_mode"
+    return Described("avg_pool2d", [expr.args[0]], {**attrs, "count_include_pad": bool(a.count_include_pad)})
+
+
+def _mean(expr: Any) -> Described:
+    rank = len(expr.args[0].ty.shape)
+    axes = plain(expr.attrs.axis)
+    return Described("mean", [expr.args[0]], {"axes": sorted(range(rank) if axes is None else {x % rank for x in axes}), "keepdims": bool(expr.attrs.keepdims)})
+
+
+def _adaptive_mean(expr: Any) -> Described | str:
+    size = plain(expr.attrs.output_size)
+    if str(expr.attrs.layout) != "NHWC" or size not in ([1, 1], [1]):
+        return f"adaptive average pooling has an int8 kernel for layout NHWC and output size 1x1 only, not {expr.attrs.layout} and {size}"
+    return Described("mean", [expr.args[0]], {"axes": [1, 2], "keepdims": True})
+
+
+def _concat(expr: Any) -> Described | str:
+    operands = arguments(expr)
+    if not all(isinstance(o, relax.Var) for o in operands):
+        return "concatenation with a constant has no int8 kernel"
+    return Described("concat", operands, {"axis": int(expr.attrs.axis) % len(expr.ty.shape) if expr.attrs.axis is not None else 0})
+
+
+def _reshape(expr: Any) -> Described:
+    return Described("reshape", [expr.args[0]], {"shape": list(shape_of(expr))})
+
+
+def _transpose(expr: Any) -> Described:
+    rank = len(expr.args[0].ty.shape)
+    axes = plain(expr.attrs.axes)
+    return Described("transpose", [expr.args[0]], {"axes": list(range(rank))[::-1] if axes is None else [x % rank for x in axes]})
+
+
+def _slice(expr: Any) -> Described | str:
+    shape = shape_of(expr.args[0])
+    axes, begins, ends = ([int(plain(v)) for v in t.fields] if hasattr(t, "fields") else None for t in expr.args[1:4])
+    if axes is None or begins is None or ends is None:
+        return "a slice whose bounds are computed at run time has no int8 kernel"
+    steps = [int(plain(v)) for v in expr.args[4].fields] if len(expr.args) > 4 else [1] * len(axes)
+    begin, end, strides = [0] * len(shape), list(shape), [1] * len(shape)
+    for axis, first, last, step in zip(axes, begins, ends, steps, strict=True):
+        if step < 1:
+            return "a slice with a negative stride has no int8 kernel"
+        axis %= len(shape)
+        begin[axis], end[axis], strides[axis] = *slice(first, last).indices(shape[axis])[:2], step
+        end[axis] = max(end[axis], begin[axis])
+    return Described("slice", [expr.args[0]], {"begin": begin, "end": end, "strides": strides})
+
+
+def _pad(expr: Any) -> Described | str:
+    if str(expr.attrs.pad_mode) != "constant":
+        return f"padding of mode '{expr.attrs.pad_mode}' has no int8 kernel; supported: constant"
+    widths = plain(expr.attrs.pad_width)
+    if min(widths) < 0:
+        return "padding by a negative width has no int8 kernel"
+    return Described("pad", [expr.args[0]], {"pads": [list(p) for p in zip(widths[::2], widths[1::2], strict=True)], "value": float(expr.attrs.pad_value)})
+
+
+def _resize(expr: Any) -> Described | str:
+    a = expr.attrs
+    method = {"nearest_neighbor": "nearest", "linear": "linear"}.get(str(a.method))
+    transformation = str(a.coordinate_transformation_mode)
+    if str(a.layout) != "NHWC" or method is None:
+        return f"resize has int8 kernels for layout NHWC, nearest and linear, not {a.layout} and {a.method}"
+    if transformation not in ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"):
+        return f"resize with coordinates '{transformation}' has no int8 kernel; supported: half_pixel, pytorch_half_pixel, asymmetric, align_corners"
+    size = [int(d) for d in expr.args[1].values]
+    return Described("resize2d", [expr.args[0]], {"size": size, "method": method, "transformation": transformation, "rounding": str(a.rounding_method)})
+
+
+_TABLE: dict[str | None, Callable[[Any], Described | str]] = {
+    "relax.nn.max_pool2d": _pool,
+    "relax.nn.avg_pool2d": _pool,
+    "relax.nn.adaptive_avg_pool2d": _adaptive_mean,
+    "relax.mean": _mean,
+    "relax.concat": _concat,
+    **dict.fromkeys(("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten"), _reshape),
+    "relax.permute_dims": _transpose,
+    "relax.strided_slice": _slice,
+    "relax.nn.pad": _pad,
+    "relax.image.resize2d": _resize,
+}

@@ -1,0 +1,253 @@
+"""Calibration: one streaming pass of the float network over sample data -> `CalibrationTable`.
+
+Each value is looked at once, where it lies, while the network runs; memory is bounded by the network and one table of `BINS` counts per value, not by
+the number of samples. The result does not depend on the order of the samples, but for the rounding of the float64 means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qcompiler.errors import DataError, closest
+from qcompiler.files import replacing
+from qcompiler.histogram import BINS, Histogram, channel_statistics
+from qcompiler.progress import Progress
+
+FORMAT = 1
+Visit = Callable[[str, np.ndarray], None]
+
+
+class Port(Protocol):
+    """A network input: its name, shape (ints) and numpy dtype name."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Executor(Protocol):
+    """What runs the float network. `trace` calls visit(value id, array) after each step; arrays are valid during the call only."""
+
+    @property
+    def inputs(self) -> Sequence[Port]: ...
+    def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> Any: ...
+
+
+class Watcher(Protocol):
+    """Something else that looks at the values of the same pass (the means that bias correction needs, say)."""
+
+    def visit(self, value_id: str, array: np.ndarray) -> None: ...
+    def end_sample(self) -> None: ...
+
+
+@dataclass
+class Statistics:
+    """What calibration saw of one float32 value over all samples.
+
+    Channels are the last axis. `channel_sum` (float64[C]) is over `channel_count` values per channel; `channel_low` and `channel_high` are float32[C].
+    """
+
+    histogram: Histogram = field(default_factory=Histogram)
+    channel_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    channel_low: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    channel_high: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    channel_count: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of values seen."""
+        return self.histogram.total
+
+    @property
+    def low(self) -> float:
+        return self.histogram.low
+
+    @property
+    def high(self) -> float:
+        return self.histogram.high
+
+    @property
+    def channel_mean(self) -> np.ndarray:
+        """float64[C]"""
+        return self.channel_sum / max(self.channel_count, 1)
+
+    def add(self, array: np.ndarray) -> bool:
+        """Look at one sample's float32 array. False, and nothing recorded, when it holds a NaN or an infinity."""
+        if array.size == 0:
+            return True
+        sums, low, high = channel_statistics(array)
+        if not np.isfinite(sums).all():
+            return False
+        least, greatest = float(low.min()), float(high.max())
+        if self.channel_count:
+            low, high = np.minimum(low, self.channel_low), np.maximum(high, self.channel_high)
+            sums = sums + self.channel_sum
+        self.channel_sum, self.channel_low, self.channel_high = sums, low, high
+        self.channel_count += array.size // len(sums)
+        self.histogram.add(array, least, greatest)
+        return True
+
+
+@dataclass
+class CalibrationTable:
+    """Statistics by value id, over `samples` samples. Saved as JSON: one value per line, counts run-length coded (-n stands for n zeros)."""
+
+    samples: int = 0
+    values: dict[str, Statistics] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the table's content."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The whole table as JSON text; equal tables give equal text. Floats are written so that they read back exactly."""
+        rows = [f"    {json.dumps(name)}: {json.dumps(_encode(s), allow_nan=False)}" for name, s in sorted(self.values.items())]
+        return f'{{\n  "format": {FORMAT},\n  "samples": {self.samples},\n  "values": {{\n' + ",\n".join(rows) + "\n  }\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to `path`, beside it first and then renamed. Raises OutputError."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json())
+
+    @staticmethod
+    def from_json(text: str, where: str = "calibration table") -> CalibrationTable:
+        """Raises DataError, naming `where`, for text that `to_json` did not write."""
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT:
+                raise DataError(f"{where}: format {document['format']} is not supported (this version reads {FORMAT}); calibrate again")
+            return CalibrationTable(int(document["samples"]), {name: _decode(row) for name, row in document["values"].items()})
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(f"{where}: not a calibration table ({type(error).__name__}: {error}); calibrate again") from error
+
+    @staticmethod
+    def load(path: str | Path) -> CalibrationTable:
+        """Raises DataError when the file is missing, unreadable or malformed."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: can't be read as a calibration table: {error}") from error
+        return CalibrationTable.from_json(text, str(path))
+
+
+def calibrate(
+    executor: Executor,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    *,
+    ids: Collection[str] | None = None,
+    watcher: Watcher | None = None,
+    progress: Progress | None = None,
+) -> CalibrationTable:
+    """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
+
+    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watcher` sees every value of the same pass. Raises DataError for
+    no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in a recorded value.
+    """
+    wanted = None if ids is None else set(ids)
+    table = CalibrationTable()
+    total = len(samples) if hasattr(samples, "__len__") else None
+    bad: list[str] = []
+
+    def visit(name: str, array: np.ndarray) -> None:
+        if array.dtype == np.float32 and (wanted is None or name in wanted) and not table.values.setdefault(name, Statistics()).add(array):
+            bad.append(name)
+        if watcher is not None:
+            watcher.visit(name, array)
+
+    for sample in samples:
+        check_sample(sample, executor.inputs, table.samples)
+        for port in executor.inputs:
+            if not np.isfinite(sample[port.name]).all():
+                raise DataError(f"calibration sample {table.samples}: input '{port.name}' holds NaN or infinity; values must be finite")
+            visit(port.name, sample[port.name])
+        executor.trace(sample, visit)
+        if bad:
+            raise DataError(
+                f"calibration sample {table.samples}: value '{bad[0]}' is not finite (NaN or infinity) although the inputs are; "
+                "check the preprocessing, or leave this sample out"
+            )
+        if watcher is not None:
+            watcher.end_sample()
+        table.samples += 1
+        if progress is not None:
+            progress("calibrate", table.samples, total)
+    if table.samples == 0:
+        raise DataError("calibration data is empty; give at least one sample, better 50 to 500 that look like what the model will see")
+    return table
+
+
+def check_sample(sample: Mapping[str, np.ndarray], ports: Sequence[Port], index: int) -> None:
+    """Raise DataError, saying what the model wants, when a sample doesn't have exactly the inputs of `ports`."""
+    wants = "the model wants " + ", ".join(f"'{p.name}' {p.dtype} {list(p.shape)}" for p in ports)
+    names = [p.name for p in ports]
+    where = f"calibration sample {index}"
+    if not isinstance(sample, Mapping):
+        raise DataError(f"{where}: expected a mapping of input names to arrays, not {type(sample).__name__}; {wants}")
+    for name in sample:
+        if name not in names:
+            raise DataError(f"{where}: unknown input '{name}'.{closest(str(name), names)} {wants[0].upper()}{wants[1:]}")
+    for port in ports:
+        if port.name not in sample:
+            raise DataError(f"{where}: input '{port.name}' is missing; {wants}")
+        array = sample[port.name]
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{where}: input '{port.name}' is a {type(array).__name__}, not a numpy array; {wants}")
+        if tuple(array.shape) != tuple(port.shape) or str(array.dtype) != port.dtype:
+            raise DataError(f"{where}: input '{port.name}' is {array.dtype} {list(array.shape)}; {wants}")
+
+
+def _encode(s: Statistics) -> dict[str, Any]:
+    h = s.histogram
+    return {
+        "low": h.low,
+        "high": h.high,
+        "mean_low": h.mean_low,
+        "mean_high": h.mean_high,
+        "samples": h.samples,
+        "zeros": h.zeros,
+        "exponent": h.exponent,
+        "first": h.first,
+        "counts": _run_lengths(h.counts),
+        "channel_count": s.channel_count,
+        "channel_sum": s.channel_sum.tolist(),
+        "channel_low": s.channel_low.tolist(),
+        "channel_high": s.channel_high.tolist(),
+    }
+
+
+def _decode(row: Mapping[str, Any]) -> Statistics:
+    counts: list[int] = []
+    for item in row["counts"]:
+        counts.extend([item] if item > 0 else [0] * -item)
+    numbers = [float(row[k]) for k in ("low", "high", "mean_low", "mean_high")]
+    if len(counts) > BINS or not all(map(math.isfinite, numbers)):
+        raise ValueError("a histogram is damaged")
+    array = np.zeros(BINS, np.int64)
+    array[: len(counts)] = counts
+    histogram = Histogram(int(row["exponent"]), int(row["first"]), array, int(row["zeros"]), *numbers, samples=int(row["samples"]))
+    return Statistics(
+        histogram,
+        np.asarray(row["channel_sum"], np.float64),
+        np.asarray(row["channel_low"], np.float32),
+        np.asarray(row["channel_high"], np.float32),
+        int(row["channel_count"]),
+    )
+
+
+def _run_lengths(counts: np.ndarray) -> list[int]:
+    """Counts as a list in which -n stands for n zeros; trailing zeros are left out."""
+    used = np.flatnonzero(counts)
+    gaps = np.diff(used, prepend=-1) - 1
+    return [item for gap, count in zip(gaps.tolist(), counts[used].tolist(), strict=True) for item in ([-gap, count] if gap else [count])]

@@ -1,0 +1,299 @@
+"""The command line: one verb per stage. Results go to standard output, progress and errors to standard error.
+
+Exit status: 0 done, 1 parity below a threshold, 2 usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import qcompiler
+from qcompiler.debug import SWITCHES, plain_json, switch
+from qcompiler.errors import DataError, QCompilerError
+from qcompiler.files import check_writable, replacing
+from qcompiler.progress import terminal_progress
+
+DATA_HELP = (
+    "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, "
+    "or a folder of images together with --preprocess"
+)
+PREPROCESS_HELP = (
+    "YAML file for a folder of images; keys: resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), "
+    "color (RGB, BGR, GRAY), scale, mean, std: y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC)"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. Prints a `QCompilerError` on one line."""
+    options = build_parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except QCompilerError as error:
+        if switch("QCOMPILER_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    table = "\n".join(f"  {name:20} {meaning}" for name, meaning in SWITCHES.items())
+    parser = argparse.ArgumentParser(
+        prog="qcompiler",
+        description="Compile a trained float ONNX network into a small, fast int8 library, and prove what it computes.",
+        epilog=f"exit status: 0 done, 1 parity below a threshold, 2 usage or bad input, 130 interrupted\n\nenvironment:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qcompiler {qcompiler.__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=description)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object instead of tables")
+        return sub
+
+    p = verb(
+        "compile", _compile, "make an int8 library from an ONNX model",
+        "Import MODEL, measure the range of every tensor on the calibration data, choose the quantization, and write a shared library "
+        "(code, weights and manifest in one file). The same inputs give the same bytes.",
+    )  # fmt: skip
+    p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
+    p.add_argument("--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)")
+    p.add_argument("--calibration", required=True, metavar="DATA", help=f"typical inputs, 100 are usually enough: {DATA_HELP}")
+    p.add_argument("--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
+    p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=_shape,
+                   help="shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs")  # fmt: skip
+    p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
+    p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
+    p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default",
+                   help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least")  # fmt: skip
+    p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
+
+    p = verb(
+        "verify", _verify, "compare a library with its float model; exit 1 when it misses a threshold",
+        "Run FILE.so and its float MODEL on DATA, and report for every output and every layer: signal-to-quantization-noise ratio, maximum, "
+        "median and mean signed error, cosine, largest bias of a channel; top-1 agreement for classifiers, and accuracy when labels are given. "
+        "Without any threshold every output must reach an SQNR of 10 dB.",
+    )  # fmt: skip
+    p.add_argument("library", metavar="FILE.so", help="a library that `qcompiler compile` wrote")
+    p.add_argument("--model", required=True, metavar="MODEL.onnx", help="the float model it was compiled from")
+    p.add_argument("--data", required=True, metavar="DATA", help=f"evaluation inputs, other than those of the calibration: {DATA_HELP}")
+    p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
+    p.add_argument("--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices")
+    p.add_argument("--min-sqnr", type=float, metavar="DB", help="fail when an output has a lower signal-to-quantization-noise ratio")
+    p.add_argument("--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)")
+    p.add_argument("--max-accuracy-drop", type=float, metavar="POINTS", help="fail when top-1 accuracy falls by more percentage points; needs --labels")
+    p.add_argument("--max-channel-bias", type=float, metavar="STEPS",
+                   help="fail when a channel of an int8 layer is off by more quantization steps on average")  # fmt: skip
+    p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
+    p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
+    p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of both networks (default 1)")
+
+    p = verb(
+        "bench", _bench, "measure the latency of a library, alone or against its float model",
+        "Measure FILE.so on random inputs. With --model the same network in float, compiled by qcompiler for the same target, and with --against "
+        "another runtime take turns with it in one process; the ratios are what to read, times drift between runs.",
+    )  # fmt: skip
+    p.add_argument("library", metavar="FILE.so")
+    p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of each candidate (default 1)")
+    p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
+    p.add_argument("--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed")
+    p.add_argument("--seconds", type=float, default=3.0, metavar="S", help="time to spend on measuring (default 3)")
+    p.add_argument("--layers", action="store_true", help="print the time of every step as well")
+
+    p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
+    p.add_argument("library", metavar="FILE.so")
+    p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=_pair, help="one array per input; repeat for more inputs")
+    p.add_argument("--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
+    p.add_argument("--threads", type=_positive, default=1, metavar="N")
+
+    p = verb(
+        "inspect", _inspect, "show what is inside a library",
+        "Read the manifest of FILE.so without executing it (it may be for another CPU): inputs and outputs, and for every operator the type of "
+        "its result, its kernel, and why it is not int8 when it is not.",
+    )  # fmt: skip
+    p.add_argument("library", metavar="FILE.so")
+
+    verb("targets", _targets, "list the targets, and what this machine is", "List the rows of targets.yaml and which of them this machine can run.")
+
+    p = verb(
+        "demo", _demo, "compile, verify and measure the example network on this machine",
+        "Compile the built-in network (handwritten digits) for this machine, verify it against float on labelled images it was not trained on, "
+        "measure int8 against float, and leave the library.",
+    )  # fmt: skip
+    p.add_argument("--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
+    return parser
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dimensions = text.rpartition("=")
+    try:
+        shape = tuple(int(d) for d in dimensions.split(",") if d.strip())
+    except ValueError:
+        shape = (0,)
+    if not name or any(d < 1 for d in shape):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=1,3,224,224 with positive dimensions")
+    return name, shape
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE")
+    return name, value
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
+    return int(text)
+
+
+def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -> None:
+    print(json.dumps(plain_json(document), indent=1) if options.json else text())
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from qcompiler.tables import size
+
+    output = check_writable(options.output)
+    shapes = dict(options.input_shape)
+    with terminal_progress() as progress:
+        artifact = qcompiler.compile(
+            options.model, target=options.target, calibration=options.calibration, input_shapes=shapes or None, preset=options.preset,
+            tuning_log=options.tuning_log, preprocess=options.preprocess, dump_dir=options.dump_dir, progress=progress,
+        )  # fmt: skip
+    artifact.save(output)
+    manifest = artifact.manifest
+    reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
+    document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"]}
+    _show(options, document, lambda: "\n".join([f"{output}: {size(artifact.size)} for {manifest['target']}", *reasons]))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from qcompiler.tables import parity_text
+
+    with terminal_progress() as progress:
+        report = qcompiler.verify(
+            options.library, options.model, options.data, labels=options.labels, min_sqnr=options.min_sqnr, min_agreement=options.min_agreement,
+            max_accuracy_drop=options.max_accuracy_drop, max_channel_bias=options.max_channel_bias, preprocess=options.preprocess,
+            layer_samples=options.layer_samples, threads=options.threads, progress=progress,
+        )  # fmt: skip
+    _show(options, report, lambda: parity_text(report, options.layers))
+    return 0 if report.passed else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import tempfile
+
+    from qcompiler.bench import interleave, onnxruntime_call, random_inputs, ratios
+    from qcompiler.parity import float_session
+    from qcompiler.tables import profile_text, timing_text
+
+    if options.against and not options.model:
+        raise DataError("--against needs --model: the other runtime runs the ONNX model")
+    session = qcompiler.load(options.library, threads=options.threads)
+    inputs = random_inputs(session.inputs)
+    candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder, terminal_progress() as progress:
+        if options.model:
+            float_twin = float_session(options.model, session, Path(folder), options.threads)
+            candidates["float"] = lambda: float_twin.run(inputs)
+        for runtime in options.against:
+            candidates[runtime] = onnxruntime_call(options.model, inputs, options.threads)
+        timings = interleave(candidates, seconds=options.seconds, progress=progress)
+    base = "float" if options.model else "int8"
+    steps = session.profile(inputs, 50) if options.layers else []
+    document = {
+        "threads": options.threads,
+        "seconds": {t.name: {"minimum": t.minimum, "median": t.median, "rounds": t.rounds} for t in timings},
+        f"ratio to {base}": ratios(timings, base),
+        "steps": [dict(zip(("id", "op", "kernel", "seconds"), step, strict=True)) for step in steps],
+    }
+    _show(options, document, lambda: timing_text(timings, base) + ("\n\n" + profile_text(steps) if steps else ""))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    output = check_writable(options.output)
+    if output.suffix != ".npz":
+        raise DataError(f"{output}: outputs are written as .npz; name a file that ends so")
+    session = qcompiler.load(options.library, threads=options.threads)
+    inputs = {}
+    for name, path in options.input:
+        if name in inputs:
+            raise DataError(f"--input {name} is given twice")
+        try:
+            inputs[name] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: can't be read as .npy: {getattr(error, 'strerror', None) or error}") from error
+        if not isinstance(inputs[name], np.ndarray):
+            raise DataError(f"{path}: holds several arrays; --input wants an .npy with one")
+    outputs = session.run(inputs)
+    with replacing(output) as temporary:
+        np.savez(temporary, **outputs)
+    described = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in outputs.items()}
+    lines = [f"{output}: " + ", ".join(f"{n} {d['dtype']}{d['shape']}" for n, d in described.items())]
+    _show(options, {"output": str(output), "arrays": described}, lambda: "\n".join(lines))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from qcompiler.artifact import read_manifest
+    from qcompiler.tables import manifest_text, step_rows
+
+    manifest = read_manifest(options.library)
+    count = Path(options.library).stat().st_size
+    _show(options, {"bytes": count, "operators": step_rows(manifest), "manifest": manifest}, lambda: manifest_text(manifest, count))
+    return 0
+
+
+def _targets(options: argparse.Namespace) -> int:
+    from qcompiler.tables import table
+    from qcompiler.targets import find_target, host_architecture, load_targets, missing_features
+
+    targets = list(load_targets().values())
+    missing = {t.name: missing_features(t) for t in targets}
+    runnable = [t.name for t in targets if not missing[t.name]]
+    native = find_target("native").name if runnable else None
+    rows = [
+        [t.name + (" *" if t.name == native else ""), t.triple, ", ".join(t.features), ", ".join(t.rows), t.storage, t.tested,
+         "runs here" if not missing[t.name] else f"needs {', '.join(missing[t.name])}"]
+        for t in targets
+    ]  # fmt: skip
+    document = {
+        "architecture": host_architecture(),
+        "native": native,
+        "targets": [{"name": t.name, "triple": t.triple, "features": t.features, "rows": t.rows, "missing": missing[t.name]} for t in targets],
+    }
+    title = f"This machine: {host_architecture()}, native = {native or 'none of these'}"
+    columns = ("target", "triple", "CPU features", "kernel rows", "storage", "note", "here")
+    _show(options, document, lambda: table(title, columns, rows, width=180))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from qcompiler.demo import demo, demo_text
+
+    with terminal_progress() as progress:
+        result = demo(check_writable(options.output), progress=progress)
+    _show(options, result, lambda: demo_text(result))
+    return 0 if result["parity"].passed else 1

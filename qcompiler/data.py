@@ -1,0 +1,313 @@
+"""Samples: calibration and evaluation data as a stream of `{input name: array}`, one model call each.
+
+A source is a `.npz` (one array per input name, first axis = samples), a `.npy` for a model with one input, a folder of images with a
+preprocessing file, or any iterable of samples. Files are read a sample at a time, so memory does not grow with their number, and may be read
+again and again. Everything that a header can show wrong is refused before the first sample; NaN and Inf when their sample comes up.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from qcompiler.errors import DataError, closest
+from qcompiler.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
+
+Sample = dict[str, np.ndarray]
+
+
+class InputInfo(Protocol):
+    """What a model says about an input; `shape` includes the batch axis."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Samples(Protocol):
+    """A stream of checked samples that can be iterated any number of times. `names` label them where the source does (file names)."""
+
+    names: Sequence[str]
+
+    def __iter__(self) -> Iterator[Sample]: ...
+    @property
+    def count(self) -> int | None: ...
+
+
+def open_samples(source: Any, inputs: Sequence[InputInfo], preprocess: str | Path | Preprocess | None = None) -> Samples:
+    """The samples of `source` (a path, an iterable of `{name: array}`, or what this function returned before), checked against `inputs`.
+
+    `preprocess` (a YAML path or a `Preprocess`) is required for a folder of images, and refused for anything else.
+    An iterator that can be read only once is read into a list. Raises DataError.
+    """
+    settings = load_preprocess(preprocess) if isinstance(preprocess, (str, Path)) else preprocess
+    if isinstance(source, (ArraySamples, ImageSamples, CheckedSamples)):
+        return source
+    if not isinstance(source, (str, Path)):
+        if settings is not None:
+            raise DataError("preprocessing applies to a folder of images only; the samples given are arrays already")
+        return CheckedSamples(source, inputs)
+    path = Path(source)
+    if path.is_dir():
+        return ImageSamples(path, inputs, settings)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder. Data is an .npz, an .npy, or a folder of images with a preprocessing file")
+    if settings is not None:
+        raise DataError(f"{path}: preprocessing applies to a folder of images only")
+    if path.suffix not in (".npz", ".npy"):
+        raise DataError(f"{path}: unknown kind of data '{path.suffix}'. Supported: .npz, .npy, a folder of images with a preprocessing file")
+    return ArraySamples(path, inputs)
+
+
+def describe(inputs: Sequence[InputInfo]) -> str:
+    return "; ".join(f"'{i.name}' {i.dtype}{list(i.shape)}" for i in inputs)
+
+
+def check_names(names: Iterable[str], inputs: Sequence[InputInfo], where: str) -> None:
+    """Raises DataError unless `names` are exactly the inputs' names."""
+    wanted, given = [i.name for i in inputs], list(names)
+    for name in given:
+        if name not in wanted:
+            raise DataError(f"{where}: unknown input '{name}'.{closest(name, wanted)} The model has: {describe(inputs)}")
+    missing = [n for n in wanted if n not in given]
+    if missing:
+        raise DataError(f"{where}: missing input {', '.join(repr(n) for n in missing)}. The model has: {describe(inputs)}")
+
+
+def check_sample(sample: Any, inputs: Sequence[InputInfo], where: str) -> Sample:
+    """`sample` when it is one full set of inputs: right names, shapes and dtypes, every number finite. Raises DataError."""
+    if not isinstance(sample, Mapping):
+        raise DataError(f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}")
+    check_names(sample, inputs, where)
+    checked = {}
+    for info in inputs:
+        array = sample[info.name]
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{where}: input '{info.name}' is a {type(array).__name__}; a numpy array is expected")
+        if str(array.dtype) != info.dtype:
+            raise DataError(f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')")
+        if array.shape != tuple(info.shape):
+            hint = "; add the batch axis with x[None]" if array.shape == tuple(info.shape[1:]) else ""
+            raise DataError(f"{where}: input '{info.name}' has shape {list(array.shape)}, the model wants {list(info.shape)}{hint}")
+        check_finite(array, info.name, where)
+        checked[info.name] = array
+    return checked
+
+
+def check_finite(array: np.ndarray, name: str, where: str) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        kind = "NaN" if np.isnan(array).any() else "Inf"
+        raise DataError(f"{where}: input '{name}' holds {kind}; remove or mend the sample")
+
+
+class CheckedSamples:
+    """Samples from any iterable of `{name: array}`."""
+
+    names: Sequence[str] = ()
+
+    def __init__(self, source: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[InputInfo]) -> None:
+        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise DataError(
+                f"samples are an iterable of {{input name: array}}, or a path; got {type(source).__name__}. "
+                "For one sample pass a list of one mapping"
+            )
+        self._source = list(source) if isinstance(source, Iterator) else source
+        self._inputs = inputs
+        if self.count == 0:
+            raise DataError("the data is empty: at least one sample is needed")
+
+    @property
+    def count(self) -> int | None:
+        return len(self._source) if hasattr(self._source, "__len__") else None
+
+    def __iter__(self) -> Iterator[Sample]:
+        index = -1
+        for index, sample in enumerate(self._source):
+            yield check_sample(sample, self._inputs, f"sample {index}")
+        if index < 0:
+            raise DataError("the data is empty: at least one sample is needed")
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One array file, read `rows` rows at a time; a `shape`d sample each."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int
+    count: int  # samples
+
+
+class ArraySamples:
+    """Samples from an `.npz` or `.npy`. The first axis counts samples: it replaces the model's batch axis when that is 1 or absent.
+
+    For a model whose batch is B > 1, either B consecutive rows make a sample, or the array has one more axis than the input.
+    """
+
+    names: Sequence[str] = ()
+
+    def __init__(self, path: Path, inputs: Sequence[InputInfo]) -> None:
+        self._path = path
+        if path.suffix == ".npz":
+            headers = self._read_headers()
+            check_names(headers, inputs, str(path))
+        else:
+            if len(inputs) != 1:
+                raise DataError(f"{path}: an .npy serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
+            headers = {inputs[0].name: self._header(path.open("rb"))}
+        self._columns = [self._column(info, *headers[info.name]) for info in inputs]
+        counts = {c.name: c.count for c in self._columns}
+        if len(set(counts.values())) > 1:
+            raise DataError(f"{path}: the inputs have different numbers of samples: {counts}")
+
+    @property
+    def count(self) -> int | None:
+        return self._columns[0].count
+
+    def _read_headers(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                return {n.removesuffix(".npy"): self._header(archive.open(n)) for n in archive.namelist()}
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(f"{self._path}: can't be read as .npz: {error}") from error
+
+    def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        with stream:
+            return self._enter(stream)
+
+    def _enter(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """(shape, dtype) of the array whose data `stream` stands at afterwards."""
+        try:
+            version = np.lib.format.read_magic(stream)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = reader(stream)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{self._path}: not a numpy array file: {error}") from error
+        if dtype.hasobject:
+            raise DataError(f"{self._path}: holds Python objects, not numbers")
+        if fortran and len(shape) > 1:
+            raise DataError(f"{self._path}: stored in Fortran order; save numpy.ascontiguousarray(x) instead")
+        return shape, dtype
+
+    def _column(self, info: InputInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Column:
+        where, wanted = str(self._path), tuple(info.shape)
+        if str(dtype) != info.dtype:
+            raise DataError(f"{where}: input '{info.name}' has dtype {dtype}, the model wants {info.dtype}; save x.astype('{info.dtype}')")
+        if not shape or shape[0] == 0:
+            raise DataError(f"{where}: input '{info.name}' is empty: at least one sample is needed")
+        if shape[1:] == wanted:
+            return _Column(info.name, wanted, 1, shape[0])
+        if wanted and shape[1:] == wanted[1:]:
+            if shape[0] % wanted[0]:
+                raise DataError(f"{where}: input '{info.name}' has {shape[0]} rows, not a multiple of the model's batch {wanted[0]}")
+            return _Column(info.name, wanted, wanted[0], shape[0] // wanted[0])
+        form = "[samples" + "".join(f", {d}" for d in wanted[1:]) + "]"
+        raise DataError(f"{where}: input '{info.name}' has shape {list(shape)}, expected {form} for the model's input {list(wanted)}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        with ExitStack() as stack:
+            streams = []
+            for column in self._columns:
+                archive = stack.enter_context(zipfile.ZipFile(self._path)) if self._path.suffix == ".npz" else None
+                stream = stack.enter_context(archive.open(f"{column.name}.npy") if archive else self._path.open("rb"))
+                _, dtype = self._enter(stream)
+                streams.append((column, stream, dtype))
+            for index in range(self._columns[0].count):
+                sample = {}
+                for column, stream, dtype in streams:
+                    size = math.prod(column.shape) * dtype.itemsize
+                    data = stream.read(size)
+                    if len(data) < size:
+                        raise DataError(f"{self._path}: input '{column.name}' ends at sample {index}: the file is truncated")
+                    sample[column.name] = np.frombuffer(data, dtype).reshape(column.shape)
+                    check_finite(sample[column.name], column.name, f"{self._path}: sample {index}")
+                yield sample
+
+
+class ImageSamples:
+    """Samples from the images below a folder, sorted by relative path; one image per sample. Needs Pillow (the extra `images`)."""
+
+    def __init__(self, folder: Path, inputs: Sequence[InputInfo], preprocess: Preprocess | None) -> None:
+        if preprocess is None:
+            raise DataError(f"{folder}: a folder of images needs a preprocessing file (--preprocess FILE.yaml)")
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
+        if len(inputs) != 1:
+            raise DataError(f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
+        self._input, self._preprocess = inputs[0], preprocess
+        self._files = files
+        self.names: Sequence[str] = [p.relative_to(folder).as_posix() for p in files]
+        self._check(preprocess(files[0]), files[0])
+
+    @property
+    def count(self) -> int | None:
+        return len(self._files)
+
+    def _check(self, image: np.ndarray, path: Path) -> np.ndarray:
+        info = self._input
+        if image.shape != tuple(info.shape) or str(image.dtype) != info.dtype:
+            raise DataError(
+                f"{path}: preprocessing makes {image.dtype}{list(image.shape)}, but input '{info.name}' is {info.dtype}{list(info.shape)}; "
+                "check crop, layout and color"
+            )
+        return image
+
+    def __iter__(self) -> Iterator[Sample]:
+        for path in self._files:
+            yield {self._input.name: self._check(self._preprocess(path), path)}
+
+
+def load_labels(path: str | Path, samples: Samples) -> np.ndarray:
+    """Class indices, int64, one per sample.
+
+    A `.npy` holds them in the order of the samples. Anything else is text, tab-separated: the columns `file` and `class_index` (or, without a
+    header, the first two) joined with the image files by relative path, or by bare file name. Raises DataError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such label file")
+    if path.suffix == ".npy":
+        try:
+            labels = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{path}: can't be read as .npy: {error}") from error
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(f"{path}: labels are a vector of integers, this is {labels.dtype}{list(labels.shape)}")
+        return labels.astype(np.int64)
+    table = _read_label_table(path)
+    if not samples.names:
+        raise DataError(f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample")
+    lost = [n for n in samples.names if n not in table and Path(n).name not in table]
+    if lost:
+        raise DataError(f"{path}: no label for {len(lost)} of {len(samples.names)} images, '{lost[0]}' the first")
+    return np.array([table[n] if n in table else table[Path(n).name] for n in samples.names], np.int64)
+
+
+def _read_label_table(path: Path) -> dict[str, int]:
+    try:
+        lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read as text: {error}") from error
+    if not lines:
+        raise DataError(f"{path}: holds no labels")
+    header = lines[0]
+    named = "file" in header and "class_index" in header
+    file_column, class_column = (header.index("file"), header.index("class_index")) if named else (0, 1)
+    table = {}
+    for number, fields in enumerate(lines[1:] if named else lines, 2 if named else 1):
+        try:
+            table[fields[file_column]] = int(fields[class_column])
+        except (IndexError, ValueError):
+            raise DataError(f"{path}: line {number}: expected a file name, a tab and a class index, got {chr(9).join(fields)!r}") from None
+    return table

@@ -1,0 +1,52 @@
+"""Writing results: beside the destination first, then renamed, so that nothing half-written is ever left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qcompiler.errors import OutputError
+
+
+def check_writable(path: str | Path) -> Path:
+    """`path` as a Path when a file can be written there. Raises OutputError, naming the cause, when it can't.
+
+    Meant to be asked before long work whose result goes to `path`.
+    """
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; name a file to write")
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: no permission to write into {folder.resolve()}")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file name beside `path`; on success it replaces `path` in one step, on any exception it is removed.
+
+    The name keeps the suffix of `path`. Raises OutputError when the place can't be written or the disk is full.
+    """
+    path = check_writable(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,159 @@
+"""Observers: from the histogram of a value to the range that 8 bits should cover, and what that range costs.
+
+An observer only proposes a range [low, high]; ranges are widened to contain 0 (`QParams.from_range`), so that 0 is exact. `quantization_error` judges
+any range on the same histogram, which is how a plan compares observers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from qcompiler.histogram import Histogram
+from qcompiler.spec import QParams
+
+Range = tuple[float, float]
+Observer = Callable[[Histogram], Range]
+
+
+def quantization_error(histogram: Histogram, params: QParams) -> float:
+    """Expected squared error E[(x - dequantize(quantize(x)))^2], in squared units of the value.
+
+    Values are taken as uniform within their bin, except exact zeros, whose error is 0. With s the scale and [l, h] the representable range, the
+    squared error is (x - s*rint(x/s))^2 inside, (x - l)^2 below and (x - h)^2 above; each has a closed antiderivative, so the integral over a bin
+    is a difference of two values of it, exact for bins wider and narrower than a step alike. Inside: with t = x/s = n + r, n = rint(t),
+    F(x) = s^3 * (n/12 + r^3/3), since every whole step contributes s^3/12.
+    """
+    if not histogram.total:
+        return 0.0
+    scale = params.scale
+    bottom, top = scale * (-128 - params.zero_point), scale * (127 - params.zero_point)
+    edges = histogram.edges
+    inside = np.clip(edges, bottom, top)
+    steps = inside / scale
+    whole = np.rint(steps)
+    integral = scale**3 * (whole / 12 + (steps - whole) ** 3 / 3) + (edges - inside) ** 3 / 3
+    counts = histogram.counts.astype(np.float64)
+    if histogram.zeros:
+        counts[-histogram.first] -= histogram.zeros
+    return float(counts @ np.diff(integral)) / histogram.width / histogram.total
+
+
+def signal_power(histogram: Histogram) -> float:
+    """E[x^2], values taken as uniform within their bin."""
+    if not histogram.total:
+        return 0.0
+    counts = histogram.counts.astype(np.float64)
+    if histogram.zeros:
+        counts[-histogram.first] -= histogram.zeros
+    return float(counts @ np.diff(histogram.edges**3)) / 3 / histogram.width / histogram.total
+
+
+def min_max(histogram: Histogram) -> Range:
+    """Everything seen: nothing clips."""
+    return histogram.low, histogram.high
+
+
+def moving_average(histogram: Histogram) -> Range:
+    """The mean over samples of each sample's extremes: the limit of the exponential moving average of Jacob et al. 2018 (arXiv:1712.05877,
+    section 3.1), without its dependence on the order of samples."""
+    return histogram.mean_low, histogram.mean_high
+
+
+def percentile(percent: float) -> Observer:
+    """The range that leaves (100 - percent) percent of values out, half at each end (McKinstry et al. 2018, arXiv:1809.04191; Wu et al. 2020,
+    arXiv:2004.09602, section 3.2). An end without values beyond 0 stays at 0, and its share goes to the other end."""
+
+    def observe(histogram: Histogram) -> Range:
+        total, edges = histogram.total, histogram.edges
+        if not total:
+            return 0.0, 0.0
+        outside = total * (1 - percent / 100)
+        share = outside if histogram.low >= 0 or histogram.high <= 0 else outside / 2
+        below = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+        low = 0.0 if histogram.low >= 0 else float(np.interp(share, below, edges))
+        high = 0.0 if histogram.high <= 0 else float(np.interp(total - share, below, edges))
+        return max(min(low, 0.0), histogram.low), min(max(high, 0.0), histogram.high)
+
+    return observe
+
+
+def least_squares(histogram: Histogram) -> Range:
+    """The range with the least `quantization_error` (Banner et al. 2019, arXiv:1810.05723, minimise the same; here on the histogram itself instead
+    of a fitted distribution): each end in turn over a shrinking grid of fractions of the observed range, until neither moves."""
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    if low == high:
+        return low, high
+
+    def cost(below: float, above: float) -> float:
+        return quantization_error(histogram, QParams.from_range(below * low, above * high))
+
+    fractions, best = [1.0, 1.0], cost(1.0, 1.0)
+    for grid in (np.linspace(0.05, 1.0, 20), np.linspace(-0.04, 0.04, 9), np.linspace(-0.008, 0.008, 9)):
+        for _ in range(2):
+            before = list(fractions)
+            for end in (0, 1):
+                if (low, high)[end] == 0:
+                    continue
+                center = 0.0 if len(grid) == 20 else fractions[end]
+                for candidate in center + grid:
+                    trial = list(fractions)
+                    trial[end] = float(candidate)
+                    if 0 < candidate <= 1 and (error := cost(*trial)) < best:
+                        best, fractions = error, trial
+            if fractions == before:
+                break
+    return fractions[0] * low, fractions[1] * high
+
+
+def entropy(histogram: Histogram) -> Range:
+    """The range whose 8-bit histogram is nearest to the clipped one by Kullback-Leibler divergence (Migacz, "8-bit Inference with TensorRT", GTC 2017),
+    for asymmetric ranges: both ends shrink in proportion. Exact zeros don't take part: every range represents them."""
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    counts = histogram.counts.astype(np.float64)
+    if histogram.zeros:
+        counts[-histogram.first] -= histogram.zeros
+    if low == high or not counts.any():
+        return low, high
+    zero, best, chosen = -histogram.first, math.inf, (low, high)
+    used = np.flatnonzero(counts)
+    begin, end = min(int(used[0]), zero), max(int(used[-1]) + 1, zero)
+    for fraction in np.linspace(0.1, 1.0, 91):
+        first, last = zero - round((zero - begin) * fraction), zero + round((end - zero) * fraction)
+        if last - first < 256:
+            continue
+        divergence = _divergence(counts, first, last)
+        if divergence < best:
+            best, chosen = divergence, (max(low, histogram.edges[first]), min(high, histogram.edges[last]))
+    return float(chosen[0]), float(chosen[1])
+
+
+def _divergence(counts: np.ndarray, first: int, last: int) -> float:
+    """KL(P || Q) where P is counts[first:last] with what lies outside added to its end bins, and Q spreads 256 levels over P's occupied bins."""
+    inside = counts[first:last]
+    p = inside.copy()
+    p[0] += counts[:first].sum()
+    p[-1] += counts[last:].sum()
+    level = np.arange(last - first) * 256 // (last - first)
+    occupied = p > 0
+    mass, bins = np.bincount(level, inside, 256), np.bincount(level, occupied, 256)
+    q = np.where(occupied, (mass / np.maximum(bins, 1))[level], 0.0)
+    p, q = p / p.sum(), q / max(q.sum(), 1e-300)
+    shared = occupied & (q > 0)
+    if not shared[occupied].all():  # values that Q can't produce: their divergence is infinite; TensorRT smooths with a small constant
+        q = np.where(occupied & (q == 0), 1e-9, q)
+    return float((p[occupied] * np.log(p[occupied] / q[occupied])).sum())
+
+
+OBSERVERS: dict[str, Observer] = {
+    "min-max": min_max,
+    "average": moving_average,
+    "percentile-99.9": percentile(99.9),
+    "percentile-99.99": percentile(99.99),
+    "percentile-99.999": percentile(99.999),
+    "mse": least_squares,
+    "entropy": entropy,
+}
+"""Observers by name, simplest first: of equal errors the first wins."""

@@ -1,0 +1,324 @@
+"""Parity: what a compiled library computes, against the float network it came from, end to end and layer by layer.
+
+Layers are joined by value id (docs/architecture.md): the float network's and the library's steps carry the names of the same tensors. An int8
+value is compared as the real number it stands for, `scale * (q - zero_point)`, with the scale and zero point that the library's manifest gives it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qcompiler.data import InputInfo, Samples, load_labels, open_samples
+from qcompiler.debug import plain_json
+from qcompiler.errors import ArtifactError, DataError
+from qcompiler.metrics import Accumulator, Metrics
+from qcompiler.progress import Progress
+
+DEFAULT_MIN_SQNR = 10.0
+"""dB that every output must reach when no threshold is named: int8 networks that classify correctly have 14 to 22, broken ones less than 5."""
+
+Visit = Callable[[str, np.ndarray], None]
+
+
+class Runner(Protocol):
+    """What is compared: `qcompiler.runtime.session.Session`, or anything that runs alike."""
+
+    manifest: dict[str, Any]
+
+    @property
+    def inputs(self) -> Sequence[InputInfo]: ...
+    @property
+    def outputs(self) -> Sequence[InputInfo]: ...
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+    def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What must hold. min_sqnr: dB, for every output. min_agreement: fraction of samples with the float network's top-1 class.
+
+    max_accuracy_drop: percentage points of top-1 accuracy below float (needs labels). max_channel_bias: quantization steps, for every layer
+    (see `Metrics.channel_bias`): a kernel that is off by one in one channel shows here when nothing else does.
+    None is not checked; with all four None, min_sqnr is DEFAULT_MIN_SQNR.
+    """
+
+    min_sqnr: float | None = None
+    min_agreement: float | None = None
+    max_accuracy_drop: float | None = None
+    max_channel_bias: float | None = None
+
+    def effective(self) -> Thresholds:
+        return Thresholds(min_sqnr=DEFAULT_MIN_SQNR) if self == Thresholds() else self
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output or one layer. `dtype`: how the library holds it ("int8", "float32"). `agreement`: top-1, for outputs of shape [batch, classes]."""
+
+    name: str
+    dtype: str
+    metrics: Metrics
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The result of a comparison; accuracies and agreements are fractions of `samples`, layers are over `layer_samples`."""
+
+    samples: int
+    layer_samples: int
+    outputs: list[Row]
+    layers: list[Row]
+    thresholds: Thresholds
+    float_accuracy: float | None = None
+    int8_accuracy: float | None = None
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def agreement(self) -> float | None:
+        """Top-1 agreement of the first output that has one."""
+        return next((o.agreement for o in self.outputs if o.agreement is not None), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; infinities and NaN are the strings "inf", "-inf" and "nan"."""
+        document: dict[str, Any] = plain_json({**asdict(self), "passed": self.passed, "agreement": self.agreement})
+        return document
+
+    def worst_layers(self, count: int) -> list[Row]:
+        """The `count` layers of lowest SQNR, NaN first."""
+        return sorted(self.layers, key=lambda row: (not np.isnan(row.metrics.sqnr_db), row.metrics.sqnr_db))[:count]
+
+    def __str__(self) -> str:
+        from qcompiler.tables import parity_text
+
+        return parity_text(self)
+
+
+def verify(
+    library: Any,
+    model: Any,
+    samples: Any,
+    *,
+    labels: str | Path | Iterable[int] | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    max_accuracy_drop: float | None = None,
+    max_channel_bias: float | None = None,
+    preprocess: Any = None,
+    layer_samples: int = 8,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
+
+    `library`: path of the `.so`, or a Session. `model`: the ONNX file it was compiled from (compiled in float for the same target), or a float Session.
+    `samples`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see `qcompiler.data.load_labels`).
+    Layers are compared on the first `layer_samples` samples; 0 skips them.
+
+    Raises DataError for bad data, ModelError for a bad model, ArtifactError for a bad library or one of another model.
+    """
+    from qcompiler.runtime.session import Session
+
+    actual = Session(library, threads=threads) if isinstance(library, (str, Path)) else library
+    data = open_samples(samples, actual.inputs, preprocess)
+    classes = load_labels(labels, data) if isinstance(labels, (str, Path)) else None if labels is None else np.asarray(labels, np.int64)
+    thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias)
+    options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress}
+    if not isinstance(model, (str, Path)):
+        return compare(actual, model, data, **options)
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        return compare(actual, float_session(model, actual, Path(folder), threads), data, **options)
+
+
+def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) -> Any:
+    """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like`.
+
+    Raises ArtifactError when the network's inputs or outputs are not those of `like`.
+    """
+    from qcompiler.pipeline import compile_float
+    from qcompiler.runtime.session import Session
+
+    shapes = {i.name: tuple(i.shape) for i in like.inputs}
+    library = compile_float(model, like.manifest["target"], shapes).save(folder / "float.so")
+    session = Session(library, threads=threads)
+    for kind in ("inputs", "outputs"):
+        mine, wanted = ([(i.name, tuple(i.shape)) for i in getattr(s, kind)] for s in (session, like))
+        if mine != wanted:
+            raise ArtifactError(f"the library was not compiled from {model}: its {kind} are {wanted}, the model's are {mine}")
+    return session
+
+
+class _Layers:
+    """Joins two traces by value id."""
+
+    def __init__(self, actual: Runner, reference: Runner) -> None:
+        self._actual, self._reference = actual, reference
+        self._rows: dict[str, tuple[str, Accumulator]] = {}
+        self._skip = {i.name for i in actual.inputs}
+
+    def add(self, sample: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Trace both networks on a sample; returns their outputs (actual, reference)."""
+        kept: dict[str, np.ndarray] = {}
+        expected = self._reference.trace(sample, lambda name, array: kept.__setitem__(name, array.copy()))
+
+        def visit(name: str, array: np.ndarray) -> None:
+            if name in kept and name not in self._skip and kept[name].dtype.kind == "f":
+                self._compare(name, array, kept[name])
+
+        return self._actual.trace(sample, visit), expected
+
+    def _compare(self, name: str, array: np.ndarray, reference: np.ndarray) -> None:
+        if array.shape != reference.shape:
+            raise ArtifactError(f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network")
+        step, real = None, array
+        if array.dtype == np.int8:
+            try:
+                info = self._actual.manifest["values"][name]
+                step, zero = float(info["scale"]), int(info["zero_point"])
+            except (KeyError, TypeError) as error:
+                raise ArtifactError(f"the manifest gives no scale and zero point for the int8 value '{name}'") from error
+            real = (array.astype(np.float32) - np.float32(zero)) * np.float32(step)
+        if name not in self._rows:
+            self._rows[name] = (str(array.dtype), Accumulator(step))
+        self._rows[name][1].add(real, reference)
+
+    def rows(self) -> list[Row]:
+        if not self._rows:
+            raise ArtifactError("no value of the library occurs in the float network: it was compiled from another model")
+        return [Row(name, dtype, accumulator.metrics()) for name, (dtype, accumulator) in self._rows.items()]
+
+
+def compare(
+    actual: Runner,
+    reference: Runner,
+    samples: Samples | Iterable[Mapping[str, np.ndarray]],
+    *,
+    labels: np.ndarray | None = None,
+    thresholds: Thresholds = Thresholds(),
+    layer_samples: int = 8,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """`verify` on two sessions and checked samples. `labels`: int64, one per sample (per row of the batch)."""
+    thresholds = thresholds.effective()
+    names = [o.name for o in reference.outputs]
+    if [o.name for o in actual.outputs] != names:
+        raise ArtifactError(f"the library's outputs {[o.name for o in actual.outputs]} are not the float network's {names}")
+    classified = [o.name for o in reference.outputs if len(o.shape) == 2 and o.shape[1] > 1]
+    _check_thresholds(thresholds, classified, labels is not None)
+    totals = {name: Accumulator() for name in names}
+    votes: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in classified}
+    layers = _Layers(actual, reference)
+    done, total = 0, getattr(samples, "count", None)
+    for sample in samples:
+        if done < layer_samples:
+            got, expected = layers.add(sample)
+        else:
+            got, expected = actual.run(sample), reference.run(sample)
+        for name, accumulator in totals.items():
+            accumulator.add(got[name].astype(np.float32), expected[name].astype(np.float32))
+        for name, pairs in votes.items():
+            pairs.append((got[name].argmax(1), expected[name].argmax(1)))
+        done += 1
+        if progress is not None:
+            progress("verify", done, total)
+    if not done:
+        raise DataError("the data is empty: at least one sample is needed")
+    top = {name: (np.concatenate([a for a, _ in pairs]), np.concatenate([r for _, r in pairs])) for name, pairs in votes.items()}
+    dtypes = {o.name: str(o.dtype) for o in actual.outputs}
+    outputs = [
+        Row(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None) for name in names
+    ]
+    float_accuracy, int8_accuracy = None, None
+    if labels is not None:
+        got_top, float_top = top[classified[0]]
+        if len(labels) != len(got_top):
+            raise DataError(f"{len(labels)} labels for {len(got_top)} samples")
+        float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
+    rows = layers.rows() if layer_samples else []
+    report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy)
+    report.failures.extend(_failures(report))
+    return report
+
+
+def _check_thresholds(thresholds: Thresholds, classified: list[str], labelled: bool) -> None:
+    if thresholds.max_accuracy_drop is not None and not labelled:
+        raise DataError("an accuracy threshold needs labels (--labels)")
+    if not classified and (labelled or thresholds.min_agreement is not None):
+        raise DataError("labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR")
+
+
+def _failures(report: ParityReport) -> list[str]:
+    """One sentence per threshold missed. Comparisons are written so that NaN misses."""
+    limits, found = report.thresholds, []
+    for row in report.outputs:
+        if limits.min_sqnr is not None and not row.metrics.sqnr_db >= limits.min_sqnr:
+            found.append(f"output '{row.name}': SQNR {row.metrics.sqnr_db:.2f} dB is below {limits.min_sqnr:g} dB")
+        if limits.min_agreement is not None and row.agreement is not None and not row.agreement >= limits.min_agreement:
+            found.append(f"output '{row.name}': top-1 agreement {row.agreement:.4f} is below {limits.min_agreement:g}")
+    if limits.max_accuracy_drop is not None and report.float_accuracy is not None and report.int8_accuracy is not None:
+        drop = 100.0 * (report.float_accuracy - report.int8_accuracy)
+        if not drop <= limits.max_accuracy_drop + 1e-9:  # the difference of two fractions is inexact
+            found.append(f"top-1 accuracy dropped by {drop:.2f} points, more than {limits.max_accuracy_drop:g}")
+    if limits.max_channel_bias is not None:
+        for row in report.layers:
+            bias = row.metrics.channel_bias
+            if bias is not None and not abs(bias) <= limits.max_channel_bias:
+                channel = row.metrics.channel
+                found.append(f"layer '{row.name}': channel {channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}")
+    return found
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A value of the library that is not the reference's: how many elements differ, the first one's index, both its numbers, and the channels touched."""
+
+    name: str
+    elements: int
+    index: tuple[int, ...]
+    actual: float
+    expected: float
+    channels: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"value '{self.name}': {self.elements} elements differ, first at {list(self.index)}: {self.actual:g}, expected {self.expected:g}; "
+            f"channels {', '.join(map(str, self.channels[:8]))}{', ...' if len(self.channels) > 8 else ''}"
+        )
+
+
+def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray]) -> list[Mismatch]:
+    """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.interpreter.run`), in order.
+
+    Only int8 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
+    """
+    mismatches: list[Mismatch] = []
+    compared = 0
+
+    def visit(name: str, array: np.ndarray) -> None:
+        nonlocal compared
+        if name not in expected or array.dtype != np.int8:
+            return
+        compared += 1
+        wanted = expected[name]
+        if wanted.shape != array.shape or wanted.dtype != array.dtype:
+            raise ArtifactError(f"value '{name}' is {array.dtype}{list(array.shape)} in the library, {wanted.dtype}{list(wanted.shape)} in the reference")
+        where = np.argwhere(array != wanted)
+        if len(where):
+            first = tuple(int(i) for i in where[0])
+            channels = tuple(int(c) for c in np.unique(where[:, -1])) if array.ndim else ()
+            mismatches.append(Mismatch(name, len(where), first, float(array[first]), float(wanted[first]), channels))
+
+    actual.trace(sample, visit)
+    if not compared:
+        raise ArtifactError("no int8 value of the library occurs in the reference: nothing was compared")
+    return mismatches

@@ -1,0 +1,126 @@
+"""Results as text for people: the tables that the command line prints. Nothing here computes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qcompiler.bench import Timing, ratios
+
+if TYPE_CHECKING:
+    from qcompiler.parity import ParityReport, Row
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 140) -> str:
+    """A plain-text table; a column whose name ends in "|" is aligned right. Long cells wrap; `width` is in characters."""
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="", title_style="")
+    for column in columns:
+        grid.add_column(column.removesuffix("|"), justify="right" if column.endswith("|") else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    stream = io.StringIO()
+    Console(file=stream, width=width, no_color=True, highlight=False, markup=False, emoji=False).print(grid)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else str(value) if not math.isfinite(value) else format(value, form)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    return f"{count} B" if count < 1000 else f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def _parity_rows(rows: Sequence[Row]) -> list[list[str]]:
+    cells = []
+    for row in rows:
+        m = row.metrics
+        bias = "" if m.channel_bias is None else f"{m.channel_bias:+.2f} in {m.channel}"
+        errors = [number(e, ".3g") for e in (m.max_error, m.median_error, m.mean_error)]
+        cells.append([row.name, row.dtype, number(m.sqnr_db), *errors, number(m.cosine, ".5f"), bias, percent(row.agreement)])
+    return cells
+
+
+_PARITY_COLUMNS = ("value", "dtype", "SQNR dB|", "max|", "median|", "mean|", "cosine|", "channel bias, steps|", "top-1 agreement|")
+
+
+def parity_text(report: ParityReport, layers: int = 10) -> str:
+    """The outputs, the `layers` worst layers (negative: all, in order), accuracy and the verdict."""
+    parts = [table(f"Outputs, {report.samples} samples", _PARITY_COLUMNS, _parity_rows(report.outputs))]
+    if report.layers and layers:
+        shown = report.layers if layers < 0 else report.worst_layers(layers)
+        title = f"Layers, {report.layer_samples} samples" + ("" if layers < 0 else f": the worst {len(shown)} of {len(report.layers)}")
+        parts.append(table(title, _PARITY_COLUMNS[:-1], [cells[:-1] for cells in _parity_rows(shown)]))
+    if report.float_accuracy is not None and report.int8_accuracy is not None:
+        drop = 100 * (report.float_accuracy - report.int8_accuracy)
+        parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
+    parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
+    return "\n\n".join(parts)
+
+
+def timing_text(timings: Sequence[Timing], base: str) -> str:
+    """Latencies and their ratio to `base` (below 1: faster)."""
+    factors = ratios(timings, base)
+    rows = [[t.name, milliseconds(t.minimum), milliseconds(t.median), f"{factors[t.name]:.3f}", str(t.rounds)] for t in timings]
+    return table("Latency", ("what", "minimum ms|", "median ms|", f"x {base}|", "rounds|"), rows)
+
+
+def profile_text(steps: Sequence[tuple[str, str, str, float]]) -> str:
+    """Per step: value, operator, kernel row, time, share."""
+    total = sum(seconds for *_, seconds in steps)
+    rows = [[value, op, kernel, f"{seconds * 1e6:.1f}", percent(seconds / total)] for value, op, kernel, seconds in steps]
+    return table(f"Steps, {total * 1e3:.3f} ms in all", ("value", "operator", "kernel", "us|", "share|"), rows)
+
+
+def port_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [kind[:-1], port["name"], port["dtype"], str(port["shape"])] for kind in ("inputs", "outputs") for port in manifest[kind]
+    ]
+
+
+def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per step of the library: value id, operator, how its result is held, kernel row, multiply-adds, and why it is not int8 (or None)."""
+    reasons = {entry["id"]: entry["reason"] for entry in manifest["float_ops"]}
+    steps = []
+    for step in manifest["steps"]:
+        if step.get("auxiliary"):
+            continue
+        storage = manifest["layouts"][step["id"]]["storage"]
+        dtype = "int8" if storage in ("int8", "uint8") else storage
+        row = {"id": step["id"], "op": step["op"], "dtype": dtype, "kernel": step["kernel"], "macs": step["macs"], "reason": reasons.get(step["id"])}
+        steps.append(row)
+    return steps
+
+
+def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
+    """What `qcompiler inspect` prints."""
+    plain = {
+        k: v for k, v in manifest.items() if isinstance(v, (str, int, float)) or (isinstance(v, list) and all(isinstance(i, str) for i in v))
+    }
+    plain |= {f"{k} of {n}": d for k in ("digests",) if isinstance(manifest.get(k), dict) for n, d in manifest[k].items()}
+    general = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in plain.items()]
+    steps = step_rows(manifest)
+    cells = [[s["id"], s["op"], s["dtype"], s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""] for s in steps]
+    count = sum(s["dtype"] == "int8" for s in steps)
+    title = f"Operators: {count} of {len(steps)} have int8 results"
+    return "\n\n".join(
+        [
+            table("Library", ("", ""), [["size", size(file_size)], *general]),
+            table("Inputs and outputs", ("", "name", "dtype", "shape"), port_rows(manifest)),
+            table(title, ("value", "operator", "result", "kernel", "MMAC|", "why not int8"), cells, width=180),
+        ]
+    )

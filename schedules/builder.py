@@ -1,0 +1,403 @@
+"""Building blocks of kernels written directly as TIR: the function frame, vector arithmetic, and loop nests over strided views.
+
+A kernel body is a Python function of an `Emitter`; each call in it appends statements. Vectors are TIR expressions with `lanes` elements,
+scalars the case `lanes == 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key
+from qcompiler.targets import Target
+
+GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
+
+# -- the function frame -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Emitter:
+    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes."""
+
+    op: OpCall
+    task: Any
+    tasks: int
+    inputs: list[Any]
+    arrays: list[Any]
+    output: Any
+    width: int
+    _scalars: Any
+    values: list[int] = field(default_factory=list)
+
+    def i32(self, value: int) -> Any:
+        """An int32 scalar that lies in the kernel's constants, so that code does not depend on it."""
+        self.values.append(int(value))
+        return T.bind(self._scalars[len(self.values) - 1])
+
+    def f32(self, value: float) -> Any:
+        """A float32 scalar that lies in the kernel's constants (its bits, in the int32 array)."""
+        self.values.append(int(np.float32(value).view(np.int32)))
+        return T.bind(T.reinterpret("float32", self._scalars[len(self.values) - 1]))
+
+    def operands(self) -> list[View]:
+        """A view of each operand, in the operator's order; constants are read from `arrays`, in order."""
+        inputs, arrays, views = iter(self.inputs), iter(self.arrays), []
+        for operand in self.op.operands:
+            if isinstance(operand, Layout):
+                views.append(view(next(inputs), operand))
+            else:
+                views.append(view(next(arrays), Layout(operand.shape, str(operand.dtype))))
+        return views
+
+
+def make_kernel(
+    row: str, op: OpCall, target: Target, emit: Callable[[Emitter], None], *, tasks: int = 1, arrays: Sequence[np.ndarray] = (), macs: int = 0
+) -> Kernel:
+    """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself."""
+    tasks = max(1, tasks)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True, is_private=True):
+            T.func_attr({"tirx.noalias": True})
+            task = T.arg("task", T.int32())
+            pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
+            constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
+            scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
+            inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
+            packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
+            output = flat(out, op.output.elements, op.output.dtype)
+            emitter = Emitter(op, task, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"))
+            emit(emitter)
+    func = builder.get()
+    used = np.array(emitter.values or [0], np.int32)
+    key = kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
+    return Kernel(func, tasks, [np.ascontiguousarray(a) for a in arrays] + [used], key, row, macs=macs)
+
+
+def flat(pointer: Any, elements: int, dtype: str) -> Any:
+    return T.decl_buffer((max(elements, 1),), dtype, data=pointer)
+
+
+def vector_bytes(target: Target) -> int:
+    """Bytes of the widest vector worth using on a target: 64, 32 or 16."""
+    return 64 if "avx512bw" in target.features else 32 if "avx2" in target.features else 16
+
+
+def task_count(work: int, limit: int, grain: int = GRAIN) -> int:
+    """How many tasks to make of `work` elements when at most `limit` are possible."""
+    return max(1, min(limit, work // grain, 64))
+
+
+# -- vectors ----------------------------------------------------------------------------------------------------------------------------
+
+
+def vector(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def cast(dtype: str, value: Any, lanes: int) -> Any:
+    return T.Cast(vector(dtype, lanes), value)
+
+
+def splat(value: Any, lanes: int) -> Any:
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+def load(buffer: Any, index: Any, lanes: int, stride: int = 1) -> Any:
+    """`lanes` elements from `index` on; stride 0 repeats one element."""
+    if lanes == 1:
+        return buffer[index]
+    return T.broadcast(buffer[index], lanes) if stride == 0 else buffer[T.ramp(index, stride, lanes)]
+
+
+def store(buffer: Any, index: Any, value: Any, lanes: int) -> None:
+    T.buffer_store(buffer, value, [index if lanes == 1 else T.ramp(index, 1, lanes)])
+
+
+def offset_of(dtype: str) -> int:
+    """What storage of this type adds to a canonical value."""
+    return 128 if dtype == "uint8" else 0
+
+
+def recode(value: Any, source: str, target: str, lanes: int) -> Any:
+    """An 8-bit vector stored as `source`, as `target` stores it: int8 and uint8 storage differ in the top bit."""
+    if source == target:
+        return value
+    return T.reinterpret(vector(target, lanes), T.bitwise_xor(value, splat(tirx.const(-128 if source == "int8" else 128, source), lanes)))
+
+
+def centered(value: Any, zero: Any, lanes: int) -> Any:
+    """int32 of `stored - zero`, `zero` an int32 scalar that includes the storage offset.
+
+    |stored - zero| <= 255, so the difference is taken in int16: LLVM then knows that products of two such values fit the 16-bit multipliers.
+    """
+    return cast("int32", cast("int16", value, lanes) - splat(T.Cast("int16", zero), lanes), lanes)
+
+
+def round_byte(value: Any, dtype: str, lanes: int) -> Any:
+    """rint(value) modulo 256, for a float vector with |value| <= 2^22, as `dtype` (int8 or uint8).
+
+    1.5 * 2^23 + v has a unit in the last place of 1, so the addition rounds v to an integer, ties to even, and leaves it in the low bits of the
+    mantissa (1.5 * 2^23 = 0x4B400000 has none of them set). `value` comes out of a clamp, so no multiplication can be contracted with this addition.
+    """
+    return cast(dtype, T.reinterpret(vector("int32", lanes), value + splat(tirx.const(12582912.0, "float32"), lanes)), lanes)
+
+
+def clamp(value: Any, low: Any, high: Any, lanes: int) -> Any:
+    """min, then max: a NaN becomes `high` (comparisons with NaN are false, and `min(a, b)` is `a < b ? a : b`)."""
+    return T.max(T.min(value, splat(high, lanes)), splat(low, lanes))
+
+
+@dataclass(frozen=True)
+class Requantize:
+    """The end of an integer kernel: `clip(x, low - z, high - z)`, rounded, plus z, in the output's storage."""
+
+    low: Any
+    high: Any
+    zero: Any  # z plus the storage offset, as the output's type
+    dtype: str
+
+    @staticmethod
+    def of(k: Emitter, zero_point: int, low: int, high: int) -> Requantize:
+        dtype = k.op.output.dtype
+        zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset_of(dtype))))
+        return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype)
+
+    def store_value(self, scaled: Any, lanes: int) -> Any:
+        """The stored vector for a float32 vector that is already multiplied. Bytes wrap; the sum is in range by the clamp."""
+        return round_byte(clamp(scaled, self.low, self.high, lanes), self.dtype, lanes) + splat(self.zero, lanes)
+
+    def __call__(self, acc: Any, multiplier: Any, lanes: int) -> Any:
+        """One conversion, one multiplication (`multiplier`: a float32 vector)."""
+        return self.store_value(cast("float32", acc, lanes) * multiplier, lanes)
+
+
+Compute = Callable[[list[Any], int], Any]  # (vectors, lanes) -> vector
+
+
+# -- views and loop nests ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided window of a flat buffer; strides and offset in elements, stride 0 repeats."""
+
+    buffer: Any
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    def window(self, begin: Sequence[int], shape: Sequence[int]) -> View:
+        start = self.offset + sum(b * s for b, s in zip(begin, self.strides, strict=True))
+        return replace(self, shape=tuple(shape), offset=start)
+
+    def permuted(self, axes: Sequence[int]) -> View:
+        return replace(self, shape=tuple(self.shape[a] for a in axes), strides=tuple(self.strides[a] for a in axes))
+
+    def broadcast(self, shape: Sequence[int]) -> View:
+        """numpy broadcasting."""
+        missing = len(shape) - len(self.shape)
+        own = (1,) * missing + self.shape
+        strides = (0,) * missing + self.strides
+        assert all(d in (1, s) for d, s in zip(own, shape, strict=True)), (self.shape, shape)
+        return replace(self, shape=tuple(shape), strides=tuple(0 if d == 1 else s for d, s in zip(own, strides, strict=True)))
+
+    def at(self, index: Sequence[Any]) -> Any:
+        """Flat index of an element."""
+        total: Any = self.offset
+        for i, s in zip(index, self.strides, strict=True):
+            if s:
+                total = total + i * s
+        return total
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
+
+
+def view(buffer: Any, layout: Layout) -> View:
+    if layout.dense:
+        return View(buffer, layout.dtype, layout.shape, dense_strides(layout.shape))
+    height, width = layout.rows
+    pitch = layout.channel_pitch
+    return View(buffer, layout.dtype, layout.shape, (height * width * pitch, width * pitch, pitch, 1), layout.index(0, 0, 0, 0))
+
+
+def merged(views: Sequence[View]) -> list[View]:
+    """The same elements in the same order with as few dimensions as possible (at least one)."""
+    shape = views[0].shape
+    dims = [(e, [v.strides[i] for v in views]) for i, e in enumerate(shape) if e != 1]
+    result: list[tuple[int, list[int]]] = []
+    for extent, strides in dims:
+        if result and all(o == s * extent for o, s in zip(result[-1][1], strides, strict=True)):
+            result[-1] = (result[-1][0] * extent, strides)
+        else:
+            result.append((extent, strides))
+    result = result or [(1, [1] * len(views))]
+    return [replace(v, shape=tuple(e for e, _ in result), strides=tuple(s[i] for _, s in result)) for i, v in enumerate(views)]
+
+
+def pieces(extent: int, lanes: int) -> list[tuple[int, int, int]]:
+    """(first, count, lanes): runs of vectors that cover `extent` elements; the last vector may overlap the one before it."""
+    lanes = min(lanes, 1 << (extent.bit_length() - 1))
+    count = extent // lanes
+    rest = extent - count * lanes
+    runs = [(0, count, lanes)]
+    if rest:
+        last = 1 << (rest - 1).bit_length()
+        runs.append((extent - last, 1, last))
+    return runs
+
+
+@contextmanager
+def loops(*extents: Any) -> Iterator[list[Any]]:
+    """Nested serial loops; an extent may be a pair (begin, end). Loops of extent 1 are left out."""
+    with ExitStack() as stack:
+        index = []
+        for extent in extents:
+            begin, end = extent if isinstance(extent, tuple) else (0, extent)
+            single = isinstance(begin, int) and isinstance(end, int) and end - begin == 1
+            index.append(T.int32(begin) if single else stack.enter_context(T.serial(begin, end)))
+        yield index
+
+
+def share(k: Emitter, extent: int, unit: int = 1) -> Any:
+    """This task's part of `extent` loop iterations, as an argument of `loops`; parts are multiples of `unit`."""
+    if k.tasks == 1:
+        return extent
+    units = -(-extent // unit)
+    chunk = -(-units // k.tasks) * unit
+    begin = T.bind(T.min(k.task * chunk, extent))
+    return begin, T.bind(T.min(begin + chunk, extent))
+
+
+def vectors(extent: int, lanes: int, body: Callable[[Any, int], None]) -> None:
+    """`body(start, lanes)` for vectors that cover `extent` elements."""
+    for first, count, size in pieces(extent, lanes):
+        with loops(count) as (i,):
+            body(i * size + first if count > 1 else T.int32(first), size)
+
+
+def tiles(k: Emitter, extent: int, lanes: int) -> Any:
+    """This task's tiles of `lanes` elements, as an argument of `loops`; tile t begins at `min(t * lanes, extent - lanes)`.
+
+    A ragged last tile is moved back, so it overlaps the one before it: both belong to the same task.
+    """
+    whole, last = extent // lanes, -(-extent // lanes)
+    part = share(k, whole)
+    if not isinstance(part, tuple):
+        return last
+    begin, end = part
+    return begin, end if last == whole else T.bind(T.Select(T.And(end == whole, begin < end), T.int32(last), end))
+
+
+def elementwise(k: Emitter, sources: Sequence[View], target: View, compute: Compute, spare: int = 0) -> None:
+    """target[i] = compute(sources[i]) for every index of `target.shape`; all views have that shape. Vectors run along the last dimension.
+
+    The outermost (merged) dimension is divided among the kernel's tasks. A single source whose contiguous dimension is another one is
+    transposed in tiles; `spare` elements behind each innermost run of the target may then be overwritten.
+    """
+    views = merged([*sources, target])
+    extents = views[-1].shape
+    if len(views) == 2:
+        axis = _transposed_axis(views[0], views[1])
+        if axis is not None:
+            _transposing(k, views[0], views[1], axis, compute, spare)
+            return
+    if len(extents) > 1:
+        with loops(share(k, extents[0]), *extents[1:-1]) as index:
+            _row(k, views, index, compute)
+    elif k.tasks == 1:
+        _row(k, views, [], compute)
+    else:
+        chunk = extents[0] // k.tasks // 64 * 64
+        if chunk:
+            _row(k, _chunks(views, chunk), [k.task], compute)
+        if extents[0] > chunk * k.tasks:
+            with T.If(k.task == k.tasks - 1), T.Then():
+                _row(k, [v.window([chunk * k.tasks], [extents[0] - chunk * k.tasks]) for v in views], [], compute)
+
+
+def _chunks(views: Sequence[View], chunk: int) -> list[View]:
+    return [replace(v, shape=(v.shape[0] // chunk, chunk), strides=(v.strides[0] * chunk, v.strides[0])) for v in views]
+
+
+def _row(k: Emitter, views: Sequence[View], index: list[Any], compute: Compute) -> None:
+    """The innermost dimension of merged views at `index` of the others."""
+    *inputs, out = views
+    inner = [v.strides[-1] for v in views]
+    starts = [T.bind(T.int32(0) + v.at([*index, 0])) for v in views]
+
+    def step(at: Any, lanes: int) -> None:
+        loaded = [load(v.buffer, s + at * stride, lanes, stride) for v, s, stride in zip(inputs, starts, inner, strict=False)]
+        store(out.buffer, starts[-1] + at * inner[-1], compute(loaded, lanes), lanes)
+
+    vectors(out.shape[-1], k.width if inner[-1] == 1 else 1, step)
+
+
+# -- transposition ----------------------------------------------------------------------------------------------------------------------
+
+
+def _transposed_axis(source: View, target: View) -> int | None:
+    """The dimension along which the source is contiguous, when that is not the target's and both are long enough for tiles."""
+    if target.strides[-1] != 1 or source.strides[-1] in (0, 1) or source.shape[-1] < 2:
+        return None
+    return next((i for i, s in enumerate(source.strides[:-1]) if s == 1 and source.shape[i] >= 4), None)
+
+
+def interleave(rows: list[Any], lanes: int) -> list[Any]:
+    """R vectors of L lanes (R <= L, powers of two) as R vectors that hold element [l][r], in order: the transposed matrix.
+
+    Each stage merges vectors i and i + R/2 element by element: one punpckl/punpckh (zip1/zip2) per vector for 16 bytes.
+    """
+    half = lanes // 2
+    low = [x for i in range(half) for x in (i, lanes + i)]
+    high = [x + half for x in low]
+    for _ in range(len(rows).bit_length() - 1):
+        n = len(rows) // 2
+        rows = [T.bind(T.Shuffle([rows[i], rows[i + n]], order)) for i in range(n) for order in (low, high)]
+    return rows
+
+
+def _transposing(k: Emitter, source: View, target: View, axis: int, compute: Compute, spare: int) -> None:
+    """Tiles of `lanes` elements along `axis` (contiguous in the source) times `count` along the last dimension (contiguous in the target)."""
+    columns, rows = target.shape[axis], target.shape[-1]
+    lanes = min(16, 1 << (columns.bit_length() - 1))
+    count = 1 << (rows - 1).bit_length()
+    if count > min(rows + spare, lanes):
+        count = min(lanes, 1 << (rows.bit_length() - 1))
+    before = np.dtype(source.dtype).itemsize > np.dtype(target.dtype).itemsize  # convert where vectors are wide, move bytes
+    outer = [e for i, e in enumerate(target.shape[:-1]) if i != axis]
+    along = tiles(k, columns, lanes) if axis == 0 else -(-columns // lanes)
+    extents = [along, *outer] if axis == 0 else [along, share(k, outer[0]), *outer[1:]]
+    with loops(*extents, -(-rows // count)) as (tile, *index, block):
+        first = T.bind(T.min(tile * lanes, columns - lanes))
+        row = T.bind(T.max(T.min(block * count, rows - count), 0))
+        index.insert(axis, first)
+        start = T.bind(T.int32(0) + source.at([*index, row]))
+        out = T.bind(T.int32(0) + target.at([*index, row]))
+        loaded = [load(source.buffer, start + min(r, rows - 1) * source.strides[-1], lanes) for r in range(count)]
+        loaded = [T.bind(compute([x], lanes) if before else x) for x in loaded]
+        for i, merged_vector in enumerate(interleave(loaded, lanes)):
+            value = merged_vector if before else T.bind(compute([merged_vector], lanes))
+            per = lanes // count  # columns in one vector
+            if target.strides[axis] == count or per == 1:
+                store(target.buffer, out + i * per * target.strides[axis], value, lanes)
+                continue
+            for j in range(per):
+                part = T.Shuffle([value], list(range(j * count, (j + 1) * count)))
+                store(target.buffer, out + (i * per + j) * target.strides[axis], part, count)

@@ -1,0 +1,333 @@
+"""Convolution and dense layers as one register-tiled kernel, for every ISA that has a dot step.
+
+    task -> (run of channels, run of pixel tiles) -> channel tile, pixel tile (either one outside) -> reduction -> epilogue
+
+Inputs carry a halo that holds the zero point, so inner loops have no bounds checks. A ragged edge of the image is a tile moved back over pixels
+that the same task or another one computes as well: equal bytes are written twice. Hence the output must not overlap the inputs, the residual among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, split_blocks
+from qcompiler.schedules.x86.isa import Isa, load, save, scalar, shuffle
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the accumulator. `output`: "uint8", "int8" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven.
+
+    Float kernels (isa.kind "fma") clamp always; 8-bit ones clamp to `low`/`high` only where flagged, because packing saturates anyway.
+    """
+
+    output: str
+    residual: bool
+    clamp_low: bool
+    clamp_high: bool
+    exact_range: bool
+
+    @property
+    def packed(self) -> bool:
+        return self.output != "float32"
+
+
+class Parameters:
+    """The constant that holds what layers of equal code differ in, as int32 words: vectors first, so that they are memory operands, then scalars.
+
+    `offset` int16 lanes (added before the 8-bit saturation), `low`/`high` byte lanes; then residual multiplier and constant (int32),
+    the residual's 2^-shift, low and high (float32).
+    """
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+
+    def array(self, offset: int, low: int, high: int, multiplier: int, constant: int, scale: float, float_low: float, float_high: float) -> np.ndarray:
+        n, lanes = self.isa.bytes, self.isa.lanes
+        vectors = [np.full(n // 2, offset, np.int16), np.full(n, low & 255, np.uint8), np.full(n, high & 255, np.uint8)]
+        scalars = [np.array([multiplier, constant], np.int64).astype(np.int32), np.array([scale, float_low, float_high], np.float32)]
+        packed = np.concatenate([v.view(np.int32) for v in (*vectors, *scalars)])
+        assert packed.size == 3 * lanes + 5
+        return packed
+
+    def declare(self, pointer: Any) -> None:
+        n = 3 * self.isa.lanes + 5
+        self.views = {t: T.decl_buffer((n * 4 // np.dtype(t).itemsize,), t, data=pointer) for t in ("int32", "float32", "int16", "uint8", "int8")}
+
+    def offset(self) -> Any:
+        return load(self.views["int16"], 0, self.isa.bytes // 2)
+
+    def bound(self, which: str, dtype: str) -> Any:
+        return load(self.views[dtype], self.isa.bytes * (1 if which == "low" else 2), self.isa.bytes)
+
+    def word(self, name: str) -> Any:
+        index = 3 * self.isa.lanes + ["multiplier", "constant", "scale", "low", "high"].index(name)
+        return T.broadcast(self.views["int32" if name in ("multiplier", "constant") else "float32"][index], self.isa.lanes)
+
+
+class ConvKernel:
+    """Emits the PrimFunc of one geometry, tiling and epilogue."""
+
+    def __init__(self, geometry: Geometry, isa: Isa, tiling: Tiling, epilogue: Epilogue) -> None:
+        self.g, self.isa, self.tiling, self.epilogue = geometry, isa, tiling, epilogue
+        self.channels: Channels = cut_channels(geometry.outputs, isa.lanes, tiling.blocks)
+        batch, height, width = geometry.pixels
+        if tiling.rows > height or tiling.cols > width:
+            raise ValueError(f"a tile of {tiling.rows} x {tiling.cols} pixels is larger than the output, {height} x {width}")
+        if tiling.blocks > self.channels.vectors:
+            raise ValueError(f"{tiling.blocks} blocks of {isa.lanes} channels are more than {geometry.outputs} channels")
+        if tiling.rows * tiling.cols * tiling.blocks > 2 * isa.registers:
+            raise ValueError(f"{tiling.rows} x {tiling.cols} x {tiling.blocks} accumulators don't fit {isa.registers} registers")
+        self.tile_rows, self.tile_cols = -(-height // tiling.rows), -(-width // tiling.cols)
+        self.pixel_run, self.pixel_tasks = runs(batch * self.tile_rows * self.tile_cols, tiling.pixel_tasks)
+        self.channel_units = geometry.groups if geometry.groups > 1 else self.channels.full
+        self.channel_run, self.channel_tasks = runs(self.channel_units, tiling.channel_tasks)
+        self.offsets = [(r, c) for r in range(tiling.rows) for c in range(tiling.cols)]
+
+    @property
+    def tasks(self) -> int:
+        return self.pixel_tasks * self.channel_tasks
+
+    def build(self) -> Any:
+        g, isa = self.g, self.isa
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True, is_private=True):
+                T.func_attr({"tirx.noalias": True})
+                task = T.arg("task", T.int32())
+                names = ["x", *(["residual"] if g.residual else []), "w", "bias", *([] if isa.kind == "fma" else ["multiplier"]), "params", "out"]
+                pointers = {n: T.arg(n, T.handle()) for n in names}
+                lanes = g.groups * self.channels.vectors * isa.lanes
+                self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
+                self.w = T.decl_buffer((lanes * g.depth(isa.group) * isa.group,), isa.weight_dtype, data=pointers["w"])
+                self.bias = T.decl_buffer((lanes,), isa.accumulator, data=pointers["bias"])
+                if isa.kind != "fma":
+                    self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
+                if g.residual:
+                    self.residual = T.decl_buffer((g.residual.elements,), g.residual.dtype, data=pointers["residual"])
+                self.params = Parameters(isa)
+                self.params.declare(pointers["params"])
+                self.out = T.decl_buffer((g.out.elements,), g.out.dtype, data=pointers["out"])
+                self.task(task)
+        return builder.get()
+
+    def task(self, task: Any) -> None:
+        pixel_task, channel_task = (task % self.pixel_tasks, task // self.pixel_tasks) if self.tasks > 1 else (0, 0)
+        batch = self.g.pixels[0]
+        self.first_pixel = T.bind(tirx.const(0, "int32") + pixel_task * self.pixel_run)
+        self.pixel_count = _length(self.first_pixel, self.pixel_run, batch * self.tile_rows * self.tile_cols, self.pixel_tasks)
+        first = T.bind(tirx.const(0, "int32") + channel_task * self.channel_run)
+        count = _length(first, self.channel_run, self.channel_units, self.channel_tasks)
+        if self.g.groups > 1:
+            with T.serial(0, count) as i:
+                group = T.bind(first + i)
+                self.group(group, tirx.const(0, "int32"), self.channels.full, None)
+        else:
+            last = channel_task == self.channel_tasks - 1 if self.channel_tasks > 1 else None
+            self.group(tirx.const(0, "int32"), first, count, last)
+
+    def group(self, group: Any, first: Any, count: Any, has_last: Any) -> None:
+        """Channel tiles [first, first + count) of one group, and its last, smaller one; `has_last`: the condition for it, None for always."""
+        channels = self.channels
+
+        def condition() -> Any:
+            return nullcontext() if has_last is None else _when(has_last)
+
+        def full(pixel: Any) -> None:
+            self.loop(count, lambda i: self.tile(group, (first + i) * channels.blocks, channels.blocks, pixel, channels.last == 0 and channels.full == 1))
+
+        def last(pixel: Any) -> None:
+            self.tile(group, tirx.const(channels.full * channels.blocks, "int32"), channels.last, pixel, True)
+
+        if self.tiling.order == "pixels":
+            with T.serial(0, self.pixel_count) as p:
+                pixel = T.bind(self.first_pixel + p)
+                full(pixel)
+                if channels.last:
+                    with condition():
+                        last(pixel)
+            return
+        block = lambda i: (first + i) * channels.blocks  # noqa: E731
+
+        def over_pixels(body: Callable[[Any], None]) -> None:
+            with T.serial(0, self.pixel_count) as p:
+                body(T.bind(self.first_pixel + p))
+
+        only = channels.last == 0 and channels.full == 1
+        self.loop(count, lambda i: over_pixels(lambda pixel: self.tile(group, block(i), channels.blocks, pixel, only)))
+        if channels.last:
+            with condition():
+                over_pixels(last)
+
+    def loop(self, count: Any, body: Callable[[Any], None]) -> None:
+        with T.serial(0, count) as i:
+            body(i)
+
+    def tile(self, group: Any, block: Any, blocks: int, pixel: Any, ragged: bool) -> None:
+        """One register tile: `blocks` vectors from vector `block` of `group`, and the pixels of tile number `pixel`."""
+        g, isa, t = self.g, self.isa, self.tiling
+        _, height, width = g.pixels
+        row = T.bind(T.min(pixel // self.tile_cols % self.tile_rows * t.rows, height - t.rows)) if height > 1 else 0
+        col = T.bind(T.min(pixel % self.tile_cols * t.cols, width - t.cols))
+        image = T.bind(pixel // (self.tile_cols * self.tile_rows)) if g.pixels[0] > 1 else 0
+        vector = T.bind(group * self.channels.vectors + block)
+        channel = group * g.outputs + block * isa.lanes
+        x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], group * g.inputs))
+        w = T.bind(vector * (g.depth(isa.group) * isa.group * isa.lanes))
+        accs = [[T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in range(blocks)] for _ in self.offsets]
+        for b in range(blocks):
+            bias = T.bind(load(self.bias, (vector + b) * isa.lanes, isa.lanes))
+            for line in accs:
+                save(line[b], 0, bias, isa.lanes)
+        self.reduce(accs, blocks, x, w)
+        values = [[T.bind(load(acc, 0, isa.lanes)) for acc in line] for line in accs]
+        store = {True: self.finish_packed, False: self.finish_float}[self.epilogue.packed]
+        out = T.bind(g.out.index(image, row, col, channel))
+        residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
+        store(values, blocks, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
+
+    def reduce(self, accs: list[list[Any]], blocks: int, x: Any, w: Any) -> None:
+        """The loops over kernel and input channels; the innermost one unrolled."""
+        g, isa = self.g, self.isa
+        loops, size = g.loops(isa.group), blocks * isa.lanes * isa.group
+        tail = g.tail(isa.group)
+        pitch = g.x.channel_pitch
+        places = [(r * g.strides[0] * g.x.rows[1] + c * g.strides[1]) * pitch for r, c in self.offsets]
+
+        def step(x: Any, w: Any, valid: int) -> None:
+            weights = [isa.weights(self.w, w + b * isa.lanes * isa.group) for b in range(blocks)]
+            for place, line in zip(places, accs, strict=True):
+                value = isa.activation(self.x, x + place, valid)
+                for acc, weight in zip(line, weights, strict=True):
+                    save(acc, 0, isa.dot(load(acc, 0, isa.lanes), value, weight), isa.lanes)
+
+        def nest(level: int, x: Any, w: Any) -> None:
+            extent, move = loops[level]
+            inner = math.prod(e for e, _ in loops[level + 1 :]) * size
+            if level + 1 < len(loops):
+                with T.serial(0, extent) as i:
+                    nest(level + 1, T.bind(x + i * move), T.bind(w + i * inner))
+                return
+            whole = extent if tail == isa.group else extent - 1
+            unroll = max(1, min(self.tiling.unroll, whole))
+            times = whole // unroll
+            if times > 1:
+                with T.serial(0, times) as i:
+                    xi, wi = T.bind(x + i * (unroll * move)), T.bind(w + i * (unroll * size))
+                    for u in range(unroll):
+                        step(xi + u * move, wi + u * size, isa.group)
+            for u in range(times * unroll if times > 1 else 0, extent):
+                step(x + u * move, w + u * size, isa.group if u < whole else tail)
+
+        nest(0, x, w)
+
+    def scaled(self, value: Any, vector: Any, b: int) -> Any:
+        """float32(acc) * multiplier."""
+        lanes = self.isa.lanes
+        return T.Cast(f"float32x{lanes}", value) * load(self.multiplier, (vector + b) * lanes, lanes)
+
+    def finish_float(self, values: list[list[Any]], blocks: int, vector: Any, out: Any, residual: Any, valid: int) -> None:
+        """float32 output: natural channel order."""
+        g, isa, e = self.g, self.isa, self.epilogue
+        for (r, c), line in zip(self.offsets, values, strict=True):
+            for b, value in enumerate(line):
+                here = min(isa.lanes, valid - b * isa.lanes)
+                y = value if isa.kind == "fma" else self.scaled(value, vector, b)
+                if g.residual:
+                    place = (r * g.residual.rows[1] + c) * g.residual.channel_pitch + b * isa.lanes
+                    y = y + load(self.residual, residual + place, isa.lanes)
+                if e.clamp_low:
+                    y = T.max(y, self.params.word("low"))
+                if e.clamp_high:
+                    y = T.min(y, self.params.word("high"))
+                place = (r * g.out.rows[1] + c) * g.out.channel_pitch + b * isa.lanes
+                self.save_part(out + place, T.bind(y), 0, here)
+
+    def finish_packed(self, values: list[list[Any]], blocks: int, vector: Any, out: Any, residual: Any, valid: int) -> None:
+        """8-bit output: runs of 4, 2 or 1 vectors of 4 // run pixels are requantized and packed together."""
+        g, isa, e = self.g, self.isa, self.epilogue
+        start = 0
+        for run in split_blocks(blocks):
+            for p in range(0, len(self.offsets), 4 // run):
+                pixels = self.offsets[p : p + 4 // run]
+                slots = [(i, start + b) for i in range(len(pixels)) for b in range(run)]
+                added = None
+                if g.residual:
+                    places = [residual + (r * g.residual.rows[1] + c) * g.residual.channel_pitch + start * isa.lanes for r, c in pixels]
+                    added = self.gather(places, run)
+                ints = [self.requantize(values[p + i][b], vector, b, added, s) for s, (i, b) in enumerate(slots)]
+                ints = [ints[i % len(ints)] for i in range(4)]
+                packed = isa.pack(ints, self.params.offset(), e.output == "int8")
+                if e.clamp_low:
+                    packed = T.max(packed, self.params.bound("low", e.output))
+                if e.clamp_high:
+                    packed = T.min(packed, self.params.bound("high", e.output))
+                order = isa.packed_dwords(run)
+                if order != sorted(order):
+                    packed = T.reinterpret(f"{e.output}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", packed)], order))
+                packed = T.bind(packed)
+                width = run * isa.lanes
+                for i, (r, c) in enumerate(pixels):
+                    place = (r * g.out.rows[1] + c) * g.out.channel_pitch + start * isa.lanes
+                    self.save_part(out + place, packed, i * width, min(width, valid - start * isa.lanes))
+            start += run
+
+    def requantize(self, value: Any, vector: Any, b: int, added: Any, slot: int) -> Any:
+        """rint(clip(float32(acc) * multiplier)) as int32 lanes; with a residual, the contract's second step too. The zero point comes later."""
+        isa = self.isa
+        y = self.scaled(value, vector, b)
+        if not self.epilogue.exact_range:  # out of range both ways, to_int gives INT32_MIN: right below, wrong above
+            y = T.min(y, scalar(float(2**30), "float32", isa.lanes))
+            if added is not None:
+                y = T.max(y, scalar(float(-(2**30)), "float32", isa.lanes))
+        result = isa.to_int(y)
+        if added is not None:  # (r - zr) * m as r * m + constant, in wrapping int32
+            total = result + (isa.unpack(added, slot) * self.params.word("multiplier") + self.params.word("constant"))
+            result = isa.to_int(T.Cast(f"float32x{isa.lanes}", total) * self.params.word("scale"))
+        return T.bind(result)
+
+    def gather(self, places: list[Any], run: int) -> Any:
+        """Residual bytes of `4 // run` pixels, in the order `Isa.pack` gives: the inverse of the permutation before the store."""
+        isa = self.isa
+        width = run * isa.lanes
+        parts = [load(self.residual, place, width) for place in places]
+        parts += [parts[0]] * (4 // run - len(parts))
+        inverse = np.argsort(isa.packed_dwords(run))
+        together = T.bind(parts[0] if run == 4 else shuffle(parts, range(isa.bytes)))
+        if run == 4:
+            return together
+        return T.bind(T.reinterpret(f"uint8x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
+
+    def save_part(self, index: Any, vector: Any, begin: int, count: int) -> None:
+        """Store elements [begin, begin + count) of a vector, as powers of two."""
+        total = int(vector.dtype.lanes) if hasattr(vector.dtype, "lanes") else int(str(vector.ty.dtype).rsplit("x", 1)[1])
+        while count > 0:
+            size = 1 << (count.bit_length() - 1)
+            part = vector if size == total else shuffle([vector], range(begin, begin + size))
+            save(self.out, index, part, size)
+            index, begin, count = index + size, begin + size, count - size
+
+
+def subgroups_of(channels: Channels) -> dict[int, list[int]]:
+    return {n: split_blocks(n) for n in {channels.blocks, channels.last} if n}
+
+
+def _when(condition: Any) -> Any:
+    stack = ExitStack()
+    stack.enter_context(T.If(condition))
+    stack.enter_context(T.Then())
+    return stack
+
+
+def _length(first: Any, run: int, total: int, tasks: int) -> Any:
+    """The length of the run that starts at `first`."""
+    return run if run * tasks == total else T.bind(T.min(tirx.const(run, "int32"), total - first))
+

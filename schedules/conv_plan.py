@@ -1,0 +1,296 @@
+"""Convolution as tiles: geometry, loop nest, packing and cost model, in plain Python and numpy (no TIR).
+
+A convolution (or dense layer) is `groups` independent matrix products. A *tile* computes `rows * cols` output pixels times `blocks` vectors of
+output channels, with all its accumulators in registers, over the whole reduction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qcompiler.schedules.table import Layout, OpCall
+from qcompiler.schedules.x86.isa import Isa
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One convolution; `inputs` and `outputs` count the channels of one group. Dense layers are 1x1 convolutions of a one-row image."""
+
+    x: Layout
+    out: Layout
+    residual: Layout | None
+    inputs: int
+    outputs: int
+    groups: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]  # top, left
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """Output batch, height, width."""
+        return (self.out.shape[0], self.out.shape[1], self.out.shape[2])
+
+    @property
+    def macs(self) -> int:
+        return math.prod(self.pixels) * self.groups * self.outputs * self.inputs * math.prod(self.kernel)
+
+    def halo(self) -> tuple[int, int, int, int]:
+        """The border of the input that windows reach (top, left, bottom, right); at most the padding."""
+        after = []
+        for i in (0, 1):
+            last = (self.out.shape[1 + i] - 1) * self.strides[i] + (self.kernel[i] - 1) * self.dilation[i] - self.padding[i]
+            after.append(max(0, last - (self.x.shape[1 + i] - 1)))
+        return (self.padding[0], self.padding[1], after[0], after[1])
+
+    def tail(self, group: int) -> int:
+        """How many channels the last group of a pixel reads: all of a whole group when those lie in the same pixel (they meet zero weights)."""
+        whole = (self.groups - 1) * self.inputs + -(-self.inputs // group) * group
+        return group if self.inputs % group == 0 or whole <= self.x.channel_pitch else self.inputs % group
+
+    def loops(self, group: int) -> list[tuple[int, int]]:
+        """The reduction as (extent, step in elements of x), outermost first, `group` channels a step; merged where x is contiguous."""
+        pitch = self.x.channel_pitch
+        rows, cols = (self.kernel[0], self.dilation[0] * self.x.rows[1] * pitch), (self.kernel[1], self.dilation[1] * pitch)
+        merged = [(-(-self.inputs // group), group)]
+        for extent, step in (cols, rows):
+            inner_extent, inner_step = merged[0]
+            if step == inner_extent * inner_step and self.tail(group) == group:
+                merged[0] = (extent * inner_extent, inner_step)
+            elif extent > 1:
+                merged.insert(0, (extent, step))
+        return merged
+
+    def depth(self, group: int) -> int:
+        """Dot steps per output."""
+        return math.prod(self.kernel) * -(-self.inputs // group)
+
+
+def geometry_of(op: OpCall) -> Geometry:
+    """The geometry of qc.conv2d, qc.dense and their float forms, flattened where the layouts allow."""
+    x, weight = op.operands[0], op.operands[1]
+    assert isinstance(x, Layout) and isinstance(weight, np.ndarray)
+    residual = op.operands[-1] if len(op.tensors) == 2 else None
+    assert residual is None or isinstance(residual, Layout)
+    if op.name.endswith("dense"):
+        x, out = _as_image(x), _as_image(op.output)
+        residual = _as_image(residual) if residual else None
+        geometry = Geometry(x, out, residual, weight.shape[1], weight.shape[0], 1, (1, 1), (1, 1), (1, 1), (0, 0))
+    else:
+        groups, (outputs, kh, kw, inputs) = int(op.attrs.get("groups", 1)), weight.shape
+        sh, sw = op.attrs["strides"]
+        dh, dw = op.attrs["dilation"]
+        top, left = op.attrs["padding"][:2]
+        geometry = Geometry(x, op.output, residual, inputs, outputs // groups, groups, (kh, kw), (sh, sw), (dh, dw), (top, left))
+    layouts = [v for v in (geometry.x, geometry.out, geometry.residual) if v]
+    if geometry.kernel == geometry.strides == (1, 1) and not any(any(v.halo) for v in layouts) and geometry.halo() == (0, 0, 0, 0):
+        flat = {k: _flat(v) if v else None for k, v in (("x", geometry.x), ("out", geometry.out), ("residual", geometry.residual))}
+        return replace(geometry, **flat)  # type: ignore[arg-type]
+    return geometry
+
+
+def _as_image(layout: Layout) -> Layout:
+    if len(layout.shape) == 4:
+        return layout
+    channels = layout.shape[-1]
+    return Layout((1, 1, math.prod(layout.shape[:-1]), channels), layout.dtype)
+
+
+def _flat(layout: Layout) -> Layout:
+    n, h, w, c = layout.shape
+    return Layout((1, 1, n * h * w, c), layout.dtype, pitch=layout.channel_pitch)
+
+
+def merge_groups(geometry: Geometry, isa: Isa) -> tuple[Geometry, int]:
+    """Narrow groups joined, block-diagonally, so that a vector of outputs is well filled; and how many became one."""
+    def cost(joined: int) -> float:
+        steps = math.prod(geometry.kernel) * -(-joined * geometry.inputs // isa.group)
+        return -(-joined * geometry.outputs // isa.lanes) * (steps + 6) / joined
+
+    joined = min((d for d in range(1, geometry.groups + 1) if geometry.groups % d == 0), key=cost)
+    return replace(geometry, inputs=joined * geometry.inputs, outputs=joined * geometry.outputs, groups=geometry.groups // joined), joined
+
+
+def merge_weight(weight: np.ndarray, groups: int, joined: int) -> np.ndarray:
+    """[O, KH, KW, I/groups] as [groups/joined, joined * O/groups, KH, KW, joined * I/groups], zero off the diagonal."""
+    outputs, kh, kw, inputs = weight.shape
+    parts = weight.reshape(groups // joined, joined, outputs // groups, kh, kw, inputs)
+    merged = np.zeros((groups // joined, joined, outputs // groups, kh, kw, joined, inputs), weight.dtype)
+    for i in range(joined):
+        merged[:, i, :, :, :, i] = parts[:, i]
+    return merged.reshape(groups // joined, joined * (outputs // groups), kh, kw, joined * inputs)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A point of the design space.
+
+    A tile is `rows` x `cols` pixels times `blocks` vectors of channels. `order`: which loop is outside within a task, "channels" or "pixels".
+    `unroll`: dot steps per iteration of the innermost loop. Tasks are `pixel_tasks` runs of tiles times `channel_tasks` runs of channels (of groups, if several).
+    """
+
+    rows: int
+    cols: int
+    blocks: int
+    order: str
+    unroll: int
+    pixel_tasks: int
+    channel_tasks: int
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How the channels of one group are cut: `full` tiles of `blocks` vectors, then one last tile of `last` vectors (0: none).
+
+    Only the very last tile may be ragged, and then it is the `last` one unless it is the only one. `valid`: channels in the last tile of all.
+    """
+
+    blocks: int
+    full: int
+    last: int
+    valid: int
+
+    @property
+    def vectors(self) -> int:
+        return self.full * self.blocks + self.last
+
+
+def cut_channels(outputs: int, lanes: int, blocks: int) -> Channels:
+    vectors = -(-outputs // lanes)
+    full, last = divmod(vectors, blocks)
+    if outputs % lanes and last == 0 and full > 1:
+        full, last = full - 1, blocks
+    return Channels(blocks, full, last, outputs - (vectors - (last or blocks)) * lanes)
+
+
+def runs(count: int, tasks: int) -> tuple[int, int]:
+    """`count` things in at most `tasks` equal runs: (length of a run, number of runs)."""
+    length = -(-count // max(1, min(tasks, count)))
+    return length, -(-count // length)
+
+
+def pack(weight: np.ndarray, isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+    """[G, O, KH, KW, I] as read by tiles: per group and tile [KH][KW][I/group][block][lane][group], zeros where padded.
+
+    `subgroups`: see `lane_order`.
+    """
+    groups, outputs, kh, kw, inputs = weight.shape
+    steps = -(-inputs // isa.group)
+    padded = np.zeros((groups, channels.vectors * isa.lanes, kh, kw, steps * isa.group), weight.dtype)
+    padded[:, :outputs, :, :, :inputs] = weight
+    padded = padded[:, lane_order(isa, channels, subgroups)]
+    by_block = padded.reshape(groups, channels.vectors, isa.lanes, kh, kw, steps, isa.group).transpose(0, 1, 3, 4, 5, 2, 6)
+    packed = isa.pack_weights(np.ascontiguousarray(by_block))  # [G, vectors, KH, KW, steps, lanes * group]
+    tiles, full = [], channels.full * channels.blocks
+    for begin, count, blocks in ((0, channels.full, channels.blocks), (full, int(channels.last > 0), channels.last)):
+        if count:
+            part = packed[:, begin : begin + count * blocks].reshape(groups, count, blocks, kh, kw, steps, -1)
+            tiles.append(part.transpose(0, 1, 3, 4, 5, 2, 6).reshape(groups, -1))
+    return np.concatenate(tiles, axis=1).reshape(-1)
+
+
+def pack_lanes(values: np.ndarray, isa: Isa, channels: Channels, groups: int, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+    """A per-channel table [O] in the order of accumulator lanes, zeros where padded."""
+    padded = np.zeros((groups, channels.vectors * isa.lanes), values.dtype)
+    padded[:, : values.size // groups] = values.reshape(groups, -1)
+    return np.ascontiguousarray(padded[:, lane_order(isa, channels, subgroups)].reshape(-1))
+
+
+def lane_order(isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+    """The channel that each accumulator lane of a group computes. `subgroups` maps a tile's blocks to the runs that are packed together
+    (`Isa.channel_order`); None: natural order."""
+    if subgroups is None:
+        return np.arange(channels.vectors * isa.lanes)
+    order, start = [], 0
+    for blocks in [channels.blocks] * channels.full + [channels.last] * (channels.last > 0):
+        for run in subgroups[blocks]:
+            order.append(start + isa.channel_order(run))
+            start += run * isa.lanes
+    return np.concatenate(order)
+
+
+def split_blocks(blocks: int) -> list[int]:
+    """Runs of 4, 2 and 1 vectors: what the packing of the epilogue joins."""
+    return [4] * (blocks // 4) + [2] * (blocks % 4 // 2) + [1] * (blocks % 2)
+
+
+def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> float:
+    """The model's estimate for the whole operator on one core, from throughputs of `isa` (memory is taken to keep up)."""
+    batch, height, width = geometry.pixels
+    depth, pixels = geometry.depth(isa.group), rows * cols
+    channels = cut_channels(geometry.outputs, isa.lanes, blocks)
+
+    def tile(n: int) -> float:
+        step = max(pixels * n * isa.dot_cost, pixels * isa.broadcast_cost + n * isa.weight_cost, isa.latency)
+        return depth * step + pixels * n * (6 if geometry.residual is None else 11) + 4 * n + 12
+
+    count = batch * -(-height // rows) * -(-width // cols)
+    return count * geometry.groups * (channels.full * tile(blocks) + (tile(channels.last) if channels.last else 0))
+
+
+def fits(isa: Isa, pixels: int, blocks: int) -> bool:
+    return pixels * blocks + blocks + isa.scratch_registers <= isa.registers
+
+
+def best_tile(geometry: Geometry, isa: Isa) -> tuple[int, int, int]:
+    """(rows, cols, blocks) with the lowest estimate."""
+    _, height, width = geometry.pixels
+    vectors = -(-geometry.outputs // isa.lanes)
+    candidates = [
+        (rows, cols, blocks)
+        for blocks in (1, 2, 3, 4, 6, 8)
+        if blocks <= vectors
+        for rows in range(1, min(height, 8) + 1)
+        for cols in range(1, min(width, isa.registers) + 1)
+        if fits(isa, rows * cols, blocks)
+    ]
+    return min(candidates, key=lambda c: (cycles(geometry, isa, *c), c[0], -c[1]))
+
+
+def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """(pixel_tasks, channel_tasks): one below 20000 cycles, else enough for 16 threads, cutting what is larger, weights or image.
+
+    Weights of more than 256 KB are cut by channels, so that a task's share stays in a level 2 cache while its pixels pass.
+    """
+    total = cycles(geometry, isa, *tile)
+    wanted = min(32, int(total / 10000)) if total >= 20000 else 1
+    if wanted == 1:
+        return 1, 1
+    batch, height, width = geometry.pixels
+    rows, cols, blocks = tile
+    pixels = batch * -(-height // rows) * -(-width // cols)
+    channels = cut_channels(geometry.outputs, isa.lanes, blocks)
+    units = geometry.groups if geometry.groups > 1 else channels.full
+    weights = geometry.groups * channels.vectors * isa.lanes * geometry.depth(isa.group) * isa.group * (4 if isa.group == 1 else 1)
+    channel_tasks = runs(units, min(wanted, -(-weights // (256 << 10))))[1]
+    return runs(pixels, max(1, -(-wanted // channel_tasks)))[1], channel_tasks
+
+
+def default_tiling(geometry: Geometry, isa: Isa) -> Tiling:
+    tile = best_tile(geometry, isa)
+    pixel_tasks, channel_tasks = split_tasks(geometry, isa, tile)
+    unroll = max(1, min(geometry.depth(isa.group), 112 // (tile[0] * tile[1] * tile[2])))
+    return Tiling(*tile, "channels", unroll, pixel_tasks, channel_tasks)
+
+
+def design_space(geometry: Geometry, isa: Isa) -> dict[str, list[Any]]:
+    """Candidates of each tunable; combinations whose accumulators can't fit are refused by the kernel."""
+    _, height, width = geometry.pixels
+    vectors = -(-geometry.outputs // isa.lanes)
+    return {
+        "rows": [r for r in (1, 2, 3, 4, 7) if r <= height],
+        "cols": [c for c in range(1, isa.registers) if c <= width],
+        "blocks": [b for b in (1, 2, 3, 4, 6, 8) if b <= vectors],
+        "order": ["channels", "pixels"],
+        "unroll": [1, 2, 4, 8],
+        "pixel_tasks": [1, 2, 4, 8, 16, 32],
+        "channel_tasks": [1, 2, 4, 8, 16, 32],
+    }

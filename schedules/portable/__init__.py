@@ -1,0 +1,5 @@
+"""Kernels that run on every target: generic vectors, no intrinsics of any one ISA. Importing this package registers them."""
+
+from qcompiler.schedules.portable import elementwise
+
+__all__ = ["elementwise"]

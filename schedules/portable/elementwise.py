@@ -1,0 +1,128 @@
+"""Elementwise operators: quantize, dequantize, add, mul, lut."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import (
+    Emitter,
+    Requantize,
+    cast,
+    centered,
+    elementwise,
+    make_kernel,
+    offset_of,
+    splat,
+    task_count,
+    view,
+)
+from qcompiler.schedules.portable.base import portable
+from qcompiler.schedules.table import Kernel, OpCall
+from qcompiler.targets import Target
+
+
+def tasks_of(op: OpCall, grain: int = 50_000) -> int:
+    """Tasks for work proportional to the output."""
+    return task_count(math.prod(op.output.shape), 64, grain)
+
+
+def constants_of(op: OpCall) -> list[np.ndarray]:
+    return [o for o in op.operands if isinstance(o, np.ndarray)]
+
+
+def quantize(op: OpCall, target: Target, row: str) -> Kernel:
+    """float32 -> 8 bits, transposed by `axes` when given; the source may have any alignment."""
+    a = op.attrs
+    zero_point = a["zero_point"]
+    channels = op.output.shape[-1] if op.output.shape else 1
+
+    def emit(k: Emitter) -> None:
+        inverse = k.f32(1.0 / np.float64(np.float32(a["scale"])))
+        end = Requantize.of(k, zero_point, a.get("low", -128), a.get("high", 127))
+        source = k.operands()[0]
+        source = source.permuted(a["axes"]) if a.get("axes") else source
+        spare = op.output.channel_pitch - channels
+        elementwise(k, [source], view(k.output, op.output), lambda x, n: end.store_value(x[0] * splat(inverse, n), n), spare)
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
+def dequantize(op: OpCall, target: Target, row: str) -> Kernel:
+    """8 bits -> float32, transposed by `axes` when given."""
+    a = op.attrs
+
+    def emit(k: Emitter) -> None:
+        source = k.operands()[0]
+        zero, scale = k.i32(a["zero_point"] + offset_of(source.dtype)), k.f32(a["scale"])
+        source = source.permuted(a["axes"]) if a.get("axes") else source
+
+        def compute(x: list[Any], n: int) -> Any:
+            return cast("float32", centered(x[0], zero, n), n) * splat(scale, n)
+
+        elementwise(k, [source], view(k.output, op.output), compute)
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
+def _binary(op: OpCall, target: Target, row: str, product: bool) -> Kernel:
+    a = op.attrs
+
+    def emit(k: Emitter) -> None:
+        left, right = (v.broadcast(op.output.shape) for v in k.operands())
+        left_zero = k.i32(a["a_zero_point"] + offset_of(left.dtype))
+        right_zero = k.i32(a["b_zero_point"] + offset_of(right.dtype))
+        scale = k.f32(a["multiplier"] if product else 2.0 ** -a["shift"])
+        factors = [] if product else [k.i32(a["a_multiplier"]), k.i32(a["b_multiplier"])]
+        end = Requantize.of(k, a["zero_point"], a["low"], a["high"])
+
+        def compute(x: list[Any], n: int) -> Any:
+            p, q = centered(x[0], left_zero, n), centered(x[1], right_zero, n)
+            acc = p * q if product else p * splat(factors[0], n) + q * splat(factors[1], n)
+            return end(acc, splat(scale, n), n)
+
+        elementwise(k, [left, right], view(k.output, op.output), compute)
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
+def add(op: OpCall, target: Target, row: str) -> Kernel:
+    """`requantize((a - za) * A + (b - zb) * B, 2^-shift)` with numpy broadcasting; the sum fits int32 by the choice of A and B."""
+    return _binary(op, target, row, product=False)
+
+
+def mul(op: OpCall, target: Target, row: str) -> Kernel:
+    """`requantize((a - za) * (b - zb), multiplier)` with numpy broadcasting."""
+    return _binary(op, target, row, product=True)
+
+
+def lut(op: OpCall, target: Target, row: str) -> Kernel:
+    """`table[x + 128]`. The table in memory is indexed by, and holds, stored bytes."""
+    x, table = op.operands
+    assert isinstance(table, np.ndarray)
+    source, dtype = x.dtype, op.output.dtype
+    stored = np.arange(256)
+    indices = stored if str(source) == "uint8" else (stored.astype(np.uint8).view(np.int8).astype(np.int32) + 128)
+    entries = (table.reshape(256).astype(np.int32)[indices] + offset_of(dtype)).astype(dtype)
+    constant = [x] if isinstance(x, np.ndarray) else []
+
+    def emit(k: Emitter) -> None:
+        values, lookup = k.operands()[0], k.arrays[-1]
+
+        def compute(loaded: list[Any], n: int) -> Any:
+            return lookup[T.Cast("int32", loaded[0] if str(source) == "uint8" else T.reinterpret("uint8", loaded[0]))]
+
+        k.width = 1  # a byte gather is a scalar loop
+        elementwise(k, [values], view(k.output, op.output), compute)
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=[*constant, entries])
+
+
+portable("qc.quantize", quantize)
+portable("qc.dequantize", dequantize)
+portable("qc.add", add)
+portable("qc.mul", mul)
+portable("qc.lut", lut)

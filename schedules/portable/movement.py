@@ -1,0 +1,135 @@
+"""Data movement: copy, halo fill, reshape, transpose, slice, pad, concat. Bytes are moved, never changed, except between int8 and uint8 storage."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import Emitter, View, dense_strides, elementwise, make_kernel, offset_of, recode, splat, task_count, view
+from qcompiler.schedules.portable.base import portable
+from qcompiler.schedules.portable.elementwise import constants_of, tasks_of
+from qcompiler.schedules.table import Kernel, Layout, OpCall
+from qcompiler.targets import Target
+
+GRAIN = 100_000
+
+
+def move(k: Emitter, source: View, target: View) -> None:
+    """target = source, of equal shape."""
+    elementwise(k, [source], target, lambda x, n: recode(x[0], source.dtype, target.dtype, n))
+
+
+def fill(k: Emitter, target: View, value: int) -> None:
+    """Every element of an 8-bit or float view becomes the canonical `value` (storage offset added here)."""
+    scalar = k.f32(value) if target.dtype == "float32" else T.bind(T.Cast(target.dtype, k.i32(value + offset_of(target.dtype))))
+    elementwise(k, [], target, lambda x, n: splat(scalar, n))
+
+
+def around(shape: Sequence[int], begin: Sequence[int], inner: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """(begin, shape) of disjoint boxes that cover `shape` without the box `inner` at `begin`."""
+    for axis in range(len(shape)):
+        after = begin[axis] + inner[axis]
+        for start, extent in ((0, begin[axis]), (after, shape[axis] - after)):
+            if extent:
+                yield (
+                    [*begin[:axis], start, *[0] * (len(shape) - axis - 1)],
+                    [*inner[:axis], extent, *shape[axis + 1 :]],
+                )
+
+
+def copy(op: OpCall, target: Target, row: str) -> Kernel:
+    """From one layout to another of equal shape; any element type. Booleans are moved as bytes."""
+    if op.output.dtype == "bool":
+        op = replace(op, operands=[replace(o, dtype="int8") if isinstance(o, Layout) else o.astype("int8") for o in op.operands], output=replace(op.output, dtype="int8"))
+
+    def emit(k: Emitter) -> None:
+        move(k, k.operands()[0], view(k.output, op.output))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
+
+
+def fill_halo(op: OpCall, target: Target, row: str) -> Kernel:
+    """Writes `value` (canonical) around the image, channel padding included; the image itself is not touched."""
+    layout = op.output
+
+    def emit(k: Emitter) -> None:
+        height, width = layout.rows
+        stored = (layout.shape[0], height, width, layout.channel_pitch)
+        whole = View(k.output, layout.dtype, stored, dense_strides(stored))
+        top, left, _, _ = layout.halo
+        for begin, shape in around(stored, (0, top, left, 0), (*layout.shape[:3], layout.channel_pitch)):
+            fill(k, whole.window(begin, shape), op.attrs["value"])
+
+    return make_kernel(row, op, target, emit)
+
+
+def reshape(op: OpCall, target: Target, row: str) -> Kernel:
+    """A dense input read in the output's shape."""
+
+    def emit(k: Emitter) -> None:
+        source = replace(k.operands()[0], shape=op.output.shape, strides=dense_strides(op.output.shape))
+        move(k, source, view(k.output, op.output))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
+
+
+def transpose(op: OpCall, target: Target, row: str) -> Kernel:
+    def emit(k: Emitter) -> None:
+        move(k, k.operands()[0].permuted(op.attrs["axes"]), view(k.output, op.output))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
+def slice_(op: OpCall, target: Target, row: str) -> Kernel:
+    """begin, end and strides of full rank, positive strides."""
+
+    def emit(k: Emitter) -> None:
+        source = k.operands()[0].window(op.attrs["begin"], op.output.shape)
+        steps = tuple(s * t for s, t in zip(source.strides, op.attrs["strides"], strict=True))
+        move(k, replace(source, strides=steps), view(k.output, op.output))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
+
+
+def pad(op: OpCall, target: Target, row: str) -> Kernel:
+    """pads [[before, after]...] per dimension; the border holds the canonical `value`."""
+    before = [p[0] for p in op.attrs["pads"]]
+
+    def emit(k: Emitter) -> None:
+        source, whole = k.operands()[0], view(k.output, op.output)
+        for begin, shape in around(op.output.shape, before, source.shape):
+            fill(k, whole.window(begin, shape), op.attrs["value"])
+        move(k, source, whole.window(before, source.shape))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
+
+
+def concat(op: OpCall, target: Target, row: str) -> Kernel:
+    """Each operand is copied to its part of the output; tasks divide every operand."""
+    axis = op.attrs["axis"] % len(op.output.shape)
+    extents = [o.shape[axis] for o in op.operands]
+    begins = [0, *itertools.accumulate(extents)]
+
+    def emit(k: Emitter) -> None:
+        whole = view(k.output, op.output)
+        for source, begin in zip(k.operands(), begins, strict=False):
+            window = [0] * len(source.shape)
+            window[axis] = begin
+            move(k, source, whole.window(window, source.shape))
+
+    smallest = min(math.prod(o.shape) for o in op.operands)
+    tasks = min(tasks_of(op, GRAIN), task_count(smallest, 64, 64))
+    return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op))
+
+
+portable("qc.copy", copy)
+portable("qc.fill_halo", fill_halo)
+portable("qc.reshape", reshape, dense=True)
+portable("qc.transpose", transpose)
+portable("qc.slice", slice_)
+portable("qc.pad", pad)
+portable("qc.concat", concat)

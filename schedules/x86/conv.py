@@ -1,0 +1,11 @@
+"""Rows for convolution and dense layers on x86. A target lists the ISAs it allows, best first; float layers have two widths."""
+
+from qcompiler.schedules.conv import ConvRow
+from qcompiler.schedules.table import register
+from qcompiler.schedules.x86 import isa
+
+for _kind in ("conv2d", "dense"):
+    for _unit in (isa.AVX512VNNI, isa.AVXVNNI, isa.AVX2):
+        register(f"qc.{_kind}", ConvRow(f"qc.{_kind}", _unit, _unit.name))
+    for _unit, _name in ((isa.AVX512FMA, "x86-avx512vnni"), (isa.AVX2FMA, "x86-avx2")):
+        register(f"qc.f32.{_kind}", ConvRow(f"qc.f32.{_kind}", _unit, _name))

@@ -1,0 +1,292 @@
+"""Histograms, observers and the calibration pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompiler.calibration import CalibrationTable, Statistics, calibrate
+from qcompiler.errors import DataError, OutputError
+from qcompiler.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, grid_exponent
+from qcompiler.observers import OBSERVERS, entropy, least_squares, min_max, percentile, quantization_error, signal_power
+from qcompiler.spec import QParams
+
+
+def histogram_of(*samples: np.ndarray) -> Histogram:
+    histogram = Histogram()
+    for sample in samples:
+        histogram.add(sample, float(sample.min()), float(sample.max()))
+    return histogram
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 7, 64), (1, 5, 5, 3), (2, 3, 17), (1, 1000), (7,), (1, 1), (4, 4, 40)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_kernels_equal_numpy(shape: tuple[int, ...], relu: bool) -> None:
+    x = np.random.default_rng(len(shape)).normal(0, 3, shape).astype(np.float32)
+    x = np.maximum(x, 0) if relu else x
+    low, high = float(x.min()), float(x.max())
+    exponent = grid_exponent(low, high)
+    first = int(np.floor(np.ldexp(min(low, 0.0), -exponent)))
+    counts, zeros = count_bins(x, exponent, first)
+    wanted, wanted_zeros = count_bins_reference(x, exponent, first)
+    assert zeros == wanted_zeros
+    np.testing.assert_array_equal(counts, wanted)
+    sums, least, greatest = channel_statistics(x)
+    flat = x.reshape(-1, shape[-1])
+    np.testing.assert_allclose(sums, flat.sum(0, dtype=np.float64), rtol=1e-13, atol=1e-13)
+    np.testing.assert_array_equal(least, flat.min(0))
+    np.testing.assert_array_equal(greatest, flat.max(0))
+
+
+def test_channel_sums_reveal_every_nonfinite_value() -> None:
+    for channels, where in [(40, 3), (40, 20), (40, 39), (3, 1)]:
+        for value in (np.nan, np.inf, -np.inf):
+            x = np.ones((4, channels), np.float32)
+            x[2, where] = value
+            sums, _, _ = channel_statistics(x)
+            assert np.flatnonzero(~np.isfinite(sums)).tolist() == [where]
+    sums, _, _ = channel_statistics(np.full((3, 20), np.finfo(np.float32).max, np.float32))
+    assert np.isfinite(sums).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(-60, 60), st.floats(-1, 1), st.integers(1, 50)), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_merging_bins_is_exact_and_order_free(parts: list[tuple[int, float, int]], random: object) -> None:
+    """Ranges that grow by many orders of magnitude, in any order, give the counts of one pass at the final width."""
+    rng = np.random.default_rng(0)
+    samples = [np.ldexp(rng.normal(shift, 1, n), k).astype(np.float32) for k, shift, n in parts]
+    forward, backward = histogram_of(*samples), histogram_of(*reversed(samples))
+    everything = np.concatenate(samples)
+    counts, zeros = count_bins_reference(everything, forward.exponent, forward.first)
+    for histogram in (forward, backward):
+        np.testing.assert_array_equal(histogram.counts, counts)
+        assert (histogram.exponent, histogram.first, histogram.zeros) == (forward.exponent, forward.first, zeros)
+        assert (histogram.low, histogram.high) == (everything.min(), everything.max())
+    merged = histogram_of(*samples[: len(samples) // 2]).merged(histogram_of(*samples[len(samples) // 2 :]))
+    np.testing.assert_array_equal(merged.counts, counts)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 6.0), (-1.0, 1.0), (0.0, 1e30), (-3e38, 3e38), (5.0, 5.0), (-1e-38, 0.0), (999.9, 1000.0)])
+def test_grid_covers_the_range_with_many_bins(low: float, high: float) -> None:
+    histogram = histogram_of(np.array([low, high], np.float32))
+    assert histogram.total == 2
+    used = (max(high, 0.0) - min(low, 0.0)) / histogram.width
+    assert BINS / 2 - 2 <= used <= BINS
+
+
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "shifted": lambda rng, n: rng.normal(2, 0.5, size=n),
+    "relu": lambda rng, n: np.maximum(rng.normal(size=n), 0),
+    "relu6": lambda rng, n: np.clip(rng.normal(2, 4, size=n), 0, 6),
+    "laplace": lambda rng, n: rng.laplace(size=n),
+    "heavy tail": lambda rng, n: rng.standard_t(3, size=n),
+    "negative": lambda rng, n: -rng.exponential(size=n),
+    "silu": lambda rng, n: (lambda v: v / (1 + np.exp(-v)))(rng.normal(0, 2, size=n)),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_estimated_error_is_the_measured_one(name: str) -> None:
+    rng = np.random.default_rng(1)
+    x = DISTRIBUTIONS[name](rng, 100_000).astype(np.float32)
+    histogram = histogram_of(*np.split(x, 10))
+    assert signal_power(histogram) == pytest.approx(float((x.astype(np.float64) ** 2).mean()), rel=1e-3)
+    for observer, observe in OBSERVERS.items():
+        params = QParams.from_range(*observe(histogram))
+        measured = float(((x.astype(np.float64) - params.dequantize(params.quantize(x))) ** 2).mean())
+        assert quantization_error(histogram, params) == pytest.approx(measured, rel=0.03), observer
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_least_squares_is_the_best_observer(name: str) -> None:
+    x = DISTRIBUTIONS[name](np.random.default_rng(2), 50_000).astype(np.float32)
+    histogram = histogram_of(*np.split(x, 10))
+    best = quantization_error(histogram, QParams.from_range(*least_squares(histogram)))
+    for observer, observe in OBSERVERS.items():
+        assert best <= 1.01 * quantization_error(histogram, QParams.from_range(*observe(histogram))), observer
+
+
+def test_observers_stay_within_what_was_seen() -> None:
+    for name, make in DISTRIBUTIONS.items():
+        histogram = histogram_of(make(np.random.default_rng(3), 20_000).astype(np.float32))
+        for observer, observe in OBSERVERS.items():
+            low, high = observe(histogram)
+            assert min(histogram.low, 0) <= low <= high <= max(histogram.high, 0), (name, observer)
+
+
+def test_percentile_leaves_out_its_share() -> None:
+    x = np.random.default_rng(4).normal(size=100_000).astype(np.float32)
+    low, high = percentile(99.0)(histogram_of(x))
+    assert np.mean(x < low) == pytest.approx(0.005, rel=0.05)
+    assert np.mean(x > high) == pytest.approx(0.005, rel=0.05)
+    low, high = percentile(99.0)(histogram_of(np.abs(x)))
+    assert low == 0.0 and np.mean(np.abs(x) > high) == pytest.approx(0.01, rel=0.05)
+
+
+def test_entropy_cuts_a_lone_outlier_and_keeps_a_flat_range() -> None:
+    rng = np.random.default_rng(5)
+    spiked = np.append(np.abs(rng.normal(size=100_000)), 100.0).astype(np.float32)
+    assert entropy(histogram_of(spiked))[1] < 50
+    flat = rng.uniform(0, 1, 200_000).astype(np.float32)
+    assert entropy(histogram_of(flat))[1] > 0.95
+
+
+def test_average_is_of_the_samples_extremes() -> None:
+    histogram = histogram_of(*[np.array([-k, 2 * k], np.float32) for k in (1, 2, 6)])
+    assert OBSERVERS["average"](histogram) == pytest.approx((-3.0, 6.0))
+    assert min_max(histogram) == (-6.0, 12.0)
+
+
+def test_constant_and_empty_values_have_ranges() -> None:
+    for array in (np.zeros(10, np.float32), np.full(10, 3.5, np.float32), np.full(10, -1e-30, np.float32)):
+        histogram = histogram_of(array)
+        for observer, observe in OBSERVERS.items():
+            low, high = observe(histogram)
+            assert low <= high, observer
+            params = QParams.from_range(low, high)
+            assert quantization_error(histogram, params) <= (abs(float(array[0])) / 100) ** 2, observer
+    for observe in OBSERVERS.values():
+        assert observe(Histogram()) == (0.0, 0.0)
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Port:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+class Network:
+    """A float network of three steps; `buffer` is overwritten after each visit, as a real executor reuses its memory."""
+
+    inputs = (Port("image", (1, 4, 4, 3)), Port("gain", (1,)))
+
+    def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> None:
+        buffer = np.empty((1, 4, 4, 3), np.float32)
+        for name, step in [("scaled", lambda x: x * inputs["gain"]), ("relu", lambda x: np.maximum(x, 0)), ("root", np.sqrt)]:
+            buffer[:] = step(inputs["image"] if name == "scaled" else value)
+            visit(name, buffer)
+            value = buffer.copy()
+            buffer[:] = np.nan
+        visit("count", np.arange(3))
+
+
+def samples_of(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"image": rng.normal(size=(1, 4, 4, 3)).astype(np.float32), "gain": np.float32([2.0])} for _ in range(count)]
+
+
+def test_calibrate_records_every_float_value() -> None:
+    samples, seen = samples_of(5), []
+    table = calibrate(Network(), iter(samples), progress=lambda *step: seen.append(step))
+    assert sorted(table.values) == ["gain", "image", "relu", "root", "scaled"]
+    assert table.samples == 5 and seen == [("calibrate", i + 1, None) for i in range(5)]
+    scaled = np.concatenate([s["image"] * 2 for s in samples])
+    s = table.values["scaled"]
+    assert (s.low, s.high, s.count) == (scaled.min(), scaled.max(), scaled.size)
+    np.testing.assert_allclose(s.channel_mean, scaled.mean((0, 1, 2), dtype=np.float64), rtol=1e-12)
+    np.testing.assert_array_equal(s.channel_low, scaled.min((0, 1, 2)))
+    np.testing.assert_array_equal(s.channel_high, scaled.max((0, 1, 2)))
+    assert table.values["relu"].histogram.zeros == np.count_nonzero(scaled <= 0)
+    assert list(calibrate(Network(), samples, ids={"relu"}).values) == ["relu"]
+
+
+def test_the_order_of_samples_does_not_matter() -> None:
+    samples = samples_of(6)
+    forward, backward = calibrate(Network(), samples), calibrate(Network(), samples[::-1])
+    for name, s in forward.values.items():
+        np.testing.assert_array_equal(s.histogram.counts, backward.values[name].histogram.counts)
+        np.testing.assert_allclose(s.channel_sum, backward.values[name].channel_sum, rtol=1e-9, atol=1e-12)
+
+
+def test_a_watcher_sees_the_same_pass() -> None:
+    class Watcher:
+        names: list[str] = []
+
+        def visit(self, value_id: str, array: np.ndarray) -> None:
+            self.names.append(value_id)
+
+        def end_sample(self) -> None:
+            self.names.append("|")
+
+    calibrate(Network(), samples_of(2), ids=(), watcher=Watcher())
+    assert Watcher.names == ["image", "gain", "scaled", "relu", "root", "count", "|"] * 2
+
+
+def test_table_round_trip(tmp_path: Path) -> None:
+    table = calibrate(Network(), samples_of(3))
+    table.save(tmp_path / "table.json")
+    again = CalibrationTable.load(tmp_path / "table.json")
+    assert again.digest == table.digest and again.samples == 3
+    for name, s in table.values.items():
+        np.testing.assert_array_equal(s.histogram.counts, again.values[name].histogram.counts)
+        np.testing.assert_array_equal(s.channel_sum, again.values[name].channel_sum)
+        assert again.values[name].channel_low.dtype == np.float32
+    assert calibrate(Network(), samples_of(3, seed=1)).digest != table.digest
+    json.loads((tmp_path / "table.json").read_text())
+    with pytest.raises(OutputError, match="does not exist"):
+        table.save(tmp_path / "no" / "table.json")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("not json", "not a calibration table"), ("{}", "not a calibration table"), ('{"format": 99}', "format 99 is not supported"), ("[1]", "not a calibration table")],
+)
+def test_a_damaged_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        CalibrationTable.load(tmp_path / "t.json")
+
+
+def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can't be read"):
+        CalibrationTable.load(tmp_path / "none.json")
+
+
+def broken(**change: object) -> list[dict[str, np.ndarray]]:
+    sample: dict[str, object] = dict(samples_of(1)[0])
+    for name, value in change.items():
+        if value is None:
+            del sample[name]
+        else:
+            sample[name] = value
+    return [*samples_of(1), sample]  # type: ignore[list-item]
+
+
+NAN = np.full((1, 4, 4, 3), np.nan, np.float32)
+WANTS = r"he model wants 'image' float32 \[1, 4, 4, 3\], 'gain' float32 \[1\]"
+
+
+@pytest.mark.parametrize(
+    "samples, message",
+    [
+        ([], "calibration data is empty"),
+        (broken(gain=None), f"sample 1: input 'gain' is missing; t{WANTS}"),
+        (broken(imgae=NAN), f"sample 1: unknown input 'imgae'. Did you mean 'image'. T{WANTS}"),
+        (broken(image=np.zeros((1, 4, 4), np.float32)), rf"input 'image' is float32 \[1, 4, 4\]; t{WANTS}"),
+        (broken(image=np.zeros((1, 4, 4, 3))), rf"input 'image' is float64 \[1, 4, 4, 3\]; t{WANTS}"),
+        (broken(image=[1.0]), f"input 'image' is a list, not a numpy array; t{WANTS}"),
+        ([np.zeros(3)], f"expected a mapping of input names to arrays, not ndarray; t{WANTS}"),
+        (broken(image=NAN), "sample 1: input 'image' holds NaN or infinity"),
+        (broken(image=np.full((1, 4, 4, 3), 3e38, np.float32)), "sample 1: value 'scaled' is not finite"),
+    ],
+)
+def test_bad_data_is_refused(samples: list[dict[str, np.ndarray]], message: str) -> None:
+    with np.errstate(over="ignore"), pytest.raises(DataError, match=message):
+        calibrate(Network(), samples)
+
+
+def test_statistics_of_an_empty_tensor() -> None:
+    statistics = Statistics()
+    assert statistics.add(np.zeros((0, 3), np.float32)) and statistics.count == 0
