@@ -2,9 +2,9 @@
 
     pip install scikit-learn onnx && python examples/train_digits.py
 
-A residual CNN on scikit-learn's handwritten digits (UCI "optical recognition of handwritten digits", 1,797 images of 8 x 8, scaled up to 16 x 16):
-a convolution stem, a basic residual block, a strided one with a projection, an inverted residual block with a depthwise convolution and ReLU6,
-global average pooling and a dense layer. Batch normalization stays in the exported graph, so that compiling it has something to fold.
+A residual CNN on scikit-learn's handwritten digits (UCI "optical recognition of handwritten digits": 1,797 images of 8 x 8, scaled up to
+16 x 16): a convolution stem, a basic residual block, a strided one with a projection, an inverted residual block with a depthwise
+convolution and ReLU6, global average pooling, a dense layer. Batch normalization stays in the exported graph: something to fold.
 
 Every layer is a small class with `forward`, `backward` and its parameters; arrays are NHWC float32. Trained by Adam on random shifts.
 """
@@ -168,7 +168,10 @@ class Head(Layer):
 
     def __init__(self, rng: np.random.Generator, channels: int, classes: int) -> None:
         super().__init__()
-        self.params = {"w": rng.normal(0, np.sqrt(1 / channels), (channels, classes)).astype(np.float32), "b": np.zeros(classes, np.float32)}
+        self.params = {
+            "w": rng.normal(0, np.sqrt(1 / channels), (channels, classes)).astype(np.float32),
+            "b": np.zeros(classes, np.float32),
+        }
 
     def forward(self, x: Array, training: bool) -> Array:
         self.shape, self.pooled = x.shape, x.mean((1, 2))
@@ -294,8 +297,8 @@ class Exporter:
             return self.node("Clip", [x, *bounds])
         assert isinstance(layer, Head)
         flat = self.node("Flatten", [self.node("GlobalAveragePool", [x])])
-        self.nodes.append(helper.make_node("Gemm", [flat, self.constant("dense.w", layer.params["w"]), self.constant("dense.b", layer.params["b"])],
-                                           ["logits"], name="dense"))  # fmt: skip
+        operands = [flat, self.constant("dense.w", layer.params["w"]), self.constant("dense.b", layer.params["b"])]
+        self.nodes.append(helper.make_node("Gemm", operands, ["logits"], name="dense"))
         return "logits"
 
 
@@ -343,7 +346,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     onnx.save(export(network), options.output / "digits.onnx")
     planes = images.transpose(0, 3, 1, 2)
-    np.savez_compressed(options.output / "digits.npz", calibration=planes[training[:100]], evaluation=planes[held_out], labels=labels[held_out])
+    np.savez_compressed(
+        options.output / "digits.npz", calibration=planes[training[:100]], evaluation=planes[held_out], labels=labels[held_out]
+    )
     for name in ("digits.onnx", "digits.npz"):
         print(name, (options.output / name).stat().st_size, "bytes")
 

@@ -1,7 +1,7 @@
 """Constant operands: arrays that a module states directly, or as int8 values behind `dequantize`, `permute_dims` and `reshape`.
 
-A QDQ module holds a weight as int8 with one scale per output channel (`dequantize(axis=0)`), then brings it into the form its Relax operator wants.
-Reading a weight undoes that: values in the operator table's form, output channel first, and their scales.
+A QDQ module holds a weight as int8 with one scale per output channel (`dequantize(axis=0)`), then brings it into the form its Relax
+operator wants. Reading a weight undoes that: values in the operator table's form, output channel first, and their scales.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def kernel_form(constant: Constant, kind: str, groups: int = 1) -> Constant | st
         constant = _mapped(constant, lambda a: a.reshape(a.shape[-2:]).T)
     elif kind == "conv2d_transpose":
         i, kh, kw, o = value.shape
-        constant = _mapped(constant, lambda a: a.reshape(groups, i // groups, kh, kw, o).transpose(0, 4, 2, 3, 1).reshape(groups * o, kh, kw, i // groups))
+        constant = _mapped(
+            constant, lambda a: a.reshape(groups, i // groups, kh, kw, o).transpose(0, 4, 2, 3, 1).reshape(groups * o, kh, kw, i // groups)
+        )
     if constant.value.dtype not in (np.float32, np.int8):
         return f"weights of dtype {constant.value.dtype} have no int8 kernel; supported: float32"
     constant = replace(constant, value=np.ascontiguousarray(constant.value))
@@ -97,7 +99,8 @@ def kernel_form(constant: Constant, kind: str, groups: int = 1) -> Constant | st
 
 
 def relax_form(variable: Any, kind: str, groups: int, shape: tuple[int, ...]) -> list[Any]:
-    """Relax expressions that bring a weight from the kernel's form to the operator's `shape`: each takes the one before, the first `variable`.
+    """Relax expressions that bring a weight from the kernel's form to the operator's `shape`: each takes the one before, the first
+    `variable`.
 
     Returns functions of one variable. The inverse of `kernel_form`.
     """

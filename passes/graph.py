@@ -43,7 +43,7 @@ def const_value(expr: Any) -> np.ndarray:
     return np.asarray(expr.value.numpy())
 
 
-def const(array: np.ndarray) -> Any:
+def const(array: np.ndarray | np.generic) -> Any:
     array = np.asarray(array, order="C")
     return relax.const(array, str(array.dtype))  # without a dtype, float64 would become float32
 
@@ -111,7 +111,7 @@ class Graph:
 
     def consumers(self) -> dict[str, list[str]]:
         """value id -> ids of the bindings that read it, once per use; outputs count as the consumer "<output>"."""
-        uses: dict[str, list[str]] = {str(p.name): [] for p in self.inputs} | {name: [] for name, _ in self.bindings}
+        uses: dict[str, list[str]] = {name: [] for name in [*(str(p.name) for p in self.inputs), *(n for n, _ in self.bindings)]}
         for name, expr in self.bindings:
             for arg in arguments(expr):
                 if isinstance(arg, relax.Var):
@@ -132,10 +132,8 @@ def arguments(expr: Any) -> list[Any]:
     if isinstance(expr, tvm.ir.Call):
         flat: list[Any] = []
         for arg in expr.args:
-            if isinstance(arg, relax.Tuple):
-                flat += list(arg.fields)
-            elif not isinstance(arg, relax.ExternFunc):
-                flat.append(arg)
+            flat += list(arg.fields) if isinstance(arg, relax.Tuple) else [arg]
+        flat = [a for a in flat if isinstance(a, (relax.Var, relax.TupleGetItem)) or is_const(a)]  # not shapes, bounds, callees
         return flat
     return []
 

@@ -1,7 +1,8 @@
 """Groups: the units of quantization.
 
-Everything inside a group is computed in int32 and registers; only a group's output is stored, calibrated, planned and quantized. Which operators
-form a group is decided here only, so that the float network, the plan, the QDQ module and the integer module speak of the same values:
+Everything inside a group is computed in int32 and registers; only a group's output is stored, calibrated, planned and quantized. Which
+operators form a group is decided here only, so that the float network, the plan, the QDQ module and the integer module speak of the same
+values:
 
     conv2d, conv2d_transpose, dense:  anchor -> bias add -> one residual add -> relu / clip
     add, sub, mul, matmul, mean, avg_pool2d:  operator -> relu / clip
@@ -9,12 +10,13 @@ form a group is decided here only, so that the float network, the plan, the QDQ 
     data movement and max_pool2d:  the operator alone
     quantize, dequantize:  in QDQ modules; group boundaries
 
-Edges inside a group have one use and are not network outputs. Every binding belongs to exactly one group; `float` groups hold what has no int8 form.
+Edges inside a group have one use and are not network outputs. Every binding belongs to exactly one group; `float` groups hold what has no
+int8 form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,14 +38,16 @@ SAME_QUANTIZATION = (*DATA_MOVEMENT, "max_pool2d", "resize2d")  # the output tak
 class Group:
     """One unit of quantization.
 
-    kind: "conv2d", "conv2d_transpose", "dense", "matmul", "add", "sub", "mul", "unary", "max_pool2d", "avg_pool2d", "mean", "concat", "resize2d",
-        "reshape", "transpose", "slice", "pad", "quantize", "dequantize" or "float". An output of a split is a "slice".
-    id: value id of the output. members: bindings inside, in order. inputs: value ids of the tensor operands (without the residual), in order.
-    shape: of the output; () for a tuple.
+    kind: "conv2d", "conv2d_transpose", "dense", "matmul", "add", "sub", "mul", "unary", "max_pool2d", "avg_pool2d", "mean", "concat",
+        "resize2d", "reshape", "transpose", "slice" (an output of a split too), "pad", "quantize", "dequantize" or "float".
+    id: value id of the output. members: bindings inside, in order. shape: of the output; () for a tuple.
+    inputs: value ids of the tensor operands, in order. residual: one more, added after the bias.
     weight: conv2d, conv2d_transpose: [O, KH, KW, I/groups]; dense: [N, K]; add, sub, mul with one constant operand: that operand
-        (`attrs["constant"]` is its position, 0 or 1). float32; int8 in a QDQ module, with `weight_scale` [O] (a constant operand: [1], and `weight_zero_point`).
+        (`attrs["constant"]` is its position, 0 or 1). float32; in a QDQ module int8, `real = weight_scale * (weight - weight_zero_point)`
+        with one scale per output channel, or a single one for a constant operand.
     bias: float64 [O]. low, high: the activation as bounds of the real output, None for none.
-    attrs: geometry by the names of the operator table. function: of a unary group. reason: why kind is "float", as a sentence without full stop.
+    attrs: geometry by the names of the operator table. function: of a unary group.
+    reason: why kind is "float", as a sentence without full stop.
     """
 
     kind: str
@@ -119,7 +123,9 @@ class _Finder:
         found = _ANCHORS[str(relax_op(expr))](expr)
         weight = self.constant(right)
         if isinstance(found, str) or dtype_of(expr) != "float32":
-            return self.float_group(name, expr, found if isinstance(found, str) else f"there are int8 kernels for float32 tensors only, not {dtype_of(expr)}")
+            return self.float_group(
+                name, expr, found if isinstance(found, str) else f"there are int8 kernels for float32 tensors only, not {dtype_of(expr)}"
+            )
         kind, attrs = found
         if weight is None and kind == "dense":
             if len(x.ty.shape) < 2 or len(right.ty.shape) < 2:
@@ -134,7 +140,9 @@ class _Finder:
             return self.float_group(name, expr, formed)
         if kind == "dense" and len(x.ty.shape) != len(expr.ty.shape):
             return self.float_group(name, expr, "a product that adds dimensions has no int8 kernel")
-        start = Group(kind, name, (name, *weight.members), _names([x]), shape_of(expr), formed.value, formed.scale, formed.zero_point, attrs=attrs)
+        start = Group(
+            kind, name, (name, *weight.members), _names([x]), shape_of(expr), formed.value, formed.scale, formed.zero_point, attrs=attrs
+        )
         return self.extend(start)
 
     def extend(self, group: Group) -> Group:
@@ -165,7 +173,11 @@ class _Finder:
             return None
         constant = self.constant(right if _is(left, group.id) else left)
         channels = group.shape[-1]
-        if constant is None or constant.value.size not in (1, channels) or (constant.value.size > 1 and constant.value.shape[-1] != channels):
+        if (
+            constant is None
+            or constant.value.size not in (1, channels)
+            or (constant.value.size > 1 and constant.value.shape[-1] != channels)
+        ):
             return None
         value = np.broadcast_to(constant.real().astype(np.float64).reshape(-1), (channels,))
         return -value if relax_op(expr) == "relax.subtract" else value.copy()
@@ -211,7 +223,12 @@ class _Finder:
 
     def expandable(self, name: str, inside: set[str], shape: tuple[int, ...]) -> bool:
         """May `name` join the expression: elementwise with scalar constants, read inside only?"""
-        if name not in self.values or name in self.claimed or elementwise(self.values[name]) is None or shape_of(self.values[name]) != shape:
+        if (
+            name not in self.values
+            or name in self.claimed
+            or elementwise(self.values[name]) is None
+            or shape_of(self.values[name]) != shape
+        ):
             return False
         return not any(self.is_constant(o) for o in self.operands(name)) and all(u in inside for u in self.uses[name])
 
@@ -235,7 +252,17 @@ class _Finder:
         constant = constants[position]
         assert constant is not None
         return self.extend(
-            Group(kind, name, (name, *constant.members), _names(tensors), shape_of(expr), constant.value, constant.scale, constant.zero_point, attrs={"constant": position})
+            Group(
+                kind,
+                name,
+                (name, *constant.members),
+                _names(tensors),
+                shape_of(expr),
+                constant.value,
+                constant.scale,
+                constant.zero_point,
+                attrs={"constant": position},
+            )
         )
 
     # -- everything else ----------------------------------------------------------------------------------------------------------------
@@ -251,7 +278,11 @@ class _Finder:
             if relax_op(split) == "relax.split" and dtype_of(expr) == "float32":
                 described: Described | str | None = slice_of_split(split, int(expr.index))
                 return self.described(name, expr, described, self.members([str(expr.tuple_value.name), name]))
-        if op == "relax.split" and (first := next((u for u in self.uses[name] if u not in self.claimed), None)) is not None and dtype_of(expr.args[0]) == "float32":
+        if (
+            op == "relax.split"
+            and (first := next((u for u in self.uses[name] if u not in self.claimed), None)) is not None
+            and dtype_of(expr.args[0]) == "float32"
+        ):
             return self.single(first, self.values[first])
         return self.described(name, expr, describe(expr), (name,))
 
@@ -301,4 +332,8 @@ def _convolution(expr: Any) -> tuple[str, dict[str, Any]] | str:
     return op, {n: plain(getattr(a, n)) for n in names}
 
 
-_ANCHORS = {"relax.nn.conv2d": _convolution, "relax.nn.conv2d_transpose": _convolution, "relax.matmul": lambda expr: ("dense", {})}
+_ANCHORS: dict[str | None, Callable[[Any], tuple[str, dict[str, Any]] | str]] = {
+    "relax.nn.conv2d": _convolution,
+    "relax.nn.conv2d_transpose": _convolution,
+    "relax.matmul": lambda expr: ("dense", {}),
+}

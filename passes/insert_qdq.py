@@ -4,14 +4,16 @@
                                              y  = relu(conv2d(dequantize(quantize(x)), w8) + b)
     z = softmax(y)                  -->      z  = softmax(dequantize(quantize(y)))              (softmax has no int8 kernel)
 
-Works on the canonical float module; `realize` must follow. A value `v` that is stored in 8 bits gains the values `v~q` (int8) and `v~dq` (float32 again),
-and everything that read `v` reads `v~dq`. Which groups stayed float, and why, is the attribute `qc.float_ops` of the result.
+Works on the canonical float module; `realize` must follow. A value `v` that is stored in 8 bits gains the values `v~q` (int8) and `v~dq`
+(float32 again), and everything that read `v` reads `v~dq`. Which groups stayed float, and why, is the attribute `qc.float_ops` of the
+result.
 
 Refused here, on the actual weights: accumulators that could exceed int32 (the group stays float, with that reason).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,11 +26,16 @@ from qcompiler.errors import PlanError
 from qcompiler.passes.constants import dequantized, relax_form
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
-from qcompiler.spec import QParams, conv_accumulator_bound
+from qcompiler.spec import QParams, add_parameters, conv_accumulator_bound, residual_parameters
 
 BIAS_LIMIT = 2**29  # int32 biases beyond it leave too little room for the products
 INT32 = 2**31 - 1
-_CARRIERS = {"add": "relax.add", "sub": "relax.subtract", "mul": "relax.multiply", "dense": "relax.matmul"}  # the member that holds the constant operand
+_CARRIERS = {
+    "add": "relax.add",
+    "sub": "relax.subtract",
+    "mul": "relax.multiply",
+    "dense": "relax.matmul",
+}  # the member that holds the constant operand
 
 
 class Plan(Protocol):
@@ -90,18 +97,24 @@ class _Inserter:
         if output is None and group.kind in DATA_MOVEMENT:
             return "it moves float32 data"
         if output is None and group.kind not in ACCUMULATING:
-            raise PlanError(f"{group.kind} '{group.id}': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float")
-        for value in self.operands(group):
-            self.params(value, group)
-        return self.overflow(group)
-
-    def operands(self, group: Group) -> list[str]:
-        return [*group.inputs, *([group.residual] if group.residual else [])]
+            raise PlanError(
+                f"{group.kind} '{group.id}': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float"
+            )
+        operands = [self.params(v, group) for v in [*group.inputs, *([group.residual] if group.residual else [])]]
+        reason = self.overflow(group)
+        if reason is None and output is not None and (group.residual or group.kind in ("add", "sub")):
+            if group.id in self.weights and group.kind in ("add", "sub"):
+                operands.append(QParams(float(self.weights[group.id].scale[0]), 0))
+            reason = _unsummable(group, operands, output)
+        return reason
 
     def params(self, value: str, group: Group) -> QParams:
         found = self.plan.params(value)
         if found is None:
-            raise PlanError(f"{group.kind} '{group.id}' is planned in 8 bits, but its input '{value}' has no 8-bit parameters; give them, or a reason to keep it in float")
+            raise PlanError(
+                f"{group.kind} '{group.id}' is planned in 8 bits, but its input '{value}' has no 8-bit parameters; "
+                "give them, or a reason to keep it in float"
+            )
         return found
 
     def overflow(self, group: Group) -> str | None:
@@ -147,10 +160,10 @@ class _Inserter:
             quantized = group.id in self.quantized
             if quantized and group.weight is not None and relax_op(expr) == _CARRIERS.get(group.kind, f"relax.nn.{group.kind}"):
                 expr = self.with_weight(group, expr)
-            self.raw[name] = self.builder.emit(name, substitute(expr, lambda v: self.operand(v, group, quantized)))
+            self.raw[name] = self.builder.emit(name, substitute(expr, functools.partial(self.operand, group, quantized)))
         return self.builder.finish([(name, self.seen(str(v.name))) for name, v in self.graph.outputs])
 
-    def operand(self, variable: Any, group: Group, quantized: bool) -> Any:
+    def operand(self, group: Group, quantized: bool, variable: Any) -> Any:
         name = str(variable.name)
         if name in group.members:
             return self.raw[name]
@@ -181,6 +194,18 @@ class _Inserter:
         args = list(expr.args)
         args[position] = variable
         return tvm.ir.Call(expr.op, args, expr.attrs, expr.ty_args)
+
+
+def _unsummable(group: Group, operands: list[QParams], output: QParams) -> str | None:
+    """The sentence for a sum whose operands are so much coarser than its output that no int32 unit serves both, or None."""
+    try:
+        if group.residual:
+            residual_parameters(operands[-1].scale, output.scale)
+        else:
+            add_parameters(operands[0].scale, operands[1].scale, output.scale)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _elementwise_constant(value: np.ndarray) -> _Weight:

@@ -4,12 +4,14 @@
     relu(matmul(x, w) + b)          -->     qc.f32.dense(x, w.T, b) {low: 0}
     split(x).1                      -->     strided_slice(x)            (a value per kernel)
 
-Works on the canonical float module, in place of `insert_qdq` and `realize`; lowering must follow. The groups are those of the quantized network, so the
-float twin and the integer network compute values of the same ids. Everything else stays Relax.
+Works on the canonical float module, in place of `insert_qdq` and `realize`; lowering must follow. The groups are those of the quantized
+network, so the float twin and the integer network compute values of the same ids. Everything else stays Relax, in layouts that TVM can
+legalize.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.legal_layouts import legal_layouts
 
 NO_LIMIT = float(np.finfo(np.float32).max)
 
@@ -32,7 +35,7 @@ def select_float(module: tvm.IRModule) -> tvm.IRModule:
         group = owner[name]
         if group.kind in ("conv2d", "dense"):
             if name == group.id:
-                env[name] = builder.emit(name, _call(group, env))
+                env[name] = builder.emit(name, scheduled(group, env.__getitem__))
             continue
         if relax_op(expr) == "relax.split" and group.kind == "slice":
             continue
@@ -42,13 +45,19 @@ def select_float(module: tvm.IRModule) -> tvm.IRModule:
             env[name] = builder.emit(name, expr)
             continue
         env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
-    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+    return legal_layouts(builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs]))
 
 
-def _call(group: Group, env: dict[str, Any]) -> Any:
+def scheduled(group: Group, value: Callable[[str], Any]) -> Any:
+    """The `qc.f32.*` call of a conv2d or dense group; `value` gives the float32 variable of a value id."""
     assert group.weight is not None
     weight = group.weight if group.weight_scale is None else group.weight * group.weight_scale.reshape(-1, *[1] * (group.weight.ndim - 1))
     bias = np.zeros(weight.shape[0]) if group.bias is None else group.bias
-    tensors = [env[group.inputs[0]], const(weight.astype(np.float32)), const(bias.astype(np.float32)), *([env[group.residual]] if group.residual else [])]
+    tensors = [
+        value(group.inputs[0]),
+        const(weight.astype(np.float32)),
+        const(bias.astype(np.float32)),
+        *([value(group.residual)] if group.residual else []),
+    ]
     attrs = {**group.attrs, "low": -NO_LIMIT if group.low is None else group.low, "high": NO_LIMIT if group.high is None else group.high}
     return make_op(f"qc.f32.{group.kind}", tensors, attrs, group.shape, "float32")

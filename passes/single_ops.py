@@ -1,7 +1,7 @@
 """Data movement and pooling: which Relax calls have an int8 operator, and that operator's attributes.
 
-`describe(call)` is a table look-up: Relax operator -> (group kind, tensor operands, attributes as the operator table of docs/architecture.md names
-them), or the sentence that says why the call has no int8 form.
+`describe(call)` is a table look-up: Relax operator -> (group kind, tensor operands, attributes as the operator table of
+docs/architecture.md names them), or the sentence that says why the call has no int8 form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Described:
 
 
 def describe(expr: Any) -> Described | str | None:
-    """What `expr` is as one int8 operator, why it has none (a sentence without its full stop), or None when it isn't data movement or pooling."""
+    """What `expr` is as one int8 operator, why it has none (a sentence without its full stop), or None when it isn't data movement or
+    pooling."""
     op = relax_op(expr)
     return _TABLE[op](expr) if op in _TABLE else None
 
@@ -66,7 +67,11 @@ def _pool(expr: Any) -> Described | str:
 def _mean(expr: Any) -> Described:
     rank = len(expr.args[0].ty.shape)
     axes = plain(expr.attrs.axis)
-    return Described("mean", [expr.args[0]], {"axes": sorted(range(rank) if axes is None else {x % rank for x in axes}), "keepdims": bool(expr.attrs.keepdims)})
+    return Described(
+        "mean",
+        [expr.args[0]],
+        {"axes": sorted(range(rank) if axes is None else {x % rank for x in axes}), "keepdims": bool(expr.attrs.keepdims)},
+    )
 
 
 def _adaptive_mean(expr: Any) -> Described | str:
@@ -115,7 +120,11 @@ def _pad(expr: Any) -> Described | str:
     widths = plain(expr.attrs.pad_width)
     if min(widths) < 0:
         return "padding by a negative width has no int8 kernel"
-    return Described("pad", [expr.args[0]], {"pads": [list(p) for p in zip(widths[::2], widths[1::2], strict=True)], "value": float(expr.attrs.pad_value)})
+    return Described(
+        "pad",
+        [expr.args[0]],
+        {"pads": [list(p) for p in zip(widths[::2], widths[1::2], strict=True)], "value": float(expr.attrs.pad_value)},
+    )
 
 
 def _resize(expr: Any) -> Described | str:
@@ -124,12 +133,15 @@ def _resize(expr: Any) -> Described | str:
     transformation = str(a.coordinate_transformation_mode)
     if str(a.layout) != "NHWC" or method is None:
         return f"resize has int8 kernels for layout NHWC, nearest and linear, not {a.layout} and {a.method}"
-    if transformation not in ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"):
-        return f"resize with coordinates '{transformation}' has no int8 kernel; supported: half_pixel, pytorch_half_pixel, asymmetric, align_corners"
+    if transformation not in _COORDINATES:
+        return f"resize with coordinates '{transformation}' has no int8 kernel; supported: {', '.join(_COORDINATES)}"
     size = [int(d) for d in expr.args[1].values]
-    return Described("resize2d", [expr.args[0]], {"size": size, "method": method, "transformation": transformation, "rounding": str(a.rounding_method)})
+    return Described(
+        "resize2d", [expr.args[0]], {"size": size, "method": method, "transformation": transformation, "rounding": str(a.rounding_method)}
+    )
 
 
+_COORDINATES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
 _TABLE: dict[str | None, Callable[[Any], Described | str]] = {
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,

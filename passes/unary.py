@@ -93,7 +93,7 @@ class Unary:
 
     @functools.cached_property
     def name(self) -> str:
-        """"sigmoid", "hard_swish", ... when the values agree with that function to 1e-5; else the outermost operator."""
+        """ "sigmoid", "hard_swish", ... when the values agree with that function to 1e-5; else the outermost operator."""
         grid = np.linspace(-12.0, 12.0, 193)
         values = self(grid)
         for name, function in _NAMED.items():
@@ -167,7 +167,9 @@ def join_clamps(first: tuple[float | None, float | None], second: tuple[float | 
     """Bounds of the one clamp that equals `first` followed by `second`."""
 
     def bounded(value: float) -> float:
-        return float(np.minimum(np.maximum(value, -math.inf if second[0] is None else second[0]), math.inf if second[1] is None else second[1]))
+        return float(
+            np.minimum(np.maximum(value, -math.inf if second[0] is None else second[0]), math.inf if second[1] is None else second[1])
+        )
 
     low = second[0] if first[0] is None else bounded(first[0])
     high = second[1] if first[1] is None else bounded(first[1])

@@ -1,6 +1,15 @@
 """qcompiler: a float network in, a verified, autotuned int8 library out."""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+if _TYPE_CHECKING:
+    from qcompiler.artifact import Artifact
+    from qcompiler.parity import verify
+    from qcompiler.pipeline import compile
+    from qcompiler.runtime.session import Session
+    from qcompiler.runtime.session import Session as load
 
 # In a checkout, passes/ and schedules/ lie beside this package; installed, they lie inside it.
 _ROOT = _Path(__file__).resolve().parent.parent
@@ -8,3 +17,23 @@ if (_ROOT / "passes" / "__init__.py").is_file() and (_ROOT / "targets.yaml").is_
     __path__.append(str(_ROOT))
 
 __version__ = "0.1.0"
+
+__all__ = ["Artifact", "Session", "compile", "load", "verify"]
+
+# Imported on first use: running a library needs numpy alone, and listing targets needs no compiler.
+_LAZY = {
+    "Artifact": ("qcompiler.artifact", "Artifact"),
+    "Session": ("qcompiler.runtime.session", "Session"),
+    "compile": ("qcompiler.pipeline", "compile"),
+    "load": ("qcompiler.runtime.session", "Session"),
+    "verify": ("qcompiler.parity", "verify"),
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qcompiler' has no attribute '{name}'")
+    import importlib
+
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

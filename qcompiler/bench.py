@@ -64,7 +64,8 @@ def random_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> dict[str, np.nd
     """Inputs to measure with: standard normal numbers for float inputs, zeros for others (any index is valid then)."""
     generator = np.random.default_rng(seed)
     return {
-        i.name: generator.standard_normal(i.shape).astype(i.dtype) if np.dtype(i.dtype).kind == "f" else np.zeros(i.shape, i.dtype) for i in inputs
+        i.name: generator.standard_normal(i.shape).astype(i.dtype) if np.dtype(i.dtype).kind == "f" else np.zeros(i.shape, i.dtype)
+        for i in inputs
     }
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from qcompiler.errors import DataError, closest
+from qcompiler.data import InputInfo, check_sample
+from qcompiler.errors import DataError
 from qcompiler.files import replacing
 from qcompiler.histogram import BINS, Histogram, channel_statistics
 from qcompiler.progress import Progress
@@ -25,30 +26,20 @@ FORMAT = 1
 Visit = Callable[[str, np.ndarray], None]
 
 
-class Port(Protocol):
-    """A network input: its name, shape (ints) and numpy dtype name."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def dtype(self) -> str: ...
-
-
 class Executor(Protocol):
-    """What runs the float network. `trace` calls visit(value id, array) after each step; arrays are valid during the call only."""
+    """What runs the float network. `trace` calls visit(value id, array) for each input, then after each step, and returns the outputs.
+    Arrays are valid during the call only."""
 
     @property
-    def inputs(self) -> Sequence[Port]: ...
-    def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> Any: ...
+    def inputs(self) -> Sequence[InputInfo]: ...
+    def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> Mapping[str, np.ndarray]: ...
 
 
 class Watcher(Protocol):
     """Something else that looks at the values of the same pass (the means that bias correction needs, say)."""
 
     def visit(self, value_id: str, array: np.ndarray) -> None: ...
-    def end_sample(self) -> None: ...
+    def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None: ...
 
 
 @dataclass
@@ -157,7 +148,7 @@ def calibrate(
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
-    total = len(samples) if hasattr(samples, "__len__") else None
+    total = len(samples) if isinstance(samples, Sized) else getattr(samples, "count", None)
     bad: list[str] = []
 
     def visit(name: str, array: np.ndarray) -> None:
@@ -167,45 +158,21 @@ def calibrate(
             watcher.visit(name, array)
 
     for sample in samples:
-        check_sample(sample, executor.inputs, table.samples)
-        for port in executor.inputs:
-            if not np.isfinite(sample[port.name]).all():
-                raise DataError(f"calibration sample {table.samples}: input '{port.name}' holds NaN or infinity; values must be finite")
-            visit(port.name, sample[port.name])
-        executor.trace(sample, visit)
+        sample = check_sample(sample, executor.inputs, f"calibration sample {table.samples}")
+        outputs = executor.trace(sample, visit)
         if bad:
             raise DataError(
                 f"calibration sample {table.samples}: value '{bad[0]}' is not finite (NaN or infinity) although the inputs are; "
                 "check the preprocessing, or leave this sample out"
             )
         if watcher is not None:
-            watcher.end_sample()
+            watcher.end_sample(outputs)
         table.samples += 1
         if progress is not None:
             progress("calibrate", table.samples, total)
     if table.samples == 0:
         raise DataError("calibration data is empty; give at least one sample, better 50 to 500 that look like what the model will see")
     return table
-
-
-def check_sample(sample: Mapping[str, np.ndarray], ports: Sequence[Port], index: int) -> None:
-    """Raise DataError, saying what the model wants, when a sample doesn't have exactly the inputs of `ports`."""
-    wants = "the model wants " + ", ".join(f"'{p.name}' {p.dtype} {list(p.shape)}" for p in ports)
-    names = [p.name for p in ports]
-    where = f"calibration sample {index}"
-    if not isinstance(sample, Mapping):
-        raise DataError(f"{where}: expected a mapping of input names to arrays, not {type(sample).__name__}; {wants}")
-    for name in sample:
-        if name not in names:
-            raise DataError(f"{where}: unknown input '{name}'.{closest(str(name), names)} {wants[0].upper()}{wants[1:]}")
-    for port in ports:
-        if port.name not in sample:
-            raise DataError(f"{where}: input '{port.name}' is missing; {wants}")
-        array = sample[port.name]
-        if not isinstance(array, np.ndarray):
-            raise DataError(f"{where}: input '{port.name}' is a {type(array).__name__}, not a numpy array; {wants}")
-        if tuple(array.shape) != tuple(port.shape) or str(array.dtype) != port.dtype:
-            raise DataError(f"{where}: input '{port.name}' is {array.dtype} {list(array.shape)}; {wants}")
 
 
 def _encode(s: Statistics) -> dict[str, Any]:

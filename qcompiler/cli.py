@@ -68,74 +68,115 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     p = verb(
-        "compile", _compile, "make an int8 library from an ONNX model",
+        "compile",
+        _compile,
+        "make an int8 library from an ONNX model",
         "Import MODEL, measure the range of every tensor on the calibration data, choose the quantization, and write a shared library "
         "(code, weights and manifest in one file). The same inputs give the same bytes.",
-    )  # fmt: skip
+    )
     p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
-    p.add_argument("--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)")
+    p.add_argument(
+        "--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)"
+    )
     p.add_argument("--calibration", required=True, metavar="DATA", help=f"typical inputs, 100 are usually enough: {DATA_HELP}")
     p.add_argument("--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
-    p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=_shape,
-                   help="shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs")  # fmt: skip
+    p.add_argument(
+        "--input-shape",
+        action="append",
+        default=[],
+        metavar="NAME=1,3,224,224",
+        type=_shape,
+        help="shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs",
+    )
     p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
     p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
-    p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default",
-                   help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least")  # fmt: skip
+    p.add_argument(
+        "--preset",
+        choices=["fast", "default", "accurate"],
+        default="default",
+        help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
+    )
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
 
     p = verb(
-        "verify", _verify, "compare a library with its float model; exit 1 when it misses a threshold",
-        "Run FILE.so and its float MODEL on DATA, and report for every output and every layer: signal-to-quantization-noise ratio, maximum, "
-        "median and mean signed error, cosine, largest bias of a channel; top-1 agreement for classifiers, and accuracy when labels are given. "
+        "verify",
+        _verify,
+        "compare a library with its float model; exit 1 when it misses a threshold",
+        "Run FILE.so and its float MODEL on DATA, and report for every output and every layer: signal-to-quantization-noise ratio, "
+        "maximum, median and mean signed error, cosine, largest bias of a channel; top-1 agreement of classifiers; accuracy with labels. "
         "Without any threshold every output must reach an SQNR of 10 dB.",
-    )  # fmt: skip
+    )
     p.add_argument("library", metavar="FILE.so", help="a library that `qcompiler compile` wrote")
     p.add_argument("--model", required=True, metavar="MODEL.onnx", help="the float model it was compiled from")
     p.add_argument("--data", required=True, metavar="DATA", help=f"evaluation inputs, other than those of the calibration: {DATA_HELP}")
     p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
-    p.add_argument("--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices")
+    p.add_argument(
+        "--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices"
+    )
     p.add_argument("--min-sqnr", type=float, metavar="DB", help="fail when an output has a lower signal-to-quantization-noise ratio")
-    p.add_argument("--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)")
-    p.add_argument("--max-accuracy-drop", type=float, metavar="POINTS", help="fail when top-1 accuracy falls by more percentage points; needs --labels")
-    p.add_argument("--max-channel-bias", type=float, metavar="STEPS",
-                   help="fail when a channel of an int8 layer is off by more quantization steps on average")  # fmt: skip
+    p.add_argument(
+        "--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)"
+    )
+    p.add_argument(
+        "--max-accuracy-drop", type=float, metavar="POINTS", help="fail when top-1 accuracy falls by more percentage points; needs --labels"
+    )
+    p.add_argument(
+        "--max-channel-bias",
+        type=float,
+        metavar="STEPS",
+        help="fail when a channel of an int8 layer is off by more quantization steps on average",
+    )
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
     p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
     p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of both networks (default 1)")
 
     p = verb(
-        "bench", _bench, "measure the latency of a library, alone or against its float model",
-        "Measure FILE.so on random inputs. With --model the same network in float, compiled by qcompiler for the same target, and with --against "
+        "bench",
+        _bench,
+        "measure the latency of a library, alone or against its float model",
+        "Measure FILE.so on random inputs. With --model the same network in float, compiled for the same target, and with --against "
         "another runtime take turns with it in one process; the ratios are what to read, times drift between runs.",
-    )  # fmt: skip
+    )
     p.add_argument("library", metavar="FILE.so")
     p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of each candidate (default 1)")
     p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
-    p.add_argument("--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed")
+    p.add_argument(
+        "--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed"
+    )
     p.add_argument("--seconds", type=float, default=3.0, metavar="S", help="time to spend on measuring (default 3)")
     p.add_argument("--layers", action="store_true", help="print the time of every step as well")
 
     p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
     p.add_argument("library", metavar="FILE.so")
-    p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=_pair, help="one array per input; repeat for more inputs")
+    p.add_argument(
+        "--input", action="append", required=True, metavar="NAME=X.npy", type=_pair, help="one array per input; repeat for more inputs"
+    )
     p.add_argument("--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
     p.add_argument("--threads", type=_positive, default=1, metavar="N")
 
     p = verb(
-        "inspect", _inspect, "show what is inside a library",
-        "Read the manifest of FILE.so without executing it (it may be for another CPU): inputs and outputs, and for every operator the type of "
-        "its result, its kernel, and why it is not int8 when it is not.",
-    )  # fmt: skip
+        "inspect",
+        _inspect,
+        "show what is inside a library",
+        "Read the manifest of FILE.so without executing it (it may be for another CPU): inputs, outputs, and for every operator the type "
+        "of its result, its kernel, and why it is not int8 when it is not.",
+    )
     p.add_argument("library", metavar="FILE.so")
 
-    verb("targets", _targets, "list the targets, and what this machine is", "List the rows of targets.yaml and which of them this machine can run.")
+    verb(
+        "targets",
+        _targets,
+        "list the targets, and what this machine is",
+        "List the rows of targets.yaml and which of them this machine can run.",
+    )
 
     p = verb(
-        "demo", _demo, "compile, verify and measure the example network on this machine",
-        "Compile the built-in network (handwritten digits) for this machine, verify it against float on labelled images it was not trained on, "
+        "demo",
+        _demo,
+        "compile, verify and measure the example network on this machine",
+        "Compile the built-in network (handwritten digits) for this machine, verify it against float on labelled images it never saw, "
         "measure int8 against float, and leave the library.",
-    )  # fmt: skip
+    )
     p.add_argument("--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
     return parser
 
@@ -175,9 +216,16 @@ def _compile(options: argparse.Namespace) -> int:
     shapes = dict(options.input_shape)
     with terminal_progress() as progress:
         artifact = qcompiler.compile(
-            options.model, target=options.target, calibration=options.calibration, input_shapes=shapes or None, preset=options.preset,
-            tuning_log=options.tuning_log, preprocess=options.preprocess, dump_dir=options.dump_dir, progress=progress,
-        )  # fmt: skip
+            options.model,
+            target=options.target,
+            calibration=options.calibration,
+            input_shapes=shapes or None,
+            preset=options.preset,
+            tuning_log=options.tuning_log,
+            preprocess=options.preprocess,
+            dump_dir=options.dump_dir,
+            progress=progress,
+        )
     artifact.save(output)
     manifest = artifact.manifest
     reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
@@ -191,10 +239,19 @@ def _verify(options: argparse.Namespace) -> int:
 
     with terminal_progress() as progress:
         report = qcompiler.verify(
-            options.library, options.model, options.data, labels=options.labels, min_sqnr=options.min_sqnr, min_agreement=options.min_agreement,
-            max_accuracy_drop=options.max_accuracy_drop, max_channel_bias=options.max_channel_bias, preprocess=options.preprocess,
-            layer_samples=options.layer_samples, threads=options.threads, progress=progress,
-        )  # fmt: skip
+            options.library,
+            options.model,
+            options.data,
+            labels=options.labels,
+            min_sqnr=options.min_sqnr,
+            min_agreement=options.min_agreement,
+            max_accuracy_drop=options.max_accuracy_drop,
+            max_channel_bias=options.max_channel_bias,
+            preprocess=options.preprocess,
+            layer_samples=options.layer_samples,
+            threads=options.threads,
+            progress=progress,
+        )
     _show(options, report, lambda: parity_text(report, options.layers))
     return 0 if report.passed else 1
 
@@ -275,14 +332,23 @@ def _targets(options: argparse.Namespace) -> int:
     runnable = [t.name for t in targets if not missing[t.name]]
     native = find_target("native").name if runnable else None
     rows = [
-        [t.name + (" *" if t.name == native else ""), t.triple, ", ".join(t.features), ", ".join(t.rows), t.storage, t.tested,
-         "runs here" if not missing[t.name] else f"needs {', '.join(missing[t.name])}"]
+        [
+            t.name + (" *" if t.name == native else ""),
+            t.triple,
+            ", ".join(t.features),
+            ", ".join(t.rows),
+            t.storage,
+            t.tested,
+            "runs here" if not missing[t.name] else f"needs {', '.join(missing[t.name])}",
+        ]
         for t in targets
-    ]  # fmt: skip
+    ]
     document = {
         "architecture": host_architecture(),
         "native": native,
-        "targets": [{"name": t.name, "triple": t.triple, "features": t.features, "rows": t.rows, "missing": missing[t.name]} for t in targets],
+        "targets": [
+            {"name": t.name, "triple": t.triple, "features": t.features, "rows": t.rows, "missing": missing[t.name]} for t in targets
+        ],
     }
     title = f"This machine: {host_architecture()}, native = {native or 'none of these'}"
     columns = ("target", "triple", "CPU features", "kernel rows", "storage", "note", "here")

@@ -1,15 +1,16 @@
 """Samples: calibration and evaluation data as a stream of `{input name: array}`, one model call each.
 
 A source is a `.npz` (one array per input name, first axis = samples), a `.npy` for a model with one input, a folder of images with a
-preprocessing file, or any iterable of samples. Files are read a sample at a time, so memory does not grow with their number, and may be read
-again and again. Everything that a header can show wrong is refused before the first sample; NaN and Inf when their sample comes up.
+preprocessing file, or any iterable of samples. Files are read a sample at a time, so memory does not grow with their number, and may be
+read again and again. Everything that a header can show wrong is refused before the first sample; NaN and Inf when their sample comes up.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ class InputInfo(Protocol):
 class Samples(Protocol):
     """A stream of checked samples that can be iterated any number of times. `names` label them where the source does (file names)."""
 
-    names: Sequence[str]
-
+    @property
+    def names(self) -> Sequence[str]: ...
     def __iter__(self) -> Iterator[Sample]: ...
     @property
     def count(self) -> int | None: ...
@@ -65,7 +66,9 @@ def open_samples(source: Any, inputs: Sequence[InputInfo], preprocess: str | Pat
     if settings is not None:
         raise DataError(f"{path}: preprocessing applies to a folder of images only")
     if path.suffix not in (".npz", ".npy"):
-        raise DataError(f"{path}: unknown kind of data '{path.suffix}'. Supported: .npz, .npy, a folder of images with a preprocessing file")
+        raise DataError(
+            f"{path}: unknown kind of data '{path.suffix}'. Supported: .npz, .npy, a folder of images with a preprocessing file"
+        )
     return ArraySamples(path, inputs)
 
 
@@ -87,7 +90,9 @@ def check_names(names: Iterable[str], inputs: Sequence[InputInfo], where: str) -
 def check_sample(sample: Any, inputs: Sequence[InputInfo], where: str) -> Sample:
     """`sample` when it is one full set of inputs: right names, shapes and dtypes, every number finite. Raises DataError."""
     if not isinstance(sample, Mapping):
-        raise DataError(f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}")
+        raise DataError(
+            f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}"
+        )
     check_names(sample, inputs, where)
     checked = {}
     for info in inputs:
@@ -95,7 +100,9 @@ def check_sample(sample: Any, inputs: Sequence[InputInfo], where: str) -> Sample
         if not isinstance(array, np.ndarray):
             raise DataError(f"{where}: input '{info.name}' is a {type(array).__name__}; a numpy array is expected")
         if str(array.dtype) != info.dtype:
-            raise DataError(f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')")
+            raise DataError(
+                f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')"
+            )
         if array.shape != tuple(info.shape):
             hint = "; add the batch axis with x[None]" if array.shape == tuple(info.shape[1:]) else ""
             raise DataError(f"{where}: input '{info.name}' has shape {list(array.shape)}, the model wants {list(info.shape)}{hint}")
@@ -128,7 +135,7 @@ class CheckedSamples:
 
     @property
     def count(self) -> int | None:
-        return len(self._source) if hasattr(self._source, "__len__") else None
+        return len(self._source) if isinstance(self._source, Sized) else None
 
     def __iter__(self) -> Iterator[Sample]:
         index = -1
@@ -163,7 +170,9 @@ class ArraySamples:
             check_names(headers, inputs, str(path))
         else:
             if len(inputs) != 1:
-                raise DataError(f"{path}: an .npy serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
+                raise DataError(
+                    f"{path}: an .npy serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}"
+                )
             headers = {inputs[0].name: self._header(path.open("rb"))}
         self._columns = [self._column(info, *headers[info.name]) for info in inputs]
         counts = {c.name: c.count for c in self._columns}
@@ -244,18 +253,30 @@ class ImageSamples:
         if not files:
             raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
         if len(inputs) != 1:
-            raise DataError(f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
-        self._input, self._preprocess = inputs[0], preprocess
-        self._files = files
-        self.names: Sequence[str] = [p.relative_to(folder).as_posix() for p in files]
+            raise DataError(
+                f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}"
+            )
+        self._folder, self._inputs, self._preprocess, self._files = folder, inputs, preprocess, files
         self._check(preprocess(files[0]), files[0])
+
+    @property
+    def names(self) -> Sequence[str]:
+        """File names relative to the folder."""
+        return [p.relative_to(self._folder).as_posix() for p in self._files]
 
     @property
     def count(self) -> int | None:
         return len(self._files)
 
+    def spread(self, count: int | None) -> ImageSamples:
+        """`count` of these images, evenly spread (None, or more than there are: all)."""
+        chosen = copy.copy(self)
+        if count is not None and count < len(self._files):
+            chosen._files = [self._files[i * len(self._files) // count] for i in range(count)]
+        return chosen
+
     def _check(self, image: np.ndarray, path: Path) -> np.ndarray:
-        info = self._input
+        info = self._inputs[0]
         if image.shape != tuple(info.shape) or str(image.dtype) != info.dtype:
             raise DataError(
                 f"{path}: preprocessing makes {image.dtype}{list(image.shape)}, but input '{info.name}' is {info.dtype}{list(info.shape)}; "
@@ -265,14 +286,14 @@ class ImageSamples:
 
     def __iter__(self) -> Iterator[Sample]:
         for path in self._files:
-            yield {self._input.name: self._check(self._preprocess(path), path)}
+            yield {self._inputs[0].name: self._check(self._preprocess(path), path)}
 
 
 def load_labels(path: str | Path, samples: Samples) -> np.ndarray:
     """Class indices, int64, one per sample.
 
-    A `.npy` holds them in the order of the samples. Anything else is text, tab-separated: the columns `file` and `class_index` (or, without a
-    header, the first two) joined with the image files by relative path, or by bare file name. Raises DataError.
+    A `.npy` holds them in the order of the samples. Anything else is text, tab-separated: the columns `file` and `class_index` (or,
+    without a header, the first two) joined with the image files by relative path, or by bare file name. Raises DataError.
     """
     path = Path(path)
     if not path.is_file():
@@ -284,10 +305,12 @@ def load_labels(path: str | Path, samples: Samples) -> np.ndarray:
             raise DataError(f"{path}: can't be read as .npy: {error}") from error
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise DataError(f"{path}: labels are a vector of integers, this is {labels.dtype}{list(labels.shape)}")
-        return labels.astype(np.int64)
+        return np.asarray(labels, np.int64)
     table = _read_label_table(path)
     if not samples.names:
-        raise DataError(f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample")
+        raise DataError(
+            f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample"
+        )
     lost = [n for n in samples.names if n not in table and Path(n).name not in table]
     if lost:
         raise DataError(f"{path}: no label for {len(lost)} of {len(samples.names)} images, '{lost[0]}' the first")

@@ -75,7 +75,12 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.size <= 64:
             return plain_json(value.tolist())
-        return {"shape": list(value.shape), "dtype": str(value.dtype), "min": plain_json(value.min().item()), "max": plain_json(value.max().item())}
+        return {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype),
+            "min": plain_json(value.min().item()),
+            "max": plain_json(value.max().item()),
+        }
     if isinstance(value, np.generic):
         return plain_json(value.item())
     if isinstance(value, float):

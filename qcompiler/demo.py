@@ -1,7 +1,7 @@
 """The example network: handwritten digits, compiled, verified and measured on the machine it runs on.
 
-`examples/train_digits.py` made the files in `demo_data/`: `digits.onnx`, and `digits.npz` with float32 [N, 1, 16, 16] images `calibration` (from
-the training half) and `evaluation` (never trained on), and the class indices `labels` of the latter.
+`examples/train_digits.py` made the files in `demo_data/`: `digits.onnx`, and `digits.npz` with float32 [N, 1, 16, 16] images
+`calibration` (from the training half) and `evaluation` (never trained on), and the class indices `labels` of the latter.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 import qcompiler
 from qcompiler.bench import Timing, interleave, ratios
-from qcompiler.parity import compare, float_session, Thresholds
 from qcompiler.data import open_samples
+from qcompiler.parity import Thresholds, compare, float_session
 from qcompiler.progress import Progress
 
 FOLDER = Path(__file__).resolve().parent / "demo_data"

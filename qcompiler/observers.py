@@ -29,7 +29,7 @@ def quantization_error(histogram: Histogram, params: QParams) -> float:
     if not histogram.total:
         return 0.0
     scale = params.scale
-    bottom, top = scale * (-128 - params.zero_point), scale * (127 - params.zero_point)
+    bottom, top = params.range
     edges = histogram.edges
     inside = np.clip(edges, bottom, top)
     steps = inside / scale

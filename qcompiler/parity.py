@@ -1,7 +1,7 @@
 """Parity: what a compiled library computes, against the float network it came from, end to end and layer by layer.
 
-Layers are joined by value id (docs/architecture.md): the float network's and the library's steps carry the names of the same tensors. An int8
-value is compared as the real number it stands for, `scale * (q - zero_point)`, with the scale and zero point that the library's manifest gives it.
+Layers are joined by value id (docs/architecture.md): the float network's and the library's steps carry the names of the same tensors. An
+int8 value is compared as the real number it stands for, `scale * (q - zero_point)`, with the manifest's scale and zero point.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qcompiler.metrics import Accumulator, Metrics
 from qcompiler.progress import Progress
 
 DEFAULT_MIN_SQNR = 10.0
-"""dB that every output must reach when no threshold is named: int8 networks that classify correctly have 14 to 22, broken ones less than 5."""
+"""dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""
 
 Visit = Callable[[str, np.ndarray], None]
 
@@ -59,7 +59,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Row:
-    """One output or one layer. `dtype`: how the library holds it ("int8", "float32"). `agreement`: top-1, for outputs of shape [batch, classes]."""
+    """One output or one layer. `dtype`: how the library holds it ("int8", "float32"). `agreement`: top-1, for outputs of shape [batch,
+    classes]."""
 
     name: str
     dtype: str
@@ -121,7 +122,7 @@ def verify(
 ) -> ParityReport:
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
-    `library`: path of the `.so`, or a Session. `model`: the ONNX file it was compiled from (compiled in float for the same target), or a float Session.
+    `library`: path of the `.so`, or a Session. `model`: the ONNX file it was compiled from, or a Session of it in float.
     `samples`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see `qcompiler.data.load_labels`).
     Layers are compared on the first `layer_samples` samples; 0 skips them.
 
@@ -179,7 +180,9 @@ class _Layers:
 
     def _compare(self, name: str, array: np.ndarray, reference: np.ndarray) -> None:
         if array.shape != reference.shape:
-            raise ArtifactError(f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network")
+            raise ArtifactError(
+                f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network"
+            )
         step, real = None, array
         if array.dtype == np.int8:
             try:
@@ -236,7 +239,8 @@ def compare(
     top = {name: (np.concatenate([a for a, _ in pairs]), np.concatenate([r for _, r in pairs])) for name, pairs in votes.items()}
     dtypes = {o.name: str(o.dtype) for o in actual.outputs}
     outputs = [
-        Row(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None) for name in names
+        Row(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None)
+        for name in names
     ]
     float_accuracy, int8_accuracy = None, None
     if labels is not None:
@@ -254,7 +258,9 @@ def _check_thresholds(thresholds: Thresholds, classified: list[str], labelled: b
     if thresholds.max_accuracy_drop is not None and not labelled:
         raise DataError("an accuracy threshold needs labels (--labels)")
     if not classified and (labelled or thresholds.min_agreement is not None):
-        raise DataError("labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR")
+        raise DataError(
+            "labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR"
+        )
 
 
 def _failures(report: ParityReport) -> list[str]:
@@ -274,13 +280,15 @@ def _failures(report: ParityReport) -> list[str]:
             bias = row.metrics.channel_bias
             if bias is not None and not abs(bias) <= limits.max_channel_bias:
                 channel = row.metrics.channel
-                found.append(f"layer '{row.name}': channel {channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}")
+                found.append(
+                    f"layer '{row.name}': channel {channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}"
+                )
     return found
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A value of the library that is not the reference's: how many elements differ, the first one's index, both its numbers, and the channels touched."""
+    """A value that is not the reference's: how many elements differ, where first, both numbers there, and the channels touched."""
 
     name: str
     elements: int
@@ -291,8 +299,8 @@ class Mismatch:
 
     def __str__(self) -> str:
         return (
-            f"value '{self.name}': {self.elements} elements differ, first at {list(self.index)}: {self.actual:g}, expected {self.expected:g}; "
-            f"channels {', '.join(map(str, self.channels[:8]))}{', ...' if len(self.channels) > 8 else ''}"
+            f"value '{self.name}': {self.elements} elements differ, first at {list(self.index)}: {self.actual:g}, "
+            f"expected {self.expected:g}; channels {', '.join(map(str, self.channels[:8]))}{', ...' if len(self.channels) > 8 else ''}"
         )
 
 
@@ -311,7 +319,9 @@ def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mappi
         compared += 1
         wanted = expected[name]
         if wanted.shape != array.shape or wanted.dtype != array.dtype:
-            raise ArtifactError(f"value '{name}' is {array.dtype}{list(array.shape)} in the library, {wanted.dtype}{list(wanted.shape)} in the reference")
+            raise ArtifactError(
+                f"value '{name}' is {array.dtype}{list(array.shape)} in the library, {wanted.dtype}{list(wanted.shape)} in the reference"
+            )
         where = np.argwhere(array != wanted)
         if len(where):
             first = tuple(int(i) for i in where[0])

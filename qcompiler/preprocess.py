@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ _CHOICES = {"interpolation": ("nearest", "bilinear", "bicubic"), "color": ("RGB"
 class Preprocess:
     """`y = (x * scale - mean) / std` per channel, x the pixel value 0..255 after resizing and cropping, channels in the order of `color`.
 
-    `resize`: an int scales the image so that its short side has this many pixels; (height, width) scales to exactly that; None keeps the size.
+    `resize`: an int scales the image so that its short side has this many pixels; (height, width) scales to exactly that; None keeps the
+    size.
     `crop`: the centre square (or height, width) to cut out afterwards; None keeps everything.
     `mean`, `std`: one number, or one per channel. `layout`: of the result, which has a batch axis of 1 and dtype float32.
     """
@@ -56,7 +58,8 @@ class Preprocess:
             raise DataError("preprocessing: std is 0; it divides")
 
     def __call__(self, path: Path) -> np.ndarray:
-        """The image file as float32 [1, C, H, W] (or [1, H, W, C]). Raises DataError for a file that is no image, or smaller than the crop."""
+        """The image file as float32 [1, C, H, W] (or [1, H, W, C]). Raises DataError for a file that is no image, or smaller than the
+        crop."""
         try:
             from PIL import Image
         except ImportError as error:
@@ -78,7 +81,7 @@ class Preprocess:
         pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
         if self.color == "BGR":
             pixels = pixels[..., ::-1]
-        values = (pixels * np.float32(self.scale) - np.float32(self.mean)) / np.float32(self.std)
+        values = (pixels * np.float32(self.scale) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(values.transpose(2, 0, 1) if self.layout == "NCHW" else values)[None]
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
@@ -102,22 +105,25 @@ def load_preprocess(path: str | Path) -> Preprocess:
     keys = [f.name for f in dataclasses.fields(Preprocess)]
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected a mapping with keys out of {', '.join(keys)}")
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in document.items():
         if key not in keys:
             raise DataError(f"{path}: unknown key '{key}'.{closest(str(key), keys)} Known: {', '.join(keys)}")
-        values[key] = _number(path, key, value) if key in ("scale", "mean", "std") else tuple(value) if isinstance(value, list) else value
+        convert = partial(_number, path, key) if key in ("scale", "mean", "std") else _same
+        values[key] = tuple(convert(v) for v in value) if isinstance(value, list) and key != "scale" else convert(value)
     try:
         return Preprocess(**values)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def _number(path: Path, key: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, list) and key != "scale":
-        return tuple(float(_number(path, key, v)) for v in value)  # type: ignore[arg-type]
+def _same(value: Any) -> Any:
+    return value
+
+
+def _number(path: Path, key: str, value: Any) -> float:
     try:
-        if isinstance(value, (bool, list, dict)):
+        if isinstance(value, bool):
             raise ValueError
         number = float(Fraction(value)) if isinstance(value, str) else float(value)
     except (ValueError, TypeError, ZeroDivisionError):

@@ -67,7 +67,9 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
         parts.append(table(title, _PARITY_COLUMNS[:-1], [cells[:-1] for cells in _parity_rows(shown)]))
     if report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100 * (report.float_accuracy - report.int8_accuracy)
-        parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
+        parts.append(
+            f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points"
+        )
     parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
     return "\n\n".join(parts)
 
@@ -87,9 +89,7 @@ def profile_text(steps: Sequence[tuple[str, str, str, float]]) -> str:
 
 
 def port_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
-    return [
-        [kind[:-1], port["name"], port["dtype"], str(port["shape"])] for kind in ("inputs", "outputs") for port in manifest[kind]
-    ]
+    return [[kind[:-1], port["name"], port["dtype"], str(port["shape"])] for kind in ("inputs", "outputs") for port in manifest[kind]]
 
 
 def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -101,7 +101,14 @@ def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         storage = manifest["layouts"][step["id"]]["storage"]
         dtype = "int8" if storage in ("int8", "uint8") else storage
-        row = {"id": step["id"], "op": step["op"], "dtype": dtype, "kernel": step["kernel"], "macs": step["macs"], "reason": reasons.get(step["id"])}
+        row = {
+            "id": step["id"],
+            "op": step["op"],
+            "dtype": dtype,
+            "kernel": step["kernel"],
+            "macs": step["macs"],
+            "reason": reasons.get(step["id"]),
+        }
         steps.append(row)
     return steps
 
@@ -109,7 +116,9 @@ def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     """What `qcompiler inspect` prints."""
     plain = {
-        k: v for k, v in manifest.items() if isinstance(v, (str, int, float)) or (isinstance(v, list) and all(isinstance(i, str) for i in v))
+        k: v
+        for k, v in manifest.items()
+        if isinstance(v, (str, int, float)) or (isinstance(v, list) and all(isinstance(i, str) for i in v))
     }
     plain |= {f"{k} of {n}": d for k in ("digests",) if isinstance(manifest.get(k), dict) for n, d in manifest[k].items()}
     general = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in plain.items()]

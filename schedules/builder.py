@@ -6,7 +6,7 @@ scalars the case `lanes == 1`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +22,7 @@ from qcompiler.targets import Target
 
 GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
 
-# -- the function frame -----------------------------------------------------------------------------------------------------------------
+# -- the function frame --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -44,6 +44,9 @@ class Emitter:
         self.values.append(int(value))
         return T.bind(self._scalars[len(self.values) - 1])
 
+    def f32_or_none(self, value: float | None) -> Any:
+        return None if value is None else self.f32(value)
+
     def f32(self, value: float) -> Any:
         """A float32 scalar that lies in the kernel's constants (its bits, in the int32 array)."""
         self.values.append(int(np.float32(value).view(np.int32)))
@@ -61,7 +64,14 @@ class Emitter:
 
 
 def make_kernel(
-    row: str, op: OpCall, target: Target, emit: Callable[[Emitter], None], *, tasks: int = 1, arrays: Sequence[np.ndarray] = (), macs: int = 0
+    row: str,
+    op: OpCall,
+    target: Target,
+    emit: Callable[[Emitter], None],
+    *,
+    tasks: int = 1,
+    arrays: Sequence[np.ndarray] = (),
+    macs: int = 0,
 ) -> Kernel:
     """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself."""
     tasks = max(1, tasks)
@@ -97,7 +107,7 @@ def task_count(work: int, limit: int, grain: int = GRAIN) -> int:
     return max(1, min(limit, work // grain, 64))
 
 
-# -- vectors ----------------------------------------------------------------------------------------------------------------------------
+# -- vectors -------------------------------------------------------------------------------------------------------------------------------
 
 
 def vector(dtype: str, lanes: int) -> str:
@@ -123,6 +133,11 @@ def store(buffer: Any, index: Any, value: Any, lanes: int) -> None:
     T.buffer_store(buffer, value, [index if lanes == 1 else T.ramp(index, 1, lanes)])
 
 
+def accumulator(lanes: int, dtype: str = "int32") -> Any:
+    """A local vector that LLVM keeps in registers, as every index into it is a constant."""
+    return T.alloc_buffer((lanes,), dtype)
+
+
 def offset_of(dtype: str) -> int:
     """What storage of this type adds to a canonical value."""
     return 128 if dtype == "uint8" else 0
@@ -138,23 +153,25 @@ def recode(value: Any, source: str, target: str, lanes: int) -> Any:
 def centered(value: Any, zero: Any, lanes: int) -> Any:
     """int32 of `stored - zero`, `zero` an int32 scalar that includes the storage offset.
 
-    |stored - zero| <= 255, so the difference is taken in int16: LLVM then knows that products of two such values fit the 16-bit multipliers.
+    |stored - zero| <= 255, so the difference is taken in int16: LLVM then knows that products of two of them fit its 16-bit multipliers.
     """
     return cast("int32", cast("int16", value, lanes) - splat(T.Cast("int16", zero), lanes), lanes)
 
 
-def round_byte(value: Any, dtype: str, lanes: int) -> Any:
-    """rint(value) modulo 256, for a float vector with |value| <= 2^22, as `dtype` (int8 or uint8).
+def round_word(value: Any, lanes: int) -> Any:
+    """An int32 vector whose low 22 bits are those of rint(value), for a float vector with |value| <= 2^21.
 
-    1.5 * 2^23 + v has a unit in the last place of 1, so the addition rounds v to an integer, ties to even, and leaves it in the low bits of the
-    mantissa (1.5 * 2^23 = 0x4B400000 has none of them set). `value` comes out of a clamp, so no multiplication can be contracted with this addition.
+    1.5 * 2^23 + v has a unit in the last place of 1, so the addition rounds v to an integer, ties to even, and leaves it in the low
+    bits of the mantissa (1.5 * 2^23 = 0x4B400000 has none of them set). `value` comes out of a clamp, so there is no multiplication
+    that could be contracted with this addition.
     """
-    return cast(dtype, T.reinterpret(vector("int32", lanes), value + splat(tirx.const(12582912.0, "float32"), lanes)), lanes)
+    return T.reinterpret(vector("int32", lanes), value + splat(tirx.const(12582912.0, "float32"), lanes))
 
 
 def clamp(value: Any, low: Any, high: Any, lanes: int) -> Any:
-    """min, then max: a NaN becomes `high` (comparisons with NaN are false, and `min(a, b)` is `a < b ? a : b`)."""
-    return T.max(T.min(value, splat(high, lanes)), splat(low, lanes))
+    """min, then max: a NaN becomes `high` (comparisons with NaN are false, and `min(a, b)` is `a < b ? a : b`). None: no bound."""
+    value = value if high is None else T.min(value, splat(high, lanes))
+    return value if low is None else T.max(value, splat(low, lanes))
 
 
 @dataclass(frozen=True)
@@ -167,24 +184,26 @@ class Requantize:
     dtype: str
 
     @staticmethod
-    def of(k: Emitter, zero_point: int, low: int, high: int) -> Requantize:
-        dtype = k.op.output.dtype
+    def of(k: Emitter, attrs: Mapping[str, Any]) -> Requantize:
+        """From the attributes zero_point, low and high, with the defaults of `qcompiler.numerics`."""
+        dtype, zero_point = k.op.output.dtype, attrs.get("zero_point", 0)
         zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset_of(dtype))))
-        return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype)
+        return Requantize(k.f32(attrs.get("low", -128) - zero_point), k.f32(attrs.get("high", 127) - zero_point), zero, dtype)
 
     def store_value(self, scaled: Any, lanes: int) -> Any:
         """The stored vector for a float32 vector that is already multiplied. Bytes wrap; the sum is in range by the clamp."""
-        return round_byte(clamp(scaled, self.low, self.high, lanes), self.dtype, lanes) + splat(self.zero, lanes)
+        return cast(self.dtype, round_word(clamp(scaled, self.low, self.high, lanes), lanes), lanes) + splat(self.zero, lanes)
+
+    def store_word(self, scaled: Any, lanes: int) -> Any:
+        """The same in the low byte of an int32 vector (the other bits are anything): for values that are packed into words anyway."""
+        return round_word(clamp(scaled, self.low, self.high, lanes), lanes) + splat(T.Cast("int32", self.zero), lanes)
 
     def __call__(self, acc: Any, multiplier: Any, lanes: int) -> Any:
         """One conversion, one multiplication (`multiplier`: a float32 vector)."""
         return self.store_value(cast("float32", acc, lanes) * multiplier, lanes)
 
 
-Compute = Callable[[list[Any], int], Any]  # (vectors, lanes) -> vector
-
-
-# -- views and loop nests ---------------------------------------------------------------------------------------------------------------
+# -- views ---------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -237,18 +256,7 @@ def view(buffer: Any, layout: Layout) -> View:
     return View(buffer, layout.dtype, layout.shape, (height * width * pitch, width * pitch, pitch, 1), layout.index(0, 0, 0, 0))
 
 
-def merged(views: Sequence[View]) -> list[View]:
-    """The same elements in the same order with as few dimensions as possible (at least one)."""
-    shape = views[0].shape
-    dims = [(e, [v.strides[i] for v in views]) for i, e in enumerate(shape) if e != 1]
-    result: list[tuple[int, list[int]]] = []
-    for extent, strides in dims:
-        if result and all(o == s * extent for o, s in zip(result[-1][1], strides, strict=True)):
-            result[-1] = (result[-1][0] * extent, strides)
-        else:
-            result.append((extent, strides))
-    result = result or [(1, [1] * len(views))]
-    return [replace(v, shape=tuple(e for e, _ in result), strides=tuple(s[i] for _, s in result)) for i, v in enumerate(views)]
+# -- loops ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def pieces(extent: int, lanes: int) -> list[tuple[int, int, int]]:
@@ -303,101 +311,3 @@ def tiles(k: Emitter, extent: int, lanes: int) -> Any:
         return last
     begin, end = part
     return begin, end if last == whole else T.bind(T.Select(T.And(end == whole, begin < end), T.int32(last), end))
-
-
-def elementwise(k: Emitter, sources: Sequence[View], target: View, compute: Compute, spare: int = 0) -> None:
-    """target[i] = compute(sources[i]) for every index of `target.shape`; all views have that shape. Vectors run along the last dimension.
-
-    The outermost (merged) dimension is divided among the kernel's tasks. A single source whose contiguous dimension is another one is
-    transposed in tiles; `spare` elements behind each innermost run of the target may then be overwritten.
-    """
-    views = merged([*sources, target])
-    extents = views[-1].shape
-    if len(views) == 2:
-        axis = _transposed_axis(views[0], views[1])
-        if axis is not None:
-            _transposing(k, views[0], views[1], axis, compute, spare)
-            return
-    if len(extents) > 1:
-        with loops(share(k, extents[0]), *extents[1:-1]) as index:
-            _row(k, views, index, compute)
-    elif k.tasks == 1:
-        _row(k, views, [], compute)
-    else:
-        chunk = extents[0] // k.tasks // 64 * 64
-        if chunk:
-            _row(k, _chunks(views, chunk), [k.task], compute)
-        if extents[0] > chunk * k.tasks:
-            with T.If(k.task == k.tasks - 1), T.Then():
-                _row(k, [v.window([chunk * k.tasks], [extents[0] - chunk * k.tasks]) for v in views], [], compute)
-
-
-def _chunks(views: Sequence[View], chunk: int) -> list[View]:
-    return [replace(v, shape=(v.shape[0] // chunk, chunk), strides=(v.strides[0] * chunk, v.strides[0])) for v in views]
-
-
-def _row(k: Emitter, views: Sequence[View], index: list[Any], compute: Compute) -> None:
-    """The innermost dimension of merged views at `index` of the others."""
-    *inputs, out = views
-    inner = [v.strides[-1] for v in views]
-    starts = [T.bind(T.int32(0) + v.at([*index, 0])) for v in views]
-
-    def step(at: Any, lanes: int) -> None:
-        loaded = [load(v.buffer, s + at * stride, lanes, stride) for v, s, stride in zip(inputs, starts, inner, strict=False)]
-        store(out.buffer, starts[-1] + at * inner[-1], compute(loaded, lanes), lanes)
-
-    vectors(out.shape[-1], k.width if inner[-1] == 1 else 1, step)
-
-
-# -- transposition ----------------------------------------------------------------------------------------------------------------------
-
-
-def _transposed_axis(source: View, target: View) -> int | None:
-    """The dimension along which the source is contiguous, when that is not the target's and both are long enough for tiles."""
-    if target.strides[-1] != 1 or source.strides[-1] in (0, 1) or source.shape[-1] < 2:
-        return None
-    return next((i for i, s in enumerate(source.strides[:-1]) if s == 1 and source.shape[i] >= 4), None)
-
-
-def interleave(rows: list[Any], lanes: int) -> list[Any]:
-    """R vectors of L lanes (R <= L, powers of two) as R vectors that hold element [l][r], in order: the transposed matrix.
-
-    Each stage merges vectors i and i + R/2 element by element: one punpckl/punpckh (zip1/zip2) per vector for 16 bytes.
-    """
-    half = lanes // 2
-    low = [x for i in range(half) for x in (i, lanes + i)]
-    high = [x + half for x in low]
-    for _ in range(len(rows).bit_length() - 1):
-        n = len(rows) // 2
-        rows = [T.bind(T.Shuffle([rows[i], rows[i + n]], order)) for i in range(n) for order in (low, high)]
-    return rows
-
-
-def _transposing(k: Emitter, source: View, target: View, axis: int, compute: Compute, spare: int) -> None:
-    """Tiles of `lanes` elements along `axis` (contiguous in the source) times `count` along the last dimension (contiguous in the target)."""
-    columns, rows = target.shape[axis], target.shape[-1]
-    lanes = min(16, 1 << (columns.bit_length() - 1))
-    count = 1 << (rows - 1).bit_length()
-    if count > min(rows + spare, lanes):
-        count = min(lanes, 1 << (rows.bit_length() - 1))
-    before = np.dtype(source.dtype).itemsize > np.dtype(target.dtype).itemsize  # convert where vectors are wide, move bytes
-    outer = [e for i, e in enumerate(target.shape[:-1]) if i != axis]
-    along = tiles(k, columns, lanes) if axis == 0 else -(-columns // lanes)
-    extents = [along, *outer] if axis == 0 else [along, share(k, outer[0]), *outer[1:]]
-    with loops(*extents, -(-rows // count)) as (tile, *index, block):
-        first = T.bind(T.min(tile * lanes, columns - lanes))
-        row = T.bind(T.max(T.min(block * count, rows - count), 0))
-        index.insert(axis, first)
-        start = T.bind(T.int32(0) + source.at([*index, row]))
-        out = T.bind(T.int32(0) + target.at([*index, row]))
-        loaded = [load(source.buffer, start + min(r, rows - 1) * source.strides[-1], lanes) for r in range(count)]
-        loaded = [T.bind(compute([x], lanes) if before else x) for x in loaded]
-        for i, merged_vector in enumerate(interleave(loaded, lanes)):
-            value = merged_vector if before else T.bind(compute([merged_vector], lanes))
-            per = lanes // count  # columns in one vector
-            if target.strides[axis] == count or per == 1:
-                store(target.buffer, out + i * per * target.strides[axis], value, lanes)
-                continue
-            for j in range(per):
-                part = T.Shuffle([value], list(range(j * count, (j + 1) * count)))
-                store(target.buffer, out + (i * per + j) * target.strides[axis], part, count)

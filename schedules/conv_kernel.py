@@ -2,15 +2,16 @@
 
     task -> (run of channels, run of pixel tiles) -> channel tile, pixel tile (either one outside) -> reduction -> epilogue
 
-Inputs carry a halo that holds the zero point, so inner loops have no bounds checks. A ragged edge of the image is a tile moved back over pixels
-that the same task or another one computes as well: equal bytes are written twice. Hence the output must not overlap the inputs, the residual among them.
+Inputs carry a halo that holds the zero point, so inner loops have no bounds checks. A ragged edge of the image is a tile moved back over
+pixels that the same task or another one computes as well: equal bytes are written twice. Hence the output must not overlap any input,
+the residual among them. A residual of ragged channels may be read up to 63 bytes past its end, never used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,16 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, split_blocks
-from qcompiler.schedules.x86.isa import Isa, load, save, scalar, shuffle
+from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
+
+FLOAT_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
 class Epilogue:
     """What follows the accumulator. `output`: "uint8", "int8" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven.
 
-    Float kernels (isa.kind "fma") clamp always; 8-bit ones clamp to `low`/`high` only where flagged, because packing saturates anyway.
+    A clamp is emitted only where flagged: without one, 8-bit outputs still saturate when they are packed.
     """
 
     output: str
@@ -42,26 +45,30 @@ class Epilogue:
 
 
 class Parameters:
-    """The constant that holds what layers of equal code differ in, as int32 words: vectors first, so that they are memory operands, then scalars.
+    """The constant with what layers of equal code differ in, as int32 words: vectors, which serve as memory operands, then scalars.
 
-    `offset` int16 lanes (added before the 8-bit saturation), `low`/`high` byte lanes; then residual multiplier and constant (int32),
-    the residual's 2^-shift, low and high (float32).
+    Vectors: the offset added before the 8-bit saturation (int16 lanes), the clamp's low and high in storage (byte lanes). Scalars: the
+    residual's multiplier and constant (int32), its 2^-shift, and the bounds of a float output (float32).
     """
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
 
-    def array(self, offset: int, low: int, high: int, multiplier: int, constant: int, scale: float, float_low: float, float_high: float) -> np.ndarray:
-        n, lanes = self.isa.bytes, self.isa.lanes
-        vectors = [np.full(n // 2, offset, np.int16), np.full(n, low & 255, np.uint8), np.full(n, high & 255, np.uint8)]
-        scalars = [np.array([multiplier, constant], np.int64).astype(np.int32), np.array([scale, float_low, float_high], np.float32)]
-        packed = np.concatenate([v.view(np.int32) for v in (*vectors, *scalars)])
-        assert packed.size == 3 * lanes + 5
-        return packed
+    def array(
+        self,
+        clamp: tuple[int, int, int] = (0, 0, 0),  # offset, low, high
+        residual: tuple[int, int, float] = (0, 0, 0.0),  # multiplier, constant, scale
+        bounds: tuple[float, float] = (-FLOAT_MAX, FLOAT_MAX),
+    ) -> np.ndarray:
+        n, (offset, low, high), (multiplier, constant, scale) = self.isa.bytes, clamp, residual
+        vectors: list[np.ndarray] = [np.full(n // 2, offset, np.int16), np.full(n, low & 255, np.uint8), np.full(n, high & 255, np.uint8)]
+        scalars: list[np.ndarray] = [np.array([multiplier, constant], np.int32), np.array([scale, *bounds], np.float32)]
+        return np.concatenate([v.view(np.int32) for v in vectors + scalars])
 
     def declare(self, pointer: Any) -> None:
-        n = 3 * self.isa.lanes + 5
-        self.views = {t: T.decl_buffer((n * 4 // np.dtype(t).itemsize,), t, data=pointer) for t in ("int32", "float32", "int16", "uint8", "int8")}
+        size = 4 * (3 * self.isa.lanes + 5)
+        types = ("int32", "float32", "int16", "uint8", "int8")
+        self.views = {t: T.decl_buffer((size // np.dtype(t).itemsize,), t, data=pointer) for t in types}
 
     def offset(self) -> Any:
         return load(self.views["int16"], 0, self.isa.bytes // 2)
@@ -103,13 +110,14 @@ class ConvKernel:
             with T.prim_func(s_tir=True, is_private=True):
                 T.func_attr({"tirx.noalias": True})
                 task = T.arg("task", T.int32())
-                names = ["x", *(["residual"] if g.residual else []), "w", "bias", *([] if isa.kind == "fma" else ["multiplier"]), "params", "out"]
-                pointers = {n: T.arg(n, T.handle()) for n in names}
+                names = ["x", "residual", "w", "bias", "multiplier", "params", "out"]
+                absent = ({"residual"} if g.residual is None else set()) | ({"multiplier"} if isa.is_float else set())
+                pointers = {n: T.arg(n, T.handle()) for n in names if n not in absent}
                 lanes = g.groups * self.channels.vectors * isa.lanes
                 self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
                 self.w = T.decl_buffer((lanes * g.depth(isa.group) * isa.group,), isa.weight_dtype, data=pointers["w"])
                 self.bias = T.decl_buffer((lanes,), isa.accumulator, data=pointers["bias"])
-                if isa.kind != "fma":
+                if not isa.is_float:
                     self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
                 if g.residual:
                     self.residual = T.decl_buffer((g.residual.elements,), g.residual.dtype, data=pointers["residual"])
@@ -135,41 +143,34 @@ class ConvKernel:
             self.group(tirx.const(0, "int32"), first, count, last)
 
     def group(self, group: Any, first: Any, count: Any, has_last: Any) -> None:
-        """Channel tiles [first, first + count) of one group, and its last, smaller one; `has_last`: the condition for it, None for always."""
+        """Channel tiles [first, first + count) of one group, and its last one where the condition `has_last` holds (None: always)."""
         channels = self.channels
 
-        def condition() -> Any:
-            return nullcontext() if has_last is None else _when(has_last)
-
-        def full(pixel: Any) -> None:
-            self.loop(count, lambda i: self.tile(group, (first + i) * channels.blocks, channels.blocks, pixel, channels.last == 0 and channels.full == 1))
+        def full(i: Any, pixel: Any) -> None:
+            self.tile(group, (first + i) * channels.blocks, channels.blocks, pixel, channels.last == 0 and channels.full == 1)
 
         def last(pixel: Any) -> None:
             self.tile(group, tirx.const(channels.full * channels.blocks, "int32"), channels.last, pixel, True)
 
         if self.tiling.order == "pixels":
-            with T.serial(0, self.pixel_count) as p:
-                pixel = T.bind(self.first_pixel + p)
-                full(pixel)
+            with self.each_pixel() as pixel:
+                with T.serial(0, count) as i:
+                    full(i, pixel)
                 if channels.last:
-                    with condition():
+                    with _when(has_last):
                         last(pixel)
-            return
-        block = lambda i: (first + i) * channels.blocks  # noqa: E731
+        else:
+            with T.serial(0, count) as i, self.each_pixel() as pixel:
+                full(i, pixel)
+            if channels.last:
+                with _when(has_last), self.each_pixel() as pixel:
+                    last(pixel)
 
-        def over_pixels(body: Callable[[Any], None]) -> None:
-            with T.serial(0, self.pixel_count) as p:
-                body(T.bind(self.first_pixel + p))
-
-        only = channels.last == 0 and channels.full == 1
-        self.loop(count, lambda i: over_pixels(lambda pixel: self.tile(group, block(i), channels.blocks, pixel, only)))
-        if channels.last:
-            with condition():
-                over_pixels(last)
-
-    def loop(self, count: Any, body: Callable[[Any], None]) -> None:
-        with T.serial(0, count) as i:
-            body(i)
+    @contextmanager
+    def each_pixel(self) -> Iterator[Any]:
+        """A loop over the pixel tiles of the task."""
+        with T.serial(0, self.pixel_count) as p:
+            yield T.bind(self.first_pixel + p)
 
     def tile(self, group: Any, block: Any, blocks: int, pixel: Any, ragged: bool) -> None:
         """One register tile: `blocks` vectors from vector `block` of `group`, and the pixels of tile number `pixel`."""
@@ -189,10 +190,10 @@ class ConvKernel:
                 save(line[b], 0, bias, isa.lanes)
         self.reduce(accs, blocks, x, w)
         values = [[T.bind(load(acc, 0, isa.lanes)) for acc in line] for line in accs]
-        store = {True: self.finish_packed, False: self.finish_float}[self.epilogue.packed]
+        store = self.finish_packed if self.epilogue.packed else self.finish_float
         out = T.bind(g.out.index(image, row, col, channel))
         residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
-        store(values, blocks, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
+        store(values, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
 
     def reduce(self, accs: list[list[Any]], blocks: int, x: Any, w: Any) -> None:
         """The loops over kernel and input channels; the innermost one unrolled."""
@@ -234,13 +235,13 @@ class ConvKernel:
         lanes = self.isa.lanes
         return T.Cast(f"float32x{lanes}", value) * load(self.multiplier, (vector + b) * lanes, lanes)
 
-    def finish_float(self, values: list[list[Any]], blocks: int, vector: Any, out: Any, residual: Any, valid: int) -> None:
+    def finish_float(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
         """float32 output: natural channel order."""
         g, isa, e = self.g, self.isa, self.epilogue
         for (r, c), line in zip(self.offsets, values, strict=True):
             for b, value in enumerate(line):
                 here = min(isa.lanes, valid - b * isa.lanes)
-                y = value if isa.kind == "fma" else self.scaled(value, vector, b)
+                y = value if isa.is_float else self.scaled(value, vector, b)
                 if g.residual:
                     place = (r * g.residual.rows[1] + c) * g.residual.channel_pitch + b * isa.lanes
                     y = y + load(self.residual, residual + place, isa.lanes)
@@ -249,13 +250,13 @@ class ConvKernel:
                 if e.clamp_high:
                     y = T.min(y, self.params.word("high"))
                 place = (r * g.out.rows[1] + c) * g.out.channel_pitch + b * isa.lanes
-                self.save_part(out + place, T.bind(y), 0, here)
+                self.save_part(out + place, T.bind(y), isa.lanes, 0, here)
 
-    def finish_packed(self, values: list[list[Any]], blocks: int, vector: Any, out: Any, residual: Any, valid: int) -> None:
+    def finish_packed(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
         """8-bit output: runs of 4, 2 or 1 vectors of 4 // run pixels are requantized and packed together."""
         g, isa, e = self.g, self.isa, self.epilogue
         start = 0
-        for run in split_blocks(blocks):
+        for run in split_blocks(len(values[0])):
             for p in range(0, len(self.offsets), 4 // run):
                 pixels = self.offsets[p : p + 4 // run]
                 slots = [(i, start + b) for i in range(len(pixels)) for b in range(run)]
@@ -277,19 +278,19 @@ class ConvKernel:
                 width = run * isa.lanes
                 for i, (r, c) in enumerate(pixels):
                     place = (r * g.out.rows[1] + c) * g.out.channel_pitch + start * isa.lanes
-                    self.save_part(out + place, packed, i * width, min(width, valid - start * isa.lanes))
+                    self.save_part(out + place, packed, isa.bytes, i * width, min(width, valid - start * isa.lanes))
             start += run
 
     def requantize(self, value: Any, vector: Any, b: int, added: Any, slot: int) -> Any:
-        """rint(clip(float32(acc) * multiplier)) as int32 lanes; with a residual, the contract's second step too. The zero point comes later."""
+        """rint(clip(float32(acc) * multiplier)) as int32 lanes, then the residual and its rescaling. The zero point comes later."""
         isa = self.isa
         y = self.scaled(value, vector, b)
-        if not self.epilogue.exact_range:  # out of range both ways, to_int gives INT32_MIN: right below, wrong above
+        if not self.epilogue.exact_range:  # to_int gives INT32_MIN for any excess: right below, wrong above
             y = T.min(y, scalar(float(2**30), "float32", isa.lanes))
             if added is not None:
                 y = T.max(y, scalar(float(-(2**30)), "float32", isa.lanes))
         result = isa.to_int(y)
-        if added is not None:  # (r - zr) * m as r * m + constant, in wrapping int32
+        if added is not None:  # (q - zr) * m = u * m + constant, for storage u = q + 128, in wrapping int32
             total = result + (isa.unpack(added, slot) * self.params.word("multiplier") + self.params.word("constant"))
             result = isa.to_int(T.Cast(f"float32x{isa.lanes}", total) * self.params.word("scale"))
         return T.bind(result)
@@ -306,9 +307,8 @@ class ConvKernel:
             return together
         return T.bind(T.reinterpret(f"uint8x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
 
-    def save_part(self, index: Any, vector: Any, begin: int, count: int) -> None:
-        """Store elements [begin, begin + count) of a vector, as powers of two."""
-        total = int(vector.dtype.lanes) if hasattr(vector.dtype, "lanes") else int(str(vector.ty.dtype).rsplit("x", 1)[1])
+    def save_part(self, index: Any, vector: Any, total: int, begin: int, count: int) -> None:
+        """Store elements [begin, begin + count) of a vector of `total`, as powers of two."""
         while count > 0:
             size = 1 << (count.bit_length() - 1)
             part = vector if size == total else shuffle([vector], range(begin, begin + size))
@@ -320,14 +320,15 @@ def subgroups_of(channels: Channels) -> dict[int, list[int]]:
     return {n: split_blocks(n) for n in {channels.blocks, channels.last} if n}
 
 
-def _when(condition: Any) -> Any:
-    stack = ExitStack()
-    stack.enter_context(T.If(condition))
-    stack.enter_context(T.Then())
-    return stack
+@contextmanager
+def _when(condition: Any) -> Iterator[None]:
+    if condition is None:
+        yield
+    else:
+        with T.If(condition), T.Then():
+            yield
 
 
 def _length(first: Any, run: int, total: int, tasks: int) -> Any:
     """The length of the run that starts at `first`."""
     return run if run * tasks == total else T.bind(T.min(tirx.const(run, "int32"), total - first))
-

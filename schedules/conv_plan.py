@@ -1,7 +1,7 @@
 """Convolution as tiles: geometry, loop nest, packing and cost model, in plain Python and numpy (no TIR).
 
-A convolution (or dense layer) is `groups` independent matrix products. A *tile* computes `rows * cols` output pixels times `blocks` vectors of
-output channels, with all its accumulators in registers, over the whole reduction.
+A convolution (or dense layer) is `groups` independent matrix products. A *tile* computes `rows * cols` output pixels times `blocks`
+vectors of output channels, with all its accumulators in registers, over the whole reduction.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Layout, OpCall
-from qcompiler.schedules.x86.isa import Isa
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Geometry:
         return (self.padding[0], self.padding[1], after[0], after[1])
 
     def tail(self, group: int) -> int:
-        """How many channels the last group of a pixel reads: all of a whole group when those lie in the same pixel (they meet zero weights)."""
+        """How many channels the last step over a pixel reads: a whole `group` if those lie in the same pixel (they meet zero weights)."""
         whole = (self.groups - 1) * self.inputs + -(-self.inputs // group) * group
         return group if self.inputs % group == 0 or whole <= self.x.channel_pitch else self.inputs % group
 
@@ -108,6 +108,7 @@ def _flat(layout: Layout) -> Layout:
 
 def merge_groups(geometry: Geometry, isa: Isa) -> tuple[Geometry, int]:
     """Narrow groups joined, block-diagonally, so that a vector of outputs is well filled; and how many became one."""
+
     def cost(joined: int) -> float:
         steps = math.prod(geometry.kernel) * -(-joined * geometry.inputs // isa.group)
         return -(-joined * geometry.outputs // isa.lanes) * (steps + 6) / joined
@@ -130,8 +131,9 @@ def merge_weight(weight: np.ndarray, groups: int, joined: int) -> np.ndarray:
 class Tiling:
     """A point of the design space.
 
-    A tile is `rows` x `cols` pixels times `blocks` vectors of channels. `order`: which loop is outside within a task, "channels" or "pixels".
-    `unroll`: dot steps per iteration of the innermost loop. Tasks are `pixel_tasks` runs of tiles times `channel_tasks` runs of channels (of groups, if several).
+    A tile is `rows` x `cols` pixels times `blocks` vectors of channels. `order`: the outer loop within a task, "channels" or "pixels".
+    `unroll`: dot steps per iteration of the innermost loop. Tasks are `pixel_tasks` runs of tiles times `channel_tasks` runs of channels
+    (of groups, if there are several).
     """
 
     rows: int
@@ -150,7 +152,7 @@ class Tiling:
 class Channels:
     """How the channels of one group are cut: `full` tiles of `blocks` vectors, then one last tile of `last` vectors (0: none).
 
-    Only the very last tile may be ragged, and then it is the `last` one unless it is the only one. `valid`: channels in the last tile of all.
+    Only the very last tile may be ragged, and then it is the `last` one unless it is the only one. `valid`: channels of that tile.
     """
 
     blocks: int
@@ -223,14 +225,20 @@ def split_blocks(blocks: int) -> list[int]:
 
 
 def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> float:
-    """The model's estimate for the whole operator on one core, from throughputs of `isa` (memory is taken to keep up)."""
+    """The model's estimate for the whole operator on one core, from throughputs of `isa` (inputs are taken to keep up).
+
+    The epilogue of a tile overlaps the reduction of the next one as far as the core looks ahead, so many accumulators cost a little extra.
+    """
     batch, height, width = geometry.pixels
     depth, pixels = geometry.depth(isa.group), rows * cols
     channels = cut_channels(geometry.outputs, isa.lanes, blocks)
+    extra = 0.0 if geometry.residual is None else 2.5
 
     def tile(n: int) -> float:
-        step = max(pixels * n * isa.dot_cost, pixels * isa.broadcast_cost + n * isa.weight_cost, isa.latency)
-        return depth * step + pixels * n * (6 if geometry.residual is None else 11) + 4 * n + 12
+        permuted = sum(run * {4: 0.0, 2: 0.2, 1: 0.3}[run] for run in split_blocks(n))
+        epilogue = pixels * isa.epilogue_cost * (n * (1 + extra) + permuted)
+        streamed = depth * n * isa.weight_bytes > 16 << 10
+        return depth * isa.step_cycles(pixels, n, streamed) + epilogue + 0.6 * isa.dot_cost * max(0, pixels * n - 16) + 6
 
     count = batch * -(-height // rows) * -(-width // cols)
     return count * geometry.groups * (channels.full * tile(blocks) + (tile(channels.last) if channels.last else 0))
@@ -269,7 +277,7 @@ def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> tup
     pixels = batch * -(-height // rows) * -(-width // cols)
     channels = cut_channels(geometry.outputs, isa.lanes, blocks)
     units = geometry.groups if geometry.groups > 1 else channels.full
-    weights = geometry.groups * channels.vectors * isa.lanes * geometry.depth(isa.group) * isa.group * (4 if isa.group == 1 else 1)
+    weights = geometry.groups * channels.vectors * geometry.depth(isa.group) * isa.weight_bytes
     channel_tasks = runs(units, min(wanted, -(-weights // (256 << 10))))[1]
     return runs(pixels, max(1, -(-wanted // channel_tasks)))[1], channel_tasks
 
@@ -277,8 +285,15 @@ def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> tup
 def default_tiling(geometry: Geometry, isa: Isa) -> Tiling:
     tile = best_tile(geometry, isa)
     pixel_tasks, channel_tasks = split_tasks(geometry, isa, tile)
-    unroll = max(1, min(geometry.depth(isa.group), 112 // (tile[0] * tile[1] * tile[2])))
-    return Tiling(*tile, "channels", unroll, pixel_tasks, channel_tasks)
+    return Tiling(*tile, "channels", default_unroll(geometry, isa), pixel_tasks, channel_tasks)
+
+
+def default_unroll(geometry: Geometry, isa: Isa) -> int:
+    """Up to 4 steps, so that none are left over, and never so many that neighbouring pixels read the same elements:
+    LLVM would load those once and keep them, at the price of the accumulators."""
+    extent, step = geometry.loops(isa.group)[-1]
+    most = max(1, min(4, geometry.strides[1] * geometry.x.channel_pitch // step, extent))
+    return next((u for u in range(most, most // 2, -1) if extent % u == 0), most)
 
 
 def design_space(geometry: Geometry, isa: Isa) -> dict[str, list[Any]]:

@@ -73,7 +73,7 @@ def test_merging_bins_is_exact_and_order_free(parts: list[tuple[int, float, int]
     np.testing.assert_array_equal(merged.counts, counts)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 6.0), (-1.0, 1.0), (0.0, 1e30), (-3e38, 3e38), (5.0, 5.0), (-1e-38, 0.0), (999.9, 1000.0)])
+@pytest.mark.parametrize("low, high", [(0.0, 6.0), (-1.0, 1.0), (0.0, 1e30), (-3e38, 3e38), (5.0, 5.0), (-1e-30, 0.0), (999.9, 1000.0)])
 def test_grid_covers_the_range_with_many_bins(low: float, high: float) -> None:
     histogram = histogram_of(np.array([low, high], np.float32))
     assert histogram.total == 2
@@ -128,7 +128,7 @@ def test_percentile_leaves_out_its_share() -> None:
     assert np.mean(x < low) == pytest.approx(0.005, rel=0.05)
     assert np.mean(x > high) == pytest.approx(0.005, rel=0.05)
     low, high = percentile(99.0)(histogram_of(np.abs(x)))
-    assert low == 0.0 and np.mean(np.abs(x) > high) == pytest.approx(0.01, rel=0.05)
+    assert low < 1e-5 and np.mean(np.abs(x) > high) == pytest.approx(0.01, rel=0.05)
 
 
 def test_entropy_cuts_a_lone_outlier_and_keeps_a_flat_range() -> None:
@@ -172,14 +172,18 @@ class Network:
 
     inputs = (Port("image", (1, 4, 4, 3)), Port("gain", (1,)))
 
-    def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> None:
+    def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
+        for name, array in inputs.items():
+            visit(name, array)
         buffer = np.empty((1, 4, 4, 3), np.float32)
+        value = inputs["image"]
         for name, step in [("scaled", lambda x: x * inputs["gain"]), ("relu", lambda x: np.maximum(x, 0)), ("root", np.sqrt)]:
-            buffer[:] = step(inputs["image"] if name == "scaled" else value)
+            value = step(value)
+            buffer[:] = value
             visit(name, buffer)
-            value = buffer.copy()
             buffer[:] = np.nan
         visit("count", np.arange(3))
+        return {"root": value}
 
 
 def samples_of(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
@@ -212,16 +216,18 @@ def test_the_order_of_samples_does_not_matter() -> None:
 
 def test_a_watcher_sees_the_same_pass() -> None:
     class Watcher:
-        names: list[str] = []
+        def __init__(self) -> None:
+            self.names: list[str] = []
 
         def visit(self, value_id: str, array: np.ndarray) -> None:
             self.names.append(value_id)
 
-        def end_sample(self) -> None:
-            self.names.append("|")
+        def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
+            self.names += outputs
 
-    calibrate(Network(), samples_of(2), ids=(), watcher=Watcher())
-    assert Watcher.names == ["image", "gain", "scaled", "relu", "root", "count", "|"] * 2
+    watcher = Watcher()
+    calibrate(Network(), samples_of(2), ids=(), watcher=watcher)
+    assert watcher.names == ["image", "gain", "scaled", "relu", "root", "count", "root"] * 2
 
 
 def test_table_round_trip(tmp_path: Path) -> None:
@@ -265,21 +271,21 @@ def broken(**change: object) -> list[dict[str, np.ndarray]]:
 
 
 NAN = np.full((1, 4, 4, 3), np.nan, np.float32)
-WANTS = r"he model wants 'image' float32 \[1, 4, 4, 3\], 'gain' float32 \[1\]"
+HAS = r"The model has: 'image' float32\[1, 4, 4, 3\]; 'gain' float32\[1\]"
 
 
 @pytest.mark.parametrize(
     "samples, message",
     [
         ([], "calibration data is empty"),
-        (broken(gain=None), f"sample 1: input 'gain' is missing; t{WANTS}"),
-        (broken(imgae=NAN), f"sample 1: unknown input 'imgae'. Did you mean 'image'. T{WANTS}"),
-        (broken(image=np.zeros((1, 4, 4), np.float32)), rf"input 'image' is float32 \[1, 4, 4\]; t{WANTS}"),
-        (broken(image=np.zeros((1, 4, 4, 3))), rf"input 'image' is float64 \[1, 4, 4, 3\]; t{WANTS}"),
-        (broken(image=[1.0]), f"input 'image' is a list, not a numpy array; t{WANTS}"),
-        ([np.zeros(3)], f"expected a mapping of input names to arrays, not ndarray; t{WANTS}"),
-        (broken(image=NAN), "sample 1: input 'image' holds NaN or infinity"),
-        (broken(image=np.full((1, 4, 4, 3), 3e38, np.float32)), "sample 1: value 'scaled' is not finite"),
+        (broken(gain=None), f"calibration sample 1: missing input 'gain'. {HAS}"),
+        (broken(imgae=NAN), f"calibration sample 1: unknown input 'imgae'. Did you mean 'image'. {HAS}"),
+        (broken(image=np.zeros((1, 4, 4), np.float32)), r"sample 1: input 'image' has shape \[1, 4, 4\], the model wants \[1, 4, 4, 3\]"),
+        (broken(image=np.zeros((1, 4, 4, 3))), "sample 1: input 'image' has dtype float64, the model wants float32"),
+        (broken(image=[1.0]), "sample 1: input 'image' is a list"),
+        ([np.zeros(3)], f"calibration sample 0: .* not ndarray. {HAS}"),
+        (broken(image=NAN), "calibration sample 1: input 'image' holds NaN"),
+        (broken(image=np.full((1, 4, 4, 3), 3e38, np.float32)), "calibration sample 1: value 'scaled' is not finite"),
     ],
 )
 def test_bad_data_is_refused(samples: list[dict[str, np.ndarray]], message: str) -> None:

@@ -1,11 +1,13 @@
 """The QDQ module becomes integer code.
 
     conv2d(dq(x8), dq(w8)) -> + b -> relu -> q     -->     qc.conv2d(x8, w8, bias32, multiplier)
-    softmax(dq(x8)) -> q                           -->     qc.quantize(softmax(qc.dequantize(x8)))       (no int8 kernel: float between edges)
+    conv2d(dq(x8), w) -> + b       (skipped)       -->     qc.f32.conv2d(qc.dequantize(x8), w, b)
+    softmax(dq(x8)) -> q                           -->     qc.quantize(softmax(qc.dequantize(x8)))       (no int8 kernel)
     dq(q) with the same parameters                 -->     nothing;  with others: qc.lut
 
-Must follow `insert_qdq`. Groups are found by the same matcher as in the float module, so an integer value has the id of the float value it stands for.
-One rule per group kind, in the files beside this one; `edges.py` then folds layout changes at the network's edges into qc.quantize and qc.dequantize.
+Must follow `insert_qdq`. Groups are found by the same matcher as in the float module, so an integer value has the id of the float value
+it stands for. One rule per group kind, in the files beside this one; `edges.py` then folds layout changes at the network's edges into
+qc.quantize and qc.dequantize.
 
 Attributes of the result: `qc.float_ops` {value id: why it stayed float}, `qc.params` {value id: [scale, zero_point]} for every int8 value.
 """
@@ -24,9 +26,11 @@ from tvm import relax
 from qcompiler.passes.constants import constant_of
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
 from qcompiler.passes.groups import ACCUMULATING, Group, find_groups
+from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
 from qcompiler.passes.realize.edges import fuse_edges
 from qcompiler.passes.realize.site import Site, Tensor
+from qcompiler.passes.select_float import scheduled
 from qcompiler.spec import QParams
 
 RULES: dict[str, Callable[[Site], Any]] = {
@@ -45,9 +49,9 @@ RULES: dict[str, Callable[[Site], Any]] = {
 def realize(module: tvm.IRModule) -> tvm.IRModule:
     """The integer module of a QDQ module. Raises ModelError for an accumulator that int32 can't hold."""
     realizer = _Realizer(module)
-    main = fuse_edges(realizer.run())
+    main = legal_layouts(fuse_edges(realizer.run()))
     kept = Graph.of(main).values()
-    floats = {k: v for k, v in realizer.float_ops.items() if k in kept and match_op(kept[k]) is None}
+    floats = {k: v for k, v in realizer.float_ops.items() if k in kept and _is_float(kept[k])}
     params = {k: v for k, v in realizer.params.items() if k in kept}
     return tvm.IRModule({"main": main["main"].with_attr("qc.float_ops", floats).with_attr("qc.params", params)})
 
@@ -82,7 +86,7 @@ class _Realizer:
             elif (site := self.site(group)) is not None:
                 self.integer(group, site)
             else:
-                self.float(group)
+                self.stay_float(group)
         return self.builder.finish([(name, self.real(str(v.name))) for name, v in self.graph.outputs])
 
     # -- edges --------------------------------------------------------------------------------------------------------------------------
@@ -93,7 +97,13 @@ class _Realizer:
         have = self.values[source].int8
         if have is not None:
             return self.requantized(have, params, group.id)
-        call = make_op("qc.quantize", [self.real(source)], {"scale": params.scale, "zero_point": params.zero_point, "low": -128, "high": 127}, group.shape, "int8")
+        call = make_op(
+            "qc.quantize",
+            [self.real(source)],
+            {"scale": params.scale, "zero_point": params.zero_point, "low": -128, "high": 127},
+            group.shape,
+            "int8",
+        )
         return self.int8(group.id, call, params)
 
     def dequantized(self, group: Group) -> _Value:
@@ -123,7 +133,13 @@ class _Realizer:
         if value.real is None:
             assert value.int8 is not None
             params = value.int8.params
-            call = make_op("qc.dequantize", [value.int8.expr], {"scale": params.scale, "zero_point": params.zero_point}, shape_of(value.int8.expr), "float32")
+            call = make_op(
+                "qc.dequantize",
+                [value.int8.expr],
+                {"scale": params.scale, "zero_point": params.zero_point},
+                shape_of(value.int8.expr),
+                "float32",
+            )
             value.real = self.builder.emit(self.builder.fresh(name), call)
         return value.real
 
@@ -171,13 +187,16 @@ class _Realizer:
             variable = self.builder.emit(self.builder.fresh(f"{group.id}~high"), relax.op.minimum(variable, const(np.float32(high))))
         self.values[group.id] = _Value(real=variable)
 
-    def float(self, group: Group) -> None:
+    def stay_float(self, group: Group) -> None:
+        self.float_ops.setdefault(group.id, group.reason or "its operands or its output are float32")
+        if group.kind in ("conv2d", "dense"):
+            self.values[group.id] = _Value(real=self.builder.emit(group.id, scheduled(group, self.real)))
+            return
         for name in group.members:
             if constant_of(self.exprs[name], self.exprs, evaluate=False) is None:
                 self.values[name] = _Value(real=self.builder.emit(name, self.relax(name)))
         if group.id not in self.values:  # a constant handed out as it is
             self.values[group.id] = _Value(real=self.builder.emit(group.id, self.constant(self.exprs[group.id])))
-        self.float_ops.setdefault(group.id, group.reason or "its operands or its output are float32")
 
     def relax(self, name: str) -> Any:
         """The expression of a float operator over the integer module's variables."""
@@ -187,6 +206,12 @@ class _Realizer:
         found = constant_of(expr, self.exprs)
         assert found is not None, f"{expr} is read before it is computed"
         return const(found.real().astype(np.float32) if found.scale is not None else found.value)
+
+
+def _is_float(expr: Any) -> bool:
+    """False for a layout change that became part of a quantize or dequantize."""
+    op = match_op(expr)
+    return op is None or op[0].startswith("qc.f32.")
 
 
 _QUANTIZE = tvm.ir.Op.get("relax.quantize")

@@ -2,8 +2,9 @@
 
     relu(conv2d(dq(x), dq(w)) + b + dq(r)) -> q    -->    qc.conv2d(x, w, bias, multiplier, r)
 
-Real accumulator unit: sx * sw[o]. The bias is stated in it, so that it starts the sum; the multiplier brings it to the output's unit sy (Jacob et al. 2018,
-arXiv:1712.05877, eq. 5), or to a 2^shift times finer one when a residual is added before the last rounding. Float consumers get `acc * sx * sw`.
+Real accumulator unit: sx * sw[o]. The bias is stated in it, so that it starts the sum; the multiplier brings it to the output's unit sy
+(Jacob et al. 2018, arXiv:1712.05877, eq. 5), or to a 2^shift times finer one when a residual is added before the last rounding. Float
+consumers get `acc * sx * sw`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ def weighted(site: Site) -> Any:
     """
     group, x = site.group, site.inputs[0]
     assert group.weight is not None and group.weight_scale is not None
-    unit = x.params.scale * group.weight_scale
-    bias = quantized_bias(group.bias, x.params.scale, group.weight_scale)
+    try:
+        bias = quantized_bias(group.bias, x.params.scale, group.weight_scale)
+    except OverflowError as error:
+        raise ModelError(f"{group.kind} '{group.id}': {error}; keep this operator in float, or give its weights coarser scales") from error
     bound = conv_accumulator_bound(group.weight, bias, x.params.zero_point)
     if bound > INT32:
         raise ModelError(f"{group.kind} '{group.id}': its accumulator can reach {bound}, beyond int32; keep this operator in float")
@@ -38,7 +41,12 @@ def weighted(site: Site) -> Any:
     if site.output is None:
         limits = {"float_low": group.low, "float_high": group.high} if site.residual is None else {}
         attrs |= {k: float(np.float32(v)) for k, v in limits.items() if v is not None}
-        return site.call(f"qc.{group.kind}", [*tensors, const(unit.astype(np.float32))], {**attrs, "out_dtype": "float32"}, "float32")
+        return site.call(
+            f"qc.{group.kind}",
+            [*tensors, const(conv_multiplier(x.params.scale, group.weight_scale, None))],
+            {**attrs, "out_dtype": "float32"},
+            "float32",
+        )
     attrs |= {"zero_point": site.output.zero_point, **site.bounds(), "out_dtype": "int8"}
     if site.residual is None:
         multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale)

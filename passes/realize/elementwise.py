@@ -1,8 +1,8 @@
 """add, sub, mul of two tensors, or of a tensor and an int8 constant.
 
-    q(relu(dq(a) + dq(b)))   -->   qc.add: integer factors A, B bring both operands to a unit 2^shift finer than the output's (`spec.add_parameters`)
-    q(dq(a) - dq(b))         -->   qc.add with -B
-    q(dq(a) * dq(b))         -->   qc.mul: the product of the centred integers, exact in int32
+q(relu(dq(a) + dq(b)))   -->   qc.add: integer factors A, B bring both operands to a unit 2^shift finer than the output's
+q(dq(a) - dq(b))         -->   qc.add with -B
+q(dq(a) * dq(b))         -->   qc.mul: the product of the centred integers, exact in int32
 """
 
 from __future__ import annotations

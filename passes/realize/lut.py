@@ -1,6 +1,6 @@
 """Functions of one tensor: 256 answers, computed once.
 
-    q(f(dq(x)))   -->   qc.lut(x, table)        exact on every target: a table has no arithmetic
+q(f(dq(x)))   -->   qc.lut(x, table)        exact on every target: a table has no arithmetic
 """
 
 from __future__ import annotations

@@ -17,5 +17,10 @@ def matmul(site: Site) -> Any:
     if site.output is None:
         attrs |= {"multiplier": float(np.float32(a.scale * b.scale)), "zero_point": 0, "low": -128, "high": 127, "out_dtype": "float32"}
         return site.call("qc.matmul", tensors, attrs, "float32")
-    attrs |= {"multiplier": float(np.float32(a.scale * b.scale / site.output.scale)), "zero_point": site.output.zero_point, **site.bounds(), "out_dtype": "int8"}
+    attrs |= {
+        "multiplier": float(np.float32(a.scale * b.scale / site.output.scale)),
+        "zero_point": site.output.zero_point,
+        **site.bounds(),
+        "out_dtype": "int8",
+    }
     return site.call("qc.matmul", tensors, attrs)

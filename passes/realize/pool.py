@@ -1,7 +1,7 @@
 """Pooling and means.
 
-    q(max_pool2d(dq(x)))             -->   qc.max_pool2d(x)            (monotone: no arithmetic; other output parameters cost a table first)
-    q(avg_pool2d(dq(x))), q(mean(..))  -->   qc.avg_pool2d / qc.mean     sums of centred integers, then one requantization by (sx / sy) / count
+q(max_pool2d(dq(x)))             -->   qc.max_pool2d(x)            (monotone: no arithmetic; other output parameters cost a table first)
+q(avg_pool2d(dq(x))), q(mean(..))  -->   qc.avg_pool2d / qc.mean     sums of centred integers, then one requantization by (sx / sy) / count
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """resize2d: which pixels and weights each output pixel takes is decided here, at compile time.
 
-    q(image.resize2d(dq(x)))   -->   qc.resize2d(x, iy0, iy1, wy, ix0, ix1, wx)       the output keeps the input's parameters
+q(image.resize2d(dq(x)))   -->   qc.resize2d(x, iy0, iy1, wy, ix0, ix1, wx)       the output keeps the input's parameters
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Tensor:
 class Site:
     """A group about to become one integer operator.
 
-    inputs, residual: its int8 operands. output: parameters of its int8 output, or None when float32 consumers read the accumulator directly.
-    requantized(tensor, params): the same real values under other parameters (a `qc.lut` when they differ).
+    inputs, residual: its int8 operands. output: parameters of its int8 output, or None when float32 consumers read the accumulator
+    directly. requantized(tensor, params): the same real values under other parameters (a `qc.lut` when they differ).
     """
 
     group: Group

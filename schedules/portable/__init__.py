@@ -1,5 +1,5 @@
 """Kernels that run on every target: generic vectors, no intrinsics of any one ISA. Importing this package registers them."""
 
-from qcompiler.schedules.portable import elementwise
+from qcompiler.schedules.portable import conv, elementwise, matmul, movement, pool, resize
 
-__all__ = ["elementwise"]
+__all__ = ["conv", "elementwise", "matmul", "movement", "pool", "resize"]

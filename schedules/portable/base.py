@@ -14,7 +14,7 @@ def _accept(op: OpCall) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class PortableRow:
     """A row for every target. `make(op, target, row name)` builds the kernel; `check(op)` says why it can't, or None."""
 
@@ -40,8 +40,6 @@ class PortableRow:
         return self.make(op, target, self.name)
 
 
-def portable(
-    operator: str, make: Callable[[OpCall, Target, str], Kernel], *, check: Callable[[OpCall], str | None] = _accept, dense: bool = False
-) -> None:
+def portable(operator: str, make: Callable[[OpCall, Target, str], Kernel], *, check: Callable[[OpCall], str | None] = _accept, dense: bool = False) -> None:
     """Register `make` as the portable row of `operator` ("qc.add" -> "any/add")."""
     register(operator, PortableRow(f"any/{operator.removeprefix('qc.')}", make, check, dense))

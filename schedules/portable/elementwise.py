@@ -11,9 +11,9 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
+    View,
     cast,
     centered,
-    elementwise,
     make_kernel,
     offset_of,
     splat,
@@ -21,6 +21,7 @@ from qcompiler.schedules.builder import (
     view,
 )
 from qcompiler.schedules.portable.base import portable
+from qcompiler.schedules.portable.nest import elementwise
 from qcompiler.schedules.table import Kernel, OpCall
 from qcompiler.targets import Target
 
@@ -37,16 +38,22 @@ def constants_of(op: OpCall) -> list[np.ndarray]:
 def quantize(op: OpCall, target: Target, row: str) -> Kernel:
     """float32 -> 8 bits, transposed by `axes` when given; the source may have any alignment."""
     a = op.attrs
-    zero_point = a["zero_point"]
     channels = op.output.shape[-1] if op.output.shape else 1
 
     def emit(k: Emitter) -> None:
         inverse = k.f32(1.0 / np.float64(np.float32(a["scale"])))
-        end = Requantize.of(k, zero_point, a.get("low", -128), a.get("high", 127))
+        end = Requantize.of(k, a)
         source = k.operands()[0]
         source = source.permuted(a["axes"]) if a.get("axes") else source
         spare = op.output.channel_pitch - channels
-        elementwise(k, [source], view(k.output, op.output), lambda x, n: end.store_value(x[0] * splat(inverse, n), n), spare)
+
+        def compute(x: list[Any], n: int) -> Any:
+            return end.store_value(x[0] * splat(inverse, n), n)
+
+        def words(x: list[Any], n: int) -> Any:
+            return end.store_word(x[0] * splat(inverse, n), n)
+
+        elementwise(k, [source], view(k.output, op.output), compute, spare=spare, words=words)
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
 
@@ -77,7 +84,7 @@ def _binary(op: OpCall, target: Target, row: str, product: bool) -> Kernel:
         right_zero = k.i32(a["b_zero_point"] + offset_of(right.dtype))
         scale = k.f32(a["multiplier"] if product else 2.0 ** -a["shift"])
         factors = [] if product else [k.i32(a["a_multiplier"]), k.i32(a["b_multiplier"])]
-        end = Requantize.of(k, a["zero_point"], a["low"], a["high"])
+        end = Requantize.of(k, a)
 
         def compute(x: list[Any], n: int) -> Any:
             p, q = centered(x[0], left_zero, n), centered(x[1], right_zero, n)
@@ -103,20 +110,25 @@ def lut(op: OpCall, target: Target, row: str) -> Kernel:
     """`table[x + 128]`. The table in memory is indexed by, and holds, stored bytes."""
     x, table = op.operands
     assert isinstance(table, np.ndarray)
-    source, dtype = x.dtype, op.output.dtype
+    source, dtype = str(x.dtype), op.output.dtype
     stored = np.arange(256)
-    indices = stored if str(source) == "uint8" else (stored.astype(np.uint8).view(np.int8).astype(np.int32) + 128)
+    indices = stored if source == "uint8" else (stored.astype(np.uint8).view(np.int8).astype(np.int32) + 128)
     entries = (table.reshape(256).astype(np.int32)[indices] + offset_of(dtype)).astype(dtype)
     constant = [x] if isinstance(x, np.ndarray) else []
 
     def emit(k: Emitter) -> None:
-        values, lookup = k.operands()[0], k.arrays[-1]
+        lookup = k.arrays[-1]
 
-        def compute(loaded: list[Any], n: int) -> Any:
-            return lookup[T.Cast("int32", loaded[0] if str(source) == "uint8" else T.reinterpret("uint8", loaded[0]))]
+        def entry(stored: Any) -> Any:
+            return lookup[T.Cast("int32", stored if source == "uint8" else T.reinterpret("uint8", stored))]
 
-        k.width = 1  # a byte gather is a scalar loop
-        elementwise(k, [values], view(k.output, op.output), compute)
+        def gather(v: View, index: Any, lanes: int, stride: int) -> Any:
+            """Scalar loads, inserted into a vector (vpinsrb from memory): measured 1.4 times faster than byte stores on Zen 4."""
+            entries = [entry(v.buffer[index + i * stride]) for i in range(lanes)]
+            return entries[0] if lanes == 1 else T.Shuffle(entries, list(range(lanes)))
+
+        k.width = 16
+        elementwise(k, [k.operands()[0]], view(k.output, op.output), lambda x, n: x[0], fetch=gather)
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=[*constant, entries])
 

@@ -1,4 +1,4 @@
-"""Data movement: copy, halo fill, reshape, transpose, slice, pad, concat. Bytes are moved, never changed, except between int8 and uint8 storage."""
+"""Data movement: copy, halo fill, reshape, transpose, slice, pad, concat. Values are never changed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.builder import Emitter, View, dense_strides, elementwise, make_kernel, offset_of, recode, splat, task_count, view
+from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, offset_of, recode, splat, task_count, view
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.elementwise import constants_of, tasks_of
+from qcompiler.schedules.portable.nest import elementwise
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 from qcompiler.targets import Target
 
@@ -44,7 +45,11 @@ def around(shape: Sequence[int], begin: Sequence[int], inner: Sequence[int]) -> 
 def copy(op: OpCall, target: Target, row: str) -> Kernel:
     """From one layout to another of equal shape; any element type. Booleans are moved as bytes."""
     if op.output.dtype == "bool":
-        op = replace(op, operands=[replace(o, dtype="int8") if isinstance(o, Layout) else o.astype("int8") for o in op.operands], output=replace(op.output, dtype="int8"))
+        op = replace(
+            op,
+            operands=[replace(o, dtype="int8") if isinstance(o, Layout) else o.astype("int8") for o in op.operands],
+            output=replace(op.output, dtype="int8"),
+        )
 
     def emit(k: Emitter) -> None:
         move(k, k.operands()[0], view(k.output, op.output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
+    accumulator,
     cast,
     load,
     loops,
@@ -76,10 +78,10 @@ def _check_window(op: OpCall) -> str | None:
     return None
 
 
-def _pool(op: OpCall, k: Emitter, tables: list[Any], lanes: int, body: Callable[[Any, Any, list[list[Any]], Any, int], None]) -> None:
-    """`body(oh, ow, addresses[kh][kw], channel, lanes)` for every output pixel and channel vector.
+def _pool(op: OpCall, k: Emitter, tables: list[Any], lanes: int, body: Callable[[list[Any], list[list[Any]], Any, int], None]) -> None:
+    """`body([n, oh, ow], addresses[kh][kw], channel, lanes)` for every pixel and channel vector.
 
-    Addresses are those of the window's taps, clamped to its valid ones: a border window sees some taps twice, which a maximum does not notice.
+    Addresses are those of the window's taps, clamped to its valid ones: a border window sees some taps twice, which no maximum notices.
     """
     rows, columns = Window.of(op)
     source = k.operands()[0]
@@ -92,9 +94,7 @@ def _pool(op: OpCall, k: Emitter, tables: list[Any], lanes: int, body: Callable[
 
     with loops(share(k, batch * outputs)) as (line,):
         n, oh = T.bind(line // outputs), T.bind(line % outputs)
-        lines = [
-            T.bind(T.int32(0) + source.at([n, oh * rows.stride - rows.pad + tap(row_bounds, oh, t) * rows.dilation, 0, 0])) for t in range(rows.taps)
-        ]
+        lines = [T.bind(T.int32(0) + source.at([n, oh * rows.stride - rows.pad + tap(row_bounds, oh, t) * rows.dilation, 0, 0])) for t in range(rows.taps)]
         for first, last, whole in ((0, begin, False), (begin, end, True), (max(begin, end), columns.outputs, False)):
             if first >= last:
                 continue
@@ -104,10 +104,8 @@ def _pool(op: OpCall, k: Emitter, tables: list[Any], lanes: int, body: Callable[
                     for t in range(columns.taps)
                 ]
 
-                def step(c: Any, n_lanes: int) -> None:
-                    body([n, oh], ow, [[a + b for b in offsets] for a in lines], c, n_lanes)
-
-                vectors(op.output.shape[3], lanes, step)
+                addresses = [[a + b for b in offsets] for a in lines]
+                vectors(op.output.shape[3], lanes, functools.partial(body, [n, oh, ow], addresses))
 
 
 def max_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
@@ -119,12 +117,12 @@ def max_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
     def emit(k: Emitter) -> None:
         source, out = k.operands()[0], view(k.output, op.output)
 
-        def body(line: list[Any], ow: Any, addresses: list[list[Any]], c: Any, lanes: int) -> None:
+        def body(pixel: list[Any], addresses: list[list[Any]], c: Any, lanes: int) -> None:
             value = None
             for address in (a for r in addresses for a in r):
                 x = load(source.buffer, address + c, lanes)
                 value = x if value is None else T.bind(T.max(value, x))
-            store(out.buffer, out.at([*line, ow, c]), recode(value, source.dtype, out.dtype, lanes), lanes)
+            store(out.buffer, out.at([*pixel, c]), recode(value, source.dtype, out.dtype, lanes), lanes)
 
         _pool(op, k, k.arrays[:2], k.width, body)
 
@@ -141,14 +139,14 @@ def avg_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
     height, width = op.output.shape[1:3]
     counted = a.get("count_include_pad", False)
     valid = np.array([len(rows.valid(o)) for o in range(height)])[:, None] * np.array([len(columns.valid(o)) for o in range(width)])[None]
-    count = np.full_like(valid, rows.taps * columns.taps) if counted else valid
+    count = np.full_like(valid, rows.taps * columns.taps) if counted else np.maximum(valid, 1)
     multipliers = (np.float64(a["ratio"]) / count).astype(np.float32).reshape(-1)
     zeros = (valid * (a["x_zero_point"] + offset_of(str(op.operands[0].dtype)))).astype(np.int32).reshape(-1)
     tasks = task_count(math.prod(op.output.shape) * rows.taps * columns.taps, op.output.shape[0] * height, 100_000)
 
     def emit(k: Emitter) -> None:
         source, out = k.operands()[0], view(k.output, op.output)
-        end = Requantize.of(k, a["zero_point"], a["low"], a["high"])
+        end = Requantize.of(k, a)
         row_bounds, column_bounds, multiplier, zero = k.arrays
         with loops(share(k, op.output.shape[0] * height), width) as (line, ow):
             n, oh = T.bind(line // height), T.bind(line % height)
@@ -158,7 +156,7 @@ def avg_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
             ih, iw = oh * rows.stride - rows.pad, ow * columns.stride - columns.pad
 
             def step(c: Any, lanes: int) -> None:
-                acc = T.alloc_buffer((lanes,), "int32", scope="local")
+                acc = accumulator(lanes)
                 store(acc, 0, splat(T.int32(0) - z, lanes), lanes)
                 with loops(*spans) as (r, s):
                     x = load(source.buffer, source.at([n, ih + r * rows.dilation, iw + s * columns.dilation, c]), lanes)
@@ -189,7 +187,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
     def emit(k: Emitter) -> None:
         source = k.operands()[0]
         out = view(k.output, op.output if len(op.output.shape) == rank else Layout(full, op.output.dtype))
-        end = Requantize.of(k, a["zero_point"], a["low"], a["high"])
+        end = Requantize.of(k, a)
         multiplier = k.f32(np.float64(a["ratio"]) / count)
         zero = k.i32(-count * (a["x_zero_point"] + offset_of(source.dtype)))
 
@@ -210,7 +208,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
             extents = [*[1] * len(kept), blocks if across else tiles(k, shape[-1], width)]
         with loops(*extents) as (*outer, block):
             c = T.int32(0) if across else T.bind(T.min(block * width, shape[-1] - width))
-            part = T.alloc_buffer((width,), "int32", scope="local")
+            part = accumulator(width)
             store(part, 0, splat(T.int32(0), width), width)
             vectors_along = shape[-1] // width if across else 1
             with loops(*(shape[d] for d in summed), vectors_along) as (*inner, i):
@@ -219,7 +217,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
                 value = end(load(part, 0, width) + splat(zero, width), splat(multiplier, width), width)
                 store(out.buffer, out.at(at(outer, [0] * len(summed), c)), value, width)
             else:
-                whole = T.alloc_buffer((1,), "int32", scope="local")
+                whole = accumulator(1)
                 T.buffer_store(whole, zero, [0])
                 with loops(width) as (i,):
                     T.buffer_store(whole, whole[0] + part[i], [0])
@@ -238,5 +236,5 @@ def _check_mean(op: OpCall) -> str | None:
 
 
 portable("qc.max_pool2d", max_pool2d, check=_check_window)
-portable("qc.avg_pool2d", avg_pool2d, check=_check_window)
+portable("qc.avg_pool2d", avg_pool2d)
 portable("qc.mean", mean, check=_check_mean)

@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
+    View,
     cast,
     load,
     loops,
@@ -31,47 +32,53 @@ from qcompiler.targets import Target
 ONE = 1 << 10  # weights are multiples of 2^-10
 
 
+def _nearest(k: Emitter, source: View, out: View, tables: dict[str, Any], pixel: tuple[Any, Any, Any]) -> None:
+    n, oh, ow = pixel
+    start = T.bind(source.at([n, tables["iy0"][oh], tables["ix0"][ow], 0]))
+
+    def gather(c: Any, lanes: int) -> None:
+        value = recode(load(source.buffer, start + c, lanes), source.dtype, out.dtype, lanes)
+        store(out.buffer, out.at([*pixel, c]), value, lanes)
+
+    vectors(out.shape[3], k.width, gather)
+
+
+def _linear(k: Emitter, source: View, out: View, tables: dict[str, Any], pixel: tuple[Any, Any, Any]) -> None:
+    n, oh, ow = pixel
+    end, step = Requantize.of(k, {}), k.f32(2.0**-20)
+    wy, wx = T.bind(tables["wy"][oh]), T.bind(tables["wx"][ow])
+    corners = [
+        (T.bind(source.at([n, tables[y][oh], tables[x][ow], 0])), T.bind(v * u))
+        for y, v in (("iy0", ONE - wy), ("iy1", wy))
+        for x, u in (("ix0", ONE - wx), ("ix1", wx))
+    ]
+
+    def blend(c: Any, lanes: int) -> None:
+        # the weights add up to 2^20, so the storage offset is subtracted once, before the sum becomes a float
+        acc = splat(T.int32(-offset_of(source.dtype) * ONE * ONE), lanes)
+        for start, weight in corners:
+            acc = T.bind(acc + cast("int32", load(source.buffer, start + c, lanes), lanes) * splat(weight, lanes))
+        store(out.buffer, out.at([*pixel, c]), end(acc, splat(step, lanes), lanes), lanes)
+
+    vectors(out.shape[3], k.width, blend)
+
+
 def resize2d(op: OpCall, target: Target, row: str) -> Kernel:
     """nearest: a gather. linear: `requantize(sum of corner * weight, 2^-20)`, |sum| <= 128 * 2^20."""
     a = op.attrs
     linear = a["method"] == "linear"
     names = ["iy0", "ix0"] + (["iy1", "ix1", "wy", "wx"] if linear else [])
-    height, width, channels = op.output.shape[1:]
+    height, width = op.output.shape[1:3]
     lines = op.output.shape[0] * height
     tasks = task_count(math.prod(op.output.shape) * (4 if linear else 1), lines)
 
     def emit(k: Emitter) -> None:
         source, out = k.operands()[0], view(k.output, op.output)
         tables = dict(zip(names, k.arrays, strict=True))
-        end = Requantize.of(k, 0, a.get("low", -128), a.get("high", 127)) if linear else None
-        step = k.f32(2.0**-20)
         with loops(share(k, lines), width) as (line, ow):
             n, oh = T.bind(line // height), T.bind(line % height)
-            if not linear:
-                start = T.bind(source.at([n, tables["iy0"][oh], tables["ix0"][ow], 0]))
-
-                def gather(c: Any, lanes: int) -> None:
-                    value = recode(load(source.buffer, start + c, lanes), source.dtype, out.dtype, lanes)
-                    store(out.buffer, out.at([n, oh, ow, c]), value, lanes)
-
-                vectors(channels, k.width, gather)
-            else:
-                wy, wx = T.bind(tables["wy"][oh]), T.bind(tables["wx"][ow])
-                corners = [
-                    (T.bind(source.at([n, tables[y][oh], tables[x][ow], 0])), T.bind(v * u))
-                    for y, v in (("iy0", ONE - wy), ("iy1", wy))
-                    for x, u in (("ix0", ONE - wx), ("ix1", wx))
-                ]
-
-                def blend(c: Any, lanes: int) -> None:
-                    # the weights add up to 2^20, so the storage offset is subtracted once, before the sum becomes a float
-                    acc = splat(T.int32(-offset_of(source.dtype) * ONE * ONE), lanes)
-                    for start, weight in corners:
-                        acc = T.bind(acc + cast("int32", load(source.buffer, start + c, lanes), lanes) * splat(weight, lanes))
-                    assert end is not None
-                    store(out.buffer, out.at([n, oh, ow, c]), end(acc, splat(step, lanes), lanes), lanes)
-
-                vectors(channels, k.width // 2, blend)
+            emit_pixel = _linear if linear else _nearest
+            emit_pixel(k, source, out, tables, (n, oh, ow))
 
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=[np.asarray(a[name], np.int32) for name in names])
 

@@ -1,3 +1,6 @@
 """x86 kernels: importing this package registers their rows, best first."""
 
-from qcompiler.schedules.x86 import conv as conv
+from importlib import import_module as _import_module
+
+for _name in ("depthwise", "conv"):  # a depthwise convolution is a grouped one too, but a slow one
+    _import_module(f"{__name__}.{_name}")

@@ -1,0 +1,39 @@
+# make demo   install into .venv and run the example on this machine
+# make test   install everything the tests need and run them all, lint included
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+TYPED   = build/typed
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/qcompiler demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+# mypy sees the sub-packages where an installed package has them.
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)/qcompiler
+	ln -s $(CURDIR)/qcompiler/* $(CURDIR)/passes $(CURDIR)/schedules $(TYPED)/qcompiler/
+	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p qcompiler
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml setup.py targets.yaml $(wildcard qcompiler/*.py qcompiler/*/*.py passes/*.py passes/*/*.py schedules/*.py schedules/*/*.py) | $(BIN)/python
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install --quiet .
+	rm -f $(VENV)/.test && touch $@
+
+$(VENV)/.test: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	rm -f $(VENV)/.demo && touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

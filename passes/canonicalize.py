@@ -1,0 +1,19 @@
+"""From what an importer yields to the canonical float module, still in the file's layout: the passes, in order."""
+
+from __future__ import annotations
+
+import tvm
+
+from qcompiler.passes.fold_batch_norm import fold_batch_norm
+from qcompiler.passes.fold_constants import fold_constants
+from qcompiler.passes.merge_pad import merge_pad
+from qcompiler.passes.recognise_activations import recognise_activations
+from qcompiler.passes.simplify import simplify
+
+PASSES = (fold_constants, simplify, recognise_activations, fold_batch_norm, merge_pad)
+
+
+def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
+    for step in PASSES:
+        module = step(module)
+    return module

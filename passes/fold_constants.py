@@ -1,0 +1,67 @@
+"""Computes, once, what depends on constants only.
+
+    y = add(reshape(const), const)  -->  readers of y read a constant
+
+The importer leaves few of these (interiors of operators that Relax's importer decomposes). Runs first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.graph import GraphBuilder, const, const_value, is_const, plain, relax_op, shape_of
+from qcompiler.passes.rewrite import Rewrite
+
+_NUMPY: dict[str, Callable[..., np.ndarray]] = {
+    "relax.add": np.add,
+    "relax.subtract": np.subtract,
+    "relax.multiply": np.multiply,
+    "relax.maximum": np.maximum,
+    "relax.minimum": np.minimum,
+    "relax.sqrt": np.sqrt,
+    "relax.negative": np.negative,
+}
+_LARGEST = 1 << 26  # elements; a larger constant is left to be computed when run
+
+
+def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
+    """Replace each tensor-valued binding whose operands are all constants by its value."""
+    rewrite = Rewrite(module)
+    for name, expr in rewrite:
+        if is_const(expr) and "<output>" not in rewrite.uses[name]:
+            rewrite.replace(name, expr)
+        elif _foldable(expr):
+            rewrite.replace(name, const(_evaluate(expr)))
+        else:
+            rewrite.keep(name, expr)
+    return rewrite.done()
+
+
+def _foldable(expr: Any) -> bool:
+    if relax_op(expr) is None or any(isinstance(a, relax.Var) or (isinstance(a, relax.Tuple) and any(isinstance(f, relax.Var) for f in a.fields)) for a in expr.args):
+        return False
+    if not any(is_const(a) or isinstance(a, relax.Tuple) for a in expr.args) and relax_op(expr) not in ("relax.zeros", "relax.ones", "relax.full", "relax.arange"):
+        return False
+    typed = relax.BlockBuilder().normalize(expr)
+    return isinstance(typed.ty, relax.TensorType) and 0 < int(np.prod(shape_of(typed), dtype=np.int64)) <= _LARGEST
+
+
+def _evaluate(expr: Any) -> np.ndarray:
+    op, shape = str(relax_op(expr)), shape_of(relax.BlockBuilder().normalize(expr))
+    arrays = [const_value(a) for a in expr.args if is_const(a)]
+    if op == "relax.reshape":
+        return arrays[0].reshape(shape)
+    if op == "relax.permute_dims":
+        axes = plain(expr.attrs.axes)
+        return arrays[0].transpose(axes)
+    if op in _NUMPY and len(arrays) == len(expr.args):
+        return np.asarray(_NUMPY[op](*arrays))
+    builder = GraphBuilder()
+    module = builder.finish([("y", builder.emit("y", expr))])
+    built = relax.build(relax.transform.LegalizeOps()(module), "llvm")
+    return np.asarray(relax.VirtualMachine(built, tvm.cpu())["main"]()[0].numpy())

@@ -1,0 +1,201 @@
+"""From ONNX's layout (channels first) to the canonical one: images NHWC inside, conversions at the edges only. Follows merge_pad.
+
+    conv2d NCHW/OIHW  -->  conv2d NHWC/OHWI, and everything between convolutions works on NHWC data, with its axes and constants renumbered
+
+A value is *held* in some order of its axes: `Held(var, order)` says that axis k of the variable is axis `order[k]` of the value in the file. So a
+`permute_dims` costs nothing: it renames axes. So does a reshape that only adds or drops axes of size 1. Data is moved only where an operator
+needs an order that a value isn't held in: at the network's edges, and where the network itself mixes axes (a flatten of an image, a channel shuffle).
+1-D convolutions and poolings become 2-D ones of height 1: the unit axis is there in the variable (`order[k]` is None) and not in the value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
+from qcompiler.passes.layout_rules import AGNOSTIC, IMAGE, RULES, Order
+
+NHWC: Order = (0, 2, 3, 1)
+N1WC: Order = (0, None, 2, 1)  # a signal [N, C, W] as an image of height 1
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Axis k of `var` is axis `order[k]` of the value, whose shape is `shape`; axes of size 1 may be missing, None is an extra axis of size 1."""
+
+    id: str
+    var: Any
+    order: Order
+    shape: tuple[int, ...]
+
+    @property
+    def moving(self) -> list[int]:
+        """The value's axes longer than 1, as the variable orders them: values equal in this are reshapes of each other."""
+        return [a for a in self.order if a is not None and self.shape[a] != 1]
+
+
+def to_channels_last(module: tvm.IRModule) -> tvm.IRModule:
+    """The canonical module. Inputs and outputs keep the file's layout."""
+    return _Layout(Graph.of(module)).run()
+
+
+class _Layout:
+    """What the rules of `layout_rules.RULES` work with."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.builder = GraphBuilder(graph.attrs)
+        self.held: dict[str, Held] = {}
+        self.made: dict[tuple[str, Order], Any] = {}  # (variable, order) -> the variable that holds it so
+        self.names = {str(p.name) for p in graph.inputs} | {name for name, _ in graph.bindings}
+        self.used: set[str] = set()
+
+    def run(self) -> tvm.IRModule:
+        for p in self.graph.inputs:
+            name, shape = str(p.name), shape_of(p)
+            self.used.add(name)
+            self.hold(name, self.builder.input(name, shape, dtype_of(p)), tuple(range(len(shape))), shape)
+        for name in self._image_inputs():
+            held = self.held[name]
+            self.held[name] = Held(name, self.ordered(held, NHWC), NHWC, held.shape)
+        for name, expr in self.graph.bindings:
+            rule = RULES.get(str(relax_op(expr))) if not isinstance(expr, relax.TupleGetItem) else None
+            if isinstance(expr, relax.TupleGetItem):
+                whole = self.held[str(expr.tuple_value.name)]
+                self.bind(name, relax.TupleGetItem(whole.var, expr.index), whole.order, shape_of(expr))
+            elif rule is None or not rule(self, name, expr):
+                self.plain(name, expr)
+        return self.builder.finish([(name, self.ordered(self.held[str(v.name)])) for name, v in self.graph.outputs])
+
+    # -- for rules ----------------------------------------------------------------------------------------------------------------------
+
+    def hold(self, name: str, var: Any, order: Order, shape: tuple[int, ...]) -> None:
+        self.held[name] = Held(name, var, order, shape)
+
+    def bind(self, name: str, expr: Any, order: Order, shape: tuple[int, ...]) -> bool:
+        """Emit the value `name`, held in `order`. Returns True: the rule has done its work."""
+        self.used.add(name)
+        self.hold(name, self.builder.emit(name, expr), order, shape)
+        return True
+
+    def of(self, expr: Any) -> Held:
+        """How an operand (a variable of the old module) is held."""
+        return self.held[str(expr.name)]
+
+    def ordered(self, held: Held, order: Order | None = None) -> Any:
+        """A variable that holds the value in `order` (the file's own when left out), made when there is none yet."""
+        order = tuple(range(len(held.shape))) if order is None else order
+        if held.order == order:
+            return held.var
+        key = (str(held.var.name) + "/" + "/".join(map(str, held.order)), order)
+        if key not in self.made:
+            self.made[key] = self._move(held, order)
+        return self.made[key]
+
+    def constant(self, expr: Any, order: Order, rank: int) -> Any:
+        """A constant operand that broadcasts with a value held in `order`; `rank` is the value's."""
+        value = const_value(expr)
+        if value.size == 1 and value.ndim <= rank:
+            return const(value.reshape(()))
+        full = value.reshape((1,) * (rank - value.ndim) + value.shape)
+        kept = [a for a in order if a is not None]
+        moved = full.transpose(kept + [a for a in range(rank) if a not in kept])
+        return const(moved.reshape([1 if a is None else full.shape[a] for a in order]))
+
+    def full(self, held: Held) -> Held:
+        """`held` with every axis of the value present (extra axes kept): what an operator that names axes needs."""
+        order = complete(held.order, held.shape)
+        return Held(held.id, self.ordered(held, order), order, held.shape)
+
+    def plain(self, name: str, expr: Any) -> bool:
+        """Emit an operator as it is, on operands in the file's order."""
+        for arg in arguments(expr):
+            if isinstance(arg, relax.Var):
+                self.ordered(self.of(arg))
+        expr = substitute(expr, lambda v: self.ordered(self.of(v)))
+        typed = expr if isinstance(expr, relax.Var) else relax.BlockBuilder().normalize(expr)
+        shape = shape_of(typed) if isinstance(typed.ty, relax.TensorType) else ()
+        return self.bind(name, expr, tuple(range(len(shape))), shape)
+
+    # -- moving -------------------------------------------------------------------------------------------------------------------------
+
+    def _move(self, held: Held, order: Order) -> Any:
+        shape = tuple(1 if a is None else held.shape[a] for a in order)
+        wanted = [a for a in order if a is not None and held.shape[a] != 1]
+        var = held.var
+        if held.moving == wanted:
+            return self._emit(held, order, relax.op.reshape(var, shape))
+        kept = [a for a in order if a is not None]
+        present = [a for a in held.order if a is not None]
+        source = [a for a in present if a in kept] + [a for a in kept if a not in present]
+        arranged = tuple(held.shape[a] for a in source)
+        if shape_of(var) != arranged:
+            var = self.builder.emit(self._fresh(f"{held.id}~ranked"), relax.op.reshape(var, arranged))
+        axes = [source.index(a) for a in kept]
+        permuted = relax.op.permute_dims(var, axes)
+        if len(kept) == len(order):
+            return self._emit(held, order, permuted)
+        return self._emit(held, order, relax.op.reshape(self.builder.emit(self._fresh(f"{held.id}~moved"), permuted), shape))
+
+    def _emit(self, held: Held, order: Order, expr: Any) -> Any:
+        """A value in the file's order takes its id if nothing has it; others are `<id>~nhwc`, `<id>~nchw` or `<id>~moved`."""
+        name = held.id
+        if order != tuple(range(len(held.shape))) or name in self.used:
+            suffix = {NHWC: "nhwc", N1WC: "nhwc", (0, 1, 2, 3): "nchw"}.get(order, "moved")
+            name = self._fresh(f"{held.id}~{suffix}")
+        self.used.add(name)
+        return self.builder.emit(name, expr)
+
+    def _fresh(self, name: str) -> str:
+        """A name that neither the new module nor the old one has."""
+        name = self.builder.fresh(name)
+        while name in self.names:
+            name = self.builder.fresh(name + "~1")
+        return name
+
+    def _image_inputs(self) -> list[str]:
+        """Inputs of rank 4 that reach an image operator through elementwise operators only: converted at the very edge."""
+        found, values = [], self.graph.values()
+        uses = self.graph.consumers()
+        for p in self.graph.inputs:
+            if len(shape_of(p)) != 4 or dtype_of(p) != "float32":
+                continue
+            stack, seen = [str(p.name)], set()
+            while stack:
+                for user in uses[stack.pop()]:
+                    op = str(relax_op(values.get(user)))
+                    if op in IMAGE:
+                        found.append(str(p.name))
+                        stack.clear()
+                        break
+                    if user not in seen and op in AGNOSTIC and shape_of(relax.BlockBuilder().normalize(values[user])) == shape_of(p):
+                        seen.add(user)
+                        stack.append(user)
+        return found
+
+
+def complete(order: Order, shape: tuple[int, ...]) -> Order:
+    """`order` with the value's missing axes (all of size 1) put in: as NHWC where that fits, in the value's own order where that fits, else behind their neighbours."""
+    rank = len(shape)
+    missing = [a for a in range(rank) if a not in order]
+    if not missing:
+        return order
+    moving = [a for a in order if a is not None and shape[a] != 1]
+    for candidate in ([NHWC] if rank == 4 else []) + [tuple(range(rank))]:
+        if [a for a in candidate if a is not None and shape[a] != 1] == moving:
+            return candidate
+    result = [a for a in order if a is not None]
+    for a in missing:
+        result.insert(result.index(a - 1) + 1 if a else 0, a)
+    return tuple(result)
+
+
+def transposed(array: np.ndarray, order: Order) -> np.ndarray:
+    """An array in the file's order as a variable of `order` would hold it."""
+    moved = array.transpose([a for a in order if a is not None])
+    return np.ascontiguousarray(moved.reshape([1 if a is None else array.shape[a] for a in order]))

@@ -1,0 +1,51 @@
+"""Transposed convolutions in the only form TVM can legalize: NCHW, undilated.
+
+    conv2d_transpose(x, w) {NHWC, IHWO}   -->   permute_dims(conv2d_transpose(permute_dims(x), permute_dims(w)) {NCHW, IOHW})
+
+For what stays float; runs after `select_float` and `realize`. A dilated kernel is spread out with zeros, which is the same operator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, is_const, plain, relax_op, shape_of, substitute
+
+
+def legal_layouts(module: tvm.IRModule) -> tvm.IRModule:
+    """The same module with transposed convolutions in NCHW; the module itself when it has none."""
+    graph = Graph.of(module)
+    if not any(_applies(expr) for _, expr in graph.bindings):
+        return module
+    builder = GraphBuilder(graph.attrs)
+    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    for name, old in graph.bindings:
+        expr = substitute(old, lambda v: env[str(v.name)])
+        env[name] = _rewritten(builder, name, expr) if _applies(old) else builder.emit(name, expr)
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+
+
+def _applies(expr: Any) -> bool:
+    return (
+        relax_op(expr) == "relax.nn.conv2d_transpose" and str(expr.attrs.data_layout) == "NHWC" and str(expr.attrs.kernel_layout) == "IHWO"
+    )
+
+
+def _rewritten(builder: GraphBuilder, name: str, expr: Any) -> Any:
+    (x, weight), attrs = expr.args, expr.attrs
+    dilation = plain(attrs.dilation)
+    if is_const(weight):
+        value = const_value(weight).transpose(0, 3, 1, 2)
+        spread = np.zeros((*value.shape[:2], *[(k - 1) * d + 1 for k, d in zip(value.shape[2:], dilation, strict=True)]), value.dtype)
+        spread[:, :, :: dilation[0], :: dilation[1]] = value
+        weight, dilation = const(spread), [1, 1]
+    else:
+        weight = builder.emit(builder.fresh(f"{name}~weight"), relax.op.permute_dims(weight, [0, 3, 1, 2]))
+    image = builder.emit(builder.fresh(f"{name}~nchw"), relax.op.permute_dims(x, [0, 3, 1, 2]))
+    geometry = {k: plain(getattr(attrs, k)) for k in ("strides", "padding", "output_padding", "groups")}
+    result = builder.emit(builder.fresh(f"{name}~transposed"), relax.op.nn.conv2d_transpose(image, weight, dilation=dilation, **geometry))
+    return builder.emit(name, relax.op.permute_dims(result, [0, 2, 3, 1]))

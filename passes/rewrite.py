@@ -1,0 +1,92 @@
+"""What rewriting passes share: walk the bindings in order, replace some, keep the rest.
+
+    rewrite = Rewrite(module)
+    for name, expr in rewrite:            # operands already replaced
+        rewrite.keep(name, expr)          # or rewrite.replace(name, a variable or constant), or nothing, when no one needs it any more
+    return rewrite.done()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.graph import Graph, GraphBuilder, const_value, dtype_of, is_const, shape_of, substitute
+
+
+class Rewrite:
+    """`values`: value id -> expression in the new module, for the bindings kept so far. `uses`: value id -> readers in the old module."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        self.graph = Graph.of(module)
+        self.builder = GraphBuilder(self.graph.attrs)
+        self.uses = self.graph.consumers()
+        self.old = self.graph.values()
+        self.order = {name: i for i, (name, _) in enumerate(self.graph.bindings)}
+        self.values: dict[str, Any] = {}
+        self.env: dict[str, Any] = {str(p.name): self.builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in self.graph.inputs}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for name, _ in self.graph.bindings:
+            yield name, self.current(name)
+
+    def current(self, name: str) -> Any:
+        """The old expression of `name` over what its operands have become."""
+        return substitute(self.old[name], lambda v: self.env.get(str(v.name), v))
+
+    def keep(self, name: str, expr: Any) -> Any:
+        """Bind `expr` to `name` in the new module and return its variable."""
+        self.values[name] = expr
+        self.env[name] = self.builder.emit(name, expr)
+        return self.env[name]
+
+    def interior(self, name: str, expr: Any) -> Any:
+        """Bind a value that the old module doesn't have, under the first free name."""
+        name = self.builder.fresh(name)
+        self.values[name] = expr
+        return self.builder.emit(name, expr)
+
+    def replace(self, name: str, by: Any) -> None:
+        """Readers of `name` read `by` (a variable or constant) instead."""
+        self.env[name] = by
+
+    def value(self, expr: Any) -> Any:
+        """The new expression behind a variable; None for inputs, constants and everything else."""
+        return self.values.get(str(expr.name)) if isinstance(expr, relax.Var) else None
+
+    def single_use(self, expr: Any) -> bool:
+        """Is `expr` a variable that one binding reads once, and that is no output of the network?"""
+        uses = self.uses.get(str(expr.name), []) if isinstance(expr, relax.Var) else []
+        return len(uses) == 1 and uses[0] != "<output>"
+
+    def done(self) -> tvm.IRModule:
+        results = []
+        for name, var in self.graph.outputs:
+            new = self.env.get(str(var.name), var)
+            results.append((name, self.builder.emit(self.builder.fresh(str(var.name)), new) if is_const(new) else new))
+        return self.builder.finish(results)
+
+
+def scalar_of(expr: Any) -> float | None:
+    """The value of a constant of one element, else None."""
+    if not is_const(expr):
+        return None
+    value = const_value(expr)
+    return float(value.reshape(())) if value.size == 1 else None
+
+
+def channel_vector(expr: Any, axis: int, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A floating constant that broadcasts to `shape` along `axis` only, as float64 of shape [shape[axis]] or [1]; else None."""
+    if not is_const(expr):
+        return None
+    value = const_value(expr)
+    if value.dtype.kind != "f" or value.ndim > len(shape):
+        return None
+    full = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
+    if any(d != 1 for i, d in enumerate(full.shape) if i != axis) or full.shape[axis] not in (1, shape[axis]):
+        return None
+    return full.astype(np.float64).reshape(-1)

@@ -1,0 +1,140 @@
+"""Removes operators that do nothing, and spells the rest one way.
+
+    x * 1, x + 0, reshape to the same shape, identity permutation, no-op cast     -->  x
+    reshape(reshape(x)), permute_dims(permute_dims(x))                           -->  one
+    x / c                                                                        -->  x * (1 / c)
+    x - c                                                                        -->  x + (-c)
+    c + x, c * x                                                                 -->  x + c, x * c
+    maximum(x, c), minimum(x, c), clip(relu(x))                                  -->  one relu or clip
+    average pooling over the whole image                                         -->  mean
+
+Follows fold_constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.importers.arithmetic import clamped
+from qcompiler.passes.graph import const, const_value, dtype_of, is_const, plain, relax_op, shape_of
+from qcompiler.passes.rewrite import Rewrite
+from qcompiler.passes.unary import clamp, join_clamps
+
+_COMMUTE = {"relax.add": relax.op.add, "relax.multiply": relax.op.multiply, "relax.maximum": relax.op.maximum, "relax.minimum": relax.op.minimum}
+
+
+def simplify(module: tvm.IRModule) -> tvm.IRModule:
+    rewrite = Rewrite(module)
+    for name, expr in rewrite:
+        for _ in range(4):  # a rule's result may be another rule's operand
+            typed = expr if isinstance(expr, relax.Var) else relax.BlockBuilder().normalize(expr)
+            rule = _RULES.get(str(relax_op(typed)))
+            changed = rule(rewrite, typed) if rule else None
+            if changed is None:
+                break
+            expr = changed
+        if isinstance(expr, relax.Var) or is_const(expr):
+            rewrite.replace(name, expr)
+        else:
+            rewrite.keep(name, expr)
+    return rewrite.done()
+
+
+def _all(constant: Any, value: float) -> bool:
+    return is_const(constant) and bool((const_value(constant) == value).all())
+
+
+def _binary(rewrite: Rewrite, expr: Any) -> Any:
+    op, (a, b) = str(relax_op(expr)), expr.args
+    if is_const(a) and not is_const(b) and op in _COMMUTE:
+        return _COMMUTE[op](b, a)
+    if not is_const(b) or dtype_of(expr) != "float32":
+        return None
+    same = not is_const(a) and shape_of(a) == shape_of(expr)
+    if same and _all(b, 1.0 if op in ("relax.multiply", "relax.divide", "relax.power") else 0.0) and op not in ("relax.maximum", "relax.minimum"):
+        return a
+    if op == "relax.divide" and const_value(b).all():
+        with np.errstate(over="ignore"):
+            inverse = np.float32(1) / const_value(b)
+        return relax.op.multiply(a, const(inverse)) if np.isfinite(inverse).all() else None
+    if op == "relax.subtract":
+        return relax.op.add(a, const(-const_value(b)))
+    return _clamp(rewrite, expr) if op in ("relax.maximum", "relax.minimum") else None
+
+
+def _clamp(rewrite: Rewrite, expr: Any) -> Any:
+    """A clamp, joined with the one before it when nobody else reads that."""
+    if dtype_of(expr) != "float32" or (found := clamp(expr)) is None or shape_of(found[0]) != shape_of(expr):
+        return None
+    x, low, high = _bounded(found)
+    inner_expr = rewrite.value(x)
+    inner = clamp(inner_expr) if inner_expr is not None and rewrite.single_use(x) else None
+    if inner is not None and shape_of(inner[0]) == shape_of(expr):
+        x, (low, high) = inner[0], join_clamps(_bounded(inner)[1:], (low, high))
+    elif relax_op(expr) in ("relax.clip", "relax.nn.relu") and (low, high) != (0.0, None):
+        return None
+    elif relax_op(expr) == "relax.nn.relu":
+        return None
+    return clamped(x, low, high)
+
+
+def _bounded(found: tuple[Any, float | None, float | None]) -> tuple[Any, float | None, float | None]:
+    """Bounds at the ends of float32 are no bounds."""
+    x, low, high = found
+    largest = float(np.finfo(np.float32).max)
+    return x, None if low is None or low <= -largest else low, None if high is None or high >= largest else high
+
+
+def _reshape(rewrite: Rewrite, expr: Any) -> Any:
+    x = expr.args[0]
+    if not is_const(x) and shape_of(x) == shape_of(expr):
+        return x
+    inner = rewrite.value(x)
+    return relax.op.reshape(inner.args[0], shape_of(expr)) if relax_op(inner) == "relax.reshape" else None
+
+
+def _permute(rewrite: Rewrite, expr: Any) -> Any:
+    axes = _axes(expr)
+    if axes == sorted(axes):
+        return expr.args[0]
+    inner = rewrite.value(expr.args[0])
+    if relax_op(inner) != "relax.permute_dims":
+        return None
+    before = _axes(inner)
+    return relax.op.permute_dims(inner.args[0], [before[a] for a in axes])
+
+
+def _axes(expr: Any) -> list[int]:
+    rank = len(expr.args[0].ty.shape)
+    return [a % rank for a in plain(expr.attrs.axes)] if expr.attrs.axes is not None else list(range(rank - 1, -1, -1))
+
+
+def _astype(rewrite: Rewrite, expr: Any) -> Any:
+    return expr.args[0] if not is_const(expr.args[0]) and dtype_of(expr.args[0]) == dtype_of(expr) else None
+
+
+def _avg_pool(rewrite: Rewrite, expr: Any) -> Any:
+    a, x = expr.attrs, expr.args[0]
+    shape, rank = shape_of(x), len(shape) - 2
+    whole = plain(a.pool_size) == list(shape[2:]) and not any(plain(a.padding)) and all(d == 1 for d in shape_of(expr)[2:])
+    return relax.op.mean(x, list(range(2, rank + 2)), True) if whole else None
+
+
+def _pad(rewrite: Rewrite, expr: Any) -> Any:
+    return None if any(plain(expr.attrs.pad_width)) else expr.args[0]
+
+
+_RULES: dict[str, Callable[[Rewrite, Any], Any]] = {
+    **dict.fromkeys(["relax.add", "relax.subtract", "relax.multiply", "relax.divide", "relax.power", "relax.maximum", "relax.minimum"], _binary),
+    **dict.fromkeys(["relax.clip", "relax.nn.relu"], _clamp),
+    **dict.fromkeys(["relax.nn.avg_pool1d", "relax.nn.avg_pool2d", "relax.nn.avg_pool3d"], _avg_pool),
+    "relax.reshape": _reshape,
+    "relax.permute_dims": _permute,
+    "relax.astype": _astype,
+    "relax.nn.pad": _pad,
+}

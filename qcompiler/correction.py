@@ -1,0 +1,336 @@
+"""Bias correction: quantization shifts the mean of every channel a little; the int32 bias takes the shift back, layer after layer.
+
+    bias[o] += rint((E[float pre-activation][o] - E[int8 pre-activation][o]) / unit[o])
+
+(Nagel et al. 2019, arXiv:1906.04721, section 4.2, in its sequential, data-driven form.) A convolution is linear, so the mean of its output follows
+from the means of its inputs alone, one per kernel tap and channel: E[y][o] = b[o] + sum over taps and channels of w[o, tap, c] * E[x at that tap][c].
+The means differ between taps only at the image's border and by stride. All samples advance through the integer network side by side, so that each
+layer is corrected knowing the corrections before it; float and integer means are over the same samples, so that sampling noise cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import tvm
+
+from qcompiler.errors import DataError
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
+from qcompiler.passes.groups import Group, find_groups
+from qcompiler.spec import conv_accumulator_bound
+
+SAMPLES = {"fast": 0, "default": 32, "accurate": 64}
+"""Per preset: how many calibration samples correction looks at; 0 for no correction."""
+
+MEMORY = 512 << 20  # bytes that the samples' contexts may take together
+_INT32 = 2**31 - 1
+_CONVOLUTIONS = ("conv2d", "conv2d_transpose")
+
+
+# -- means of a tensor under each kernel tap ------------------------------------------------------------------------------------------------
+
+
+def reach(size: int, out: int, kernel: int, stride: int, before: int, dilation: int, transposed: bool = False) -> np.ndarray:
+    """float32[kernel, size], 1 where a tap meets an input position at some output position, else 0, along one axis of a convolution."""
+    tap, position = np.arange(kernel)[:, None] * dilation, np.arange(size)[None, :]
+    if transposed:  # output = position * stride + tap - before
+        inside = (position * stride + tap >= before) & (position * stride + tap < before + out)
+    else:  # position = output * stride + tap - before
+        at = position + before - tap
+        inside = (at >= 0) & (at < out * stride) & (at % stride == 0)
+    return inside.astype(np.float32)
+
+
+def tap_means(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[int, int], out: tuple[int, ...]) -> np.ndarray:
+    """float64[KH, KW, C]: for each tap and input channel the mean, over output positions, of the element that the tap multiplies (0 in padding).
+
+    x: float32 NHWC (dense: [..., K]). attrs: geometry as in the operator table. out: the operator's output shape.
+    """
+    if kind not in _CONVOLUTIONS:
+        x = x.reshape(1, -1, 1, x.shape[-1])
+        rows, columns = np.ones((1, x.shape[1]), np.float32), np.ones((1, 1), np.float32)
+        positions = x.shape[1]
+    else:
+        (top, left), transposed = attrs["padding"][:2], kind == "conv2d_transpose"
+        axes = zip(x.shape[1:3], out[1:3], kernel, attrs["strides"], (top, left), attrs["dilation"], strict=True)
+        rows, columns = (reach(*axis, transposed) for axis in axes)
+        positions = x.shape[0] * out[1] * out[2]
+    n, h, w, c = x.shape
+    total = np.zeros((len(rows), len(columns), c))
+    for image in np.ascontiguousarray(x, np.float32):  # rows in float32 (exact for int8 values), then columns in float64
+        lines = (rows @ image.reshape(h, w * c)).reshape(len(rows), w, c).astype(np.float64)
+        total += columns.astype(np.float64) @ lines
+    return total / positions
+
+
+def pre_activation(weight: np.ndarray, means: np.ndarray, groups: int = 1) -> np.ndarray:
+    """float64[O]: sum over taps and channels of weight [O, KH, KW, C/groups] (dense: [N, K]) times `means` [KH, KW, C]."""
+    kh, kw, channels = means.shape
+    w = weight.reshape(groups, weight.shape[0] // groups, kh, kw, channels // groups).astype(np.float64)
+    return np.einsum("gohwi,hwgi->go", w, means.reshape(kh, kw, groups, channels // groups), optimize=True).reshape(-1)
+
+
+def _kernel(weight: np.ndarray) -> tuple[int, int]:
+    return (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
+
+
+# -- the float side: collected while calibrating --------------------------------------------------------------------------------------------
+
+
+class FloatMeans:
+    """A calibration watcher: of the first `limit` samples, per sample, the input means of every convolution and dense group, and the outputs.
+
+    Memory per sample: one float32 per tap and input channel of every such group, and the network's outputs.
+    """
+
+    def __init__(self, module: tvm.IRModule, limit: int) -> None:
+        groups = find_groups(module)
+        self.groups: dict[str, Group] = {g.id: g for g in groups if g.kind in (*_CONVOLUTIONS, "dense")}
+        self.limit = limit
+        self.outputs: list[dict[str, np.ndarray]] = []
+        self._means: dict[str, list[np.ndarray]] = {k: [] for k in self.groups}
+        self._residuals: dict[str, list[np.ndarray]] = {k: [] for k, g in self.groups.items() if g.residual}
+        self._readers: dict[str, list[tuple[Group, dict[str, list[np.ndarray]], tuple[int, ...] | None]]] = {}
+        made_by = {g.id: g for g in groups}
+        shapes = {n: shape_of(e) for n, e in Graph.of(module).bindings if hasattr(e.ty, "shape")}
+        for group in self.groups.values():
+            for value, means in ((group.inputs[0], self._means), (group.residual, self._residuals)):
+                if value is not None:
+                    source = value
+                    while source in made_by and made_by[source].kind == "reshape":  # may be a view, which no step computes
+                        source = made_by[source].inputs[0]
+                    self._readers.setdefault(source, []).append((group, means, shapes.get(value)))
+
+    def visit(self, value_id: str, array: np.ndarray) -> None:
+        if len(self.outputs) >= self.limit:
+            return
+        for group, means, shape in self._readers.get(value_id, ()):
+            x = array if shape is None else array.reshape(shape)
+            assert group.weight is not None
+            if means is self._means:
+                found = tap_means(x, group.kind, group.attrs, _kernel(group.weight), group.shape)
+            else:
+                found = tap_means(x, "dense", {}, (1, 1), group.shape)
+            means[group.id].append(found.astype(np.float32))
+
+    def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
+        if len(self.outputs) < self.limit:
+            self.outputs.append({k: np.array(v) for k, v in outputs.items()})
+
+    def expected(self, group_id: str, count: int, residual: bool) -> np.ndarray:
+        """float64[O]: the mean pre-activation of a group over the first `count` samples, bias and (if asked for) residual included."""
+        group = self.groups[group_id]
+        assert group.weight is not None
+        mean = np.mean(self._means[group_id][:count], axis=0, dtype=np.float64)
+        result = pre_activation(group.weight, mean, int(group.attrs.get("groups", 1)))
+        if group.bias is not None:
+            result = result + group.bias
+        if residual:
+            result = result + np.mean(self._residuals[group_id][:count], axis=0, dtype=np.float64).reshape(-1)
+        return result
+
+
+# -- the integer side -----------------------------------------------------------------------------------------------------------------------
+
+
+class Context(Protocol):
+    """One sample on its way through the integer network."""
+
+    def run(self, begin: int, end: int) -> None: ...
+    def view(self, value_id: str) -> np.ndarray: ...
+    def outputs(self) -> dict[str, np.ndarray]: ...
+
+
+class IntegerExecutor(Protocol):
+    """steps: the value id that each step writes, in order. context_bytes: memory of one context.
+
+    `view` of a context is a value in canonical int8, valid when the step that reads it is next. `set_bias` acts on all contexts.
+    """
+
+    steps: Sequence[str]
+    context_bytes: int
+
+    def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context: ...
+    def set_bias(self, value_id: str, bias: np.ndarray) -> None: ...
+
+
+class SessionExecutor:
+    """A `Session` on the library that was built from `program`: biases are packed again into the program's constants, code stays as it is."""
+
+    def __init__(self, session: Any, program: Any) -> None:
+        self.steps = [str(step["id"]) for step in session.manifest["steps"]]
+        self.context_bytes = int(session.manifest["workspace"])
+        self._session, self._program = session, program
+
+    def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
+        context: Context = self._session.new_context(inputs)
+        return context
+
+    def set_bias(self, value_id: str, bias: np.ndarray) -> None:
+        self._program.replace_operand(value_id, 2, bias)
+        self._session.set_constants(self._program.constants)
+
+
+@dataclass
+class _Layer:
+    """A convolution or dense call of the integer module. unit: real value of one accumulator step, float64[O].
+
+    residual: (value id, zero point, real value of one step), where the call has one.
+    """
+
+    id: str
+    kind: str
+    x: str
+    weight: np.ndarray
+    bias: np.ndarray
+    unit: np.ndarray
+    attrs: dict[str, Any]
+    shape: tuple[int, ...]
+    residual: tuple[str, int, float] | None = None
+
+    @property
+    def group(self) -> str:
+        """The group of the float module that this call belongs to; "<id>~accumulated" is the part of it before a float activation."""
+        return self.id.removesuffix("~accumulated")
+
+
+def integer_layers(module: tvm.IRModule) -> list[_Layer]:
+    """The calls of an integer module that have a bias, in order, with the real meaning of their numbers."""
+    graph = Graph.of(module)
+    scales: dict[str, Any] = graph.attrs.get("qc.params", {})
+    layers = []
+    for name, expr in graph.bindings:
+        op = match_op(expr)
+        if op is None or op[0] not in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense"):
+            continue
+        kind, tensors, attrs = op[0].removeprefix("qc."), op[1], op[2]
+        weight, bias, multiplier = (const_value(t) for t in tensors[1:4])
+        step = 1.0 if attrs.get("out_dtype") == "float32" else float(scales[name][0])
+        residual = None
+        if len(tensors) > 4:
+            step /= 2.0 ** attrs["residual_shift"]
+            residual = (str(tensors[4].name), int(attrs["residual_zero_point"]), attrs["residual_multiplier"] * step)
+        unit = multiplier.astype(np.float64) * step
+        layers.append(_Layer(name, kind, str(tensors[0].name), weight, bias, unit, attrs, shape_of(expr), residual))
+    return layers
+
+
+@dataclass
+class Correction:
+    """What correction did. before, after: mean SQNR of the network's outputs in dB, over `samples` samples, without and with it.
+
+    kept: whether the corrected biases (int32[O] by value id) are in force. shift: value id -> the largest correction in output steps, and
+    skipped: value id -> why a layer was left alone.
+    """
+
+    samples: int
+    before: float = math.nan
+    after: float = math.nan
+    kept: bool = False
+    biases: dict[str, np.ndarray] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """One line for people."""
+        verdict = "kept" if self.kept else "dropped"
+        return f"bias correction of {len(self.biases)} layers on {self.samples} samples: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
+
+
+def correct(
+    module: tvm.IRModule,
+    executor: IntegerExecutor,
+    means: FloatMeans,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    memory: int = MEMORY,
+) -> Correction:
+    """Correct the biases of `executor`'s network; the better of the two networks, judged by the SQNR of its outputs, stays in force.
+
+    module: the integer module that the executor runs; `with_biases` writes the result back into it. means: collected from the first of these
+    `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is always allowed).
+    Raises DataError when there are no samples.
+    """
+    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
+    contexts = [executor.new_context(sample) for sample, _ in zip(samples, range(count), strict=False)]
+    if not contexts or not means.outputs:
+        raise DataError("bias correction needs at least one calibration sample")
+    result = Correction(len(contexts))
+    steps = list(executor.steps)
+    for context in contexts:
+        context.run(0, len(steps))
+    result.before = _score(contexts, means)
+    layers = [layer for layer in integer_layers(module) if layer.id in steps and layer.group in means.groups]
+    done = 0
+    for layer in layers:
+        at = steps.index(layer.id)
+        for context in contexts:
+            context.run(done, at)
+        done = at
+        bias = _corrected(layer, contexts, means)
+        if isinstance(bias, str):
+            result.skipped[layer.id] = bias
+        elif (bias != layer.bias).any():
+            result.biases[layer.id] = bias
+            executor.set_bias(layer.id, bias)
+    for context in contexts:
+        context.run(done, len(steps))
+    result.after = _score(contexts, means)
+    result.kept = result.after > result.before
+    if not result.kept:
+        for layer in layers:
+            if layer.id in result.biases:
+                executor.set_bias(layer.id, layer.bias)
+    return result
+
+
+def _corrected(layer: _Layer, contexts: Sequence[Context], means: FloatMeans) -> np.ndarray | str:
+    """The layer's new bias, or why it keeps its own. Its inputs must be there and its step be next."""
+    zero = layer.attrs["x_zero_point"]
+    kernel, shape = _kernel(layer.weight), layer.shape
+    taps = [tap_means(c.view(layer.x).astype(np.float32) - zero, layer.kind, layer.attrs, kernel, shape) for c in contexts]
+    accumulator = layer.bias + pre_activation(layer.weight, np.mean(taps, axis=0), int(layer.attrs.get("groups", 1)))
+    actual = accumulator * layer.unit
+    if layer.residual is not None:
+        source, zero, step = layer.residual
+        values = [tap_means(c.view(source).astype(np.float32) - zero, "dense", {}, (1, 1), shape) for c in contexts]
+        actual = actual + np.mean(values, axis=0).reshape(-1) * step
+    wanted = means.expected(layer.group, len(contexts), layer.residual is not None)
+    bias = layer.bias + np.rint((wanted - actual) / layer.unit)
+    if not (np.abs(bias) <= _INT32).all():
+        return "a corrected bias leaves int32"
+    corrected: np.ndarray = bias.astype(np.int32)
+    if conv_accumulator_bound(layer.weight, corrected, layer.attrs["x_zero_point"]) > _INT32:
+        return "with a corrected bias the accumulator could leave int32"
+    return corrected
+
+
+def _score(contexts: Sequence[Context], means: FloatMeans) -> float:
+    """Mean over the network's float outputs of 10 log10(sum reference^2 / sum error^2), in dB."""
+    power: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for context, wanted in zip(contexts, means.outputs, strict=False):
+        for name, actual in context.outputs().items():
+            if wanted[name].dtype == np.float32:
+                reference = wanted[name].astype(np.float64)
+                power[name] = power.get(name, 0.0) + float(np.square(reference).sum())
+                noise[name] = noise.get(name, 0.0) + float(np.square(actual - reference).sum())
+    tiny = np.finfo(np.float64).tiny
+    return float(np.mean([10 * math.log10(max(power[k], tiny) / max(noise[k], tiny)) for k in power])) if power else 0.0
+
+
+def with_biases(module: tvm.IRModule, biases: Mapping[str, np.ndarray]) -> tvm.IRModule:
+    """The integer module with the biases of the named calls replaced (int32[O] by value id); everything else stays."""
+    graph = Graph.of(module)
+    builder = GraphBuilder(graph.attrs)
+    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    for name, expr in graph.bindings:
+        op = match_op(expr) if name in biases else None
+        if op is not None:
+            tensors = [const(biases[name]) if i == 2 else t for i, t in enumerate(op[1])]
+            expr = make_op(op[0], tensors, op[2], shape_of(expr), dtype_of(expr))
+        env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+

@@ -1,0 +1,227 @@
+"""ONNX operators over images, signals and volumes: convolution, pooling, resizing, normalization. Channels come second, as in ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from qcompiler.importers.nodes import Node, Refused, Value, real, window_padding
+from qcompiler.importers.resample import Axis, nearest_indices, weights
+from qcompiler.passes.graph import const
+
+LAYOUT = {1: "NCW", 2: "NCHW", 3: "NCDHW"}
+_KERNEL = {1: "OIW", 2: "OIHW", 3: "OIDHW"}
+_KERNEL_TRANSPOSED = {1: "IOW", 2: "IOHW", 3: "IODHW"}
+
+
+def _geometry(node: Node, kernel: list[int] | None = None) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(spatial sizes, kernel, strides, dilations) of a windowed node."""
+    sizes = list(node.shape()[2:])
+    rank = len(sizes)
+    if rank not in LAYOUT:
+        raise Refused(f"input of rank {rank + 2}; supported: ranks 3 to 5")
+    kernel = kernel or [int(k) for k in node.attrs.get("kernel_shape", [])]
+    strides, dilations = ([int(v) for v in node.attrs.get(name, [1] * rank)] for name in ("strides", "dilations"))
+    for name, values in (("kernel_shape", kernel), ("strides", strides), ("dilations", dilations)):
+        if len(values) != rank or min(values) < 1:
+            raise Refused(f"{name} {values} for {rank} spatial axes; supported: {rank} positive numbers")
+    return sizes, kernel, strides, dilations
+
+
+def _with_bias(node: Node, what: str, product: Any, channels: int) -> Any:
+    """`product` plus the bias operand (index 2), along axis 1."""
+    if not node.has(2):
+        return product
+    rank, bias = len(node.shape()), node.inputs[2]
+    if isinstance(bias, np.ndarray) and not bias.any():
+        return product
+    shape = [1, channels] + [1] * (rank - 2)
+    reshaped = const(real(bias).reshape(shape)) if isinstance(bias, np.ndarray) else node.emit("bias", relax.op.reshape(bias, shape))
+    return relax.op.add(node.emit(what, product), reshaped)
+
+
+def conv(node: Node) -> list[Value]:
+    kernel_shape = node.shape(1)
+    sizes, kernel, strides, dilations = _geometry(node, [int(d) for d in kernel_shape[2:]])
+    groups, rank = int(node.attrs.get("group", 1)), len(sizes)
+    if node.shape()[1] != kernel_shape[1] * groups or kernel_shape[0] % groups:
+        raise Refused(f"weights of shape {list(kernel_shape)} don't fit an input of shape {list(node.shape())} with {groups} groups")
+    begin, end = window_padding(node, sizes, kernel, strides, dilations)
+    op = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}[rank]
+    product = op(
+        node.tensor(0), node.tensor(1), strides=strides, padding=[*begin, *end], dilation=dilations, groups=groups,
+        data_layout=LAYOUT[rank], kernel_layout=_KERNEL[rank],
+    )  # fmt: skip
+    return [_with_bias(node, "conv", product, kernel_shape[0])]
+
+
+def conv_transpose(node: Node) -> list[Value]:
+    """Output size per axis: `(in - 1) * stride + output_padding + (kernel - 1) * dilation + 1 - begin - end`; `output_shape` fixes the padding."""
+    kernel_shape = node.shape(1)
+    sizes, kernel, strides, dilations = _geometry(node, [int(d) for d in kernel_shape[2:]])
+    rank, groups = len(sizes), int(node.attrs.get("group", 1))
+    extra = [int(v) for v in node.attrs.get("output_padding", [0] * rank)]
+    full = [(n - 1) * s + (k - 1) * d + 1 + e for n, k, s, d, e in zip(sizes, kernel, strides, dilations, extra, strict=True)]
+    mode = node.text("auto_pad", "NOTSET") or "NOTSET"
+    wanted = node.attrs.get("output_shape")
+    if wanted is None and mode.startswith("SAME"):
+        wanted = [n * s for n, s in zip(sizes, strides, strict=True)]
+    if wanted is None:
+        begin, end = window_padding(node, sizes, kernel, strides, dilations)
+    else:
+        total = [f - int(w) for f, w in zip(full, list(wanted)[-rank:], strict=True)]
+        extra = [e + max(-t, 0) for e, t in zip(extra, total, strict=True)]  # a larger output is padded at its end
+        small = [max(t, 0) // 2 for t in total]
+        large = [max(t, 0) - h for t, h in zip(total, small, strict=True)]
+        begin, end = (small, large) if mode == "SAME_UPPER" else (large, small)
+    if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+        raise Refused(f"output_padding {extra} reaches beyond strides {strides}")
+    op = {1: relax.op.nn.conv1d_transpose, 2: relax.op.nn.conv2d_transpose, 3: relax.op.nn.conv3d_transpose}[rank]
+    product = op(
+        node.tensor(0), node.tensor(1), strides=strides, padding=[*begin, *end], output_padding=extra, dilation=dilations, groups=groups,
+        data_layout=LAYOUT[rank], kernel_layout=_KERNEL_TRANSPOSED[rank],
+    )  # fmt: skip
+    return [_with_bias(node, "conv", product, kernel_shape[1] * groups)]
+
+
+def _pool(node: Node, kind: str) -> list[Value]:
+    """Ceil mode and SAME padding become explicit padding: the end of each axis gets what the last window needs, no more."""
+    if len(node.outputs) > 1 and node.outputs[1]:
+        raise Refused("its second output (Indices) is used; supported: the pooled values only")
+    sizes, kernel, strides, dilations = _geometry(node)
+    rank = len(sizes)
+    begin, end = window_padding(node, sizes, kernel, strides, dilations)
+    same = node.text("auto_pad", "NOTSET").startswith("SAME")
+    ceil, include = bool(node.attrs.get("ceil_mode", 0)) and not same, bool(node.attrs.get("count_include_pad", 0))
+    needed = []
+    for n, k, s, d, b, e in zip(sizes, kernel, strides, dilations, begin, end, strict=True):
+        span = n + b + e - ((k - 1) * d + 1)
+        if span < 0:
+            raise Refused(f"a window of {(k - 1) * d + 1} doesn't fit a padded axis of {n + b + e}")
+        count = -(-span // s) + 1 if ceil else span // s + 1
+        if ceil and (count - 1) * s >= n + b:  # a window may not start in the end padding
+            count -= 1
+        needed.append(max((count - 1) * s + (k - 1) * d + 1 - n - b, 0))
+    x = node.tensor(0)
+    if include and any(w > e for w, e in zip(needed, end, strict=True)):  # declared padding counts, padding by ceil does not
+        widths = [0, 0, 0, 0, *[w for pair in zip(begin, end, strict=True) for w in pair]]
+        x = node.emit("pad", relax.op.nn.pad(x, widths))
+        begin, needed, include = [0] * rank, [w - e if w > e else 0 for w, e in zip(needed, end, strict=True)], False
+    padding = [*begin, *needed]
+    op = getattr(relax.op.nn, f"{kind}_pool{rank}d")
+    return [op(x, kernel, strides, padding, dilations, False, include and any(padding), layout=LAYOUT[rank])]
+
+
+def max_pool(node: Node) -> list[Value]:
+    return _pool(node, "max")
+
+
+def average_pool(node: Node) -> list[Value]:
+    return _pool(node, "avg")
+
+
+def global_pool(reduce: Any) -> Any:
+    return lambda node: [reduce(node.tensor(0), list(range(2, len(node.shape()))), True)]
+
+
+def batch_normalization(node: Node) -> list[Value] | None:
+    """`x * (scale / sqrt(var + eps)) + (bias - mean * scale / sqrt(var + eps))`: a multiply and an add of per-channel constants."""
+    if not all(isinstance(v, np.ndarray) for v in node.inputs[1:5]):
+        return None
+    if int(node.attrs.get("training_mode", 0)) or any(node.outputs[1:]):
+        raise Refused("it is in training mode; supported: inference. Export the model with model.eval()")
+    names = ("scale", "bias", "mean", "variance")
+    scale, bias, mean, variance = (np.asarray(node.constant(i, name), np.float64) for i, name in enumerate(names, 1))
+    shape = [1, -1] + [1] * (len(node.shape()) - 2)
+    factor = scale / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
+    offset = bias - mean * factor
+    scaled = node.emit("scaled", relax.op.multiply(node.tensor(0), const(factor.astype(np.float32).reshape(shape))))
+    return [relax.op.add(scaled, const(offset.astype(np.float32).reshape(shape)))]
+
+
+def resize(node: Node) -> list[Value]:
+    """Resize since 10, and Upsample: `relax.image.resize2d` where that means the same; else gathers (nearest) or products with weight matrices."""
+    shape, rank = node.shape(), len(node.shape())
+    upsample = node.op == "Upsample"
+    place = 1 if upsample or node.opset < 11 else 2
+    axes = [node.axis(int(a), rank) for a in node.attrs.get("axes", range(rank))]
+    found = node.attrs["scales"] if "scales" in node.attrs else node.constant(place, "scales")
+    given = np.asarray(found if found is not None else [], np.float32).astype(np.float64)
+    scales, sizes = [1.0] * rank, list(shape)
+    if given.size == len(axes):
+        for a, s in zip(axes, given, strict=True):
+            scales[a], sizes[a] = float(s), int(np.floor(shape[a] * s + 1e-9))
+    elif (wanted := node.param("sizes", 3)) is not None and len(wanted) == len(axes):
+        policy = node.text("keep_aspect_ratio_policy", "stretch")
+        ratios = [w / shape[a] for a, w in zip(axes, wanted, strict=True)]
+        common = None if policy == "stretch" else (min(ratios) if policy == "not_larger" else max(ratios))
+        for a, w, r in zip(axes, wanted, ratios, strict=True):
+            sizes[a] = w if common is None else int(np.floor(shape[a] * common + 0.5))
+            scales[a] = r if common is None else common
+    else:
+        raise Refused("neither scales nor sizes fit its axes")
+    legacy = upsample or node.opset < 11
+    coordinates = "asymmetric" if legacy else node.text("coordinate_transformation_mode", "half_pixel")
+    mode = node.text("mode", "nearest")
+    rounding = "floor" if legacy else node.text("nearest_mode", "round_prefer_floor")
+    roi = node.constant(1, "roi") if coordinates == "tf_crop_and_resize" else None
+    changed = [a for a in range(rank) if sizes[a] != shape[a] or scales[a] != 1.0 or roi is not None]
+    if not changed:
+        return [node.inputs[0]]
+    exact = all(sizes[a] == shape[a] * scales[a] or given.size != len(axes) for a in changed)
+    common_modes = ("half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel")
+    plain = rank == 4 and set(changed) <= {2, 3} and not node.attrs.get("antialias", 0)
+    if plain and exact and mode in ("nearest", "linear") and coordinates in common_modes and node.dtype() == "float32":
+        method = {"nearest": "nearest_neighbor", "linear": "linear"}[mode]
+        return [
+            relax.op.image.resize2d(
+                node.tensor(0), relax.ShapeExpr(sizes[2:]), layout="NCHW", method=method,
+                coordinate_transformation_mode=coordinates, rounding_method=rounding if mode == "nearest" else "round",
+            )  # fmt: skip
+        ]
+    x = node.tensor(0)
+    for n, a in enumerate(changed):
+        bounds = (float(roi[axes.index(a)]), float(roi[len(axes) + axes.index(a)])) if roi is not None else (0.0, 1.0)
+        axis = Axis(shape[a], sizes[a], scales[a], coordinates, bounds)
+        if mode == "nearest" and roi is None:
+            x = relax.op.take(x, const(nearest_indices(axis, rounding)), a)
+        else:
+            matrix = weights(
+                axis, mode, rounding, bool(node.attrs.get("antialias", 0)), float(node.attrs.get("cubic_coeff_a", -0.75)),
+                bool(node.attrs.get("exclude_outside", 0)), float(node.attrs.get("extrapolation_value", 0.0)),
+            )  # fmt: skip
+            x = _times(node, matrix, x, a, rank)
+        x = x if n == len(changed) - 1 else node.emit(f"axis{a}", x)
+    return [x]
+
+
+def _times(node: Node, matrix: np.ndarray, x: Any, axis: int, rank: int) -> Any:
+    """`matrix` [out, in] applied along one axis of x."""
+    if axis == rank - 1:
+        return relax.op.matmul(x, const(np.ascontiguousarray(matrix.T)))
+    if axis == rank - 2:
+        return relax.op.matmul(const(matrix), x)
+    order = [*[i for i in range(rank) if i != axis], axis]
+    moved = node.emit("moved", relax.op.permute_dims(x, order))
+    product = node.emit("product", relax.op.matmul(moved, const(np.ascontiguousarray(matrix.T))))
+    return relax.op.permute_dims(product, list(np.argsort(order)))
+
+
+def depth_to_space(node: Node) -> list[Value]:
+    n, c, h, w = node.shape()
+    b = int(node.attrs["blocksize"])
+    if node.text("mode", "DCR") == "DCR":
+        split, order = (n, b, b, c // (b * b), h, w), [0, 3, 4, 1, 5, 2]
+    else:
+        split, order = (n, c // (b * b), b, b, h, w), [0, 1, 4, 2, 5, 3]
+    x = node.emit("split", relax.op.reshape(node.tensor(0), split))
+    return [relax.op.reshape(node.emit("moved", relax.op.permute_dims(x, order)), (n, c // (b * b), h * b, w * b))]
+
+
+def space_to_depth(node: Node) -> list[Value]:
+    n, c, h, w = node.shape()
+    b = int(node.attrs["blocksize"])
+    x = node.emit("split", relax.op.reshape(node.tensor(0), (n, c, h // b, b, w // b, b)))
+    return [relax.op.reshape(node.emit("moved", relax.op.permute_dims(x, [0, 3, 5, 1, 2, 4])), (n, c * b * b, h // b, w // b))]

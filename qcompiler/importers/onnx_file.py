@@ -1,0 +1,104 @@
+"""Reading an ONNX file: its bytes, its external data, its digest; what is wrong with it, said once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx.version_converter
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from qcompiler.errors import ModelError
+
+OLDEST, UPGRADED = 7, 13  # operator sets: older files are converted to UPGRADED first
+
+
+def read(path: Path) -> tuple[onnx.ModelProto, str]:
+    """(model, sha256 hex of its file and of its external data). Model-local functions are inlined, operator sets before 7 upgraded.
+
+    Raises ModelError for a file that can't be read, is no ONNX model, is truncated, or whose external data is missing or too short.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: can't read the model: {error.strerror or error}") from error
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(f"{path}: not an ONNX model, or truncated ({len(data)} bytes can't be decoded). Export or download it again") from error
+    if not model.ir_version or not model.opset_import or not (model.graph.node or model.graph.output):
+        raise ModelError(f"{path}: not an ONNX model: it has no graph or no operator set. Expected a file written by an ONNX exporter")
+    digest = hashlib.sha256(data)
+    loaded: dict[str, bytes] = {}
+    for tensor in tensors(model):
+        if uses_external_data(tensor):
+            _load_external(path, tensor, loaded)
+    for location in sorted(loaded):
+        digest.update(location.encode() + b"\0" + loaded[location])
+    return _modern(path, model), digest.hexdigest()
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model stores: initializers and attributes, in subgraphs and functions too."""
+    nodes = [n for function in model.functions for n in function.node]
+    graphs = [model.graph]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield sparse.values
+                yield sparse.indices
+            nodes += graph.node
+            continue
+        for attribute in nodes.pop().attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                graphs.append(attribute.g)
+            graphs += attribute.graphs
+
+
+def _load_external(path: Path, tensor: onnx.TensorProto, loaded: dict[str, bytes]) -> None:
+    """Read a tensor's external data in place; `loaded` collects the digests of the files' contents by location."""
+    location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+    where = f"{path}: tensor '{tensor.name}' is stored in '{location}'"
+    file = path.parent / location
+    try:
+        inside = file.resolve().is_relative_to(path.parent.resolve())
+        if location not in loaded and inside:
+            with file.open("rb") as stream:
+                loaded[location] = hashlib.file_digest(stream, "sha256").digest()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{where}, which can't be read: {getattr(error, 'strerror', None) or error}. Put that file beside the model") from error
+    if not inside:
+        raise ModelError(f"{where}, outside of the model's folder; supported: files beside the model")
+    try:
+        load_external_data_for_tensor(tensor, str(path.parent))
+    except Exception as error:  # the helper raises its own checker's errors
+        raise ModelError(f"{where}, which can't be read: {error}") from error
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        version = default_opset(model)
+        if version < OLDEST:
+            model = onnx.version_converter.convert_version(model, UPGRADED)
+    except Exception as error:
+        raise ModelError(f"{path}: operator set {default_opset(model)} can't be converted to {UPGRADED}: {error}. Export it with operator set 13 or later") from error
+    return model
+
+
+def default_opset(model: onnx.ModelProto) -> int:
+    """The version of the standard operator set that a model uses."""
+    return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)

@@ -1,0 +1,136 @@
+"""Converts single ONNX nodes with Relax's own importer, or by the operator's definition in terms of simpler ones.
+
+A node alone, with static operand types, is what the importer handles best: nothing is dynamic, every failure names its node, and the value of every
+ONNX tensor keeps its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.defs
+import onnx.inliner
+from onnx import helper, numpy_helper
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx
+from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
+
+from qcompiler.importers.nodes import Node, Refused, Value, real
+from qcompiler.passes.graph import relax_op, shape_of, substitute
+
+
+def known_to_relax(op: str) -> bool:
+    """Does Relax's importer have a converter for this operator type?"""
+    return op in _get_convert_map()
+
+
+def convert_with_relax(node: Node) -> list[Value]:
+    """The node's outputs, converted by `tvm.relax.frontend.onnx`. Raises Refused with the importer's reason when it can't."""
+    model = single_node_model(node)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = from_onnx(model, opset=node.opset, sanitize_input_names=False)
+    except Exception as error:  # the importer raises whatever its converters raise
+        text = str(error).strip().splitlines()
+        raise Refused(f"TVM's importer can't convert it: {text[-1] if text else type(error).__name__}") from error
+    if any(str(v.name_hint) != "main" for v in module.get_global_vars()):
+        raise Refused("TVM's importer converts it to loops instead of Relax operators")
+    variables = {f"i{i}": v for i, v in enumerate(node.inputs) if v is not None and not isinstance(v, np.ndarray)}
+    return list(_copied(node, module["main"], variables))
+
+
+def single_node_model(node: Node) -> onnx.ModelProto:
+    """A model of this node alone: operand k is called i<k> (constants are initializers), output k is o<k>."""
+    proto = onnx.NodeProto()
+    proto.CopyFrom(node.proto)
+    del proto.input[:], proto.output[:]
+    inputs, initializers = [], []
+    for i, value in enumerate(node.inputs):
+        proto.input.append("" if value is None else f"i{i}")
+        if isinstance(value, np.ndarray):
+            initializers.append(numpy_helper.from_array(np.ascontiguousarray(real(value)).reshape(value.shape), f"i{i}"))
+        elif value is not None:
+            inputs.append(helper.make_tensor_value_info(f"i{i}", helper.np_dtype_to_tensor_dtype(np.dtype(node.dtype(i))), node.shape(i)))
+    proto.output.extend(f"o{i}" if name else "" for i, name in enumerate(node.outputs))
+    outputs = [helper.make_empty_tensor_value_info(o) for o in proto.output if o]
+    opsets = [helper.make_opsetid("", node.opset)] + ([helper.make_opsetid(node.domain, 1)] if node.domain else [])
+    return helper.make_model(helper.make_graph([proto], "node", inputs, outputs, initializers), opset_imports=opsets, ir_version=8)
+
+
+def _copied(node: Node, function: Any, variables: dict[str, Any]) -> Iterator[Value]:
+    """Re-emit the body of an imported function; yields what each output of the node is."""
+    env: dict[Any, Any] = {p: variables[str(p.name)] for p in function.params}
+    bindings = [b for block in function.body.blocks for b in block.bindings]
+    result = function.body.body
+    aliases = {b.var: b.value for b in bindings if isinstance(b.value, relax.Var)}
+    while isinstance(result, relax.Var) and result in aliases:
+        result = aliases[result]
+    tuples = {b.var: b.value for b in bindings if isinstance(b.value, relax.Tuple)}
+    result = tuples.get(result, result) if isinstance(result, relax.Var) else result
+    results = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+    final = {r: name for r, name in zip(results, [o for o in node.outputs if o], strict=True) if isinstance(r, relax.Var)}
+    for binding in bindings:
+        if isinstance(binding.value, (relax.Tuple, relax.ShapeExpr)) and binding.var in tuples:
+            continue
+        expr = substitute(binding.value, lambda v: env.get(v, v))
+        if isinstance(expr, relax.Var):
+            env[binding.var] = expr
+        elif binding.var in final:
+            env[binding.var] = expr if len(results) == 1 else node.builder.emit(final[binding.var], expr)
+        else:
+            env[binding.var] = node.emit((relax_op(expr) or "value").rsplit(".", 1)[-1], expr)
+    for r in results:
+        if isinstance(r, relax.Var):
+            yield env[r]
+        elif hasattr(r, "value") and hasattr(r.value, "numpy"):
+            yield r.value.numpy()
+        else:
+            yield substitute(r, lambda v: env.get(v, v))
+
+
+def definition(node: Node) -> list[onnx.NodeProto] | None:
+    """The nodes that define this operator in terms of others (its "function body" in the ONNX standard); None when it has none.
+
+    Tensors of the returned nodes are called as in the source for the node's operands and results, `<id>~<name>` inside.
+    """
+    try:
+        schema = onnx.defs.get_schema(node.op, node.opset, node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    if not (schema.has_function or schema.has_context_dependent_function):
+        return None
+    model = single_node_model(node)
+    try:
+        inlined = onnx.inliner.inline_selected_functions(model, [(node.domain, node.op)], inline_schema_functions=True)
+    except Exception as error:
+        raise Refused(f"its definition can't be expanded: {error}") from error
+    if any(p.op_type == node.op for p in inlined.graph.node):
+        return None
+    names = {f"i{i}": name for i, name in enumerate(node.proto.input)} | {f"o{i}": name for i, name in enumerate(node.proto.output)}
+    for proto in inlined.graph.node:
+        for tensors in (proto.input, proto.output):
+            for i, name in enumerate(tensors):
+                if name:
+                    tensors[i] = names.setdefault(name, f"{node.id}~{name}")
+    return list(inlined.graph.node)
+
+
+def check_static(var: Any) -> None:
+    """Raises Refused when a converted value is not a tensor (or a tuple of tensors) of static shape."""
+    types = var.ty.fields if isinstance(var.ty, relax.TupleType) else [var.ty]
+    for ty in types:
+        if not isinstance(ty, relax.TensorType):
+            raise Refused(f"it yields a value that is not a tensor ({ty})")
+        try:
+            if ty.shape is None:
+                raise TypeError
+            shape_of(relax.Var("probe", ty))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise Refused("the shape of its result depends on data; supported: operators whose shapes are known when compiling") from error

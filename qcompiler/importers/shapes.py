@@ -1,0 +1,195 @@
+"""ONNX operators that move, slice or join data, and reductions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from onnx import helper
+from tvm import relax
+
+from qcompiler.importers.nodes import Node, Refused, Value
+from qcompiler.passes.graph import const
+
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
+
+def reshape(node: Node) -> list[Value]:
+    old, wanted = node.shape(), node.param("shape", 1)
+    if wanted is None:
+        raise Refused("it has no target shape")
+    if not node.attrs.get("allowzero", 0):
+        wanted = [old[i] if d == 0 else d for i, d in enumerate(wanted)]
+    if -1 in wanted:
+        known = math.prod(d for d in wanted if d != -1)
+        if known == 0 or math.prod(old) % known:
+            raise Refused(f"a tensor of shape {list(old)} can't be reshaped to {wanted}")
+        wanted = [math.prod(old) // known if d == -1 else d for d in wanted]
+    if math.prod(wanted) != math.prod(old):
+        raise Refused(f"a tensor of shape {list(old)} can't be reshaped to {wanted}. Was the model exported for another input shape?")
+    return [node.reshape(node.inputs[0], wanted)]
+
+
+def flatten(node: Node) -> list[Value]:
+    shape = node.shape()
+    axis = int(node.attrs.get("axis", 1))
+    axis = axis + len(shape) if axis < 0 else axis
+    return [node.reshape(node.inputs[0], (math.prod(shape[:axis]), math.prod(shape[axis:])))]
+
+
+def squeeze(node: Node) -> list[Value]:
+    shape = node.shape()
+    axes = node.axes("axes", 1, len(shape))
+    if axes is None:
+        axes = [i for i, d in enumerate(shape) if d == 1]
+    if any(shape[a] != 1 for a in axes):
+        raise Refused(f"axes {axes} of a tensor of shape {list(shape)} are not all 1")
+    return [node.reshape(node.inputs[0], [d for i, d in enumerate(shape) if i not in axes])]
+
+
+def unsqueeze(node: Node) -> list[Value]:
+    shape = list(node.shape())
+    wanted = node.param("axes", 1) or []
+    for axis in sorted(node.axis(a, len(shape) + len(wanted)) for a in wanted):
+        shape.insert(axis, 1)
+    return [node.reshape(node.inputs[0], shape)]
+
+
+def transpose(node: Node) -> list[Value]:
+    rank = len(node.shape())
+    axes = [int(a) for a in node.attrs.get("perm", range(rank - 1, -1, -1))]
+    return [node.inputs[0] if axes == list(range(rank)) else relax.op.permute_dims(node.tensor(0), axes)]
+
+
+def concat(node: Node) -> list[Value]:
+    axis = node.axis(int(node.attrs.get("axis", 1)), len(node.shape()))
+    parts = [node.tensor(i) for i in range(len(node.inputs)) if node.shape(i)[axis] > 0]
+    return [parts[0] if len(parts) == 1 else relax.op.concat(parts, axis)]
+
+
+def split(node: Node) -> list[Value]:
+    shape, count = node.shape(), len(node.outputs)
+    axis = node.axis(int(node.attrs.get("axis", 0)), len(shape))
+    sizes = node.param("split", 1)
+    if sizes is None:
+        each = -(-shape[axis] // count)
+        sizes = [each] * (count - 1) + [shape[axis] - each * (count - 1)]
+    if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 1:
+        raise Refused(f"an axis of {shape[axis]} can't be split into {sizes}")
+    if count == 1:
+        return [node.inputs[0]]
+    parts = node.emit("split", relax.op.split(node.tensor(0), [int(v) for v in np.cumsum(sizes)[:-1]], axis))
+    return [relax.TupleGetItem(parts, i) for i in range(count)]
+
+
+def slice_(node: Node) -> list[Value]:
+    """numpy's slices. A negative step is a flip followed by a slice with a positive one."""
+    shape = node.shape()
+    starts, ends = node.param("starts", 1) or [], node.param("ends", 2) or []
+    axes = node.axes("axes", 3, len(shape)) or list(range(len(starts)))
+    steps = node.param("steps", 4) or [1] * len(starts)
+    x, used, begin, end, strides = node.tensor(0), [], [], [], []
+    for a, first, last, step in zip(axes, starts, ends, steps, strict=True):
+        indices = range(*slice(first, last, step).indices(shape[a]))
+        if len(indices) == 0:
+            raise Refused(f"it yields an empty tensor (axis {a} of {shape[a]}, from {first} to {last})")
+        low = indices[0]
+        if step < 0:
+            x, low = node.emit("flip", relax.op.flip(x, a)), shape[a] - 1 - indices[0]
+        if len(indices) < shape[a] or abs(step) != 1:
+            used.append(a)
+            begin.append(low)
+            end.append(low + (len(indices) - 1) * abs(step) + 1)
+            strides.append(abs(step))
+    return [relax.op.strided_slice(x, used, begin, end, strides) if used else x]
+
+
+def gather(node: Node) -> list[Value] | None:
+    """Constant indices: one index is a slice, several are `relax.take`. Indices computed at run time are left to Relax's importer."""
+    indices = node.inputs[1]
+    if not isinstance(indices, np.ndarray):
+        return None
+    shape = node.shape()
+    axis = node.axis(int(node.attrs.get("axis", 0)), len(shape))
+    if indices.size and not (-shape[axis] <= indices.min() and indices.max() < shape[axis]):
+        raise Refused(f"an index is out of range for an axis of {shape[axis]}")
+    indices = np.where(indices < 0, indices + shape[axis], indices).astype(np.int64)
+    if indices.size == 1:
+        i, result = int(indices.reshape(-1)[0]), [*shape[:axis], *indices.shape, *shape[axis + 1 :]]
+        part = node.tensor(0) if shape[axis] == 1 else node.emit("slice", relax.op.strided_slice(node.tensor(0), [axis], [i], [i + 1], [1]))
+        return [node.reshape(part, result)]
+    return [relax.op.take(node.tensor(0), const(indices), axis)]
+
+
+def pad(node: Node) -> list[Value]:
+    """Negative pads crop first."""
+    shape = node.shape()
+    pads = node.param("pads", 1) or node.param("paddings", 1)  # "paddings": operator set 1
+    if pads is None:
+        raise Refused("it has no pads")
+    axes = node.axes("axes", 3, len(shape)) or list(range(len(shape)))
+    before, after = [0] * len(shape), [0] * len(shape)
+    for a, b, e in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        before[a], after[a] = b, e
+    mode = node.text("mode", "constant")
+    if mode not in _PAD_MODES:
+        raise Refused(f"mode '{mode}' is unknown; supported: {', '.join(_PAD_MODES)}")
+    filling = node.constant(2, "constant_value") if node.has(2) else np.asarray(node.attrs.get("value", 0.0))
+    value = float(np.ravel(filling)[0]) if filling is not None and filling.size else 0.0
+    x = node.tensor(0)
+    cropped = [a for a in range(len(shape)) if before[a] < 0 or after[a] < 0]
+    if cropped:
+        begin, end = [max(-before[a], 0) for a in cropped], [shape[a] - max(-after[a], 0) for a in cropped]
+        x = relax.op.strided_slice(x, cropped, begin, end, [1] * len(cropped))
+        before, after = [max(b, 0) for b in before], [max(e, 0) for e in after]
+        x = node.emit("crop", x) if any(before) or any(after) else x
+    if not any(before) and not any(after):
+        return [x]
+    return [relax.op.nn.pad(x, [w for pair in zip(before, after, strict=True) for w in pair], _PAD_MODES[mode], value)]
+
+
+def expand(node: Node) -> list[Value]:
+    old, wanted = node.shape(), node.param("shape", 1) or []
+    shape = np.broadcast_shapes(old, tuple(wanted))
+    x = node.reshape(node.inputs[0], [1] * (len(shape) - len(old)) + list(old))
+    x = x if not isinstance(x, relax.Expr) or isinstance(x, relax.Var) else node.emit("ranked", x)
+    return [x if tuple(old) == shape or math.prod(old) == math.prod(shape) else relax.op.broadcast_to(x, shape)]
+
+
+def tile(node: Node) -> list[Value]:
+    repeats = node.param("repeats", 1) or []
+    return [node.inputs[0] if all(r == 1 for r in repeats) else relax.op.tile(node.tensor(0), repeats)]
+
+
+def cast(node: Node) -> list[Value]:
+    """Every floating type is float32 here, so casts between them are nothing."""
+    wanted = helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
+    target = "float32" if wanted.kind == "f" or wanted.name == "bfloat16" else str(wanted)
+    if wanted.kind not in "fiub" and wanted.name != "bfloat16":
+        raise Refused(f"a cast to {wanted} is not supported")
+    return [node.inputs[0] if node.dtype() == target else relax.op.astype(node.tensor(0), target)]
+
+
+def reduction(reduce: Callable[..., Any]) -> Callable[[Node], list[Value]]:
+    def convert(node: Node) -> list[Value]:
+        rank = len(node.shape())
+        axes = node.axes("axes", 1, rank)
+        if not axes and node.attrs.get("noop_with_empty_axes", 0):
+            return [node.inputs[0]]
+        return [reduce(node.tensor(0), sorted(axes) if axes else list(range(rank)), bool(node.attrs.get("keepdims", 1)))]
+
+    return convert
+
+
+def cumsum(node: Node) -> list[Value]:
+    axis = node.axis((node.param("axis", 1) or [0])[0], len(node.shape()))
+    reverse, exclusive = bool(node.attrs.get("reverse", 0)), bool(node.attrs.get("exclusive", 0))
+    x = node.emit("flip", relax.op.flip(node.tensor(0), axis)) if reverse else node.tensor(0)
+    total = relax.op.cumsum(x, axis=axis, dtype=node.dtype(), exclusive=exclusive)
+    return [relax.op.flip(node.emit("sum", total), axis) if reverse else total]
+
+
+def einsum(node: Node) -> list[Value]:
+    return [relax.op.einsum(node.tensors(), node.text("equation", "").replace(" ", ""))]

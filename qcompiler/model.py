@@ -1,0 +1,64 @@
+"""FloatModel: a network as the rest of the compiler sees it, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+
+from qcompiler.errors import ModelError
+from qcompiler.importers.onnx import import_onnx
+from qcompiler.passes.canonicalize import canonicalize
+from qcompiler.passes.graph import Graph, dtype_of, shape_of
+from qcompiler.passes.layout import to_channels_last
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output as the user sees it: `shape` in the model file's own layout, `dtype` as numpy spells it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class FloatModel:
+    """The canonical float module (docs/architecture.md) and what a user calls its inputs and outputs.
+
+    Every floating tensor is float32, whatever the file's precision. `digest`: sha256 (hex) of the file, its external data and the input shapes.
+    `sources`: value id -> (name, operator type) of the node in the file that computes it.
+    """
+
+    module: tvm.IRModule
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    name: str
+    digest: str
+    sources: dict[str, tuple[str, str]]
+
+    def source(self, value_id: str) -> tuple[str, str]:
+        """(node name, operator type) behind a value id; a value made by the compiler (`<id>~<what>`) has the source of `<id>`."""
+        while value_id not in self.sources and "~" in value_id:
+            value_id = value_id.rpartition("~")[0]
+        return self.sources.get(value_id, (value_id, "Input"))
+
+
+def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = None) -> FloatModel:
+    """Read a model file and bring it into canonical form.
+
+    A symbolic batch dimension is 1 unless `input_shapes` says otherwise; any other symbolic dimension must be in `input_shapes`
+    ({input name: whole shape}). Raises ModelError when the file can't be read, is not ONNX, is damaged, or holds what can't be compiled at all.
+    """
+    path = Path(path)
+    imported = import_onnx(path, input_shapes or {})
+    graph = Graph.of(imported.module)
+    if not graph.inputs:
+        raise ModelError(f"{path}: the model has no inputs: all of its outputs are constants")
+    inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
+    module = to_channels_last(canonicalize(imported.module))
+    digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}".encode()).hexdigest()
+    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources)

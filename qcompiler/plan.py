@@ -1,0 +1,271 @@
+"""Plan: which operators are computed in 8 bits, and under which scale each value is stored.
+
+    decide(model, calibration table, target, preset) -> QuantPlan
+
+1. Operators without an int8 kernel stay float. So does what only carries float values on to float operators or outputs: the last convolution or dense
+   layer hands its int32 accumulator out as float32, and reshapes, concatenations and small activations behind it stay float too.
+2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands of a concatenation.
+3. A class takes fixed parameters where an operator's range is known in advance (sigmoid, tanh, softmax), else, of all ranges that observers propose,
+   the one with the least estimated squared error on the histogram of the class.
+4. Weights are int8 per output channel, with the clipping that costs least (`weights.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tvm
+
+from qcompiler import schedules
+from qcompiler.calibration import CalibrationTable
+from qcompiler.errors import PlanError, closest
+from qcompiler.histogram import Histogram
+from qcompiler.observers import OBSERVERS, quantization_error, signal_power
+from qcompiler.passes.graph import Graph, dtype_of, relax_op
+from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, SAME_QUANTIZATION, Group, find_groups
+from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Quantized, QuantPlan, Shared
+from qcompiler.schedules.table import KERNELS
+from qcompiler.spec import QParams
+from qcompiler.targets import Target
+from qcompiler.weights import RATIOS, choose_scales
+
+PRESETS: dict[str, tuple[str, ...]] = {"fast": ("min-max",), "default": tuple(OBSERVERS), "accurate": tuple(OBSERVERS)}
+"""Observers that compete, per preset. Weight candidates per preset are in `weights.RATIOS`; correction samples in `correction.SAMPLES`."""
+
+_WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
+_LIGHT = ("add", "sub", "mul", "unary")  # computed in float where their operands are float anyway
+_TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see
+_FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is common; [-1, 1) in steps of 1/128, with 0 exact
+    "sigmoid": (QParams(1 / 256, -128), "a sigmoid lies in [0, 1)"),
+    "softmax": (QParams(1 / 256, -128), "a softmax lies in [0, 1)"),
+    "hard_sigmoid": (QParams.from_range(0.0, 1.0), "a hard sigmoid lies in [0, 1]"),
+    "tanh": (QParams(1 / 128, 0), "a hyperbolic tangent lies in [-1, 1)"),
+}
+_MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
+_TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
+
+
+def decide(model: Any, table: CalibrationTable, target: Target, preset: str = "default") -> QuantPlan:
+    """The plan for a `FloatModel` or its canonical float module.
+
+    Raises PlanError for an unknown preset, or when the table lacks a value that must be quantized (it was made for another model).
+    """
+    if preset not in PRESETS:
+        raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(PRESETS))} Known: {', '.join(PRESETS)}")
+    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, preset).run()
+
+
+def observed_ids(model: Any) -> list[str]:
+    """The values whose statistics a plan may need: what groups with an int8 form read and write."""
+    module = model if isinstance(model, tvm.IRModule) else model.module
+    wanted = {v: None for g in find_groups(module) if g.kind != "float" for v in (*_operands(g), g.id)}
+    return list(wanted)
+
+
+def choose_params(histogram: Histogram, observers: tuple[str, ...]) -> tuple[QParams, str, float]:
+    """(parameters, observer, estimated SQNR in dB) of the range with the least error, simpler observers first among near equals."""
+    best: tuple[float, QParams, str] | None = None
+    for name in observers:
+        params = QParams.from_range(*OBSERVERS[name](histogram))
+        error = quantization_error(histogram, params)
+        if best is None or error < best[0] * (1 - _MIN_GAIN):
+            best = (error, params, name)
+    assert best is not None
+    return best[1], best[2], _decibel(histogram, best[1])
+
+
+def _decibel(histogram: Histogram, params: QParams) -> float:
+    error, power = quantization_error(histogram, params), signal_power(histogram)
+    return 10 * math.log10(power / error) if error > 0 and power > 0 else math.inf
+
+
+def _operands(group: Group) -> tuple[str, ...]:
+    return (*group.inputs, *([group.residual] if group.residual else []))
+
+
+class _Planner:
+    def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, preset: str) -> None:
+        self.table, self.target = table, target
+        schedules.load(target)
+        self.graph = Graph.of(module)
+        self.groups = find_groups(module)
+        self.made_by = {g.id: g for g in self.groups}
+        self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in self.graph.inputs), *self.made_by]}
+        for group in self.groups:
+            for value in dict.fromkeys(_operands(group)):
+                self.readers.setdefault(value, []).append(group)
+        self.dtypes = {str(p.name): dtype_of(p) for p in self.graph.inputs}
+        self.plan = QuantPlan(preset, table.digest)
+        self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
+
+    def run(self) -> QuantPlan:
+        self.find_float()
+        self.plan.edges = dict.fromkeys(self.readers, Float(""))  # keeps the order of execution
+        stored = [v for v in self.readers if self.is_stored(v)]
+        self.unite(stored)
+        for value in self.readers:
+            if value not in self.classes:
+                self.plan.edges[value] = Float(self.float_edge_reason(value))
+        done: set[str] = set()
+        for value in stored:
+            if value not in done:
+                done |= self.classes[value]
+                self.quantize_class(self.classes[value])
+        for group in self.groups:
+            if group.kind in _WEIGHTED and group.id not in self.plan.reasons:
+                assert group.weight is not None
+                x = self.plan.params(group.inputs[0])
+                scales = choose_scales(group.weight, RATIOS[self.plan.preset], group.bias, x and x.scale)
+                self.plan.scales[group.id], self.plan.weights[group.id] = scales.scale, group.weight
+        self.plan.validate(self.groups, [str(p.name) for p in self.graph.inputs])
+        return self.plan
+
+    # -- what stays float ---------------------------------------------------------------------------------------------------------------
+
+    def find_float(self) -> None:
+        """Fill `plan.reasons`. Backwards: which values are wanted in float; then forwards: who is computed in float."""
+        reasons = self.plan.reasons
+        for group in self.groups:
+            reason = group.reason or ("the model itself quantizes here" if group.kind in ("quantize", "dequantize") else self.no_kernel(group))
+            if reason is not None:
+                reasons[group.id] = reason
+        wanted: set[str] = set()  # values that only float operators, outputs, and what carries them there, read
+        for value in reversed(self.readers):
+            if all(g.id in reasons or (g.id in wanted and self.carries(g)) for g in self.readers[value]):
+                wanted.add(value)
+        floating = {value for value, dtype in self.dtypes.items() if value in wanted or dtype != "float32"}  # values at hand in float
+        for group in self.groups:
+            at_hand = [v in floating for v in _operands(group)]
+            if group.id in reasons or (group.kind in ACCUMULATING and group.id in wanted):
+                floating.add(group.id)
+            elif group.kind in DATA_MOVEMENT and group.id in wanted and any(at_hand):
+                reasons[group.id] = "it carries float32 values to float32 operators or outputs"
+                floating.add(group.id)
+            elif group.kind in _LIGHT and all(at_hand):
+                reasons[group.id] = "its operands are float32"
+                floating.add(group.id)
+
+    def no_kernel(self, group: Group) -> str | None:
+        """The reason for an operator that has no kernel on this target."""
+        operator = {"add": "qc.add", "sub": "qc.add", "unary": "qc.lut"}.get(group.kind, f"qc.{group.kind}")
+        allowed = {*self.target.rows, "any"}
+        if group.kind == "float" or any(row.isa in allowed for row in KERNELS.get(operator, [])):
+            return None
+        return f"no kernel row implements {operator} on target {self.target.name}"
+
+    def carries(self, group: Group) -> bool:
+        """May `group` stay float when its output is wanted in float?"""
+        return group.kind in DATA_MOVEMENT or (group.kind in _LIGHT and math.prod(group.shape) <= _TAIL_ELEMENTS)
+
+    def is_stored(self, value: str) -> bool:
+        """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
+        maker = self.made_by.get(value)
+        made = maker is not None and maker.id not in self.plan.reasons and maker.kind not in ACCUMULATING
+        return made or any(g.id not in self.plan.reasons for g in self.readers[value])
+
+    def float_edge_reason(self, value: str) -> str:
+        maker = self.made_by.get(value)
+        if maker is None:
+            return "network input read by float32 operators only" if self.readers[value] else "network input that nothing reads"
+        if value in self.plan.reasons:
+            return self.plan.reasons[value]
+        whom = "float32 operators read it only" if self.readers[value] else "network output"
+        return f"{whom}: computed in float32 from the int32 accumulator"
+
+    # -- classes of one quantization ----------------------------------------------------------------------------------------------------
+
+    def unite(self, stored: list[str]) -> None:
+        self.classes = {v: {v} for v in stored}
+        same = [g for g in self.groups if g.kind in SAME_QUANTIZATION and g.id not in self.plan.reasons]
+        for group in same:
+            if group.kind != "concat":
+                self.join(group.id, group.inputs[0])
+        for group in same:
+            if group.kind == "concat":
+                for value in dict.fromkeys(group.inputs):
+                    if self.gains(value, group):
+                        self.join(group.id, value)
+
+    def join(self, a: str, b: str) -> None:
+        union = self.classes[a] | self.classes[b]
+        for value in union:
+            self.classes[value] = union
+
+    def gains(self, value: str, concat: Group) -> bool:
+        """Should an operand take over its concat's quantization? Always when nobody else reads it. A value with other readers keeps its own
+        (and the concat reads it through a table) when its range is less than half of the concat's: sharing would cost it more than a bit."""
+        if len(self.readers[value]) == 1:
+            return True
+        own, joint = self.histogram(self.classes[value]), self.statistics(concat.id)
+        return max(own.high, 0) - min(own.low, 0) >= 0.5 * (max(joint.high, 0) - min(joint.low, 0))
+
+    def roots(self, members: set[str]) -> list[str]:
+        """The members of a class that aren't copies of other members."""
+        return [v for v in self.readers if v in members and (v not in self.made_by or not self.copies(self.made_by[v]))]
+
+    def copies(self, group: Group) -> bool:
+        return group.kind in SAME_QUANTIZATION and group.id not in self.plan.reasons
+
+    def statistics(self, value: str) -> Histogram:
+        if value not in self.table.values:
+            raise PlanError(f"value '{value}' has no statistics in the calibration table, which was made for another model or other values; calibrate again")
+        return self.table.values[value].histogram
+
+    def histogram(self, members: set[str]) -> Histogram:
+        """All values of a class: those of its roots, and of concatenations whose operands keep scales of their own."""
+        parts = self.roots(members)
+        parts += [v for v in members if v in self.made_by and self.made_by[v].kind == "concat" and not set(self.made_by[v].inputs) <= members]
+        joint = Histogram()
+        for value in parts:
+            joint = joint.merged(self.statistics(value))
+        return joint
+
+    # -- parameters ---------------------------------------------------------------------------------------------------------------------
+
+    def quantize_class(self, members: set[str]) -> None:
+        """Rows for all members: the leader has parameters, the others name where theirs come from."""
+        concats = [v for v in self.readers if v in members and v in self.made_by and self.made_by[v].kind == "concat" and self.copies(self.made_by[v])]
+        roots = self.roots(members)
+        leader = concats[-1] if concats else roots[0]
+        self.plan.edges[leader] = self.leading_edge(leader, roots, members)
+        for value in members - {leader}:
+            group = self.made_by.get(value)
+            if group is None or not self.copies(group) or group.kind == "concat":
+                self.plan.edges[value] = Shared(leader, f"concatenated in '{leader}'")
+            else:
+                self.plan.edges[value] = Derived(group.inputs[0], f"{group.kind} keeps its input's quantization")
+
+    def leading_edge(self, leader: str, roots: list[str], members: set[str]) -> Edge:
+        histogram = self.histogram(members)
+        fixed = {self.fixed(v) for v in roots}
+        if len(fixed) == 1 and (name := fixed.pop()) is not None:
+            params, reason = _FIXED[name]
+            return Fixed(params, _decibel(histogram, params), reason)
+        if max(-histogram.low, histogram.high) < _TINY:
+            self.plan.notes.append(f"value '{leader}' was always zero in the calibration data; it is stored with scale 1 and zero point 0")
+            return Quantized(QParams(1.0, 0), "none", math.inf, "always zero in the calibration data")
+        params, observer, sqnr = choose_params(histogram, PRESETS[self.plan.preset])
+        params, padded = self.with_padding(params, members)
+        others = [v for v in roots if v != leader]
+        why = f"least estimated error on [{histogram.low:.4g}, {histogram.high:.4g}]" if self.plan.preset != "fast" else "everything seen"
+        return Quantized(params, observer, sqnr, why + (f" of {len(others)} values together" if others else "") + padded)
+
+    def fixed(self, value: str) -> str | None:
+        """The row of _FIXED for a value whose range its operator bounds."""
+        group = self.made_by.get(value)
+        if group is None:
+            return None
+        if group.kind == "unary" and group.function is not None:
+            return group.function.name if group.function.name in _FIXED else None
+        return "softmax" if relax_op(self.graph.values()[value]) == "relax.nn.softmax" else None
+
+    def with_padding(self, params: QParams, members: set[str]) -> tuple[QParams, str]:
+        """Widen the range to the constants that pads put among the values, where they are of the values' magnitude. Others (the least float before
+        a maximum, say) saturate at the end of the range."""
+        low, high = params.range
+        values = [float(self.made_by[v].attrs["value"]) for v in members if v in self.made_by and self.made_by[v].kind == "pad" and self.copies(self.made_by[v])]
+        near = sorted({v for v in values if low - (high - low) <= v <= high + (high - low) and not low <= v <= high})
+        if not near:
+            return params, ""
+        return QParams.from_range(min(low, *near), max(high, *near)), f", widened to padding with {', '.join(f'{v:g}' for v in near)}"

@@ -1,0 +1,175 @@
+"""Quantization parameters, and the integer constants that compiled operators use (numpy only).
+
+`real = scale * (q - zero_point)` with int8 `q`. docs/numerics.md is normative; the constants made here and the arithmetic of `qcompiler.numerics` are all of it.
+Everything is computed in float64 or integers and is a pure function of its arguments, so every machine makes the same constants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+LOW, HIGH = -128, 127  # int8 activations
+WEIGHT_HIGH = 127  # weights are symmetric: [-127, 127]
+INT32_MAX = 2**31 - 1
+MAX_RESIDUAL_SHIFT = 16
+RESIDUAL_LIMIT = 2**30  # the convolution's share of a residual sum is clipped to this
+RESIZE_BITS = 10  # fixed-point bits of one linear weight
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Per-tensor asymmetric int8 quantization: `scale` > 0, finite, a float32 value; `zero_point` in [-128, 127].
+
+    Raises ValueError otherwise.
+    """
+
+    scale: float
+    zero_point: int
+
+    def __post_init__(self) -> None:
+        rounded = float(np.float32(self.scale))
+        if not (math.isfinite(rounded) and rounded > 0):
+            raise ValueError(f"scale is {self.scale}; it must be finite and positive")
+        if not LOW <= self.zero_point <= HIGH:
+            raise ValueError(f"zero point is {self.zero_point}; it must lie in [{LOW}, {HIGH}]")
+        object.__setattr__(self, "scale", rounded)
+        object.__setattr__(self, "zero_point", int(self.zero_point))
+
+    @staticmethod
+    def from_range(low: float, high: float, symmetric: bool = False) -> QParams:
+        """Parameters whose representable range covers [low, high] and contains 0 exactly.
+
+        (gemmlowp doc/quantization.md: nudge the zero point to an integer, so that real 0, which padding uses, has no error.)
+        An empty range (0, 0) gives scale 1. Raises ValueError for NaN, infinity or low > high.
+        """
+        if not (math.isfinite(low) and math.isfinite(high)) or low > high:
+            raise ValueError(f"range [{low}, {high}] must be finite and ordered")
+        low, high = min(low, 0.0), max(high, 0.0)
+        if symmetric:
+            low, high = -max(-low, high), max(-low, high)
+        if high - low <= 0:
+            return QParams(1.0, 0)
+        scale = float(np.float32(max((high - low) / (HIGH - LOW), float(np.finfo(np.float32).tiny))))
+        if symmetric:
+            return QParams(scale, 0)
+        zero_point = int(np.clip(np.rint(LOW - low / scale), LOW, HIGH))
+        return QParams(scale, zero_point)
+
+    def quantize(self, real: np.ndarray) -> np.ndarray:
+        """int8: `clip(rint(real / scale) + zero_point)`, ties to even, in float64 (compile-time constants; kernels follow `numerics.quantize`)."""
+        return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, LOW, HIGH).astype(np.int8)
+
+    def dequantize(self, q: np.ndarray) -> np.ndarray:
+        """float64 real values of int8 `q`."""
+        return (np.asarray(q, np.float64) - self.zero_point) * self.scale
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the greatest representable real value."""
+        return (LOW - self.zero_point) * self.scale, (HIGH - self.zero_point) * self.scale
+
+
+def conv_multiplier(x_scale: float, w_scale: np.ndarray, y_scale: float | None, residual_shift: int | None = None) -> np.ndarray:
+    """float32 [O]: `x_scale * w_scale / y_scale` (Jacob et al. 2018, arXiv:1712.05877, eq. 5), times `2^residual_shift` in front of a residual sum.
+
+    `y_scale` None: the output is the real value, `x_scale * w_scale`.
+    """
+    exact = np.float64(x_scale) * np.asarray(w_scale, np.float64)
+    if y_scale is not None:
+        exact = exact / np.float64(y_scale)
+    return (exact * 2.0 ** (residual_shift or 0)).astype(np.float32)
+
+
+def residual_parameters(r_scale: float, y_scale: float) -> tuple[int, int]:
+    """(multiplier, shift) of a residual: `r_scale / y_scale ~ multiplier * 2^-shift`.
+
+    shift is at most 16, and such that 255 * multiplier < 2^30: with the convolution's share clipped to 2^30 the int32 sum can't overflow.
+    """
+    ratio = float(r_scale) / float(y_scale)
+    for shift in range(MAX_RESIDUAL_SHIFT, -1, -1):
+        multiplier = round(ratio * 2**shift)
+        if 255 * multiplier < RESIDUAL_LIMIT:
+            return multiplier, shift
+    raise ValueError(f"residual scale {r_scale} is too large beside the output scale {y_scale}")
+
+
+def add_parameters(a_scale: float, b_scale: float, y_scale: float) -> tuple[int, int, int]:
+    """(A, B, shift) of a sum: `a_scale / y_scale ~ A * 2^-shift`, likewise B.
+
+    The largest shift in [0, 30] with 255 * (A + B) < 2^31, so that int32 can't overflow and each ratio has the most bits.
+    """
+    a_ratio, b_ratio = float(a_scale) / float(y_scale), float(b_scale) / float(y_scale)
+    for shift in range(30, -1, -1):
+        a, b = round(a_ratio * 2**shift), round(b_ratio * 2**shift)
+        if 255 * (a + b) <= INT32_MAX:
+            return a, b, shift
+    raise ValueError(f"operand scales {a_scale} and {b_scale} are too large beside the output scale {y_scale}")
+
+
+def conv_accumulator_bound(w: np.ndarray, bias: np.ndarray | None, x_zero_point: int) -> int:
+    """The largest |accumulator| that any int8 input can cause, at any point of the sum (padding included, which adds 0).
+
+    w: int8 [O, ...] integers; bias: int32 [O]. A kernel that stores q + 128 and folds the zero point into its bias forms other partial sums; these wrap
+    modulo 2^32 and end at the same total, so the bound of the total is what must stay below 2^31.
+    """
+    flat = np.asarray(w, np.int64).reshape(len(w), -1)
+    start = np.zeros(len(w), np.int64) if bias is None else np.asarray(bias, np.int64)
+    low, high = LOW - x_zero_point, HIGH - x_zero_point  # of x - zero_point; low <= 0 <= high
+    positive, negative = np.maximum(flat, 0).sum(axis=1), np.minimum(flat, 0).sum(axis=1)
+    most = start + positive * high + negative * low
+    least = start + positive * low + negative * high
+    return int(max(np.abs(most).max(initial=0), np.abs(least).max(initial=0), np.abs(start).max(initial=0)))
+
+
+def lut(function: Callable[[np.ndarray], np.ndarray], x: QParams, y: QParams) -> np.ndarray:
+    """int8 [256]: entry `q + 128` is `quantize(function(dequantize(q)))`, in float64. Results that are NaN give the zero point; infinities saturate."""
+    with np.errstate(all="ignore"):
+        real = np.asarray(function(x.dequantize(np.arange(LOW, HIGH + 1))), np.float64)
+    real = np.where(np.isnan(real), 0.0, real)
+    limit = 1024 * y.scale  # beyond saturation; keeps infinities out of the division
+    return y.quantize(np.clip(real, -limit, limit))
+
+
+def resize_indices(old: int, new: int, method: str, transformation: str, rounding: str = "round_prefer_floor", scale: float | None = None) -> tuple[list[int], list[int], list[int]]:
+    """Where each of `new` output positions reads from `old` input positions along one axis: (first index, second index, weight of the second).
+
+    The weight is in units of 2^-10; it is 0 for method "nearest". `transformation` and `rounding` are ONNX Resize's coordinate_transformation_mode and
+    nearest_mode (ONNX operator specification, Resize). `scale`: new / old as the model states it, when it is not that quotient.
+    Raises ValueError for a mode that is not supported.
+    """
+    ratio = scale if scale is not None else new / old
+    position = np.arange(new, dtype=np.float64)
+    if transformation == "half_pixel":
+        source = (position + 0.5) / ratio - 0.5
+    elif transformation == "pytorch_half_pixel":
+        source = (position + 0.5) / ratio - 0.5 if new > 1 else np.zeros(1)
+    elif transformation == "asymmetric":
+        source = position / ratio
+    elif transformation == "align_corners":
+        source = position * (old - 1) / (new - 1) if new > 1 else np.zeros(1)
+    else:
+        raise ValueError(f"coordinate transformation '{transformation}' is not supported; supported: half_pixel, pytorch_half_pixel, asymmetric, align_corners")
+    if method == "nearest":
+        if rounding in ("round_prefer_floor", ""):
+            index = np.ceil(source - 0.5)
+        elif rounding in ("round_prefer_ceil", "round"):
+            index = np.floor(source + 0.5)
+        elif rounding == "floor":
+            index = np.floor(source)
+        elif rounding == "ceil":
+            index = np.ceil(source)
+        else:
+            raise ValueError(f"rounding '{rounding}' is not supported; supported: round_prefer_floor, round_prefer_ceil, floor, ceil")
+        first = np.clip(index, 0, old - 1).astype(int).tolist()
+        return first, first, [0] * new
+    if method != "linear":
+        raise ValueError(f"resize method '{method}' is not supported; supported: nearest, linear")
+    source = np.clip(source, 0, old - 1)
+    base = np.minimum(np.floor(source), old - 1)
+    weight = np.rint((source - base) * 2**RESIZE_BITS).astype(int)
+    second = np.minimum(base + 1, old - 1)
+    return base.astype(int).tolist(), second.astype(int).tolist(), weight.tolist()

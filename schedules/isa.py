@@ -1,0 +1,136 @@
+"""What a vector ISA must offer to the convolution template, and the few words that kernels are written in.
+
+A dot step works on `lanes` output channels at once. The activation operand is `group` adjacent input channels, broadcast; the weight
+operand holds the same `group` channels of each of the `lanes` output channels:
+
+    acc[lane] += sum(x[k] * w[lane][k] for k in range(group))
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+
+def load(buffer: Any, index: Any, lanes: int) -> Any:
+    """`lanes` adjacent elements of a flat buffer; any alignment."""
+    return buffer[T.ramp(index, 1, lanes)] if lanes > 1 else buffer[index]
+
+
+def save(buffer: Any, index: Any, value: Any, lanes: int) -> None:
+    """Store `lanes` adjacent elements to a flat buffer; any alignment."""
+    T.buffer_store(buffer, value, [T.ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def shuffle(vectors: Sequence[Any], indices: Sequence[int]) -> Any:
+    """The elements `indices` of the concatenated `vectors` (a constant permutation; LLVM finds the instruction)."""
+    return tirx.Shuffle(list(vectors), [tirx.const(int(i), "int32") for i in indices])
+
+
+def call(dtype: str, name: str, *args: Any) -> Any:
+    """An LLVM intrinsic without side effects."""
+    return T.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def scalar(value: Any, dtype: str, lanes: int) -> Any:
+    """A constant in every lane."""
+    return T.broadcast(tirx.const(value, dtype), lanes)
+
+
+@dataclass(frozen=True)
+class Isa(ABC):
+    """One way to compute dot steps.
+
+    `registers`: vector registers; `scratch_registers` are needed besides the accumulators and one weight operand per block. Costs are in
+    cycles on the machine where they were measured and only steer heuristics: `dot` per accumulator and step, `broadcast` and `weight` per
+    operand and step, `epilogue` per accumulator; `latency` is that of one dot.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    group: int
+    scratch_registers: int
+    dot_cost: float
+    broadcast_cost: float
+    weight_cost: float
+    epilogue_cost: float
+    latency: float
+    is_float: bool
+
+    @property
+    def accumulator(self) -> str:
+        return "float32" if self.is_float else "int32"
+
+    @property
+    def weight_dtype(self) -> str:
+        return "float32" if self.is_float else "int8"
+
+    @property
+    def bytes(self) -> int:
+        """Of a vector."""
+        return 4 * self.lanes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights per block and dot step."""
+        return self.lanes * (4 if self.is_float else self.group)
+
+    def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
+        """Estimated cycles of one dot step of a tile; `streamed`: its weights come from the level 2 cache, at 24 bytes a cycle."""
+        dots, operands = pixels * blocks * self.dot_cost, pixels * self.broadcast_cost + blocks * self.weight_cost
+        stream = blocks * self.weight_bytes / 24 if streamed else 0.0
+        return max(dots, operands, stream, self.latency)
+
+    def packed_dwords(self, blocks: int) -> list[int]:
+        """The permutation of dwords that makes the pixels of a packed vector contiguous: result[i] = packed[order[i]].
+
+        `pack` works within 128-bit parts: dword 4 * part + slot holds lanes 4 * part .. 4 * part + 3 of that slot. Slots are (pixel, block)
+        with `blocks` blocks per pixel. Four blocks of one pixel need no permutation, because the weights are packed in `channel_order`.
+        """
+        parts = range(self.lanes // 4)
+        return [4 * part + pixel * blocks + block for pixel in range(4 // blocks) for part in parts for block in range(blocks)]
+
+    def channel_order(self, blocks: int) -> np.ndarray:
+        """Which channel of a run of `blocks * lanes` each (block, lane) computes, so that `pack` yields them in order."""
+        part, i = np.divmod(np.arange(self.lanes), 4)
+        return np.concatenate([part * 4 * blocks + 4 * block + i for block in range(blocks)])
+
+    @property
+    @abstractmethod
+    def input_dtype(self) -> str:
+        """Storage type of activations."""
+
+    @abstractmethod
+    def pack_weights(self, groups: np.ndarray) -> np.ndarray:
+        """[..., lanes, group] weights in the order the weight operands are read, [..., lanes * group]."""
+
+    @abstractmethod
+    def weights(self, buffer: Any, index: Any) -> list[Any]:
+        """The operands that `dot` wants for one block of lanes: `lanes * group` elements at `index`."""
+
+    @abstractmethod
+    def activation(self, buffer: Any, index: Any, valid: int) -> list[Any]:
+        """`group` channels at `index` in every lane; only the first `valid` of them are read, the others are 0."""
+
+    @abstractmethod
+    def dot(self, acc: Any, x: list[Any], w: list[Any]) -> Any:
+        """acc + x . w, per lane; exact for integers."""
+
+    @abstractmethod
+    def to_int(self, value: Any) -> Any:
+        """float32 lanes to int32, ties to even; out of range, either side, gives INT32_MIN."""
+
+    @abstractmethod
+    def pack(self, slots: Sequence[Any], offset: Any, signed: bool) -> Any:
+        """Four vectors of int32, plus `offset` (int16 lanes), saturated to 8 bits: one vector of bytes, ordered as `packed_dwords` says."""
+
+    @abstractmethod
+    def unpack(self, packed: Any, slot: int) -> Any:
+        """int32 lanes of one slot of a packed vector of uint8."""

@@ -1,0 +1,57 @@
+"""Runs a canonical float module step by step for calibration tests: every float32 group output is handed to the visitor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.calibration import CalibrationTable, Watcher, calibrate
+from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
+from qcompiler.passes.groups import find_groups
+from qcompiler.plan import observed_ids
+
+
+@dataclass(frozen=True)
+class Port:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class ModuleExecutor:
+    """A float module on TVM's own kernels."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        graph = Graph.of(module)
+        self.inputs = [Port(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs]
+        visible = {g.id for g in find_groups(module)}
+        self._ids = [n for n, e in graph.bindings if n in visible and hasattr(e.ty, "shape")]
+        self._outputs = [(n, str(v.name)) for n, v in graph.outputs]
+        builder = GraphBuilder()
+        env = {p.name: builder.input(p.name, p.shape, p.dtype) for p in self.inputs}
+        for name, expr in graph.bindings:
+            env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
+        legal = relax.transform.LegalizeOps()(builder.finish([(n, env[n]) for n in self._ids]))
+        self._main = relax.VirtualMachine(relax.build(legal, "llvm"), tvm.cpu())["main"]
+
+    def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
+        results = self._main(*[tvm.runtime.tensor(inputs[p.name]) for p in self.inputs])
+        values = {**inputs, **{n: r.numpy() for n, r in zip(self._ids, results, strict=True)}}
+        for name, array in values.items():
+            visit(name, array)
+        return {name: values[value] for name, value in self._outputs}
+
+
+def random_samples(module: tvm.IRModule, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    inputs = Graph.of(module).inputs
+    return [{str(p.name): rng.standard_normal(shape_of(p)).astype(np.float32) for p in inputs} for _ in range(count)]
+
+
+def table_of(module: tvm.IRModule, count: int = 2, watcher: Watcher | None = None) -> CalibrationTable:
+    """Statistics over `count` random samples."""
+    return calibrate(ModuleExecutor(module), random_samples(module, count), ids=observed_ids(module), watcher=watcher)

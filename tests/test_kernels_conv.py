@@ -1,0 +1,345 @@
+"""Convolution and dense kernels of x86 equal the integer contract bit for bit, on every ISA row this machine can execute."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+
+from qcompiler import schedules
+from qcompiler.schedules.conv import ConvRow
+from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
+from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
+from qcompiler.targets import Target, find_target, missing_features
+
+AVX512, AVX2, AVXVNNI = (find_target(f"x86-{n}") for n in ("avx512vnni", "avx2", "avxvnni"))
+BIG = 3.4028234663852886e38
+
+
+def executable() -> list[Target]:
+    """Targets whose rows run here; the 256-bit VNNI row runs in its EVEX encoding where AVX-VNNI is missing."""
+    found = [t for t in (AVX512, AVX2, AVXVNNI) if not missing_features(t)]
+    if AVXVNNI not in found and AVX512 in found:
+        found.append(dataclasses.replace(AVXVNNI, tvm=AVX512.tvm))
+    return found
+
+
+TARGETS = executable()
+pytestmark = pytest.mark.skipif(not TARGETS, reason="this machine runs no x86 row")
+schedules.load(AVX2)
+
+
+@pytest.fixture(params=TARGETS, ids=lambda t: t.name)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+def row_of(name: str, target: Target) -> ConvRow:
+    return next(r for isa in target.rows for r in KERNELS[name] if r.isa == isa and isinstance(r, ConvRow))
+
+
+# -- the contract, straight from docs/architecture.md --------------------------------------------------------------------------------------
+
+
+def products(x: np.ndarray, w: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
+    """sum x * w over windows, float64 (exact for int8 data); x is already centred."""
+    n, h, width, channels = x.shape
+    outputs, kh, kw, inputs = w.shape
+    (sh, sw), (dh, dw), (top, left, bottom, right) = attrs["strides"], attrs["dilation"], attrs["padding"]
+    padded = np.zeros((n, h + top + bottom, width + left + right, channels))
+    padded[:, top : top + h, left : left + width] = x
+    oh, ow = (padded.shape[1] - (kh - 1) * dh - 1) // sh + 1, (padded.shape[2] - (kw - 1) * dw - 1) // sw + 1
+    acc, per_group = np.zeros((n, oh, ow, outputs)), outputs // attrs["groups"]
+    for g, y, z in itertools.product(range(attrs["groups"]), range(kh), range(kw)):
+        window = padded[:, y * dh : y * dh + (oh - 1) * sh + 1 : sh, z * dw : z * dw + (ow - 1) * sw + 1 : sw, g * inputs : (g + 1) * inputs]
+        acc[..., g * per_group : (g + 1) * per_group] += window @ w[g * per_group : (g + 1) * per_group, y, z].astype(np.float64).T
+    return acc
+
+
+def requantize(acc: np.ndarray, multiplier: Any, attrs: dict[str, Any]) -> np.ndarray:
+    zero = attrs["zero_point"]
+    scaled = acc.astype(np.float32) * np.float32(multiplier)
+    return (np.rint(np.clip(scaled, np.float32(attrs["low"] - zero), np.float32(attrs["high"] - zero))).astype(np.int32) + zero).astype(np.int8)
+
+
+def expected(x: np.ndarray, w: np.ndarray, bias: np.ndarray, multiplier: np.ndarray, residual: np.ndarray | None, attrs: dict[str, Any]) -> np.ndarray:
+    acc = (products(x.astype(np.float64) - attrs["x_zero_point"], w, attrs) + bias).astype(np.int32)
+    if attrs["out_dtype"] == "float32":
+        y = acc.astype(np.float32) * multiplier
+        return y if "float_low" not in attrs else np.clip(y, np.float32(attrs["float_low"]), np.float32(attrs["float_high"]))
+    if residual is None:
+        return requantize(acc, multiplier, attrs)
+    scaled = np.clip(acc.astype(np.float32) * multiplier, np.float32(-(2**30)), np.float32(2**30))
+    total = np.rint(scaled).astype(np.int32) + (residual.astype(np.int32) - attrs["residual_zero_point"]) * attrs["residual_multiplier"]
+    return requantize(total, 2.0 ** -attrs["residual_shift"], attrs)
+
+
+# -- running a case ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Case:
+    """A convolution on random data. `pad` is [t, l, b, r] or one number; `out`: halo and pitch of the output."""
+
+    image: tuple[int, int, int, int]
+    outputs: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    pad: Any = 0
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: bool = False
+    storage: str = "uint8"
+    attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    out: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: float = 1.0  # of the multipliers: large ones saturate nearly everything
+    extreme: bool = False  # inputs -128 and 127, weights -127 and 127
+
+    def attributes(self) -> dict[str, Any]:
+        pad = [self.pad] * 4 if isinstance(self.pad, int) else list(self.pad)
+        attrs: dict[str, Any] = {"strides": list(self.stride), "padding": pad, "dilation": list(self.dilation), "groups": self.groups}
+        attrs |= {"x_zero_point": -7, "zero_point": 5, "low": -128, "high": 127, "out_dtype": "int8"}
+        if self.residual:
+            attrs |= {"residual_zero_point": -3, "residual_multiplier": 1400, "residual_shift": 11}
+        return attrs | self.attrs
+
+    def run(self, target: Target, params: dict[str, Any] | None = None, seed: int = 0) -> Kernel:
+        rng, attrs = np.random.default_rng(seed), self.attributes()
+        channels = self.image[3]
+        shape = (self.outputs, *self.kernel, channels // self.groups)
+        if self.extreme:
+            x, w = rng.choice(np.array([-128, 127], np.int8), self.image), rng.choice(np.array([-127, 127], np.int8), shape)
+        else:
+            x, w = rng.integers(-128, 128, self.image).astype(np.int8), rng.integers(-127, 128, shape).astype(np.int8)
+        bias = rng.integers(-9000, 9000, self.outputs).astype(np.int32)
+        typical = 70 * 74 * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
+        multiplier = (self.scale * rng.uniform(20, 90, self.outputs) / typical).astype(np.float32)
+        acc_shape = products(np.zeros(self.image), w, attrs).shape
+        dtype = "float32" if attrs["out_dtype"] == "float32" else self.storage
+        output = Layout(acc_shape, dtype, **self.out)
+        operands: list[Any] = [Layout(self.image, "uint8"), w, bias, multiplier]
+        residual = rng.integers(-128, 128, acc_shape).astype(np.int8) if self.residual else None
+        if residual is not None:
+            operands.append(Layout(acc_shape, "uint8", **self.out))
+        op, row = OpCall("qc.conv2d", operands, attrs, output), row_of("qc.conv2d", target)
+        assert row.refuse(op, target) is None
+        need = row.needs(op, target)[0]
+        pitch = -(-channels // need.pitch) * need.pitch
+        op.operands[0] = Layout(self.image, "uint8", need.halo, pitch if pitch != channels else 0)
+        kernel = row.build(op, row.default(op, target) | (params or {}), target)
+        inputs = [store(x, op.tensors[0], attrs["x_zero_point"])] + ([store(residual, op.tensors[1])] if residual is not None else [])
+        got = fetch(run_kernel(kernel, inputs, output, target), output)
+        want = expected(x, w, bias, multiplier, residual, attrs)
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+        assert kernel.macs == acc_shape[0] * acc_shape[1] * acc_shape[2] * w.size
+        return kernel
+
+
+CASES = {
+    "pointwise": Case((1, 8, 8, 32), 32),
+    "pointwise-batch": Case((3, 5, 7, 16), 48),
+    "one-pixel": Case((1, 1, 1, 64), 100),
+    "three-channels": Case((1, 15, 13, 3), 17, (7, 7), (2, 2), 3),
+    "one-channel": Case((2, 9, 9, 1), 8, (3, 3), pad=1),
+    "ragged-5-24": Case((2, 9, 11, 5), 24, (3, 3), pad=1),
+    "one-output": Case((1, 6, 5, 24), 1, (3, 3), pad=1),
+    "strided": Case((1, 14, 14, 32), 40, (3, 3), (2, 2), 1),
+    "strided-pointwise": Case((1, 14, 13, 16), 33, stride=(2, 2)),
+    "asymmetric": Case((1, 12, 11, 8), 16, (2, 5), (1, 2), (0, 3, 1, 1)),
+    "dilated": Case((1, 13, 12, 16), 20, (3, 3), pad=2, dilation=(2, 2)),
+    "seven": Case((1, 7, 7, 64), 80, (3, 3), pad=1),
+    "halo-out": Case((2, 6, 9, 16), 20, (3, 3), pad=1, out={"halo": (1, 2, 1, 3), "pitch": 36}),
+    "pitch-out": Case((1, 5, 6, 16), 3, out={"pitch": 4}),
+    "residual": Case((1, 9, 9, 24), 64, residual=True),
+    "residual-ragged": Case((2, 7, 6, 12), 37, (3, 3), pad=1, residual=True, out={"halo": (0, 1, 1, 0), "pitch": 40}),
+    "residual-clamped": Case((1, 7, 7, 16), 16, residual=True, attrs={"low": 5, "high": 90}),
+    "residual-overflow": Case((1, 4, 7, 16), 32, residual=True, scale=1e10),
+    "clamped": Case((1, 7, 9, 16), 48, attrs={"low": -20, "high": 33}),
+    "signed-storage": Case((1, 7, 9, 16), 48, storage="int8", attrs={"low": -100}),
+    "overflow": Case((1, 4, 7, 16), 32, scale=1e9),
+    "extreme": Case((1, 8, 8, 128), 48, (3, 3), pad=1, extreme=True, attrs={"x_zero_point": -128}),
+    "extreme-zero": Case((1, 6, 8, 64), 17, extreme=True, attrs={"x_zero_point": 127, "zero_point": -128}),
+    "float-out": Case((1, 5, 9, 20), 27, (3, 3), pad=1, attrs={"out_dtype": "float32"}),
+    "float-out-clamped": Case((1, 5, 9, 20), 27, attrs={"out_dtype": "float32", "float_low": -3.0, "float_high": 11.5}),
+    "grouped": Case((1, 9, 8, 64), 96, (3, 3), pad=1, groups=2),
+    "grouped-narrow": Case((1, 9, 8, 24), 36, (3, 3), (2, 2), 1, groups=6),
+    "grouped-ragged": Case((1, 5, 8, 10), 34, pad=0, groups=2),
+    "depthwise": Case((1, 6, 8, 20), 20, (3, 3), pad=1, groups=20),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conv2d(name: str, target: Target) -> None:
+    CASES[name].run(target)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 5, 8, 15, 16, 17, 24, 31, 33, 47, 65])
+def test_ragged_outputs(outputs: int, target: Target) -> None:
+    Case((1, 3, 5, 8), outputs, residual=outputs % 2 == 1).run(target, seed=outputs)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 6, 7, 13, 29])
+def test_ragged_widths(width: int, target: Target) -> None:
+    Case((2, 3, width, 8), 32, (3, 3), pad=1).run(target, seed=width)
+
+
+def test_every_sampled_schedule_is_exact(target: Target) -> None:
+    """Random points of the design space; those that a kernel refuses don't count."""
+    rng = np.random.default_rng(7)
+    cases = [
+        Case((1, 6, 13, 20), 53, (3, 3), pad=1, residual=True),
+        Case((2, 7, 9, 36), 83),
+        Case((1, 8, 9, 32), 64, (3, 3), (1, 2), 1, groups=2),
+    ]
+    for case in cases:
+        row = row_of("qc.conv2d", target)
+        weight = np.zeros((case.outputs, *case.kernel, case.image[3] // case.groups), np.int8)
+        output = Layout(products(np.zeros(case.image), weight, case.attributes()).shape, "uint8")
+        op = OpCall("qc.conv2d", [Layout(case.image, "uint8"), weight], case.attributes(), output)
+        space, built = row.space(op, target), 0
+        for _ in range(60):
+            point = {k: v[rng.integers(len(v))] for k, v in space.items()}
+            try:
+                kernel = case.run(target, point, seed=built)
+            except ValueError:
+                continue
+            assert kernel.params == point
+            built += 1
+            if built == 5:
+                break
+        assert built == 5
+
+
+DENSE = [(1, 64, 40), (1, 37, 10), (1, 300, 1), (6, 21, 33), (64, 17, 10), (13, 128, 96)]
+
+
+@pytest.mark.parametrize("m,k,n", DENSE)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_dense(m: int, k: int, n: int, rank: int, target: Target) -> None:
+    rng = np.random.default_rng(m + k)
+    shape = (m, k) if rank == 2 else (1, m, k)
+    x, w = rng.integers(-128, 128, shape).astype(np.int8), rng.integers(-127, 128, (n, k)).astype(np.int8)
+    bias, multiplier = rng.integers(-9000, 9000, n).astype(np.int32), (rng.uniform(20, 90, n) / (5200 * np.sqrt(k))).astype(np.float32)
+    attrs = {"x_zero_point": 9, "zero_point": -11, "low": -128, "high": 127, "out_dtype": "int8"}
+    output = Layout((*shape[:-1], n), "uint8")
+    op, row = OpCall("qc.dense", [Layout(shape, "uint8"), w, bias, multiplier], attrs, output), row_of("qc.dense", target)
+    assert row.refuse(op, target) is None
+    kernel = row.build(op, row.default(op, target), target)
+    got = fetch(run_kernel(kernel, [store(x, op.tensors[0])], output, target), output)
+    acc = ((x.astype(np.int64) - 9) @ w.T.astype(np.int64) + bias).astype(np.int32)
+    np.testing.assert_array_equal(got, requantize(acc, multiplier, attrs))
+
+
+FLOAT = {
+    "pointwise": Case((1, 8, 9, 33), 40),
+    "first-layer": Case((1, 11, 12, 3), 19, (3, 3), (2, 2), 1),
+    "residual": Case((2, 7, 6, 8), 37, (3, 3), pad=1, residual=True, attrs={"low": 0.0, "high": 6.0}),
+    "grouped": Case((1, 6, 7, 12), 24, (3, 3), pad=1, groups=3, out={"halo": (1, 1, 1, 1), "pitch": 26}),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_float_conv2d(name: str, target: Target) -> None:
+    """Within the rounding of a float32 sum: 2^-24 relative to the sum of magnitudes, times its length."""
+    case, rng = FLOAT[name], np.random.default_rng(3)
+    attrs = {k: v for k, v in case.attributes().items() if k in ("strides", "padding", "dilation", "groups")} | {"low": -BIG, "high": BIG}
+    attrs |= case.attrs
+    x = rng.standard_normal(case.image).astype(np.float32)
+    w = rng.standard_normal((case.outputs, *case.kernel, case.image[3] // case.groups)).astype(np.float32)
+    bias = rng.standard_normal(case.outputs).astype(np.float32)
+    exact = products(x, w, attrs) + bias
+    output = Layout(exact.shape, "float32", **case.out)
+    operands: list[Any] = [Layout(case.image, "float32"), w, bias]
+    residual = rng.standard_normal(exact.shape).astype(np.float32)
+    if case.residual:
+        operands.append(Layout(exact.shape, "float32"))
+        exact = exact + residual
+    op, row = OpCall("qc.f32.conv2d", operands, attrs, output), row_of("qc.f32.conv2d", target)
+    assert row.refuse(op, target) is None
+    op.operands[0] = Layout(case.image, "float32", row.needs(op, target)[0].halo)
+    kernel = row.build(op, row.default(op, target), target)
+    inputs = [store(x, op.tensors[0])] + ([store(residual, op.tensors[1])] if case.residual else [])
+    got = fetch(run_kernel(kernel, inputs, output, target), output)
+    bound = (products(np.abs(x), np.abs(w), attrs) + 4) * (w[0].size + 2) * 2.0**-24
+    assert (np.abs(got - np.clip(exact, attrs["low"], attrs["high"])) <= bound).all()
+
+
+def test_float_dense(target: Target) -> None:
+    rng = np.random.default_rng(4)
+    x, w, bias = (rng.standard_normal(s).astype(np.float32) for s in ((5, 41), (23, 41), (23,)))
+    output = Layout((5, 23), "float32")
+    op, row = OpCall("qc.f32.dense", [Layout((5, 41), "float32"), w, bias], {"low": -BIG, "high": BIG}, output), row_of("qc.f32.dense", target)
+    kernel = row.build(op, row.default(op, target), target)
+    got = fetch(run_kernel(kernel, [store(x, op.tensors[0])], output, target), output)
+    bound = (np.abs(x).astype(np.float64) @ np.abs(w.T) + 4) * 43 * 2.0**-24
+    assert (np.abs(got - (x.astype(np.float64) @ w.T + bias)) <= bound).all()
+
+
+# -- what is not arithmetic ----------------------------------------------------------------------------------------------------------------
+
+
+def sample_op(inputs: int = 32, outputs: int = 32, **attrs: Any) -> OpCall:
+    case = Case((1, 6, 6, inputs), outputs)
+    rng = np.random.default_rng(5)
+    weight = rng.integers(-9, 9, (outputs, 1, 1, inputs)).astype(np.int8)
+    tables = [np.ones(outputs, np.int32), np.full(outputs, 1e-3, np.float32)]
+    return OpCall("qc.conv2d", [Layout(case.image, "uint8"), weight, *tables], case.attributes() | attrs, Layout((1, 6, 6, outputs), "uint8"))
+
+
+def test_code_is_shared_between_layers_that_differ_in_constants(target: Target) -> None:
+    row = row_of("qc.conv2d", target)
+    built = []
+    for op in (sample_op(), sample_op(zero_point=-40, x_zero_point=3), sample_op(low=0)):
+        built.append(row.build(op, row.default(op, target), target))
+    assert built[0].key == built[1].key != built[2].key
+    tvm.ir.assert_structural_equal(built[0].func, built[1].func, map_free_vars=True)
+
+
+def test_constants_hold_the_weights_once(target: Target) -> None:
+    row, op = row_of("qc.conv2d", target), sample_op(64, 96)
+    kernel = row.build(op, row.default(op, target), target)
+    assert kernel.constants[0].dtype == np.int8 and kernel.constants[0].nbytes == 64 * 96
+
+
+def test_wide_convolutions_have_tasks_for_many_threads_and_small_ones_have_one(target: Target) -> None:
+    row = row_of("qc.conv2d", target)
+
+    def tasks(size: int, inputs: int, outputs: int) -> int:
+        op = sample_op(inputs, outputs)
+        op.operands[0], op.output = Layout((1, size, size, inputs), "uint8"), Layout((1, size, size, outputs), "uint8")
+        return row.build(op, row.default(op, target), target).tasks
+
+    assert tasks(56, 256, 128) >= 16
+    assert tasks(7, 512, 2048) >= 16
+    assert tasks(4, 16, 16) == 1
+
+
+def test_refusals_say_why(target: Target) -> None:
+    row, op = row_of("qc.conv2d", target), sample_op()
+    weight = op.operands[1]
+    op.operands[1] = Layout((32, 1, 1, 32), "int8")
+    assert "must be constants" in str(row.refuse(op, target))
+    op.operands[1], op.operands[0] = weight, Layout((1, 6, 6, 32), "int8")
+    assert "stored as int8; supported: uint8" in str(row.refuse(op, target))
+    with pytest.raises(ValueError, match="larger than the output"):
+        op = sample_op()
+        row.build(op, row.default(op, target) | {"rows": 3}, target)
+
+
+def test_alder_lake_gets_vex_encoded_dots() -> None:
+    row, op = row_of("qc.conv2d", AVXVNNI), sample_op()
+    kernel = row.build(op, row.default(op, AVXVNNI), AVXVNNI)
+    assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 2), target=tvm.target.Target(AVXVNNI.tvm)).inspect_source("asm")
+    assert "vpdpbusd" in assembly and "zmm" not in assembly and "{vex}" in assembly
+
+
+def test_avx2_never_saturates_pair_sums() -> None:
+    row, op = row_of("qc.conv2d", AVX2), sample_op()
+    kernel = row.build(op, row.default(op, AVX2), AVX2)
+    assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 2), target=tvm.target.Target(AVX2.tvm)).inspect_source("asm")
+    assert "vpmaddwd" in assembly and "vpmaddubsw" not in assembly

@@ -1,0 +1,119 @@
+"""The wheel, an editable install and the plain checkout: one package, the same modules in each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+MODULES = ("qcompiler.passes.graph", "qcompiler.schedules.table", "qcompiler.cli", "qcompiler.runtime")
+CHECK = """
+import importlib, sys
+from pathlib import Path
+places = {name: str(Path(importlib.import_module(name).__file__).resolve()) for name in sys.argv[2:]}
+wrong = {n: p for n, p in places.items() if not p.startswith(sys.argv[1])}
+assert not wrong, wrong
+from qcompiler.targets import load_targets
+assert "x86-avx2" in load_targets()
+for name in ("passes", "schedules"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    raise AssertionError(f"{name} is importable at the top level")
+from qcompiler.demo import FOLDER
+assert (FOLDER / "digits.onnx").is_file() and (FOLDER / "digits.npz").is_file(), FOLDER
+"""
+
+
+def run(*command: str, cwd: Path, path: str = "") -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": path} if path else {})
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("sources")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("qcompiler", "passes", "schedules"):
+        shutil.copytree(root / folder, copy / folder, ignore=ignore)
+    for file in ("pyproject.toml", "setup.py", "README.md", "targets.yaml"):
+        shutil.copy(root / file, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import setuptools
+
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("building needs setuptools 77 (pip install '.[test]')")
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), ".", cwd=sources)
+    (built,) = folder.glob("qcompiler-*.whl")
+    return built
+
+
+def test_wheel_holds_one_package_and_everything_in_it(wheel: Path, sources: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if not n.endswith("/")]
+    packaged = [n for n in names if ".dist-info/" not in n]
+    assert {n.split("/")[0] for n in packaged} == {"qcompiler"}
+    found = [p for folder in ("qcompiler", "passes", "schedules") for p in (sources / folder).rglob("*") if p.is_file()]
+    paths = {p.relative_to(sources).as_posix() for p in found if p.suffix != ".pyc" and ".egg-info" not in str(p)}
+    expected = {n if n.startswith("qcompiler/") else f"qcompiler/{n}" for n in paths} | {"qcompiler/targets.yaml"}
+    assert expected == set(packaged)
+    assert {"qcompiler/py.typed", "qcompiler/demo_data/digits.onnx", "qcompiler/demo_data/digits.npz"} <= expected
+    (entry,) = (n for n in names if n.endswith("entry_points.txt"))
+    with zipfile.ZipFile(wheel) as archive:
+        assert "qcompiler = qcompiler.cli:main" in archive.read(entry).decode()
+
+
+def test_installed_wheel_imports_from_its_own_place(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
+    assert {p.name for p in site.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin"} == {"qcompiler"}
+    run(sys.executable, "-c", CHECK, str(site), *MODULES, cwd=tmp_path, path=str(site))
+
+
+def test_editable_install_imports_from_the_sources(wheel: Path, sources: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    borrowed = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "borrowed.pth").write_text("\n".join(borrowed))  # pip, setuptools and the dependencies of the environment that runs this
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall", "--prefix", str(tmp_path / "venv"))
+    run(str(python), "-m", "pip", "install", *options, "--editable", str(sources), cwd=tmp_path)
+    run(str(python), "-c", CHECK, str(sources), *MODULES, cwd=tmp_path)
+
+
+def test_checkout_imports_without_installing(root: Path) -> None:
+    run(sys.executable, "-c", CHECK.replace('("passes", "schedules")', "()"), str(root), *MODULES, cwd=root, path=str(root))
+    for name in ("passes", "schedules"):  # the folders are on the path here, and say what to import instead
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=root, capture_output=True, text=True)
+        assert done.returncode
+        assert f"import this package as qcompiler.{name}" in done.stderr
+
+
+def test_tvm_is_pinned_exactly(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert {"apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"} <= set(project["dependencies"])
+
+
+def test_demo_data_is_small(root: Path) -> None:
+    assert sum(p.stat().st_size for p in (root / "qcompiler" / "demo_data").iterdir()) < 1_000_000
+
+
+def test_no_source_file_is_huge(root: Path) -> None:
+    files = [p for folder in ("qcompiler", "passes", "schedules") for p in (root / folder).rglob("*.py")]
+    long = {str(p.relative_to(root)): n for p in files if (n := len(p.read_text().splitlines())) > 450}
+    assert not long, f"split these: {long}"
