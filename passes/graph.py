@@ -145,6 +145,7 @@ class GraphBuilder:
         self._inputs: list[Any] = []
         self._bindings: list[Any] = []
         self._names: set[str] = set()
+        self._reserved: set[str] = set()
         self._attrs = dict(attrs or {})
         self._normalizer = relax.BlockBuilder()
 
@@ -155,10 +156,14 @@ class GraphBuilder:
         self._inputs.append(var)
         return var
 
+    def reserve(self, names: Iterable[str]) -> None:
+        """Names that `fresh` never hands out: those of bindings still to be emitted."""
+        self._reserved |= set(names)
+
     def fresh(self, name: str) -> str:
         """`name`, or `name` with the first free suffix: for values that the source model does not have."""
         candidate, count = name, 0
-        while candidate in self._names:
+        while candidate in self._names or candidate in self._reserved:
             count += 1
             candidate = f"{name}~{count}"
         return candidate

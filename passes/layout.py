@@ -50,9 +50,9 @@ class _Layout:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.builder = GraphBuilder(graph.attrs)
+        self.builder.reserve(name for name, _ in graph.bindings)
         self.held: dict[str, Held] = {}
         self.made: dict[tuple[str, Order], Any] = {}  # (variable, order) -> the variable that holds it so
-        self.names = {str(p.name) for p in graph.inputs} | {name for name, _ in graph.bindings}
         self.used: set[str] = set()
 
     def run(self) -> tvm.IRModule:
@@ -67,7 +67,7 @@ class _Layout:
             rule = RULES.get(str(relax_op(expr))) if not isinstance(expr, relax.TupleGetItem) else None
             if isinstance(expr, relax.TupleGetItem):
                 whole = self.held[str(expr.tuple_value.name)]
-                self.bind(name, relax.TupleGetItem(whole.var, expr.index), whole.order, shape_of(expr))
+                self.bind(name, relax.TupleGetItem(whole.var, expr.index), whole.order or tuple(range(len(shape_of(expr)))), shape_of(expr))
             elif rule is None or not rule(self, name, expr):
                 self.plain(name, expr)
         return self.builder.finish([(name, self.ordered(self.held[str(v.name)])) for name, v in self.graph.outputs])
@@ -135,28 +135,21 @@ class _Layout:
         source = [a for a in present if a in kept] + [a for a in kept if a not in present]
         arranged = tuple(held.shape[a] for a in source)
         if shape_of(var) != arranged:
-            var = self.builder.emit(self._fresh(f"{held.id}~ranked"), relax.op.reshape(var, arranged))
+            var = self.builder.emit(self.builder.fresh(f"{held.id}~ranked"), relax.op.reshape(var, arranged))
         axes = [source.index(a) for a in kept]
         permuted = relax.op.permute_dims(var, axes)
         if len(kept) == len(order):
             return self._emit(held, order, permuted)
-        return self._emit(held, order, relax.op.reshape(self.builder.emit(self._fresh(f"{held.id}~moved"), permuted), shape))
+        return self._emit(held, order, relax.op.reshape(self.builder.emit(self.builder.fresh(f"{held.id}~moved"), permuted), shape))
 
     def _emit(self, held: Held, order: Order, expr: Any) -> Any:
         """A value in the file's order takes its id if nothing has it; others are `<id>~nhwc`, `<id>~nchw` or `<id>~moved`."""
         name = held.id
         if order != tuple(range(len(held.shape))) or name in self.used:
             suffix = {NHWC: "nhwc", N1WC: "nhwc", (0, 1, 2, 3): "nchw"}.get(order, "moved")
-            name = self._fresh(f"{held.id}~{suffix}")
+            name = self.builder.fresh(f"{held.id}~{suffix}")
         self.used.add(name)
         return self.builder.emit(name, expr)
-
-    def _fresh(self, name: str) -> str:
-        """A name that neither the new module nor the old one has."""
-        name = self.builder.fresh(name)
-        while name in self.names:
-            name = self.builder.fresh(name + "~1")
-        return name
 
     def _image_inputs(self) -> list[str]:
         """Inputs of rank 4 that reach an image operator through elementwise operators only: converted at the very edge."""

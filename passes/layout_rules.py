@@ -172,7 +172,8 @@ def _split(layout: _Layout, name: str, expr: Any) -> bool:
 
 
 def _slice(layout: _Layout, name: str, expr: Any) -> bool:
-    axes, begin, end, strides = ([int(plain(v)) for v in a.fields] for a in expr.args[1:5])
+    axes, begin, end, *rest = ([int(plain(v)) for v in a.fields] for a in expr.args[1:])
+    strides = rest[0] if rest else [1] * len(axes)
     x = layout.full(layout.of(expr.args[0]))
     stored = [x.order.index(a % len(x.shape)) for a in axes]
     return layout.bind(name, relax.op.strided_slice(x.var, stored, begin, end, strides), x.order, shape_of(expr))

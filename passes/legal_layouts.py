@@ -22,6 +22,7 @@ def legal_layouts(module: tvm.IRModule) -> tvm.IRModule:
     if not any(_applies(expr) for _, expr in graph.bindings):
         return module
     builder = GraphBuilder(graph.attrs)
+    builder.reserve(name for name, _ in graph.bindings)
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     for name, old in graph.bindings:
         expr = substitute(old, lambda v: env[str(v.name)])

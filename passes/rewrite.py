@@ -24,6 +24,7 @@ class Rewrite:
     def __init__(self, module: tvm.IRModule) -> None:
         self.graph = Graph.of(module)
         self.builder = GraphBuilder(self.graph.attrs)
+        self.builder.reserve(name for name, _ in self.graph.bindings)
         self.uses = self.graph.consumers()
         self.old = self.graph.values()
         self.order = {name: i for i, (name, _) in enumerate(self.graph.bindings)}

@@ -120,7 +120,8 @@ def _astype(rewrite: Rewrite, expr: Any) -> Any:
 
 def _avg_pool(rewrite: Rewrite, expr: Any) -> Any:
     a, x = expr.attrs, expr.args[0]
-    shape, rank = shape_of(x), len(shape) - 2
+    shape = shape_of(x)
+    rank = len(shape) - 2
     whole = plain(a.pool_size) == list(shape[2:]) and not any(plain(a.padding)) and all(d == 1 for d in shape_of(expr)[2:])
     return relax.op.mean(x, list(range(2, rank + 2)), True) if whole else None
 

@@ -67,6 +67,7 @@ _PARAMETERS = {"leakyrelu": ("alpha",), "softplus": ("beta", "threshold")}  # at
 
 _NAMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "identity": lambda x: x,
+    "square": np.square,
     "relu": _FUNCTIONS["relu"],
     "relu6": lambda x: np.clip(x, 0.0, 6.0),
     "sigmoid": _sigmoid,
@@ -167,9 +168,7 @@ def join_clamps(first: tuple[float | None, float | None], second: tuple[float | 
     """Bounds of the one clamp that equals `first` followed by `second`."""
 
     def bounded(value: float) -> float:
-        return float(
-            np.minimum(np.maximum(value, -math.inf if second[0] is None else second[0]), math.inf if second[1] is None else second[1])
-        )
+        return float(np.minimum(np.maximum(value, -math.inf if second[0] is None else second[0]), math.inf if second[1] is None else second[1]))
 
     low = second[0] if first[0] is None else bounded(first[0])
     high = second[1] if first[1] is None else bounded(first[1])

@@ -6,12 +6,13 @@ any range on the same histogram, which is how a plan compares observers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import numpy as np
 
-from qcompiler.histogram import Histogram
+from qcompiler.histogram import BINS, Histogram
 from qcompiler.spec import QParams
 
 Range = tuple[float, float]
@@ -86,18 +87,20 @@ def least_squares(histogram: Histogram) -> Range:
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     if low == high:
         return low, high
+    exponent, first = histogram.exponent + 2, histogram.first >> 2  # the search itself gets by with a quarter of the bins
+    coarse = dataclasses.replace(histogram, exponent=exponent, first=first, counts=histogram.rebinned(exponent, first)[: BINS // 4 + 1])
 
     def cost(below: float, above: float) -> float:
-        return quantization_error(histogram, QParams.from_range(below * low, above * high))
+        return quantization_error(coarse, QParams.from_range(below * low, above * high))
 
     fractions, best = [1.0, 1.0], cost(1.0, 1.0)
-    for grid in (np.linspace(0.05, 1.0, 20), np.linspace(-0.04, 0.04, 9), np.linspace(-0.008, 0.008, 9)):
+    for grid in (np.linspace(0.1, 1.0, 19), np.linspace(-0.04, 0.04, 9), np.linspace(-0.008, 0.008, 5)):
         for _ in range(2):
             before = list(fractions)
             for end in (0, 1):
                 if (low, high)[end] == 0:
                     continue
-                center = 0.0 if len(grid) == 20 else fractions[end]
+                center = 0.0 if len(grid) == 19 else fractions[end]
                 for candidate in center + grid:
                     trial = list(fractions)
                     trial[end] = float(candidate)

@@ -95,8 +95,8 @@ class ConvRow:
             return Epilogue("float32", False, attrs.get("float_low") is not None, attrs.get("float_high") is not None, True)
         weight, bias, multiplier = (np.abs(np.asarray(o, np.float64)) for o in op.operands[1:4])
         largest = (bias + 255 * weight.reshape(weight.shape[0], -1).sum(axis=1)) * multiplier
-        exact = bool((largest < 2**30).all()) and int(attrs.get("residual_shift") or 1) > 0
-        return Epilogue(op.output.dtype, residual, attrs["low"] > -128, attrs["high"] < 127, exact)
+        exact = bool((largest < 2**30).all())
+        return Epilogue(op.output.dtype, residual, attrs.get("low", -128) > -128, attrs.get("high", 127) < 127, exact)
 
     def parameters(self, op: OpCall) -> np.ndarray:
         """See `Parameters`."""
@@ -107,11 +107,11 @@ class ConvRow:
             low, high = a.get("float_low"), a.get("float_high")
             return made.array(bounds=(-FLOAT_MAX if low is None else low, FLOAT_MAX if high is None else high))
         offset = 128 if op.output.dtype == "uint8" else 0
-        clamp = (int(a["zero_point"]) + offset, int(a["low"]) + offset, int(a["high"]) + offset)
+        clamp = (int(a.get("zero_point", 0)) + offset, int(a.get("low", -128)) + offset, int(a.get("high", 127)) + offset)
         if len(op.tensors) == 1:
             return made.array(clamp)
-        factor, zero = int(a["residual_multiplier"]), int(a["residual_zero_point"])
-        return made.array(clamp, residual=(factor, wrap(-(zero + 128) * factor), 2.0 ** -int(a["residual_shift"])))
+        factor, zero = int(a["residual_multiplier"]), int(a.get("residual_zero_point", 0))
+        return made.array(clamp, residual=(factor, wrap(-(zero + 128) * factor), 2.0 ** -int(a.get("residual_shift", 0))))
 
 
 def wrap(value: Any) -> Any:

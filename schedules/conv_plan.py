@@ -84,7 +84,7 @@ def geometry_of(op: OpCall) -> Geometry:
     else:
         groups, (outputs, kh, kw, inputs) = int(op.attrs.get("groups", 1)), weight.shape
         sh, sw = op.attrs["strides"]
-        dh, dw = op.attrs["dilation"]
+        dh, dw = op.attrs.get("dilation", (1, 1))
         top, left = op.attrs["padding"][:2]
         geometry = Geometry(x, op.output, residual, inputs, outputs // groups, groups, (kh, kw), (sh, sw), (dh, dw), (top, left))
     layouts = [v for v in (geometry.x, geometry.out, geometry.residual) if v]

@@ -1,4 +1,4 @@
-"""Runs a canonical float module step by step for calibration tests: every float32 group output is handed to the visitor."""
+"""Calibration for tests: a float module on TVM's own kernels, and tables for plans that need no execution at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.calibration import CalibrationTable, Watcher, calibrate
+from qcompiler.calibration import CalibrationTable, Statistics, Watcher, calibrate
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
-from qcompiler.passes.groups import find_groups
+from qcompiler.passes.groups import SAME_QUANTIZATION, find_groups
 from qcompiler.plan import observed_ids
 
 
@@ -36,7 +36,9 @@ class ModuleExecutor:
         for name, expr in graph.bindings:
             env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
         legal = relax.transform.LegalizeOps()(builder.finish([(n, env[n]) for n in self._ids]))
-        self._main = relax.VirtualMachine(relax.build(legal, "llvm"), tvm.cpu())["main"]
+        with tvm.transform.PassContext(opt_level=0):
+            library = relax.build(legal, "llvm")
+        self._main = relax.VirtualMachine(library, tvm.cpu())["main"]
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
         results = self._main(*[tvm.runtime.tensor(inputs[p.name]) for p in self.inputs])
@@ -55,3 +57,30 @@ def random_samples(module: tvm.IRModule, count: int, seed: int = 0) -> list[dict
 def table_of(module: tvm.IRModule, count: int = 2, watcher: Watcher | None = None) -> CalibrationTable:
     """Statistics over `count` random samples."""
     return calibrate(ModuleExecutor(module), random_samples(module, count), ids=observed_ids(module), watcher=watcher)
+
+
+def sketched_table(module: tvm.IRModule, size: int = 2000) -> CalibrationTable:
+    """Statistics that obey the operators without running them: each value is one array of numbers. Convolutions, matrix products and the network's
+    inputs give normal numbers; everything elementwise is computed; data movement keeps its operand's numbers."""
+    rng = np.random.default_rng(0)
+    values = {str(p.name): rng.standard_normal(size) for p in Graph.of(module).inputs}
+    for group in find_groups(module):
+        operands = [values[v] for v in group.inputs]
+        if group.kind == "unary" and group.function is not None:
+            result = group.function(operands[0])
+        elif group.kind in ("add", "sub", "mul"):
+            constant = [] if group.weight is None else [rng.choice(group.weight.reshape(-1), size)]
+            a, b = (x[:size] for x in [*operands, *constant])
+            result = {"add": a + b, "sub": a - b, "mul": a * b}[group.kind]
+        elif group.kind == "concat":
+            result = np.concatenate(operands)
+        elif group.kind in SAME_QUANTIZATION:
+            result = operands[0]
+        else:
+            result = rng.standard_normal(size) if group.reason is None else rng.uniform(0, 1, size)
+        values[group.id] = np.clip(result, group.low, group.high) if (group.low, group.high) != (None, None) else result
+    table = CalibrationTable(samples=1)
+    for name in observed_ids(module):
+        table.values[name] = Statistics()
+        assert table.values[name].add(values[name].astype(np.float32))
+    return table

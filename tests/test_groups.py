@@ -155,6 +155,7 @@ def test_an_interior_value_read_elsewhere_splits_the_expression() -> None:
         ("operator 'softmax' has no int8 kernel", lambda n, x: op.nn.softmax(x)),
         ("exp is too steep for the uniform steps of 8 bits", lambda n, x: op.exp(x)),
         ("log is not finite for every input", lambda n, x: op.log(x)),
+        ("square is too steep for the uniform steps of 8 bits", lambda n, x: op.multiply(x, x)),
         ("the weights are computed at run time", computed_weights),
         (
             "conv2d has an int8 kernel for layouts NHWC and OHWI only, not NCHW and OIHW",

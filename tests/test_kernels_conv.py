@@ -1,16 +1,15 @@
-"""Convolution and dense kernels of x86 equal the integer contract bit for bit, on every ISA row this machine can execute."""
+"""Convolution and dense kernels of x86 equal numerics.py bit for bit, on every ISA row this machine can execute."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import tvm
 
-from qcompiler import schedules
+from qcompiler import numerics, schedules
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
@@ -42,42 +41,6 @@ def row_of(name: str, target: Target) -> ConvRow:
     return next(r for isa in target.rows for r in KERNELS[name] if r.isa == isa and isinstance(r, ConvRow))
 
 
-# -- the contract, straight from docs/architecture.md --------------------------------------------------------------------------------------
-
-
-def products(x: np.ndarray, w: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
-    """sum x * w over windows, float64 (exact for int8 data); x is already centred."""
-    n, h, width, channels = x.shape
-    outputs, kh, kw, inputs = w.shape
-    (sh, sw), (dh, dw), (top, left, bottom, right) = attrs["strides"], attrs["dilation"], attrs["padding"]
-    padded = np.zeros((n, h + top + bottom, width + left + right, channels))
-    padded[:, top : top + h, left : left + width] = x
-    oh, ow = (padded.shape[1] - (kh - 1) * dh - 1) // sh + 1, (padded.shape[2] - (kw - 1) * dw - 1) // sw + 1
-    acc, per_group = np.zeros((n, oh, ow, outputs)), outputs // attrs["groups"]
-    for g, y, z in itertools.product(range(attrs["groups"]), range(kh), range(kw)):
-        window = padded[:, y * dh : y * dh + (oh - 1) * sh + 1 : sh, z * dw : z * dw + (ow - 1) * sw + 1 : sw, g * inputs : (g + 1) * inputs]
-        acc[..., g * per_group : (g + 1) * per_group] += window @ w[g * per_group : (g + 1) * per_group, y, z].astype(np.float64).T
-    return acc
-
-
-def requantize(acc: np.ndarray, multiplier: Any, attrs: dict[str, Any]) -> np.ndarray:
-    zero = attrs["zero_point"]
-    scaled = acc.astype(np.float32) * np.float32(multiplier)
-    return (np.rint(np.clip(scaled, np.float32(attrs["low"] - zero), np.float32(attrs["high"] - zero))).astype(np.int32) + zero).astype(np.int8)
-
-
-def expected(x: np.ndarray, w: np.ndarray, bias: np.ndarray, multiplier: np.ndarray, residual: np.ndarray | None, attrs: dict[str, Any]) -> np.ndarray:
-    acc = (products(x.astype(np.float64) - attrs["x_zero_point"], w, attrs) + bias).astype(np.int32)
-    if attrs["out_dtype"] == "float32":
-        y = acc.astype(np.float32) * multiplier
-        return y if "float_low" not in attrs else np.clip(y, np.float32(attrs["float_low"]), np.float32(attrs["float_high"]))
-    if residual is None:
-        return requantize(acc, multiplier, attrs)
-    scaled = np.clip(acc.astype(np.float32) * multiplier, np.float32(-(2**30)), np.float32(2**30))
-    total = np.rint(scaled).astype(np.int32) + (residual.astype(np.int32) - attrs["residual_zero_point"]) * attrs["residual_multiplier"]
-    return requantize(total, 2.0 ** -attrs["residual_shift"], attrs)
-
-
 # -- running a case ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +60,7 @@ class Case:
     attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
     out: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float = 1.0  # of the multipliers: large ones saturate nearly everything
+    spare: tuple[int, int, int, int] = (0, 0, 0, 0)  # halo of the input beyond what the row needs, as another consumer may ask for
     extreme: bool = False  # inputs -128 and 127, weights -127 and 127
 
     def attributes(self) -> dict[str, Any]:
@@ -106,6 +70,14 @@ class Case:
         if self.residual:
             attrs |= {"residual_zero_point": -3, "residual_multiplier": 1400, "residual_shift": 11}
         return attrs | self.attrs
+
+    def convolve(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        a = self.attributes()
+        return numerics.convolve(x, w, a["strides"], a["padding"], a["dilation"], a["groups"])
+
+    def shape(self, w: np.ndarray) -> tuple[int, ...]:
+        """Of the output."""
+        return self.convolve(np.zeros(self.image), w).shape
 
     def run(self, target: Target, params: dict[str, Any] | None = None, seed: int = 0) -> Kernel:
         rng, attrs = np.random.default_rng(seed), self.attributes()
@@ -118,7 +90,7 @@ class Case:
         bias = rng.integers(-9000, 9000, self.outputs).astype(np.int32)
         typical = 70 * 74 * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
         multiplier = (self.scale * rng.uniform(20, 90, self.outputs) / typical).astype(np.float32)
-        acc_shape = products(np.zeros(self.image), w, attrs).shape
+        acc_shape = self.shape(w)
         dtype = "float32" if attrs["out_dtype"] == "float32" else self.storage
         output = Layout(acc_shape, dtype, **self.out)
         operands: list[Any] = [Layout(self.image, "uint8"), w, bias, multiplier]
@@ -129,11 +101,12 @@ class Case:
         assert row.refuse(op, target) is None
         need = row.needs(op, target)[0]
         pitch = -(-channels // need.pitch) * need.pitch
-        op.operands[0] = Layout(self.image, "uint8", need.halo, pitch if pitch != channels else 0)
+        halo = tuple(h + s for h, s in zip(need.halo, self.spare, strict=True))
+        op.operands[0] = Layout(self.image, "uint8", halo, pitch if pitch != channels else 0)
         kernel = row.build(op, row.default(op, target) | (params or {}), target)
         inputs = [store(x, op.tensors[0], attrs["x_zero_point"])] + ([store(residual, op.tensors[1])] if residual is not None else [])
         got = fetch(run_kernel(kernel, inputs, output, target), output)
-        want = expected(x, w, bias, multiplier, residual, attrs)
+        want = numerics.conv2d(x, w, bias, multiplier, residual, **attrs)
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
         assert kernel.macs == acc_shape[0] * acc_shape[1] * acc_shape[2] * w.size
@@ -153,6 +126,8 @@ CASES = {
     "asymmetric": Case((1, 12, 11, 8), 16, (2, 5), (1, 2), (0, 3, 1, 1)),
     "dilated": Case((1, 13, 12, 16), 20, (3, 3), pad=2, dilation=(2, 2)),
     "seven": Case((1, 7, 7, 64), 80, (3, 3), pad=1),
+    "halo-spare": Case((2, 7, 7, 32), 36, (3, 3), pad=1, spare=(1, 0, 2, 3)),
+    "halo-pointwise": Case((2, 7, 7, 32), 64, spare=(1, 1, 1, 1), residual=True),
     "halo-out": Case((2, 6, 9, 16), 20, (3, 3), pad=1, out={"halo": (1, 2, 1, 3), "pitch": 36}),
     "pitch-out": Case((1, 5, 6, 16), 3, out={"pitch": 4}),
     "residual": Case((1, 9, 9, 24), 64, residual=True),
@@ -199,7 +174,7 @@ def test_every_sampled_schedule_is_exact(target: Target) -> None:
     for case in cases:
         row = row_of("qc.conv2d", target)
         weight = np.zeros((case.outputs, *case.kernel, case.image[3] // case.groups), np.int8)
-        output = Layout(products(np.zeros(case.image), weight, case.attributes()).shape, "uint8")
+        output = Layout(case.shape(weight), "uint8")
         op = OpCall("qc.conv2d", [Layout(case.image, "uint8"), weight], case.attributes(), output)
         space, built = row.space(op, target), 0
         for _ in range(60):
@@ -231,8 +206,7 @@ def test_dense(m: int, k: int, n: int, rank: int, target: Target) -> None:
     assert row.refuse(op, target) is None
     kernel = row.build(op, row.default(op, target), target)
     got = fetch(run_kernel(kernel, [store(x, op.tensors[0])], output, target), output)
-    acc = ((x.astype(np.int64) - 9) @ w.T.astype(np.int64) + bias).astype(np.int32)
-    np.testing.assert_array_equal(got, requantize(acc, multiplier, attrs))
+    np.testing.assert_array_equal(got, numerics.dense(x, w, bias, multiplier, **attrs))
 
 
 FLOAT = {
@@ -252,21 +226,19 @@ def test_float_conv2d(name: str, target: Target) -> None:
     x = rng.standard_normal(case.image).astype(np.float32)
     w = rng.standard_normal((case.outputs, *case.kernel, case.image[3] // case.groups)).astype(np.float32)
     bias = rng.standard_normal(case.outputs).astype(np.float32)
-    exact = products(x, w, attrs) + bias
-    output = Layout(exact.shape, "float32", **case.out)
+    output = Layout(case.shape(w), "float32", **case.out)
     operands: list[Any] = [Layout(case.image, "float32"), w, bias]
-    residual = rng.standard_normal(exact.shape).astype(np.float32)
-    if case.residual:
-        operands.append(Layout(exact.shape, "float32"))
-        exact = exact + residual
+    residual = rng.standard_normal(output.shape).astype(np.float32) if case.residual else None
+    if residual is not None:
+        operands.append(Layout(output.shape, "float32"))
     op, row = OpCall("qc.f32.conv2d", operands, attrs, output), row_of("qc.f32.conv2d", target)
     assert row.refuse(op, target) is None
     op.operands[0] = Layout(case.image, "float32", row.needs(op, target)[0].halo)
     kernel = row.build(op, row.default(op, target), target)
-    inputs = [store(x, op.tensors[0])] + ([store(residual, op.tensors[1])] if case.residual else [])
+    inputs = [store(x, op.tensors[0])] + ([store(residual, op.tensors[1])] if residual is not None else [])
     got = fetch(run_kernel(kernel, inputs, output, target), output)
-    bound = (products(np.abs(x), np.abs(w), attrs) + 4) * (w[0].size + 2) * 2.0**-24
-    assert (np.abs(got - np.clip(exact, attrs["low"], attrs["high"])) <= bound).all()
+    bound = (case.convolve(np.abs(x), np.abs(w)) + 4) * (w[0].size + 2) * 2.0**-24
+    assert (np.abs(got - numerics.f32_conv2d(x, w, bias, residual, **attrs)) <= bound).all()
 
 
 def test_float_dense(target: Target) -> None:
@@ -277,7 +249,7 @@ def test_float_dense(target: Target) -> None:
     kernel = row.build(op, row.default(op, target), target)
     got = fetch(run_kernel(kernel, [store(x, op.tensors[0])], output, target), output)
     bound = (np.abs(x).astype(np.float64) @ np.abs(w.T) + 4) * 43 * 2.0**-24
-    assert (np.abs(got - (x.astype(np.float64) @ w.T + bias)) <= bound).all()
+    assert (np.abs(got - numerics.f32_dense(x, w, bias, low=-BIG, high=BIG)) <= bound).all()
 
 
 # -- what is not arithmetic ----------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from qcompiler.targets import Target, find_target, missing_features
 
 TARGETS = list({t.name: t for t in (find_target("x86-avx2"), find_target("native")) if not missing_features(t)}.values())
 BASELINE = dataclasses.replace(TARGETS[0], name="baseline", tvm={"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"}, features=())
+MODES = [(TARGETS[0], "int8"), *((t, "uint8") for t in TARGETS)]  # targets and storage types
 HALO = (1, 2, 3, 1)
+schedules.load(TARGETS[0])
 BIG = 3.4028234663852886e38
 
 
 @pytest.fixture(params=TARGETS, ids=lambda t: t.name)
 def target(request: pytest.FixtureRequest) -> Target:
-    schedules.load(request.param)
     return request.param
 
 
@@ -99,7 +100,7 @@ NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
         ((160001,), None, {}),
     ],
 )
-@pytest.mark.parametrize("storage", ["uint8", "int8"])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
 def test_quantize(target: Target, shape: tuple[int, ...], axes: list[int] | None, out: dict[str, Any], storage: str) -> None:
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     special = [np.nan, np.inf, -np.inf, 0.5 * 0.02, 1.5 * 0.02, -0.0, 3e38, -1e-40]
@@ -118,7 +119,7 @@ def test_quantize_ties_and_unaligned_source(target: Target) -> None:
 
 
 @pytest.mark.parametrize("shape, axes, layout", [((5, 33), None, {}), ((1, 7, 9, 21), NCHW, {"halo": HALO, "pitch": 24}), ((2, 4, 5, 3), NCHW, {})])
-@pytest.mark.parametrize("storage", ["uint8", "int8"])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
 def test_dequantize(target: Target, shape: tuple[int, ...], axes: list[int] | None, layout: dict[str, Any], storage: str) -> None:
     attrs = {"scale": float(np.float32(0.037)), "zero_point": -128} | ({"axes": axes} if axes else {})
     check(target, "qc.dequantize", [data(2, *shape)], attrs, layouts={0: layout}, storage=storage)
@@ -157,7 +158,7 @@ def test_binary(target: Target, name: str, attrs: dict[str, Any], a: tuple[int, 
     check(target, name, [data(1, *b), data(2, *a)], attrs, constants=(0,))
 
 
-@pytest.mark.parametrize("storage", ["uint8", "int8"])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
 def test_lut(target: Target, storage: str) -> None:
     table = data(3, 256)
     every = np.arange(-128, 128, dtype=np.int8)
@@ -199,6 +200,12 @@ def test_pool2d(target: Target, shape: tuple[int, ...], kernel: list[int], strid
             check(target, "qc.avg_pool2d", [x], attrs, out=out if include else {}, storage="uint8" if include else "int8")
 
 
+def test_average_of_padding_only_is_zero(target: Target) -> None:
+    geometry = {"kernel": [2, 2], "strides": [1, 1], "padding": [3, 0, 0, 2]}
+    attrs = geometry | {"count_include_pad": False, "x_zero_point": 9, "ratio": 0.7, "zero_point": -3}
+    check(target, "qc.avg_pool2d", [data(4, 1, 4, 5, 8)], attrs)
+
+
 def test_pool_refuses_a_window_of_padding_only() -> None:
     op = OpCall(
         "qc.max_pool2d",
@@ -206,7 +213,6 @@ def test_pool_refuses_a_window_of_padding_only() -> None:
         {"kernel": [2, 2], "strides": [1, 1], "padding": [3, 0, 0, 0]},
         Layout((1, 6, 3, 8), "uint8"),
     )
-    schedules.load(TARGETS[0])
     reason = KERNELS["qc.max_pool2d"][-1].refuse(op, TARGETS[0])
     assert reason is not None and "row lies in the padding" in reason
 
@@ -285,7 +291,7 @@ def test_large_concat_is_divided(target: Target) -> None:
         ("qc.pad", (5, 6), {"pads": [[0, 0], [0, 0]], "value": 0}, {}),
     ],
 )
-@pytest.mark.parametrize("storage", ["uint8", "int8"])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
 def test_movement(target: Target, name: str, shape: tuple[int, ...], attrs: dict[str, Any], layout: dict[str, Any], storage: str) -> None:
     source = {0: {"pitch": shape[-1] + 2, "halo": HALO}} if len(shape) == 4 and name != "qc.reshape" else {}
     check(target, name, [data(6, *shape)], attrs, layouts=source, out=layout, storage=storage)
@@ -323,7 +329,7 @@ def test_fill_halo(target: Target, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 40, 128])
-@pytest.mark.parametrize("storage", ["uint8", "int8"])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
 def test_resize2d(target: Target, channels: int, storage: str) -> None:
     rng = np.random.default_rng(8)
     attrs = {n: sorted(rng.integers(0, e, o).tolist()) for n, e, o in (("iy0", 5, 9), ("iy1", 5, 9), ("ix0", 6, 11), ("ix1", 6, 11))}
@@ -462,7 +468,6 @@ def test_dense(target: Target, shape: tuple[int, ...], outputs: int) -> None:
 def test_code_does_not_depend_on_constants() -> None:
     """Layers of equal geometry share one kernel, and different geometries never do."""
     target = TARGETS[0]
-    schedules.load(target)
     layout = Layout((1, 4, 5, 24), "uint8")
     keys = [build(OpCall("qc.add", [layout, layout], ADD | change, layout), target).key for change in ({}, {"shift": 12, "low": 0, "a_zero_point": 4})]
     assert keys[0] == keys[1]
@@ -474,7 +479,6 @@ def test_code_does_not_depend_on_constants() -> None:
 
 def test_runs_without_wide_vectors() -> None:
     """The rows make no use of an instruction set: plain x86-64 (SSE2) gives the same bits."""
-    schedules.load(BASELINE)
     check(
         BASELINE,
         "qc.quantize",
@@ -501,7 +505,6 @@ def test_runs_without_wide_vectors() -> None:
 
 def test_weights_must_be_constant() -> None:
     x, w = Layout((1, 4, 4, 8), "uint8"), Layout((8, 3, 3, 8), "uint8")
-    schedules.load(TARGETS[0])
     op = OpCall("qc.conv2d", [x, w, np.zeros(8, np.int32), np.zeros(8, np.float32)], {}, x)
     row = next(r for r in KERNELS["qc.conv2d"] if r.isa == "any")
     reason = row.refuse(op, TARGETS[0])
@@ -509,7 +512,6 @@ def test_weights_must_be_constant() -> None:
 
 
 def test_every_operator_has_a_portable_row() -> None:
-    schedules.load(TARGETS[0])
     movement = ["concat", "reshape", "transpose", "slice", "pad", "copy", "fill_halo"]
     compute = [
         "conv2d",

@@ -128,10 +128,10 @@ def global_pool(reduce: Any) -> Any:
 
 def batch_normalization(node: Node) -> list[Value] | None:
     """`x * (scale / sqrt(var + eps)) + (bias - mean * scale / sqrt(var + eps))`: a multiply and an add of per-channel constants."""
-    if not all(isinstance(v, np.ndarray) for v in node.inputs[1:5]):
-        return None
     if int(node.attrs.get("training_mode", 0)) or any(node.outputs[1:]):
         raise Refused("it is in training mode; supported: inference. Export the model with model.eval()")
+    if not all(isinstance(v, np.ndarray) for v in node.inputs[1:5]):
+        return None
     names = ("scale", "bias", "mean", "variance")
     scale, bias, mean, variance = (np.asarray(node.constant(i, name), np.float64) for i, name in enumerate(names, 1))
     shape = [1, -1] + [1] * (len(node.shape()) - 2)
@@ -167,7 +167,7 @@ def resize(node: Node) -> list[Value]:
     mode = node.text("mode", "nearest")
     rounding = "floor" if legacy else node.text("nearest_mode", "round_prefer_floor")
     roi = node.constant(1, "roi") if coordinates == "tf_crop_and_resize" else None
-    changed = [a for a in range(rank) if sizes[a] != shape[a] or scales[a] != 1.0 or roi is not None]
+    changed = [a for a in range(rank) if sizes[a] != shape[a] or scales[a] != 1.0 or (roi is not None and a in axes)]
     if not changed:
         return [node.inputs[0]]
     exact = all(sizes[a] == shape[a] * scales[a] or given.size != len(axes) for a in changed)
@@ -181,7 +181,7 @@ def resize(node: Node) -> list[Value]:
                 coordinate_transformation_mode=coordinates, rounding_method=rounding if mode == "nearest" else "round",
             )  # fmt: skip
         ]
-    x = node.tensor(0)
+    x, beyond = node.tensor(0), np.zeros(1, np.bool_)
     for n, a in enumerate(changed):
         bounds = (float(roi[axes.index(a)]), float(roi[len(axes) + axes.index(a)])) if roi is not None else (0.0, 1.0)
         axis = Axis(shape[a], sizes[a], scales[a], coordinates, bounds)
@@ -190,10 +190,14 @@ def resize(node: Node) -> list[Value]:
         else:
             matrix = weights(
                 axis, mode, rounding, bool(node.attrs.get("antialias", 0)), float(node.attrs.get("cubic_coeff_a", -0.75)),
-                bool(node.attrs.get("exclude_outside", 0)), float(node.attrs.get("extrapolation_value", 0.0)),
+                bool(node.attrs.get("exclude_outside", 0)),
             )  # fmt: skip
             x = _times(node, matrix, x, a, rank)
+            beyond = beyond | axis.outside().reshape([-1 if i == a else 1 for i in range(rank)])
         x = x if n == len(changed) - 1 else node.emit(f"axis{a}", x)
+    if beyond.any() and coordinates == "tf_crop_and_resize":
+        filling = const(np.float32(node.attrs.get("extrapolation_value", 0.0)))
+        return [relax.op.where(const(np.broadcast_to(beyond, sizes)), filling, node.emit("inside", x))]
     return [x]
 
 
@@ -223,5 +227,6 @@ def depth_to_space(node: Node) -> list[Value]:
 def space_to_depth(node: Node) -> list[Value]:
     n, c, h, w = node.shape()
     b = int(node.attrs["blocksize"])
+    order = [0, 3, 5, 1, 2, 4] if node.text("mode", "DCR") == "DCR" else [0, 1, 3, 5, 2, 4]
     x = node.emit("split", relax.op.reshape(node.tensor(0), (n, c, h // b, b, w // b, b)))
-    return [relax.op.reshape(node.emit("moved", relax.op.permute_dims(x, [0, 3, 5, 1, 2, 4])), (n, c * b * b, h // b, w // b))]
+    return [relax.op.reshape(node.emit("moved", relax.op.permute_dims(x, order)), (n, c * b * b, h // b, w // b))]

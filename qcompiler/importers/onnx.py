@@ -60,7 +60,7 @@ def resolve_shape(where: str, value: onnx.ValueInfoProto, given: Sequence[int] |
     kind = value.type.tensor_type
     declared: list[int | str | None] | None = None
     if kind.HasField("shape"):
-        declared = [int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None) for d in kind.shape.dim]
+        declared = [int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else _symbol(d.dim_param) for d in kind.shape.dim]
     hint = f"Give it with --input-shape {value.name}=... or input_shapes={{'{value.name}': (...)}}"
     if declared is None:
         if given is None:
@@ -87,6 +87,11 @@ def resolve_shape(where: str, value: onnx.ValueInfoProto, given: Sequence[int] |
             bound[d] = size
         shape.append(size)
     return tuple(shape)
+
+
+def _symbol(name: str) -> str | None:
+    """A dimension's symbol; None for an anonymous one, as exporters spell it."""
+    return None if name.strip() in ("", "?", "-1", "None") else name
 
 
 @dataclass
@@ -263,6 +268,8 @@ class _Importer:
             value = self.values[output.name]
             if isinstance(value, np.ndarray):
                 value = self.builder.emit(self.builder.fresh(output.name), const(real(value)))
+            if not isinstance(value.ty, relax.TensorType):
+                raise ModelError(f"{self.path}: output '{output.name}' is not a tensor; supported: tensors")
             results.append((output.name, value))
         return self.builder.finish(results)
 

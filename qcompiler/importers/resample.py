@@ -42,6 +42,11 @@ class Axis:
                 return np.full_like(i, 0.5 * (start + end) * (self.size - 1))
         raise Refused(f"coordinate_transformation_mode '{self.coordinates}' is unknown")
 
+    def outside(self) -> np.ndarray:
+        """bool [out]: does an output element sample beyond the input's border?"""
+        positions = self.positions()
+        return (positions < 0) | (positions > self.size - 1)
+
 
 def _round(x: np.ndarray, rounding: str) -> np.ndarray:
     match rounding:
@@ -61,16 +66,13 @@ def nearest_indices(axis: Axis, rounding: str) -> np.ndarray:
     return np.clip(_round(axis.positions(), rounding), 0, axis.size - 1).astype(np.int64)
 
 
-def weights(axis: Axis, mode: str, rounding: str, antialias: bool, cubic: float, exclude_outside: bool, extrapolation: float) -> np.ndarray:
+def weights(axis: Axis, mode: str, rounding: str, antialias: bool, cubic: float, exclude_outside: bool) -> np.ndarray:
     """float32 [out, in]: output = weights @ input. Interpolates linearly or with Keys' cubic kernel (coefficient `cubic`).
 
     With `antialias` and scale below 1, the kernel is stretched by 1 / scale. Elements beyond the border repeat the border's, or are left out
     (weights renormalized) with `exclude_outside`. Source: ONNX operator documentation, Resize; the cubic kernel: Keys 1981.
     """
     positions = axis.positions()
-    outside = (positions < 0) | (positions > axis.size - 1)
-    if axis.coordinates == "tf_crop_and_resize" and outside.any() and extrapolation != 0.0:
-        raise Refused("it extrapolates with a value other than 0")
     matrix = np.zeros((axis.out, axis.size))
     if mode == "nearest":
         matrix[np.arange(axis.out), nearest_indices(axis, rounding)] = 1.0
@@ -86,8 +88,6 @@ def weights(axis: Axis, mode: str, rounding: str, antialias: bool, cubic: float,
             if antialias or exclude_outside:
                 values = values / values.sum()
             np.add.at(matrix[row], np.clip(taps, 0, axis.size - 1), values)
-    if axis.coordinates == "tf_crop_and_resize":
-        matrix[outside] = 0.0
     return matrix.astype(np.float32)
 
 

@@ -102,7 +102,7 @@ class X86(Isa):
 
 # Cycles measured on a Zen 4 core, whose 512-bit units are two 256-bit halves.
 AVX512VNNI = X86("x86-avx512vnni", 16, 32, 4, 1, 1.0, 0.5, 1.0, 2.0, 4.0, False, "vnni")
-AVXVNNI = X86("x86-avxvnni", 8, 16, 4, 1, 0.5, 0.5, 0.5, 1.0, 4.3, False, "vnni")
+AVXVNNI = X86("x86-avxvnni", 8, 16, 4, 1, 0.5, 0.55, 0.5, 1.0, 4.3, False, "vnni")
 AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.35, 0.25, 0.65, 1.0, 4.0, False, "madd")
 AVX512FMA = X86("x86-avx512vnni", 16, 32, 1, 1, 1.0, 0.5, 1.0, 1.0, 4.0, True, "fma")
-AVX2FMA = X86("x86-avx2", 8, 16, 1, 1, 0.5, 0.5, 0.5, 0.5, 4.3, True, "fma")
+AVX2FMA = X86("x86-avx2", 8, 16, 1, 1, 0.5, 0.65, 0.5, 0.5, 4.3, True, "fma")

@@ -1,0 +1,91 @@
+"""The loops that every depthwise kernel of x86 shares, whatever its type: task -> channel block -> row tile -> tile along the row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import Emitter, loops
+from qcompiler.schedules.isa import load, save
+from qcompiler.schedules.table import Layout, OpCall
+from qcompiler.schedules.x86.depthwise_plan import Geometry, Pair, Tasks
+
+
+class DepthwiseNest(ABC):
+    """Emits one kernel. `blocks`: (first channel, width) of the channel vectors, see `blocks_of`; `tile`: outputs per step, (rows, columns).
+
+    Constants are packed block after block, so a block's constants start behind the sum of the widths before it.
+    """
+
+    def __init__(self, op: OpCall, tile: Pair, blocks: Sequence[Pair], row_tasks: int, channel_tasks: int) -> None:
+        self.op, self.g, self.blocks = op, Geometry.of(op), list(blocks)
+        self.tile = (min(tile[0], self.g.out[0]), min(tile[1], self.g.out[1]))
+        self.tasks = Tasks.of(self.g, self.tile[0], self.blocks, row_tasks, channel_tasks)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Bind what all steps use (`self.k` is set)."""
+
+    @abstractmethod
+    def step(self, source: Any, at: tuple[Any, Any, Any, Any], packed: Any, width: int) -> None:
+        """One tile of one block. `source`: index of its first input pixel; `at`: (image, row, column, channel) of its first output;
+        `packed`: channels packed before the block."""
+
+    def emit(self, k: Emitter) -> None:
+        """The body of the kernel."""
+        self.k = k
+        self.prepare()
+        t, width = self.tasks, self.blocks[0][1]
+        chunk = T.bind(T.floormod(k.task, t.channel_chunks))
+        rest = T.bind(T.floordiv(k.task, t.channel_chunks))
+        image = T.bind(T.floordiv(rest, t.row_chunks))
+        rows = _part(T.floormod(rest, t.row_chunks), t.row_chunks, t.tiles)
+        with loops(_part(chunk, t.channel_chunks, t.blocks)) as (block,):
+            first = T.bind(T.min(block * width, max(self.g.channels - width, 0)))
+            self._strip(image, rows, first, T.bind(block * width), width)
+        if len(self.blocks) > t.blocks:
+            with T.If(chunk == t.channel_chunks - 1), T.Then():
+                packed = t.blocks * width
+                for channel, narrow in self.blocks[t.blocks :]:
+                    self._strip(image, rows, T.int32(channel), T.int32(packed), narrow)
+                    packed += narrow
+
+    def _strip(self, image: Any, rows: tuple[Any, Any], channel: Any, packed: Any, width: int) -> None:
+        """All tiles in a range of row tiles; the last one down and along is moved back to end with the image."""
+        g, x = self.g, self.op.tensors[0]
+        (height, columns), across = self.tile, -(-g.out[1] // self.tile[1])
+        with loops(rows, across) as (i, j):
+            oh, ow = T.bind(T.min(i * height, g.out[0] - height)), T.bind(T.min(j * columns, g.out[1] - columns))
+            source = T.bind(x.index(image, oh * g.strides[0] - g.padding[0], ow * g.strides[1] - g.padding[1], channel))
+            self.step(source, (image, oh, ow, channel), packed, width)
+
+    def pixel(self, source: Any, row: int, column: int, width: int) -> Any:
+        """`width` channels of the input pixel at (row, column) from `source`."""
+        x = self.op.tensors[0]
+        return load(self.k.inputs[0], source + (row * x.rows[1] + column) * x.channel_pitch, width)
+
+    def place(self, layout: Layout, at: tuple[Any, Any, Any, Any]) -> Callable[[int], Any]:
+        """Index in `layout` (of the output's shape) of output number `o` of the tile at `at`."""
+        base = T.bind(layout.index(*at))
+        return lambda o: base + (o // self.tile[1] * layout.rows[1] + o % self.tile[1]) * layout.channel_pitch
+
+    def save(self, index: Any, first: int, value: Any, width: int) -> None:
+        """Store channels [first, first + width) of the block of one output at `index`: of the only block of few channels, those that exist."""
+        count = min(width, max(self.g.channels - first, 0)) if len(self.blocks) == 1 else width
+        if count == width:
+            save(self.k.output, index + first, value, width)
+        elif count:
+            whole = T.alloc_buffer((width,), self.op.output.dtype)
+            save(whole, 0, value, width)
+            with T.serial(0, count) as c:
+                T.buffer_store(self.k.output, whole[c], [index + first + c])
+
+
+def _part(index: Any, parts: int, extent: int) -> tuple[Any, Any]:
+    """[begin, end) of part `index` of `extent` items; sizes differ by at most one, and a last part is never smaller than another."""
+    if parts == 1:
+        return 0, extent
+    return T.bind(T.floordiv(index * extent, parts)), T.bind(T.floordiv((index + 1) * extent, parts))
