@@ -35,6 +35,8 @@ def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
     for name, expr in rewrite:
         if is_const(expr) and "<output>" not in rewrite.uses[name]:
             rewrite.replace(name, expr)
+        elif relax_op(expr) == "relax.shape_to_tensor" and relax_op(rewrite.value(expr.args[0])) == "relax.shape_of":
+            rewrite.replace(name, const(np.asarray(shape_of(rewrite.value(expr.args[0]).args[0]), np.int64)))
         elif _foldable(expr):
             rewrite.replace(name, const(_evaluate(expr)))
         else:

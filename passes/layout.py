@@ -17,7 +17,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.layout_rules import AGNOSTIC, IMAGE, RULES, Order
 
 NHWC: Order = (0, 2, 3, 1)

@@ -253,13 +253,7 @@ def _reshape(layout: _Layout, name: str, expr: Any) -> bool:
     groups = _matched(x.shape, shape)
     if groups is None:
         return False
-    sequence = list(x.moving)
-    for old, _ in groups:  # bring together what is joined, in order
-        places = [sequence.index(a) for a in old]
-        if places != list(range(places[0], places[0] + len(old))):
-            first = min(places)
-            before = [a for a in sequence[:first] if a not in old]
-            sequence = before + old + [a for a in sequence[first:] if a not in old]
+    sequence = _together(x.moving, [old for old, _ in groups])
     if sequence != x.moving:
         order: Order = tuple(sequence)
         x = Made(x.id, layout.ordered(x, complete(order, x.shape)), order, x.shape)
@@ -274,6 +268,19 @@ def _reshape(layout: _Layout, name: str, expr: Any) -> bool:
         return True
     order = complete(tuple(moving), shape)
     return layout.bind(name, relax.op.reshape(x.var, [shape[a] for a in order if a is not None]), order, shape)
+
+
+def _together(sequence: list[int], joined: list[list[int]]) -> list[int]:
+    """`sequence` with the axes of each list side by side and in order; the file's own order if bringing them to their last place yields that."""
+    first, last = list(sequence), list(sequence)
+    for axes in joined:
+        place = min(first.index(a) for a in axes)
+        before = [a for a in first[:place] if a not in axes]
+        first = before + axes + [a for a in first[place:] if a not in axes]
+        place = max(last.index(a) for a in axes) + 1
+        before = [a for a in last[:place] if a not in axes]
+        last = before + axes + [a for a in last[place:] if a not in axes]
+    return last if last == sorted(last) else first
 
 
 def _matched(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:

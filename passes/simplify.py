@@ -76,9 +76,7 @@ def _clamp(rewrite: Rewrite, expr: Any) -> Any:
     inner = clamp(inner_expr) if inner_expr is not None and rewrite.single_use(x) else None
     if inner is not None and shape_of(inner[0]) == shape_of(expr):
         x, (low, high) = inner[0], join_clamps(_bounded(inner)[1:], (low, high))
-    elif relax_op(expr) in ("relax.clip", "relax.nn.relu") and (low, high) != (0.0, None):
-        return None
-    elif relax_op(expr) == "relax.nn.relu":
+    elif (relax_op(expr) in ("relax.clip", "relax.nn.relu") and (low, high) != (0.0, None)) or relax_op(expr) == "relax.nn.relu":
         return None
     return clamped(x, low, high)
 

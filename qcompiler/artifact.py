@@ -52,7 +52,7 @@ _RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
 _DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
 
 # /proc/cpuinfo's names -> what the C runtime asks at run time
-_X86_FEATURES = {"avx512_vnni": "avx512vnni"}
+_X86_TESTS = {"avx512_vnni": '__builtin_cpu_supports("avx512vnni")', "avx_vnni": "qc_has_avx_vnni()"}  # compilers of 2021 have no name for avx_vnni
 _ARM_HWCAP = {"asimddp": ("AT_HWCAP", 1 << 20), "i8mm": ("AT_HWCAP2", 1 << 13), "asimd": ("AT_HWCAP", 1 << 1)}
 
 
@@ -176,10 +176,7 @@ def _feature_test(target: Target) -> str:
     expression = "(const char*)0"
     for feature in reversed(target.features):
         if target.architecture == "x86_64":
-            if feature == "avx_vnni":  # CPUID leaf 7, subleaf 1, EAX bit 4: no name in older compilers
-                test = "qc_has_avx_vnni()"
-            else:
-                test = f'__builtin_cpu_supports("{_X86_FEATURES.get(feature, feature)}")'
+            test = _X86_TESTS.get(feature, f'__builtin_cpu_supports("{feature}")')
         elif feature in _ARM_HWCAP:
             word, bit = _ARM_HWCAP[feature]
             test = f"(getauxval({word}) & {bit}ul)"
@@ -204,10 +201,12 @@ def _model_header(manifest: dict[str, Any]) -> str:
     target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
     if "avx_vnni" in target.features:
-        lines.append("static int qc_has_avx_vnni(void) { unsigned a = 0, b = 0, c = 0, d = 0; return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1); }")
+        lines.append("static int qc_has_avx_vnni(void) {  /* CPUID leaf 7, subleaf 1, EAX bit 4 */")
+        lines.append("  unsigned a = 0, b = 0, c = 0, d = 0; return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1); }")
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
-    lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_STEPS {len(manifest['steps'])}", f"#define QC_TARGET {json.dumps(manifest['target'])}"]
+    lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
+    lines.append(f"#define QC_TARGET {json.dumps(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
 
 

@@ -1,7 +1,7 @@
 """Walks a module with the reference arithmetic: the oracle for whole networks.
 
-`qc.*` operators are computed by `qcompiler.numerics`. Relax operators that stayed float (and the quantize/dequantize of a QDQ module) run as TVM legalizes them,
-one operator at a time, on this machine.
+`qc.*` operators are computed by `qcompiler.numerics`. Relax operators that stayed float (and the quantize/dequantize of a QDQ module) run as TVM
+legalizes them, one operator at a time, on this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.numerics import OPERATORS
-from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, shape_of
+from qcompiler.passes.graph import Graph, arguments, const_value, is_const, match_op
 
 
 def run(module: tvm.IRModule, inputs: Mapping[str, np.ndarray], keep: str = "outputs") -> dict[str, np.ndarray]:

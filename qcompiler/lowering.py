@@ -217,7 +217,7 @@ class _Lowering:
             wanted = node.row.needs(self.op_call(node), self.target) if node.row else [Need(dense=True)] * len(ids)
             for value, need in zip(ids, wanted, strict=True):
                 needs[value].append((need, node))
-        rigid = {str(p.name) for p in self.graph.inputs} | {v for v in self.output_values}
+        rigid = {str(p.name) for p in self.graph.inputs} | set(self.output_values)
         rigid |= {o for n in self.nodes if n.row is None for o in n.outputs}
         ordered: list[_Node] = []
         late: dict[str, list[_Node]] = {}  # copies to insert after the producer of a value
@@ -342,7 +342,7 @@ def _views_to_reshape(module: tvm.IRModule) -> tvm.IRModule:
     from qcompiler.passes.graph import GraphBuilder, substitute
 
     graph = Graph.of(module)
-    builder = GraphBuilder({k: v for k, v in graph.attrs.items()})
+    builder = GraphBuilder(graph.attrs)
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     for name, expr in graph.bindings:
         new = substitute(expr, lambda v: env[str(v.name)])

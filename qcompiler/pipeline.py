@@ -31,7 +31,6 @@ from qcompiler.passes.realize import realize
 from qcompiler.passes.select_float import select_float
 from qcompiler.plan import decide, observed_ids
 from qcompiler.progress import Progress
-from qcompiler.quant_plan import QuantPlan
 from qcompiler.runtime.session import Session
 from qcompiler.targets import Target, find_target
 
@@ -81,9 +80,10 @@ def compile(
 ) -> Artifact:
     """Compile a float ONNX network into an int8 library for `target`.
 
-    model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.data.open_samples` takes them (a path, or
-    an iterable of {input name: array with the model's shape}). input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a
-    folder of images. preset: "fast" (no bias correction), "default" or "accurate". dump_dir: every stage's result is written there.
+    model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.data.open_samples`
+    takes them (a path, or an iterable of {input name: array with the model's shape}). input_shapes: {input name: shape}, for dimensions that
+    the file leaves open. preprocess: for a folder of images. preset: "fast" (no bias correction), "default" or "accurate". dump_dir: every
+    stage's result is written there.
 
     Raises a QCompilerError for anything a user can mend: the model, the data, the target.
     """
@@ -123,7 +123,7 @@ def compile(
             for value_id, bias in correction.biases.items():
                 built.program.replace_operand(value_id, 2, bias)
     return built.link(
-        **describe(integer, plan, float_model),
+        **describe(integer, float_model),
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
         preset=preset,
         calibration_samples=table.samples,
@@ -137,19 +137,14 @@ def compile(
     )
 
 
-def describe(integer: tvm.IRModule, plan: QuantPlan, model: FloatModel) -> dict[str, Any]:
+def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
     """The manifest's account of quantization: every 8-bit value with its parameters, every operator that stayed float with the reason."""
-    graph = Graph.of(integer)
-    values = {}
-    for name in [*(str(p.name) for p in graph.inputs), *(n for n, _ in graph.bindings)]:
-        base = name
-        while (params := plan.params(base)) is None and "~" in base:
-            base = base.rpartition("~")[0]
-        if params is not None:
-            values[name] = {"scale": params.scale, "zero_point": params.zero_point}
-    reasons = graph.attrs.get("qc.float_ops", {})
-    sources = {value_id: model.source(value_id) for value_id in reasons}
-    float_ops = [{"id": k, "node": sources[k][0], "op": sources[k][1], "reason": reason} for k, reason in reasons.items()]
+    attrs = Graph.of(integer).attrs
+    values = {name: {"scale": scale, "zero_point": zero_point} for name, (scale, zero_point) in attrs.get("qc.params", {}).items()}
+    float_ops = []
+    for value_id, reason in attrs.get("qc.float_ops", {}).items():
+        node, op = model.source(value_id)
+        float_ops.append({"id": value_id, "node": node, "op": op, "reason": reason})
     return {"model": model.name, "values": values, "float_ops": float_ops}
 
 

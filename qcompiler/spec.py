@@ -1,7 +1,7 @@
 """Quantization parameters, and the integer constants that compiled operators use (numpy only).
 
-`real = scale * (q - zero_point)` with int8 `q`. docs/numerics.md is normative; the constants made here and the arithmetic of `qcompiler.numerics` are all of it.
-Everything is computed in float64 or integers and is a pure function of its arguments, so every machine makes the same constants.
+`real = scale * (q - zero_point)` with int8 `q`. docs/numerics.md is normative; the constants made here and the arithmetic of `qcompiler.numerics`
+are all of it. Everything is computed in float64 or integers and is a pure function of its arguments, so every machine makes the same constants.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def lut(function: Callable[[np.ndarray], np.ndarray], x: QParams, y: QParams) ->
     return y.quantize(np.clip(real, -limit, limit))
 
 
-def resize_indices(old: int, new: int, method: str, transformation: str, rounding: str = "round_prefer_floor", scale: float | None = None) -> tuple[list[int], list[int], list[int]]:
+def resize_indices(
+    old: int, new: int, method: str, transformation: str, rounding: str = "round_prefer_floor", scale: float | None = None
+) -> tuple[list[int], list[int], list[int]]:
     """Where each of `new` output positions reads from `old` input positions along one axis: (first index, second index, weight of the second).
 
     The weight is in units of 2^-10; it is 0 for method "nearest". `transformation` and `rounding` are ONNX Resize's coordinate_transformation_mode and

@@ -76,7 +76,7 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
             raise TargetError(f"{path}: target '{name}': missing {', '.join(missing)}")
         if fields["storage"] not in ("int8", "uint8"):
             raise TargetError(f"{path}: target '{name}': storage is '{fields['storage']}'; supported: int8, uint8")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         rows[str(name)] = Target(name=str(name), **values)
     return rows
 

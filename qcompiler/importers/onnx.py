@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -198,7 +197,6 @@ class _Importer:
                 model = single_node_model(node)
                 feeds = {f"i{i}": v for i, v in enumerate(node.inputs) if v is not None}
                 del model.graph.initializer[:]
-                model.graph.input.extend(helper.make_empty_tensor_value_info(name) for name in feeds)
                 results = ReferenceEvaluator(model).run(None, feeds)
         except Exception:  # no reference implementation, or none for these types: convert it like any other node
             return None

@@ -56,7 +56,7 @@ def single_node_model(node: Node) -> onnx.ModelProto:
         proto.input.append("" if value is None else f"i{i}")
         if isinstance(value, np.ndarray):
             initializers.append(numpy_helper.from_array(np.ascontiguousarray(real(value)).reshape(value.shape), f"i{i}"))
-        elif value is not None:
+        if value is not None:
             inputs.append(helper.make_tensor_value_info(f"i{i}", helper.np_dtype_to_tensor_dtype(np.dtype(node.dtype(i))), node.shape(i)))
     proto.output.extend(f"o{i}" if name else "" for i, name in enumerate(node.outputs))
     outputs = [helper.make_empty_tensor_value_info(o) for o in proto.output if o]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qcompiler.artifact import read_manifest
 from qcompiler.elf import read_section
 from qcompiler.errors import ArtifactError, DataError, IncompatibleDevice, closest
 from qcompiler.targets import host_architecture, host_features
-
 
 _ERROR_DEVICE = 7  # QC_ERROR_DEVICE
 
