@@ -7,8 +7,10 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,29 +18,34 @@ from typing import Any
 import numpy as np
 
 from qcompiler.elf import read_section
-from qcompiler.errors import ArtifactError, OutputError, TargetError
-from qcompiler.lowering import Program
-from qcompiler.targets import Target
+from qcompiler.errors import ArtifactError, TargetError
+from qcompiler.files import replacing
+from qcompiler.lowering import Port, Program
+from qcompiler.targets import Target, host_architecture
 
 FORMAT_VERSION = 1
 NUMERICS_VERSION = 1
 MANIFEST_SECTION = ".qc.manifest"
+CHECKSUM_MAGIC = b"qc.sum1\n"
 
 # Weights and manifest enter the library as they are; .incbin keeps them out of the compiler. Read-only data is mapped, not copied, at load.
 _DATA = """
     .section .qc.constants,"a",%progbits
     .balign 64
     .globl qc_constants
+    .hidden qc_constants
     .type qc_constants, %object
 qc_constants:
     .incbin "constants.bin"
     .size qc_constants, . - qc_constants
     .section .qc.manifest,"a",%progbits
     .globl qc_manifest
+    .hidden qc_manifest
     .type qc_manifest, %object
 qc_manifest:
     .incbin "manifest.json"
     .globl qc_manifest_end
+    .hidden qc_manifest_end
 qc_manifest_end:
     .byte 0
     .section .note.GNU-stack,"",%progbits
@@ -53,7 +60,11 @@ _DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 
 
 # /proc/cpuinfo's names -> what the C runtime asks at run time
 _X86_TESTS = {"avx512_vnni": '__builtin_cpu_supports("avx512vnni")', "avx_vnni": "qc_has_avx_vnni()"}  # compilers of 2021 have no name for avx_vnni
-_ARM_HWCAP = {"asimddp": ("AT_HWCAP", 1 << 20), "i8mm": ("AT_HWCAP2", 1 << 13), "asimd": ("AT_HWCAP", 1 << 1)}
+_ARM_HWCAP = {  # bits of getauxval (Linux, arch/arm64 and arch/arm, uapi/asm/hwcap.h)
+    "aarch64": {"asimd": ("AT_HWCAP", 1 << 1), "asimddp": ("AT_HWCAP", 1 << 20), "i8mm": ("AT_HWCAP2", 1 << 13)},
+    "armv7a": {"neon": ("AT_HWCAP", 1 << 12)},
+}
+_PACKAGES = {"aarch64": "g++-aarch64-linux-gnu", "armv7a": "g++-arm-linux-gnueabihf"}  # Debian's cross compilers; g++ elsewhere
 
 
 @dataclass(frozen=True)
@@ -75,28 +86,9 @@ class Artifact:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the library to `path`, beside it first and then renamed, so that no half-written file is left. Raises OutputError."""
-        path = Path(path)
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                file.write(self.library)
-            os.chmod(file.name, 0o755)
-            os.replace(file.name, path)
-        except OSError as error:
-            if "file" in locals():
-                Path(file.name).unlink(missing_ok=True)
-            raise OutputError(f"can't write {path}: {error.strerror or error}") from error
-        return path
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError now, before the long work, when `path` can't be written later."""
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"can't write {path}: it is a folder; name a file, for example {path / 'model.so'}")
-    if not path.parent.is_dir():
-        raise OutputError(f"can't write {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"can't write {path}: no permission to write in {path.parent}")
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(self.library)
+        return Path(path)
 
 
 def program_manifest(program: Program) -> dict[str, Any]:
@@ -135,6 +127,20 @@ def program_manifest(program: Program) -> dict[str, Any]:
     }
 
 
+def port_parameters(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's ports, with `scale` and `zero_point` of the first (outputs: last) 8-bit value behind them where there is one.
+
+    `values` is the manifest's {value id: {"scale", "zero_point"}}.
+    """
+    behind = {p.value: s.writes for p in program.inputs for s in program.steps if s.name == "qc.quantize" and p.value in s.reads}
+    behind |= {s.writes: s.reads[0] for s in program.steps if s.name == "qc.dequantize"}
+
+    def ports(described: list[Port]) -> list[dict[str, Any]]:
+        return [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype, **values.get(behind.get(p.value, p.value), {})} for p in described]
+
+    return {"inputs": ports(program.inputs), "outputs": ports(program.outputs)}
+
+
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
     """Canonical JSON, with a digest of itself: {"digest": sha256 of the rest, ...}."""
     body = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -168,7 +174,9 @@ def find_compiler(target: Target) -> str:
         found = shutil.which(name)
         if found:
             return found
-    raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH")
+    package = "g++" if target.architecture == host_architecture() else _PACKAGES.get(target.architecture, "")
+    install = f"; install one, on Debian or Ubuntu with: apt-get install {package}" if package else "; install one"
+    raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH{install}")
 
 
 def _feature_test(target: Target) -> str:
@@ -177,13 +185,18 @@ def _feature_test(target: Target) -> str:
     for feature in reversed(target.features):
         if target.architecture == "x86_64":
             test = _X86_TESTS.get(feature, f'__builtin_cpu_supports("{feature}")')
-        elif feature in _ARM_HWCAP:
-            word, bit = _ARM_HWCAP[feature]
-            test = f"(getauxval({word}) & {bit}ul)"
         else:
-            continue
+            known = _ARM_HWCAP.get(target.architecture, {})
+            if feature not in known:
+                raise TargetError(f"target '{target.name}': no run-time test for the feature '{feature}'; known: {', '.join(known) or 'none'}")
+            test = "(getauxval({}) & {}ul)".format(*known[feature])
         expression = f'({test} ? {expression} : "{feature}")'
     return expression
+
+
+def _c_string(text: str) -> str:
+    """A C string literal of `text` in UTF-8: any character is allowed in names."""
+    return '"' + "".join(chr(b) if 32 <= b < 127 and b not in b'"\\\\?' else f"\\{b:03o}" for b in text.encode()) + '"'
 
 
 def _model_header(manifest: dict[str, Any]) -> str:
@@ -196,7 +209,7 @@ def _model_header(manifest: dict[str, Any]) -> str:
             raise TargetError(f"port '{port['name']}' has rank {len(port['shape'])}; the runtime supports at most 8")
         size = elements * np.dtype(port["dtype"]).itemsize
         quantization = f"{float(port.get('scale') or 0.0)!r}f, {int(port.get('zero_point') or 0)}"
-        return f"{{{json.dumps(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {size}u, {quantization}}}"
+        return f"{{{_c_string(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {size}u, {quantization}}}"
 
     target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
@@ -206,8 +219,33 @@ def _model_header(manifest: dict[str, Any]) -> str:
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
     lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
-    lines.append(f"#define QC_TARGET {json.dumps(manifest['target'])}")
+    lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
+
+
+def _checksum(body: bytes) -> bytes:
+    """16 bytes: a = the sum of the little-endian 32-bit words of `body`, b = the sum of a's values after each word; both modulo 2^64."""
+    a = b = 0
+    words = np.frombuffer(body, "<u4")
+    for start in range(0, words.size, 1 << 18):
+        block = words[start : start + (1 << 18)].astype(np.uint64)
+        b += a * block.size + int((block * np.arange(block.size, 0, -1, dtype=np.uint64)).sum())  # below 2^32 * 2^18 * 2^17: exact
+        a += int(block.sum())
+    return struct.pack("<QQ", a % 2**64, b % 2**64)
+
+
+def check_complete(path: Path) -> None:
+    """Raise ArtifactError when the library at `path` is not, byte for byte, what `link` wrote."""
+    data = path.read_bytes()
+    body, magic, checksum = data[:-24], data[-24:-16], data[-16:]
+    if magic != CHECKSUM_MAGIC or len(body) % 4 or _checksum(body) != checksum:
+        raise ArtifactError(f"{path}: damaged, cut short or stripped (its checksum does not match); compile the model again, or copy the library again")
+
+
+def _with_checksum(library: bytes) -> bytes:
+    """The library with the trailer that loaders check (runtime/cpp/include/qcompiler/loader.h) behind its last ELF byte."""
+    body = library + bytes(-len(library) % 4)
+    return body + CHECKSUM_MAGIC + _checksum(body)
 
 
 def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: Target) -> Artifact:
@@ -229,8 +267,8 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
         command = [compiler, "-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{_RUNTIME / 'include'}", "-o", "out.so"]
         command += ["-x", "c", "qc_runtime.c", "-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread"]
-        command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,--gc-sections", "-s"]
+        command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise TargetError(f"linking for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
-        return Artifact((folder / "out.so").read_bytes(), manifest)
+        return Artifact(_with_checksum((folder / "out.so").read_bytes()), manifest)

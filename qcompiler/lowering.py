@@ -215,17 +215,17 @@ class _Lowering:
         for node in self.nodes:
             ids = [o for o in node.operands if isinstance(o, str)]
             wanted = node.row.needs(self.op_call(node), self.target) if node.row else [Need(dense=True)] * len(ids)
-            for value, need in zip(ids, wanted, strict=True):
-                needs[value].append((need, node))
+            for operand, need in zip(ids, wanted, strict=True):
+                needs[operand].append((need, node))
         rigid = {str(p.name) for p in self.graph.inputs} | set(self.output_values)
         rigid |= {o for n in self.nodes if n.row is None for o in n.outputs}
         ordered: list[_Node] = []
         late: dict[str, list[_Node]] = {}  # copies to insert after the producer of a value
-        for value, wanted in needs.items():
-            layout = _join(self.values[value].layout, [n for n, _ in wanted])
+        for value, asked in needs.items():
+            layout = _join(self.values[value].layout, [n for n, _ in asked])
             if layout.dense:
                 continue
-            if value not in rigid and not any(n.dense for n, _ in wanted):
+            if value not in rigid and not any(n.dense for n, _ in asked):
                 self.values[value].layout = layout
                 continue
             copy = f"{value}~padded"
@@ -233,7 +233,7 @@ class _Lowering:
             node = _Node(copy, "qc.copy", [value], {}, [copy])
             node.row = select(self.op_call(node), self.target)
             late.setdefault(value, []).append(node)
-            for need, consumer in wanted:
+            for need, consumer in asked:
                 if not _satisfied(self.values[value].layout, need):
                     consumer.operands = [copy if isinstance(o, str) and o == value else o for o in consumer.operands]
         for p in self.graph.inputs:
@@ -329,8 +329,8 @@ class _Lowering:
         requests = [Request(v, self.values[v].layout.bytes, first[v], last[v]) for v in first if v not in fixed]
         requests += [Request(f"scratch {i}", s.kernel.scratch, i, i) for i, s in enumerate(steps) if s.kernel.scratch]
         offsets, size = plan_memory(requests)
-        for value in self.values.values():
-            value.place = fixed.get(value.root) or (Place("workspace", offsets[value.root]) if value.root in offsets else None)
+        for held in self.values.values():
+            held.place = fixed.get(held.root) or (Place("workspace", offsets[held.root]) if held.root in offsets else None)
         for index, step in enumerate(steps):
             step.scratch = offsets.get(f"scratch {index}", 0)
         self.values = {k: v for k, v in self.values.items() if v.place is not None}
@@ -354,7 +354,8 @@ def _views_to_reshape(module: tvm.IRModule) -> tvm.IRModule:
 
 def _join(layout: Layout, needs: list[Need]) -> Layout:
     """The least layout that satisfies every need."""
-    halo = tuple(max([layout.halo[i], *(n.halo[i] for n in needs)]) for i in range(4))
+    top, left, bottom, right = (max([layout.halo[i], *(n.halo[i] for n in needs)]) for i in range(4))
+    halo = (top, left, bottom, right)
     pitch = math.lcm(*(n.pitch for n in needs)) if needs else 1
     if not any(halo) and (not layout.shape or layout.shape[-1] % pitch == 0):
         return layout

@@ -10,19 +10,19 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import tvm
 
 import qcompiler
 from qcompiler import artifact as artifacts
 from qcompiler.artifact import Artifact
-from qcompiler.calibration import calibrate
+from qcompiler.calibration import CalibrationTable, calibrate
 from qcompiler.codegen import object_code
 from qcompiler.correction import SAMPLES, FloatMeans, SessionExecutor, correct, with_biases
-from qcompiler.data import open_samples
+from qcompiler.data import Samples, open_samples
 from qcompiler.debug import Dumper
-from qcompiler.errors import DataError
+from qcompiler.errors import DataError, PlanError, closest
 from qcompiler.lowering import Program, lower
 from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
@@ -31,8 +31,26 @@ from qcompiler.passes.realize import realize
 from qcompiler.passes.select_float import select_float
 from qcompiler.plan import decide, observed_ids
 from qcompiler.progress import Progress
+from qcompiler.quant_plan import QuantPlan
 from qcompiler.runtime.session import Session
 from qcompiler.targets import Target, find_target
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `compile`.
+
+    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path. preset: "fast" (no
+    bias correction), "default" or "accurate". tuning_log: a folder of tuning records. dump_dir: every stage's result is written there.
+    targets_file: a file like targets.yaml. progress: called with (stage, done, total).
+    """
+
+    input_shapes: Mapping[str, Sequence[int]] | None
+    preprocess: Any
+    preset: str
+    tuning_log: str | os.PathLike[str] | None
+    dump_dir: str | Path | None
+    targets_file: Path | None
+    progress: Progress | None
 
 
 @dataclass
@@ -47,7 +65,7 @@ class Built:
         return artifacts.link(self.code, self.program.constants, described, self.program.target)
 
 
-def build(module: tvm.IRModule, target: Target, stage: str, progress: Progress | None = None) -> Built:
+def build(module: tvm.IRModule, target: Target, stage: str, *, progress: Progress | None = None) -> Built:
     """Lower a module and generate its code."""
     program = lower(module, target)
     if progress is not None:
@@ -65,76 +83,109 @@ def session_of(artifact: Artifact) -> Iterator[Session]:
         yield Session(artifact.save(Path(folder) / "model.so"), len(os.sched_getaffinity(0)))
 
 
-def compile(
+@dataclass
+class Quantized:
+    """Everything before code: the float network, its statistics, the plan, and both modules that it became."""
+
+    model: FloatModel
+    samples: Samples
+    table: CalibrationTable
+    means: FloatMeans
+    plan: QuantPlan
+    qdq: tvm.IRModule
+    integer: tvm.IRModule
+
+
+@dataclass
+class Compilation:
+    """A finished compilation: the artifact, and the integer module that it equals bit for bit."""
+
+    artifact: Artifact
+    quantized: Quantized
+    integer: tvm.IRModule
+    program: Program
+
+
+def quantize(
     model: str | os.PathLike[str],
-    target: str = "native",
-    calibration: Any = None,
-    *,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    preprocess: Any = None,
-    preset: str = "default",
-    tuning_log: str | os.PathLike[str] | None = None,
-    dump_dir: str | os.PathLike[str] | None = None,
-    targets_file: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> Artifact:
-    """Compile a float ONNX network into an int8 library for `target`.
-
-    model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.data.open_samples`
-    takes them (a path, or an iterable of {input name: array with the model's shape}). input_shapes: {input name: shape}, for dimensions that
-    the file leaves open. preprocess: for a folder of images. preset: "fast" (no bias correction), "default" or "accurate". dump_dir: every
-    stage's result is written there.
-
-    Raises a QCompilerError for anything a user can mend: the model, the data, the target.
-    """
-    dump = Dumper(None if dump_dir is None else Path(dump_dir))
-    row = find_target(target, None if targets_file is None else Path(targets_file))
-    artifacts.find_compiler(row)
+    target: Target,
+    calibration: Any,
+    dump: Dumper,
+    **options: Unpack[Options],
+) -> Quantized:
+    """The stages from the model file to the integer module. Arguments as `compile`; the float network runs on this machine, whatever the target."""
+    preset, progress = options.get("preset", "default"), options.get("progress")
+    if preset not in SAMPLES:
+        raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(SAMPLES))} Known: {', '.join(SAMPLES)}")
     if calibration is None:
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
-    float_model = load(Path(model), input_shapes)
+    float_model = load(Path(model), options.get("input_shapes"))
     dump("float", float_model.module)
-    samples = open_samples(calibration, float_model.inputs, preprocess)
-    host = find_target("native")
-
+    samples = open_samples(calibration, float_model.inputs, options.get("preprocess"))
     means = FloatMeans(float_model.module, SAMPLES[preset])
-    float_twin = build(select_float(float_model.module), host, "generate float code", progress)
-    with session_of(float_twin.link()) as session:
+    twin = build(select_float(float_model.module), find_target("native"), "generate float code", progress=progress)
+    with session_of(twin.link()) as session:
         table = calibrate(session, samples, ids=observed_ids(float_model), watcher=means, progress=progress)
     dump("calibration", table)
-
-    plan = decide(float_model, table, row, preset)
+    plan = decide(float_model, table, target, preset)
     dump("plan", plan.explain())
     qdq = insert_qdq(float_model.module, plan)
     dump("qdq", qdq)
     integer = realize(qdq)
     dump("integer", integer)
+    return Quantized(float_model, samples, table, means, plan, qdq, integer)
 
-    built = build(integer, row, "generate int8 code", progress)
-    summary = "none"
-    if means.limit:
-        on_host = built if row == host else build(integer, host, "generate host code", progress)
+
+def compile_stages(
+    model: str | os.PathLike[str],
+    target: str = "native",
+    calibration: Any = None,
+    **options: Unpack[Options],
+) -> Compilation:
+    """`compile`, with the values between the stages. Same arguments, same errors."""
+    dump, progress = Dumper(options.get("dump_dir")), options.get("progress")
+    row = find_target(target, options.get("targets_file"))
+    artifacts.find_compiler(row)
+    stages = quantize(model, row, calibration, dump, **options)
+    built = build(stages.integer, row, "generate int8 code", progress=progress)
+    integer, summary = stages.integer, "none"
+    if stages.means.limit:
+        host = find_target("native")
+        on_host = built if row == host else build(integer, host, "generate host code", progress=progress)
         with session_of(on_host.link()) as session:
-            correction = correct(integer, SessionExecutor(session, on_host.program), means, itertools.islice(samples, means.limit))
+            executor = SessionExecutor(session, on_host.program)
+            correction = correct(integer, executor, stages.means, itertools.islice(stages.samples, stages.means.limit))
         summary = correction.summary()
         dump("correction", correction)
         if correction.kept:
             integer = with_biases(integer, correction.biases)
             for value_id, bias in correction.biases.items():
                 built.program.replace_operand(value_id, 2, bias)
-    return built.link(
-        **describe(integer, float_model),
+    artifact = built.link(
+        **describe(integer, stages.model),
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
-        preset=preset,
-        calibration_samples=table.samples,
+        preset=stages.plan.preset,
+        calibration_samples=stages.table.samples,
         bias_correction=summary,
         digests={
-            "model": float_model.digest,
-            "calibration": table.digest,
-            "plan": plan.digest,
+            "model": stages.model.digest,
+            "calibration": stages.table.digest,
+            "plan": stages.plan.digest,
             "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest(),
         },
     )
+    return Compilation(artifact, stages, integer, built.program)
+
+
+def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
+    """Compile a float ONNX network into an int8 library for `target`.
+
+    model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.data.open_samples`
+    takes them (a path, or an iterable of {input name: array with the model's shape}). options: see `Options`.
+
+    Raises a QCompilerError for anything a user can mend: the model, the data, the target.
+    """
+    return compile_stages(model, target, calibration, **options).artifact
 
 
 def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
@@ -153,5 +204,5 @@ def compile_float(
 ) -> Artifact:
     """The float twin of a network: float32 kernels of the same templates, for comparison and calibration. Arguments as `compile`."""
     float_model = load(Path(model), input_shapes)
-    built = build(select_float(float_model.module), find_target(target), "generate float code", progress)
+    built = build(select_float(float_model.module), find_target(target), "generate float code", progress=progress)
     return built.link(model=float_model.name, digests={"model": float_model.digest})

@@ -117,8 +117,13 @@ class Kernel:
 class Row(Protocol):
     """One operator family on one ISA."""
 
-    name: str  # "x86-avx512vnni/conv2d"
-    isa: str  # matches a name in a target's `rows`, or "any"
+    @property
+    def name(self) -> str:
+        """"x86-avx512vnni/conv2d"."""
+
+    @property
+    def isa(self) -> str:
+        """Matches a name in a target's `rows`; "any" for rows that every target may use."""
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         """Why this row can't take `op` (a full sentence), or None when it can. Layouts are not decided yet: only shapes and dtypes count."""

@@ -55,11 +55,12 @@ class Context:
         entry = self._session.manifest["layouts"][value_id]
         shape, storage = tuple(entry["shape"]), np.dtype(entry["storage"])
         if entry["space"] != "workspace":
-            return (self._inputs if entry["space"] == "input" else self._outputs)[entry["offset"]].reshape(shape)
+            port: np.ndarray = (self._inputs if entry["space"] == "input" else self._outputs)[entry["offset"]]
+            return port.reshape(shape)
         top, left, bottom, right = entry.get("halo", (0, 0, 0, 0))
         full = shape if "halo" not in entry else (shape[0], shape[1] + top + bottom, shape[2] + left + right, entry["pitch"])
         start = entry["offset"]
-        image = self._workspace[start : start + math.prod(full) * storage.itemsize].view(storage).reshape(full)
+        image: np.ndarray = self._workspace[start : start + math.prod(full) * storage.itemsize].view(storage).reshape(full)
         if "halo" in entry:
             image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
         return (image ^ 128).view(np.int8) if storage == np.uint8 else image

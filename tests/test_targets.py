@@ -1,0 +1,64 @@
+"""targets.yaml: selection by name, triple and features; every mistake named."""
+
+from pathlib import Path
+
+import pytest
+
+from qcompiler.errors import TargetError
+from qcompiler.targets import find_target, load_targets, missing_features
+
+
+def test_every_row_is_complete() -> None:
+    rows = load_targets()
+    assert {"x86-avx2", "x86-avxvnni", "x86-avx512vnni"} <= set(rows)
+    for target in rows.values():
+        assert target.rows and target.features and target.compiler
+
+
+def test_by_name_triple_and_features() -> None:
+    assert find_target("x86-avx2").name == "x86-avx2"
+    assert find_target("x86_64-linux-gnu").name == "x86-avx2"
+    assert find_target("x86_64-linux-gnu+avx512_vnni").name == "x86-avx512vnni"
+
+
+def test_native_runs_here() -> None:
+    assert missing_features(find_target("native")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x86-avx", "unknown target 'x86-avx'. Did you mean 'x86-avx2'"),
+        ("x86_64-linux-gnu+avx512vnni", "unknown feature 'avx512vnni' for x86_64-linux-gnu. Did you mean 'avx512_vnni'"),
+        ("sparc", "unknown target 'sparc'. Known: x86-avx2"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(TargetError) as error:
+        find_target(name)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("targets: {a: {triple: x, tvm: {}, features: [], rows: [], storge: int8}}", "target 'a': unknown key 'storge'. Did you mean 'storage'"),
+        ("targets: {a: {triple: x}}", "target 'a': missing features, rows, storage, tvm"),
+        ("targets: {a: {triple: x, tvm: {}, features: [], rows: [], storage: int4}}", "storage is 'int4'; supported: int8, uint8"),
+        ("rows: {}", "expected a mapping with the key 'targets'"),
+        ("targets: [", "can't be read as YAML"),
+        ("targets: {a: 3}", "target 'a': expected a mapping"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(TargetError) as error:
+        load_targets(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("targets: {mine: {triple: x86_64-linux-gnu, tvm: {kind: llvm}, features: [sse2], rows: [x86-avx2], storage: uint8}}")
+    assert find_target("mine", path).storage_offset == 128
