@@ -14,4 +14,6 @@ def load(target: Any) -> None:
 
     if target.architecture == "x86_64":
         importlib.import_module("qcompiler.schedules.x86")
+    elif target.architecture in ("aarch64", "armv7a"):
+        importlib.import_module("qcompiler.schedules.arm")
     importlib.import_module("qcompiler.schedules.portable")

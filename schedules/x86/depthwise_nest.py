@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import Emitter, loops
-from qcompiler.schedules.isa import load, save
+from qcompiler.schedules.isa import load, save, shuffle
 from qcompiler.schedules.table import Layout, OpCall
 from qcompiler.schedules.x86.depthwise_plan import Geometry, Pair, Tasks
 
 
 class DepthwiseNest(ABC):
-    """Emits one kernel. `blocks`: (first channel, width) of the channel vectors, see `blocks_of`; `tile`: outputs per step, (rows, columns).
+    """Emits one kernel. `blocks`: (first channel, width) of the channel vectors, see `blocks_of`. Parameters: `rows` x `columns` outputs per step;
+    `order`, what is outermost within a task, "channels" (an input row stays in L1 for the next row tile) or "rows" (every cache line is fetched
+    once where blocks share lines); `row_tasks` x `channel_tasks`, the most tasks an image is divided into.
 
     Constants are packed block after block, so a block's constants start behind the sum of the widths before it.
     """
 
-    def __init__(self, op: OpCall, tile: Pair, blocks: Sequence[Pair], row_tasks: int, channel_tasks: int) -> None:
+    def __init__(self, op: OpCall, blocks: Sequence[Pair], params: Mapping[str, Any]) -> None:
         self.op, self.g, self.blocks = op, Geometry.of(op), list(blocks)
-        self.tile = (min(tile[0], self.g.out[0]), min(tile[1], self.g.out[1]))
-        self.tasks = Tasks.of(self.g, self.tile[0], self.blocks, row_tasks, channel_tasks)
+        self.tile = (min(int(params["rows"]), self.g.out[0]), min(int(params["columns"]), self.g.out[1]))
+        self.tasks = Tasks.of(self.g, self.tile[0], self.blocks, int(params["row_tasks"]), int(params["channel_tasks"]))
+        self.order = str(params["order"])
 
     @abstractmethod
     def prepare(self) -> None:
@@ -38,12 +41,23 @@ class DepthwiseNest(ABC):
         """The body of the kernel."""
         self.k = k
         self.prepare()
-        t, width = self.tasks, self.blocks[0][1]
-        chunk = T.bind(T.floormod(k.task, t.channel_chunks))
-        rest = T.bind(T.floordiv(k.task, t.channel_chunks))
+        t = self.tasks
+        task = aligned_frame(k, k.task)
+        chunk = T.bind(T.floormod(task, t.channel_chunks))
+        rest = T.bind(T.floordiv(task, t.channel_chunks))
         image = T.bind(T.floordiv(rest, t.row_chunks))
         rows = _part(T.floormod(rest, t.row_chunks), t.row_chunks, t.tiles)
-        with loops(_part(chunk, t.channel_chunks, t.blocks)) as (block,):
+        blocks = _part(chunk, t.channel_chunks, t.blocks)
+        if self.order == "channels":
+            self._blocks(image, rows, blocks, chunk)
+        else:
+            with loops(rows) as (row,):
+                self._blocks(image, row, blocks, chunk)
+
+    def _blocks(self, image: Any, rows: Any, blocks: tuple[Any, Any], chunk: Any) -> None:
+        """All channel blocks of the task; `rows`: one row tile, or a pair (begin, end)."""
+        t, width = self.tasks, self.blocks[0][1]
+        with loops(blocks) as (block,):
             first = T.bind(T.min(block * width, max(self.g.channels - width, 0)))
             self._strip(image, rows, first, T.bind(block * width), width)
         if len(self.blocks) > t.blocks:
@@ -53,12 +67,13 @@ class DepthwiseNest(ABC):
                     self._strip(image, rows, T.int32(channel), T.int32(packed), narrow)
                     packed += narrow
 
-    def _strip(self, image: Any, rows: tuple[Any, Any], channel: Any, packed: Any, width: int) -> None:
-        """All tiles in a range of row tiles; the last one down and along is moved back to end with the image."""
+    def _strip(self, image: Any, rows: Any, channel: Any, packed: Any, width: int) -> None:
+        """All tiles of some row tiles of a block; the last one down and along is moved back to end with the image."""
         g, x = self.g, self.op.tensors[0]
         (height, columns), across = self.tile, -(-g.out[1] // self.tile[1])
-        with loops(rows, across) as (i, j):
-            oh, ow = T.bind(T.min(i * height, g.out[0] - height)), T.bind(T.min(j * columns, g.out[1] - columns))
+        with loops(*([rows] if isinstance(rows, tuple) else []), across) as index:
+            row, column = index if isinstance(rows, tuple) else (rows, *index)
+            oh, ow = T.bind(T.min(row * height, g.out[0] - height)), T.bind(T.min(column * columns, g.out[1] - columns))
             source = T.bind(x.index(image, oh * g.strides[0] - g.padding[0], ow * g.strides[1] - g.padding[1], channel))
             self.step(source, (image, oh, ow, channel), packed, width)
 
@@ -82,6 +97,19 @@ class DepthwiseNest(ABC):
             save(whole, 0, value, width)
             with T.serial(0, count) as c:
                 T.buffer_store(self.k.output, whole[c], [index + first + c])
+
+
+def aligned_frame(k: Emitter, value: Any) -> Any:
+    """`value` (int32), handed through a vector on the stack, so that LLVM aligns the frame to vectors.
+
+    LLVM spills vectors to aligned slots only in functions that had an aligned stack variable before register allocation (it reserves a frame
+    pointer then). Without one, every reload of a 64-byte spill straddles two cache lines, which costs 5x5 kernels a quarter of their speed. Two
+    indices that LLVM can't know to be equal keep the variable alive.
+    """
+    lanes = k.width // 4
+    slot = T.alloc_buffer((2,), f"int32x{lanes}")
+    T.buffer_store(slot, T.broadcast(value, lanes), [k.i32(0)])
+    return T.bind(shuffle([slot[k.i32(0)]], [0]))
 
 
 def _part(index: Any, parts: int, extent: int) -> tuple[Any, Any]:
