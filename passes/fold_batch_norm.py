@@ -105,7 +105,7 @@ def _start(name: str, expr: Any) -> tuple[_Chain | None, list[str]]:
     one, zero = np.ones(1), np.zeros(1)
     if op in _WEIGHT_AXIS and is_const(expr.args[1]) and dtype_of(expr) == "float32":
         shape = shape_of(expr)
-        if op == "relax.matmul" and const_value(expr.args[1]).ndim != 2:
+        if op == "relax.matmul" and len(shape_of(expr.args[1])) != 2:
             return None, []
         return _Chain(expr, expr, len(shape) - 1 if op == "relax.matmul" else 1, shape, one, zero), [name]
     if op in ("relax.multiply", "relax.add", "relax.subtract") and dtype_of(expr) == "float32" and len(shape_of(expr)) == 4:

@@ -44,10 +44,14 @@ def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
     return rewrite.done()
 
 
+_MAKERS = ("relax.zeros", "relax.ones", "relax.full", "relax.arange")  # need no operand
+
+
 def _foldable(expr: Any) -> bool:
-    if relax_op(expr) is None or any(isinstance(a, relax.Var) or (isinstance(a, relax.Tuple) and any(isinstance(f, relax.Var) for f in a.fields)) for a in expr.args):
+    if relax_op(expr) is None:
         return False
-    if not any(is_const(a) or isinstance(a, relax.Tuple) for a in expr.args) and relax_op(expr) not in ("relax.zeros", "relax.ones", "relax.full", "relax.arange"):
+    operands = [f for a in expr.args for f in (a.fields if isinstance(a, relax.Tuple) else [a])]
+    if any(isinstance(o, relax.Var) for o in operands) or not (any(is_const(o) for o in operands) or relax_op(expr) in _MAKERS):
         return False
     typed = relax.BlockBuilder().normalize(expr)
     return isinstance(typed.ty, relax.TensorType) and 0 < int(np.prod(shape_of(typed), dtype=np.int64)) <= _LARGEST

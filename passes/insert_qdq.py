@@ -169,6 +169,8 @@ class _Inserter:
             return self.raw[name]
         if name not in self.raw:  # a weight that `with_weight` has put there
             return variable
+        if isinstance(variable.ty, relax.TupleType):  # a split that another group holds; its input is what was quantized
+            return self.raw[name]
         return self.dequantized(name) if quantized else self.seen(name)
 
     def seen(self, name: str) -> Any:

@@ -10,33 +10,15 @@ needs an order that a value isn't held in: at the network's edges, and where the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, relax_op, shape_of, substitute
-from qcompiler.passes.layout_rules import AGNOSTIC, IMAGE, RULES, Order
-
-NHWC: Order = (0, 2, 3, 1)
-N1WC: Order = (0, None, 2, 1)  # a signal [N, C, W] as an image of height 1
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """Axis k of `var` is axis `order[k]` of the value, whose shape is `shape`; axes of size 1 may be missing, None is an extra axis of size 1."""
-
-    id: str
-    var: Any
-    order: Order
-    shape: tuple[int, ...]
-
-    @property
-    def moving(self) -> list[int]:
-        """The value's axes longer than 1, as the variable orders them: values equal in this are reshapes of each other."""
-        return [a for a in self.order if a is not None and self.shape[a] != 1]
+from qcompiler.passes.axes import N1WC, NHWC, Held, Order, complete
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
+from qcompiler.passes.layout_rules import IMAGE, KEEPS_AXES, RULES
 
 
 def to_channels_last(module: tvm.IRModule) -> tvm.IRModule:
@@ -54,15 +36,18 @@ class _Layout:
         self.held: dict[str, Held] = {}
         self.made: dict[tuple[str, Order], Any] = {}  # (variable, order) -> the variable that holds it so
         self.used: set[str] = set()
+        self.exprs, self.uses = graph.values(), graph.consumers()
+        self.features: dict[str, np.ndarray] = {}  # flattened image -> the feature in the file that each of its columns is
 
     def run(self) -> tvm.IRModule:
         for p in self.graph.inputs:
             name, shape = str(p.name), shape_of(p)
             self.used.add(name)
             self.hold(name, self.builder.input(name, shape, dtype_of(p)), tuple(range(len(shape))), shape)
-        for name in self._image_inputs():
-            held = self.held[name]
-            self.held[name] = Held(name, self.ordered(held, NHWC), NHWC, held.shape)
+        for held in list(self.held.values()):
+            order = self.wanted(held.id, len(held.shape)) if len(held.shape) == 4 and dtype_of(held.var) == "float32" else None
+            if order is not None:  # converted at the very edge
+                self.held[held.id] = Held(held.id, self.ordered(held, order), order, held.shape)
         for name, expr in self.graph.bindings:
             rule = RULES.get(str(relax_op(expr))) if not isinstance(expr, relax.TupleGetItem) else None
             if isinstance(expr, relax.TupleGetItem):
@@ -122,6 +107,33 @@ class _Layout:
         shape = shape_of(typed) if isinstance(typed.ty, relax.TensorType) else ()
         return self.bind(name, expr, tuple(range(len(shape))), shape)
 
+    def wanted(self, name: str, rank: int) -> Order | None:
+        """The order of axes that the nearest image operator behind a value wants it in; None when there is none.
+
+        Looks through operators that keep a value's axes, and through permutations.
+        """
+        queue, seen = [(name, tuple(range(rank)))], {name}  # axis j of what is looked at is axis axes[j] of the value
+        while queue:
+            value, axes = queue.pop(0)
+            for user in self.uses[value]:
+                expr: Any = self.exprs.get(user)
+                op = relax_op(expr)
+                if op in IMAGE:
+                    return tuple(None if a is None else axes[a] for a in (NHWC if rank == 4 else N1WC)) if rank in (3, 4) else None
+                if user in seen:
+                    continue
+                seen.add(user)
+                if op == "relax.permute_dims":
+                    queue.append((user, tuple(axes[int(a)] for a in expr.attrs.axes)))
+                elif isinstance(expr, relax.TupleGetItem) or op == "relax.split" or (op in KEEPS_AXES and len(shape_of(expr)) == rank):
+                    queue.append((user, axes))
+        return None
+
+    def only_feeds_matrices(self, name: str) -> bool:
+        """Is a value read only as the left operand of products with constant matrices?"""
+        readers: list[Any] = [self.exprs.get(user) for user in self.uses[name]]
+        return all(relax_op(r) == "relax.matmul" and is_const(r.args[1]) and len(shape_of(r.args[1])) == 2 for r in readers)
+
     # -- moving -------------------------------------------------------------------------------------------------------------------------
 
     def _move(self, held: Held, order: Order) -> Any:
@@ -129,6 +141,8 @@ class _Layout:
         wanted = [a for a in order if a is not None and held.shape[a] != 1]
         var = held.var
         if held.moving == wanted:
+            if shape_of(var) == shape:
+                return var
             return self._emit(held, order, relax.op.reshape(var, shape))
         kept = [a for a in order if a is not None]
         present = [a for a in held.order if a is not None]
@@ -150,45 +164,3 @@ class _Layout:
             name = self.builder.fresh(f"{held.id}~{suffix}")
         self.used.add(name)
         return self.builder.emit(name, expr)
-
-    def _image_inputs(self) -> list[str]:
-        """Inputs of rank 4 that reach an image operator through elementwise operators only: converted at the very edge."""
-        found, values = [], self.graph.values()
-        uses = self.graph.consumers()
-        for p in self.graph.inputs:
-            if len(shape_of(p)) != 4 or dtype_of(p) != "float32":
-                continue
-            stack, seen = [str(p.name)], set()
-            while stack:
-                for user in uses[stack.pop()]:
-                    op = str(relax_op(values.get(user)))
-                    if op in IMAGE:
-                        found.append(str(p.name))
-                        stack.clear()
-                        break
-                    if user not in seen and op in AGNOSTIC and shape_of(relax.BlockBuilder().normalize(values[user])) == shape_of(p):
-                        seen.add(user)
-                        stack.append(user)
-        return found
-
-
-def complete(order: Order, shape: tuple[int, ...]) -> Order:
-    """`order` with the value's missing axes (all of size 1) put in: as NHWC where that fits, in the value's own order where that fits, else behind their neighbours."""
-    rank = len(shape)
-    missing = [a for a in range(rank) if a not in order]
-    if not missing:
-        return order
-    moving = [a for a in order if a is not None and shape[a] != 1]
-    for candidate in ([NHWC] if rank == 4 else []) + [tuple(range(rank))]:
-        if [a for a in candidate if a is not None and shape[a] != 1] == moving:
-            return candidate
-    result = [a for a in order if a is not None]
-    for a in missing:
-        result.insert(result.index(a - 1) + 1 if a else 0, a)
-    return tuple(result)
-
-
-def transposed(array: np.ndarray, order: Order) -> np.ndarray:
-    """An array in the file's order as a variable of `order` would hold it."""
-    moved = array.transpose([a for a in order if a is not None])
-    return np.ascontiguousarray(moved.reshape([1 if a is None else array.shape[a] for a in order]))

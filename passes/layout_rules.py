@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax
 
+from qcompiler.passes.axes import N1WC, NHWC, Held, Order, complete, matched, renamed, together, transposed
 from qcompiler.passes.graph import const, const_value, is_const, plain, relax_op, shape_of
 
 if TYPE_CHECKING:
-    from qcompiler.passes.layout import Held, _Layout
+    from qcompiler.passes.layout import _Layout
 
-Order = tuple[int | None, ...]
 Rule = Callable[["_Layout", str, Any], bool]
 
 
@@ -26,15 +26,14 @@ Rule = Callable[["_Layout", str, Any], bool]
 def _spatial(held_rank: int) -> tuple[Order, Callable[[Any, int], list[int]]]:
     """(the order images of this rank are held in, a function that brings attributes per spatial axis to two axes)."""
     if held_rank == 4:
-        return (0, 2, 3, 1), lambda values, _: list(values)
-    return (0, None, 2, 1), lambda values, unit: [unit, values[0]] if len(values) == 1 else [unit, values[0], unit, values[1]]
+        return NHWC, lambda values, _: list(values)
+    return N1WC, lambda values, unit: [unit, values[0]] if len(values) == 1 else [unit, values[0], unit, values[1]]
 
 
 def _weight(layout: _Layout, weight: Any, rank: int) -> Any:
     """[O, I, H, W] as [O, H, W, I], or [I, O, H, W] as [I, H, W, O]; [O, I, W] gets a height of 1."""
-    order: Order = (0, 2, 3, 1) if rank == 4 else (0, None, 2, 1)
     if not is_const(weight):
-        return layout.ordered(layout.of(weight), order)
+        return layout.ordered(layout.of(weight), NHWC if rank == 4 else N1WC)
     value = const_value(weight)
     value = value if rank == 4 else value[:, :, None, :]
     return const(np.ascontiguousarray(value.transpose(0, 2, 3, 1)))
@@ -70,11 +69,11 @@ def _pool(layout: _Layout, name: str, expr: Any) -> bool:
 def _resize(layout: _Layout, name: str, expr: Any) -> bool:
     a = expr.attrs
     call = relax.op.image.resize2d(
-        layout.ordered(layout.of(expr.args[0]), (0, 2, 3, 1)), expr.args[1], layout="NHWC", method=str(a.method),
+        layout.ordered(layout.of(expr.args[0]), NHWC), expr.args[1], layout="NHWC", method=str(a.method),
         coordinate_transformation_mode=str(a.coordinate_transformation_mode), rounding_method=str(a.rounding_method),
         cubic_alpha=float(a.cubic_alpha), cubic_exclude=int(a.cubic_exclude), extrapolation_value=float(a.extrapolation_value),
     )  # fmt: skip
-    return layout.bind(name, call, (0, 2, 3, 1), shape_of(expr))
+    return layout.bind(name, call, NHWC, shape_of(expr))
 
 
 # -- elementwise ------------------------------------------------------------------------------------------------------------------------
@@ -92,8 +91,6 @@ def _elementwise(layout: _Layout, name: str, expr: Any) -> bool:
     if len(operands) == 1 and all(const_value(c).size == 1 for c in constants) and next(iter(operands.values())).shape == shape:
         order = next(iter(operands.values())).order  # whatever it is
     else:
-        from qcompiler.passes.layout import complete
-
         full = [h for h in operands.values() if h.shape == shape] or [max(operands.values(), key=lambda h: int(np.prod(h.shape)))]
         candidates = list(dict.fromkeys(complete(h.order, h.shape) for h in full))
         order = min(candidates, key=lambda o: (_moved(operands.values(), o), o == tuple(range(rank))))
@@ -108,12 +105,11 @@ def _elementwise(layout: _Layout, name: str, expr: Any) -> bool:
 
 def _lifted(held: Held, rank: int) -> Held:
     """A value as broadcasting sees it: axes of size 1 in front, up to `rank`."""
-    from qcompiler.passes.layout import Held as Made
 
     extra = rank - len(held.shape)
     if extra == 0:
         return held
-    return Made(held.id, held.var, tuple(None if a is None else a + extra for a in held.order), (1,) * extra + held.shape)
+    return Held(held.id, held.var, tuple(None if a is None else a + extra for a in held.order), (1,) * extra + held.shape)
 
 
 def _moved(operands: Any, order: Order) -> int:
@@ -148,7 +144,6 @@ def _reduce(layout: _Layout, name: str, expr: Any) -> bool:
 
 
 def _concat(layout: _Layout, name: str, expr: Any) -> bool:
-    from qcompiler.passes.layout import complete
 
     fields = list(expr.args[0].fields) if isinstance(expr.args[0], relax.Tuple) else []
     shape = shape_of(expr)
@@ -158,7 +153,6 @@ def _concat(layout: _Layout, name: str, expr: Any) -> bool:
     axis = int(expr.attrs.axis) % len(shape)
     candidates = list(dict.fromkeys(complete(h.order, h.shape) for h in held))
     order = min(candidates, key=lambda o: (_moved(held, o), o == tuple(range(len(shape)))))
-    from qcompiler.passes.layout import transposed
 
     parts = [layout.ordered(layout.of(f), order) if isinstance(f, relax.Var) else const(transposed(const_value(f), order)) for f in fields]
     return layout.bind(name, relax.op.concat(parts, order.index(axis)), order, shape)
@@ -230,7 +224,6 @@ def _instance_norm(layout: _Layout, name: str, expr: Any) -> bool:
 
 
 def _permute(layout: _Layout, name: str, expr: Any) -> bool:
-    from qcompiler.passes.layout import Held as Made
 
     if not isinstance(expr.args[0], relax.Var):
         return False
@@ -238,77 +231,59 @@ def _permute(layout: _Layout, name: str, expr: Any) -> bool:
     rank = len(x.shape)
     axes = [a % rank for a in plain(expr.attrs.axes)] if expr.attrs.axes is not None else list(range(rank - 1, -1, -1))
     order = tuple(None if a is None else axes.index(a) for a in x.order)
-    layout.held[name] = Made(name, x.var, order, shape_of(expr))
+    layout.held[name] = Held(name, x.var, order, shape_of(expr))
     return True
 
 
 def _reshape(layout: _Layout, name: str, expr: Any) -> bool:
     """Splits axes wherever they lie; joins axes that lie side by side in the held order, after moving them together when they don't."""
-    from qcompiler.passes.layout import Held as Made
-    from qcompiler.passes.layout import complete
-
     if not isinstance(expr.args[0], relax.Var):
         return False
     x, shape = layout.of(expr.args[0]), shape_of(expr)
-    groups = _matched(x.shape, shape)
+    groups = matched(x.shape, shape)
     if groups is None:
         return False
-    sequence = _together(x.moving, [old for old, _ in groups])
+    first, last = together(x.moving, [old for old, _ in groups])
+    wanted = layout.wanted(name, len(shape))
+    sequence = first if wanted is not None and renamed(first, groups) == [a for a in wanted if a is not None and shape[a] != 1] else last
+    if sequence != x.moving and layout.only_feeds_matrices(name) and _flatten_permuted(layout, name, x, shape, groups):
+        return True
     if sequence != x.moving:
         order: Order = tuple(sequence)
-        x = Made(x.id, layout.ordered(x, complete(order, x.shape)), order, x.shape)
-    joined = {old[0]: new for old, new in groups}
-    moving = [a for old in x.moving if old in joined for a in joined[old]]
+        x = Held(x.id, layout.ordered(x, complete(order, x.shape)), order, x.shape)
+    moving = renamed(x.moving, groups)
     if all(len(old) == len(new) == 1 for old, new in groups):  # axes of size 1 come or go: nothing to do
-        renamed = {old[0]: new[0] for old, new in groups}
+        became = {old[0]: new[0] for old, new in groups}
         held_shape = shape_of(x.var)
         kept = [a for a in x.order if a is not None and x.shape[a] != 1]
-        order = tuple(None if d == 1 else renamed[kept.pop(0)] for d in held_shape)
-        layout.held[name] = Made(name, x.var, order, shape)
+        order = tuple(None if d == 1 else became[kept.pop(0)] for d in held_shape)
+        layout.held[name] = Held(name, x.var, order, shape)
         return True
     order = complete(tuple(moving), shape)
     return layout.bind(name, relax.op.reshape(x.var, [shape[a] for a in order if a is not None]), order, shape)
 
 
-def _together(sequence: list[int], joined: list[list[int]]) -> list[int]:
-    """`sequence` with the axes of each list side by side and in order; the file's own order if bringing them to their last place yields that."""
-    first, last = list(sequence), list(sequence)
-    for axes in joined:
-        place = min(first.index(a) for a in axes)
-        before = [a for a in first[:place] if a not in axes]
-        first = before + axes + [a for a in first[place:] if a not in axes]
-        place = max(last.index(a) for a in axes) + 1
-        before = [a for a in last[:place] if a not in axes]
-        last = before + axes + [a for a in last[place:] if a not in axes]
-    return last if last == sorted(last) else first
-
-
-def _matched(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """Which axes of `old` become which axes of `new`, as small as possible; axes of size 1 are left out. None for empty tensors."""
-    if 0 in old:
-        return None
-    a, b = ([i for i, d in enumerate(s) if d != 1] for s in (old, new))
-    groups: list[tuple[list[int], list[int]]] = []
-    while a:
-        left, right = [a.pop(0)], [b.pop(0)]
-        p, q = old[left[0]], new[right[0]]
-        while p != q:
-            if p < q:
-                left.append(a.pop(0))
-                p *= old[left[-1]]
-            else:
-                right.append(b.pop(0))
-                q *= new[right[-1]]
-        groups.append((left, right))
-    return groups
+def _flatten_permuted(layout: _Layout, name: str, x: Held, shape: tuple[int, ...], groups: list[tuple[list[int], list[int]]]) -> bool:
+    """Flatten an image to [batch, features] as it lies; the matrices that read it get their rows in that order instead (see `_matmul`)."""
+    old, new = groups[-1]
+    if len(shape) != 2 or new != [1] or sorted(x.moving[-len(old) :]) != old or x.moving[: -len(old)] != [a for o, _ in groups[:-1] for a in o]:
+        return False
+    features = np.arange(shape[1]).reshape([x.shape[a] for a in old])
+    layout.features[name] = features.transpose([old.index(a) for a in x.moving[-len(old) :]]).reshape(-1)
+    flat = layout.builder.emit(layout.builder.fresh(f"{name}~nhwc"), relax.op.reshape(x.var, shape))
+    layout.hold(name, flat, (0, 1), shape)
+    return True
 
 
 def _matmul(layout: _Layout, name: str, expr: Any) -> bool:
     """A product with a constant matrix works on the last axis, whatever the order of the others."""
     x, w = expr.args
-    if not (isinstance(x, relax.Var) and is_const(w) and const_value(w).ndim == 2):
+    if not (isinstance(x, relax.Var) and is_const(w) and len(shape_of(w)) == 2):
         return False
     held = layout.of(x)
+    if str(x.name) in layout.features:
+        rows = const(np.ascontiguousarray(const_value(w)[layout.features[str(x.name)]]))
+        return layout.bind(name, relax.op.matmul(held.var, rows), (0, 1), shape_of(expr))
     last = len(held.shape) - 1
     if None in held.order or held.order[-1:] != (last,) or len(held.order) != len(held.shape) or len(held.shape) < 2:
         return False
@@ -324,6 +299,7 @@ _BINARY = (
     "logical_or logical_xor bitwise_and bitwise_or bitwise_xor where left_shift right_shift"
 )
 AGNOSTIC = {f"relax.{op}" for op in (_UNARY + _BINARY).split()}
+KEEPS_AXES = AGNOSTIC | {f"relax.{op}" for op in "concat strided_slice flip nn.pad nn.prelu nn.softmax nn.instance_norm".split()}
 IMAGE: dict[str, Rule] = {
     "relax.nn.conv1d": _conv,
     "relax.nn.conv2d": _conv,

@@ -55,11 +55,12 @@ def _merged(rewrite: Rewrite, expr: Any) -> Any:
     kernel, dilation = plain(a.pool_size), plain(a.dilation)
     if "avg" in op:
         include = True
-    elif "max" in op and not_negative(rewrite, x) and all(w < k for w, k in zip([*before, *after], kernel * 2, strict=True)) and set(dilation) == {1}:
+    elif "max" in op and all(w < k for w, k in zip([*before, *after], kernel * 2, strict=True)) and set(dilation) == {1} and not_negative(rewrite, x):
         include = False
     else:
         return None
-    return getattr(relax.op.nn, op.rsplit(".", 1)[-1])(x, kernel, plain(a.strides), [*before, *after], dilation, False, include, layout=("NCW", "NCHW", "NCDHW")[rank - 1])
+    make = getattr(relax.op.nn, op.rsplit(".", 1)[-1])
+    return make(x, kernel, plain(a.strides), [*before, *after], dilation, False, include, layout=("NCW", "NCHW", "NCDHW")[rank - 1])
 
 
 def not_negative(rewrite: Rewrite, x: Any) -> bool:

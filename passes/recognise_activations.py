@@ -28,8 +28,8 @@ def recognise_activations(module: tvm.IRModule) -> tvm.IRModule:
     rewrite = Rewrite(module)
     for name, expr in rewrite:
         op = relax_op(expr)
-        if op == "relax.nn.prelu" and is_const(expr.args[1]) and len(set(const_value(expr.args[1]).reshape(-1).tolist())) == 1:
-            rewrite.keep(name, relax.op.nn.leakyrelu(expr.args[0], float(const_value(expr.args[1]).reshape(-1)[0])))
+        if op == "relax.nn.prelu" and is_const(expr.args[1]) and len(np.unique(slopes := const_value(expr.args[1]))) == 1:
+            rewrite.keep(name, relax.op.nn.leakyrelu(expr.args[0], float(slopes.reshape(-1)[0])))
         elif op == "relax.multiply" and (found := _spelled_out(rewrite, name, expr)) is not None:
             rewrite.keep(name, found)
         else:
@@ -46,7 +46,7 @@ def _spelled_out(rewrite: Rewrite, name: str, expr: Any) -> Any:
         if len(frontier) == 1:
             (x,) = frontier
             operand = rewrite.env.get(x)
-            if isinstance(operand, relax.Var) and shape_of(operand) == shape_of(source) and all(shape_of(o) == shape_of(source) for n in inside for o in _operands(values[n])):
+            if isinstance(operand, relax.Var) and all(shape_of(o) == shape_of(source) for n in inside for o in _operands(values[n])):
                 make = _NAMED.get(Unary(_expression(values, name, inside)).name)
                 if make is not None:
                     return make(rewrite, name, operand)

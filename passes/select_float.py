@@ -40,12 +40,16 @@ def select_float(module: tvm.IRModule) -> tvm.IRModule:
         if relax_op(expr) == "relax.split" and group.kind == "slice":
             continue
         if isinstance(expr, relax.TupleGetItem) and group.kind == "slice":
-            a = group.attrs
-            expr = relax.op.strided_slice(env[group.inputs[0]], list(range(len(a["begin"]))), a["begin"], a["end"], a["strides"])
-            env[name] = builder.emit(name, expr)
+            env[name] = builder.emit(name, sliced(group, env[group.inputs[0]]))
             continue
         env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
     return legal_layouts(builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs]))
+
+
+def sliced(group: Group, x: Any) -> Any:
+    """The output of a split as a slice of `x`: a value of its own, with no tuple in between."""
+    a = group.attrs
+    return relax.op.strided_slice(x, list(range(len(a["begin"]))), a["begin"], a["end"], a["strides"])
 
 
 def scheduled(group: Group, value: Callable[[str], Any]) -> Any:

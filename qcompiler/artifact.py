@@ -229,7 +229,7 @@ def _checksum(body: bytes) -> bytes:
     words = np.frombuffer(body, "<u4")
     for start in range(0, words.size, 1 << 18):
         block = words[start : start + (1 << 18)].astype(np.uint64)
-        b += a * block.size + int((block * np.arange(block.size, 0, -1, dtype=np.uint64)).sum())  # below 2^32 * 2^18 * 2^17: exact
+        b += a * block.size + int((block * np.arange(block.size, 0, -1, dtype=np.uint64)).sum())  # uint64 wraps modulo 2^64
         a += int(block.sum())
     return struct.pack("<QQ", a % 2**64, b % 2**64)
 

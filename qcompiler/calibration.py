@@ -1,7 +1,7 @@
 """Calibration: one streaming pass of the float network over sample data -> `CalibrationTable`.
 
-Each value is looked at once, where it lies, while the network runs; memory is bounded by the network and one table of `BINS` counts per value, not by
-the number of samples. The result does not depend on the order of the samples, but for the rounding of the float64 means.
+Each value is looked at once, where it lies, while the network runs; memory is bounded by the network and one table of `BINS` counts per
+value, not by the number of samples. The result does not depend on the order of the samples, but for the rounding of the float64 means.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class Watcher(Protocol):
 class Statistics:
     """What calibration saw of one float32 value over all samples.
 
-    Channels are the last axis. `channel_sum` (float64[C]) is over `channel_count` values per channel; `channel_low` and `channel_high` are float32[C].
+    Channels are the last axis. `channel_sum` and `channel_square` (of values and of their squares, float64[C]) are over `channel_count`
+    values per channel; `channel_low` and `channel_high` are float32[C].
     """
 
     histogram: Histogram = field(default_factory=Histogram)
     channel_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    channel_square: np.ndarray = field(default_factory=lambda: np.zeros(0))
     channel_low: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     channel_high: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     channel_count: int = 0
@@ -77,22 +79,23 @@ class Statistics:
         """Look at one sample's float32 array. False, and nothing recorded, when it holds a NaN or an infinity."""
         if array.size == 0:
             return True
-        sums, low, high = channel_statistics(array)
+        sums, squares, low, high = channel_statistics(array)
         if not np.isfinite(sums).all():
             return False
-        least, greatest = float(low.min()), float(high.max())
+        least, greatest, power = float(low.min()), float(high.max()), float(squares.sum())
         if self.channel_count:
             low, high = np.minimum(low, self.channel_low), np.maximum(high, self.channel_high)
-            sums = sums + self.channel_sum
-        self.channel_sum, self.channel_low, self.channel_high = sums, low, high
+            sums, squares = sums + self.channel_sum, squares + self.channel_square
+        self.channel_sum, self.channel_square, self.channel_low, self.channel_high = sums, squares, low, high
         self.channel_count += array.size // len(sums)
-        self.histogram.add(array, least, greatest)
+        self.histogram.add(array, least, greatest, power)
         return True
 
 
 @dataclass
 class CalibrationTable:
-    """Statistics by value id, over `samples` samples. Saved as JSON: one value per line, counts run-length coded (-n stands for n zeros)."""
+    """Statistics by value id, over `samples` samples. Saved as JSON: one value per line, counts run-length coded (-n stands for n
+    zeros)."""
 
     samples: int = 0
     values: dict[str, Statistics] = field(default_factory=dict)
@@ -143,8 +146,8 @@ def calibrate(
 ) -> CalibrationTable:
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
 
-    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watcher` sees every value of the same pass. Raises DataError for
-    no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in a recorded value.
+    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watcher` sees every value of the same pass. Raises
+    DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in a recorded value.
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
@@ -187,8 +190,11 @@ def _encode(s: Statistics) -> dict[str, Any]:
         "exponent": h.exponent,
         "first": h.first,
         "counts": _run_lengths(h.counts),
+        "powered": h.powered,
+        "relative": h.relative[np.flatnonzero(h.counts)].tolist(),
         "channel_count": s.channel_count,
         "channel_sum": s.channel_sum.tolist(),
+        "channel_square": s.channel_square.tolist(),
         "channel_low": s.channel_low.tolist(),
         "channel_high": s.channel_high.tolist(),
     }
@@ -203,10 +209,15 @@ def _decode(row: Mapping[str, Any]) -> Statistics:
         raise ValueError("a histogram is damaged")
     array = np.zeros(BINS, np.int64)
     array[: len(counts)] = counts
-    histogram = Histogram(int(row["exponent"]), int(row["first"]), array, int(row["zeros"]), *numbers, samples=int(row["samples"]))
+    relative = np.zeros(BINS)
+    relative[np.flatnonzero(array)] = row["relative"]
+    low, high, mean_low, mean_high = numbers
+    exponent, first, zeros, samples, powered = (int(row[k]) for k in ("exponent", "first", "zeros", "samples", "powered"))
+    histogram = Histogram(exponent, first, array, zeros, low, high, mean_low, mean_high, samples, relative, powered)
     return Statistics(
         histogram,
         np.asarray(row["channel_sum"], np.float64),
+        np.asarray(row["channel_square"], np.float64),
         np.asarray(row["channel_low"], np.float32),
         np.asarray(row["channel_high"], np.float32),
         int(row["channel_count"]),

@@ -2,10 +2,12 @@
 
     bias[o] += rint((E[float pre-activation][o] - E[int8 pre-activation][o]) / unit[o])
 
-(Nagel et al. 2019, arXiv:1906.04721, section 4.2, in its sequential, data-driven form.) A convolution is linear, so the mean of its output follows
-from the means of its inputs alone, one per kernel tap and channel: E[y][o] = b[o] + sum over taps and channels of w[o, tap, c] * E[x at that tap][c].
-The means differ between taps only at the image's border and by stride. All samples advance through the integer network side by side, so that each
-layer is corrected knowing the corrections before it; float and integer means are over the same samples, so that sampling noise cancels.
+(Nagel et al. 2019, arXiv:1906.04721, section 4.2, in its sequential, data-driven form.) A convolution is linear, so the mean of its
+output follows
+from the means of its inputs alone, one per kernel tap and channel: E[y][o] = b[o] + sum over taps and channels of w[o, tap, c] * E[x at
+that tap][c]. The means differ between taps only at the image's border and by stride. All samples advance through the integer network side
+by side, so that each layer is corrected knowing the corrections before it; float and integer means are over the same samples, so that
+sampling noise cancels.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def reach(size: int, out: int, kernel: int, stride: int, before: int, dilation: 
 
 
 def tap_means(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[int, int], out: tuple[int, ...]) -> np.ndarray:
-    """float64[KH, KW, C]: for each tap and input channel the mean, over output positions, of the element that the tap multiplies (0 in padding).
+    """float64[KH, KW, C]: per tap and input channel the mean, over output positions, of the element that the tap multiplies; 0 in padding.
 
     x: float32 NHWC (dense: [..., K]). attrs: geometry as in the operator table. out: the operator's output shape.
     """
@@ -55,11 +57,12 @@ def tap_means(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[
         rows, columns = np.ones((1, x.shape[1]), np.float32), np.ones((1, 1), np.float32)
         positions = x.shape[1]
     else:
-        (top, left), transposed = attrs["padding"][:2], kind == "conv2d_transpose"
-        axes = zip(x.shape[1:3], out[1:3], kernel, attrs["strides"], (top, left), attrs["dilation"], strict=True)
-        rows, columns = (reach(*axis, transposed) for axis in axes)
+        rows, columns = (
+            reach(x.shape[1 + a], out[1 + a], kernel[a], attrs["strides"][a], attrs["padding"][a], attrs["dilation"][a], kind == "conv2d_transpose")
+            for a in (0, 1)
+        )
         positions = x.shape[0] * out[1] * out[2]
-    n, h, w, c = x.shape
+    _, h, w, c = x.shape
     total = np.zeros((len(rows), len(columns), c))
     for image in np.ascontiguousarray(x, np.float32):  # rows in float32 (exact for int8 values), then columns in float64
         lines = (rows @ image.reshape(h, w * c)).reshape(len(rows), w, c).astype(np.float64)
@@ -71,7 +74,8 @@ def pre_activation(weight: np.ndarray, means: np.ndarray, groups: int = 1) -> np
     """float64[O]: sum over taps and channels of weight [O, KH, KW, C/groups] (dense: [N, K]) times `means` [KH, KW, C]."""
     kh, kw, channels = means.shape
     w = weight.reshape(groups, weight.shape[0] // groups, kh, kw, channels // groups).astype(np.float64)
-    return np.einsum("gohwi,hwgi->go", w, means.reshape(kh, kw, groups, channels // groups), optimize=True).reshape(-1)
+    result: np.ndarray = np.einsum("gohwi,hwgi->go", w, means.reshape(kh, kw, groups, channels // groups), optimize=True).reshape(-1)
+    return result
 
 
 def _kernel(weight: np.ndarray) -> tuple[int, int]:
@@ -82,7 +86,7 @@ def _kernel(weight: np.ndarray) -> tuple[int, int]:
 
 
 class FloatMeans:
-    """A calibration watcher: of the first `limit` samples, per sample, the input means of every convolution and dense group, and the outputs.
+    """A calibration watcher: of each of the first `limit` samples the input means of every convolution and dense group, and the outputs.
 
     Memory per sample: one float32 per tap and input channel of every such group, and the network's outputs.
     """
@@ -125,7 +129,7 @@ class FloatMeans:
         """float64[O]: the mean pre-activation of a group over the first `count` samples, bias and (if asked for) residual included."""
         group = self.groups[group_id]
         assert group.weight is not None
-        mean = np.mean(self._means[group_id][:count], axis=0, dtype=np.float64)
+        mean: np.ndarray = np.asarray(np.mean(self._means[group_id][:count], axis=0, dtype=np.float64))
         result = pre_activation(group.weight, mean, int(group.attrs.get("groups", 1)))
         if group.bias is not None:
             result = result + group.bias
@@ -151,15 +155,17 @@ class IntegerExecutor(Protocol):
     `view` of a context is a value in canonical int8, valid when the step that reads it is next. `set_bias` acts on all contexts.
     """
 
-    steps: Sequence[str]
-    context_bytes: int
-
+    @property
+    def steps(self) -> Sequence[str]: ...
+    @property
+    def context_bytes(self) -> int: ...
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context: ...
     def set_bias(self, value_id: str, bias: np.ndarray) -> None: ...
 
 
 class SessionExecutor:
-    """A `Session` on the library that was built from `program`: biases are packed again into the program's constants, code stays as it is."""
+    """A `Session` on the library that was built from `program`: biases are packed again into the program's constants, code stays as it
+    is."""
 
     def __init__(self, session: Any, program: Any) -> None:
         self.steps = [str(step["id"]) for step in session.manifest["steps"]]
@@ -249,8 +255,8 @@ def correct(
 ) -> Correction:
     """Correct the biases of `executor`'s network; the better of the two networks, judged by the SQNR of its outputs, stays in force.
 
-    module: the integer module that the executor runs; `with_biases` writes the result back into it. means: collected from the first of these
-    `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is always allowed).
+    module: the integer module that the executor runs; `with_biases` writes the result back into it. means: collected from the first of
+    these `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is always allowed).
     Raises DataError when there are no samples.
     """
     count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
@@ -333,4 +339,3 @@ def with_biases(module: tvm.IRModule, biases: Mapping[str, np.ndarray]) -> tvm.I
             expr = make_op(op[0], tensors, op[2], shape_of(expr), dtype_of(expr))
         env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
     return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
-

@@ -36,6 +36,10 @@ class OutputError(QCompilerError):
     """A result can't be written where the user asked."""
 
 
+class TuningError(QCompilerError):
+    """A tuning log can't be used, or there is nothing to tune."""
+
+
 def closest(word: str, candidates: list[str], count: int = 3) -> str:
     """`" Did you mean 'a' or 'b'?"` for the nearest candidates, or an empty string when none is near."""
     import difflib

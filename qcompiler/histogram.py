@@ -1,8 +1,8 @@
 """Exact streaming histograms: what calibration records of each value, in memory that does not grow with the data.
 
-Bins lie on a power-of-two grid: bin i of exponent k holds the values in [i * 2^k, (i + 1) * 2^k). When values outgrow the table, the width doubles and
-bins 2i and 2i + 1 merge into bin i. Since floor(floor(x / 2^k) / 2) = floor(x / 2^(k + 1)), merging loses nothing: the table equals the one that
-counting all data at the final width would have made, whatever the order of the data.
+Bins lie on a power-of-two grid: bin i of exponent k holds the values in [i * 2^k, (i + 1) * 2^k). When values outgrow the table, the
+width doubles and bins 2i and 2i + 1 merge into bin i. Since floor(floor(x / 2^k) / 2) = floor(x / 2^(k + 1)), merging loses nothing: the
+table equals the one that counting all data at the final width would have made, whatever the order of the data.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,12 @@ def grid_exponent(low: float, high: float) -> int:
 class Histogram:
     """Counts of all float32 values seen, with their exact range.
 
-    `counts[i]` (int64, `BINS` of them) is the number of values in [(first + i) * 2^exponent, (first + i + 1) * 2^exponent); `zeros` of them are
-    exactly 0, which every quantization represents exactly. `low` and `high` are the least and greatest value; `mean_low` and `mean_high` are the
-    means of the per-sample extremes over `samples` samples. All are 0 when empty.
+    `counts[i]` (int64, `BINS` of them) is the number of values in [(first + i) * 2^exponent, (first + i + 1) * 2^exponent); `zeros` of
+    them are exactly 0, which every quantization represents exactly. `low` and `high` are the least and greatest value; `mean_low` and
+    `mean_high` are the means of the per-sample extremes over `samples` samples. `relative[i]` (float64) holds the counts without exact zeros,
+    each sample's divided by its own sum of squares: an error summed with these weights counts relative to the sample it occurs in, so that a
+    few samples with huge values don't outweigh all others. `powered` is the number of samples that took part: those with a value other than 0.
+    All are 0 when empty.
     """
 
     exponent: int = _MIN_EXPONENT
@@ -55,6 +58,8 @@ class Histogram:
     mean_low: float = 0.0
     mean_high: float = 0.0
     samples: int = 0
+    relative: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    powered: int = 0
 
     @property
     def width(self) -> float:
@@ -68,30 +73,43 @@ class Histogram:
 
     @property
     def edges(self) -> np.ndarray:
-        """Bin edges, float64[BINS + 1]."""
+        """Bin edges, float64[bins + 1]."""
         return np.ldexp(np.arange(self.first, self.first + len(self.counts) + 1, dtype=np.float64), self.exponent)
 
-    def rebinned(self, exponent: int, first: int) -> np.ndarray:
-        """The counts (int64[BINS]) on a grid that is as coarse or coarser and covers all values; exact."""
-        if (exponent, first) == (self.exponent, self.first):
-            return self.counts
-        used = np.flatnonzero(self.counts)
-        counts = np.zeros(BINS, np.int64)
-        np.add.at(counts, ((used + self.first) >> min(exponent - self.exponent, 62)) - first, self.counts[used])
+    @property
+    def nonzero(self) -> np.ndarray:
+        """The counts without exact zeros, float64[bins]."""
+        counts = self.counts.astype(np.float64)
+        if self.zeros:
+            counts[-self.first] -= self.zeros
         return counts
 
-    def add(self, values: np.ndarray, low: float, high: float) -> None:
-        """Count one sample's `values` (float32, any shape, all finite), whose extremes are `low` and `high`."""
+    def coarser(self, exponent: int, first: int) -> Histogram:
+        """The same data on a grid that is as coarse or coarser and covers all values; exact."""
+        if (exponent, first) == (self.exponent, self.first):
+            return self
+        used = np.flatnonzero(self.counts)
+        to = ((used + self.first) >> min(exponent - self.exponent, 62)) - first
+        counts, relative = np.zeros(BINS, np.int64), np.zeros(BINS)
+        np.add.at(counts, to, self.counts[used])
+        np.add.at(relative, to, self.relative[used])
+        return replace(self, exponent=exponent, first=first, counts=counts, relative=relative)
+
+    def add(self, values: np.ndarray, low: float, high: float, power: float) -> None:
+        """Count one sample's `values` (float32, any shape, all finite), whose extremes are `low` and `high` and whose sum of squares is `power`."""
         if self.samples:
             self.low, self.high = min(self.low, low), max(self.high, high)
         else:
             self.low, self.high = low, high
         exponent = max(self.exponent, grid_exponent(self.low, self.high))
         first = math.floor(math.ldexp(min(self.low, 0.0), -exponent))
-        counts = self.rebinned(exponent, first)
+        before = self.coarser(exponent, first)
         self.exponent, self.first = exponent, first
-        added, zeros = count_bins(values, exponent, first)
-        self.counts = counts + added
+        counts, zeros = count_bins(values, exponent, first)
+        self.counts, self.relative = before.counts + counts, before.relative
+        if power > 0:
+            self.relative = self.relative + replace(self, counts=counts, zeros=zeros).nonzero / power
+            self.powered += 1
         self.zeros += zeros
         self.samples += 1
         self.mean_low += (low - self.mean_low) / self.samples
@@ -104,16 +122,19 @@ class Histogram:
         low, high = min(self.low, other.low), max(self.high, other.high)
         exponent = max(self.exponent, other.exponent, grid_exponent(low, high))
         first = math.floor(math.ldexp(min(low, 0.0), -exponent))
+        a, b = self.coarser(exponent, first), other.coarser(exponent, first)
         return Histogram(
             exponent,
             first,
-            self.rebinned(exponent, first) + other.rebinned(exponent, first),
-            self.zeros + other.zeros,
+            a.counts + b.counts,
+            a.zeros + b.zeros,
             low,
             high,
-            min(self.mean_low, other.mean_low),
-            max(self.mean_high, other.mean_high),
-            max(self.samples, other.samples),
+            min(a.mean_low, b.mean_low),
+            max(a.mean_high, b.mean_high),
+            max(a.samples, b.samples),
+            a.relative + b.relative,
+            a.powered + b.powered,
         )
 
 
@@ -133,18 +154,18 @@ def count_bins(values: np.ndarray, exponent: int, first: int) -> tuple[np.ndarra
     return counts.sum(axis=0, dtype=np.int64), int(zeros.sum())
 
 
-def channel_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(sums float64[C], low float32[C], high float32[C]) over all axes but the last of a non-empty float32 array.
+def channel_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(sums float64[C], sums of squares float64[C], low float32[C], high float32[C]) over all axes but the last of a non-empty float32 array.
 
     A sum is NaN or infinite exactly when the channel holds a NaN or an infinity: finite float32 values can't overflow a float64 sum.
     """
     values = np.ascontiguousarray(values, np.float32)
     channels = values.shape[-1] if values.ndim else 1
-    sums = np.zeros(channels)
+    sums, squares = np.zeros(channels), np.zeros(channels)
     low, high = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
     _, reduce = _kernels()
-    reduce(_pointer(values), values.size // channels, channels, _pointer(sums), _pointer(low), _pointer(high))
-    return sums, low, high
+    reduce(_pointer(values), values.size // channels, channels, *map(_pointer, (sums, squares, low, high)))
+    return sums, squares, low, high
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:
@@ -199,14 +220,14 @@ def _count_kernel() -> Any:
 
 
 def _channel_kernel() -> Any:
-    """channels(x, rows, channels, sums, low, high): adds to and updates the last three, 16 channels at a time, then one at a time."""
+    """channels(x, rows, channels, sums, squares, low, high): adds to and updates the last four, 16 channels at a time, then one at a time."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_attr({"global_symbol": "channels"})
             x_pointer, rows, channels = T.arg("x", T.handle()), T.arg("rows", T.int32()), T.arg("channels", T.int32())
-            pointers = [T.arg(name, T.handle()) for name in ("sums", "low", "high")]
+            pointers = [T.arg(name, T.handle()) for name in ("sums", "squares", "low", "high")]
             x = T.decl_buffer((rows * channels,), "float32", data=x_pointer)
-            results = [T.decl_buffer((channels,), dtype, data=p) for p, dtype in zip(pointers, ("float64", "float32", "float32"), strict=True)]
+            results = [T.decl_buffer((channels,), dtype, data=p) for p, dtype in zip(pointers, ("float64", "float64", "float32", "float32"), strict=True)]
 
             def column(at: Any, width: int) -> None:
                 """Reduce the `width` channels that start at `at`."""
@@ -218,9 +239,11 @@ def _channel_kernel() -> Any:
                 with T.serial(0, rows) as row:
                     start = row * channels + at
                     v = T.bind(x[T.ramp(start, 1, width) if width > 1 else start])
-                    T.buffer_store(held[0], held[0][lanes] + v.astype(wide), [lanes])
-                    T.buffer_store(held[1], tirx.min(held[1][lanes], v), [lanes])
-                    T.buffer_store(held[2], tirx.max(held[2][lanes], v), [lanes])
+                    precise = T.bind(v.astype(wide))
+                    T.buffer_store(held[0], held[0][lanes] + precise, [lanes])
+                    T.buffer_store(held[1], held[1][lanes] + precise * precise, [lanes])
+                    T.buffer_store(held[2], tirx.min(held[2][lanes], v), [lanes])
+                    T.buffer_store(held[3], tirx.max(held[3][lanes], v), [lanes])
                 for mine, result in zip(held, results, strict=True):
                     T.buffer_store(result, mine[lanes], [here])
 

@@ -1,7 +1,7 @@
 """Walks a module with the reference arithmetic: the oracle for whole networks.
 
 `qc.*` operators are computed by `qcompiler.numerics`. Relax operators that stayed float (and the quantize/dequantize of a QDQ module) run as TVM
-legalizes them, one operator at a time, on this machine.
+legalizes them, one operator at a time, on this machine; transposed convolutions in NHWC, which it can't legalize, are computed here in float64.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.numerics import OPERATORS
-from qcompiler.passes.graph import Graph, arguments, const_value, is_const, match_op
+from qcompiler.errors import DataError
+from qcompiler.numerics import OPERATORS, scatter
+from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, plain, relax_op, shape_of
 
 
 def run(module: tvm.IRModule, inputs: Mapping[str, np.ndarray], keep: str = "outputs") -> dict[str, np.ndarray]:
     """Execute `module` on {input name: array}.
 
     keep "outputs": {output name: array}. keep "all": {value id: array} for inputs and every binding that is a tensor.
+    Raises DataError for an input that is missing or of another shape or dtype, ValueError for another `keep`.
     """
+    if keep not in ("outputs", "all"):
+        raise ValueError(f"keep is '{keep}'; it must be 'outputs' or 'all'")
     graph = Graph.of(module)
-    values: dict[str, Any] = {str(p.name): np.asarray(inputs[str(p.name)]) for p in graph.inputs}
+    values: dict[str, Any] = {str(p.name): _checked(p, inputs) for p in graph.inputs}
 
     def value(arg: Any) -> Any:
         return const_value(arg) if is_const(arg) else values[str(arg.name)]
@@ -36,11 +40,31 @@ def run(module: tvm.IRModule, inputs: Mapping[str, np.ndarray], keep: str = "out
             values[name] = value(expr)
         elif isinstance(expr, relax.TupleGetItem):
             values[name] = values[str(expr.tuple_value.name)][int(expr.index)]
+        elif relax_op(expr) == "relax.nn.conv2d_transpose" and str(expr.attrs.data_layout) == "NHWC":
+            values[name] = _transposed(expr.attrs, *map(value, expr.args))
         else:
             values[name] = _legalized(expr, [value(a) for a in arguments(expr)])
     if keep == "all":
         return {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
     return {name: values[str(v.name)] for name, v in graph.outputs}
+
+
+def _checked(parameter: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    name, wanted = str(parameter.name), (shape_of(parameter), dtype_of(parameter))
+    if name not in inputs:
+        raise DataError(f"input '{name}' is missing; given: {', '.join(map(repr, inputs)) or 'none'}")
+    array = np.asarray(inputs[name])
+    if (array.shape, str(array.dtype)) != wanted:
+        raise DataError(f"input '{name}' is {array.dtype} {list(array.shape)}; wanted: {wanted[1]} {list(wanted[0])}")
+    return array
+
+
+def _transposed(attrs: Any, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """`relax.nn.conv2d_transpose` of x [N,H,W,I], w [I,KH,KW,O/groups]."""
+    strides, padding, extra, dilation = (plain(getattr(attrs, k)) for k in ("strides", "padding", "output_padding", "dilation"))
+    groups = int(attrs.groups)
+    parts = [part.transpose(3, 1, 2, 0) for part in np.split(w.astype(np.float64), groups)]
+    return scatter(x.astype(np.float64), np.concatenate(parts), strides, padding, extra, dilation, groups).astype(np.float32)
 
 
 _CACHE: dict[str, Any] = {}

@@ -105,22 +105,27 @@ def conv2d_transpose(x: Array, w: Array, bias: Array, multiplier: Array, *, stri
                      output_padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1, x_zero_point: int, zero_point: int = 0,
                      low: int = -128, high: int = 127, out_dtype: str = "int8", float_low: float | None = None, float_high: float | None = None) -> Array:
     """ONNX ConvTranspose: x [N,H,W,I], w [O,KH,KW,I/groups]. Each `x - x_zero_point` is scattered times w, then `padding` is cropped away."""
+    acc = scatter(x.astype(np.float64) - x_zero_point, w.astype(np.float64), strides, padding, output_padding, dilation, groups)
+    return finish(acc.astype(np.int64) + bias.astype(np.int64), multiplier, None, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
+                  residual_zero_point=0, residual_multiplier=0, residual_shift=0, float_low=float_low, float_high=float_high)
+
+
+def scatter(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int],
+            groups: int) -> Array:
+    """The transpose of `convolve` in the operands' float dtype: x [N,H,W,I], w [O,KH,KW,I/groups] -> [N,OH,OW,O]."""
     top, left, bottom, right = padding
     outputs, kh, kw, inputs = w.shape
     n, height, width, _ = x.shape
-    real = x.astype(np.float64) - x_zero_point
     full_h = (height - 1) * strides[0] + (kh - 1) * dilation[0] + 1 + output_padding[0]
     full_w = (width - 1) * strides[1] + (kw - 1) * dilation[1] + 1 + output_padding[1]
-    acc = np.zeros((n, full_h, full_w, outputs))
+    acc = np.zeros((n, full_h, full_w, outputs), x.dtype)
     for i in range(kh):
         for j in range(kw):
             target = acc[:, i * dilation[0] :, j * dilation[1] :][:, : (height - 1) * strides[0] + 1 : strides[0], : (width - 1) * strides[1] + 1 : strides[1]]
             for g in range(groups):
                 out = slice(g * outputs // groups, (g + 1) * outputs // groups)
-                target[..., out] += real[..., g * inputs : (g + 1) * inputs] @ w[out, i, j].astype(np.float64).T
-    acc = acc[:, top : full_h - bottom, left : full_w - right]
-    return finish(acc.astype(np.int64) + bias.astype(np.int64), multiplier, None, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=0, residual_multiplier=0, residual_shift=0, float_low=float_low, float_high=float_high)
+                target[..., out] += x[..., g * inputs : (g + 1) * inputs] @ w[out, i, j].T
+    return acc[:, top : full_h - bottom, left : full_w - right]
 
 
 def dense(x: Array, w: Array, bias: Array, multiplier: Array, residual: Array | None = None, *, x_zero_point: int, zero_point: int = 0, low: int = -128,

@@ -1,12 +1,11 @@
 """Observers: from the histogram of a value to the range that 8 bits should cover, and what that range costs.
 
-An observer only proposes a range [low, high]; ranges are widened to contain 0 (`QParams.from_range`), so that 0 is exact. `quantization_error` judges
-any range on the same histogram, which is how a plan compares observers.
+An observer only proposes a range [low, high]; ranges are widened to contain 0 (`QParams.from_range`), so that 0 is exact.
+`relative_error` judges any range on the same histogram, which is how a plan compares observers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -19,16 +18,24 @@ Range = tuple[float, float]
 Observer = Callable[[Histogram], Range]
 
 
-def quantization_error(histogram: Histogram, params: QParams) -> float:
-    """Expected squared error E[(x - dequantize(quantize(x)))^2], in squared units of the value.
+def squared_error(histogram: Histogram, params: QParams) -> float:
+    """Expected squared error E[(x - dequantize(quantize(x)))^2] over all values, in squared units of the value."""
+    return float(histogram.nonzero @ _bin_errors(histogram, params)) / max(histogram.total, 1)
 
-    Values are taken as uniform within their bin, except exact zeros, whose error is 0. With s the scale and [l, h] the representable range, the
-    squared error is (x - s*rint(x/s))^2 inside, (x - l)^2 below and (x - h)^2 above; each has a closed antiderivative, so the integral over a bin
-    is a difference of two values of it, exact for bins wider and narrower than a step alike. Inside: with t = x/s = n + r, n = rint(t),
-    F(x) = s^3 * (n/12 + r^3/3), since every whole step contributes s^3/12.
+
+def relative_error(histogram: Histogram, params: QParams) -> float:
+    """The mean over samples of (sum of squared errors) / (sum of squares): what a plan minimises; -10 log10 of it is an SQNR in dB."""
+    return float(histogram.relative @ _bin_errors(histogram, params)) / max(histogram.powered, 1)
+
+
+def _bin_errors(histogram: Histogram, params: QParams) -> np.ndarray:
+    """Expected squared error of one value in each bin, float64[bins].
+
+    Values are taken as uniform within their bin (exact zeros, whose error is 0, the caller leaves out). With s the scale and [l, h] the
+    representable range, the squared error is (x - s*rint(x/s))^2 inside, (x - l)^2 below and (x - h)^2 above; each has a closed
+    antiderivative, so the integral over a bin is a difference of two values of it, exact for bins wider and narrower than a step alike.
+    Inside: with t = x/s = n + r, n = rint(t), F(x) = s^3 * (n/12 + r^3/3), since every whole step contributes s^3/12.
     """
-    if not histogram.total:
-        return 0.0
     scale = params.scale
     bottom, top = params.range
     edges = histogram.edges
@@ -36,20 +43,8 @@ def quantization_error(histogram: Histogram, params: QParams) -> float:
     steps = inside / scale
     whole = np.rint(steps)
     integral = scale**3 * (whole / 12 + (steps - whole) ** 3 / 3) + (edges - inside) ** 3 / 3
-    counts = histogram.counts.astype(np.float64)
-    if histogram.zeros:
-        counts[-histogram.first] -= histogram.zeros
-    return float(counts @ np.diff(integral)) / histogram.width / histogram.total
-
-
-def signal_power(histogram: Histogram) -> float:
-    """E[x^2], values taken as uniform within their bin."""
-    if not histogram.total:
-        return 0.0
-    counts = histogram.counts.astype(np.float64)
-    if histogram.zeros:
-        counts[-histogram.first] -= histogram.zeros
-    return float(counts @ np.diff(histogram.edges**3)) / 3 / histogram.width / histogram.total
+    errors: np.ndarray = np.diff(integral) / histogram.width
+    return errors
 
 
 def min_max(histogram: Histogram) -> Range:
@@ -64,8 +59,8 @@ def moving_average(histogram: Histogram) -> Range:
 
 
 def percentile(percent: float) -> Observer:
-    """The range that leaves (100 - percent) percent of values out, half at each end (McKinstry et al. 2018, arXiv:1809.04191; Wu et al. 2020,
-    arXiv:2004.09602, section 3.2). An end without values beyond 0 stays at 0, and its share goes to the other end."""
+    """The range that leaves (100 - percent) percent of values out, half at each end (McKinstry et al. 2018, arXiv:1809.04191; Wu et al.
+    2020, arXiv:2004.09602, section 3.2). An end without values beyond 0 stays at 0, and its share goes to the other end."""
 
     def observe(histogram: Histogram) -> Range:
         total, edges = histogram.total, histogram.edges
@@ -81,43 +76,52 @@ def percentile(percent: float) -> Observer:
     return observe
 
 
-def least_squares(histogram: Histogram) -> Range:
-    """The range with the least `quantization_error` (Banner et al. 2019, arXiv:1810.05723, minimise the same; here on the histogram itself instead
-    of a fitted distribution): each end in turn over a shrinking grid of fractions of the observed range, until neither moves."""
-    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if low == high:
-        return low, high
-    exponent, first = histogram.exponent + 2, histogram.first >> 2  # the search itself gets by with a quarter of the bins
-    coarse = dataclasses.replace(histogram, exponent=exponent, first=first, counts=histogram.rebinned(exponent, first)[: BINS // 4 + 1])
+def least(error: Callable[[Histogram, QParams], float]) -> Observer:
+    """The range with the least `error`: each end in turn over a shrinking grid of fractions of the observed range, until neither moves.
 
-    def cost(below: float, above: float) -> float:
-        return quantization_error(coarse, QParams.from_range(below * low, above * high))
+    With `squared_error` this is what Banner et al. 2019 (arXiv:1810.05723) minimise, on the histogram itself instead of a fitted distribution.
+    """
 
-    fractions, best = [1.0, 1.0], cost(1.0, 1.0)
-    for grid in (np.linspace(0.1, 1.0, 19), np.linspace(-0.04, 0.04, 9), np.linspace(-0.008, 0.008, 5)):
-        for _ in range(2):
-            before = list(fractions)
-            for end in (0, 1):
-                if (low, high)[end] == 0:
-                    continue
-                center = 0.0 if len(grid) == 19 else fractions[end]
-                for candidate in center + grid:
-                    trial = list(fractions)
-                    trial[end] = float(candidate)
-                    if 0 < candidate <= 1 and (error := cost(*trial)) < best:
-                        best, fractions = error, trial
-            if fractions == before:
-                break
-    return fractions[0] * low, fractions[1] * high
+    def observe(histogram: Histogram) -> Range:
+        low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+        if low == high:
+            return low, high
+        coarse = histogram.coarser(histogram.exponent + 2, histogram.first >> 2)  # the search gets by with a quarter of the bins
+        bins = BINS // 4 + 1
+        coarse.counts, coarse.relative = coarse.counts[:bins], coarse.relative[:bins]
+
+        def cost(below: float, above: float) -> float:
+            return error(coarse, QParams.from_range(below * low, above * high))
+
+        fractions, best = [1.0, 1.0], cost(1.0, 1.0)
+        for grid, absolute in (
+            (np.linspace(0.05, 1.0, 20), True),
+            (np.linspace(-0.04, 0.04, 9), False),
+            (np.linspace(-0.008, 0.008, 5), False),
+        ):
+            for _ in range(2):
+                before = list(fractions)
+                for end in (0, 1):
+                    if (low, high)[end] == 0:
+                        continue
+                    for candidate in grid + (0.0 if absolute else fractions[end]):
+                        trial = list(fractions)
+                        trial[end] = float(candidate)
+                        if 0 < candidate <= 1 and (found := cost(*trial)) < best:
+                            best, fractions = found, trial
+                if fractions == before:
+                    break
+        return fractions[0] * low, fractions[1] * high
+
+    return observe
 
 
 def entropy(histogram: Histogram) -> Range:
-    """The range whose 8-bit histogram is nearest to the clipped one by Kullback-Leibler divergence (Migacz, "8-bit Inference with TensorRT", GTC 2017),
+    """The range whose 8-bit histogram is nearest to the clipped one by Kullback-Leibler divergence (Migacz, "8-bit Inference with
+    TensorRT", GTC 2017),
     for asymmetric ranges: both ends shrink in proportion. Exact zeros don't take part: every range represents them."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    counts = histogram.counts.astype(np.float64)
-    if histogram.zeros:
-        counts[-histogram.first] -= histogram.zeros
+    counts = histogram.nonzero
     if low == high or not counts.any():
         return low, high
     zero, best, chosen = -histogram.first, math.inf, (low, high)
@@ -134,7 +138,8 @@ def entropy(histogram: Histogram) -> Range:
 
 
 def _divergence(counts: np.ndarray, first: int, last: int) -> float:
-    """KL(P || Q) where P is counts[first:last] with what lies outside added to its end bins, and Q spreads 256 levels over P's occupied bins."""
+    """KL(P || Q) where P is counts[first:last] with what lies outside added to its end bins, and Q spreads 256 levels over P's occupied
+    bins."""
     inside = counts[first:last]
     p = inside.copy()
     p[0] += counts[:first].sum()
@@ -156,7 +161,8 @@ OBSERVERS: dict[str, Observer] = {
     "percentile-99.9": percentile(99.9),
     "percentile-99.99": percentile(99.99),
     "percentile-99.999": percentile(99.999),
-    "mse": least_squares,
+    "mse": least(squared_error),
+    "sqnr": least(relative_error),
     "entropy": entropy,
 }
 """Observers by name, simplest first: of equal errors the first wins."""

@@ -62,6 +62,7 @@ class Built:
 
     def link(self, **manifest: Any) -> Artifact:
         described = artifacts.program_manifest(self.program) | {"values": {}, "float_ops": []} | manifest
+        described |= artifacts.port_parameters(self.program, described["values"])
         return artifacts.link(self.code, self.program.constants, described, self.program.target)
 
 

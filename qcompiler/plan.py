@@ -2,11 +2,13 @@
 
     decide(model, calibration table, target, preset) -> QuantPlan
 
-1. Operators without an int8 kernel stay float. So does what only carries float values on to float operators or outputs: the last convolution or dense
-   layer hands its int32 accumulator out as float32, and reshapes, concatenations and small activations behind it stay float too.
-2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands of a concatenation.
-3. A class takes fixed parameters where an operator's range is known in advance (sigmoid, tanh, softmax), else, of all ranges that observers propose,
-   the one with the least estimated squared error on the histogram of the class.
+1. Operators without an int8 kernel stay float. So does what only carries float values on to float operators or outputs: the last
+   convolution or dense layer hands its int32 accumulator out as float32, and reshapes, concatenations and small activations behind it
+   stay float too.
+2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands
+   of a concatenation.
+3. A class takes fixed parameters where an operator's range is known in advance (sigmoid, tanh, softmax), else, of all ranges that
+   observers propose, the one with the least estimated error, relative to each sample's power, on the histogram of the class.
 4. Weights are int8 per output channel, with the clipping that costs least (`weights.py`).
 """
 
@@ -21,7 +23,7 @@ from qcompiler import schedules
 from qcompiler.calibration import CalibrationTable
 from qcompiler.errors import PlanError, closest
 from qcompiler.histogram import Histogram
-from qcompiler.observers import OBSERVERS, quantization_error, signal_power
+from qcompiler.observers import OBSERVERS, relative_error
 from qcompiler.passes.graph import Graph, dtype_of, relax_op
 from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, SAME_QUANTIZATION, Group, find_groups
 from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Quantized, QuantPlan, Shared
@@ -68,7 +70,7 @@ def choose_params(histogram: Histogram, observers: tuple[str, ...]) -> tuple[QPa
     best: tuple[float, QParams, str] | None = None
     for name in observers:
         params = QParams.from_range(*OBSERVERS[name](histogram))
-        error = quantization_error(histogram, params)
+        error = relative_error(histogram, params)
         if best is None or error < best[0] * (1 - _MIN_GAIN):
             best = (error, params, name)
     assert best is not None
@@ -76,8 +78,8 @@ def choose_params(histogram: Histogram, observers: tuple[str, ...]) -> tuple[QPa
 
 
 def _decibel(histogram: Histogram, params: QParams) -> float:
-    error, power = quantization_error(histogram, params), signal_power(histogram)
-    return 10 * math.log10(power / error) if error > 0 and power > 0 else math.inf
+    error = relative_error(histogram, params)
+    return -10 * math.log10(error) if error > 0 else math.inf
 
 
 def _operands(group: Group) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class _Planner:
             if group.kind in _WEIGHTED and group.id not in self.plan.reasons:
                 assert group.weight is not None
                 x = self.plan.params(group.inputs[0])
-                scales = choose_scales(group.weight, RATIOS[self.plan.preset], group.bias, x and x.scale)
+                scales = choose_scales(group.weight, RATIOS[self.plan.preset], group.bias, None if x is None else x.scale)
                 self.plan.scales[group.id], self.plan.weights[group.id] = scales.scale, group.weight
         self.plan.validate(self.groups, [str(p.name) for p in self.graph.inputs])
         return self.plan
@@ -194,7 +196,8 @@ class _Planner:
 
     def gains(self, value: str, concat: Group) -> bool:
         """Should an operand take over its concat's quantization? Always when nobody else reads it. A value with other readers keeps its own
-        (and the concat reads it through a table) when its range is less than half of the concat's: sharing would cost it more than a bit."""
+        (and the concat reads it through a table) when its range is less than half of the concat's: sharing would cost it more than a
+        bit."""
         if len(self.readers[value]) == 1:
             return True
         own, joint = self.histogram(self.classes[value]), self.statistics(concat.id)
@@ -261,10 +264,12 @@ class _Planner:
         return "softmax" if relax_op(self.graph.values()[value]) == "relax.nn.softmax" else None
 
     def with_padding(self, params: QParams, members: set[str]) -> tuple[QParams, str]:
-        """Widen the range to the constants that pads put among the values, where they are of the values' magnitude. Others (the least float before
-        a maximum, say) saturate at the end of the range."""
+        """Widen the range to the constants that pads put among the values, where they are of the values' magnitude. Others (the least
+        float before a maximum, say) saturate at the end of the range."""
         low, high = params.range
-        values = [float(self.made_by[v].attrs["value"]) for v in members if v in self.made_by and self.made_by[v].kind == "pad" and self.copies(self.made_by[v])]
+        values = [
+            float(self.made_by[v].attrs["value"]) for v in members if v in self.made_by and self.made_by[v].kind == "pad" and self.copies(self.made_by[v])
+        ]
         near = sorted({v for v in values if low - (high - low) <= v <= high + (high - low) and not low <= v <= high})
         if not near:
             return params, ""

@@ -46,7 +46,8 @@ class Shared:
 
 @dataclass(frozen=True)
 class Derived:
-    """The parameters of value `source`, because it holds a selection of, or lies between, its values (pooling, reshape, slice, resize, ...)."""
+    """The parameters of value `source`, because it holds a selection of, or lies between, its values (pooling, reshape, slice, resize,
+    ...)."""
 
     source: str
     reason: str
@@ -88,7 +89,8 @@ class QuantPlan:
     weights: dict[str, np.ndarray] = field(default_factory=dict, repr=False)  # the float weights that `scales` are for; not saved
 
     def params(self, value_id: str) -> QParams | None:
-        """How a value is stored in 8 bits; None when it stays float32. Raises PlanError for an unknown id or a circle of Shared and Derived."""
+        """How a value is stored in 8 bits; None when it stays float32. Raises PlanError for an unknown id or a circle of Shared and
+        Derived."""
         seen = [value_id]
         while True:
             edge = self.edges.get(seen[-1])
@@ -170,7 +172,9 @@ class QuantPlan:
                 raise PlanError(f"the plan has a row for value '{value}', which the model does not have; it was made for another model")
             params = self.params(value)
             if params is not None and not (math.isfinite(params.scale) and params.scale > 0 and -128 <= params.zero_point <= 127):
-                raise PlanError(f"value '{value}': scale {params.scale} and zero point {params.zero_point} are not usable; supported: scale > 0, zero point in [-128, 127]")
+                raise PlanError(
+                    f"value '{value}': scale {params.scale} and zero point {params.zero_point} are not usable; supported: scale > 0, zero point in [-128, 127]"
+                )
         for unknown in set(self.scales) - {g.id for g in groups}:
             raise PlanError(f"the plan has weight scales for operator '{unknown}', which the model does not have; it was made for another model")
         for group in groups:
@@ -189,7 +193,9 @@ class QuantPlan:
             if params is None:
                 raise PlanError(f"{where} its input '{value}' stays float32; give it parameters, or a reason to keep the operator in float")
             if group.kind in SAME_QUANTIZATION and group.kind != "concat" and params != output:
-                raise PlanError(f"{where} its input '{value}' has scale {params.scale} and zero point {params.zero_point}, unlike its output; {group.kind} keeps them")
+                raise PlanError(
+                    f"{where} its input '{value}' has scale {params.scale} and zero point {params.zero_point}, unlike its output; {group.kind} keeps them"
+                )
         if group.kind in ("conv2d", "conv2d_transpose", "dense"):
             assert group.weight is not None
             scale = self.scales.get(group.id)
@@ -199,7 +205,8 @@ class QuantPlan:
     # -- text ---------------------------------------------------------------------------------------------------------------------------
 
     def explain(self, groups: Sequence[Group] = ()) -> str:
-        """The plan as a text table: one row per value in order, with its decision, range, estimated SQNR and reason. `groups` adds operators."""
+        """The plan as a text table: one row per value in order, with its decision, range, estimated SQNR and reason. `groups` adds
+        operators."""
         kinds = {g.id: g.kind for g in groups}
         rows = [("value", "operator", "stored as", "scale", "zero point", "range", "SQNR dB", "why")]
         for value, edge in self.edges.items():
@@ -240,4 +247,3 @@ def _decode(row: Mapping[str, Any]) -> Edge:
         fields["sqnr"] = float(row["sqnr"])
     edge: Edge = kind(**fields)
     return edge
-

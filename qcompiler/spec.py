@@ -16,14 +16,17 @@ LOW, HIGH = -128, 127  # int8 activations
 WEIGHT_HIGH = 127  # weights are symmetric: [-127, 127]
 INT32_MAX = 2**31 - 1
 MAX_RESIDUAL_SHIFT = 16
+MIN_SCALE, MAX_SCALE = 2.0**-125, 2.0**126
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 RESIDUAL_LIMIT = 2**30  # the convolution's share of a residual sum is clipped to this
 RESIZE_BITS = 10  # fixed-point bits of one linear weight
 
 
 @dataclass(frozen=True)
 class QParams:
-    """Per-tensor asymmetric int8 quantization: `scale` > 0, finite, a float32 value; `zero_point` in [-128, 127].
+    """Per-tensor asymmetric int8 quantization: `scale` a float32 value in [2^-125, 2^126], `zero_point` in [-128, 127].
 
+    Within these bounds no step of the arithmetic depends on subnormal float32 numbers, which some machines replace by 0 (docs/numerics.md).
     Raises ValueError otherwise.
     """
 
@@ -31,12 +34,13 @@ class QParams:
     zero_point: int
 
     def __post_init__(self) -> None:
-        rounded = float(np.float32(self.scale))
-        if not (math.isfinite(rounded) and rounded > 0):
-            raise ValueError(f"scale is {self.scale}; it must be finite and positive")
+        if not MIN_SCALE <= self.scale <= MAX_SCALE:
+            raise ValueError(f"scale is {self.scale}; it must lie in [2^-125, 2^126], about [2.4e-38, 8.5e37]")
+        if int(self.zero_point) != self.zero_point:
+            raise ValueError(f"zero point is {self.zero_point}; it must be an integer")
         if not LOW <= self.zero_point <= HIGH:
             raise ValueError(f"zero point is {self.zero_point}; it must lie in [{LOW}, {HIGH}]")
-        object.__setattr__(self, "scale", rounded)
+        object.__setattr__(self, "scale", float(np.float32(self.scale)))
         object.__setattr__(self, "zero_point", int(self.zero_point))
 
     @staticmethod
@@ -53,7 +57,7 @@ class QParams:
             low, high = -max(-low, high), max(-low, high)
         if high - low <= 0:
             return QParams(1.0, 0)
-        scale = float(np.float32(max((high - low) / (HIGH - LOW), float(np.finfo(np.float32).tiny))))
+        scale = float(np.float32(max((high - low) / (HIGH - LOW), MIN_SCALE)))
         if symmetric:
             return QParams(scale, 0)
         zero_point = int(np.clip(np.rint(LOW - low / scale), LOW, HIGH))
@@ -76,12 +80,12 @@ class QParams:
 def conv_multiplier(x_scale: float, w_scale: np.ndarray, y_scale: float | None, residual_shift: int | None = None) -> np.ndarray:
     """float32 [O]: `x_scale * w_scale / y_scale` (Jacob et al. 2018, arXiv:1712.05877, eq. 5), times `2^residual_shift` in front of a residual sum.
 
-    `y_scale` None: the output is the real value, `x_scale * w_scale`.
+    `y_scale` None: the output is the real value, `x_scale * w_scale`. Saturates at the greatest float32, so that 0 times it stays 0.
     """
     exact = np.float64(x_scale) * np.asarray(w_scale, np.float64)
     if y_scale is not None:
         exact = exact / np.float64(y_scale)
-    return (exact * 2.0 ** (residual_shift or 0)).astype(np.float32)
+    return np.minimum(exact * 2.0 ** (residual_shift or 0), FLOAT32_MAX).astype(np.float32)
 
 
 def residual_parameters(r_scale: float, y_scale: float) -> tuple[int, int]:

@@ -97,7 +97,7 @@ def host_features() -> frozenset[str]:
 
 def host_architecture() -> str:
     machine = platform.machine()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine.lower(), machine)
+    return {"amd64": "x86_64", "arm64": "aarch64", "armv7l": "armv7a"}.get(machine.lower(), machine)
 
 
 def missing_features(target: Target) -> list[str]:

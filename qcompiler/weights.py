@@ -31,7 +31,7 @@ def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarra
     A channel of zeros has no scale of its own: it gets one that states its bias exactly to 23 bits in units of x_scale * scale.
     """
     flat = np.ascontiguousarray(weight.reshape(weight.shape[0], -1), np.float32)
-    channels, depth = flat.shape
+    channels = len(flat)
     peak = np.abs(flat).max(axis=1, initial=0.0).astype(np.float64)
     full = np.where(peak > 0, peak / 127, 1.0)
     least, chosen = np.full(channels, np.inf), np.ones(channels)
@@ -67,4 +67,5 @@ def squared_errors(flat: np.ndarray, scale: np.ndarray) -> np.ndarray:
         np.clip(whole, -127, 127, out=whole)
         part -= whole
         errors[start : start + rows] = np.einsum("ok,ok->o", part, part)
-    return errors * scale**2
+    errors *= scale**2
+    return errors

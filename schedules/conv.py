@@ -42,7 +42,8 @@ class ConvRow:
                 return f"the residual must be computed at run time and stored as {self.unit.input_dtype}."
             if op.output.dtype == "float32" != self.unit.input_dtype:
                 return "a residual needs an 8-bit output."
-        return None
+        geometry, _ = self.geometry(op)
+        return self.unit.refuse(geometry.pixels[1] * geometry.pixels[2], geometry.inputs, weight)
 
     def geometry(self, op: OpCall) -> tuple[plan.Geometry, int]:
         return plan.merge_groups(plan.geometry_of(op), self.unit)
@@ -77,8 +78,8 @@ class ConvRow:
         if self.unit.is_float:
             constants.append(plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order))
         else:
-            # sum((u - 128 - zx) * w) = sum(u * w) - (zx + 128) * sum(w), for storage u = q + 128
-            shift = int(op.attrs["x_zero_point"]) + 128
+            # sum((u - offset - zx) * w) = sum(u * w) - (zx + offset) * sum(w), for storage u = q + offset
+            shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
             folded = bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3))
             constants.append(plan.pack_lanes(wrap(folded), self.unit, emitter.channels, groups, order))
             multiplier = np.asarray(op.operands[3], np.float32)
@@ -111,7 +112,7 @@ class ConvRow:
         if len(op.tensors) == 1:
             return made.array(clamp)
         factor, zero = int(a["residual_multiplier"]), int(a.get("residual_zero_point", 0))
-        return made.array(clamp, residual=(factor, wrap(-(zero + 128) * factor), 2.0 ** -int(a.get("residual_shift", 0))))
+        return made.array(clamp, residual=(factor, wrap(-(zero + self.unit.storage_offset) * factor), 2.0 ** -int(a.get("residual_shift", 0))))
 
 
 def wrap(value: Any) -> Any:

@@ -99,6 +99,8 @@ class ConvKernel:
         self.channel_units = geometry.groups if geometry.groups > 1 else self.channels.full
         self.channel_run, self.channel_tasks = runs(self.channel_units, tiling.channel_tasks)
         self.offsets = [(r, c) for r in range(tiling.rows) for c in range(tiling.cols)]
+        padded = self.offsets + self.offsets[-1:] * (-len(self.offsets) % isa.pixels)
+        self.ties = [padded[i : i + isa.pixels] for i in range(0, len(padded), isa.pixels)]  # pixels that are computed together
 
     @property
     def tasks(self) -> int:
@@ -183,32 +185,50 @@ class ConvKernel:
         channel = group * g.outputs + block * isa.lanes
         x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], group * g.inputs))
         w = T.bind(vector * (g.depth(isa.group) * isa.group * isa.lanes))
-        accs = [[T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in range(blocks)] for _ in self.offsets]
+        accs = [[[T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in ties] for _ in range(blocks)] for ties in self.ties]
         for b in range(blocks):
             bias = T.bind(load(self.bias, (vector + b) * isa.lanes, isa.lanes))
             for line in accs:
-                save(line[b], 0, bias, isa.lanes)
+                for acc, value in zip(line[b], isa.tie(bias), strict=True):
+                    save(acc, 0, value, isa.lanes)
         self.reduce(accs, blocks, x, w)
-        values = [[T.bind(load(acc, 0, isa.lanes)) for acc in line] for line in accs]
+        values = []
+        for line in accs:
+            sums = [[T.bind(v) for v in isa.untie([load(acc, 0, isa.lanes) for acc in tied])] for tied in line]
+            values += [list(pixel) for pixel in zip(*sums, strict=True)]
+        values = values[: len(self.offsets)]
         store = self.finish_packed if self.epilogue.packed else self.finish_float
         out = T.bind(g.out.index(image, row, col, channel))
         residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
         store(values, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
 
-    def reduce(self, accs: list[list[Any]], blocks: int, x: Any, w: Any) -> None:
+    def reduce(self, accs: list[list[list[Any]]], blocks: int, x: Any, w: Any) -> None:
         """The loops over kernel and input channels; the innermost one unrolled."""
         g, isa = self.g, self.isa
         loops, size = g.loops(isa.group), blocks * isa.lanes * isa.group
         tail = g.tail(isa.group)
         pitch = g.x.channel_pitch
-        places = [(r * g.strides[0] * g.x.rows[1] + c * g.strides[1]) * pitch for r, c in self.offsets]
+        places = [[(r * g.strides[0] * g.x.rows[1] + c * g.strides[1]) * pitch for r, c in ties] for ties in self.ties]
 
-        def step(x: Any, w: Any, valid: int) -> None:
-            weights = [isa.weights(self.w, w + b * isa.lanes * isa.group) for b in range(blocks)]
-            for place, line in zip(places, accs, strict=True):
-                value = isa.activation(self.x, x + place, valid)
-                for acc, weight in zip(line, weights, strict=True):
-                    save(acc, 0, isa.dot(load(acc, 0, isa.lanes), value, weight), isa.lanes)
+        def steps(x: Any, w: Any, valid: int, count: int) -> None:
+            """`count` dot steps on activations that are loaded together."""
+            values: list[list[Any]] = []
+            for s in range(count):
+                weights = [isa.weights(self.w, w + s * size + b * isa.lanes * isa.group) for b in range(blocks)]
+                for i, (tied, line) in enumerate(zip(places, accs, strict=True)):
+                    if s == 0:
+                        values.append(isa.activations(self.x, [x + place for place in tied], valid, count))
+                    for block, weight in zip(line, weights, strict=True):
+                        sums = isa.dots([load(acc, 0, isa.lanes) for acc in block], values[i][s], weight)
+                        for acc, value in zip(block, sums, strict=True):
+                            save(acc, 0, value, isa.lanes)
+
+        def run(x: Any, w: Any, move: int, begin: int, end: int) -> None:
+            """Whole dot steps [begin, end), as many together as one load serves."""
+            while begin < end:
+                count = min(isa.span if move == isa.group else 1, 1 << ((end - begin).bit_length() - 1))
+                steps(x + begin * move, w + begin * size, isa.group, count)
+                begin += count
 
         def nest(level: int, x: Any, w: Any) -> None:
             extent, move = loops[level]
@@ -223,10 +243,10 @@ class ConvKernel:
             if times > 1:
                 with T.serial(0, times) as i:
                     xi, wi = T.bind(x + i * (unroll * move)), T.bind(w + i * (unroll * size))
-                    for u in range(unroll):
-                        step(xi + u * move, wi + u * size, isa.group)
-            for u in range(times * unroll if times > 1 else 0, extent):
-                step(x + u * move, w + u * size, isa.group if u < whole else tail)
+                    run(xi, wi, move, 0, unroll)
+            run(x, w, move, times * unroll if times > 1 else 0, whole)
+            if whole < extent:
+                steps(x + whole * move, w + whole * size, tail, 1)
 
         nest(0, x, w)
 
@@ -290,7 +310,7 @@ class ConvKernel:
             if added is not None:
                 y = T.max(y, scalar(float(-(2**30)), "float32", isa.lanes))
         result = isa.to_int(y)
-        if added is not None:  # (q - zr) * m = u * m + constant, for storage u = q + 128, in wrapping int32
+        if added is not None:  # (q - zr) * m = u * m + constant, for storage u = q + offset, in wrapping int32
             total = result + (isa.unpack(added, slot) * self.params.word("multiplier") + self.params.word("constant"))
             result = isa.to_int(T.Cast(f"float32x{isa.lanes}", total) * self.params.word("scale"))
         return T.bind(result)
@@ -305,7 +325,7 @@ class ConvKernel:
         together = T.bind(parts[0] if run == 4 else shuffle(parts, range(isa.bytes)))
         if run == 4:
             return together
-        return T.bind(T.reinterpret(f"uint8x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
+        return T.bind(T.reinterpret(f"{isa.input_dtype}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
 
     def save_part(self, index: Any, vector: Any, total: int, begin: int, count: int) -> None:
         """Store elements [begin, begin + count) of a vector of `total`, as powers of two."""

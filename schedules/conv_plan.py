@@ -244,10 +244,6 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
     return count * geometry.groups * (channels.full * tile(blocks) + (tile(channels.last) if channels.last else 0))
 
 
-def fits(isa: Isa, pixels: int, blocks: int) -> bool:
-    return pixels * blocks + blocks + isa.scratch_registers <= isa.registers
-
-
 def best_tile(geometry: Geometry, isa: Isa) -> tuple[int, int, int]:
     """(rows, cols, blocks) with the lowest estimate."""
     _, height, width = geometry.pixels
@@ -258,7 +254,7 @@ def best_tile(geometry: Geometry, isa: Isa) -> tuple[int, int, int]:
         if blocks <= vectors
         for rows in range(1, min(height, 8) + 1)
         for cols in range(1, min(width, isa.registers) + 1)
-        if fits(isa, rows * cols, blocks)
+        if isa.fits(rows * cols, blocks)
     ]
     return min(candidates, key=lambda c: (cycles(geometry, isa, *c), c[0], -c[1]))
 
@@ -293,6 +289,8 @@ def default_unroll(geometry: Geometry, isa: Isa) -> int:
     LLVM would load those once and keep them, at the price of the accumulators."""
     extent, step = geometry.loops(isa.group)[-1]
     most = max(1, min(4, geometry.strides[1] * geometry.x.channel_pitch // step, extent))
+    if isa.span > 1:  # whole loads
+        return min(isa.span, 1 << (most.bit_length() - 1))
     return next((u for u in range(most, most // 2, -1) if extent % u == 0), most)
 
 

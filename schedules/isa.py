@@ -4,6 +4,9 @@ A dot step works on `lanes` output channels at once. The activation operand is `
 operand holds the same `group` channels of each of the `lanes` output channels:
 
     acc[lane] += sum(x[k] * w[lane][k] for k in range(group))
+
+An ISA may serve several dot steps with one load of activations (`span`: ARM multiplies by an element of a vector), and several output pixels
+with one instruction (`pixels`: ARM's matrix instruction mixes two pixels in an accumulator, so those are tied and untied around the reduction).
 """
 
 from __future__ import annotations
@@ -65,6 +68,21 @@ class Isa(ABC):
     is_float: bool
 
     @property
+    def span(self) -> int:
+        """Dot steps that one load of activations serves: a power of two."""
+        return 1
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels whose accumulators are computed together."""
+        return 1
+
+    @property
+    def storage_offset(self) -> int:
+        """What storage adds to a canonical int8 value."""
+        return 128 if self.input_dtype == "uint8" else 0
+
+    @property
     def accumulator(self) -> str:
         return "float32" if self.is_float else "int32"
 
@@ -87,6 +105,14 @@ class Isa(ABC):
         dots, operands = pixels * blocks * self.dot_cost, pixels * self.broadcast_cost + blocks * self.weight_cost
         stream = blocks * self.weight_bytes / 24 if streamed else 0.0
         return max(dots, operands, stream, self.latency)
+
+    def fits(self, pixels: int, blocks: int) -> bool:
+        """Whether a tile's accumulators and operands fit the registers."""
+        return pixels * blocks + blocks + self.scratch_registers <= self.registers
+
+    def refuse(self, pixels: int, inputs: int, weight: np.ndarray) -> str | None:
+        """Why an operator with so many output pixels (of an image) and input channels (of a group) can't be computed this way, or None."""
+        return None
 
     def packed_dwords(self, blocks: int) -> list[int]:
         """The permutation of dwords that makes the pixels of a packed vector contiguous: result[i] = packed[order[i]].
@@ -119,13 +145,30 @@ class Isa(ABC):
     def activation(self, buffer: Any, index: Any, valid: int) -> list[Any]:
         """`group` channels at `index` in every lane; only the first `valid` of them are read, the others are 0."""
 
+    def activations(self, buffer: Any, places: Sequence[Any], valid: int, steps: int) -> list[Any]:
+        """For each of `steps` <= `span` adjacent dot steps, the operand of the `pixels` pixels at `places`; `valid` < `group`: of a lone step."""
+        assert steps == len(places) == 1
+        return [self.activation(buffer, places[0], valid)]
+
     @abstractmethod
     def dot(self, acc: Any, x: list[Any], w: list[Any]) -> Any:
         """acc + x . w, per lane; exact for integers."""
 
+    def tie(self, bias: Any) -> list[Any]:
+        """The first values of the accumulators of `pixels` pixels and one block."""
+        return [bias] * self.pixels
+
+    def dots(self, accs: Sequence[Any], x: Any, w: list[Any]) -> list[Any]:
+        """`dot` for the accumulators of `pixels` pixels and one block."""
+        return [self.dot(accs[0], x, w)]
+
+    def untie(self, accs: Sequence[Any]) -> list[Any]:
+        """The sums of each of the `pixels` pixels."""
+        return list(accs)
+
     @abstractmethod
     def to_int(self, value: Any) -> Any:
-        """float32 lanes to int32, ties to even; out of range, either side, gives INT32_MIN."""
+        """float32 lanes to int32, ties to even; what lies above the range may become INT32_MIN."""
 
     @abstractmethod
     def pack(self, slots: Sequence[Any], offset: Any, signed: bool) -> Any:
@@ -133,4 +176,4 @@ class Isa(ABC):
 
     @abstractmethod
     def unpack(self, packed: Any, slot: int) -> Any:
-        """int32 lanes of one slot of a packed vector of uint8."""
+        """int32 lanes of one slot of a packed vector of `input_dtype`."""

@@ -60,8 +60,8 @@ def table_of(module: tvm.IRModule, count: int = 2, watcher: Watcher | None = Non
 
 
 def sketched_table(module: tvm.IRModule, size: int = 2000) -> CalibrationTable:
-    """Statistics that obey the operators without running them: each value is one array of numbers. Convolutions, matrix products and the network's
-    inputs give normal numbers; everything elementwise is computed; data movement keeps its operand's numbers."""
+    """Statistics that obey the operators without running them: each value is one array of numbers. Convolutions, matrix products and the
+    network's inputs give normal numbers; everything elementwise is computed; data movement keeps its operand's numbers."""
     rng = np.random.default_rng(0)
     values = {str(p.name): rng.standard_normal(size) for p in Graph.of(module).inputs}
     for group in find_groups(module):

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from qcompiler.calibration import CalibrationTable, Statistics, calibrate
 from qcompiler.errors import DataError, OutputError
 from qcompiler.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, grid_exponent
-from qcompiler.observers import OBSERVERS, entropy, least_squares, min_max, percentile, quantization_error, signal_power
+from qcompiler.observers import OBSERVERS, entropy, min_max, percentile, relative_error, squared_error
 from qcompiler.spec import QParams
 
 
 def histogram_of(*samples: np.ndarray) -> Histogram:
     histogram = Histogram()
     for sample in samples:
-        histogram.add(sample, float(sample.min()), float(sample.max()))
+        histogram.add(sample, float(sample.min()), float(sample.max()), float(np.square(sample, dtype=np.float64).sum()))
     return histogram
 
 
@@ -38,9 +38,10 @@ def test_kernels_equal_numpy(shape: tuple[int, ...], relu: bool) -> None:
     wanted, wanted_zeros = count_bins_reference(x, exponent, first)
     assert zeros == wanted_zeros
     np.testing.assert_array_equal(counts, wanted)
-    sums, least, greatest = channel_statistics(x)
+    sums, squares, least, greatest = channel_statistics(x)
     flat = x.reshape(-1, shape[-1])
     np.testing.assert_allclose(sums, flat.sum(0, dtype=np.float64), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(squares, np.square(flat, dtype=np.float64).sum(0), rtol=1e-13)
     np.testing.assert_array_equal(least, flat.min(0))
     np.testing.assert_array_equal(greatest, flat.max(0))
 
@@ -50,9 +51,9 @@ def test_channel_sums_reveal_every_nonfinite_value() -> None:
         for value in (np.nan, np.inf, -np.inf):
             x = np.ones((4, channels), np.float32)
             x[2, where] = value
-            sums, _, _ = channel_statistics(x)
+            sums, *_ = channel_statistics(x)
             assert np.flatnonzero(~np.isfinite(sums)).tolist() == [where]
-    sums, _, _ = channel_statistics(np.full((3, 20), np.finfo(np.float32).max, np.float32))
+    sums, *_ = channel_statistics(np.full((3, 20), np.finfo(np.float32).max, np.float32))
     assert np.isfinite(sums).all()
 
 
@@ -71,6 +72,8 @@ def test_merging_bins_is_exact_and_order_free(parts: list[tuple[int, float, int]
         assert (histogram.low, histogram.high) == (everything.min(), everything.max())
     merged = histogram_of(*samples[: len(samples) // 2]).merged(histogram_of(*samples[len(samples) // 2 :]))
     np.testing.assert_array_equal(merged.counts, counts)
+    np.testing.assert_allclose(merged.relative, forward.relative, rtol=1e-9)
+    np.testing.assert_allclose(backward.relative, forward.relative, rtol=1e-9)
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 6.0), (-1.0, 1.0), (0.0, 1e30), (-3e38, 3e38), (5.0, 5.0), (-1e-30, 0.0), (999.9, 1000.0)])
@@ -98,20 +101,40 @@ def test_estimated_error_is_the_measured_one(name: str) -> None:
     rng = np.random.default_rng(1)
     x = DISTRIBUTIONS[name](rng, 100_000).astype(np.float32)
     histogram = histogram_of(*np.split(x, 10))
-    assert signal_power(histogram) == pytest.approx(float((x.astype(np.float64) ** 2).mean()), rel=1e-3)
     for observer, observe in OBSERVERS.items():
         params = QParams.from_range(*observe(histogram))
-        measured = float(((x.astype(np.float64) - params.dequantize(params.quantize(x))) ** 2).mean())
-        assert quantization_error(histogram, params) == pytest.approx(measured, rel=0.03), observer
+        error, parts = (x.astype(np.float64) - params.dequantize(params.quantize(x))) ** 2, np.split(x.astype(np.float64), 10)
+        assert squared_error(histogram, params) == pytest.approx(float(error.mean()), rel=0.03), observer
+        shares = [e.sum() / np.square(p).sum() for e, p in zip(np.split(error, 10), parts, strict=True)]
+        assert relative_error(histogram, params) == pytest.approx(float(np.mean(shares)), rel=0.03), observer
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_least_squares_is_the_best_observer(name: str) -> None:
+def test_each_search_is_the_best_observer_by_its_own_measure(name: str) -> None:
     x = DISTRIBUTIONS[name](np.random.default_rng(2), 50_000).astype(np.float32)
     histogram = histogram_of(*np.split(x, 10))
-    best = quantization_error(histogram, QParams.from_range(*least_squares(histogram)))
-    for observer, observe in OBSERVERS.items():
-        assert best <= 1.01 * quantization_error(histogram, QParams.from_range(*observe(histogram))), observer
+    for search, error in (("mse", squared_error), ("sqnr", relative_error)):
+        best = error(histogram, QParams.from_range(*OBSERVERS[search](histogram)))
+        for observer, observe in OBSERVERS.items():
+            assert best <= 1.01 * error(histogram, QParams.from_range(*observe(histogram))), (search, observer)
+
+
+def test_a_rare_sample_of_huge_values_does_not_rule_the_others() -> None:
+    """One sample of forty is a hundred times as large. By squared error the range must cover it; relative to each sample it need not."""
+    rng = np.random.default_rng(6)
+    histogram = histogram_of(*[rng.normal(0, 100.0 if i == 17 else 1.0, 2000).astype(np.float32) for i in range(40)])
+    assert OBSERVERS["mse"](histogram)[1] > 200
+    assert OBSERVERS["sqnr"](histogram)[1] < 50
+    assert histogram.powered == 40
+
+
+def test_samples_of_zeros_have_no_part_in_the_relative_error() -> None:
+    x = np.random.default_rng(7).normal(size=1000).astype(np.float32)
+    params = QParams.from_range(-3.0, 3.0)
+    with_zeros = histogram_of(x, np.zeros(1000, np.float32))
+    assert relative_error(with_zeros, params) == pytest.approx(relative_error(histogram_of(x), params), rel=1e-3)
+    assert squared_error(with_zeros, params) == pytest.approx(squared_error(histogram_of(x), params) / 2, rel=1e-3)
+    assert (with_zeros.samples, with_zeros.powered) == (2, 1)
 
 
 def test_observers_stay_within_what_was_seen() -> None:
@@ -152,7 +175,7 @@ def test_constant_and_empty_values_have_ranges() -> None:
             low, high = observe(histogram)
             assert low <= high, observer
             params = QParams.from_range(low, high)
-            assert quantization_error(histogram, params) <= (abs(float(array[0])) / 100) ** 2, observer
+            assert squared_error(histogram, params) <= (abs(float(array[0])) / 100) ** 2, observer
     for observe in OBSERVERS.values():
         assert observe(Histogram()) == (0.0, 0.0)
 
@@ -237,6 +260,7 @@ def test_table_round_trip(tmp_path: Path) -> None:
     assert again.digest == table.digest and again.samples == 3
     for name, s in table.values.items():
         np.testing.assert_array_equal(s.histogram.counts, again.values[name].histogram.counts)
+        np.testing.assert_array_equal(s.histogram.relative, again.values[name].histogram.relative)
         np.testing.assert_array_equal(s.channel_sum, again.values[name].channel_sum)
         assert again.values[name].channel_low.dtype == np.float32
     assert calibrate(Network(), samples_of(3, seed=1)).digest != table.digest
@@ -247,7 +271,12 @@ def test_table_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text, message",
-    [("not json", "not a calibration table"), ("{}", "not a calibration table"), ('{"format": 99}', "format 99 is not supported"), ("[1]", "not a calibration table")],
+    [
+        ("not json", "not a calibration table"),
+        ("{}", "not a calibration table"),
+        ('{"format": 99}', "format 99 is not supported"),
+        ("[1]", "not a calibration table"),
+    ],
 )
 def test_a_damaged_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(text)

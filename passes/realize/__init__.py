@@ -30,7 +30,7 @@ from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
 from qcompiler.passes.realize.edges import fuse_edges
 from qcompiler.passes.realize.site import Site, Tensor
-from qcompiler.passes.select_float import scheduled
+from qcompiler.passes.select_float import scheduled, sliced
 from qcompiler.spec import QParams
 
 RULES: dict[str, Callable[[Site], Any]] = {
@@ -191,6 +191,9 @@ class _Realizer:
         self.float_ops.setdefault(group.id, group.reason or "its operands or its output are float32")
         if group.kind in ("conv2d", "dense"):
             self.values[group.id] = _Value(real=self.builder.emit(group.id, scheduled(group, self.real)))
+            return
+        if group.kind == "slice" and isinstance(self.exprs[group.id], relax.TupleGetItem):
+            self.values[group.id] = _Value(real=self.builder.emit(group.id, sliced(group, self.real(group.inputs[0]))))
             return
         for name in group.members:
             if constant_of(self.exprs[name], self.exprs, evaluate=False) is None:

@@ -179,7 +179,7 @@ def resize(node: Node) -> list[Value]:
             relax.op.image.resize2d(
                 node.tensor(0), relax.ShapeExpr(sizes[2:]), layout="NCHW", method=method,
                 coordinate_transformation_mode=coordinates, rounding_method=rounding if mode == "nearest" else "round",
-            )  # fmt: skip
+            )
         ]
     x, beyond = node.tensor(0), np.zeros(1, np.bool_)
     for n, a in enumerate(changed):

@@ -32,6 +32,10 @@ def real(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if floating and array.dtype != np.float32 else array
 
 
+class Undefined(Exception):
+    """Neither our table nor Relax's importer converts this node rightly: use the operator's definition."""
+
+
 @dataclass
 class Node:
     """A node with its operands. `inputs[i]` is a Relax variable, a numpy array (constant), or None (left out)."""

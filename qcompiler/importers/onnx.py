@@ -21,7 +21,7 @@ from tvm import relax
 
 from qcompiler.errors import ModelError, closest
 from qcompiler.importers import onnx_file
-from qcompiler.importers.nodes import Node, Refused, Value, attributes, real
+from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, real
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.relax_import import check_static, convert_with_relax, definition, known_to_relax, single_node_model
 from qcompiler.passes.graph import GraphBuilder, const, relax_op
@@ -43,6 +43,7 @@ def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]]) -> Import
     """Raises ModelError for whatever the file holds that can't be compiled."""
     model, digest = onnx_file.read(path)
     importer = _Importer(path, onnx_file.default_opset(model))
+    importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
     importer.constants(model.graph)
     importer.inputs(model.graph, input_shapes)
     importer.check_supported(model.graph.node)
@@ -143,7 +144,8 @@ class _Importer:
         if missing:
             kinds = sorted({n.op_type if n.domain in _STANDARD else f"{n.domain}::{n.op_type}" for n in missing})
             shown = ", ".join(_spelled(n) for n in missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise ModelError(f"{self.path}: no conversion exists for {', '.join(kinds)} ({shown}). Replace these operators before export, or cut the model before them")
+            advice = "Replace these operators before export, or cut the model before them"
+            raise ModelError(f"{self.path}: no conversion exists for {', '.join(kinds)} ({shown}). {advice}")
 
     def convertible(self, proto: onnx.NodeProto) -> bool:
         if proto.op_type in CONVERTERS or known_to_relax(proto.op_type) or proto.op_type in ("If", "Constant"):
@@ -205,15 +207,17 @@ class _Importer:
     def convert(self, node: Node) -> list[Value] | None:
         """Results by our table, else by Relax's importer, else None after the nodes of the operator's definition were taken instead."""
         own = CONVERTERS.get(node.op) if node.domain == "" else None
-        results = own(node) if own else None
-        if results is not None:
-            return results
         refused: Refused | None = None
-        if known_to_relax(node.op):
-            try:
+        try:
+            results = own(node) if own else None
+            if results is not None:
+                return results
+            if known_to_relax(node.op):
                 return convert_with_relax(node)
-            except Refused as reason:
-                refused = reason
+        except Undefined:
+            pass
+        except Refused as reason:
+            refused = reason
         nodes = definition(node)
         if nodes is None:
             raise refused or Refused("there is no conversion for this operator")

@@ -9,7 +9,6 @@ from pathlib import Path
 import onnx
 import onnx.inliner
 import onnx.version_converter
-from google.protobuf.message import DecodeError
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from qcompiler.errors import ModelError
@@ -29,7 +28,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's DecodeError
         raise ModelError(f"{path}: not an ONNX model, or truncated ({len(data)} bytes can't be decoded). Export or download it again") from error
     if not model.ir_version or not model.opset_import or not (model.graph.node or model.graph.output):
         raise ModelError(f"{path}: not an ONNX model: it has no graph or no operator set. Expected a file written by an ONNX exporter")
@@ -95,7 +94,8 @@ def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
         if version < OLDEST:
             model = onnx.version_converter.convert_version(model, UPGRADED)
     except Exception as error:
-        raise ModelError(f"{path}: operator set {default_opset(model)} can't be converted to {UPGRADED}: {error}. Export it with operator set 13 or later") from error
+        reason = f"operator set {default_opset(model)} can't be converted to {UPGRADED}: {error}"
+        raise ModelError(f"{path}: {reason}. Export the model with operator set 13 or later") from error
     return model
 
 

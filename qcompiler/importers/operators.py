@@ -4,10 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from tvm import relax
 
 from qcompiler.importers import arithmetic, images, shapes
-from qcompiler.importers.nodes import Node, Value
+from qcompiler.importers.nodes import Node, Refused, Undefined, Value
+from qcompiler.passes.graph import const
+
+
+def _only_first_result(node: Node) -> list[Value] | None:
+    """Relax's importer returns scalars for the mean and deviation of a normalization: its definition is used when they are read."""
+    if any(node.outputs[1:]):
+        raise Undefined
+    return None
+
+
+def _infinite(node: Node) -> list[Value]:
+    """Relax's importer ignores which signs to detect."""
+    x = node.tensor(0)
+    if node.attrs.get("detect_negative", 1) and node.attrs.get("detect_positive", 1):
+        return [relax.op.isinf(x)]
+    sign = np.float32("inf" if node.attrs.get("detect_positive", 1) else "-inf")
+    return [relax.op.equal(x, const(sign))]
+
+
+def _power(node: Node) -> list[Value] | None:
+    """TVM raises floats only; integers go through float32 (exact up to 2^24)."""
+    if node.dtype(0) == "float32" and node.dtype(1) == "float32":
+        return None
+    base, exponent = (
+        node.tensor(i) if node.dtype(i) == "float32" else node.emit("float", relax.op.astype(node.tensor(i), "float32")) for i in (0, 1)
+    )
+    power = relax.op.power(base, exponent)
+    return [power if node.dtype(0) == "float32" else relax.op.astype(node.emit("power", power), node.dtype(0))]
+
+
+def _by_definition(node: Node) -> list[Value]:
+    raise Undefined
+
+
+def _roi_align(node: Node) -> list[Value] | None:
+    if node.text("mode", "avg") != "avg":
+        raise Refused(f"mode '{node.text('mode', 'avg')}' is not supported; supported: avg")
+    return None
+
+
+def _data_dependent(node: Node) -> list[Value]:
+    raise Refused("how many results it yields depends on data. Cut the model before it and run it outside, on this network's outputs")
+
 
 Converter = Callable[[Node], list[Value] | None]  # None: leave this node to Relax's importer
 
@@ -32,12 +76,17 @@ CONVERTERS: dict[str, Converter] = {
     "HardSigmoid": arithmetic.hard_sigmoid,
     "HardSwish": arithmetic.hard_swish,
     "Identity": arithmetic.identity,
+    "IsInf": _infinite,
+    "LayerNormalization": _only_first_result,
     "Max": arithmetic.chain(relax.op.maximum),
     "MaxPool": images.max_pool,
     "Mean": arithmetic.chain(relax.op.add, mean=True),
     "Min": arithmetic.chain(relax.op.minimum),
     "Mish": arithmetic.mish,
+    "NonMaxSuppression": _data_dependent,
     "Pad": shapes.pad,
+    "Pow": _power,
+    "RMSNormalization": _by_definition,
     "ReduceMax": shapes.reduction(relax.op.max),
     "ReduceMean": shapes.reduction(relax.op.mean),
     "ReduceMin": shapes.reduction(relax.op.min),
@@ -46,6 +95,7 @@ CONVERTERS: dict[str, Converter] = {
     "Reshape": shapes.reshape,
     "Resize": images.resize,
     "Slice": shapes.slice_,
+    "RoiAlign": _roi_align,
     "SpaceToDepth": images.space_to_depth,
     "Split": shapes.split,
     "Squeeze": shapes.squeeze,

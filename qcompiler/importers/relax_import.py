@@ -129,8 +129,10 @@ def check_static(var: Any) -> None:
         if not isinstance(ty, relax.TensorType):
             raise Refused(f"it yields a value that is not a tensor ({ty})")
         try:
-            if ty.shape is None:
-                raise TypeError
-            shape_of(relax.Var("probe", ty))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise Refused("the shape of its result depends on data; supported: operators whose shapes are known when compiling") from error
+            shape = shape_of(relax.Var("probe", ty)) if ty.shape is not None else None
+        except (TypeError, ValueError, AttributeError):
+            shape = None
+        if shape is None:
+            raise Refused("the shape of its result depends on data; supported: operators whose shapes are known when compiling")
+        if any(d < 1 for d in shape):
+            raise Refused(f"its result is empty (shape {list(shape)}). Is the input too small for this network?")

@@ -45,19 +45,19 @@ class Axis:
     def outside(self) -> np.ndarray:
         """bool [out]: does an output element sample beyond the input's border?"""
         positions = self.positions()
-        return (positions < 0) | (positions > self.size - 1)
+        return np.asarray((positions < 0) | (positions > self.size - 1))
 
 
 def _round(x: np.ndarray, rounding: str) -> np.ndarray:
     match rounding:
         case "round_prefer_floor":
-            return np.ceil(x - 0.5)
+            return np.asarray(np.ceil(x - 0.5))
         case "round_prefer_ceil":
-            return np.floor(x + 0.5)
+            return np.asarray(np.floor(x + 0.5))
         case "floor":
-            return np.floor(x)
+            return np.asarray(np.floor(x))
         case "ceil":
-            return np.ceil(x)
+            return np.asarray(np.ceil(x))
     raise Refused(f"nearest_mode '{rounding}' is unknown")
 
 
@@ -86,13 +86,13 @@ def weights(axis: Axis, mode: str, rounding: str, antialias: bool, cubic: float,
             if exclude_outside:
                 values = np.where(inside, values, 0.0)
             if antialias or exclude_outside:
-                values = values / values.sum()
+                values = np.asarray(values / values.sum())
             np.add.at(matrix[row], np.clip(taps, 0, axis.size - 1), values)
     return matrix.astype(np.float32)
 
 
 def _linear(d: np.ndarray) -> np.ndarray:
-    return np.maximum(1.0 - np.abs(d), 0.0)
+    return np.asarray(np.maximum(1.0 - np.abs(d), 0.0))
 
 
 def _cubic(d: np.ndarray, a: float) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.artifact import read_manifest
+from qcompiler.artifact import check_complete, read_manifest
 from qcompiler.elf import read_section
 from qcompiler.errors import ArtifactError, DataError, IncompatibleDevice, closest
 from qcompiler.targets import host_architecture, host_features
@@ -93,6 +93,7 @@ class Session:
         self.threads = threads
         self.manifest: dict[str, Any] = read_manifest(self.path)
         self._check_device()
+        check_complete(self.path)
         try:
             self._library = _declare(ctypes.CDLL(str(self.path.resolve())))
         except (OSError, AttributeError) as error:

@@ -8,6 +8,8 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -58,7 +60,8 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int
 /* ---- thread pool ----------------------------------------------------------------------------------------------------------------- */
 
 /* A parallel loop arrives as a function of (task, {.., task count}, closure) that runs share `task` of `task count` equal shares. Shares are claimed
- * dynamically: the caller works too, so a worker that is late to wake costs nothing but its help. Workers sleep between runs and spin within one. */
+ * dynamically: the caller works too, so a worker that is late to wake costs nothing but its help. Workers sleep between runs, are woken by the first
+ * parallel loop of a run (a run without one costs no system call), and spin from then to the end of the run. */
 typedef struct { void* sync; int32_t tasks; } group;
 typedef int (*loop_body)(int32_t task, group* environment, void* closure);
 
@@ -74,6 +77,8 @@ struct qc_session {
   int32_t threads;
   pthread_t* workers;
   int32_t started;
+  pid_t owner; /* the process whose threads the workers are: a child made by fork() has none of them */
+  int awake;   /* whether this run has woken the workers; the caller's alone */
   /* (epoch << 32 | next unclaimed task): one word, so that a task of an old job can't be claimed for a new one */
   _Alignas(64) _Atomic uint64_t ticket;
   _Alignas(64) _Atomic int32_t finished;
@@ -92,28 +97,42 @@ static _Thread_local qc_session* running; /* the session whose loops this thread
 static inline void pause_cpu(void) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || (defined(__arm__) && __ARM_ARCH >= 7)
   __asm__ volatile("yield");
 #endif
+}
+
+/* One turn of a waiting loop. A wait this long means that there are more threads than free cores: the one waited for may need this core. */
+#define PATIENCE 4096
+static inline void wait_a_little(uint32_t* turns) {
+  if (++*turns % PATIENCE) pause_cpu();
+  else sched_yield();
 }
 
 #define CLOSED ((uint32_t)INT32_MAX) /* in place of a task: the job is over */
 
 /* Claim and run tasks of the current job until none is left. The ticket is read, then the job, then the ticket is exchanged: if the exchange succeeds,
- * the job was open all the while, and so its fields were not being written. */
-static void work(qc_session* s) {
-  for (;;) {
+ * the job was open all the while, and so its fields were not being written: the caller writes them only after it has seen every task of the job
+ * finished, and this thread's task finishes after this thread's reads. Returns whether it ran any. */
+static int work(qc_session* s) {
+  for (int ran = 0;; ran = 1) {
     uint64_t ticket = atomic_load_explicit(&s->ticket, memory_order_acquire);
     loop_body body = atomic_load_explicit(&s->current.body, memory_order_relaxed);
     void* closure = atomic_load_explicit(&s->current.closure, memory_order_relaxed);
     int32_t tasks = atomic_load_explicit(&s->current.tasks, memory_order_relaxed);
     uint32_t task = (uint32_t)ticket;
-    if (task == CLOSED || (int32_t)task >= tasks) return;
-    if (!atomic_compare_exchange_weak_explicit(&s->ticket, &ticket, ticket + 1, memory_order_acq_rel, memory_order_relaxed)) continue;
+    if (task == CLOSED || (int32_t)task >= tasks) return ran;
+    if (!atomic_compare_exchange_strong_explicit(&s->ticket, &ticket, ticket + 1, memory_order_acq_rel, memory_order_relaxed)) continue;
     group environment = {0, tasks};
     body((int32_t)task, &environment, closure);
     atomic_fetch_add_explicit(&s->finished, 1, memory_order_release);
   }
+}
+
+static void wake(qc_session* s) {
+  atomic_fetch_add_explicit(&s->state, 1, memory_order_acq_rel);
+  syscall(SYS_futex, &s->state, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0);
+  s->awake = 1;
 }
 
 static int parallel_launch(loop_body body, void* closure, int32_t tasks) {
@@ -121,6 +140,7 @@ static int parallel_launch(loop_body body, void* closure, int32_t tasks) {
   group alone = {0, 1};
   (void)tasks; /* always 0: as many as there are threads */
   if (s == 0 || s->started == 0) return body(0, &alone, closure);
+  if (!s->awake) wake(s);
   int32_t shares = 4 * s->threads; /* more shares than threads even out their speeds */
   uint64_t epoch = (atomic_load_explicit(&s->ticket, memory_order_relaxed) >> 32) + 1;
   atomic_store_explicit(&s->current.body, body, memory_order_relaxed);
@@ -129,7 +149,7 @@ static int parallel_launch(loop_body body, void* closure, int32_t tasks) {
   atomic_store_explicit(&s->finished, 0, memory_order_relaxed);
   atomic_store_explicit(&s->ticket, epoch << 32, memory_order_release);
   work(s);
-  while (atomic_load_explicit(&s->finished, memory_order_acquire) != shares) pause_cpu();
+  for (uint32_t turns = 0; atomic_load_explicit(&s->finished, memory_order_acquire) != shares;) wait_a_little(&turns);
   atomic_store_explicit(&s->ticket, epoch << 32 | CLOSED, memory_order_release);
   return 0;
 }
@@ -139,28 +159,25 @@ int (*__TVMBackendParallelLaunch)(loop_body, void*, int32_t) = parallel_launch;
 
 static void* worker(void* argument_) {
   qc_session* s = argument_;
-  for (;;) {
+  for (uint32_t turns = 0;;) {
     uint32_t state = atomic_load_explicit(&s->state, memory_order_acquire);
     if (atomic_load_explicit(&s->quit, memory_order_acquire)) return 0;
     if ((state & 1) == 0) {
       syscall(SYS_futex, &s->state, FUTEX_WAIT_PRIVATE, state, 0, 0, 0);
       continue;
     }
-    work(s);
-    pause_cpu();
+    if (work(s)) turns = 0;
+    else wait_a_little(&turns);
   }
 }
 
 static void begin_run(qc_session* s) {
   running = s;
-  if (s->started) {
-    atomic_fetch_add_explicit(&s->state, 1, memory_order_acq_rel);
-    syscall(SYS_futex, &s->state, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0);
-  }
+  s->awake = 0;
 }
 
 static void end_run(qc_session* s) {
-  if (s->started) atomic_fetch_add_explicit(&s->state, 1, memory_order_acq_rel);
+  if (s->awake) atomic_fetch_add_explicit(&s->state, 1, memory_order_acq_rel);
   running = 0;
 }
 
@@ -194,7 +211,7 @@ static void* allocate(size_t bytes) {
 
 EXPORT void qc_session_destroy(qc_session* s) {
   if (!s) return;
-  if (s->started) {
+  if (s->started && s->owner == getpid()) {
     atomic_store_explicit(&s->quit, 1, memory_order_release);
     atomic_fetch_add_explicit(&s->state, 2, memory_order_acq_rel);
     syscall(SYS_futex, &s->state, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0);
@@ -225,8 +242,13 @@ EXPORT qc_status qc_session_create(int32_t threads, qc_session** session) {
     qc_session_destroy(s);
     return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory (a workspace of %zu bytes)", (size_t)QC_WORKSPACE);
   }
+  s->owner = getpid();
   for (int32_t i = 0; i + 1 < threads; ++i) {
+    sigset_t all, before; /* signals are the application's: no handler of its runs on a worker */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(&s->workers[i], 0, worker, s);
+    pthread_sigmask(SIG_SETMASK, &before, 0);
     if (error) {
       qc_session_destroy(s);
       return fail(QC_ERROR_MEMORY, "qc_session_create: could not start worker %d of %d: %s", i + 1, threads - 1, strerror(error));
@@ -248,65 +270,95 @@ static size_t alignment_of(qc_dtype dtype) {
   return bytes[dtype];
 }
 
-/* Check a port's name and, when `data` is not null, a buffer for it. */
-static qc_status check_port(const char* what, qc_session* s, const char* name, const qc_tensor_info* infos, int32_t count, int32_t* index) {
-  if (!s || !name) return fail(QC_ERROR_ARGUMENT, "%s: the session or the name is null", what);
+/* Every call that reads or writes a session's state holds it; a second thread is told so instead of waiting. */
+static qc_status enter(qc_session* s, const char* what) {
+  if (!s) return fail(QC_ERROR_ARGUMENT, "%s: the session is null", what);
+  if (atomic_flag_test_and_set_explicit(&s->busy, memory_order_acquire))
+    return fail(QC_ERROR_BUSY, "%s: another thread is inside this session; use one session per thread", what);
+  return QC_OK;
+}
+
+static qc_status leave(qc_session* s, qc_status status) {
+  atomic_flag_clear_explicit(&s->busy, memory_order_release);
+  return status;
+}
+
+/* Find a port by name. */
+static qc_status check_port(const char* what, const char* name, const qc_tensor_info* infos, int32_t count, int32_t* index) {
+  if (!name) return fail(QC_ERROR_ARGUMENT, "%s: the name is null", what);
   *index = find(infos, count, name);
   if (*index >= 0) return QC_OK;
   char known[256] = "";
-  for (int32_t i = 0; i < count; ++i)
-    snprintf(known + strlen(known), sizeof known - strlen(known), "%s'%s'", i ? ", " : "", infos[i].name);
+  for (int32_t i = 0; i < count; ++i) snprintf(known + strlen(known), sizeof known - strlen(known), "%s'%s'", i ? ", " : "", infos[i].name);
   return fail(QC_ERROR_NAME, "%s: there is no '%s'; known: %s", what, name, known);
 }
 
-static qc_status check_buffer(const char* what, const qc_tensor_info* info, const void* data, size_t bytes) {
+static qc_status check_pointer(const char* what, const qc_tensor_info* info, const void* data) {
   if (!data) return fail(QC_ERROR_ARGUMENT, "%s: the buffer for '%s' is null", what, info->name);
-  if (bytes != info->bytes) return fail(QC_ERROR_SIZE, "%s: '%s' has %zu bytes, the buffer %zu", what, info->name, info->bytes, bytes);
   size_t alignment = alignment_of(info->dtype);
   if ((uintptr_t)data % alignment)
     return fail(QC_ERROR_ALIGNMENT, "%s: the buffer for '%s' must be aligned to %zu bytes (its element type)", what, info->name, alignment);
   return QC_OK;
 }
 
+static qc_status check_buffer(const char* what, const qc_tensor_info* info, const void* data, size_t bytes) {
+  qc_status status = check_pointer(what, info, data);
+  if (!status && bytes != info->bytes) return fail(QC_ERROR_SIZE, "%s: '%s' has %zu bytes, the buffer %zu", what, info->name, info->bytes, bytes);
+  return status;
+}
+
 EXPORT qc_status qc_session_bind_input(qc_session* s, const char* name, const void* data, size_t bytes) {
   int32_t i;
-  qc_status status = check_port("qc_session_bind_input", s, name, input_infos, QC_INPUT_COUNT, &i);
-  if (!status) status = check_buffer("qc_session_bind_input", &input_infos[i], data, bytes);
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  status = check_port(__func__, name, input_infos, QC_INPUT_COUNT, &i);
+  if (!status) status = check_buffer(__func__, &input_infos[i], data, bytes);
   if (!status) s->inputs[i] = data;
-  return status;
+  return leave(s, status);
 }
 
 EXPORT qc_status qc_session_bind_output(qc_session* s, const char* name, void* data, size_t bytes) {
   int32_t i;
-  qc_status status = check_port("qc_session_bind_output", s, name, output_infos, QC_OUTPUT_COUNT, &i);
-  if (!status) status = check_buffer("qc_session_bind_output", &output_infos[i], data, bytes);
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  status = check_port(__func__, name, output_infos, QC_OUTPUT_COUNT, &i);
+  if (!status) status = check_buffer(__func__, &output_infos[i], data, bytes);
   if (!status) s->outputs[i] = data;
-  return status;
+  return leave(s, status);
+}
+
+/* The session's own buffer of a port, allocated on first use. */
+static qc_status own_buffer(const char* what, const qc_tensor_info* info, void** own) {
+  if (*own || (*own = allocate(info->bytes))) return QC_OK;
+  return fail(QC_ERROR_MEMORY, "%s: out of memory (%zu bytes for '%s')", what, info->bytes, info->name);
 }
 
 EXPORT qc_status qc_session_input_buffer(qc_session* s, const char* name, void** data) {
   int32_t i;
-  if (!data) return fail(QC_ERROR_ARGUMENT, "qc_session_input_buffer: the pointer for the result is null");
-  qc_status status = check_port("qc_session_input_buffer", s, name, input_infos, QC_INPUT_COUNT, &i);
+  if (!data) return fail(QC_ERROR_ARGUMENT, "%s: the pointer for the result is null", __func__);
+  qc_status status = enter(s, __func__);
   if (status) return status;
-  if (!s->own_inputs[i] && !(s->own_inputs[i] = allocate(input_infos[i].bytes))) return fail(QC_ERROR_MEMORY, "qc_session_input_buffer: out of memory");
-  *data = s->own_inputs[i];
-  s->inputs[i] = *data;
-  return QC_OK;
+  status = check_port(__func__, name, input_infos, QC_INPUT_COUNT, &i);
+  if (!status) status = own_buffer(__func__, &input_infos[i], &s->own_inputs[i]);
+  if (!status) s->inputs[i] = *data = s->own_inputs[i];
+  return leave(s, status);
 }
 
 EXPORT qc_status qc_session_output_buffer(qc_session* s, const char* name, void** data) {
   int32_t i;
-  if (!data) return fail(QC_ERROR_ARGUMENT, "qc_session_output_buffer: the pointer for the result is null");
-  qc_status status = check_port("qc_session_output_buffer", s, name, output_infos, QC_OUTPUT_COUNT, &i);
+  if (!data) return fail(QC_ERROR_ARGUMENT, "%s: the pointer for the result is null", __func__);
+  qc_status status = enter(s, __func__);
   if (status) return status;
-  if (!s->own_outputs[i] && !(s->own_outputs[i] = allocate(output_infos[i].bytes))) return fail(QC_ERROR_MEMORY, "qc_session_output_buffer: out of memory");
-  if (!s->outputs[i]) s->outputs[i] = s->own_outputs[i];
-  *data = s->outputs[i];
-  return QC_OK;
+  status = check_port(__func__, name, output_infos, QC_OUTPUT_COUNT, &i);
+  if (!status && !s->outputs[i]) {
+    status = own_buffer(__func__, &output_infos[i], &s->own_outputs[i]);
+    if (!status) s->outputs[i] = s->own_outputs[i];
+  }
+  if (!status) *data = s->outputs[i];
+  return leave(s, status);
 }
 
-static void execute(void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin, int32_t end) {
+static qc_status execute(qc_session* s, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin, int32_t end) {
   argument a[4 + QC_INPUT_COUNT + QC_OUTPUT_COUNT], result = {ARGUMENT_NONE, 0, {0}};
   int32_t n = 0;
   a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = workspace;
@@ -315,30 +367,36 @@ static void execute(void* workspace, const void* constants, const void* const* i
   for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = outputs[i];
   a[n].type = ARGUMENT_INT, a[n++].value.integer = begin;
   a[n].type = ARGUMENT_INT, a[n++].value.integer = end;
-  __tvm_ffi_qc_run(0, a, n, &result);
+  begin_run(s);
+  int error = __tvm_ffi_qc_run(0, a, n, &result); /* sets last_error itself */
+  end_run(s);
+  return error ? QC_ERROR_LIBRARY : QC_OK;
 }
 
 EXPORT qc_status qc_session_execute(qc_session* s, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                                     int32_t end) {
-  if (!s || !workspace || !inputs || !outputs) return fail(QC_ERROR_ARGUMENT, "qc_session_execute: a null pointer");
+  if (!s || !workspace || !inputs || !outputs) return fail(QC_ERROR_ARGUMENT, "%s: a null pointer", __func__);
   if (begin < 0 || end > QC_STEPS || begin > end)
-    return fail(QC_ERROR_ARGUMENT, "qc_session_execute: steps [%d, %d) asked for; there are %d", begin, end, QC_STEPS);
-  if (atomic_flag_test_and_set(&s->busy)) return fail(QC_ERROR_BUSY, "another thread is inside this session; use one session per thread");
-  begin_run(s);
-  execute(workspace, constants ? constants : qc_constants, inputs, outputs, begin, end);
-  end_run(s);
-  atomic_flag_clear(&s->busy);
-  return QC_OK;
+    return fail(QC_ERROR_ARGUMENT, "%s: steps [%d, %d) asked for; there are %d", __func__, begin, end, QC_STEPS);
+  if ((uintptr_t)workspace % 64 || (uintptr_t)constants % 64)
+    return fail(QC_ERROR_ALIGNMENT, "%s: the workspace and the constants must be aligned to 64 bytes", __func__);
+  qc_status status = QC_OK;
+  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i) status = check_pointer(__func__, &input_infos[i], inputs[i]);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = check_pointer(__func__, &output_infos[i], outputs[i]);
+  if (!status) status = enter(s, __func__);
+  return status ? status : leave(s, execute(s, workspace, constants ? constants : qc_constants, inputs, outputs, begin, end));
 }
 
 EXPORT qc_status qc_session_run(qc_session* s) {
-  if (!s) return fail(QC_ERROR_ARGUMENT, "qc_session_run: the session is null");
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i)
-    if (!s->inputs[i]) return fail(QC_ERROR_STATE, "qc_session_run: input '%s' has not been set", input_infos[i].name);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) {
-    void* unused;
-    qc_status status = s->outputs[i] ? QC_OK : qc_session_output_buffer(s, output_infos[i].name, &unused);
-    if (status) return status;
-  }
-  return qc_session_execute(s, s->workspace, 0, s->inputs, s->outputs, 0, QC_STEPS);
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i)
+    if (!s->inputs[i]) status = fail(QC_ERROR_STATE, "%s: input '%s' has not been set", __func__, input_infos[i].name);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i)
+    if (!s->outputs[i]) {
+      status = own_buffer(__func__, &output_infos[i], &s->own_outputs[i]);
+      s->outputs[i] = s->own_outputs[i];
+    }
+  if (!status) status = execute(s, s->workspace, qc_constants, s->inputs, s->outputs, 0, QC_STEPS);
+  return leave(s, status);
 }

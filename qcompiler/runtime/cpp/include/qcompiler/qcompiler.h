@@ -1,10 +1,18 @@
-/* C interface of a library compiled by qcompiler.
+/**
+ * @file
+ * C interface of a library compiled by qcompiler.
  *
- * The library is self-contained: model, weights, kernels and thread pool; it needs libc, libm and pthread. Open it with dlopen (any number of them
- * may be open at once) or link to one. Every function that can fail returns a qc_status; qc_last_error() then has a sentence about it.
+ * The library is self-contained: model, weights, kernels and thread pool in one file that needs libc, libm and pthread. Link to one, or open any
+ * number of them at run time (qcompiler/loader.h, or the C++ interface qcompiler/qcompiler.hpp).
  *
- * Ownership: what qc_*_info returns belongs to the library. Bound buffers stay the caller's and must live until the session is destroyed or
- * another buffer is bound. Threads: one session serves one call at a time (a second one gets QC_ERROR_BUSY); sessions are independent of each other.
+ * Errors: every function that can fail returns a qc_status; qc_last_error() then has a sentence about it. Nothing throws, prints or exits.
+ *
+ * Ownership: what qc_*_info, qc_manifest_json and qc_target_name return belongs to the library. Bound buffers stay the caller's and must live until
+ * the session is destroyed or another buffer is bound. A session's own buffers live as long as the session.
+ *
+ * Threads: one session serves one call at a time; a call made while another thread is inside returns QC_ERROR_BUSY and changes nothing. Sessions are
+ * independent of each other. A session may move between threads, with the usual synchronization. After fork() the child may use a session that was
+ * idle: it then runs on the child's one thread.
  */
 #ifndef QCOMPILER_QCOMPILER_H
 #define QCOMPILER_QCOMPILER_H
@@ -21,59 +29,80 @@ extern "C" {
 
 typedef enum qc_status {
   QC_OK = 0,
-  QC_ERROR_ARGUMENT = 1,  /* a null pointer, or a number out of range */
-  QC_ERROR_NAME = 2,      /* no input or output of that name */
-  QC_ERROR_SIZE = 3,      /* a buffer's size in bytes is not the tensor's */
-  QC_ERROR_ALIGNMENT = 4, /* a buffer is not aligned to its element type */
-  QC_ERROR_STATE = 5,     /* run before every input was set */
-  QC_ERROR_BUSY = 6,      /* another thread is inside this session */
-  QC_ERROR_DEVICE = 7,    /* this CPU lacks an instruction set that the library uses */
-  QC_ERROR_MEMORY = 8,    /* out of memory, or threads could not be started */
-  QC_ERROR_LIBRARY = 9    /* (C++ wrapper) the file is no library of ours, or of another ABI version */
+  QC_ERROR_ARGUMENT = 1,  /**< a null pointer, a number out of range, or (C++) another element type than the tensor's */
+  QC_ERROR_NAME = 2,      /**< no input or output of that name */
+  QC_ERROR_SIZE = 3,      /**< a buffer's size or shape is not the tensor's */
+  QC_ERROR_ALIGNMENT = 4, /**< a buffer is not aligned to its element type */
+  QC_ERROR_STATE = 5,     /**< run before every input was set */
+  QC_ERROR_BUSY = 6,      /**< another thread is inside this session */
+  QC_ERROR_DEVICE = 7,    /**< compiled for another architecture, or this CPU lacks an instruction set that the library uses */
+  QC_ERROR_MEMORY = 8,    /**< out of memory, or threads could not be started */
+  QC_ERROR_LIBRARY = 9    /**< the file is missing, damaged, no library of ours, or of another ABI version */
 } qc_status;
 
 typedef enum qc_dtype { QC_FLOAT32 = 0, QC_INT8 = 1, QC_UINT8 = 2, QC_INT32 = 3, QC_INT64 = 4, QC_BOOL = 5, QC_FLOAT64 = 6, QC_INT16 = 7, QC_FLOAT16 = 8 } qc_dtype;
 
-/* A network input or output: row-major, dense. */
+/** A network input or output: row-major, dense, static shape. */
 typedef struct qc_tensor_info {
-  const char* name;
+  const char* name; /**< UTF-8, the model's own name */
   qc_dtype dtype;
-  int32_t rank;
-  int64_t shape[QC_MAX_RANK];
-  size_t bytes;       /* of the whole tensor */
-  float scale;        /* quantization of the first (last) 8-bit value behind this port: real = scale * (q - zero_point); 0 when there is none */
-  int32_t zero_point;
+  int32_t rank;                /**< 0 for a scalar */
+  int64_t shape[QC_MAX_RANK];  /**< `rank` extents, in elements */
+  size_t bytes;                /**< of the whole tensor */
+  float scale;                 /**< of the first (for an output: last) 8-bit value behind this port, real = scale * (q - zero_point); 0 when there is none */
+  int32_t zero_point;          /**< of the same value, -128 to 127 */
 } qc_tensor_info;
 
+/** Memory and threads of one caller. Opaque. */
 typedef struct qc_session qc_session;
 
+/** QC_ABI_VERSION of the library. */
 int32_t qc_abi_version(void);
-const char* qc_last_error(void); /* of this thread; never null */
+/** A sentence about the last failure in this thread. Never null; valid until the next failure in this thread. */
+const char* qc_last_error(void);
+/** The manifest, JSON in UTF-8 (steps, quantization, digests); `length`, unless null, gets its bytes. It is not zero-terminated. */
 const char* qc_manifest_json(size_t* length);
+/** The row of targets.yaml that the library was compiled for. */
 const char* qc_target_name(void);
 
 int32_t qc_input_count(void);
 int32_t qc_output_count(void);
-const qc_tensor_info* qc_input_info(int32_t index);  /* null when out of range */
+/** Port number `index`; null when out of range. */
+const qc_tensor_info* qc_input_info(int32_t index);
 const qc_tensor_info* qc_output_info(int32_t index);
 
-/* A session with `threads` threads (the caller's and threads - 1 workers). All memory it will ever use is allocated here. */
+/**
+ * Make a session with `threads` threads (1 to 1024): the caller's and threads - 1 workers, which sleep between runs.
+ * The workspace is allocated here; a run allocates nothing, save a port's own buffer on its first use.
+ * Destroy it with qc_session_destroy. Errors: ARGUMENT, DEVICE, MEMORY; `*session` is null then.
+ */
 qc_status qc_session_create(int32_t threads, qc_session** session);
-void qc_session_destroy(qc_session* session); /* null is fine */
+/** Join the workers and free everything. Null is fine; no other thread may be inside the session. */
+void qc_session_destroy(qc_session* session);
 
-/* Zero-copy: use the caller's buffer of exactly `bytes` bytes, aligned to its element type, from the next run on. */
+/**
+ * Zero copy: use the caller's buffer of exactly `bytes` bytes, aligned to its element type, from the next run on.
+ * Inputs are only read; nothing outside the buffer is touched. Errors: ARGUMENT, NAME, SIZE, ALIGNMENT, BUSY; the old binding stays then.
+ */
 qc_status qc_session_bind_input(qc_session* session, const char* name, const void* data, size_t bytes);
 qc_status qc_session_bind_output(qc_session* session, const char* name, void* data, size_t bytes);
 
-/* The session's own buffer for a port (64-byte aligned), allocated on first use and bound: write inputs there, read outputs from there. */
+/**
+ * The session's own buffer of an input (64-byte aligned, zeroed at first), allocated on first use, and bound by this call: write the input there.
+ * Errors: ARGUMENT, NAME, MEMORY, BUSY.
+ */
 qc_status qc_session_input_buffer(qc_session* session, const char* name, void** data);
+/** The buffer that a run writes this output to: the one bound, else the session's own, allocated on first use. Errors as for inputs. */
 qc_status qc_session_output_buffer(qc_session* session, const char* name, void** data);
 
-/* Run the network. Every input must have been bound; unbound outputs get the session's own buffers. */
+/** Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY. */
 qc_status qc_session_run(qc_session* session);
 
-/* Run steps [begin, end) of the manifest on memory of the caller's: what tracing and profiling use.
- * workspace: qc_workspace_bytes(), 64-byte aligned. constants: null for the library's own. */
+/**
+ * Run steps [begin, end) of the manifest on memory of the caller's: what tracing and profiling use.
+ * workspace: qc_workspace_bytes(), 64-byte aligned. constants: null for the library's own. inputs, outputs: one pointer per port, in order.
+ * Errors: ARGUMENT, ALIGNMENT, BUSY.
+ */
 qc_status qc_session_execute(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end);
 size_t qc_workspace_bytes(void);

@@ -1,3 +1,4 @@
+/// @file
 /// C++17 interface of a library compiled by qcompiler: header only, over the C interface beside it.
 ///
 ///     qcompiler::Session session("model.so", {.threads = 2});   // {2} before C++20
@@ -5,13 +6,10 @@
 ///     session.run();
 ///     const float* logits = session.output("logits").data<float>();
 ///
-/// Link with -ldl where dlopen is not in libc. Errors are exceptions of type qcompiler::Error; its code() is a qc_status.
+/// Link with ${CMAKE_DL_LIBS} (-ldl where dlopen is not in libc). Errors are exceptions of type qcompiler::Error; its code() is a qc_status.
 #pragma once
 
-#include <dlfcn.h>
-
 #include <cstring>
-#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -19,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "qcompiler/loader.h"
 #include "qcompiler/qcompiler.h"
 
 namespace qcompiler {
@@ -46,113 +45,90 @@ constexpr qc_dtype dtype_of() {
   else if constexpr (std::is_same_v<U, std::int64_t>) return QC_INT64;
   else if constexpr (std::is_same_v<U, bool>) return QC_BOOL;
   else if constexpr (std::is_same_v<U, double>) return QC_FLOAT64;
-  else static_assert(!sizeof(U), "element type without a qc_dtype");
+  else static_assert(!sizeof(U), "element type without a qc_dtype; use bytes() and raw_data()");
 }
 
-/// An open library and its C functions. Shared by all sessions on it; closed with the last.
+/// An open library. Shared by the sessions on it; closed with the last.
 class Library {
  public:
-  explicit Library(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-    if (!handle_) throw Error(QC_ERROR_LIBRARY, path + ": can't be loaded: " + dlerror());
-    try {
-      load(abi_version, "qc_abi_version", path);
-      if (abi_version() != QC_ABI_VERSION)
-        throw Error(QC_ERROR_LIBRARY, path + ": has ABI version " + std::to_string(abi_version()) + ", this header is version " + std::to_string(QC_ABI_VERSION));
-      load(last_error, "qc_last_error", path);
-      load(manifest_json, "qc_manifest_json", path);
-      load(target_name, "qc_target_name", path);
-      load(input_count, "qc_input_count", path);
-      load(output_count, "qc_output_count", path);
-      load(input_info, "qc_input_info", path);
-      load(output_info, "qc_output_info", path);
-      load(create, "qc_session_create", path);
-      load(destroy, "qc_session_destroy", path);
-      load(bind_input, "qc_session_bind_input", path);
-      load(bind_output, "qc_session_bind_output", path);
-      load(input_buffer, "qc_session_input_buffer", path);
-      load(output_buffer, "qc_session_output_buffer", path);
-      load(run, "qc_session_run", path);
-    } catch (...) {
-      dlclose(handle_);
-      throw;
-    }
+  explicit Library(const std::string& path) {
+    char message[512] = "";
+    qc_status status = qc_library_open(path.c_str(), &functions_, message, sizeof message);
+    if (status != QC_OK) throw Error(status, message);
   }
-  ~Library() { dlclose(handle_); }
+  explicit Library(const qc_library& linked) : functions_(linked) {}
+  ~Library() { qc_library_close(&functions_); }
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
+  const qc_library* operator->() const noexcept { return &functions_; }
   void check(qc_status status) const {
-    if (status != QC_OK) throw Error(status, last_error());
+    if (status != QC_OK) throw Error(status, functions_.last_error());
   }
-
-  decltype(&qc_abi_version) abi_version;
-  decltype(&qc_last_error) last_error;
-  decltype(&qc_manifest_json) manifest_json;
-  decltype(&qc_target_name) target_name;
-  decltype(&qc_input_count) input_count;
-  decltype(&qc_output_count) output_count;
-  decltype(&qc_input_info) input_info;
-  decltype(&qc_output_info) output_info;
-  decltype(&qc_session_create) create;
-  decltype(&qc_session_destroy) destroy;
-  decltype(&qc_session_bind_input) bind_input;
-  decltype(&qc_session_bind_output) bind_output;
-  decltype(&qc_session_input_buffer) input_buffer;
-  decltype(&qc_session_output_buffer) output_buffer;
-  decltype(&qc_session_run) run;
 
  private:
-  template <class F>
-  void load(F& function, const char* symbol, const std::string& path) {
-    function = reinterpret_cast<F>(dlsym(handle_, symbol));
-    if (!function) throw Error(QC_ERROR_LIBRARY, path + ": not a library that qcompiler made (no symbol " + symbol + ")");
-  }
-  void* handle_;
+  qc_library functions_;
 };
 
 }  // namespace detail
 
-/// Threads of one run: the caller's and threads - 1 workers.
+/// How a session runs.
 struct Options {
-  int threads = 1;
+  int threads = 1;  ///< threads of one run: the caller's and threads - 1 workers
 };
 
-/// A network input or output of a session. Valid as long as the session; cheap to copy.
+/// A network input or output of a session. Cheap to copy; valid as long as the session's memory, wherever the Session object moves.
 class Tensor {
  public:
-  const std::string name() const { return info_->name; }
+  std::string name() const { return info_->name; }
   qc_dtype dtype() const noexcept { return info_->dtype; }
+  /// Extents in elements, outermost first; empty for a scalar.
   std::vector<std::int64_t> shape() const { return {info_->shape, info_->shape + info_->rank}; }
-  std::size_t bytes() const noexcept { return info_->bytes; }
-  /// Quantization of the 8-bit value behind this port (real = scale * (q - zero_point)); scale is 0 when there is none.
-  float scale() const noexcept { return info_->scale; }
-  std::int32_t zero_point() const noexcept { return info_->zero_point; }
-
-  /// The session's own buffer (64-byte aligned), `size()` elements. Throws when T is not the tensor's element type.
-  template <class T>
-  T* data() {
-    expect<T>();
-    void* pointer = nullptr;
-    library_->check((output_ ? library_->output_buffer : library_->input_buffer)(session_, info_->name, &pointer));
-    return static_cast<T*>(pointer);
-  }
+  /// Elements in all.
   std::size_t size() const noexcept {
     std::size_t count = 1;
     for (int i = 0; i < info_->rank; ++i) count *= static_cast<std::size_t>(info_->shape[i]);
     return count;
   }
+  std::size_t bytes() const noexcept { return info_->bytes; }
+  /// Quantization of the first (for an output: last) 8-bit value behind this port: real = scale * (q - zero_point). Scale 0: there is none.
+  float scale() const noexcept { return info_->scale; }
+  std::int32_t zero_point() const noexcept { return info_->zero_point; }
+
+  /// The `size()` elements. Input: the session's own buffer (64-byte aligned), bound by this call. Output: the buffer that runs write to.
+  /// Throws Error(QC_ERROR_ARGUMENT) when T is not the tensor's element type.
+  template <class T>
+  T* data() {
+    expect<T>();
+    return static_cast<T*>(raw_data());
+  }
+  /// The same, whatever the element type: `bytes()` bytes.
+  void* raw_data() {
+    void* pointer = nullptr;
+    const auto buffer = output_ ? (*library_)->session_output_buffer : (*library_)->session_input_buffer;
+    library_->check(buffer(session_, info_->name, &pointer));
+    return pointer;
+  }
 
   /// Copy `size()` elements in; the source may have any alignment.
   template <class T>
   void copy_from(const T* source) {
-    std::memcpy(data<T>(), source, bytes());
+    T* destination = data<T>();
+    if (!source) throw Error(QC_ERROR_ARGUMENT, "'" + name() + "': the source is null");
+    std::memcpy(destination, source, bytes());
   }
-  /// Copy in from a contiguous container; throws when its size is not the tensor's.
+  /// Copy in from a contiguous container; throws Error(QC_ERROR_SIZE) when its size is not the tensor's.
   template <class C>
   auto copy_from(const C& source) -> decltype(source.data(), void()) {
     if (source.size() != size())
       throw Error(QC_ERROR_SIZE, "'" + name() + "' has " + std::to_string(size()) + " elements, the source " + std::to_string(source.size()));
     copy_from(source.data());
+  }
+  /// The same, and the shape is checked too.
+  template <class T>
+  void copy_from(const T* source, const std::vector<std::int64_t>& source_shape) {
+    if (source_shape != shape()) throw Error(QC_ERROR_SIZE, "'" + name() + "' has shape " + text(shape()) + ", the source " + text(source_shape));
+    copy_from(source);
   }
   /// Copy the tensor out.
   template <class T>
@@ -161,16 +137,25 @@ class Tensor {
     return {begin, begin + size()};
   }
 
-  /// Zero copy: use the caller's `count` elements from the next run on. They stay the caller's and must outlive the session or the next bind.
+  /// Zero copy: use the caller's `count` elements, aligned to their type, from the next run on. They stay the caller's and must outlive the session
+  /// or the next bind. Inputs may be const.
   template <class T>
   void bind(T* elements, std::size_t count) {
     expect<T>();
-    if (output_) {
-      if constexpr (std::is_const_v<T>) throw Error(QC_ERROR_ARGUMENT, "'" + name() + "' is an output: its buffer can't be const");
-      else library_->check(library_->bind_output(session_, info_->name, elements, count * sizeof(T)));
+    if (!output_) {
+      library_->check((*library_)->session_bind_input(session_, info_->name, elements, count * sizeof(T)));
+    } else if constexpr (std::is_const_v<T>) {
+      throw Error(QC_ERROR_ARGUMENT, "'" + name() + "' is an output: its buffer can't be const");
     } else {
-      library_->check(library_->bind_input(session_, info_->name, elements, count * sizeof(T)));
+      library_->check((*library_)->session_bind_output(session_, info_->name, elements, count * sizeof(T)));
     }
+  }
+
+  /// A shape as people write it: [1, 3, 224, 224].
+  static std::string text(const std::vector<std::int64_t>& extents) {
+    std::string result = "[";
+    for (std::size_t i = 0; i < extents.size(); ++i) result += (i ? ", " : "") + std::to_string(extents[i]);
+    return result + "]";
   }
 
  private:
@@ -187,46 +172,60 @@ class Tensor {
   bool output_;
 };
 
-/// A loaded network. Move-only. One run at a time per session; sessions of one file share its code and weights.
+/// A loaded network. Move-only. One call at a time per session; sessions of one file share its code and weights, and run in parallel.
 class Session {
  public:
-  explicit Session(const std::string& path, Options options = {}) : library_(std::make_shared<detail::Library>(path)) {
-    library_->check(library_->create(options.threads, &session_));
-  }
-  ~Session() {
-    if (session_) library_->destroy(session_);
-  }
+  /// Open the library at `path`. Throws Error: QC_ERROR_LIBRARY, QC_ERROR_DEVICE, QC_ERROR_ARGUMENT (threads), QC_ERROR_MEMORY.
+  explicit Session(const std::string& path, Options options = {}) : Session(std::make_shared<detail::Library>(path), options) {}
+  /// A session on the one library that is linked to this program.
+  static Session linked(Options options = {}) { return Session(std::make_shared<detail::Library>(qc_library_linked()), options); }
+  /// Another session on the same library, with memory and threads of its own, for another thread.
+  Session another(Options options = {}) const { return Session(library_, options); }
+
+  ~Session() { reset(); }
   Session(Session&& other) noexcept : library_(std::move(other.library_)), session_(std::exchange(other.session_, nullptr)) {}
   Session& operator=(Session&& other) noexcept {
-    std::swap(library_, other.library_);
-    std::swap(session_, other.session_);
+    if (this != &other) {
+      reset();
+      library_ = std::move(other.library_);
+      session_ = std::exchange(other.session_, nullptr);
+    }
     return *this;
   }
 
-  std::vector<Tensor> inputs() { return ports(library_->input_count(), library_->input_info, false); }
-  std::vector<Tensor> outputs() { return ports(library_->output_count(), library_->output_info, true); }
+  std::vector<Tensor> inputs() { return ports((*library_)->input_count(), (*library_)->input_info, false); }
+  std::vector<Tensor> outputs() { return ports((*library_)->output_count(), (*library_)->output_info, true); }
+  /// The port of that name. Throws Error(QC_ERROR_NAME), listing the names there are.
   Tensor input(const std::string& name) { return port(name, inputs(), "input"); }
   Tensor output(const std::string& name) { return port(name, outputs(), "output"); }
 
-  /// Run the network on the inputs as they are now.
-  void run() { library_->check(library_->run(session_)); }
+  /// Run the network on the inputs as they are now. Throws Error(QC_ERROR_STATE) when one was never set, Error(QC_ERROR_BUSY) while another thread is inside.
+  void run() { library_->check((*library_)->session_run(session_)); }
 
-  /// The target the library was compiled for, and its whole manifest as JSON.
-  std::string target() const { return library_->target_name(); }
+  /// The row of targets.yaml that the library was compiled for.
+  std::string target() const { return (*library_)->target_name(); }
+  /// The whole manifest, JSON.
   std::string manifest() const {
     std::size_t length = 0;
-    const char* text = library_->manifest_json(&length);
+    const char* text = (*library_)->manifest_json(&length);
     return {text, length};
   }
 
  private:
+  Session(std::shared_ptr<detail::Library> library, Options options) : library_(std::move(library)) {
+    library_->check((*library_)->session_create(options.threads, &session_));
+  }
+  void reset() noexcept {
+    if (session_) (*library_)->session_destroy(session_);
+    session_ = nullptr;
+  }
   template <class Info>
   std::vector<Tensor> ports(int count, Info info, bool output) {
     std::vector<Tensor> all;
     for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i), output));
     return all;
   }
-  Tensor port(const std::string& name, const std::vector<Tensor>& all, const char* what) {
+  static Tensor port(const std::string& name, const std::vector<Tensor>& all, const char* what) {
     std::string known;
     for (const Tensor& tensor : all) {
       if (tensor.name() == name) return tensor;

@@ -1,0 +1,317 @@
+"""Tuning logs: which tunables were measured for which workload, how fast they were, and which to compile with.
+
+A log is a folder with one file of JSON lines per ISA. A line is one measured candidate, complete in itself:
+
+    {"schema": 1, "isa", "row", "workload": {...}, "params": {...}, "ratio", "seconds": [...], "threads", "host"}
+
+`ratio` is the candidate's time over that of the row's default, both timed in turns by one process: below 1 is faster. `seconds` is the
+least time on one thread and, when `threads` is more than 1, the least on so many. Every `ratio` belongs to a kernel that was bit-exact. A line with `"failed": reason` instead of `ratio` keeps a
+candidate that could not be built or timed from being tried again. Lines are only ever appended, each with a single write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompiler.errors import OutputError, TuningError
+from qcompiler.files import replacing
+from qcompiler.schedules.table import Layout, OpCall, Row
+from qcompiler.targets import Target
+
+SCHEMA = 1
+SHIPPED = Path(__file__).resolve().parent / "shipped_log"
+SUFFIX, LOCK = ".jsonl", "lock"
+
+# Attributes that only change numbers a kernel reads, not its code (a clamp adds an instruction at most).
+_VALUES = ("zero_point", "multiplier", "shift", "scale", "ratio", "low", "high", "value")
+
+
+def isa_of(target: Target) -> str:
+    """The ISA whose log a target reads and writes: its best kernel row."""
+    return target.rows[0]
+
+
+def workload_of(op: OpCall) -> dict[str, Any]:
+    """What decides an operator's code apart from its tunables: shapes, layouts, types and geometry, as plain JSON values."""
+
+    def tensor(layout: Layout) -> list[Any]:
+        return [list(layout.shape), layout.dtype, *([list(layout.halo), layout.channel_pitch] if not layout.dense else [])]
+
+    operands = [tensor(o) if isinstance(o, Layout) else [list(o.shape), str(o.dtype), "constant"] for o in op.operands]
+    attrs = {k: v for k, v in op.attrs.items() if not k.endswith(_VALUES)}
+    return {"op": op.name, "operands": operands, "output": tensor(op.output), "attrs": attrs}
+
+
+def key_of(row: str, workload: Mapping[str, Any]) -> str:
+    """A digest that equal workloads of any two networks share."""
+    return hashlib.sha256(_canonical([SCHEMA, row, workload]).encode()).hexdigest()[:16]
+
+
+def workload_text(workload: Mapping[str, Any]) -> str:
+    """A workload in a few words: `1x112x112x32 > 1x112x112x16, 1x1`."""
+    operands, attrs = workload["operands"], workload["attrs"]
+    words = ["x".join(map(str, operands[0][0])) + " > " + "x".join(map(str, workload["output"][0]))]
+    if len(operands) > 1 and len(operands[1][0]) == 4:
+        words.append("x".join(map(str, operands[1][0][1:3])))
+    if list(attrs.get("strides", [1, 1])) != [1, 1]:
+        words.append("/" + "x".join(map(str, attrs["strides"])))
+    if attrs.get("groups", 1) not in (1, operands[0][0][-1]):
+        words.append(f"{attrs['groups']} groups")
+    if sum(o[-1] != "constant" for o in operands) > 1:
+        words.append("+ residual")
+    return ", ".join(words[:2]) + " ".join(["", *words[2:]])
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a log. `ratio` is infinite for a candidate that failed; see the module's text."""
+
+    isa: str
+    row: str
+    workload: dict[str, Any]
+    params: dict[str, Any]
+    ratio: float
+    seconds: tuple[float, ...]
+    threads: int
+    host: str
+    failed: str = ""
+
+    @property
+    def key(self) -> str:
+        return key_of(self.row, self.workload)
+
+    @property
+    def point(self) -> str:
+        """The tunables as text, for comparison."""
+        return _canonical(self.params)
+
+    @property
+    def rank(self) -> tuple[int, float, str]:
+        """Smaller is better. What was judged on more threads counts first: one thread can't judge how work is divided."""
+        return (-self.threads, self.ratio, self.point)
+
+    def line(self) -> str:
+        fields: dict[str, Any] = {"schema": SCHEMA, "isa": self.isa, "row": self.row, "workload": self.workload, "params": self.params}
+        fields |= {"failed": self.failed} if self.failed else {"ratio": round(self.ratio, 5), "seconds": [float(f"{s:.5g}") for s in self.seconds]}
+        return _canonical(fields | {"threads": self.threads, "host": self.host}) + "\n"
+
+    @staticmethod
+    def of_line(text: str) -> Record:
+        """Raises ValueError for what is not a complete record, TuningError for a record of another schema version."""
+        try:
+            f = json.loads(text)
+            if f["schema"] != SCHEMA:
+                raise TuningError(f"schema version {f['schema']}, this version of qcompiler reads version {SCHEMA}; tune again into another folder")
+            failed = str(f.get("failed", ""))
+            ratio, seconds = (math.inf, []) if failed else (float(f["ratio"]), f["seconds"])
+            if not (ratio > 0 and isinstance(f["params"], dict) and {"op", "operands", "output", "attrs"} <= set(f["workload"])):
+                raise ValueError("a field has the wrong form")
+            return Record(f["isa"], f["row"], f["workload"], f["params"], ratio, tuple(map(float, seconds)), int(f["threads"]), str(f["host"]), failed)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"missing or malformed: {error}") from error
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> list[Record]:
+    """The records of one file. Lines that are no records (the half-written last one of a killed run) are skipped with a warning.
+
+    Raises TuningError when the file can't be read or is of another schema version.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise TuningError(f"{path}: the tuning log can't be read: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = Record.of_line(line.decode())
+        except TuningError as error:
+            raise TuningError(f"{path}: line {number} has {error}") from error
+        except ValueError:
+            warnings.warn(f"{path}: line {number} is not a whole record (a run was stopped while it wrote); skipped", stacklevel=2)
+            continue
+        if record.isa != path.name.removesuffix(SUFFIX):
+            raise TuningError(f"{path}: line {number} was measured for {record.isa}; a file holds one ISA, the one it is named after")
+        records.append(record)
+    return records
+
+
+def read_log(folder: str | os.PathLike[str], isa: str | None = None) -> list[Record]:
+    """The records of a log; `isa`: of this ISA only.
+
+    Raises TuningError when the folder is missing, unreadable, holds no log, no log of `isa`, or one of another schema version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TuningError(f"{folder}: is not a tuning log: {'a file' if folder.exists() else 'missing'}; `qcompiler tune --log DIR` makes the folder")
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise TuningError(f"{folder}: no tuning log in this folder (no *{SUFFIX} file); `qcompiler tune --log DIR` makes one")
+    if isa is not None:
+        found, files = files, [f for f in files if f.name == f"{isa}{SUFFIX}"]
+        if not files:
+            present = ", ".join(f.name.removesuffix(SUFFIX) for f in found)
+            raise TuningError(f"{folder}: the tuning log is for {present}, and {isa} is wanted; times of one ISA say nothing about another. Tune for {isa}")
+    return [record for file in files for record in read_file(file)]
+
+
+def best_of(records: Iterable[Record]) -> dict[str, Record]:
+    """workload key -> its best record, for the workloads that have a measured one."""
+    best: dict[str, Record] = {}
+    for record in records:
+        if not record.failed and (record.key not in best or record.rank < best[record.key].rank):
+            best[record.key] = record
+    return best
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------------------------
+
+
+class LogWriter:
+    """Appends records to the log of one ISA. One writer per folder at a time: see `opened`."""
+
+    def __init__(self, folder: Path, isa: str) -> None:
+        self.path = folder / f"{isa}{SUFFIX}"
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise OutputError(f"{self.path}: the tuning log can't be written: {error.strerror}") from error
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":  # end the torn line, so that the next one is whole
+            self._write(b"\n")
+
+    def append(self, record: Record) -> None:
+        """Raises OutputError when the disk is full; the file then ends where it did before."""
+        self._write(record.line().encode())
+
+    def _write(self, data: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, data)
+            if written != len(data):
+                raise OSError(28, os.strerror(28))
+        except OSError as error:
+            os.ftruncate(self._file, size)
+            raise OutputError(f"{self.path}: the tuning log can't be written: {error.strerror}; everything before is safe, run again to go on") from error
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+@contextmanager
+def opened(folder: str | os.PathLike[str], isa: str) -> Iterator[LogWriter]:
+    """The folder, made when missing, locked against other writers while the context lasts.
+
+    The lock is the kernel's, on the file `lock`, so that it ends with its process, however that ends.
+    Raises OutputError when the folder can't be written, TuningError when another run has it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise OutputError(f"{folder}: can't be used as a tuning log: {error.strerror}; name a folder that can be written") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(lock, 64, 0).decode(errors="replace").strip()
+            raise TuningError(f"{folder}: another run (process {owner or 'unknown'}) is tuning into this log; wait for it, or use another folder") from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        writer = LogWriter(folder, isa)
+        try:
+            yield writer
+        finally:
+            writer.close()
+    finally:
+        os.close(lock)
+
+
+def merge(sources: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, int]:
+    """Write the union of logs to the folder `output`; equal points keep their best measurement. Returns {ISA: records}.
+
+    Raises TuningError for a source that is no log, OutputError when `output` can't be written or holds a log already.
+    """
+    output = Path(output)
+    if output.is_dir() and any(output.glob(f"*{SUFFIX}")):
+        raise OutputError(f"{output}: holds a tuning log already; name a new folder")
+    merged: dict[str, dict[tuple[str, str, int], Record]] = {}
+    for source in sources:
+        for record in read_log(source):
+            points = merged.setdefault(record.isa, {})
+            known = points.get((record.key, record.point, record.threads))
+            if known is None or record.rank < known.rank:
+                points[record.key, record.point, record.threads] = record
+    write_log(output, [record for points in merged.values() for record in points.values()])
+    return {isa: len(points) for isa, points in sorted(merged.items())}
+
+
+def write_log(folder: Path, records: Iterable[Record]) -> None:
+    """A new log with these records, in an order that only their contents decide. Raises OutputError."""
+    by_isa: dict[str, list[str]] = {}
+    for record in sorted(records, key=lambda r: (r.isa, r.row, _canonical(r.workload), r.rank)):
+        by_isa.setdefault(record.isa, []).append(record.line())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: can't be made: {error.strerror}") from error
+    for isa, lines in by_isa.items():
+        with replacing(folder / f"{isa}{SUFFIX}") as temporary:
+            temporary.write_text("".join(lines))
+
+
+# -- compiling with a log -------------------------------------------------------------------------------------------------------------------
+
+
+class Tuned:
+    """Tuned parameters for `lower`: the best record of the user's log, else of the shipped one, else None (the row's heuristic)."""
+
+    def __init__(self, target: Target, log: str | os.PathLike[str] | None = None, shipped: Path | None = SHIPPED) -> None:
+        """Raises TuningError, see `read_log`, when `log` is no log for `target`."""
+        self.target, self.used = target, {}  # type: Target, dict[str, Record]
+        own = best_of(read_log(log, isa_of(target))) if log is not None else {}
+        file = None if shipped is None else shipped / f"{isa_of(target)}{SUFFIX}"
+        self.best = (best_of(read_file(file)) if file is not None and file.is_file() else {}) | own
+
+    def __call__(self, row: Row, op: OpCall) -> dict[str, Any] | None:
+        if not self.best:
+            return None
+        space = row.space(op, self.target)
+        record = self.best.get(key_of(row.name, workload_of(op))) if space else None
+        if record is None or not allowed(record.params, space, row.default(op, self.target)):
+            return None
+        try:
+            row.build(op, record.params, self.target)
+        except ValueError:  # a combination that this version's template has given up
+            return None
+        self.used[record.key] = record
+        return dict(record.params)
+
+    @property
+    def digest(self) -> str:
+        """Of the records that were used: equal schedules have equal digests, whatever else the logs hold."""
+        return hashlib.sha256(_canonical([[k, self.used[k].params] for k in sorted(self.used)]).encode()).hexdigest()
+
+
+def allowed(params: Mapping[str, Any], space: Mapping[str, list[Any]], default: Mapping[str, Any]) -> bool:
+    """Whether a point lies in a row's space (the default's own values count as part of it)."""
+    return params.keys() == space.keys() and all(params[k] in space[k] or params[k] == default[k] for k in space)
