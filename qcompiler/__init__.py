@@ -10,6 +10,7 @@ if _TYPE_CHECKING:
     from qcompiler.pipeline import compile
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
+    from qcompiler.tuning import tune
 
 # In a checkout, passes/ and schedules/ lie beside this package; installed, they lie inside it.
 _ROOT = _Path(__file__).resolve().parent.parent
@@ -18,7 +19,7 @@ if (_ROOT / "passes" / "__init__.py").is_file() and (_ROOT / "targets.yaml").is_
 
 __version__ = "0.1.0"
 
-__all__ = ["Artifact", "Session", "compile", "load", "verify"]
+__all__ = ["Artifact", "Session", "compile", "load", "tune", "verify"]
 
 # Imported on first use: running a library needs numpy alone, and listing targets needs no compiler.
 _LAZY = {
@@ -26,6 +27,7 @@ _LAZY = {
     "Session": ("qcompiler.runtime.session", "Session"),
     "compile": ("qcompiler.pipeline", "compile"),
     "load": ("qcompiler.runtime.session", "Session"),
+    "tune": ("qcompiler.tuning", "tune"),
     "verify": ("qcompiler.parity", "verify"),
 }
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
+from qcompiler import cli_bundle
+from qcompiler.cli_tuning import add_verbs
 from qcompiler.debug import SWITCHES, plain_json, switch
 from qcompiler.errors import DataError, QCompilerError
 from qcompiler.files import check_writable, replacing
@@ -24,6 +26,7 @@ DATA_HELP = (
     "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, "
     "or a folder of images together with --preprocess"
 )
+SHAPE_HELP = "shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs"
 PREPROCESS_HELP = (
     "YAML file for a folder of images; keys: resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), "
     "color (RGB, BGR, GRAY), scale, mean, std: y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC)"
@@ -61,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qcompiler {qcompiler.__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[argparse.Namespace], int] | None, summary: str, description: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=summary, description=description)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object instead of tables")
@@ -86,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=1,3,224,224",
         type=_shape,
-        help="shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs",
+        help=SHAPE_HELP,
     )
     p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
     p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
@@ -97,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
     )
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
+
+    add_verbs(verb, _show, {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}, _shape)
 
     p = verb(
         "verify",
@@ -178,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "measure int8 against float, and leave the library.",
     )
     p.add_argument("--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
+    cli_bundle.add(verb)
     return parser
 
 

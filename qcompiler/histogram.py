@@ -168,7 +168,7 @@ def channel_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     return sums, squares, low, high
 
 
-def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+def _pointer(array: Any) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 

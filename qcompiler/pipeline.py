@@ -23,7 +23,7 @@ from qcompiler.correction import SAMPLES, FloatMeans, SessionExecutor, correct, 
 from qcompiler.data import Samples, open_samples
 from qcompiler.debug import Dumper
 from qcompiler.errors import DataError, PlanError, closest
-from qcompiler.lowering import Program, lower
+from qcompiler.lowering import Params, Program, lower
 from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -34,13 +34,14 @@ from qcompiler.progress import Progress
 from qcompiler.quant_plan import QuantPlan
 from qcompiler.runtime.session import Session
 from qcompiler.targets import Target, find_target
+from qcompiler.tuning_log import Tuned
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments of `compile`.
 
     input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path. preset: "fast" (no
-    bias correction), "default" or "accurate". tuning_log: a folder of tuning records. dump_dir: every stage's result is written there.
+    bias correction), "default" or "accurate". tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
     targets_file: a file like targets.yaml. progress: called with (stage, done, total).
     """
 
@@ -66,9 +67,9 @@ class Built:
         return artifacts.link(self.code, self.program.constants, described, self.program.target)
 
 
-def build(module: tvm.IRModule, target: Target, stage: str, *, progress: Progress | None = None) -> Built:
-    """Lower a module and generate its code."""
-    program = lower(module, target)
+def build(module: tvm.IRModule, target: Target, stage: str, params: Params | None = None, *, progress: Progress | None = None) -> Built:
+    """Lower a module, with tuned `params` where there are some, and generate its code."""
+    program = lower(module, target, params)
     if progress is not None:
         progress(stage, 0, 1)
     code = object_code(program)
@@ -147,8 +148,9 @@ def compile_stages(
     dump, progress = Dumper(options.get("dump_dir")), options.get("progress")
     row = find_target(target, options.get("targets_file"))
     artifacts.find_compiler(row)
+    tuned = Tuned(row, options.get("tuning_log"))
     stages = quantize(model, row, calibration, dump, **options)
-    built = build(stages.integer, row, "generate int8 code", progress=progress)
+    built = build(stages.integer, row, "generate int8 code", tuned, progress=progress)
     integer, summary = stages.integer, "none"
     if stages.means.limit:
         host = find_target("native")
@@ -172,6 +174,7 @@ def compile_stages(
             "model": stages.model.digest,
             "calibration": stages.table.digest,
             "plan": stages.plan.digest,
+            "tuning_log": tuned.digest,
             "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest(),
         },
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -147,35 +148,34 @@ def resize_indices(
     nearest_mode (ONNX operator specification, Resize). `scale`: new / old as the model states it, when it is not that quotient.
     Raises ValueError for a mode that is not supported.
     """
-    ratio = scale if scale is not None else new / old
-    position = np.arange(new, dtype=np.float64)
-    if transformation == "half_pixel":
-        source = (position + 0.5) / ratio - 0.5
-    elif transformation == "pytorch_half_pixel":
-        source = (position + 0.5) / ratio - 0.5 if new > 1 else np.zeros(1)
+    ratio = Fraction(new, old) if scale is None else Fraction(float(scale))  # exact: a tie or a whole number must not move by one rounding
+    half = Fraction(1, 2)
+    if transformation == "half_pixel" or (transformation == "pytorch_half_pixel" and new > 1):
+        source = [(j + half) / ratio - half for j in range(new)]
     elif transformation == "asymmetric":
-        source = position / ratio
-    elif transformation == "align_corners":
-        source = position * (old - 1) / (new - 1) if new > 1 else np.zeros(1)
+        source = [j / ratio for j in range(new)]
+    elif transformation == "align_corners" and new > 1:
+        source = [Fraction(j * (old - 1), new - 1) for j in range(new)]
+    elif transformation in ("pytorch_half_pixel", "align_corners"):
+        source = [Fraction(0)]
     else:
         raise ValueError(f"coordinate transformation '{transformation}' is not supported; supported: half_pixel, pytorch_half_pixel, asymmetric, align_corners")
     if method == "nearest":
         if rounding in ("round_prefer_floor", ""):
-            index = np.ceil(source - 0.5)
+            index = [math.ceil(s - half) for s in source]
         elif rounding in ("round_prefer_ceil", "round"):
-            index = np.floor(source + 0.5)
+            index = [math.floor(s + half) for s in source]
         elif rounding == "floor":
-            index = np.floor(source)
+            index = [math.floor(s) for s in source]
         elif rounding == "ceil":
-            index = np.ceil(source)
+            index = [math.ceil(s) for s in source]
         else:
             raise ValueError(f"rounding '{rounding}' is not supported; supported: round_prefer_floor, round_prefer_ceil, floor, ceil")
-        first = np.clip(index, 0, old - 1).astype(int).tolist()
+        first = [min(max(i, 0), old - 1) for i in index]
         return first, first, [0] * new
     if method != "linear":
         raise ValueError(f"resize method '{method}' is not supported; supported: nearest, linear")
-    source = np.clip(source, 0, old - 1)
-    base = np.minimum(np.floor(source), old - 1)
-    weight = np.rint((source - base) * 2**RESIZE_BITS).astype(int)
-    second = np.minimum(base + 1, old - 1)
-    return base.astype(int).tolist(), second.astype(int).tolist(), weight.tolist()
+    source = [min(max(s, Fraction(0)), Fraction(old - 1)) for s in source]
+    base = [math.floor(s) for s in source]
+    weight = [round((s - f) * 2**RESIZE_BITS) for s, f in zip(source, base, strict=True)]
+    return base, [min(f + 1, old - 1) for f in base], weight

@@ -175,11 +175,7 @@ def read_log(folder: str | os.PathLike[str], isa: str | None = None) -> list[Rec
 
 def best_of(records: Iterable[Record]) -> dict[str, Record]:
     """workload key -> its best record, for the workloads that have a measured one."""
-    best: dict[str, Record] = {}
-    for record in records:
-        if not record.failed and (record.key not in best or record.rank < best[record.key].rank):
-            best[record.key] = record
-    return best
+    return {key: group[0] for key, group in _ranked(records).items()}
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------------------------
@@ -287,29 +283,46 @@ class Tuned:
 
     def __init__(self, target: Target, log: str | os.PathLike[str] | None = None, shipped: Path | None = SHIPPED) -> None:
         """Raises TuningError, see `read_log`, when `log` is no log for `target`."""
-        self.target, self.used = target, {}  # type: Target, dict[str, Record]
-        own = best_of(read_log(log, isa_of(target))) if log is not None else {}
+        self.target = target
+        self.used: dict[str, Record] = {}
+        own = _ranked(read_log(log, isa_of(target))) if log is not None else {}
         file = None if shipped is None else shipped / f"{isa_of(target)}{SUFFIX}"
-        self.best = (best_of(read_file(file)) if file is not None and file.is_file() else {}) | own
+        self.records = (_ranked(read_file(file)) if file is not None and file.is_file() else {}) | own
 
     def __call__(self, row: Row, op: OpCall) -> dict[str, Any] | None:
-        if not self.best:
-            return None
-        space = row.space(op, self.target)
-        record = self.best.get(key_of(row.name, workload_of(op))) if space else None
-        if record is None or not allowed(record.params, space, row.default(op, self.target)):
-            return None
+        space = row.space(op, self.target) if self.records else None
+        records = self.records.get(key_of(row.name, workload_of(op)), []) if space else []
+        for record in records:
+            if record.ratio >= 1:  # the default is the best that is known
+                break
+            if self.buildable(row, op, record.params):
+                self.used[record.key] = record
+                return dict(record.params)
+        return None
+
+    def buildable(self, row: Row, op: OpCall, params: Mapping[str, Any]) -> bool:
+        """Whether this version's template still knows the point."""
+        if not allowed(params, row.space(op, self.target), row.default(op, self.target)):
+            return False
         try:
-            row.build(op, record.params, self.target)
-        except ValueError:  # a combination that this version's template has given up
-            return None
-        self.used[record.key] = record
-        return dict(record.params)
+            row.build(op, params, self.target)
+        except ValueError:
+            return False
+        return True
 
     @property
     def digest(self) -> str:
         """Of the records that were used: equal schedules have equal digests, whatever else the logs hold."""
         return hashlib.sha256(_canonical([[k, self.used[k].params] for k in sorted(self.used)]).encode()).hexdigest()
+
+
+def _ranked(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """workload key -> its measured records, best first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if not record.failed:
+            groups.setdefault(record.key, []).append(record)
+    return {k: sorted(g, key=lambda r: r.rank) for k, g in groups.items()}
 
 
 def allowed(params: Mapping[str, Any], space: Mapping[str, list[Any]], default: Mapping[str, Any]) -> bool:

@@ -96,11 +96,11 @@ def features(workload: Mapping[str, Any], space: Space, points: Sequence[Mapping
     """float32 [points, features]: tunables, sizes, and what follows from both (outputs and accumulators of a tile, waste at ragged edges, tasks)."""
     constant, (out, *_) = sizes(workload), workload["output"]
     _, height, width, channels = [1] * (4 - len(out)) + list(out[-4:])
-    if workload["attrs"].get("strides", [1, 1]) == [1, 1] and workload["operands"][1][0][1:3] == [1, 1]:
+    if workload["attrs"].get("strides", [1, 1]) == [1, 1] and [o[0][1:3] for o in workload["operands"][1:2]] == [[1, 1]]:
         height, width = 1, height * width  # a 1x1 is tiled over all pixels
 
     def row(p: Mapping[str, Any]) -> list[float]:
-        tunables = [float(p[k]) if isinstance(p[k], (int, float)) else float(v.index(p[k])) for k, v in sorted(space.values.items())]
+        tunables = [float(p[k]) if isinstance(p[k], (int, float)) else float(v.index(p[k]) if p[k] in v else -1) for k, v in sorted(space.values.items())]
         rows, cols = p.get("rows", 1), p.get("cols", p.get("columns", 1))
         lanes = p["blocks"] * LANES if "blocks" in p else p.get("width", LANES)
         tasks = math.prod(v for k, v in p.items() if k.endswith("tasks"))

@@ -81,6 +81,17 @@ def test_outputs_are_fresh_and_inputs_may_be_strided_or_unaligned(library: Path)
         assert (session.run({"x": x})["soft"] == kept["soft"]).all()
 
 
+def test_a_library_that_replaced_a_loaded_one(built: tuple[Program, bytes], library: Path) -> None:
+    program, code = built
+    old = Session(library)
+    before = old.run({"x": image()})["sum"]
+    twice = program.constants.copy()
+    twice[: WEIGHT.nbytes] = (2 * WEIGHT).reshape(-1).view(np.uint8)
+    artifacts.link(code, twice, artifacts.program_manifest(program), program.target).save(library)
+    assert np.abs(Session(library).run({"x": image()})["sum"] - before).max() > 1e-3
+    assert (old.run({"x": image()})["sum"] == before).all()
+
+
 def test_trace_profile_and_contexts(library: Path) -> None:
     session = Session(library)
     seen: dict[str, np.ndarray] = {}

@@ -13,7 +13,7 @@ from small_nets import Net, op, residual_net
 
 from qcompiler import interpreter, numerics
 from qcompiler.calibration import calibrate
-from qcompiler.correction import FloatMeans, correct, integer_layers, pre_activation, reach, tap_means, with_biases
+from qcompiler.correction import FloatMeans, correct, integer_layers, pre_activation, reach, steady, tap_means, with_biases
 from qcompiler.errors import DataError
 from qcompiler.passes.graph import Graph, const_value, is_const, match_op
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -55,14 +55,14 @@ def test_the_mean_of_a_convolution_follows_from_the_means_of_its_input(attrs: di
     more = {**attrs, "x_zero_point": 3, "out_dtype": "float32", "zero_point": 0, "low": -128, "high": 127}
     y = numerics.conv2d_transpose(*parameters, **more, output_padding=[0, 0]) if transposed else numerics.conv2d(*parameters, **more)
     means = tap_means(x.astype(np.float32) - 3, "conv2d_transpose" if transposed else "conv2d", attrs, (3, 3), y.shape)
-    np.testing.assert_allclose(pre_activation(w, means, attrs["groups"]), y.mean((0, 1, 2), dtype=np.float64), rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(pre_activation(w, means[None], attrs["groups"])[0], y.mean((0, 1, 2), dtype=np.float64), rtol=1e-6, atol=1e-4)
 
 
 def test_the_mean_of_a_dense_layer() -> None:
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 5, 16)).astype(np.float32), rng.standard_normal((7, 16)).astype(np.float32)
     means = tap_means(x, "dense", {}, (1, 1), (2, 5, 7))
-    np.testing.assert_allclose(pre_activation(w, means), (x @ w.T).mean((0, 1), dtype=np.float64), atol=1e-5)
+    np.testing.assert_allclose(pre_activation(w, means[None])[0], (x @ w.T).mean((0, 1), dtype=np.float64), atol=1e-5)
 
 
 class Stepper:
@@ -126,7 +126,7 @@ def test_expected_pre_activations_are_those_of_the_float_network() -> None:
     for sample in samples:
         executor.trace(sample, lambda name, array: seen[name].append(array) if name in seen else None)
     for group in ("logits", "block_b"):  # no activation: the output is the pre-activation, its residual included
-        wanted = np.concatenate(seen[group]).reshape(-1, seen[group][0].shape[-1]).mean(0, dtype=np.float64)
+        wanted = np.stack([a.reshape(-1, a.shape[-1]).mean(0, dtype=np.float64) for a in seen[group]])
         np.testing.assert_allclose(means.expected(group, SAMPLES, residual=group == "block_b"), wanted, atol=1e-4)
 
 
@@ -147,8 +147,8 @@ def test_integer_layers_state_real_units() -> None:
             )
             for v in values
         ]
-        real = (layer.bias + pre_activation(layer.weight, np.mean(taps, axis=0), int(layer.attrs.get("groups", 1)))) * layer.unit
-        np.testing.assert_allclose(real, means.expected(layer.group, SAMPLES, False), atol=0.1)
+        real = (layer.bias + pre_activation(layer.weight, np.stack(taps), int(layer.attrs.get("groups", 1)))) * layer.unit
+        np.testing.assert_allclose(real, means.expected(layer.group, SAMPLES, False), atol=0.15)
 
 
 def test_an_injected_bias_is_found_and_removed() -> None:
@@ -208,10 +208,17 @@ def test_a_correction_beyond_int32_is_skipped() -> None:
             self.outputs, self.groups = means.outputs, {layer.group: means.groups[layer.group]}
 
         def expected(self, group_id: str, count: int, residual: bool) -> np.ndarray:
-            return np.full(len(layer.bias), 1e12)
+            return np.full((count, len(layer.bias)), 1e12)
 
     result = correct(integer, Stepper(integer), Absurd(), samples[:1])
     assert result.skipped == {layer.id: "a corrected bias leaves int32"} and result.biases == {}
+
+
+def test_only_what_samples_share_is_steady() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.choice([-1.0, 1.0], (1000, 1)) * [0.0, 0.5, 5.0]
+    np.testing.assert_allclose(steady(0.5 + noise - noise.mean(0)), [0.5, 0.25, 0.005], rtol=0.02)
+    np.testing.assert_array_equal(steady(np.array([[0.5, 0.0]])), [0.5, 0.0])
 
 
 def test_no_samples_is_an_error() -> None:
@@ -233,4 +240,4 @@ def test_inputs_behind_a_reshape_are_collected() -> None:
     for sample in samples:
         outputs.append(executor.trace(sample, lambda name, array: means.visit(name, array) if name != "flat" else None)["out0"])
         means.end_sample({"out0": outputs[-1]})
-    np.testing.assert_allclose(means.expected("y", 3, False), np.mean(outputs, axis=(0, 1)), atol=1e-5)
+    np.testing.assert_allclose(means.expected("y", 3, False), np.concatenate(outputs), atol=1e-5)

@@ -36,7 +36,9 @@ def bounds(draw: Draw) -> dict[str, int]:
 
 
 def residual_attributes(draw: Draw) -> dict[str, int]:
-    return {"residual_zero_point": draw(BYTE), "residual_multiplier": draw(st.integers(0, (2**30 - 1) // 255)), "residual_shift": draw(st.integers(0, 16))}
+    """A shortcut of up to twice the output's unit."""
+    shift = draw(st.integers(0, 16))
+    return {"residual_zero_point": draw(BYTE), "residual_multiplier": draw(st.integers(0, 2 ** (shift + 1))), "residual_shift": shift}
 
 
 def multipliers(seed: int, count: int, bits: int) -> np.ndarray:
@@ -308,6 +310,17 @@ def test_mean(axes: tuple[int, ...], keepdims: bool, seed: int, data: Any) -> No
     assert got.reshape(-1).tolist() == wanted
 
 
+@pytest.mark.parametrize("total, ratio, wanted", [(15, 2.1, 4), (13, 2.423076923076923, 4), (17, 0.2647058823529412, 0), (23, 1.3695652173913044, 3)])
+def test_an_average_divides_its_ratio_in_float64(total: int, ratio: float, wanted: int) -> None:
+    """Ties: a ratio that was rounded to float32 before the division by 9 lands on the other side."""
+    x = np.array([total] + [0] * 8, np.int8).reshape(1, 3, 3, 1)
+    common = {"x_zero_point": 0, "ratio": ratio, "zero_point": 0}
+    geometry = {"kernel": (3, 3), "strides": (1, 1), "padding": (0, 0, 0, 0)}
+    for include in (False, True):
+        assert numerics.avg_pool2d(x, **geometry, count_include_pad=include, **common).tolist() == [[[[wanted]]]]
+    assert numerics.mean(x, axes=(1, 2), keepdims=False, **common).tolist() == [[wanted]]
+
+
 # -- resize and data movement -----------------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +358,7 @@ def test_linear_resize_by_the_formula() -> None:
 @pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
 @pytest.mark.parametrize("transformation", ["half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"])
 def test_nearest_resize_is_onnx_resize(transformation: str, rounding: str) -> None:
-    for old, new in itertools.product((1, 2, 5), (1, 3, 4, 5, 11)):
+    for old, new in [*itertools.product((1, 2, 5), (1, 3, 4, 5, 11)), (8, 2)]:  # 8 to 2: from 1.5 and 5.5
         x = np.arange(old * old).astype(np.int8).reshape(1, old, old, 1)
         got = resize(x, (new, new), "nearest", transformation, rounding)
         image, sizes = x.astype(np.float32).transpose(0, 3, 1, 2), np.array([1, 1, new, new])

@@ -239,6 +239,7 @@ def test_lut_of_what_is_not_a_number() -> None:
         (2, 4, "nearest", "asymmetric", "floor", ([0, 0, 1, 1], [0, 0, 1, 1], [0] * 4)),
         (2, 4, "nearest", "half_pixel", "round_prefer_floor", ([0, 0, 1, 1], [0, 0, 1, 1], [0] * 4)),
         (4, 2, "nearest", "half_pixel", "round_prefer_floor", ([0, 2], [0, 2], [0, 0])),  # from 0.5 and 2.5
+        (8, 2, "nearest", "half_pixel", "round_prefer_floor", ([1, 5], [1, 5], [0, 0])),  # from 1.5 and 5.5
         (4, 2, "nearest", "half_pixel", "round_prefer_ceil", ([1, 3], [1, 3], [0, 0])),
         (4, 2, "nearest", "half_pixel", "ceil", ([1, 3], [1, 3], [0, 0])),
         (5, 3, "nearest", "align_corners", "floor", ([0, 2, 4], [0, 2, 4], [0] * 3)),

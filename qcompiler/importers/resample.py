@@ -63,7 +63,7 @@ def _round(x: np.ndarray, rounding: str) -> np.ndarray:
 
 def nearest_indices(axis: Axis, rounding: str) -> np.ndarray:
     """int64 [out]: the input element that each output element copies."""
-    return np.clip(_round(axis.positions(), rounding), 0, axis.size - 1).astype(np.int64)
+    return np.asarray(np.clip(_round(axis.positions(), rounding), 0, axis.size - 1), np.int64)
 
 
 def weights(axis: Axis, mode: str, rounding: str, antialias: bool, cubic: float, exclude_outside: bool) -> np.ndarray:

@@ -5,7 +5,7 @@ no instruction for its activations (a broadcasting load, LD1R, would occupy a ve
 
     "mmla"   SMMLA, 2 pixels x 2 channels x 8: an accumulator is [p0 c0, p0 c1, p1 c0, p1 c1]; ZIP1 and ZIP2 tie and untie pixels.
     "dot"    SDOT, 4 channels x 4.
-    "mull"   SMULL, SMLAL2 (int8 products, two of them summed in int16), SADALP. Exact because weights lie in [-127, 127]:
+    "mull"   SMULL, SMLAL (int8 products, two of them summed in int16), SADALP. Exact because weights lie in [-127, 127]:
              |x0 w0 + x1 w1| <= 2 * 128 * 127 = 32512 < 2^15.
     "fma"    float32.
 """
@@ -43,9 +43,13 @@ class Arm(Isa):
         return 2 if self.kind == "mmla" else 1
 
     def fits(self, pixels: int, blocks: int) -> bool:
-        """Accumulators, 16 bytes of each pixel, and a few weights and temporaries: LLVM loads a block's weights where they are used."""
+        """Accumulators, 16 bytes of each pixel, the weights of a step and temporaries. LLVM spreads elements for "mull" early: 8 half registers
+        for 16 bytes."""
         pixels += pixels % self.pixels
-        return pixels * blocks + pixels + min(blocks, 3) + self.scratch_registers <= self.registers
+        if self.kind == "mull":
+            return pixels * (blocks + (8 if self.wide else 3)) + self.scratch_registers <= self.registers
+        weights = blocks * (2 if self.kind == "mmla" else 1)
+        return pixels * (blocks + 1) + weights + self.scratch_registers <= self.registers
 
     def refuse(self, pixels: int, inputs: int, weight: np.ndarray) -> str | None:
         if self.kind == "mmla" and (pixels < 2 or inputs < 8):
@@ -55,11 +59,13 @@ class Arm(Isa):
         return None
 
     def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
-        """As `Isa`. Pixels come in pairs for "mmla", which ties them in the units that multiply."""
+        """As `Isa`. "mmla" ties pairs of pixels, and "mull" spreads elements, in the units that multiply."""
         whole = pixels + pixels % self.pixels
         dots = whole * blocks * self.dot_cost
         if self.kind == "mmla":
             dots += whole / 2 * self.dot_cost
+        elif self.kind == "mull":
+            dots += whole * self.dot_cost / 2
         return max(dots, whole * self.broadcast_cost + blocks * self.weight_cost, self.latency)
 
     # -- operands -----------------------------------------------------------------------------------------------------------------------
@@ -74,6 +80,11 @@ class Arm(Isa):
     def weights(self, buffer: Any, index: Any) -> list[Any]:
         if self.is_float:
             return [T.bind(load(buffer, index, 4))]
+        if self.kind == "mull" and self.wide:  # taking the upper half of a register would cost an instruction
+            return [T.bind(load(buffer, index + 8 * i, 8)) for i in (0, 1)]
+        if self.kind == "mull":
+            whole = T.bind(load(buffer, index, 16))
+            return [T.bind(shuffle([whole], range(8 * i, 8 * i + 8))) for i in (0, 1)]
         return [T.bind(load(buffer, index + 16 * i, 16)) for i in range(self.lanes * self.group // 16)]
 
     def activation(self, buffer: Any, index: Any, valid: int) -> list[Any]:
@@ -115,8 +126,7 @@ class Arm(Isa):
             return call("float32x4", "llvm.fma", x[0], w[0], acc) if self.wide else acc + x[0] * w[0]
         if self.kind == "dot":
             return call("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, w[0], x[0])
-        halves = [shuffle([w[0]], range(first, first + 8)) for first in (0, 8)]
-        return self.add_pairs(acc, T.bind(self.mull(halves[0], x[0]) + self.mull(halves[1], x[1])))
+        return self.add_pairs(acc, T.bind(self.mull(w[0], x[0]) + self.mull(w[1], x[1])))
 
     def dots(self, accs: Sequence[Any], x: Any, w: list[Any]) -> list[Any]:
         if self.kind != "mmla":
@@ -184,10 +194,11 @@ def _spread(value: Any, lanes: int, index: int) -> Any:
     return T.broadcast(value, 4) if lanes == 1 else shuffle([value] * max(1, 4 // lanes), [index] * 4)
 
 
-# Cycles of a core with two 128-bit vector units and two load units (Cortex-A76, Neoverse N1); only one of them multiplies without SDOT.
-I8MM = Arm("arm64-i8mm", 4, 32, 8, 1, 0.5, 0.25, 1.0, 1.5, 3.0, False, "mmla", True)
+# Cycles of a core with two 128-bit vector units, one of which multiplies without SDOT, and two load units (Cortex-A76, Neoverse N1); of one with
+# four and three for SMMLA (Neoverse V1).
+I8MM = Arm("arm64-i8mm", 4, 32, 8, 1, 0.25, 0.17, 0.67, 0.75, 3.0, False, "mmla", True)
 DOTPROD = Arm("arm64-dotprod", 4, 32, 4, 1, 0.5, 0.125, 0.5, 1.5, 3.0, False, "dot", True)
-NEON = Arm("arm64-neon", 4, 32, 4, 2, 2.0, 1.125, 0.5, 1.5, 3.0, False, "mull", True)
-NEON32 = Arm("armv7-neon", 4, 16, 4, 2, 2.0, 1.125, 0.5, 4.0, 3.0, False, "mull", False)
+NEON = Arm("arm64-neon", 4, 32, 4, 8, 2.0, 0.125, 1.0, 1.5, 3.0, False, "mull", True)
+NEON32 = Arm("armv7-neon", 4, 16, 4, 6, 2.0, 0.125, 1.0, 4.0, 3.0, False, "mull", False)
 FLOAT = Arm("arm64-neon", 4, 32, 1, 1, 0.5, 0.125, 0.5, 1.0, 4.0, True, "fma", True)
 FLOAT32 = Arm("armv7-neon", 4, 16, 1, 2, 1.0, 0.25, 0.5, 1.0, 4.0, True, "fma", False)

@@ -1,13 +1,11 @@
 // Reads and writes .npy files (NumPy's format, versions 1 to 3): C-order arrays of the types that a compiled network's ports have.
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iterator>
-#include <regex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -40,12 +38,32 @@ inline const Type& type_of(qc_dtype dtype) {
   throw std::logic_error("a qc_dtype without a NumPy type");
 }
 
+/// A whole file. Throws std::runtime_error with a sentence.
+inline std::vector<char> read_bytes(const std::string& path) {
+  std::FILE* file = std::fopen(path.c_str(), "rb");
+  if (!file) throw std::runtime_error(path + ": can't be opened: " + std::strerror(errno));
+  std::vector<char> bytes;
+  char block[65536];
+  for (std::size_t got; (got = std::fread(block, 1, sizeof block, file)) > 0;) bytes.insert(bytes.end(), block, block + got);
+  const int failed = std::ferror(file) ? errno : 0;
+  std::fclose(file);
+  if (failed) throw std::runtime_error(path + ": can't be read: " + std::strerror(failed));
+  return bytes;
+}
+
+/// What follows `'key':` in the header (a Python dictionary), up to and without the first character of `ends` behind it; empty when there is none.
+inline std::string field(const std::string& header, const std::string& key, const char* ends) {
+  const std::size_t found = header.find("'" + key + "':");
+  if (found == std::string::npos) return "";
+  const std::size_t begin = header.find_first_not_of(" ('", found + key.size() + 3);
+  if (begin == std::string::npos) return "";
+  return header.substr(begin, header.find_first_of(ends, begin) - begin);
+}
+
 /// Read the array in `path`. Throws std::runtime_error with a sentence.
 inline Array read(const std::string& path) {
   const auto refuse = [&](const std::string& why) { return std::runtime_error(path + ": " + why); };
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw refuse(std::string("can't be opened: ") + std::strerror(errno));
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const std::vector<char> bytes = read_bytes(path);
   if (bytes.size() < 12 || std::memcmp(bytes.data(), "\x93NUMPY", 6) != 0) throw refuse("not an .npy file; write one with numpy.save");
   const int version = static_cast<unsigned char>(bytes[6]);
   if (version < 1 || version > 3) throw refuse(".npy version " + std::to_string(version) + "; supported: 1 to 3");
@@ -53,34 +71,36 @@ inline Array read(const std::string& path) {
   std::size_t length = 0;
   for (std::size_t i = start; i-- > 8;) length = length << 8 | static_cast<unsigned char>(bytes[i]);
   if (length > bytes.size() - start) throw refuse("cut short within its header");
-  if (length > 10000) throw refuse("a header of " + std::to_string(length) + " bytes; an array of plain numbers has a short one");
   const std::string header(bytes.data() + start, length);
 
-  std::smatch found;
-  if (!std::regex_search(header, found, std::regex("'descr': *'([<>|=])([a-z][0-9]+)'"))) throw refuse("has structured or unknown elements; plain numbers are supported");
-  const std::string order = found[1], descr = found[2];
+  const std::string descr = field(header, "descr", "'");
+  if (descr.size() < 3 || !std::strchr("<>|=", descr[0])) throw refuse("has structured or unknown elements; plain numbers are supported");
   Array array{};
   std::size_t element = 0;
   for (const Type& type : types())
-    if (descr == type.descr) array.dtype = type.dtype, element = type.bytes;
+    if (descr.substr(1) == type.descr) array.dtype = type.dtype, element = type.bytes;
   if (!element) throw refuse("elements of type " + descr + " are not supported");
-  if (order == ">" && element > 1) throw refuse("big-endian; save it as little-endian");
-  if (!std::regex_search(header, found, std::regex("'shape': *\\(([0-9, ]*)\\)"))) throw refuse("a header without a shape");
-  const std::string extents = found[1];
-  const std::regex number("[0-9]+");
+  if (descr[0] == '>' && element > 1) throw refuse("big-endian; save it as little-endian");
+  if (header.find("'shape': (") == std::string::npos) throw refuse("a header without a shape");
   std::size_t count = 1;
-  for (std::sregex_iterator i(extents.begin(), extents.end(), number), end; i != end; ++i) {
-    if (i->length() > 15) throw refuse("an extent of its shape is too large");
-    array.shape.push_back(std::stoll(i->str()));
+  const std::string extents = header.find("'shape': ()") == std::string::npos ? field(header, "shape", ")") : "";
+  for (std::size_t at = 0; at < extents.size();) {
+    const std::size_t end = std::min(extents.find(',', at), extents.size());
+    const std::string digits = extents.substr(at, end - at);
+    const std::size_t first = digits.find_first_not_of(' ');
+    at = end + 1;
+    if (first == std::string::npos) continue;  // behind the last comma
+    if (digits.size() - first > 15 || digits.find_first_not_of("0123456789", first) != std::string::npos) throw refuse("a shape of (" + extents + ")");
+    array.shape.push_back(std::stoll(digits.substr(first)));
     const auto extent = static_cast<std::size_t>(array.shape.back());
-    if (extent && count > bytes.size() / extent) throw refuse("shorter than its shape says");
+    if (extent && count > bytes.size() / extent) throw refuse("shorter than its shape (" + extents + ") says");
     count *= extent;
   }
-  if (array.shape.size() > 1 && std::regex_search(header, std::regex("'fortran_order': *True")))
-    throw refuse("in Fortran order; save numpy.ascontiguousarray of it");
-  if (bytes.size() - start - length != count * element)
-    throw refuse("holds " + std::to_string(bytes.size() - start - length) + " bytes of elements, its shape needs " + std::to_string(count * element));
-  array.data.assign(bytes.end() - static_cast<std::ptrdiff_t>(count * element), bytes.end());
+  if (array.shape.size() > 1 && field(header, "fortran_order", ",}") != "False") throw refuse("in Fortran order; save numpy.ascontiguousarray of it");
+  const std::size_t held = bytes.size() - start - length;
+  if (held != count * element)
+    throw refuse("holds " + std::to_string(held) + " bytes of elements, its shape needs " + std::to_string(count * element));
+  array.data.assign(bytes.end() - static_cast<std::ptrdiff_t>(held), bytes.end());
   return array;
 }
 
@@ -95,12 +115,11 @@ inline void write(const std::string& path, qc_dtype dtype, const std::vector<std
   header += '\n';
   const char lead[10] = {'\x93', 'N', 'U', 'M', 'P', 'Y', 1, 0, static_cast<char>(header.size() & 255), static_cast<char>(header.size() >> 8)};
   const std::string temporary = path + ".part";
-  std::ofstream file(temporary, std::ios::binary);
-  file.write(lead, sizeof lead);
-  file.write(header.data(), static_cast<std::streamsize>(header.size()));
-  file.write(static_cast<const char*>(data), static_cast<std::streamsize>(size));
-  file.close();
-  if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
+  std::FILE* file = std::fopen(temporary.c_str(), "wb");
+  bool written = file && std::fwrite(lead, sizeof lead, 1, file) == 1 && std::fwrite(header.data(), header.size(), 1, file) == 1;
+  written = written && (size == 0 || std::fwrite(data, size, 1, file) == 1);
+  if (file && std::fclose(file) != 0) written = false;
+  if (!written || std::rename(temporary.c_str(), path.c_str()) != 0) {
     const std::string why = std::strerror(errno);
     std::remove(temporary.c_str());
     throw std::runtime_error(path + ": can't be written: " + why);

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #if defined(__aarch64__) || defined(__arm__)
 #include <sys/auxv.h>
@@ -60,8 +61,12 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int
 /* ---- thread pool ----------------------------------------------------------------------------------------------------------------- */
 
 /* A parallel loop arrives as a function of (task, {.., task count}, closure) that runs share `task` of `task count` equal shares. Shares are claimed
- * dynamically: the caller works too, so a worker that is late to wake costs nothing but its help. Workers sleep between runs, are woken by the first
- * parallel loop of a run (a run without one costs no system call), and spin from then to the end of the run. */
+ * dynamically: the caller works too, so a worker that is late to wake costs nothing but its help. Workers sleep between runs, are woken by a parallel
+ * loop, and spin from then to the end of the run. Waking takes the caller a system call and the worker tens of microseconds to come, so a run that is
+ * over by then does without: workers are woken at once when the previous run was long, else when this one has become so. */
+#define LONG_NS 100000 /* a run this long wakes the workers at once next time */
+#define WAKE_NS 50000  /* after a shorter one, they are woken when the run has lasted this long */
+
 typedef struct { void* sync; int32_t tasks; } group;
 typedef int (*loop_body)(int32_t task, group* environment, void* closure);
 
@@ -78,7 +83,9 @@ struct qc_session {
   pthread_t* workers;
   int32_t started;
   pid_t owner; /* the process whose threads the workers are: a child made by fork() has none of them */
-  int awake;   /* whether this run has woken the workers; the caller's alone */
+  /* the caller's alone: whether this run has woken the workers, when it began, and how long the last one took (nanoseconds) */
+  int awake;
+  int64_t began, lasted;
   /* (epoch << 32 | next unclaimed task): one word, so that a task of an old job can't be claimed for a new one */
   _Alignas(64) _Atomic uint64_t ticket;
   _Alignas(64) _Atomic int32_t finished;
@@ -102,8 +109,15 @@ static inline void pause_cpu(void) {
 #endif
 }
 
-/* One turn of a waiting loop. A wait this long means that there are more threads than free cores: the one waited for may need this core. */
-#define PATIENCE 4096
+static inline int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* One turn of a waiting loop. Whoever is waited for may need this very core (a woken worker often starts on its caller's), so give it up soon: with a
+ * busy machine's cores taken, 64 turns of pause keep two threads as fast as one, where 4096 made them up to a tenth slower. */
+#define PATIENCE 64
 static inline void wait_a_little(uint32_t* turns) {
   if (++*turns % PATIENCE) pause_cpu();
   else sched_yield();
@@ -140,7 +154,10 @@ static int parallel_launch(loop_body body, void* closure, int32_t tasks) {
   group alone = {0, 1};
   (void)tasks; /* always 0: as many as there are threads */
   if (s == 0 || s->started == 0) return body(0, &alone, closure);
-  if (!s->awake) wake(s);
+  if (!s->awake) {
+    if (s->lasted < LONG_NS && now_ns() - s->began < WAKE_NS) return body(0, &alone, closure);
+    wake(s);
+  }
   int32_t shares = 4 * s->threads; /* more shares than threads even out their speeds */
   uint64_t epoch = (atomic_load_explicit(&s->ticket, memory_order_relaxed) >> 32) + 1;
   atomic_store_explicit(&s->current.body, body, memory_order_relaxed);
@@ -174,9 +191,11 @@ static void* worker(void* argument_) {
 static void begin_run(qc_session* s) {
   running = s;
   s->awake = 0;
+  if (s->started) s->began = now_ns();
 }
 
 static void end_run(qc_session* s) {
+  if (s->started) s->lasted = now_ns() - s->began;
   if (s->awake) atomic_fetch_add_explicit(&s->state, 1, memory_order_acq_rel);
   running = 0;
 }
@@ -235,6 +254,7 @@ EXPORT qc_status qc_session_create(int32_t threads, qc_session** session) {
   memset(s, 0, sizeof *s);
   atomic_flag_clear(&s->busy);
   s->threads = threads;
+  s->lasted = LONG_NS; /* unknown yet */
   atomic_init(&s->ticket, CLOSED);
   s->workspace = allocate(QC_WORKSPACE);
   s->workers = calloc((size_t)threads, sizeof *s->workers);

@@ -1,0 +1,108 @@
+"""Makes qcompiler/shipped_log: tuned kernels for the shapes of public networks, which every compilation uses.
+
+    python benchmarks/make_shipped_log.py --data ../shared/data --log LOG [--network resnet50]... [--time-limit 1800]
+
+For each network: tunes it into LOG (going on where an earlier run stopped; --time-limit 0 takes LOG as it is), compiles it with and without the
+result, and times every step of both libraries in turns. A record is shipped only if its steps are more than 2 % faster there, in the network, than
+the default's, in the geometric mean of one thread and all. Networks that the shipped log covers already are measured anew, so that
+running this on another machine replaces what is worse there. Times are of this machine, and two runs differ a little; the selection is what the script fixes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import networks
+
+GAIN = 0.98  # a record must be at least so much faster
+
+
+def step_seconds(libraries: list[Path], inputs: dict[str, Any], threads: int, rounds: int) -> list[list[float]]:
+    """Least seconds of each step of each library, the libraries taking turns."""
+    import qcompiler
+
+    sessions = [qcompiler.load(library, threads=threads) for library in libraries]
+    least = [[math.inf] * len(s.manifest["steps"]) for s in sessions]
+    for turn in range(rounds):
+        for i in (range(len(sessions)), reversed(range(len(sessions))))[turn % 2]:
+            for at, step in enumerate(sessions[i].profile(inputs, 10)):
+                least[i][at] = min(least[i][at], step[3])
+    return least
+
+
+def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) -> list[Any]:
+    """The records of `log` that make this network's steps faster by more than `GAIN` says, with the ratios and seconds found here."""
+    import dataclasses
+
+    from qcompiler.pipeline import build
+    from qcompiler.tuning_log import Tuned, key_of, workload_of
+
+    tuned = Tuned(target, log, None)
+    plain, fast = build(stages.integer, target, "default"), build(stages.integer, target, "tuned", tuned)
+    inputs = next(iter(stages.samples))
+    with tempfile.TemporaryDirectory() as name:
+        libraries = [built.link().save(Path(name) / f"{i}.so") for i, built in enumerate((plain, fast))]
+        ways = [step_seconds(libraries, inputs, count, rounds) for count in sorted({1, threads})]
+    keys = [key_of(s.row.name, workload_of(s.op)) if s.row is not None and s.op is not None else "" for s in plain.program.steps]
+    kept = []
+    for key, record in sorted(tuned.used.items()):
+        sums = [[sum(t for t, k in zip(library, keys, strict=True) if k == key) for library in way] for way in ways]
+        ratio = math.prod(new / old for old, new in sums) ** (1 / len(sums))
+        print(f"  {record.row} {record.params}: {record.ratio:.3f} alone, {ratio:.3f} in the network", file=sys.stderr)
+        if ratio < GAIN:
+            kept.append(dataclasses.replace(record, ratio=ratio, seconds=tuple(new / keys.count(key) for _, new in sums), threads=threads))
+    return kept
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=networks.default_data(), help="directory with models/ and imagenet/")
+    parser.add_argument("--cache", type=Path, default=networks.default_cache(), help="where networks that have to be made are kept")
+    parser.add_argument("--network", action="append", choices=networks.NAMES, help="default: all three")
+    parser.add_argument("--log", type=Path, required=True, help="folder of the full tuning log")
+    parser.add_argument("--target", default="native")
+    parser.add_argument("--time-limit", type=float, default=1800.0, help="seconds of tuning per network; 0: none")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=30, help="of timing each library")
+    parser.add_argument("--output", type=Path, help="default: qcompiler/shipped_log of the checkout")
+    options = parser.parse_args()
+
+    from qcompiler.debug import Dumper
+    from qcompiler.pipeline import quantize
+    from qcompiler.targets import find_target
+    from qcompiler.tuning import check_arguments, tune_module
+    from qcompiler.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
+
+    target = find_target(options.target)
+    check_arguments(target, 1, None, options.threads)
+    output = options.output or SHIPPED
+    covered: set[str] = set()
+    kept: list[Any] = []
+    for name in options.network or networks.NAMES:
+        network = networks.find(name, options.data, options.cache)
+        if network is None:
+            continue
+        print(name, file=sys.stderr)
+        stages = quantize(network.model, target, network.images / "calibration", Dumper(), preprocess=network.preprocess, preset="fast")
+        if options.time_limit > 0:
+            with opened(options.log, isa_of(target)) as writer:
+                state = tune_module(stages.integer, target, writer, read_file(writer.path), 10**9, options.time_limit, options.threads)
+            print(f"  {state.measured} variants measured; {state.stopped}", file=sys.stderr)
+            assert not state.wrong, state.wrong
+        covered |= {r.key for r in read_log(options.log, isa_of(target))}
+        kept += confirmed(stages, target, options.log, options.threads, options.rounds)
+    before = read_log(output) if any(output.glob("*.jsonl")) else []
+    others = [r for r in before if r.isa != isa_of(target) or r.key not in covered]
+    write_log(output, [*others, *best_of(kept).values()])
+    print(f"{output}: {len(best_of(kept))} records kept, {len(others)} left as they were", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Deployment bundles: a compiled library with headers, a CMake package, an example and a runner, for machines without Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import string
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import qcompiler
+from qcompiler.artifact import MANIFEST_SECTION, check_complete, find_compiler, read_manifest
+from qcompiler.elf import read_section
+from qcompiler.errors import OutputError, TargetError
+from qcompiler.targets import Target, find_target, load_targets
+
+SOURCES = Path(__file__).resolve().parent / "runtime" / "cpp"
+HEADERS = ("qcompiler.h", "loader.h", "qcompiler.hpp")
+
+# How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).
+_PROCESSORS = {"x86_64": "x86_64|AMD64|amd64", "aarch64": "aarch64|arm64|ARM64", "armv7a": "armv7.*|arm|armhf|armv8l"}
+_C_TYPES = {"float32": "float", "float64": "double", "bool": "bool"} | {f"{u}int{b}": f"std::{u}int{b}_t" for u in ("", "u") for b in (8, 16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A written bundle: its folder, the target it is for, and the bytes of every file in it by relative path."""
+
+    folder: Path
+    target: str
+    files: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(self.files.values())
+
+
+def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str]) -> Bundle:
+    """Write everything a device needs to run `library` into the new folder `output`.
+
+    The folder appears only when it is complete. `bin/qc_run` is built with the compiler of the library's target.
+
+    Raises ArtifactError for a library that is damaged or not ours, TargetError when its compiler is missing or fails, OutputError when `output` exists
+    already and is not an empty folder, or can't be written.
+    """
+    library, output = Path(library), Path(output)
+    manifest = read_manifest(library)
+    check_complete(library)
+    target = _target_of(manifest)
+    compiler = find_compiler(target)
+    _check_output(output)
+    try:
+        parent = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise OutputError(f"{output}: can't be made: {error.strerror}") from error
+    try:
+        folder = parent / "bundle"
+        _fill(folder, library, manifest, compiler)
+        folder.replace(output)
+    except OSError as error:
+        raise OutputError(f"{output}: can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+    files = {str(p.relative_to(output)): p.stat().st_size for p in sorted(output.rglob("*")) if p.is_file()}
+    return Bundle(output, str(manifest["target"]), files)
+
+
+def _check_output(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: the folder {output.parent} does not exist; make it first")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists already; name a new folder, or remove it first")
+
+
+def _target_of(manifest: Mapping[str, Any]) -> Target:
+    """The row of targets.yaml that a library was compiled for; one of the same triple for a row that this installation does not know."""
+    row = load_targets().get(manifest["target"])
+    if row is not None and row.triple == manifest["triple"]:
+        return row
+    try:
+        return find_target(manifest["triple"])
+    except TargetError as error:
+        raise TargetError(f"the library is for {manifest['triple']} ({manifest['target']}), and no target of this installation is for it: {error}") from error
+
+
+def _fill(folder: Path, library: Path, manifest: Mapping[str, Any], compiler: str) -> None:
+    stem = library.name.removesuffix(".so").removeprefix("lib")
+    name = f"lib{stem}.so"  # as linkers look for it
+    for part in ("lib/cmake/qcompiler", "include/qcompiler", "bin"):
+        (folder / part).mkdir(parents=True)
+    shutil.copyfile(library, folder / "lib" / name)
+    for header in HEADERS:
+        shutil.copyfile(SOURCES / "include" / "qcompiler" / header, folder / "include" / "qcompiler" / header)
+    shutil.copytree(SOURCES / "bundle" / "example", folder / "example", ignore=shutil.ignore_patterns("__pycache__"))
+    runner = folder / "bin" / "qc_run"
+    _build_runner(runner, manifest["target"], compiler)
+
+    _, architecture = read_section(library, MANIFEST_SECTION)
+    facts = {
+        "LIBRARY": name,
+        "ARCHITECTURE": architecture,
+        "PROCESSORS": _PROCESSORS.get(architecture, architecture),
+        "TARGET": manifest["target"],
+    }
+    (folder / "lib" / "cmake" / "qcompiler" / "qcompiler-config.cmake").write_text(_expand("qcompiler-config.cmake.in", facts))
+    inputs, outputs = manifest["inputs"], manifest["outputs"]
+    first, last = (inputs or outputs)[0], outputs[0]
+    facts |= {
+        "MODEL": str(manifest.get("model") or library.stem),
+        "VERSION": qcompiler.__version__,
+        "TRIPLE": manifest["triple"],
+        "FEATURES": ", ".join(manifest["features"]) or "none beyond the architecture's own",
+        "GLIBC": _glibc(library),
+        "RUN_GLIBC": _glibc(runner),
+        "STEM": stem,
+        "LIBRARY_SIZE": f"{library.stat().st_size} bytes",
+        "RUN_SIZE": f"{runner.stat().st_size} bytes",
+        "PORTS": _ports(inputs, outputs),
+        "INPUT_OPTIONS": " ".join(f"--input '{p['name']}=input{i}.npy'" for i, p in enumerate(inputs)),
+        "INPUT_NAME": json.dumps(first["name"], ensure_ascii=False),
+        "INPUT_TYPE": _C_TYPES.get(first["dtype"], first["dtype"]),
+        "OUTPUT_NAME": json.dumps(last["name"], ensure_ascii=False),
+        "OUTPUT_TYPE": _C_TYPES.get(last["dtype"], last["dtype"]),
+    }
+    (folder / "README.md").write_text(_expand("README.md.in", facts))
+
+
+def _build_runner(path: Path, target: str, compiler: str) -> None:
+    """bin/qc_run: the C++ runtime inside, so that a device needs libc only."""
+    command = [compiler, "-std=c++17", "-O2", "-ffunction-sections", f"-I{SOURCES / 'include'}", str(SOURCES / "qc_run.cc"), "-o", str(path)]
+    command += ["-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--build-id=none", "-s", "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise TargetError(f"building bin/qc_run for '{target}' with {compiler} failed: {done.stderr.strip()[:600]}")
+
+
+class _Template(string.Template):
+    """@NAME@, as CMake's configure_file has it."""
+
+    delimiter = "@"
+    pattern = r"@(?:(?P<named>[A-Z_]+)@|(?P<escaped>(?!))|(?P<braced>(?!))|(?P<invalid>(?!)))"  # type: ignore[assignment]
+
+
+def _expand(template: str, facts: Mapping[str, str]) -> str:
+    return _Template((SOURCES / "bundle" / template).read_text()).substitute(facts)
+
+
+def _ports(inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:
+    rows = ["| | name | type | shape | scale | zero point |", "|---|---|---|---|---|---|"]
+    for what, ports in (("input", inputs), ("output", outputs)):
+        for p in ports:
+            quantization = [f"{p['scale']:.6g}", str(p["zero_point"])] if p.get("scale") else ["none", "none"]
+            rows.append(f"| {what} | `{p['name']}` | {p['dtype']} | {p['shape']} | {' | '.join(quantization)} |")
+    return "\n".join(rows)
+
+
+def _glibc(path: Path) -> str:
+    """The newest symbol version of glibc that the file asks for (their names stand in its dynamic string table)."""
+    found = re.findall(rb"\0GLIBC_(\d+)\.(\d+)(?=[.\0])", path.read_bytes())
+    return ".".join(map(str, max(((int(a), int(b)) for a, b in found), default=(2, 0))))

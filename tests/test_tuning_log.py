@@ -1,0 +1,252 @@
+"""Tuning logs: lines, damage, locks, merging, and what a compilation takes from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompiler import schedules
+from qcompiler.errors import OutputError, TuningError
+from qcompiler.schedules.table import Kernel, Layout, OpCall
+from qcompiler.targets import Target, load_targets
+from qcompiler.tuning_log import SCHEMA, Record, Tuned, best_of, key_of, merge, opened, read_log, workload_of, workload_text, write_log
+
+TARGET = load_targets()["x86-avx2"]
+ISA = "x86-avx2"
+schedules.load(TARGET)
+
+
+def convolution(zero_point: int = 3, outputs: int = 16, low: int = -128, halo: int = 0) -> OpCall:
+    weight = np.ones((outputs, 1, 1, 8), np.int8)
+    attrs = {"strides": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": 1, "out_dtype": "int8"}
+    attrs |= {"x_zero_point": zero_point, "zero_point": zero_point, "low": low, "high": 127}
+    operands: list[Any] = [Layout((1, 6, 6, 8), "uint8"), weight, np.zeros(outputs, np.int32), np.ones(outputs, np.float32)]
+    return OpCall("qc.conv2d", operands, attrs, Layout((1, 6, 6, outputs), "uint8", (halo,) * 4))
+
+
+def record(ratio: float = 0.9, size: int = 4, **fields: Any) -> Record:
+    made = Record(ISA, f"{ISA}/conv2d", workload_of(convolution()), {"size": size, "order": "a"}, ratio, (1e-5, 6e-6), 2, "a CPU")
+    return dataclasses.replace(made, **fields)
+
+
+def log_of(folder: Path, *records: Record) -> Path:
+    with opened(folder, ISA) as writer:
+        for r in records:
+            writer.append(r)
+    return folder
+
+
+# -- workloads -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_workload_is_what_decides_code_not_numbers() -> None:
+    base = key_of("row", workload_of(convolution()))
+    assert key_of("row", workload_of(convolution(zero_point=-9, low=-3))) == base
+    other = convolution()
+    other.operands[1] = -np.asarray(other.operands[1])
+    assert key_of("row", workload_of(other)) == base
+    keys = {base, *(key_of("row", workload_of(o)) for o in (convolution(outputs=24), convolution(halo=1))), key_of("other row", workload_of(convolution()))}
+    assert len(keys) == 4
+
+
+def test_a_workload_survives_json() -> None:
+    workload = workload_of(convolution(halo=1))
+    assert json.loads(json.dumps(workload)) == workload
+    assert workload_text(workload) == "1x6x6x8 > 1x6x6x16, 1x1"
+
+
+# -- lines -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_records_come_back_as_written(tmp_path: Path) -> None:
+    written = [record(), record(0.8, 2), record(params={"size": 9}, ratio=float("inf"), seconds=(), failed="took longer than 15 s to build")]
+    assert read_log(log_of(tmp_path / "log", *written)) == written
+
+
+@pytest.mark.parametrize("cut", [1, 40, -2])
+def test_a_half_written_last_line_is_skipped_and_the_log_goes_on(tmp_path: Path, cut: int) -> None:
+    folder = log_of(tmp_path, record())
+    torn = record(0.5, 2).line()[:cut]
+    with (tmp_path / f"{ISA}.jsonl").open("a") as file:
+        file.write(torn)
+    with pytest.warns(UserWarning, match="line 2 is not a whole record"):
+        assert read_log(folder) == [record()]
+    log_of(folder, record(0.7, 8))
+    with pytest.warns(UserWarning, match="line 2"):
+        assert read_log(folder) == [record(), record(0.7, 8)]
+
+
+def test_a_complete_last_line_without_its_newline_counts(tmp_path: Path) -> None:
+    (tmp_path / f"{ISA}.jsonl").write_text(record().line().rstrip("\n"))
+    assert read_log(log_of(tmp_path, record(0.7, 8))) == [record(), record(0.7, 8)]
+
+
+def test_binary_garbage_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / f"{ISA}.jsonl").write_bytes(b"\xff\xfe\x00\n" + record().line().encode() + b"[1]\nnull\n{}\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert read_log(tmp_path) == [record()]
+    assert len(caught) == 4
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    line = json.loads(record().line()) | {"schema": SCHEMA + 1}
+    (tmp_path / f"{ISA}.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(TuningError, match=f"line 1 has schema version {SCHEMA + 1}, this version of qcompiler reads version {SCHEMA}"):
+        read_log(tmp_path)
+
+
+def test_another_isa_is_refused(tmp_path: Path) -> None:
+    log_of(tmp_path, record())
+    with pytest.raises(TuningError, match="the tuning log is for x86-avx2, and x86-avx512vnni is wanted"):
+        read_log(tmp_path, "x86-avx512vnni")
+    (tmp_path / f"{ISA}.jsonl").rename(tmp_path / "x86-avxvnni.jsonl")
+    with pytest.raises(TuningError, match="line 1 was measured for x86-avx2"):
+        read_log(tmp_path)
+
+
+def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match="is not a tuning log: missing"):
+        read_log(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TuningError, match="is not a tuning log: a file"):
+        read_log(tmp_path / "file")
+    with pytest.raises(TuningError, match="no tuning log in this folder"):
+        read_log(tmp_path)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    with opened(tmp_path, ISA) as writer:
+        writer.append(record())
+        monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: len(data) // 2]))
+        with pytest.raises(OutputError, match="No space left on device"):
+            writer.append(record(0.5, 2))
+        monkeypatch.undo()
+        assert read_log(tmp_path) == [record()]
+        writer.append(record(0.6, 3))
+    assert read_log(tmp_path) == [record(), record(0.6, 3)]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="can't be used as a tuning log"), opened(folder, ISA):
+            pass
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path, ISA) as writer:
+        with pytest.raises(TuningError, match=f"another run \\(process {os.getpid()}\\) is tuning into this log"), opened(tmp_path, "x86-avxvnni"):
+            pass
+        writer.append(record())
+    assert read_log(tmp_path) == [record()]
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from qcompiler.tuning_log import opened\n"
+    code += f"with opened(Path(sys.argv[1]), {ISA!r}): print('locked', flush=True); time.sleep(60)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
+    assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+    with pytest.raises(TuningError, match=f"process {other.pid}"), opened(tmp_path, ISA):
+        pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    log_of(tmp_path, record())
+    assert read_log(tmp_path) == [record()]
+
+
+# -- merging and choosing --------------------------------------------------------------------------------------------------------------
+
+
+def test_more_threads_count_first_then_the_ratio() -> None:
+    one = record(0.5, 1, threads=1)
+    failed = record(float("inf"), 3, seconds=(), failed="crashed")
+    assert list(best_of([record(0.9), record(0.8, 2), one, failed]).values()) == [record(0.8, 2)]
+    assert list(best_of([one, failed]).values()) == [one]
+    assert best_of([failed]) == {}
+
+
+def test_merge_is_the_union_with_the_best_of_equal_points(tmp_path: Path) -> None:
+    a = log_of(tmp_path / "a", record(0.9), record(0.7, 2))
+    b = log_of(tmp_path / "b", record(0.8), record(0.6, 3, threads=1))
+    write_log(b, [record(0.9, isa="x86-avxvnni", row="x86-avxvnni/conv2d")])
+    assert merge([a, b], tmp_path / "c") == {"x86-avx2": 3, "x86-avxvnni": 1}
+    assert sorted(r.ratio for r in read_log(tmp_path / "c", ISA)) == [0.6, 0.7, 0.8]
+    merge([b, a], tmp_path / "d")
+    for isa in ("x86-avx2", "x86-avxvnni"):
+        assert (tmp_path / "c" / f"{isa}.jsonl").read_bytes() == (tmp_path / "d" / f"{isa}.jsonl").read_bytes()
+    with pytest.raises(OutputError, match="holds a tuning log already"):
+        merge([a, b], tmp_path / "c")
+    with pytest.raises(TuningError, match="missing"):
+        merge([a, tmp_path / "none"], tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+class SomeRow:
+    """A row with two tunables, of which one combination can't be built."""
+
+    name, isa = f"{ISA}/conv2d", ISA
+
+    def refuse(self, op: OpCall, target: Target) -> str | None:
+        return None
+
+    def needs(self, op: OpCall, target: Target) -> list[Any]:
+        return []
+
+    def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
+        return {"size": [1, 2, 4, 8], "order": ["a", "b"]}
+
+    def default(self, op: OpCall, target: Target) -> dict[str, Any]:
+        return {"size": 3, "order": "a"}
+
+    def build(self, op: OpCall, params: Any, target: Target) -> Kernel:
+        if params["size"] == 8:
+            raise ValueError("too large")
+        return Kernel(None, 1, [], "key", self.name)
+
+
+def test_a_compilation_takes_the_best_record_of_an_equal_workload(tmp_path: Path) -> None:
+    for number, useless in enumerate((record(0.6, 8), record(0.6, 5), record(0.6, params={"size": 4}), record(1.0), record(1.2, 2))):
+        tuned = Tuned(TARGET, log_of(tmp_path / str(number), useless), None)
+        assert tuned(SomeRow(), convolution()) is None
+        assert not tuned.used
+    unusable = [record(0.7, 8), record(0.6, 5), record(0.5, params={"size": 4})]  # can't be built; not in the space; other tunables
+    tuned = Tuned(TARGET, log_of(tmp_path / "log", record(0.9), record(0.8, 2), *unusable), None)
+    assert tuned(SomeRow(), convolution(zero_point=77)) == {"size": 2, "order": "a"}
+    assert tuned(SomeRow(), convolution(outputs=24)) is None
+    assert list(tuned.used.values()) == [record(0.8, 2)]
+
+
+def test_the_users_log_comes_before_the_shipped_one(tmp_path: Path) -> None:
+    shipped = log_of(tmp_path / "shipped", record(0.5, 4))
+    assert Tuned(TARGET, None, shipped)(SomeRow(), convolution()) == {"size": 4, "order": "a"}
+    assert Tuned(TARGET, log_of(tmp_path / "own", record(0.9, 2)), shipped)(SomeRow(), convolution()) == {"size": 2, "order": "a"}
+    assert Tuned(TARGET, log_of(tmp_path / "slow", record(1.1, 2)), shipped)(SomeRow(), convolution()) is None
+
+
+def test_the_digest_is_of_what_was_used(tmp_path: Path) -> None:
+    def digest(*records: Record, use: bool = True) -> str:
+        tuned = Tuned(TARGET, log_of(tmp_path / str(time.monotonic_ns()), *records), None)
+        if use:
+            tuned(SomeRow(), convolution())
+        return tuned.digest
+
+    other = workload_of(convolution(outputs=24))
+    assert digest(record()) == digest(record(0.7), record(0.75, 2), record(0.1, 2, workload=other))
+    assert len({digest(record()), digest(record(0.9, 2)), digest(record(), use=False)}) == 3
