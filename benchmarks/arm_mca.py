@@ -72,7 +72,7 @@ class Layer:
         x, y = Layout((1, self.size, self.size, self.inputs), dtype, halo), Layout((1, out, out, self.outputs), dtype)
         if self.is_float:
             return OpCall("qc.f32.conv2d", [x, weight.astype(np.float32), np.zeros(self.outputs, np.float32)], attrs | {"low": 0.0, "high": 6.0}, y)
-        constants = [weight.astype(np.int8), np.zeros(self.outputs, np.int32), np.full(self.outputs, 1e-4, np.float32)]
+        constants: list[Any] = [weight.astype(np.int8), np.zeros(self.outputs, np.int32), np.full(self.outputs, 1e-4, np.float32)]
         attrs |= {"x_zero_point": 3, "zero_point": 1, "low": -128, "high": 127, "out_dtype": "int8"}
         return OpCall("qc.conv2d", [x, *constants], attrs, y)
 

@@ -108,10 +108,10 @@ def document(state: Any) -> dict[str, Any]:
 
 
 def summary(state: Any) -> str:
-    """One line: the network's tuned part, from and to."""
+    """One line: the network's tuned part, from and to (the sum of what its kernels take alone, so an estimate)."""
     ratio = f" (x {state.best_seconds / state.default_seconds:.3f})" if state.default_seconds else ""
     judged = "one thread" if state.threads == 1 else f"one thread and {state.threads}"
-    return f"{state.target.name}, judged on {judged}: {state.default_seconds * 1e3:.3f} ms -> {state.best_seconds * 1e3:.3f} ms{ratio} per run on one thread"
+    return f"{state.target.name}, judged on {judged}: about {state.default_seconds * 1e3:.3f} ms -> {state.best_seconds * 1e3:.3f} ms{ratio}"
 
 
 _COLUMNS = ("kernel", "workload", "layers|", "trials|", "default us|", "best us|", "ratio|")

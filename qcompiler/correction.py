@@ -61,12 +61,18 @@ def tap_means(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[
             for a in (0, 1)
         )
         positions = x.shape[0] * out[1] * out[2]
-    _, h, w, c = x.shape
+    w, c = x.shape[2:]
     total = np.zeros((len(rows), len(columns), c))
     for image in np.ascontiguousarray(x, np.float32):  # rows in float32 (exact for int8 values), then columns in float64
-        lines = (rows @ image.reshape(h, w * c)).reshape(len(rows), w, c).astype(np.float64)
-        total += columns.astype(np.float64) @ lines
+        lines = np.stack([image[_progression(row)].reshape(-1, w * c).sum(axis=0) for row in rows]).reshape(len(rows), w, c)
+        total += columns.astype(np.float64) @ lines.astype(np.float64)
     return total / positions
+
+
+def _progression(row: np.ndarray) -> slice:
+    """The positions of the ones in a row of `reach`, which are equally spaced."""
+    ones = np.flatnonzero(row).tolist()
+    return slice(ones[0], ones[-1] + 1, ones[1] - ones[0] if len(ones) > 1 else 1) if ones else slice(0, 0)
 
 
 def pre_activation(weight: np.ndarray, means: np.ndarray, groups: int = 1) -> np.ndarray:

@@ -18,7 +18,7 @@ Array = np.ndarray
 F32 = np.float32
 
 
-def requantize(acc: Array, multiplier: Array | float, zero_point: int, low: int = -128, high: int = 127) -> Array:
+def requantize(acc: Array, multiplier: Array | np.float32 | float, zero_point: int, low: int = -128, high: int = 127) -> Array:
     """int8: `int32(rint(clip(float32(acc) * multiplier, low - z, high - z))) + z`.
 
     One conversion, one multiplication, both rounded to nearest even; clipping while still float, because conversion of out-of-range floats differs
@@ -183,7 +183,7 @@ def _windows(x: Array, fill: int, kernel: Sequence[int], strides: Sequence[int],
 
 def max_pool2d(x: Array, *, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int] = (1, 1)) -> Array:
     """The maximum over the part of each window that lies in the image; -128 where none does."""
-    return np.max(np.stack(_windows(x, -128, kernel, strides, padding, dilation)), axis=0).astype(np.int8)
+    return np.asarray(np.max(np.stack(_windows(x, -128, kernel, strides, padding, dilation)), axis=0), np.int8)
 
 
 def avg_pool2d(x: Array, *, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[int], count_include_pad: bool, x_zero_point: int, ratio: float,
@@ -251,13 +251,13 @@ def f32_conv2d(x: Array, w: Array, bias: Array, residual: Array | None = None, *
                dilation: Sequence[int] = (1, 1), groups: int = 1, low: float, high: float) -> Array:
     """float32 convolution with bias, residual and clamp; the order of the sum is free, so kernels agree only to rounding."""
     y = convolve(x.astype(np.float64), w.astype(np.float64), strides, padding, dilation, groups) + bias.astype(np.float64)
-    return np.clip(y if residual is None else y + residual, low, high).astype(F32)
+    return np.asarray(np.clip(y if residual is None else y + residual, low, high), F32)
 
 
 def f32_dense(x: Array, w: Array, bias: Array, residual: Array | None = None, *, low: float, high: float) -> Array:
     """float32 dense layer over the last axis, as `f32_conv2d`."""
     y = x.astype(np.float64) @ w.astype(np.float64).T + bias.astype(np.float64)
-    return np.clip(y if residual is None else y + residual, low, high).astype(F32)
+    return np.asarray(np.clip(y if residual is None else y + residual, low, high), F32)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {

@@ -66,7 +66,7 @@ class QParams:
 
     def quantize(self, real: np.ndarray) -> np.ndarray:
         """int8: `clip(rint(real / scale) + zero_point)`, ties to even, in float64 (compile-time constants; kernels follow `numerics.quantize`)."""
-        return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, LOW, HIGH).astype(np.int8)
+        return np.asarray(np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, LOW, HIGH), np.int8)
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
         """float64 real values of int8 `q`."""

@@ -7,6 +7,7 @@ workloads and machines.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 Point = dict[str, Any]
 LANES = 16  # 32-bit lanes of the widest vector here; for other widths the derived features are off by a constant factor, which trees don't mind
+SMALL = 1000  # points of a space that is ranked as a whole
 IMPOSSIBLE = math.log(8.0)  # what the model learns of points that can't be built: as bad as 8 times slower
 
 
@@ -152,12 +154,15 @@ def propose(
 ) -> list[Point]:
     """Up to `count` untried points, most promising first: the best by the model among descendants of `parents` (fastest first) and random points.
 
-    Three generations: children of parents by mutation and crossover, of which the best by the model are parents again. One point in eight is
+    A small space is ranked whole. Else three generations: children of parents by mutation and crossover, of which the best by the model are parents again. One point in eight is
     taken at random, so that the model learns where it does not look. Fewer points, or none, are left when the space is used up.
     """
     population = [space.nearest(p) for p in parents][:16] or [space.default]
     pool: dict[tuple[Any, ...], Point] = {}
-    for _ in range(3):
+    if space.size <= SMALL:
+        every = (dict(zip(space.values, values, strict=True)) for values in itertools.product(*space.values.values()))
+        pool = {key(p): p for p in every if key(p) not in tried}
+    for _ in range(3 if space.size > SMALL else 0):
         children = [space.random(rng) for _ in range(32)]
         while len(children) < 160:
             mother, father = (population[min(int(rng.expovariate(0.3)), len(population) - 1)] for _ in range(2))

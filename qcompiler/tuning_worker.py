@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, Row
+from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
 from qcompiler.targets import Target
 
 ROTATED = 4 << 20  # bytes of weights that pass between two uses of the same copy
@@ -80,7 +80,7 @@ class Worker:
 
         Returns {"error": text} when its default fails, else {"seconds": [one thread, all threads], "ratio": of the best, which starts as `best`}.
         """
-        return self._ask(("prepare", key, op.name, row.name, op, target, best), [("ready", self.limits.prepare, "be prepared")])
+        return self._ask(("prepare", key, row, op, target, best), [("ready", self.limits.prepare, "be prepared")])
 
     def trial(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Try a candidate: {"status": "ok", "ratio", "seconds", "best": bool} or {"status": "impossible" | "same" | "wrong" | "error", "reason"}."""
@@ -97,7 +97,7 @@ class Worker:
     def _start(self) -> None:
         ours, theirs = Pipe()
         package = str(Path(__file__).resolve().parent.parent)
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [package, *(p for p in sys.path if p)]  # rows arrive pickled: whatever module they are of must be found
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": str(self.threads), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "qcompiler.tuning_worker", str(theirs.fileno())]
         self._process = subprocess.Popen(
@@ -407,17 +407,13 @@ def _aligned(size: int) -> np.ndarray:
 
 def serve(pipe: Connection, threads: int) -> None:
     """Answer questions until the tuner goes away."""
-    from qcompiler import schedules
-
     benches: dict[str, Bench] = {}
     bench: Bench | None = None
     pipe.send(("hello", {}))
     while True:
         question = pipe.recv()
         if question[0] == "prepare":
-            _, key, operator, name, op, target, best = question
-            schedules.load(target)
-            row = next(r for r in KERNELS[operator] if r.name == name)
+            _, key, row, op, target, best = question
             try:
                 if key not in benches:
                     if sum(b.bytes for b in benches.values()) > CACHE:

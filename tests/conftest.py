@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,20 @@ def real_data() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("no real networks here (set QCOMPILER_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """digits("x86-avx2"): the example network compiled for a target; compiled once."""
+    import qcompiler
+    from qcompiler.demo import MODEL, demo_data
+
+    folder = tmp_path_factory.mktemp("digits")
+
+    def compiled(target: str) -> Path:
+        path = folder / f"{target}.so"
+        if not path.exists():
+            qcompiler.compile(MODEL, target=target, calibration=demo_data()[0][:40], preset="fast").save(path)
+        return path
+
+    return compiled

@@ -182,12 +182,13 @@ def test_the_residual_sum_stays_in_int32(residual: int, bias: int) -> None:
     assert got.tolist() == [[with_residual(bias, 2.0, residual, 0, -128, 127, extra)]]
 
 
-def test_the_residual_form_rounds_twice() -> None:
-    """acc * m = 0.5 steps of 2^-1: first to 0 (even), then 0 + 1 step is 0.5, a tie to 0. One rounding of 0.75 would give 1."""
+@pytest.mark.parametrize("share, wanted", [(0.5, 0), (0.75, 1), (1.5, 2), (2.5, 2), (-1.5, 0), (-1.75, 0), (-2.75, -1)])
+def test_the_residual_form_rounds_twice(share: float, wanted: int) -> None:
+    """The share to an integer, then it plus 1, halved: 0.75 becomes 1, and (1 + 1) / 2 is 1; 0.5 becomes 0, and 1 / 2 becomes 0."""
     extra = {"residual_zero_point": 0, "residual_multiplier": 1, "residual_shift": 1}
     one = np.ones((1, 1), np.int8)
-    got = numerics.dense(one, one, np.zeros(1, np.int32), np.full(1, 0.5, np.float32), one, x_zero_point=0, **extra)
-    assert got.tolist() == [[0]]
+    got = numerics.dense(one, one, np.zeros(1, np.int32), np.full(1, share, np.float32), one, x_zero_point=0, **extra)
+    assert got.tolist() == [[wanted]] == [[with_residual(1, share, 1, 0, -128, 127, extra)]]
 
 
 @given(geometries(), st.integers(0, 9999), st.data())

@@ -377,7 +377,7 @@ def test_the_live_table_shows_where_the_run_stands() -> None:
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(live_table(state, 20))
     text = console.export_text()
-    for part in ("> test/copy", "2x3x4 > 2x3x4", "2000.0", "1600.0", "0.800", "trial 7 of 10", "left", "1 WRONG"):
+    for part in (">  test/copy", "2x3x4 > 2x3x4", "2000.0", "1600.0", "0.800", "trial 7 of 10", "left", "1 WRONG"):
         assert part in text
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.arm.isa import DOTPROD, FLOAT, NEON, NEON32, Arm
+from qcompiler.schedules.arm.isa import DOTPROD, FLOAT, I8MM, NEON, NEON32, Arm
 from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
@@ -212,8 +212,8 @@ class DepthwiseRow:
 
     def cycles(self, g: Geometry, point: Mapping[str, Any]) -> float:
         """Estimated cycles of a channel block, with two vector units (one of which multiplies without SDOT) and two load units."""
-        tile = (point["rows"], point["columns"])
-        plan = plan_taps(g.kernel, g.strides, g.dilation, tile, self.kernel.taps, point["leftover"])
+        tile = (int(point["rows"]), int(point["columns"]))
+        plan = plan_taps(g.kernel, g.strides, g.dilation, tile, self.kernel.taps, str(point["leftover"]))
         if self.kernel.taps == 4:
             vector, multiply, live = 2 * plan.dots + 4 * len(plan.bundles), 0, 2 * plan.live + 4
         else:
@@ -236,6 +236,12 @@ class DepthwiseRow:
         return self.kernel(op, params, self.unit).build(self.name, target)
 
 
-for _unit, _kernel in ((DOTPROD, DotKernel), (NEON, MullKernel), (NEON32, MullKernel)):
-    register("qc.conv2d", DepthwiseRow(f"{_unit.name}/depthwise", _unit.name, _unit, _kernel))
+# Cores with the matrix instruction use SDOT here, whose taps it would multiply with zeros.
+for _isa, _unit, _kernel in (
+    (I8MM.name, DOTPROD, DotKernel),
+    (DOTPROD.name, DOTPROD, DotKernel),
+    (NEON.name, NEON, MullKernel),
+    (NEON32.name, NEON32, MullKernel),
+):
+    register("qc.conv2d", DepthwiseRow(f"{_isa}/depthwise", _isa, _unit, _kernel))
 register("qc.f32.conv2d", FloatDepthwiseRow(f"{FLOAT.name}/f32-depthwise", FLOAT.name, (4,)))

@@ -89,7 +89,8 @@ int main(int count, char** words) {
 
   /* steps by hand */
   unsigned char* workspace = 0;
-  if (posix_memalign((void**)&workspace, 64, model.workspace_bytes() + 64)) return 3;
+  if (posix_memalign((void**)&workspace, 64, model.workspace_bytes())) return 3;
+  memset(workspace, 0, model.workspace_bytes());
   const void* inputs[1] = {x};
   void* outputs[1] = {y};
   EXPECT_STATUS(model.session_execute(s, workspace, 0, inputs, outputs, 0, model.step_count() + 1), QC_ERROR_ARGUMENT, "steps");

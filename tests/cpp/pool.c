@@ -118,7 +118,7 @@ int main(int count, char** words) {
   while (!atomic_load(&inside)) sched_yield();
   float values[8] = {0};
   void *data, *workspace;
-  if (posix_memalign(&workspace, 64, qc_workspace_bytes() + 64)) return 3;
+  if (posix_memalign(&workspace, 64, qc_workspace_bytes())) return 3;
   const void* inputs[1] = {values};
   void* outputs[1] = {values};
   if (qc_session_run(s) != QC_ERROR_BUSY) die("run while busy");

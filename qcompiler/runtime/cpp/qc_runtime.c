@@ -207,7 +207,7 @@ static const qc_tensor_info output_infos[QC_OUTPUT_COUNT + 1] = {QC_OUTPUTS};
 
 EXPORT int32_t qc_abi_version(void) { return QC_ABI_VERSION; }
 EXPORT const char* qc_target_name(void) { return QC_TARGET; }
-EXPORT size_t qc_workspace_bytes(void) { return QC_WORKSPACE; }
+EXPORT size_t qc_workspace_bytes(void) { return QC_WORKSPACE + 64; }
 EXPORT int32_t qc_step_count(void) { return QC_STEPS; }
 EXPORT int32_t qc_input_count(void) { return QC_INPUT_COUNT; }
 EXPORT int32_t qc_output_count(void) { return QC_OUTPUT_COUNT; }

@@ -168,10 +168,10 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   QC_LOAD(workspace_bytes);
   QC_LOAD(step_count);
 #undef QC_LOAD
-  if (missing)
-    snprintf(message, size, "%s: not a library that qcompiler made (no symbol %s)", path, missing);
-  else if (library->abi_version() != QC_ABI_VERSION)
+  if (library->abi_version && library->abi_version() != QC_ABI_VERSION) /* first: another version may have other functions */
     snprintf(message, size, "%s: has ABI version %d, this header is version %d; compile the model again", path, (int)library->abi_version(), QC_ABI_VERSION);
+  else if (missing)
+    snprintf(message, size, "%s: not a library that qcompiler made (no symbol %s)", path, missing);
   else
     return QC_OK;
   qc_library_close(library);
