@@ -128,7 +128,8 @@ def result_text(state: Any, log: str) -> str:
     from qcompiler.tables import table
 
     rows = [_cells(t) for t in sorted(state.tasks, key=lambda t: -t.default_seconds)]
-    lines = [table("Tuned kernels; times of all layers that share one", _COLUMNS, rows, width=180), summary(state)]
+    busy = f"; in {state.busy} of {state.turns} turns other processes kept the cores busy, and one thread judged" if state.busy else ""
+    lines = [table("Tuned kernels; times of all layers that share one", _COLUMNS, rows, width=180), summary(state) + busy]
     lines += [f"failed: {text}" for text in state.failed]
     lines += [f"WRONG, not logged, please report: {text}" for text in state.wrong]
     lines.append(f"{log}: {state.measured} variants measured now, {state.trials} in all; {state.stopped}. Next: qcompiler compile ... --tuning-log {log}")

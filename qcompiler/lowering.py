@@ -19,7 +19,7 @@ from tvm import relax
 from qcompiler import schedules
 from qcompiler.errors import ModelError
 from qcompiler.memory import Request, plan_memory, round_up
-from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.schedules.legalized import legalized_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
 from qcompiler.targets import Target
@@ -339,8 +339,6 @@ class _Lowering:
 
 def _views_to_reshape(module: tvm.IRModule) -> tvm.IRModule:
     """`relax.reshape` and its kin --> `qc.reshape`, which lowering turns into a shared buffer instead of a copy."""
-    from qcompiler.passes.graph import GraphBuilder, substitute
-
     graph = Graph.of(module)
     builder = GraphBuilder(graph.attrs)
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}

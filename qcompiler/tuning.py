@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 BATCH = 8  # measured candidates of a turn
 OPTIMISM = 0.2  # the gain that a first turn is expected to bring
+FREE = 0.75  # of the threads must be worth their number, else the cores are busy
+PATIENCE = 40  # turns without a better candidate before a task counts as used up
 IMPOSSIBLE_LIMIT = 400  # candidates in a row that can't be built before a task counts as used up
 
 
@@ -50,6 +52,7 @@ class Task:
     best: Point | None = None
     trials: int = 0  # measured, or failed, in the log and in this run
     turns: int = 0
+    won: int = 0  # turns when the best changed last
     gain: float = 0.0  # running mean of the share that a turn saved
     done: bool = False
     failure: str = ""
@@ -91,6 +94,8 @@ class Tuning:
     started: float = field(default_factory=time.monotonic)
     measured: int = 0  # trials of this run
     failed: list[str] = field(default_factory=list)  # what went wrong, in words
+    busy: int = 0  # turns in which other processes kept the cores busy, so that candidates were judged on one thread
+    turns: int = 0
     wrong: list[str] = field(default_factory=list)  # kernels with wrong results: never logged, always reported
     current: Task | None = None
     stopped: str = ""  # why the run ended
@@ -123,19 +128,15 @@ class Tuning:
 Watcher = Callable[[Tuning], None]
 
 
-def tasks_of(steps: Sequence[Any], target: Target, threads: int) -> list[Task]:
-    """The distinct workloads of a program's steps whose rows have something to tune.
-
-    On one thread, tunables that divide work among tasks stay as the default has them: one thread can't judge them.
-    """
+def tasks_of(steps: Sequence[Any], target: Target) -> list[Task]:
+    """The distinct workloads of a program's steps whose rows have something to tune."""
     tasks: dict[str, Task] = {}
     for step in steps:
         if step.row is None or step.op is None:
             continue
         space, default = step.row.space(step.op, target), step.row.default(step.op, target)
         if space:
-            fixed = [k for k in space if threads == 1 and k.endswith("tasks")]
-            task = Task(step.row, step.op, workload_of(step.op), Space.of(space, default, fixed))
+            task = Task(step.row, step.op, workload_of(step.op), Space.of(space, default))
             tasks.setdefault(task.key, task).count += 1
     return [t for t in tasks.values() if t.space.size > 1]
 
@@ -162,7 +163,7 @@ class Tuner:
     def recall(self, task: Task, records: Sequence[Record]) -> None:
         """Take up where earlier runs stopped."""
         names = task.space.values.keys()
-        same = [r for r in records if r.threads == self.state.threads and r.params.keys() == names]
+        same = [r for r in records if r.params.keys() == names]
         task.trials, task.tried = len(same), {key(r.params) for r in same}
         measured = [r for r in same if not r.failed]
         task.points = [(r.ratio, r.params) for r in measured]
@@ -217,36 +218,58 @@ class Tuner:
         if not self.prepare(task):
             return
         rng = random.Random(f"{task.key} {task.trials}")
+        threads, space = self.judges(task)
+        whole = threads == self.state.threads  # else more of the space can be tried when the cores are free
         before, measured, impossible = task.ratio, 0, 0
         while measured < BATCH and impossible < IMPOSSIBLE_LIMIT and not task.done and not self.over():
             model = self.models.setdefault(task.row.name, CostModel())
-            batch = propose(task.space, task.workload, model, self.parents(task), task.tried, BATCH - measured, rng)
+            batch = propose(space, task.workload, model, self.parents(task), task.tried, BATCH - measured, rng)
             if task.turns == 0 and measured == 0:
-                batch = [*self.starts(task), *batch][:BATCH]
+                batch = [*self.starts(task, space), *batch][:BATCH]
             if not batch:
-                task.done = True
+                task.done = whole
+                break
             for point in batch:
                 if self.over():
                     break
                 task.tried.add(key(point))
-                if self.attempt(task, point):
+                if self.attempt(task, point, threads):
                     measured += 1
                 else:
                     impossible += 1
                 if task.done:
                     break
-        task.done = task.done or measured == 0
+        task.done = task.done or (measured == 0 and whole) or task.turns - task.won > PATIENCE
         saved = 1 - task.ratio / before
         task.gain = saved if task.turns == 0 else (task.gain + saved) / 2
         task.turns += 1
+        if saved:
+            task.won = task.turns
+
+    def judges(self, task: Task) -> tuple[int, Space]:
+        """On how many threads to judge the next candidates, and the space that this leaves.
+
+        One thread can't judge how work is divided, so then the tunables that say so stay as the best point has them.
+        """
+        threads, state = self.state.threads, self.state
+        state.turns += 1
+        try:
+            if threads > 1 and self.worker.speedup() < FREE * threads:
+                state.busy, threads = state.busy + 1, 1
+        except WorkerLost:
+            threads = 1
+            self.prepare(task)
+        division = [k for k in task.space.values if k.endswith("tasks")] if threads == 1 else []
+        return threads, task.space.fixed(task.best or task.space.default, division)
 
     def parents(self, task: Task) -> list[Point]:
         ranked = [point for _, point in sorted(task.points, key=lambda p: p[0])[:12]]
         return [*ranked, task.space.default, *self.similar(task)]
 
-    def starts(self, task: Task) -> list[Point]:
+    def starts(self, task: Task, space: Space) -> list[Point]:
         """First candidates: what is best for similar workloads."""
-        return [p for p in {key(p): p for p in self.similar(task)}.values() if key(p) not in task.tried and p != task.space.default]
+        moved = [space.nearest(p) for p in self.similar(task)]
+        return [p for p in {key(p): p for p in moved}.values() if key(p) not in task.tried and p != task.space.default]
 
     def similar(self, task: Task, count: int = 4) -> list[Point]:
         known = [(r.workload, r.params) for r in self.good if r.row == task.row.name]
@@ -254,11 +277,11 @@ class Tuner:
         here = sizes(task.workload)
         return [task.space.nearest(p) for _, p in sorted(known, key=lambda k: math.dist(sizes(k[0]), here))[:count]]
 
-    def attempt(self, task: Task, point: Point) -> bool:
+    def attempt(self, task: Task, point: Point, threads: int) -> bool:
         """Measure one candidate and log it; False when it was none (impossible, or code known already)."""
         state, where = self.state, f"{task.row.name} {task.text} {point}"
         try:
-            answer = self.worker.trial(point)
+            answer = self.worker.trial(point, threads)
         except WorkerLost as error:
             answer = {"status": "lost", "reason": str(error)}
         status = answer["status"]
@@ -270,7 +293,7 @@ class Tuner:
         state.measured += 1
         task.trials += 1
         if status == "ok":
-            self.log.append(self.record(task, point, ratio=answer["ratio"], seconds=tuple(answer["seconds"])))
+            self.log.append(self.record(task, point, threads, ratio=answer["ratio"], seconds=tuple(answer["seconds"])))
             self.learn(task.row.name, task.workload, task.space, [point], [answer["ratio"]])
             task.points.append((answer["ratio"], point))
             if answer["best"] and answer["ratio"] < task.ratio:
@@ -279,16 +302,15 @@ class Tuner:
             state.wrong.append(f"{where}: {answer['reason']}")
         else:
             state.failed.append(f"{where}: {answer['reason']}")
-            self.log.append(self.record(task, point, failed=answer["reason"][:200]))
+            self.log.append(self.record(task, point, threads, failed=answer["reason"][:200]))
             self.learn(task.row.name, task.workload, task.space, [point], [math.inf])
         self.watch(state)
         if status == "lost":
             self.prepare(task)
         return True
 
-    def record(self, task: Task, point: Point, ratio: float = math.inf, seconds: tuple[float, ...] = (), failed: str = "") -> Record:
-        state = self.state
-        return Record(isa_of(state.target), task.row.name, task.workload, point, ratio, seconds, state.threads, self.host, failed)
+    def record(self, task: Task, point: Point, threads: int, ratio: float = math.inf, seconds: tuple[float, ...] = (), failed: str = "") -> Record:
+        return Record(isa_of(self.state.target), task.row.name, task.workload, point, ratio, seconds, threads, self.host, failed)
 
 
 def cpu_name() -> str:
@@ -364,7 +386,7 @@ def tune_module(
     from qcompiler.lowering import lower
 
     program = lower(module, target)
-    tasks = tasks_of(program.steps, target, threads)
+    tasks = tasks_of(program.steps, target)
     if not tasks:
         rows = sorted({s.row.name for s in program.steps if s.row is not None})
         raise TuningError(f"nothing to tune: no operator of this network has tunables on {target.name} (its kernels: {', '.join(rows)})")

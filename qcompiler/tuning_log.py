@@ -4,9 +4,10 @@ A log is a folder with one file of JSON lines per ISA. A line is one measured ca
 
     {"schema": 1, "isa", "row", "workload": {...}, "params": {...}, "ratio", "seconds": [...], "threads", "host"}
 
-`ratio` is the candidate's time over that of the row's default, both timed in turns by one process: below 1 is faster. `seconds` is the
-least time on one thread and, when `threads` is more than 1, the least on so many. Every `ratio` belongs to a kernel that was bit-exact. A line with `"failed": reason` instead of `ratio` keeps a
-candidate that could not be built or timed from being tried again. Lines are only ever appended, each with a single write.
+`ratio` is the candidate's time over that of the row's default, both timed in turns by one process: below 1 is faster. `seconds` is the least time
+on one thread and, where `threads` is more than 1, the least on so many. Every `ratio` belongs to a kernel that was bit-exact. A line with
+`"failed": reason` instead of `ratio` keeps a candidate that could not be built or timed from being tried again. Lines are only ever appended, each
+with a single write.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ class Record:
         return _canonical(self.params)
 
     @property
-    def rank(self) -> tuple[int, float, str]:
-        """Smaller is better. What was judged on more threads counts first: one thread can't judge how work is divided."""
-        return (-self.threads, self.ratio, self.point)
+    def rank(self) -> tuple[float, str]:
+        """Smaller is better."""
+        return (self.ratio, self.point)
 
     def line(self) -> str:
         fields: dict[str, Any] = {"schema": SCHEMA, "isa": self.isa, "row": self.row, "workload": self.workload, "params": self.params}

@@ -30,12 +30,14 @@ class Space:
     default: Point
 
     @staticmethod
-    def of(space: Mapping[str, list[Any]], default: Mapping[str, Any], fixed: Iterable[str] = ()) -> Space:
-        """`fixed`: tunables that stay as the default has them."""
-        fixed = set(fixed)
-        values = {k: [default[k]] if k in fixed else list(dict.fromkeys([*v, default[k]])) for k, v in space.items()}
+    def of(space: Mapping[str, list[Any]], default: Mapping[str, Any]) -> Space:
+        values = {k: list(dict.fromkeys([*v, default[k]])) for k, v in space.items()}
         numeric = {k: all(isinstance(x, (int, float)) for x in v) for k, v in values.items()}
         return Space({k: sorted(v) if numeric[k] else v for k, v in values.items()}, dict(default))
+
+    def fixed(self, point: Mapping[str, Any], names: Iterable[str]) -> Space:
+        """The part of the space where `names` are as in `point`."""
+        return Space(self.values | {k: [point[k]] for k in names}, self.default | {k: point[k] for k in names})
 
     @property
     def size(self) -> int:
@@ -136,7 +138,7 @@ class CostModel:
         import xgboost
 
         if self._trees is None or self._count >= 1.1 * self._trained:
-            settings = {"max_depth": 6, "eta": 0.2, "subsample": 0.9, "min_child_weight": 1, "nthread": 1, "seed": 0, "verbosity": 0, "objective": "reg:squarederror"}
+            settings = {"objective": "reg:squarederror", "max_depth": 6, "eta": 0.2, "subsample": 0.9, "nthread": 1, "seed": 0, "verbosity": 0}
             y = np.concatenate(self._y)
             data = xgboost.DMatrix(np.concatenate(self._x), label=y, weight=np.exp(-np.maximum(y, 0)))  # fast points must be ranked well, slow ones not
             self._trees, self._trained = xgboost.train(settings, data, num_boost_round=60), self._count
@@ -154,8 +156,9 @@ def propose(
 ) -> list[Point]:
     """Up to `count` untried points, most promising first: the best by the model among descendants of `parents` (fastest first) and random points.
 
-    A small space is ranked whole. Else three generations: children of parents by mutation and crossover, of which the best by the model are parents again. One point in eight is
-    taken at random, so that the model learns where it does not look. Fewer points, or none, are left when the space is used up.
+    A small space is ranked whole. Else there are three generations: children of parents by mutation and crossover, of which the best by the model
+    are parents again. One point in eight is taken at random, so that the model learns where it does not look. Fewer points, or none, are left when
+    the space is used up.
     """
     population = [space.nearest(p) for p in parents][:16] or [space.default]
     pool: dict[tuple[Any, ...], Point] = {}

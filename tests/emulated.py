@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qcompiler.artifact import Artifact
-from qcompiler.targets import Target, find_target, host_architecture
+from qcompiler.targets import Target, host_architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 ARM = ("arm64-neon", "arm64-dotprod", "arm64-i8mm", "armv7-neon")
@@ -100,7 +100,3 @@ def _decoded(data: bytes, layout: Mapping[str, Any]) -> np.ndarray:
         shape, (top, left, _, _) = layout["shape"], layout["halo"]
         image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
     return (image ^ 128).view(np.int8) if image.dtype == np.uint8 else image
-
-
-def targets() -> list[Target]:
-    return [find_target(name) for name in ARM]
