@@ -49,16 +49,23 @@ def dequantize(q: Array, *, scale: float, zero_point: int, axes: Sequence[int] |
 
 
 def finish(acc: Array, multiplier: Array, residual: Array | None, *, zero_point: int, low: int, high: int, out_dtype: str, residual_zero_point: int,
-           residual_multiplier: int, residual_shift: int, float_low: float | None, float_high: float | None) -> Array:
-    """The epilogue of conv2d, conv2d_transpose and dense: from int32 accumulators [..., O] to the output."""
+           residual_multiplier: int | None, residual_shift: int, float_low: float | None, float_high: float | None) -> Array:
+    """The epilogue of conv2d, conv2d_transpose and dense: from int32 accumulators [..., O] to the output.
+
+    Raises ValueError for a residual that has no residual_multiplier, or whose output is float32: neither has a meaning.
+    """
     acc = acc.astype(np.int32)
     if out_dtype == "float32":
+        if residual is not None:
+            raise ValueError("a residual is added before the last rounding to int8; a float32 output has none, so add it there with an operator of its own")
         real = acc.astype(F32) * np.asarray(multiplier, F32)
         if float_low is not None:
             real = np.maximum(real, F32(float_low))
         return real if float_high is None else np.minimum(real, F32(float_high))
     if residual is None:
         return requantize(acc, multiplier, zero_point, low, high)
+    if residual_multiplier is None:
+        raise ValueError("a residual needs its residual_multiplier (and residual_shift); spec.residual_parameters makes both")
     limit = F32(RESIDUAL_LIMIT)
     share = np.rint(np.clip(acc.astype(F32) * np.asarray(multiplier, F32), -limit, limit)).astype(np.int32)
     total = share + (residual.astype(np.int32) - residual_zero_point) * np.int32(residual_multiplier)
@@ -67,7 +74,7 @@ def finish(acc: Array, multiplier: Array, residual: Array | None, *, zero_point:
 
 def conv2d(x: Array, w: Array, bias: Array, multiplier: Array, residual: Array | None = None, *, strides: Sequence[int], padding: Sequence[int],
            dilation: Sequence[int] = (1, 1), groups: int = 1, x_zero_point: int, zero_point: int = 0, low: int = -128, high: int = 127,
-           out_dtype: str = "int8", residual_zero_point: int = 0, residual_multiplier: int = 0, residual_shift: int = 0,
+           out_dtype: str = "int8", residual_zero_point: int = 0, residual_multiplier: int | None = None, residual_shift: int = 0,
            float_low: float | None = None, float_high: float | None = None) -> Array:
     """x [N,H,W,I], w [O,KH,KW,I/groups], bias int32 [O], multiplier float32 [O], residual like the output. padding: top, left, bottom, right.
 
@@ -107,7 +114,7 @@ def conv2d_transpose(x: Array, w: Array, bias: Array, multiplier: Array, *, stri
     """ONNX ConvTranspose: x [N,H,W,I], w [O,KH,KW,I/groups]. Each `x - x_zero_point` is scattered times w, then `padding` is cropped away."""
     acc = scatter(x.astype(np.float64) - x_zero_point, w.astype(np.float64), strides, padding, output_padding, dilation, groups)
     return finish(acc.astype(np.int64) + bias.astype(np.int64), multiplier, None, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=0, residual_multiplier=0, residual_shift=0, float_low=float_low, float_high=float_high)
+                  residual_zero_point=0, residual_multiplier=None, residual_shift=0, float_low=float_low, float_high=float_high)
 
 
 def scatter(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int],
@@ -129,7 +136,7 @@ def scatter(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], 
 
 
 def dense(x: Array, w: Array, bias: Array, multiplier: Array, residual: Array | None = None, *, x_zero_point: int, zero_point: int = 0, low: int = -128,
-          high: int = 127, out_dtype: str = "int8", residual_zero_point: int = 0, residual_multiplier: int = 0, residual_shift: int = 0,
+          high: int = 127, out_dtype: str = "int8", residual_zero_point: int = 0, residual_multiplier: int | None = None, residual_shift: int = 0,
           float_low: float | None = None, float_high: float | None = None) -> Array:
     """x [..., K], w [N, K], bias int32 [N], multiplier float32 [N] -> [..., N]."""
     acc = (x.astype(np.float64) - x_zero_point) @ w.astype(np.float64).T
@@ -143,7 +150,7 @@ def matmul(a: Array, b: Array, *, a_zero_point: int, b_zero_point: int, multipli
     """a [..., M, K], b [..., K, N], both computed at run time; batch axes broadcast."""
     acc = (a.astype(np.float64) - a_zero_point) @ (b.astype(np.float64) - b_zero_point)
     return finish(acc.astype(np.int64), np.asarray(multiplier), None, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=0, residual_multiplier=0, residual_shift=0, float_low=float_low, float_high=float_high)
+                  residual_zero_point=0, residual_multiplier=None, residual_shift=0, float_low=float_low, float_high=float_high)
 
 
 # -- elementwise ----------------------------------------------------------------------------------------------------------------------

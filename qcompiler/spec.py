@@ -116,18 +116,23 @@ def add_parameters(a_scale: float, b_scale: float, y_scale: float) -> tuple[int,
 
 
 def conv_accumulator_bound(w: np.ndarray, bias: np.ndarray | None, x_zero_point: int) -> int:
-    """The largest |accumulator| that any int8 input can cause, at any point of the sum (padding included, which adds 0).
+    """The largest |partial sum| that any int8 input can cause, in any order of the terms, in each of the three forms kernels use.
 
-    w: int8 [O, ...] integers; bias: int32 [O]. A kernel that stores q + 128 and folds the zero point into its bias forms other partial sums; these wrap
-    modulo 2^32 and end at the same total, so the bound of the total is what must stay below 2^31.
+    w: int8 [O, ...] integers; bias: int32 [O]. With z = x_zero_point and S = sum(w), an accumulator is the sum of a start and one term per weight:
+    `bias` and `(x - z) * w`; int8 storage: `bias - z * S` and `x * w`; uint8 storage: `bias - (z + 128) * S` and `(x + 128) * w`. Every term can be 0, so
+    the extremes are the sum of what can be positive and the sum of what can be negative, the start being one term of them. Terms left out
+    (padding) stay within. Code generators take int32 addition as one that never wraps; below 2^31 that is true at every step.
     """
     flat = np.asarray(w, np.int64).reshape(len(w), -1)
-    start = np.zeros(len(w), np.int64) if bias is None else np.asarray(bias, np.int64)
-    low, high = LOW - x_zero_point, HIGH - x_zero_point  # of x - zero_point; low <= 0 <= high
     positive, negative = np.maximum(flat, 0).sum(axis=1), np.minimum(flat, 0).sum(axis=1)
-    most = start + positive * high + negative * low
-    least = start + positive * low + negative * high
-    return int(max(np.abs(most).max(initial=0), np.abs(least).max(initial=0), np.abs(start).max(initial=0)))
+    bound = 0
+    for shift in (x_zero_point, 0, LOW):  # what is subtracted from x before the product; the rest of the zero point is in the start
+        start = -(x_zero_point - shift) * (positive + negative) + (0 if bias is None else np.asarray(bias, np.int64))
+        low, high = LOW - shift, HIGH - shift  # low <= 0 <= high
+        most = np.maximum(start, 0) + positive * high + negative * low
+        least = np.minimum(start, 0) + positive * low + negative * high
+        bound = max(bound, int(most.max(initial=0)), -int(least.min(initial=0)))
+    return bound
 
 
 def lut(function: Callable[[np.ndarray], np.ndarray], x: QParams, y: QParams) -> np.ndarray:

@@ -230,15 +230,13 @@ class Tuner:
                 task.done = whole
                 break
             for point in batch:
-                if self.over():
+                if task.failure or self.over():
                     break
                 task.tried.add(key(point))
                 if self.attempt(task, point, threads):
                     measured += 1
                 else:
                     impossible += 1
-                if task.done:
-                    break
         task.done = task.done or (measured == 0 and whole) or task.turns - task.won > PATIENCE
         saved = 1 - task.ratio / before
         task.gain = saved if task.turns == 0 else (task.gain + saved) / 2

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,10 @@ class Space:
     def size(self) -> int:
         return math.prod(len(v) for v in self.values.values())
 
-    def random(self, rng: random.Random) -> Point:
+    def random(self, rng: Random) -> Point:
         return {k: rng.choice(v) for k, v in self.values.items()}
 
-    def mutated(self, point: Point, rng: random.Random) -> Point:
+    def mutated(self, point: Point, rng: Random) -> Point:
         """One or two tunables changed: a number mostly to a near value, anything else to any other."""
         free = [k for k, v in self.values.items() if len(v) > 1]
         new = dict(point)
@@ -58,7 +58,7 @@ class Space:
             new[name] = values[rng.choice(choices)]
         return new
 
-    def crossed(self, a: Point, b: Point, rng: random.Random) -> Point:
+    def crossed(self, a: Point, b: Point, rng: Random) -> Point:
         return {k: (a if rng.random() < 0.5 else b)[k] for k in self.values}
 
     def nearest(self, point: Mapping[str, Any]) -> Point:
@@ -152,7 +152,7 @@ def propose(
     parents: Sequence[Point],
     tried: set[tuple[Any, ...]],
     count: int,
-    rng: random.Random,
+    rng: Random,
 ) -> list[Point]:
     """Up to `count` untried points, most promising first: the best by the model among descendants of `parents` (fastest first) and random points.
 

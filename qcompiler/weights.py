@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler.spec import MIN_SCALE
+
 RATIOS = {
     "fast": (1.0,),
     "default": (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.75, 0.7),
@@ -28,12 +30,13 @@ class WeightScales:
 def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarray | None = None, x_scale: float | None = None) -> WeightScales:
     """Scales for float32 `weight` [O, ...], per channel the one of `ratios` with the least sum of squared errors.
 
-    A channel of zeros has no scale of its own: it gets one that states its bias exactly to 23 bits in units of x_scale * scale.
+    A channel of zeros has no scale of its own: it gets one that states its bias exactly to 23 bits in units of x_scale * scale. No scale is below
+    spec.MIN_SCALE, so weights of a dead channel (1e-40, say) become 0.
     """
     flat = np.ascontiguousarray(weight.reshape(weight.shape[0], -1), np.float32)
     channels = len(flat)
     peak = np.abs(flat).max(axis=1, initial=0.0).astype(np.float64)
-    full = np.where(peak > 0, peak / 127, 1.0)
+    full = np.where(peak > 0, np.maximum(peak / 127, 2 * MIN_SCALE), 1.0)  # 2: room for the ratios
     least, chosen = np.full(channels, np.inf), np.ones(channels)
     for ratio in ratios:
         error = squared_errors(flat, full * ratio)
@@ -42,7 +45,7 @@ def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarra
     scale = full * chosen
     if bias is not None and x_scale is not None:
         silent = (peak == 0) & (bias != 0)
-        scale[silent] = np.abs(bias[silent]) / (x_scale * 2**23)
+        scale[silent] = np.maximum(np.abs(bias[silent]) / (x_scale * 2**23), MIN_SCALE)
     scale = scale.astype(np.float32).astype(np.float64)  # what a QDQ module can state
     power, noise = float(np.square(flat, dtype=np.float64).sum()), float(least.sum())
     sqnr = 10 * np.log10(power / noise) if power and noise else np.inf

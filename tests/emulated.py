@@ -76,10 +76,10 @@ class Host:
 
     def run_workspace(self, library: Path, workspace: np.ndarray, folder: Path) -> np.ndarray:
         """All steps on the bytes `workspace`; returns what they become."""
-        workspace.tofile(folder / "workspace.bin")
+        np.pad(workspace, (0, 64)).tofile(folder / "workspace.bin")  # qc_workspace_bytes() has 64 spare bytes
         done = self.command(library, folder)
         assert done.returncode == 0, f"{self.target.name}: exit status {done.returncode}: {done.stderr}"
-        return np.fromfile(folder / "workspace.bin", np.uint8)
+        return np.fromfile(folder / "workspace.bin", np.uint8)[: workspace.size]
 
 
 def _stored_shape(layout: Mapping[str, Any]) -> Sequence[int]:

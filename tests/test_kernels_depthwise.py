@@ -258,7 +258,7 @@ def test_vex_encoded_where_the_target_has_no_avx512() -> None:
 
 @given(st.data())
 def test_a_plan_multiplies_every_tap_once(data: st.DataObject) -> None:
-    from qcompiler.schedules.x86.depthwise_plan import plan_taps
+    from qcompiler.schedules.depthwise_plan import plan_taps
 
     pair = lambda most: data.draw(st.tuples(st.integers(1, most), st.integers(1, most)))  # noqa: E731
     kernel, strides, dilation, tile = pair(6), pair(3), pair(3), pair(4)
@@ -278,7 +278,7 @@ def test_a_plan_multiplies_every_tap_once(data: st.DataObject) -> None:
 
 @given(st.integers(1, 400), st.sampled_from([(64, 32, 16), (32, 16), (16, 8), (8,)]))
 def test_blocks_cover_the_channels(channels: int, widths: tuple[int, ...]) -> None:
-    from qcompiler.schedules.x86.depthwise_plan import blocks_of
+    from qcompiler.schedules.depthwise_plan import blocks_of
 
     blocks = blocks_of(channels, widths)
     covered = {c for first, width in blocks for c in range(first, first + width)}

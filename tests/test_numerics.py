@@ -172,6 +172,13 @@ def test_conv2d(shapes: dict[str, Any], seed: int, form: str, data: Any) -> None
     assert got.dtype == np.int8 and got.reshape(-1).tolist() == want
 
 
+@pytest.mark.parametrize("extra, words", [({}, "needs its residual_multiplier"), ({"residual_multiplier": 1, "out_dtype": "float32"}, "float32 output")])
+def test_a_residual_is_never_ignored(extra: dict[str, Any], words: str) -> None:
+    x, m = np.ones((1, 1), np.int8), np.ones(1, np.float32)
+    with pytest.raises(ValueError, match=words):
+        numerics.dense(x, x, np.zeros(1, np.int32), m, x, x_zero_point=0, **extra)
+
+
 @pytest.mark.parametrize("residual", [-128, 127])
 @pytest.mark.parametrize("bias", [-(2**31) + 1, 2**31 - 1])
 def test_the_residual_sum_stays_in_int32(residual: int, bias: int) -> None:

@@ -286,6 +286,19 @@ def test_a_channel_of_zeros_states_its_bias() -> None:
     assert not quantize_weight(weight, scale)[1:].any()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-37, 1e-30])
+def test_dead_channels_have_usable_scales(tiny: float) -> None:
+    """Training with weight decay leaves channels of subnormal weights."""
+    weight = np.ones((2, 1, 1, 4), np.float32)
+    weight[0] = tiny
+    for ratios in RATIOS.values():
+        chosen = choose_scales(weight, ratios, np.array([tiny, 1.0]), 1.0)
+        assert (np.float32(chosen.scale) >= 2.0**-126).all() and np.isfinite(chosen.sqnr)
+        error = np.abs(quantize_weight(weight, chosen.scale) * chosen.scale[:, None, None, None] - weight)
+        assert error.max() < 0.01 and error[0].max() < max(0.01 * tiny, 1e-37)
+
+
 # -- files, text, errors -----------------------------------------------------------------------------------------------------------------
 
 

@@ -178,30 +178,38 @@ def test_operands_that_are_too_coarse_are_refused() -> None:
 @given(st.integers(0, 9999), st.integers(-128, 127), st.booleans())
 @fixed(60)
 def test_the_accumulator_bound_is_attained_and_never_exceeded(seed: int, zero_point: int, biased: bool) -> None:
+    """In every form, every order: the greedy order (all that raise the sum first) reaches the extremes, random ones stay between."""
     rng = np.random.default_rng(seed)
     w = rng.integers(-127, 128, (3, 2, 2, 2)).astype(np.int8)
     bias = rng.integers(-(2**15), 2**15, 3).astype(np.int32) if biased else None
     bound = conv_accumulator_bound(w, bias, zero_point)
-    starts = [0, 0, 0] if bias is None else bias.tolist()
     seen = 0
-    for o, start in enumerate(starts):
-        weights = w[o].reshape(-1).tolist()
-        for best, worst in ((127, -128), (-128, 127)):
-            inputs = [best if k > 0 else worst for k in weights]
-            total = start
-            for k, x in zip(weights, inputs, strict=True):
-                total += k * (x - zero_point)
-                assert abs(total) <= bound, "a partial sum in any order stays below the bound too"
-            seen = max(seen, abs(total))
+    for o in range(3):
+        weights, first = w[o].reshape(-1).tolist(), 0 if bias is None else int(bias[o])
+        for shift in (zero_point, 0, -128):  # the direct form, int8 storage, uint8 storage
+            start = first - (zero_point - shift) * sum(weights)
+            for x in ([127 if k > 0 else -128 for k in weights], [-128 if k > 0 else 127 for k in weights], rng.integers(-128, 128, 8).tolist()):
+                terms = [start, *(k * (v - shift) for k, v in zip(weights, x, strict=True))]
+                assert sum(terms) == first + sum(k * (v - zero_point) for k, v in zip(weights, x, strict=True)), "all forms have one total"
+                for order in (sorted(terms), sorted(terms, reverse=True), rng.permutation(terms).tolist()):
+                    partial = np.cumsum(order)
+                    assert np.abs(partial).max() <= bound
+                    seen = max(seen, int(np.abs(partial).max()))
     assert seen == bound
-    x = rng.integers(-128, 128, (50, 8)).astype(np.int64)
-    assert (np.abs((x - zero_point) @ w.reshape(3, 8).T.astype(np.int64) + starts) <= bound).all()
 
 
 def test_the_bound_counts_the_bias_alone() -> None:
     """Where padding covers the window, or the weights are 0, the accumulator is the bias."""
     assert conv_accumulator_bound(np.zeros((2, 1, 1, 1), np.int8), np.array([-7, 3], np.int32), 0) == 7
     assert conv_accumulator_bound(np.ones((1, 1), np.int8), np.array([-(2**31)], np.int32), 127) == 2**31 + 255
+    assert conv_accumulator_bound(np.zeros((0, 3), np.int8), None, 0) == 0
+
+
+def test_the_bound_counts_partial_sums_beyond_the_total() -> None:
+    """The total lies in [-128000, 127000]; as uint8 the products alone reach 255000 before the start takes 128000 back."""
+    assert conv_accumulator_bound(np.ones((1, 1000), np.int8), None, 0) == 255_000
+    big = np.full((1, 2**17), 127, np.int8)  # 2^17 * 127 * 255 > 2^31, though no input brings the total to more than half of that
+    assert 2**17 * 127 * 128 < 2**31 < conv_accumulator_bound(big, None, 0)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.arm.isa import DOTPROD, FLOAT, I8MM, NEON, NEON32, Arm
 from qcompiler.schedules.builder import make_kernel
+from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
+from qcompiler.schedules.depthwise_nest import DepthwiseNest
+from qcompiler.schedules.depthwise_plan import Geometry, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
-from qcompiler.schedules.x86.depthwise_float import FloatDepthwiseRow
-from qcompiler.schedules.x86.depthwise_nest import DepthwiseNest
-from qcompiler.schedules.x86.depthwise_plan import Geometry, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.spec import RESIDUAL_LIMIT
 from qcompiler.targets import Target
 

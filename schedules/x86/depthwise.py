@@ -27,10 +27,11 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import make_kernel
+from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
+from qcompiler.schedules.depthwise_nest import DepthwiseNest
+from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
-from qcompiler.schedules.x86.depthwise_nest import DepthwiseNest
-from qcompiler.schedules.x86.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.spec import RESIDUAL_LIMIT
 from qcompiler.targets import Target
 
@@ -320,3 +321,6 @@ AVX2 = ByteIsa("x86-avx2", (32, 16), 2, 16)
 
 for _unit in (AVX512VNNI, AVXVNNI, AVX2):
     register("qc.conv2d", DepthwiseRow(f"{_unit.name}/depthwise", _unit.name, _unit))
+
+for _isa, _widths in (("x86-avx512vnni", (16, 8)), ("x86-avx2", (8,))):
+    register("qc.f32.conv2d", FloatDepthwiseRow(f"{_isa}/f32-depthwise", _isa, _widths))

@@ -100,7 +100,8 @@ qc_status qc_session_run(qc_session* session);
 
 /**
  * Run steps [begin, end) of the manifest on memory of the caller's: what tracing and profiling use.
- * workspace: qc_workspace_bytes() bytes, 64-byte aligned, zeroed before its first use. constants: null for the library's own. inputs, outputs: one pointer per port, in order.
+ * workspace: qc_workspace_bytes() bytes, 64-byte aligned, zeroed before its first use. constants: null for the library's own.
+ * inputs, outputs: one pointer per port, in order, aligned to the element type.
  * Errors: ARGUMENT, ALIGNMENT, BUSY.
  */
 qc_status qc_session_execute(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,

@@ -9,9 +9,9 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import Emitter, loops
+from qcompiler.schedules.depthwise_plan import Geometry, Pair, Tasks
 from qcompiler.schedules.isa import load, save, shuffle
 from qcompiler.schedules.table import Layout, OpCall
-from qcompiler.schedules.x86.depthwise_plan import Geometry, Pair, Tasks
 
 
 class DepthwiseNest(ABC):

@@ -1,4 +1,4 @@
-"""Depthwise float32 convolution on x86: FMA over lanes of channels.
+"""Depthwise float32 convolution on x86 and 64-bit ARM: FMA over lanes of channels.
 
 A step computes a tile of outputs of one channel vector. Input pixels are visited row by row, each loaded once for all outputs that it touches;
 the weights of the kernel rows in use stay in registers.
@@ -14,10 +14,10 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import make_kernel
+from qcompiler.schedules.depthwise_nest import DepthwiseNest
+from qcompiler.schedules.depthwise_plan import Geometry, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load
-from qcompiler.schedules.table import Kernel, Need, OpCall, register
-from qcompiler.schedules.x86.depthwise_nest import DepthwiseNest
-from qcompiler.schedules.x86.depthwise_plan import Geometry, blocks_of, default_tasks, plan_taps, refuse_depthwise
+from qcompiler.schedules.table import Kernel, Need, OpCall
 from qcompiler.targets import Target
 
 MACS_PER_TASK = 200_000
@@ -105,7 +105,3 @@ class FloatDepthwiseRow:
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         return FloatKernel(op, params, self.widths).build(self.name, target)
-
-
-for _isa, _widths in (("x86-avx512vnni", (16, 8)), ("x86-avx2", (8,))):
-    register("qc.f32.conv2d", FloatDepthwiseRow(f"{_isa}/f32-depthwise", _isa, _widths))

@@ -1,0 +1,65 @@
+"""What a run call costs above the kernels themselves, measured from C.
+
+    python benchmarks/call_overhead.py [MODEL.so] [--threads N] [--rounds N] [--check]
+
+Without a library the embedded example network is compiled for this machine. Two views of the same cost, each from the least of many rounds:
+
+    call     a call that runs no step: checks, lock, argument passing, entry and exit of the generated code with its test for every step
+    above    run - (sum of single-step calls - steps * call): what one run takes beyond its kernels as they are when called alone. Kernels called
+             alone find their data and code in cache, so this view holds cache effects between kernels too; it is meant for small networks.
+
+--check exits 1 when `call` is above 2 microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import qcompiler
+from qcompiler.artifact import find_compiler
+from qcompiler.bundle import SOURCES
+from qcompiler.demo import MODEL, demo_data
+from qcompiler.targets import find_target
+
+LIMIT_NS = 2000.0
+
+
+def measure(library: Path, threads: int, rounds: int, folder: Path) -> dict[str, float]:
+    """Nanoseconds: call, run, step_calls (sum), kernels (steps alone, without their calls), above; and the number of steps."""
+    program = folder / "call_overhead"
+    source = Path(__file__).with_suffix(".c")
+    compiler = find_compiler(find_target("native"))
+    subprocess.run([compiler, "-x", "c", "-O2", f"-I{SOURCES / 'include'}", str(source), "-o", str(program), "-ldl"], check=True)
+    done = subprocess.run([str(program), str(library.resolve()), str(threads), str(rounds)], check=True, stdout=subprocess.PIPE, text=True)
+    times: dict[str, float] = json.loads(done.stdout)
+    times["kernels"] = times["step_calls"] - times["steps"] * times["call"]
+    times["above"] = times["run"] - times["kernels"]
+    return times
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("library", nargs="?", type=Path, metavar="MODEL.so")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
+        folder = Path(name)
+        library = options.library
+        if library is None:
+            library = qcompiler.compile(MODEL, target="native", calibration=demo_data()[0], preset="fast").save(folder / "digits.so")
+        times = measure(library, options.threads, options.rounds, folder)
+    for key in ("call", "run", "kernels", "above"):
+        print(f"{key:8} {times[key] / 1e3:9.3f} us")
+    print(f"{int(times['steps'])} steps, {options.threads} thread(s); limit for call: {LIMIT_NS / 1e3:.0f} us")
+    return int(options.check and times["call"] > LIMIT_NS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

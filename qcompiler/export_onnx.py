@@ -1,0 +1,357 @@
+"""The quantized network as a standard ONNX model: QuantizeLinear and DequantizeLinear around the operators of the source file.
+
+Every tensor that the library stores in 8 bits is rounded with the same scale and zero point; convolutions and matrix products read the library's
+int8 weights (DequantizeLinear along the output channels) and its int32 biases, corrections included (scale = input scale * weight scale, zero
+point 0). Between them the arithmetic is float32: another runtime's result differs from the library's by how each rounds a sum that lies close to
+the middle between two steps, and tables (sigmoid, hard-swish) by half a step.
+
+A weighted group (docs/architecture.md) is written anew from what the compiler knows of it, so folded BatchNormalizations and separate biases are
+gone; any other operator keeps the nodes of the source.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import onnx
+import onnx.version_converter
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompiler.correction import integer_layers
+from qcompiler.errors import ModelError
+from qcompiler.files import check_writable, replacing
+from qcompiler.importers.onnx_file import default_opset, read
+from qcompiler.passes.graph import Graph, relax_op, shape_of
+from qcompiler.passes.groups import Group, find_groups
+from qcompiler.pipeline import Compilation, Options, compile_stages
+from qcompiler.spec import QParams
+
+OPSET = 13  # the first with int8 scales per axis; older files are converted
+_WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
+_ANCHORS = {"Conv": "conv2d", "ConvTranspose": "conv2d_transpose", "Gemm": "dense", "MatMul": "dense"}
+_ABSORBED = {"BatchNormalization", "Add", "Sub", "Mul", "Div", "Relu", "Clip", "Identity", "Dropout"}  # between an anchor and its group's end
+_LAYOUTS = ("nhwc", "nchw", "moved", "ranked")  # suffixes of values that hold a tensor of the file in another order (passes/layout.py)
+_INEXACT = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. values: 8-bit tensors by name. kept_float: group id -> why its nodes compute in float32 without 8-bit weights."""
+
+    model: onnx.ModelProto = field(repr=False)
+    values: dict[str, QParams]
+    weighted: int
+    kept_float: dict[str, str]
+
+
+def export_onnx(
+    model: str | os.PathLike[str], output: str | os.PathLike[str], calibration: Any, target: str = "native", **options: Unpack[Options]
+) -> Export:
+    """Quantize `model` as `compile` does (same arguments, same errors) and write the network as ONNX QDQ to `output`.
+
+    Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
+    """
+    path = check_writable(output)
+    source = _source(Path(model))
+    export = qdq_model(source, compile_stages(model, target, calibration, **options))
+    with replacing(path) as temporary:
+        temporary.write_bytes(export.model.SerializeToString(deterministic=True))
+    return export
+
+
+def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
+    """The QDQ form of `source` (operator set 13 or later), as `compilation` quantized it; checked by `onnx.checker`."""
+    return _Exporter(source, compilation).run()
+
+
+def _source(path: Path) -> onnx.ModelProto:
+    model, _ = read(path)
+    kinds = {t.data_type for t in model.graph.initializer} | {i.type.tensor_type.elem_type for i in model.graph.input}
+    for kind in sorted(kinds & _INEXACT):
+        raise ModelError(
+            f"{path}: it holds {TensorProto.DataType.Name(kind).lower()} tensors; supported by export-onnx: float32 networks. Export it in float32"
+        )
+    if default_opset(model) >= OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter raises classes of its own
+        raise ModelError(f"{path}: operator set {default_opset(model)} can't be converted to {OPSET}: {error}. Export it with 13 or later") from error
+
+
+@dataclass
+class _Chain:
+    """The nodes of the source that make a group's output from tensors outside of it; `anchor` is its convolution or product."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    anchor: onnx.NodeProto | None = None
+
+
+class _Exporter:
+    def __init__(self, source: onnx.ModelProto, compilation: Compilation) -> None:
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(source)
+        stages = compilation.quantized
+        self.graph, self.plan = self.model.graph, stages.plan
+        self.groups = find_groups(stages.model.module)
+        self.bindings = Graph.of(stages.model.module).values()
+        self.float_ops: dict[str, str] = Graph.of(stages.qdq).attrs.get("qc.float_ops", {})
+        self.rounded = {g.id: g for g in find_groups(stages.qdq)}
+        self.layers = {layer.group: layer for layer in integer_layers(compilation.integer)}
+        self.constants = {t.name: t for t in self.graph.initializer}
+        self.fixed = set(self.constants)
+        for node in self.graph.node:
+            if node.op_type == "Constant" or (node.input and all(not i or i in self.fixed for i in node.input)):
+                self.fixed |= set(node.output)
+        self.producer = {o: n for n in self.graph.node for o in n.output if o}
+        self.stored = {g.id for g in self.groups if g.id in self.producer and g.id not in self.float_ops and self.plan.params(g.id)}
+        self.ends = {_base(g.id) for g in self.groups}
+        self.before: dict[str, list[onnx.NodeProto]] = {}  # tensor -> nodes to put in place of, or behind, its producer
+        self.copies: dict[tuple[str, QParams], str] = {}
+        self.inputs: list[onnx.NodeProto] = []  # Q and DQ of network inputs
+        self.added: list[onnx.TensorProto] = []
+        self.parameters: dict[QParams, tuple[str, str]] = {}
+        self.values: dict[str, QParams] = {}
+        self.kept: dict[str, str] = {}
+        self.weighted = 0
+
+    def run(self) -> Export:
+        replaced: dict[str, list[onnx.NodeProto]] = {}
+        for group in self.groups:
+            if group.id in self.float_ops:
+                self.kept[group.id] = self.float_ops[group.id]
+            elif group.id in self.producer:
+                chain = self.chain(group)
+                if group.kind in _WEIGHTED:
+                    nodes = self.weighted_nodes(group, chain)
+                    if isinstance(nodes, str):
+                        self.kept[group.id] = nodes
+                    else:
+                        replaced[group.id], self.weighted = nodes, self.weighted + 1
+                else:
+                    self.quantize_operands(group, chain)
+        nodes = list(self.inputs)
+        for node in self.graph.node:
+            new = next((replaced[o] for o in node.output if o in replaced), [node])
+            nodes += new
+            for name in node.output:
+                if name in self.stored:
+                    nodes += self.round_output(name, new[-1])
+                nodes += self.before.get(name, [])
+        self.finish(nodes)
+        return Export(self.model, self.values, self.weighted, self.kept)
+
+    # -- groups in the source -----------------------------------------------------------------------------------------------------------
+
+    def chain(self, group: Group) -> _Chain:
+        """Backwards from the group's output through tensors that no group ends in."""
+        found, queue, seen = _Chain(), [group.id], set()
+        while queue:
+            node = self.producer.get(queue.pop())
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            found.nodes.append(node)
+            if group.kind in _WEIGHTED and _ANCHORS.get(node.op_type) == group.kind:
+                found.anchor = node if found.anchor is None else None
+                continue
+            queue += [i for i in node.input if i and i not in self.fixed and i not in self.ends]
+        return found
+
+    def weighted_nodes(self, group: Group, chain: _Chain) -> list[onnx.NodeProto] | str:
+        """The group anew: anchor with int8 weights and int32 bias, residual, clamp; or why it keeps its float nodes."""
+        anchor, layer = chain.anchor, self.layers.get(group.id)
+        if anchor is None or layer is None:
+            return "no single node of the source is its convolution or product"
+        strange = {n.op_type for n in chain.nodes if n is not anchor} - _ABSORBED
+        if strange:
+            return f"the source has {', '.join(sorted(strange))} between its product and its result"
+        residual = None
+        if group.residual is not None:
+            outside = [i for n in chain.nodes if n is not anchor and n.op_type == "Add" for i in n.input if i in self.ends]
+            if len(outside) != 1:
+                return "its residual operand has no tensor of its own in the source"
+            residual = self.operand(outside[0], self.params(group.residual))
+        x = self.params(group.inputs[0])
+        scale = self.rounded[group.id].weight_scale
+        weight = self.file_weight(group, anchor, layer.weight)
+        if scale is None or isinstance(weight, str):
+            return weight if isinstance(weight, str) else "its weights have no scale"
+        axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0, "MatMul": 1}[anchor.op_type]
+        if anchor.op_type == "ConvTranspose" and int(group.attrs.get("groups", 1)) > 1:
+            return "DequantizeLinear has one axis, and the output channels of a grouped ConvTranspose lie on two"
+        name = group.id
+        nodes = self.dequantized(f"{name}~weight", weight, scale.astype(np.float32), axis)
+        nodes += self.dequantized(f"{name}~bias", layer.bias.astype(np.int32), (np.float64(x.scale) * scale).astype(np.float32), 0)
+        data, last = self.operand(anchor.input[0], x), f"{name}~accumulator"
+        if anchor.op_type == "MatMul":
+            nodes.append(helper.make_node("MatMul", [data, f"{name}~weight"], [f"{name}~product"], name=anchor.name))
+            nodes.append(helper.make_node("Add", [f"{name}~product", f"{name}~bias"], [last]))
+        elif anchor.op_type == "Gemm":
+            nodes.append(helper.make_node("Gemm", [data, f"{name}~weight", f"{name}~bias"], [last], name=anchor.name, transB=1))
+        else:
+            node = helper.make_node(anchor.op_type, [data, f"{name}~weight", f"{name}~bias"], [last], name=anchor.name)
+            node.attribute.extend(anchor.attribute)
+            nodes.append(node)
+        if residual is not None:
+            nodes.append(helper.make_node("Add", [last, residual], [f"{name}~sum"]))
+            last = f"{name}~sum"
+        if group.low is not None or group.high is not None:
+            nodes.append(self.clamp(group, last, f"{name}~clamped"))
+        nodes[-1].output[0] = name
+        return nodes
+
+    def clamp(self, group: Group, x: str, y: str) -> onnx.NodeProto:
+        if group.low == 0 and group.high is None:
+            return helper.make_node("Relu", [x], [y])
+        bounds = [
+            self.constant(f"{group.id}~{side}", np.float32(value)) if value is not None else "" for side, value in (("low", group.low), ("high", group.high))
+        ]
+        return helper.make_node("Clip", [x, *bounds], [y])
+
+    def file_weight(self, group: Group, anchor: onnx.NodeProto, weight: np.ndarray) -> np.ndarray | str:
+        """int8 weights [O, KH, KW, I/g] or [N, K] in the order of the anchor's own weight tensor."""
+        if anchor.op_type == "Conv":
+            moved = weight.transpose(0, 3, 1, 2)
+        elif anchor.op_type == "ConvTranspose":
+            moved = weight.transpose(3, 0, 1, 2)  # one group: ONNX has [I, O, KH, KW]
+        else:
+            attributes = {a.name: helper.get_attribute_value(a) for a in anchor.attribute}
+            if attributes.get("transA"):
+                return "its Gemm transposes the data"
+            restored = np.empty_like(weight)
+            restored[:, self.features(group.inputs[0], weight.shape[1])] = weight
+            moved = restored if anchor.op_type == "Gemm" else restored.T
+        rank = len(self.constants[anchor.input[1]].dims) if anchor.input[1] in self.constants else moved.ndim
+        if rank == 3 and moved.ndim == 4:  # 1-D convolutions are 2-D ones of height 1 inside
+            moved = moved[:, :, 0]
+        return np.ascontiguousarray(moved)
+
+    def features(self, value: str, count: int) -> np.ndarray:
+        """int64[K]: the feature in the file that each column of a dense group reads. Differs from 0, 1, ... behind a flattened NHWC image."""
+        expr = self.bindings.get(value)
+        if "~" in value and relax_op(expr) == "relax.reshape":
+            shape = shape_of(expr.args[0])
+            if len(shape) == 4 and int(np.prod(shape[1:])) == count:
+                height, width, channels = shape[1:]
+                return np.arange(count).reshape(channels, height, width).transpose(1, 2, 0).reshape(-1)
+        return np.arange(count)
+
+    # -- rounding -----------------------------------------------------------------------------------------------------------------------
+
+    def params(self, value: str) -> QParams:
+        found = self.plan.params(value)
+        assert found is not None, value
+        return found
+
+    def operand(self, tensor: str, params: QParams) -> str:
+        """`tensor` as an int8 operator sees it."""
+        if tensor in self.stored and self.plan.params(tensor) == params:
+            return tensor
+        if (tensor, params) not in self.copies:
+            name = f"{tensor}~dq" + (f"{len(self.copies)}" if any(t == tensor for t, _ in self.copies) else "")
+            self.copies[tensor, params] = name
+            self.values.setdefault(tensor, params)
+            pair = self.pair(tensor, name, params)
+            if tensor in self.producer:
+                self.before.setdefault(tensor, []).extend(pair)
+            else:
+                self.inputs += pair
+        return self.copies[tensor, params]
+
+    def quantize_operands(self, group: Group, chain: _Chain) -> None:
+        """Operators that keep their nodes: float operands and constants are rounded on the way in."""
+        known = {_base(v): self.plan.params(v) for v in group.inputs}
+        for node in chain.nodes:
+            for index, name in enumerate(node.input):
+                params = known.get(name)
+                if params is not None:
+                    node.input[index] = self.operand(name, params)
+                elif group.weight is not None and name in self.constants and node.op_type in ("Add", "Sub", "Mul"):
+                    node.input[index] = self.rounded_constant(group, name)
+
+    def rounded_constant(self, group: Group, name: str) -> str:
+        """The constant operand of an elementwise operator, as the library holds it."""
+        twin = self.rounded[group.id]
+        if twin.weight is None or twin.weight_scale is None:
+            return name
+        params = QParams(float(twin.weight_scale[0]), int(twin.weight_zero_point))
+        quantized = params.quantize(numpy_helper.to_array(self.constants[name]))
+        if not np.array_equal(np.sort(quantized, axis=None), np.sort(twin.weight, axis=None)):
+            return name
+        copy = f"{group.id}~constant"
+        scale, zero = self.scale_and_zero(params)
+        self.inputs.append(helper.make_node("DequantizeLinear", [self.constant(f"{copy}_int8", quantized), scale, zero], [copy]))
+        return copy
+
+    def round_output(self, name: str, maker: onnx.NodeProto) -> list[onnx.NodeProto]:
+        raw, params = f"{name}~float", self.params(name)
+        maker.output[list(maker.output).index(name)] = raw
+        self.values[name] = params
+        return self.pair(raw, name, params)
+
+    def pair(self, x: str, y: str, params: QParams) -> list[onnx.NodeProto]:
+        parameters = list(self.scale_and_zero(params))
+        quantize = helper.make_node("QuantizeLinear", [x, *parameters], [f"{y}~q"])
+        return [quantize, helper.make_node("DequantizeLinear", [f"{y}~q", *parameters], [y])]
+
+    def scale_and_zero(self, params: QParams) -> tuple[str, str]:
+        if params not in self.parameters:
+            index = len(self.parameters)
+            scale = self.constant(f"~scale{index}", np.float32(params.scale))
+            self.parameters[params] = scale, self.constant(f"~zero{index}", np.int8(params.zero_point))
+        return self.parameters[params]
+
+    def dequantized(self, name: str, value: np.ndarray, scale: np.ndarray, axis: int) -> list[onnx.NodeProto]:
+        zero = np.zeros(scale.shape, value.dtype)
+        operands = [self.constant(f"{name}_{kind}", a) for kind, a in ((value.dtype.name, value), ("scale", scale), ("zero", zero))]
+        return [helper.make_node("DequantizeLinear", operands, [name], axis=axis)]
+
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        self.added.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    # -- the end ------------------------------------------------------------------------------------------------------------------------
+
+    def finish(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Drop what no output needs, and check the model."""
+        needed = {o.name for o in self.graph.output}
+        kept = []
+        for node in reversed(nodes):
+            if any(o in needed for o in node.output):
+                kept.append(node)
+                needed |= set(_read_by(node))
+        kept.reverse()
+        tensors = [t for t in [*self.graph.initializer, *self.added] if t.name in needed]
+        inputs = [i for i in self.graph.input if i.name not in self.constants]
+        for have, want in ((self.graph.node, kept), (self.graph.initializer, tensors), (self.graph.input, inputs)):
+            copies = [type(item).FromString(item.SerializeToString()) for item in want]
+            del have[:]
+            have.extend(copies)
+        del self.graph.value_info[:]
+        self.model.producer_name = "qcompiler"
+        self.model.ir_version = max(self.model.ir_version, 7)  # the version of operator set 13
+        onnx.checker.check_model(self.model, full_check=self.model.ByteSize() < 2**31)
+
+
+def _base(value: str) -> str:
+    """The tensor of the file that a value holds, when it holds one in another order of its axes."""
+    head, _, tail = value.rpartition("~")
+    if tail.isdigit() and head:
+        head, _, tail = head.rpartition("~")
+    return head if head and tail in _LAYOUTS else value
+
+
+def _read_by(node: onnx.NodeProto) -> Iterable[str]:
+    """Names that a node reads, in its subgraphs too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in graph.node:
+                yield from _read_by(inner)
+            yield from (o.name for o in graph.output)
