@@ -4,8 +4,8 @@
 
 For each network: tunes it into LOG (going on where an earlier run stopped; --time-limit 0 takes LOG as it is), compiles it with and without the
 result, and times every step of both libraries in turns. A record is shipped only if its steps are more than 2 % faster there, in the network, than
-the default's, in the geometric mean of one thread and all. Networks that the shipped log covers already are measured anew, so that
-running this on another machine replaces what is worse there. Times are of this machine, and two runs differ a little; the selection is what the script fixes.
+the default's, in the geometric mean of one thread and all. Records of other workloads stay as they are. Times are of this machine, and two runs differ a
+little; the selection is what the script fixes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def step_seconds(libraries: list[Path], inputs: dict[str, Any], threads: int, ro
     return least
 
 
-def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) -> list[Any]:
-    """The records of `log` that make this network's steps faster by more than `GAIN` says, with the ratios and seconds found here."""
+def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) -> tuple[set[str], list[Any]]:
+    """The workloads of this network, and the records of `log` that make its steps faster by more than `GAIN` says: with the ratios found here."""
     import dataclasses
 
     from qcompiler.pipeline import build
@@ -57,7 +57,7 @@ def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) ->
         print(f"  {record.row} {record.params}: {record.ratio:.3f} alone, {ratio:.3f} in the network", file=sys.stderr)
         if ratio < GAIN:
             kept.append(dataclasses.replace(record, ratio=ratio, seconds=tuple(new / keys.count(key) for _, new in sums), threads=threads))
-    return kept
+    return set(keys), kept
 
 
 def main() -> int:
@@ -95,8 +95,9 @@ def main() -> int:
                 state = tune_module(stages.integer, target, writer, read_file(writer.path), 10**9, options.time_limit, options.threads)
             print(f"  {state.measured} variants measured; {state.stopped}", file=sys.stderr)
             assert not state.wrong, state.wrong
-        covered |= {r.key for r in read_log(options.log, isa_of(target))}
-        kept += confirmed(stages, target, options.log, options.threads, options.rounds)
+        workloads, records = confirmed(stages, target, options.log, options.threads, options.rounds)
+        covered |= workloads
+        kept += records
     before = read_log(output) if any(output.glob("*.jsonl")) else []
     others = [r for r in before if r.isa != isa_of(target) or r.key not in covered]
     write_log(output, [*others, *best_of(kept).values()])

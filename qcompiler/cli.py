@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler import cli_bundle
+from qcompiler import cli_bundle, cli_report
 from qcompiler.cli_tuning import add_verbs
 from qcompiler.debug import SWITCHES, plain_json, switch
 from qcompiler.errors import DataError, QCompilerError
@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
 
-    add_verbs(verb, _show, {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}, _shape)
+    texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
+    add_verbs(verb, _show, texts, _shape)
+    cli_report.add(verb, _show, texts, _shape)
 
     p = verb(
         "verify",
@@ -134,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
     p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
     p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of both networks (default 1)")
+    p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
     p = verb(
         "bench",
@@ -243,6 +246,8 @@ def _compile(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from qcompiler.tables import parity_text
 
+    if options.report:
+        return cli_report.verify(options, _show)
     with terminal_progress() as progress:
         report = qcompiler.verify(
             options.library,
@@ -310,7 +315,7 @@ def _run(options: argparse.Namespace) -> int:
             raise DataError(f"{path}: can't be read as .npy: {getattr(error, 'strerror', None) or error}") from error
         if not isinstance(inputs[name], np.ndarray):
             raise DataError(f"{path}: holds several arrays; --input wants an .npy with one")
-    outputs = session.run(inputs)
+    outputs: dict[str, Any] = dict(session.run(inputs))
     with replacing(output) as temporary:
         np.savez(temporary, **outputs)
     described = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in outputs.items()}

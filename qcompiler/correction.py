@@ -158,7 +158,7 @@ class Context(Protocol):
 class IntegerExecutor(Protocol):
     """steps: the value id that each step writes, in order. context_bytes: memory of one context.
 
-    `view` of a context is a value in canonical int8, valid when the step that reads it is next. `set_bias` acts on all contexts.
+    `view` of a context is a value in canonical int8, valid when the step that reads it is next. `set_bias` and `set_weight` act on all contexts.
     """
 
     @property
@@ -167,6 +167,7 @@ class IntegerExecutor(Protocol):
     def context_bytes(self) -> int: ...
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context: ...
     def set_bias(self, value_id: str, bias: np.ndarray) -> None: ...
+    def set_weight(self, value_id: str, weight: np.ndarray) -> None: ...
 
 
 class SessionExecutor:
@@ -183,20 +184,27 @@ class SessionExecutor:
         return context
 
     def set_bias(self, value_id: str, bias: np.ndarray) -> None:
-        self._program.replace_operand(value_id, 2, bias)
+        self._replace(value_id, 2, bias)
+
+    def set_weight(self, value_id: str, weight: np.ndarray) -> None:
+        self._replace(value_id, 1, weight)
+
+    def _replace(self, value_id: str, operand: int, array: np.ndarray) -> None:
+        self._program.replace_operand(value_id, operand, array)
         self._session.set_constants(self._program.constants)
 
 
 @dataclass
-class _Layer:
+class Layer:
     """A convolution or dense call of the integer module. unit: real value of one accumulator step, float64[O].
 
-    residual: (value id, zero point, real value of one step), where the call has one.
+    residual: (value id, zero point, real value of one step), where the call has one. x_scale: real value of one step of the input.
     """
 
     id: str
     kind: str
     x: str
+    x_scale: float
     weight: np.ndarray
     bias: np.ndarray
     unit: np.ndarray
@@ -215,7 +223,7 @@ class _Layer:
         return self.id.removesuffix("~accumulated")
 
 
-def integer_layers(module: tvm.IRModule) -> list[_Layer]:
+def integer_layers(module: tvm.IRModule) -> list[Layer]:
     """The calls of an integer module that have a bias, in order, with the real meaning of their numbers."""
     graph = Graph.of(module)
     scales: dict[str, Any] = graph.attrs.get("qc.params", {})
@@ -232,7 +240,8 @@ def integer_layers(module: tvm.IRModule) -> list[_Layer]:
             step /= 2.0 ** attrs["residual_shift"]
             residual = (str(tensors[4].name), int(attrs["residual_zero_point"]), attrs["residual_multiplier"] * step)
         unit = multiplier.astype(np.float64) * step
-        layers.append(_Layer(name, kind, str(tensors[0].name), weight, bias, unit, attrs, shape_of(expr), residual))
+        x = str(tensors[0].name)
+        layers.append(Layer(name, kind, x, float(scales[x][0]), weight, bias, unit, attrs, shape_of(expr), residual))
     return layers
 
 
@@ -241,7 +250,8 @@ class Correction:
     """What correction did. before, after: mean SQNR of the network's outputs in dB, over `samples` samples, without and with it.
 
     kept: whether the corrected biases (int32[O] by value id) are in force. shift: value id -> the largest correction in output steps, and
-    skipped: value id -> why a layer was left alone.
+    skipped: value id -> why a layer was left alone. weights: int8 by value id, of layers that a rounder rounded anew; `before` and `after` are then over
+    `held_out` samples that neither weights nor biases were fitted to.
     """
 
     samples: int
@@ -250,11 +260,29 @@ class Correction:
     kept: bool = False
     biases: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    held_out: int = 0
+
+    def operands(self) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """(operand index, arrays by value id) of everything that changed."""
+        return [(1, self.weights), (2, self.biases)]
 
     def summary(self) -> str:
         """One line for people."""
         verdict = "kept" if self.kept else "dropped"
-        return f"bias correction of {len(self.biases)} layers on {self.samples} samples: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
+        what = f"weight rounding of {len(self.weights)} layers" if self.weights else f"bias correction of {len(self.biases)} layers"
+        judged = f", judged on {self.held_out} others" if self.held_out else ""
+        return f"{what} on {self.samples} samples{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
+
+
+class Rounder(Protocol):
+    """Chooses int8 weights (`rounding.py`). `add` takes the samples to fit to, in order. `weight` is asked layer by layer in order of execution, when
+    the contexts of these samples are about to run the layer: new weights like `layer.weight`, or why they stay. context_bytes: memory per sample."""
+
+    @property
+    def context_bytes(self) -> int: ...
+    def add(self, sample: Mapping[str, np.ndarray]) -> None: ...
+    def weight(self, layer: Layer, group: Group, contexts: Sequence[Context]) -> np.ndarray | str: ...
 
 
 def correct(
@@ -263,47 +291,71 @@ def correct(
     means: FloatMeans,
     samples: Iterable[Mapping[str, np.ndarray]],
     memory: int = MEMORY,
+    rounder: Rounder | None = None,
 ) -> Correction:
     """Correct the biases of `executor`'s network; the better of the two networks, judged by the SQNR of its outputs, stays in force.
 
-    module: the integer module that the executor runs; `with_biases` writes the result back into it. means: collected from the first of
+    module: the integer module that the executor runs; `with_operands` writes the result back into it. means: collected from the first of
     these `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is always allowed).
+    With a `rounder`, weights change too, each before its layer's bias; the last third of the samples then only judges.
     Raises DataError when there are no samples.
     """
-    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
-    contexts = [executor.new_context(sample) for sample, _ in zip(samples, range(count), strict=False)]
-    if not contexts or not means.outputs:
+    each = executor.context_bytes + (rounder.context_bytes if rounder else 0)
+    count = max(1, min(len(means.outputs), memory // max(each, 1)))
+    taken = [sample for sample, _ in zip(samples, range(count), strict=False)]
+    if not taken or not means.outputs:
         raise DataError("bias correction needs at least one calibration sample")
-    result = Correction(len(contexts))
+    everyone = [executor.new_context(sample) for sample in taken]
+    fitted = len(taken) - len(taken) // 3 if rounder else len(taken)
+    contexts, judge = everyone[:fitted], (everyone[fitted:] or everyone, means.outputs[fitted if len(taken) > fitted else 0 :])
+    result = Correction(fitted, held_out=len(taken) - fitted)
     steps = list(executor.steps)
-    for context in contexts:
+    for context in judge[0]:
         context.run(0, len(steps))
-    result.before = _score(contexts, means)
+    result.before = _score(*judge)
+    if rounder:
+        for sample in taken[:fitted]:
+            rounder.add(sample)
     layers = [layer for layer in integer_layers(module) if layer.id in steps and layer.group in means.groups]
+    originals = {layer.id: layer.weight for layer in layers}
     done = 0
     for layer in layers:
         at = steps.index(layer.id)
         for context in contexts:
             context.run(done, at)
         done = at
+        weight = rounder.weight(layer, means.groups[layer.group], contexts) if rounder else layer.weight
+        if isinstance(weight, str):
+            result.skipped[layer.id] = weight
+        elif (weight != layer.weight).any():
+            layer.weight = weight
         bias = _corrected(layer, contexts, means)
         if isinstance(bias, str):
             result.skipped[layer.id] = bias
-        elif (bias != layer.bias).any():
+            layer.weight = originals[layer.id]
+            continue
+        if layer.weight is not originals[layer.id]:
+            result.weights[layer.id] = layer.weight
+            executor.set_weight(layer.id, layer.weight)
+        if (bias != layer.bias).any():
             result.biases[layer.id] = bias
             executor.set_bias(layer.id, bias)
-    for context in contexts:
+    for context in contexts if judge[0] is everyone else ():
         context.run(done, len(steps))
-    result.after = _score(contexts, means)
+    for context in judge[0] if judge[0] is not everyone else ():
+        context.run(0, len(steps))
+    result.after = _score(*judge)
     result.kept = result.after > result.before
     if not result.kept:
         for layer in layers:
             if layer.id in result.biases:
                 executor.set_bias(layer.id, layer.bias)
+            if layer.id in result.weights:
+                executor.set_weight(layer.id, originals[layer.id])
     return result
 
 
-def _corrected(layer: _Layer, contexts: Sequence[Context], means: FloatMeans) -> np.ndarray | str:
+def _corrected(layer: Layer, contexts: Sequence[Context], means: FloatMeans) -> np.ndarray | str:
     """The layer's new bias, or why it keeps its own. Its inputs must be there and its step be next."""
     zero = layer.attrs["x_zero_point"]
     kernel, shape = _kernel(layer.weight), layer.shape
@@ -335,11 +387,11 @@ def steady(shift: np.ndarray) -> np.ndarray:
     return result
 
 
-def _score(contexts: Sequence[Context], means: FloatMeans) -> float:
+def _score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> float:
     """Mean over the network's float outputs of 10 log10(sum reference^2 / sum error^2), in dB."""
     power: dict[str, float] = {}
     noise: dict[str, float] = {}
-    for context, wanted in zip(contexts, means.outputs, strict=False):
+    for context, wanted in zip(contexts, outputs, strict=False):
         for name, actual in context.outputs().items():
             if wanted[name].dtype == np.float32:
                 reference = wanted[name].astype(np.float64)
@@ -349,15 +401,21 @@ def _score(contexts: Sequence[Context], means: FloatMeans) -> float:
     return float(np.mean([10 * math.log10(max(power[k], tiny) / max(noise[k], tiny)) for k in power])) if power else 0.0
 
 
-def with_biases(module: tvm.IRModule, biases: Mapping[str, np.ndarray]) -> tvm.IRModule:
-    """The integer module with the biases of the named calls replaced (int32[O] by value id); everything else stays."""
+def with_operands(module: tvm.IRModule, correction: Correction) -> tvm.IRModule:
+    """The integer module with the corrected weights and biases in the calls they belong to; everything else stays."""
     graph = Graph.of(module)
     builder = GraphBuilder(graph.attrs)
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     for name, expr in graph.bindings:
-        op = match_op(expr) if name in biases else None
+        changed = {i: arrays[name] for i, arrays in correction.operands() if name in arrays}
+        op = match_op(expr) if changed else None
         if op is not None:
-            tensors = [const(biases[name]) if i == 2 else t for i, t in enumerate(op[1])]
+            tensors = [const(changed[i]) if i in changed else t for i, t in enumerate(op[1])]
             expr = make_op(op[0], tensors, op[2], shape_of(expr), dtype_of(expr))
         env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
     return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+
+
+def with_biases(module: tvm.IRModule, biases: Mapping[str, np.ndarray]) -> tvm.IRModule:
+    """`with_operands` for biases alone (int32[O] by value id)."""
+    return with_operands(module, Correction(0, biases=dict(biases)))

@@ -49,14 +49,12 @@ class Export:
     kept_float: dict[str, str]
 
 
-def export_onnx(
-    model: str | os.PathLike[str], output: str | os.PathLike[str], calibration: Any, target: str = "native", **options: Unpack[Options]
-) -> Export:
+def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str], calibration: Any, target: str = "native", **options: Unpack[Options]) -> Export:
     """Quantize `model` as `compile` does (same arguments, same errors) and write the network as ONNX QDQ to `output`.
 
     Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
     """
-    path = check_writable(output)
+    path = check_writable(Path(output))
     source = _source(Path(model))
     export = qdq_model(source, compile_stages(model, target, calibration, **options))
     with replacing(path) as temporary:
@@ -210,7 +208,8 @@ class _Exporter:
         if group.low == 0 and group.high is None:
             return helper.make_node("Relu", [x], [y])
         bounds = [
-            self.constant(f"{group.id}~{side}", np.float32(value)) if value is not None else "" for side, value in (("low", group.low), ("high", group.high))
+            self.constant(f"{group.id}~{side}", np.array(value, np.float32)) if value is not None else ""
+            for side, value in (("low", group.low), ("high", group.high))
         ]
         return helper.make_node("Clip", [x, *bounds], [y])
 
@@ -280,7 +279,7 @@ class _Exporter:
         twin = self.rounded[group.id]
         if twin.weight is None or twin.weight_scale is None:
             return name
-        params = QParams(float(twin.weight_scale[0]), int(twin.weight_zero_point))
+        params = QParams(float(twin.weight_scale.item()), int(twin.weight_zero_point))
         quantized = params.quantize(numpy_helper.to_array(self.constants[name]))
         if not np.array_equal(np.sort(quantized, axis=None), np.sort(twin.weight, axis=None)):
             return name

@@ -20,6 +20,8 @@ def check_writable(path: str | Path) -> Path:
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; name a file to write")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is a device or a pipe, which can't be replaced by a file; name a file to write")
     if not folder.is_dir():
         raise OutputError(f"{path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -19,7 +19,7 @@ from qcompiler import artifact as artifacts
 from qcompiler.artifact import Artifact
 from qcompiler.calibration import CalibrationTable, calibrate
 from qcompiler.codegen import object_code
-from qcompiler.correction import SAMPLES, FloatMeans, SessionExecutor, correct, with_biases
+from qcompiler.correction import SAMPLES, Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.data import Samples, open_samples
 from qcompiler.debug import Dumper
 from qcompiler.errors import DataError, PlanError, closest
@@ -32,6 +32,7 @@ from qcompiler.passes.select_float import select_float
 from qcompiler.plan import decide, observed_ids
 from qcompiler.progress import Progress
 from qcompiler.quant_plan import QuantPlan
+from qcompiler.rounding import POSITIONS, DataRounder
 from qcompiler.runtime.session import Session
 from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
@@ -96,6 +97,7 @@ class Quantized:
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
+    twin: Built
 
 
 @dataclass
@@ -135,7 +137,7 @@ def quantize(
     dump("qdq", qdq)
     integer = realize(qdq)
     dump("integer", integer)
-    return Quantized(float_model, samples, table, means, plan, qdq, integer)
+    return Quantized(float_model, samples, table, means, plan, qdq, integer, twin)
 
 
 def compile_stages(
@@ -151,25 +153,22 @@ def compile_stages(
     tuned = Tuned(row, options.get("tuning_log"))
     stages = quantize(model, row, calibration, dump, **options)
     built = build(stages.integer, row, "generate int8 code", tuned, progress=progress)
-    integer, summary = stages.integer, "none"
-    if stages.means.limit:
-        host = find_target("native")
-        on_host = built if row == host else build(integer, host, "generate host code", progress=progress)
-        with session_of(on_host.link()) as session:
-            executor = SessionExecutor(session, on_host.program)
-            correction = correct(integer, executor, stages.means, itertools.islice(stages.samples, stages.means.limit))
-        summary = correction.summary()
-        dump("correction", correction)
+    integer = stages.integer
+    summaries = {"bias_correction": "none", "weight_rounding": "none"}
+    for name, correction in corrections(built, stages, progress):
+        summaries[name] = correction.summary()
+        dump(name, correction)
         if correction.kept:
-            integer = with_biases(integer, correction.biases)
-            for value_id, bias in correction.biases.items():
-                built.program.replace_operand(value_id, 2, bias)
+            integer = with_operands(integer, correction)
+            for operand, arrays in correction.operands():
+                for value_id, array in arrays.items():
+                    built.program.replace_operand(value_id, operand, array)
     artifact = built.link(
         **describe(integer, stages.model),
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
         preset=stages.plan.preset,
         calibration_samples=stages.table.samples,
-        bias_correction=summary,
+        **summaries,
         digests={
             "model": stages.model.digest,
             "calibration": stages.table.digest,
@@ -179,6 +178,21 @@ def compile_stages(
         },
     )
     return Compilation(artifact, stages, integer, built.program)
+
+
+def corrections(built: Built, stages: Quantized, progress: Progress | None) -> Iterator[tuple[str, Correction]]:
+    """What measurably brings the int8 network closer to the float one on calibration samples: (name in the manifest, what changes), in order."""
+    limit, host = stages.means.limit, find_target("native")
+    if not limit:
+        return
+    on_host = built if built.program.target == host else build(stages.integer, host, "generate host code", progress=progress)
+    with session_of(on_host.link()) as session, session_of(stages.twin.link()) as float_session:
+        executor = SessionExecutor(session, on_host.program)
+        first = correct(stages.integer, executor, stages.means, itertools.islice(stages.samples, limit))
+        yield "bias_correction", first
+        rounder = DataRounder(SessionExecutor(float_session, stages.twin.program), POSITIONS[stages.plan.preset])
+        start = with_operands(stages.integer, first) if first.kept else stages.integer
+        yield "weight_rounding", correct(start, executor, stages.means, itertools.islice(stages.samples, limit), rounder=rounder)
 
 
 def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:

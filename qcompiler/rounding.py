@@ -20,14 +20,19 @@ Inputs are taken about their means: what is left of the mean, the bias takes up 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qcompiler.correction import Context, IntegerExecutor, Layer
+from qcompiler.passes.groups import Group
+
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
 SWEEPS = 2  # of coordinate descent
 WIDEST = 2304  # inputs of one Gram matrix; layers with more are cut into equal blocks that know nothing of each other
+POSITIONS = {"fast": 0, "default": 128, "accurate": 512}
+"""Per preset: how many output positions of each sample decide."""
 _BLOCK = 64  # columns between updates of everything behind them
 
 
@@ -77,7 +82,7 @@ class Gram:
         self.count += x.shape[1]
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        mean, shift = self.mean / self.count, self.shift / self.count
+        mean, shift = CENTRE * self.mean / self.count, CENTRE * self.shift / self.count
         return self.own / self.count - mean[:, :, None] * mean[:, None, :], self.cross / self.count - shift[:, :, None] * mean[:, None, :]
 
 
@@ -101,6 +106,11 @@ def round_weight(steps: np.ndarray, gram: Gram, correction: float = 1.0) -> np.n
     best = least_error(target, own)
     worse = cost(best, own) >= cost(nearest, own)
     best[worse] = nearest[worse]
+    if DEBUG:
+        z = target - v
+        c0 = cost(nearest, own).sum(); x0 = np.einsum("gok,gok->", v @ own, v)
+        near = np.rint(target) - target
+        print(v.shape, gram.count, "sig/near %.1f sig/best %.1f near-about-target %.1f |t-v| %.3f x-x' %.4f" % (10*np.log10(x0/c0), 10*np.log10(x0/cost(best, own).sum()), 10*np.log10(x0/cost(near, own).sum()), np.sqrt((z**2).mean()), np.sqrt((gram.cross**2).sum()/(gram.own**2).sum())), flush=True)
     rounded = np.empty_like(target)
     rounded[:, :, order] = np.rint(target - best)
     result: np.ndarray = rounded.reshape(groups, blocks, outputs // groups, -1).transpose(0, 2, 1, 3).reshape(steps.shape).astype(np.int8)
@@ -137,3 +147,53 @@ def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
             change = column - error[:, :, j]
             error[:, :, j] = column
             wanted += change[:, :, None] * coupling[:, None, j, start:stop]
+
+
+class DataRounder:
+    """Rounds layers for `correction.correct`: the float network, in `executor`, advances beside the int8 one.
+
+    positions: how many output positions of each sample a Gram matrix takes in, chosen at random with a fixed seed.
+    """
+
+    def __init__(self, executor: IntegerExecutor, positions: int) -> None:
+        self.context_bytes = executor.context_bytes
+        self._executor, self._positions = executor, positions
+        self._steps = list(executor.steps)
+        self._contexts: list[Context] = []
+        self._done = 0
+
+    def add(self, sample: Mapping[str, np.ndarray]) -> None:
+        """One more sample to fit to."""
+        self._contexts.append(self._executor.new_context(sample))
+
+    def weight(self, layer: Layer, group: Group, contexts: Sequence[Context]) -> np.ndarray | str:
+        """int8 weights for a layer that is about to run in all `contexts`, or why it keeps its own."""
+        if layer.kind == "conv2d_transpose":
+            return "weights of transposed convolutions are rounded to nearest"
+        if group.id not in self._steps or group.weight is None:
+            return "the float network has no step of its own for it"
+        at = self._steps.index(group.id)
+        for context in self._contexts:
+            context.run(self._done, at)
+        self._done = at
+        weight = group.weight
+        kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
+        groups = int(layer.attrs.get("groups", 1))
+        gram = Gram(groups, weight[0].size)
+        total = int(np.prod(layer.shape[:-1]))
+        random = np.random.default_rng(0)
+        for own, reference in zip(contexts, self._contexts, strict=True):
+            at_positions = np.sort(random.choice(total, min(total, self._positions), replace=False))
+            x = own.view(layer.x)
+            wanted = reference.view(group.inputs[0]).reshape(x.shape)
+            x = x.astype(np.float32) - layer.attrs["x_zero_point"]
+            difference = wanted * np.float32(1 / layer.x_scale) - x
+            parts = [patches(a, layer.kind, layer.attrs, kernel, layer.shape, at_positions) for a in (x, difference)]
+            gram.add(parts[0], parts[1])
+        scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
+        return round_weight(weight / scale, gram, CORRECTION)
+
+
+CORRECTION = 1.0
+CENTRE = 1.0
+DEBUG = False

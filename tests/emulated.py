@@ -32,6 +32,16 @@ def require(target: Target) -> None:
     pytest.skip(reason)
 
 
+def require_tool(name: str) -> None:
+    """Skip, loudly, where a tool is missing; fail instead when QCOMPILER_REQUIRE_QEMU is 1."""
+    if shutil.which(name):
+        return
+    reason = f"NOT TESTED: {name} not found (apt-get install {name})"
+    if os.environ.get("QCOMPILER_REQUIRE_QEMU") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @dataclass(frozen=True)
 class Host:
     """The test program, compiled for one architecture."""

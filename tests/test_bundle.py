@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import require
+from emulated import require, require_tool
 
 from qcompiler.bundle import Bundle, make_bundle
 from qcompiler.cli import main
@@ -47,11 +47,6 @@ def library(digits: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def bundle(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(library, tmp_path_factory.mktemp("bundle") / "device files")
-
-
-def need_cmake() -> None:
-    if not shutil.which("cmake"):
-        pytest.skip("THE CMAKE PACKAGE IS NOT TESTED: cmake not found (apt-get install cmake)")
 
 
 def pattern_answer(library: Path) -> np.ndarray:
@@ -117,7 +112,7 @@ def test_example_with_the_compiler_alone(bundle: Bundle, library: Path, tmp_path
 
 
 def test_example_with_cmake(bundle: Bundle, library: Path, tmp_path: Path) -> None:
-    need_cmake()
+    require_tool("cmake")
     run("cmake", "-S", bundle.folder / "example", "-B", tmp_path)
     run("cmake", "--build", tmp_path)
     check_example(run(tmp_path / "example", bundle.folder / "lib" / f"lib{library.name}"), library, library.stem)
@@ -125,7 +120,7 @@ def test_example_with_cmake(bundle: Bundle, library: Path, tmp_path: Path) -> No
 
 
 def test_cmake_refuses_another_architecture(bundle: Bundle, tmp_path: Path) -> None:
-    need_cmake()
+    require_tool("cmake")
     options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64")
     printed = run("cmake", "-S", bundle.folder / "example", "-B", tmp_path, *options, ok=1)
     assert f"this bundle is for {host_architecture()}" in " ".join(printed.split())
@@ -136,7 +131,7 @@ def test_bundle_for_arm(digits: Callable[[str], Path], library: Path, tmp_path: 
     """The bundle of a library for another architecture, with a cross compiler and CMake, under an emulator: the bytes of this machine."""
     target = find_target(name)
     require(target)
-    need_cmake()
+    require_tool("cmake")
     made = make_bundle(digits(name), tmp_path / "device")
     model = made.folder / "lib" / f"lib{name}.so"
     emulator = [*target.emulator[:1], "-cpu", "max", *target.emulator[1:]]

@@ -153,6 +153,7 @@ def test_run_writes_the_outputs(calls: list[Any], tmp_path: Path, capsys: pytest
         ("run m.so --input x=x.npy --input x=x.npy --output out.npz", "--input x is given twice"),
         ("run m.so --input x=x.npy --output out.txt", "outputs are written as .npz"),
         ("run m.so --input x=x.npy --output .", "is a directory"),
+        ("compile m.onnx --calibration x.npy --output /dev/null", "is a device or a pipe"),
         ("bench m.so --against onnxruntime", "--against needs --model"),
     ],
 )

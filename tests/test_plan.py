@@ -294,7 +294,7 @@ def test_dead_channels_have_usable_scales(tiny: float) -> None:
     weight[0] = tiny
     for ratios in RATIOS.values():
         chosen = choose_scales(weight, ratios, np.array([tiny, 1.0]), 1.0)
-        assert (np.float32(chosen.scale) >= 2.0**-126).all() and np.isfinite(chosen.sqnr)
+        assert (np.float32(chosen.scale) >= 2.0**-126).all() and chosen.sqnr > 20
         error = np.abs(quantize_weight(weight, chosen.scale) * chosen.scale[:, None, None, None] - weight)
         assert error.max() < 0.01 and error[0].max() < max(0.01 * tiny, 1e-37)
 

@@ -17,9 +17,24 @@ import pytest
 
 from qcompiler import schedules
 from qcompiler.errors import OutputError, TuningError
-from qcompiler.schedules.table import Kernel, Layout, OpCall
+from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
 from qcompiler.targets import Target, load_targets
-from qcompiler.tuning_log import SCHEMA, Record, Tuned, best_of, key_of, merge, opened, read_log, workload_of, workload_text, write_log
+from qcompiler.tuning_log import (
+    SCHEMA,
+    SHIPPED,
+    Record,
+    Tuned,
+    best_of,
+    isa_of,
+    key_of,
+    merge,
+    opened,
+    read_file,
+    read_log,
+    workload_of,
+    workload_text,
+    write_log,
+)
 
 TARGET = load_targets()["x86-avx2"]
 ISA = "x86-avx2"
@@ -248,3 +263,15 @@ def test_the_digest_is_of_what_was_used(tmp_path: Path) -> None:
     other = workload_of(convolution(outputs=24))
     assert digest(record()) == digest(record(0.7), record(0.75, 2), record(0.1, 2, workload=other))
     assert len({digest(record()), digest(record(0.9, 2)), digest(record(), use=False)}) == 3
+
+
+def test_the_shipped_log_is_small_and_every_record_in_it_pays() -> None:
+    files = sorted(SHIPPED.glob("*.jsonl"))
+    assert sum(f.stat().st_size for f in files) < 200_000
+    for file in files:
+        records = read_file(file)
+        assert len({r.key for r in records}) == len(records) > 0
+        assert all(r.ratio < 0.98 and not r.failed for r in records)
+        target = next(t for t in load_targets().values() if isa_of(t) == file.name.removesuffix(".jsonl"))
+        schedules.load(target)
+        assert {r.row for r in records} <= {row.name for rows in KERNELS.values() for row in rows}

@@ -1,0 +1,104 @@
+"""The verbs `explain` and `export-onnx`, and `verify --report`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qcompiler.progress import terminal_progress
+
+Verb = Callable[..., argparse.ArgumentParser]
+Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
+
+
+def add(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:
+    """Add the verbs. `texts`: help of the options that `compile` has too; `shape`: the type of --input-shape."""
+    p = verb(
+        "explain",
+        lambda options: _explain(options, show),
+        "show how a model would be quantized, and why, without compiling it",
+        "Measure MODEL on the calibration data and print the plan: for every value how it is stored, under which range, with what estimated error, and "
+        "why; for every operator that stays float the reason.",
+    )
+    _quantization(p, texts, shape)
+    p = verb(
+        "export-onnx",
+        lambda options: _export(options, show),
+        "write the quantized network as an ONNX QDQ model for other runtimes",
+        "Quantize MODEL as `compile` does, bias correction included, and write it with QuantizeLinear and DequantizeLinear: the library's scales, zero points, "
+        "int8 weights and int32 biases. Sums that lie between two 8-bit steps may round to the other one in another runtime.",
+    )
+    _quantization(p, texts, shape)
+    p.add_argument("--output", required=True, metavar="FILE.onnx", help="the model to write; it appears only when it is complete")
+
+
+def _quantization(p: argparse.ArgumentParser, texts: Mapping[str, str], shape: Any) -> None:
+    p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
+    p.add_argument("--calibration", metavar="DATA", help=texts["data"])
+    p.add_argument("--target", default="native", metavar="T", help="the target to quantize for (default native)")
+    p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default", help="as for compile")
+    p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
+    p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {"input_shapes": dict(options.input_shape) or None, "preset": options.preset, "preprocess": options.preprocess}
+
+
+def _explain(options: argparse.Namespace, show: Show) -> int:
+    import json
+
+    from qcompiler.debug import Dumper
+    from qcompiler.passes.graph import Graph
+    from qcompiler.passes.groups import find_groups
+    from qcompiler.pipeline import quantize
+    from qcompiler.targets import find_target
+
+    with terminal_progress() as progress:
+        stages = quantize(options.model, find_target(options.target), options.calibration, Dumper(), **_arguments(options), progress=progress)
+    groups = find_groups(stages.model.module)
+    # insert_qdq refuses what would overflow on the actual weights; those reasons belong to the answer too.
+    refused = {k: v for k, v in Graph.of(stages.qdq).attrs.get("qc.float_ops", {}).items() if k not in stages.plan.reasons}
+    notes = [f"'{value}' stays float after all: {reason}" for value, reason in refused.items()]
+    document = json.loads(stages.plan.to_json())
+    document |= {"operators": {g.id: g.kind for g in groups}, "refused": refused, "samples": stages.table.samples, "digest": stages.plan.digest}
+    show(options, document, lambda: "\n".join([*notes, stages.plan.explain(groups).rstrip()]))
+    return 0
+
+
+def _export(options: argparse.Namespace, show: Show) -> int:
+    from qcompiler.export_onnx import export_onnx
+    from qcompiler.tables import size
+
+    with terminal_progress() as progress:
+        export = export_onnx(options.model, options.output, options.calibration, options.target, **_arguments(options), progress=progress)
+    count = export.model.ByteSize()
+    document = {"output": options.output, "bytes": count, "weighted": export.weighted, "values": export.values, "kept_float": export.kept_float}
+    lines = [f"{options.output}: {size(count)}, {len(export.values)} 8-bit values, {export.weighted} operators with int8 weights"]
+    lines += [f"'{name}' keeps float weights and operators: {reason}" for name, reason in export.kept_float.items()]
+    show(options, document, lambda: "\n".join(lines))
+    return 0
+
+
+def verify(options: argparse.Namespace, show: Show) -> int:
+    """`verify` with --report: the same result and exit status, and the page."""
+    from qcompiler.parity import Thresholds
+    from qcompiler.report import verify_report
+    from qcompiler.tables import parity_text
+
+    with terminal_progress() as progress:
+        report = verify_report(
+            options.library,
+            options.model,
+            options.data,
+            options.report,
+            labels=options.labels,
+            thresholds=Thresholds(options.min_sqnr, options.min_agreement, options.max_accuracy_drop, options.max_channel_bias),
+            preprocess=options.preprocess,
+            layer_samples=options.layer_samples,
+            threads=options.threads,
+            progress=progress,
+        )
+    show(options, report, lambda: parity_text(report, options.layers) + f"\n\n{options.report}: the report")
+    return 0 if report.passed else 1
