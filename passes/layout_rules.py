@@ -195,7 +195,7 @@ def _take(layout: _Layout, name: str, expr: Any) -> bool:
     """Constant indices of rank 1 only: the result has the operand's rank."""
     if not (is_const(expr.args[1]) and const_value(expr.args[1]).ndim == 1 and isinstance(expr.args[0], relax.Var) and expr.attrs.axis is not None):
         return False
-    return _along_axis(lambda e, x, axis: relax.op.take(x, e.args[1], axis))(layout, name, expr)
+    return _along_axis(lambda e, x, axis: relax.op.take(x, e.args[1], axis, str(e.attrs.mode)))(layout, name, expr)
 
 
 def _layer_norm(layout: _Layout, name: str, expr: Any) -> bool:

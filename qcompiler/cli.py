@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if str(error) or type(error) not in (KeyboardInterrupt, RuntimeError):  # a RuntimeError without text is how TVM's passes report a Ctrl-C
+            raise
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader (head, less) has seen enough

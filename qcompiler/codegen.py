@@ -80,4 +80,6 @@ def object_code(program: Program) -> bytes:
             return path.read_bytes()
     except (RuntimeError, ValueError, TypeError) as error:
         text = str(error)
+        if not text:  # how TVM reports a Ctrl-C
+            raise KeyboardInterrupt from error
         raise QCompilerError(f"code generation for {program.target.name} failed: {text[:600]}{' ...' if len(text) > 600 else ''}") from error

@@ -65,7 +65,8 @@ def tap_means(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[
     total = np.zeros((len(rows), len(columns), c))
     for image in np.ascontiguousarray(x, np.float32):  # rows in float32 (exact for int8 values), then columns in float64
         lines = np.stack([image[_progression(row)].reshape(-1, w * c).sum(axis=0) for row in rows]).reshape(len(rows), w, c)
-        total += columns.astype(np.float64) @ lines.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # infinities; calibration refuses their sample by name
+            total += columns.astype(np.float64) @ lines.astype(np.float64)
     return total / positions
 
 
@@ -276,12 +277,9 @@ class Correction:
 
 
 class Rounder(Protocol):
-    """Chooses int8 weights (`rounding.py`). `add` takes the samples to fit to, in order. `weight` is asked layer by layer in order of execution, when
-    the contexts of these samples are about to run the layer: new weights like `layer.weight`, or why they stay. context_bytes: memory per sample."""
+    """Chooses int8 weights (`rounding.py`), layer by layer in order of execution, when `contexts` are about to run the layer: new weights like
+    `layer.weight`, or why they stay."""
 
-    @property
-    def context_bytes(self) -> int: ...
-    def add(self, sample: Mapping[str, np.ndarray]) -> None: ...
     def weight(self, layer: Layer, group: Group, contexts: Sequence[Context]) -> np.ndarray | str: ...
 
 
@@ -300,8 +298,7 @@ def correct(
     With a `rounder`, weights change too, each before its layer's bias; the last third of the samples then only judges.
     Raises DataError when there are no samples.
     """
-    each = executor.context_bytes + (rounder.context_bytes if rounder else 0)
-    count = max(1, min(len(means.outputs), memory // max(each, 1)))
+    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
     taken = [sample for sample, _ in zip(samples, range(count), strict=False)]
     if not taken or not means.outputs:
         raise DataError("bias correction needs at least one calibration sample")
@@ -313,9 +310,6 @@ def correct(
     for context in judge[0]:
         context.run(0, len(steps))
     result.before = _score(*judge)
-    if rounder:
-        for sample in taken[:fitted]:
-            rounder.add(sample)
     layers = [layer for layer in integer_layers(module) if layer.id in steps and layer.group in means.groups]
     originals = {layer.id: layer.weight for layer in layers}
     done = 0
@@ -398,7 +392,7 @@ def _score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarra
                 power[name] = power.get(name, 0.0) + float(np.square(reference).sum())
                 noise[name] = noise.get(name, 0.0) + float(np.square(actual - reference).sum())
     tiny = np.finfo(np.float64).tiny
-    return float(np.mean([10 * math.log10(max(power[k], tiny) / max(noise[k], tiny)) for k in power])) if power else 0.0
+    return float(np.mean([10 * (math.log10(max(power[k], tiny)) - math.log10(max(noise[k], tiny))) for k in power])) if power else 0.0
 
 
 def with_operands(module: tvm.IRModule, correction: Correction) -> tvm.IRModule:

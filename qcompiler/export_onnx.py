@@ -233,7 +233,7 @@ class _Exporter:
 
     def features(self, value: str, count: int) -> np.ndarray:
         """int64[K]: the feature in the file that each column of a dense group reads. Differs from 0, 1, ... behind a flattened NHWC image."""
-        expr = self.bindings.get(value)
+        expr: Any = self.bindings.get(value)
         if "~" in value and relax_op(expr) == "relax.reshape":
             shape = shape_of(expr.args[0])
             if len(shape) == 4 and int(np.prod(shape[1:])) == count:

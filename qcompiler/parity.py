@@ -247,6 +247,9 @@ def compare(
         got_top, float_top = top[classified[0]]
         if len(labels) != len(got_top):
             raise DataError(f"{len(labels)} labels for {len(got_top)} samples")
+        classes = next(o.shape[1] for o in reference.outputs if o.name == classified[0])
+        if labels.min() < 0 or labels.max() >= classes:
+            raise DataError(f"labels lie in [{labels.min()}, {labels.max()}], but output '{classified[0]}' has {classes} classes, counted from 0")
         float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
     rows = layers.rows() if layer_samples else []
     report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy)

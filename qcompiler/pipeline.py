@@ -41,8 +41,8 @@ from qcompiler.tuning_log import Tuned
 class Options(TypedDict, total=False):
     """Keyword arguments of `compile`.
 
-    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path. preset: "fast" (no
-    bias correction), "default" or "accurate". tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
+    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path. preset: "fast"
+    (min-max ranges, no correction), "default" (ranges, weight scales, bias correction, weight rounding), "accurate" (the same from more data). tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
     targets_file: a file like targets.yaml. progress: called with (stage, done, total).
     """
 
@@ -97,7 +97,6 @@ class Quantized:
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
-    twin: Built
 
 
 @dataclass
@@ -137,7 +136,7 @@ def quantize(
     dump("qdq", qdq)
     integer = realize(qdq)
     dump("integer", integer)
-    return Quantized(float_model, samples, table, means, plan, qdq, integer, twin)
+    return Quantized(float_model, samples, table, means, plan, qdq, integer)
 
 
 def compile_stages(
@@ -147,6 +146,8 @@ def compile_stages(
     **options: Unpack[Options],
 ) -> Compilation:
     """`compile`, with the values between the stages. Same arguments, same errors."""
+    for name in set(options) - set(Options.__annotations__):
+        raise TypeError(f"compile() has no keyword argument '{name}'.{closest(name, list(Options.__annotations__))}")
     dump, progress = Dumper(options.get("dump_dir")), options.get("progress")
     row = find_target(target, options.get("targets_file"))
     artifacts.find_compiler(row)
@@ -186,11 +187,11 @@ def corrections(built: Built, stages: Quantized, progress: Progress | None) -> I
     if not limit:
         return
     on_host = built if built.program.target == host else build(stages.integer, host, "generate host code", progress=progress)
-    with session_of(on_host.link()) as session, session_of(stages.twin.link()) as float_session:
+    with session_of(on_host.link()) as session:
         executor = SessionExecutor(session, on_host.program)
         first = correct(stages.integer, executor, stages.means, itertools.islice(stages.samples, limit))
         yield "bias_correction", first
-        rounder = DataRounder(SessionExecutor(float_session, stages.twin.program), POSITIONS[stages.plan.preset])
+        rounder = DataRounder(POSITIONS[stages.plan.preset])
         start = with_operands(stages.integer, first) if first.kept else stages.integer
         yield "weight_rounding", correct(start, executor, stages.means, itertools.islice(stages.samples, limit), rounder=rounder)
 

@@ -42,7 +42,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     assert 0 <= successes <= trials and trials > 0
     p, z2 = successes / trials, _Z95**2 / trials
     middle, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2 * z2 / 4)
-    return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+    return (middle - half) / (1 + z2) if successes else 0.0, (middle + half) / (1 + z2) if successes < trials else 1.0
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ svg { width: 100%; height: auto; display: block; font-family: inherit; } svg.bar
 .key { display: inline-block; width: 22px; height: 10px; margin: 0 5px 0 14px; } .total td { font-weight: 600; border-top: 1.5px solid #37414d; }
 @media print { @page { size: A4; margin: 14mm; } body { padding: 0; font-size: 11px; max-width: none; } h2 { break-after: avoid; margin-top: 22px; }
   tr, .fact, .verdict { break-inside: avoid; } thead { display: table-header-group; } table { font-size: 9.5px; } code, .mono { font-size: 8.5px; }
+  .quiet, .fact span, h3 { font-size: 10px; } svg.bar { width: 90px; height: 5px; } .pair { gap: 10px 18px; }
   .fact b { font-size: 17px; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 

@@ -2,20 +2,17 @@
 
 Rounding to the nearest int8 minimises the error of single weights. What counts is the error of their sum with the layer's inputs,
 
-    sum over positions of (v x - q x')^2,    v: float weights in int8 steps, q: int8 weights,
-                                             x: float inputs in int8 steps, x': the int8 network's own inputs
+    sum over positions of ((t - q) x)^2 = positions * (t - q) H (t - q)^T,    t: float weights in int8 steps, q: int8 weights,
+                                                                             x: the int8 network's own inputs, H = E[x x^T]
 
-(Nagel et al. 2020, arXiv:2004.10568; with the network's own inputs, errors of earlier layers are taken back too). With the Gram matrices
-H = E[x' x'^T] and C = E[(x - x') x'^T] this is, up to a constant, (t - q) H (t - q)^T about the least-squares target t = v + v C H^-1. It is
-minimised column by column as in GPTQ (Frantar et al. 2022, arXiv:2210.17323): with H = T T^T, T upper triangular,
+(Nagel et al. 2020, arXiv:2004.10568). It is minimised column by column as in GPTQ (Frantar et al. 2022, arXiv:2210.17323): with H = T T^T,
+T upper triangular,
 
     q[j] = rint(t[j] + sum over i < j of (t[i] - q[i]) T[i, j] / T[j, j])
 
-and then by sweeps of coordinate descent, each of which can only lower the error:
+and then by a sweep of coordinate descent, which can only lower the error:
 
     q[j] = rint(t[j] + sum over i != j of (t[i] - q[i]) H[i, j] / H[j, j])
-
-Inputs are taken about their means: what is left of the mean, the bias takes up (`correction.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.correction import Context, IntegerExecutor, Layer
+from qcompiler.correction import Context, Layer
 from qcompiler.passes.groups import Group
 
-DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
-SWEEPS = 2  # of coordinate descent
+DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
+SWEEPS = 1  # of coordinate descent
 WIDEST = 2304  # inputs of one Gram matrix; layers with more are cut into equal blocks that know nothing of each other
 POSITIONS = {"fast": 0, "default": 128, "accurate": 512}
 """Per preset: how many output positions of each sample decide."""
@@ -56,61 +53,42 @@ def patches(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[in
 
 
 class Gram:
-    """Second moments of a layer's inputs about their means, gathered patch by patch: per group, and per block of a wide layer.
-
-    samples of x' and x - x' are float32[G, P, K]; `moments` hands out H and C as float64[G*B, K/B, K/B].
-    """
+    """H = E[x x^T] of a layer's inputs, gathered patch by patch: per group, and per block of a wide layer; [G*B, K/B, K/B]."""
 
     def __init__(self, groups: int, width: int) -> None:
         self.blocks = next(b for b in range(1, width + 1) if width % b == 0 and width // b <= WIDEST)
-        shape = (groups * self.blocks, width // self.blocks)
-        self.own, self.cross = np.zeros((*shape, shape[1])), np.zeros((*shape, shape[1]))
-        self.mean, self.shift = np.zeros(shape), np.zeros(shape)
+        self.sums = np.zeros((groups * self.blocks, width // self.blocks, width // self.blocks))
         self.count = 0
 
-    def split(self, x: np.ndarray) -> np.ndarray:
-        """[G, P, K] as [G*B, P, K/B]."""
+    def add(self, x: np.ndarray) -> None:
+        """More patches, float32[G, P, K]."""
         groups, rows, width = x.shape
-        return x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
+        x = x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
+        self.sums += x.transpose(0, 2, 1) @ x
+        self.count += rows
 
-    def add(self, x: np.ndarray, difference: np.ndarray) -> None:
-        x, difference = self.split(x), self.split(difference)
-        self.own += x.transpose(0, 2, 1) @ x
-        self.cross += difference.transpose(0, 2, 1) @ x
-        self.mean += x.sum(axis=1)
-        self.shift += difference.sum(axis=1)
-        self.count += x.shape[1]
-
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        mean, shift = CENTRE * self.mean / self.count, CENTRE * self.shift / self.count
-        return self.own / self.count - mean[:, :, None] * mean[:, None, :], self.cross / self.count - shift[:, :, None] * mean[:, None, :]
+    def damped(self) -> np.ndarray:
+        """float64: H with `DAMPING`, positive definite whatever was seen."""
+        result: np.ndarray = self.sums / max(self.count, 1)
+        diagonal = np.arange(result.shape[1])
+        mean = result[:, diagonal, diagonal].mean(axis=1)
+        result[:, diagonal, diagonal] += (DAMPING * mean + (mean <= 0))[:, None]  # inputs that never change decide nothing
+        return result
 
 
-def round_weight(steps: np.ndarray, gram: Gram, correction: float = 1.0) -> np.ndarray:
-    """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen.
-
-    correction: how much of the least-squares target's distance from the float weights to follow (0: none, errors of earlier layers stay).
-    """
+def round_weight(steps: np.ndarray, gram: Gram) -> np.ndarray:
+    """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen; an output for which
+    that is no better than the nearest int8 gets the nearest."""
     outputs, blocks = len(steps), gram.blocks
-    groups = len(gram.own) // blocks
-    v = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1).astype(np.float64)
-    own, cross = gram.moments()
-    width = own.shape[1]
-    diagonal = np.arange(width)
-    mean = own[:, diagonal, diagonal].mean(axis=1)
-    own[:, diagonal, diagonal] += (DAMPING * mean + (mean <= 0))[:, None]  # inputs that never change decide nothing
-    target = v + correction * np.linalg.solve(own, (v @ cross).transpose(0, 2, 1)).transpose(0, 2, 1) if correction else v
-    order = np.argsort(-own[:, diagonal, diagonal].mean(axis=0), kind="stable")
-    own, target, v = own[:, order][:, :, order], target[:, :, order], v[:, :, order]
-    nearest = target - np.clip(np.rint(v), -127, 127)
+    own = gram.damped()
+    groups = len(own) // blocks
+    target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1)
+    order = np.argsort(-own.diagonal(axis1=1, axis2=2).mean(axis=0), kind="stable")  # inputs that matter most first
+    own, target = own[:, order][:, :, order], target[:, :, order].astype(np.float64)
+    nearest = target - np.clip(np.rint(target), -127, 127)
     best = least_error(target, own)
     worse = cost(best, own) >= cost(nearest, own)
     best[worse] = nearest[worse]
-    if DEBUG:
-        z = target - v
-        c0 = cost(nearest, own).sum(); x0 = np.einsum("gok,gok->", v @ own, v)
-        near = np.rint(target) - target
-        print(v.shape, gram.count, "sig/near %.1f sig/best %.1f near-about-target %.1f |t-v| %.3f x-x' %.4f" % (10*np.log10(x0/c0), 10*np.log10(x0/cost(best, own).sum()), 10*np.log10(x0/cost(near, own).sum()), np.sqrt((z**2).mean()), np.sqrt((gram.cross**2).sum()/(gram.own**2).sum())), flush=True)
     rounded = np.empty_like(target)
     rounded[:, :, order] = np.rint(target - best)
     result: np.ndarray = rounded.reshape(groups, blocks, outputs // groups, -1).transpose(0, 2, 1, 3).reshape(steps.shape).astype(np.int8)
@@ -150,50 +128,25 @@ def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
 
 
 class DataRounder:
-    """Rounds layers for `correction.correct`: the float network, in `executor`, advances beside the int8 one.
+    """Rounds layers for `correction.correct`. positions: how many output positions of each sample a Gram matrix takes in, chosen at random with
+    a fixed seed."""
 
-    positions: how many output positions of each sample a Gram matrix takes in, chosen at random with a fixed seed.
-    """
-
-    def __init__(self, executor: IntegerExecutor, positions: int) -> None:
-        self.context_bytes = executor.context_bytes
-        self._executor, self._positions = executor, positions
-        self._steps = list(executor.steps)
-        self._contexts: list[Context] = []
-        self._done = 0
-
-    def add(self, sample: Mapping[str, np.ndarray]) -> None:
-        """One more sample to fit to."""
-        self._contexts.append(self._executor.new_context(sample))
+    def __init__(self, positions: int) -> None:
+        self._positions = positions
 
     def weight(self, layer: Layer, group: Group, contexts: Sequence[Context]) -> np.ndarray | str:
         """int8 weights for a layer that is about to run in all `contexts`, or why it keeps its own."""
         if layer.kind == "conv2d_transpose":
             return "weights of transposed convolutions are rounded to nearest"
-        if group.id not in self._steps or group.weight is None:
-            return "the float network has no step of its own for it"
-        at = self._steps.index(group.id)
-        for context in self._contexts:
-            context.run(self._done, at)
-        self._done = at
         weight = group.weight
+        assert weight is not None
         kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
-        groups = int(layer.attrs.get("groups", 1))
-        gram = Gram(groups, weight[0].size)
+        gram = Gram(int(layer.attrs.get("groups", 1)), weight[0].size)
         total = int(np.prod(layer.shape[:-1]))
         random = np.random.default_rng(0)
-        for own, reference in zip(contexts, self._contexts, strict=True):
-            at_positions = np.sort(random.choice(total, min(total, self._positions), replace=False))
-            x = own.view(layer.x)
-            wanted = reference.view(group.inputs[0]).reshape(x.shape)
-            x = x.astype(np.float32) - layer.attrs["x_zero_point"]
-            difference = wanted * np.float32(1 / layer.x_scale) - x
-            parts = [patches(a, layer.kind, layer.attrs, kernel, layer.shape, at_positions) for a in (x, difference)]
-            gram.add(parts[0], parts[1])
+        for context in contexts:
+            at = np.sort(random.choice(total, min(total, self._positions), replace=False))
+            x = context.view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
+            gram.add(patches(x, layer.kind, layer.attrs, kernel, layer.shape, at))
         scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
-        return round_weight(weight / scale, gram, CORRECTION)
-
-
-CORRECTION = 1.0
-CENTRE = 1.0
-DEBUG = False
+        return round_weight(weight / scale, gram)

@@ -128,6 +128,8 @@ def test_sessions_in_threads(library: Path) -> None:
     [
         ({}, "input 'x' is missing; the model wants x [4, 8] float32"),
         ({"X": image()}, "unknown input 'X'. Inputs: x"),
+        (image(), "inputs are a mapping {name: array}, not ndarray; names: x"),
+        (None, "inputs are a mapping {name: array}, not NoneType; names: x"),
         ({"x": image()[:2]}, "input 'x' has shape [2, 8]; the model wants [4, 8]"),
         ({"x": image().astype(np.float64)}, "input 'x' has dtype float64; the model wants float32"),
     ],

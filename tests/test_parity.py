@@ -234,6 +234,9 @@ def test_thresholds_that_need_what_is_not_there() -> None:
         compare(Int8(), Float(), samples(), thresholds=Thresholds(max_accuracy_drop=1))
     with pytest.raises(DataError, match="3 labels for 12 samples"):
         compare(Int8(), Float(), samples(), labels=np.zeros(3, np.int64))
+    for wrong in (-1, 4):
+        with pytest.raises(DataError, match=r"labels lie in \[.*, but output 'logits' has 4 classes, counted from 0"):
+            compare(Int8(), Float(), samples(), labels=np.array([wrong, *[0] * 11]))
     with pytest.raises(DataError, match="the data is empty"):
         compare(Int8(), Float(), [])
     maps, reference = Int8(), Float()

@@ -174,3 +174,44 @@ def test_real_network(real_data: Path, tmp_path: Path) -> None:
     session = Session(compilation.artifact.save(tmp_path / "net.so"), threads=2)
     assert compilation.artifact.manifest["float_ops"] == []
     assert bit_parity(session, run(compilation.integer, data[0], keep="all"), data[0]) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_network_without_an_8_bit_operator(tmp_path: Path) -> None:
+    path = network([helper.make_node("Exp", ["x"], ["y"])], ["y"], (1, 3, 4, 4), {}, tmp_path / "net.onnx")
+    x = np.linspace(-1, 1, 48, dtype=np.float32).reshape(1, 3, 4, 4)
+    compilation = compile_stages(path, "native", [{"x": x}])
+    session = Session(compilation.artifact.save(tmp_path / "net.so"))
+    np.testing.assert_allclose(session.run({"x": x})["y"], np.exp(x), rtol=1e-6)
+    assert [entry["op"] for entry in compilation.artifact.manifest["float_ops"]] == ["Exp"]
+    assert qcompiler.verify(tmp_path / "net.so", path, [{"x": x}]).passed
+
+
+def test_a_lookup_never_leaves_its_table(tmp_path: Path) -> None:
+    """ONNX says nothing of indices that are out of range; a library must not read foreign memory."""
+    table = np.arange(12, dtype=np.float32).reshape(6, 2)
+    info = helper.make_tensor_value_info("ids", TensorProto.INT64, [4])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 2])
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "ids"], ["y"])], "g", [info], [result], [numpy_helper.from_array(table, "table")])
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    artifact = qcompiler.compile(path, calibration=[{"ids": np.array([0, 1, -1, 5])}])
+    session = Session(artifact.save(tmp_path / "net.so"))
+    assert session.run({"ids": np.array([0, 1, -1, 5])})["y"].tolist() == table[[0, 1, -1, 5]].tolist()
+    far = session.run({"ids": np.array([10**9, -(10**12), 6, -7])})["y"]
+    assert {tuple(row) for row in far.tolist()} <= {tuple(row) for row in table.tolist()}
+
+
+def test_an_interrupted_code_generation_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError  # what TVM makes of a Ctrl-C
+
+    monkeypatch.setattr("tvm.tirx.build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compile_float(MODEL)
+
+
+def test_a_misspelt_option_is_not_ignored() -> None:
+    wrong: Any = {"prest": "fast"}
+    with pytest.raises(TypeError, match="no keyword argument 'prest'. Did you mean 'preset'"):
+        qcompiler.compile(MODEL, calibration=samples(1), **wrong)

@@ -79,7 +79,7 @@ def _copied(node: Node, function: Any, variables: dict[str, Any]) -> Iterator[Va
     for binding in bindings:
         if isinstance(binding.value, (relax.Tuple, relax.ShapeExpr)) and binding.var in tuples:
             continue
-        expr = substitute(binding.value, lambda v: env.get(v, v))
+        expr = _in_bounds(substitute(binding.value, lambda v: env.get(v, v)))
         if isinstance(expr, relax.Var):
             env[binding.var] = expr
         elif binding.var in final:
@@ -93,6 +93,13 @@ def _copied(node: Node, function: Any, variables: dict[str, Any]) -> Iterator[Va
             yield r.value.numpy()
         else:
             yield substitute(r, lambda v: env.get(v, v))
+
+
+def _in_bounds(expr: Any) -> Any:
+    """A lookup with indices beyond the table reads its end; as the importer writes it, it would read foreign memory."""
+    if relax_op(expr) != "relax.take" or str(expr.attrs.mode) != "fast":
+        return expr
+    return relax.op.take(*expr.args, axis=None if expr.attrs.axis is None else int(expr.attrs.axis), mode="clip")
 
 
 def definition(node: Node) -> list[onnx.NodeProto] | None:

@@ -183,6 +183,8 @@ class Session:
     def bind(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Inputs in order, contiguous and of the right dtype alignment; copied only where they are not."""
         names = [i.name for i in self.inputs]
+        if not isinstance(inputs, Mapping):
+            raise DataError(f"inputs are a mapping {{name: array}}, not {type(inputs).__name__}; names: {', '.join(names)}")
         for name in inputs:
             if name not in names:
                 raise DataError(f"unknown input '{name}'.{closest(str(name), names)} Inputs: {', '.join(names)}")

@@ -1,0 +1,129 @@
+"""Weight rounding: the patches a layer sees, the moments of its inputs, and that rounding by data beats rounding to nearest on that data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_correction import SAMPLES, Stepper, quantized
+
+from qcompiler import numerics
+from qcompiler.correction import Correction, correct, integer_layers, with_operands
+from qcompiler.passes.graph import Graph
+from qcompiler.rounding import DataRounder, Gram, cost, least_error, patches, round_weight
+
+GEOMETRY = [
+    {"strides": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 1},
+    {"strides": [2, 1], "padding": [0, 1, 2, 0], "dilation": [1, 2], "groups": 2},
+    {"strides": [2, 2], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 4},
+]
+
+
+def correlated(rng: np.random.Generator, groups: int, rows: int, width: int) -> np.ndarray:
+    """float32[G, P, K] whose columns hang together, as those of image patches do."""
+    return (rng.standard_normal((groups, rows, width)) @ rng.standard_normal((groups, width, width)) * 20).astype(np.float32)
+
+
+@pytest.mark.parametrize("attrs", GEOMETRY)
+def test_patches_times_weights_are_the_convolution(attrs: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-100, 100, (2, 9, 8, 4)).astype(np.int8)
+    w = rng.integers(-100, 100, (8, 3, 3, 4 // attrs["groups"])).astype(np.int8)
+    wanted = numerics.conv2d(
+        x, w, np.zeros(8, np.int32), np.ones(8, np.float32), **attrs, x_zero_point=3, out_dtype="float32", zero_point=0, low=-128, high=127
+    )
+    at = np.arange(0, wanted[..., 0].size, 3)
+    seen = patches(x.astype(np.float32) - 3, "conv2d", attrs, (3, 3), wanted.shape, at)
+    product = np.einsum("gpk,gok->pgo", seen, w.reshape(attrs["groups"], -1, seen.shape[2]).astype(np.float32)).reshape(len(at), 8)
+    np.testing.assert_array_equal(product, wanted.reshape(-1, 8)[at])
+
+
+def test_patches_of_a_dense_layer_are_its_rows() -> None:
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    np.testing.assert_array_equal(patches(x, "dense", {}, (1, 1), (2, 3, 7), np.array([1, 4])), x.reshape(6, 4)[[1, 4]][None])
+
+
+def test_rounding_by_data_beats_nearest_on_new_data_of_the_same_kind() -> None:
+    rng = np.random.default_rng(0)
+    x = correlated(rng, 2, 4000, 24)
+    gram = Gram(2, 24)
+    gram.add(x[:, :2000])
+    steps = rng.uniform(-100, 100, (10, 2, 2, 6))
+    rounded = round_weight(steps, gram)
+    assert rounded.dtype == np.int8 and rounded.shape == steps.shape
+
+    def noise(w: np.ndarray) -> float:
+        return float(np.square(np.einsum("gpk,gok->gpo", x[:, 2000:], (w - steps).reshape(2, 5, 24))).sum())
+
+    assert noise(rounded.astype(np.float64)) < 0.7 * noise(np.rint(steps))
+
+
+def test_rounding_finds_the_best_of_all_roundings_of_a_small_layer() -> None:
+    rng = np.random.default_rng(1)
+    x = correlated(rng, 1, 200, 4)[0].astype(np.float64)
+    own = (x.T @ x / len(x))[None]
+    target = rng.uniform(-50, 50, (1, 30, 4))
+    corners = np.stack(np.meshgrid(*[[-1, 0, 1, 2]] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
+    every = target[0][:, None] - (np.floor(target[0])[:, None] + corners)
+    best = np.einsum("ock,kl,ocl->oc", every, own[0], every).min(axis=1)
+    found = cost(least_error(target, own), own)[0]
+    assert (found == pytest.approx(best)) or (found.sum() < 1.5 * best.sum())
+
+
+def test_saturation_is_part_of_the_error() -> None:
+    rng = np.random.default_rng(2)
+    gram = Gram(1, 3)
+    gram.add(correlated(rng, 1, 100, 3))
+    rounded = round_weight(np.array([[300.0, 0.2, -0.7], [-126.9, 127.4, 1.0]]), gram)
+    assert rounded.min() >= -127 and rounded[0, 0] == 127
+
+
+def test_wide_layers_are_cut_and_silent_inputs_keep_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompiler.rounding.WIDEST", 5)
+    gram = Gram(1, 12)
+    assert gram.blocks == 3
+    gram.add(np.zeros((1, 10, 12), np.float32))
+    steps = np.random.default_rng(3).uniform(-100, 100, (4, 12))
+    np.testing.assert_array_equal(round_weight(steps, gram), np.rint(steps))
+
+
+class WeightStepper(Stepper):
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.weights: dict[str, np.ndarray] = {}
+
+    def set_weight(self, value_id: str, weight: np.ndarray) -> None:
+        assert weight.dtype == np.int8
+        self.weights[value_id] = weight
+        self.graph = Graph.of(with_operands(self.module, Correction(0, weights=self.weights)))
+
+
+def test_a_network_is_judged_on_samples_that_rounding_has_not_seen() -> None:
+    """Whatever the verdict, the executor ends with the network that the verdict names."""
+    _, integer, means, samples = quantized()
+    stepper = WeightStepper(integer)
+    result = correct(integer, stepper, means, samples, rounder=DataRounder(64))
+    assert result.samples == SAMPLES - SAMPLES // 3 and result.held_out == SAMPLES // 3
+    assert result.weights and result.kept == (result.after > result.before)
+    assert "weight rounding" in result.summary() and "judged on 2 others" in result.summary()
+    original = {layer.id: layer.weight for layer in integer_layers(integer)}
+    final = {layer.id: layer.weight for layer in integer_layers(with_operands(integer, Correction(0, weights=stepper.weights)))}
+    for name, weight in original.items():
+        wanted = result.weights.get(name, weight) if result.kept else weight
+        np.testing.assert_array_equal(final[name], wanted)
+
+
+def test_bad_weights_are_dropped() -> None:
+    _, integer, means, samples = quantized()
+
+    class Opposite:
+        def weight(self, layer: Any, group: Any, contexts: Any) -> np.ndarray:
+            flipped: np.ndarray = -np.maximum(layer.weight, -127)
+            return flipped
+
+    stepper = WeightStepper(integer)
+    result = correct(integer, stepper, means, samples, rounder=Opposite())
+    assert not result.kept and result.after < result.before
+    for layer in integer_layers(integer):
+        np.testing.assert_array_equal(stepper.weights.get(layer.id, layer.weight), layer.weight)
