@@ -4,7 +4,7 @@
 
 For each network: tunes it into LOG (going on where an earlier run stopped; --time-limit 0 takes LOG as it is), compiles it with and without the
 result, and times every step of both libraries in turns. A record is shipped only if its steps are more than 2 % faster there, in the network, than
-the default's, in the geometric mean of one thread and all. Records of other workloads stay as they are. Times are of this machine, and two runs differ a
+the default's on one thread. A record that divides work otherwise must also be no slower on all threads, at a moment when those are free. Records of other workloads stay as they are. Times are of this machine, and two runs differ a
 little; the selection is what the script fixes.
 """
 
@@ -50,10 +50,15 @@ def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) ->
         libraries = [built.link().save(Path(name) / f"{i}.so") for i, built in enumerate((plain, fast))]
         ways = [step_seconds(libraries, inputs, count, rounds) for count in sorted({1, threads})]
     keys = [key_of(s.row.name, workload_of(s.op)) if s.row is not None and s.op is not None else "" for s in plain.program.steps]
+    defaults = {k: s.row.default(s.op, target) for k, s in zip(keys, plain.program.steps, strict=True) if k and s.row is not None and s.op is not None}
     kept = []
     for key, record in sorted(tuned.used.items()):
         sums = [[sum(t for t, k in zip(library, keys, strict=True) if k == key) for library in way] for way in ways]
-        ratio = math.prod(new / old for old, new in sums) ** (1 / len(sums))
+        (old, new), (old_all, new_all) = sums[0], sums[-1]
+        ratio = new / old
+        if any(record.params[k] != v for k, v in defaults[key].items() if k.endswith("tasks")):  # work is divided otherwise: worth it only if it is
+            parallel = old_all < 0.75 * old  # the cores were free
+            ratio = math.sqrt(ratio * new_all / old_all) if parallel and new_all <= old_all else 1.0
         print(f"  {record.row} {record.params}: {record.ratio:.3f} alone, {ratio:.3f} in the network", file=sys.stderr)
         if ratio < GAIN:
             kept.append(dataclasses.replace(record, ratio=ratio, seconds=tuple(new / keys.count(key) for _, new in sums), threads=threads))

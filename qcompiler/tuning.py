@@ -24,6 +24,7 @@ from qcompiler.debug import Dumper
 from qcompiler.errors import TargetError, TuningError
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.targets import Target, find_target, missing_features
+from qcompiler.tuning_bench import FREE
 from qcompiler.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.tuning_model import CostModel, Point, Space, features, key, propose, sizes
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 BATCH = 8  # measured candidates of a turn
 OPTIMISM = 0.2  # the gain that a first turn is expected to bring
-FREE = 0.75  # of the threads must be worth their number, else the cores are busy
 PATIENCE = 40  # turns without a better candidate before a task counts as used up
 IMPOSSIBLE_LIMIT = 400  # candidates in a row that can't be built before a task counts as used up
 

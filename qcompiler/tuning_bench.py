@@ -27,6 +27,7 @@ from qcompiler.targets import Target
 ROTATED = 4 << 20  # bytes of weights that pass between two uses of the same copy
 SAMPLE = 2e-4  # seconds of the default's that one timing takes at least
 CLEARLY_SLOWER = 1.15  # than the best so far: not worth a closer look
+FREE = 0.75  # of the threads must be worth their number (`speedup`), else the cores are busy
 MARGIN = 0.99  # a candidate must beat the best by 1 %, twice
 GUARD = 4096  # bytes before and behind the output
 CANARY = 0xA5
@@ -153,15 +154,21 @@ class Bench:
                     least[i][way] = min(least[i][way], self.time(call, way))
         return least
 
+    def free(self, threads: int) -> bool:
+        return speedup(threads) >= FREE * threads
+
     def judge(self, candidate: Candidate, threads: int) -> dict[str, Any]:
-        """Time a candidate; one that beats the best by more than `MARGIN`, and again when measured afresh, becomes the best."""
+        """Time a candidate; one that beats the best by more than `MARGIN`, and again when measured afresh, becomes the best.
+
+        On several threads it must do so while the cores are free: a busy core makes any division of work look bad.
+        """
         default, this = self.race([self.default, candidate], 4, threads)
         best = self.ratio_of_best
         if _ratio(this, default) < CLEARLY_SLOWER * best:
             rivals = [self.default, candidate] if self.best is self.default else [self.default, candidate, self.best]
             for rounds in (12, 24):
                 default, this, *rest = self.race(rivals, rounds, threads)
-                won = _ratio(this, rest[0] if rest else default) < MARGIN
+                won = _ratio(this, rest[0] if rest else default) < MARGIN and (threads == 1 or self.free(threads))
                 if not won:
                     break
             if won:  # ratios to the default keep the order that the races found, whatever the noise of the default's own times

@@ -116,6 +116,11 @@ class FakeBench(Bench):
     def __init__(self, default: Candidate) -> None:
         self.default = self.best = default
 
+    cores_free = True
+
+    def free(self, threads: int) -> bool:
+        return self.cores_free
+
     def time(self, call: Any, index: int) -> float:
         return float(call[1].stride * (0.6 if index and call[0] is not call[1].serial else 1.0))
 
@@ -140,7 +145,12 @@ def test_several_threads_count_as_much_as_one() -> None:
     answer = FakeBench(candidate(1000)).judge(candidate(1100, parallel=True), 2)
     assert answer["ratio"] == pytest.approx(math.sqrt(1.1 * 0.66))
     assert answer["seconds"] == [1100.0, pytest.approx(660.0)]
+    assert answer["best"]
     assert FakeBench(candidate(1000)).judge(candidate(1100, parallel=True), 1)["ratio"] == pytest.approx(1.1)
+    busy = FakeBench(candidate(1000))
+    busy.cores_free = False
+    assert not busy.judge(candidate(1100, parallel=True), 2)["best"]
+    assert busy.judge(candidate(900), 1)["best"]
 
 
 # -- the worker and its faults ---------------------------------------------------------------------------------------------------------
