@@ -4,8 +4,8 @@
 
 For each network: tunes it into LOG (going on where an earlier run stopped; --time-limit 0 takes LOG as it is), compiles it with and without the
 result, and times every step of both libraries in turns. A record is shipped only if its steps are more than 2 % faster there, in the network, than
-the default's on one thread. A record that divides work otherwise must also be no slower on all threads, at a moment when those are free. Records of other workloads stay as they are. Times are of this machine, and two runs differ a
-little; the selection is what the script fixes.
+the default's on one thread. A record that divides work otherwise must also be no slower on all threads, at a moment when those are free. Records of
+other workloads stay as they are. Times are of this machine, and two runs differ a little; the selection is what the script fixes.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ from qcompiler.tuning_log import Tuned
 class Options(TypedDict, total=False):
     """Keyword arguments of `compile`.
 
-    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path. preset: "fast"
-    (min-max ranges, no correction), "default" (ranges, weight scales, bias correction, weight rounding), "accurate" (the same from more data). tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
+    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
+    preset: "fast" (min-max ranges, no correction), "default" (competing ranges and weight scales, bias correction, weight rounding) or
+    "accurate" (the same from more data). tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
     targets_file: a file like targets.yaml. progress: called with (stage, done, total).
     """
 
