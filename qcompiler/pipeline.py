@@ -42,8 +42,8 @@ class Options(TypedDict, total=False):
     """Keyword arguments of `compile`.
 
     input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
-    preset: "fast" (min-max ranges, no correction), "default" (competing ranges and weight scales, bias correction, weight rounding) or
-    "accurate" (the same from more data). tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
+    preset: "fast" (min-max ranges, no correction), "default" (competing ranges and weight scales, bias correction) or "accurate" (the same
+    from more data, then data-driven weight rounding). tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
     targets_file: a file like targets.yaml. progress: called with (stage, done, total).
     """
 
@@ -192,7 +192,10 @@ def corrections(built: Built, stages: Quantized, progress: Progress | None) -> I
         executor = SessionExecutor(session, on_host.program)
         first = correct(stages.integer, executor, stages.means, itertools.islice(stages.samples, limit))
         yield "bias_correction", first
-        rounder = DataRounder(POSITIONS[stages.plan.preset])
+        positions = POSITIONS[stages.plan.preset]
+        if not positions:
+            return
+        rounder = DataRounder(positions)
         start = with_operands(stages.integer, first) if first.kept else stages.integer
         yield "weight_rounding", correct(start, executor, stages.means, itertools.islice(stages.samples, limit), rounder=rounder)
 

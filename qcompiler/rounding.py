@@ -28,7 +28,7 @@ from qcompiler.passes.groups import Group
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
 SWEEPS = 1  # of coordinate descent
 WIDEST = 2304  # inputs of one Gram matrix; layers with more are cut into equal blocks that know nothing of each other
-POSITIONS = {"fast": 0, "default": 128, "accurate": 512}
+POSITIONS = {"fast": 0, "default": 0, "accurate": 512}
 """Per preset: how many output positions of each sample decide."""
 _BLOCK = 64  # columns between updates of everything behind them
 
