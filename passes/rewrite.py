@@ -72,13 +72,6 @@ class Rewrite:
         return self.builder.finish(results)
 
 
-def scalar_of(expr: Any) -> float | None:
-    """The value of a constant of one element, else None."""
-    if not is_const(expr):
-        return None
-    value = const_value(expr)
-    return float(value.reshape(())) if value.size == 1 else None
-
 
 def channel_vector(expr: Any, axis: int, shape: tuple[int, ...]) -> np.ndarray | None:
     """A floating constant that broadcasts to `shape` along `axis` only, as float64 of shape [shape[axis]] or [1]; else None."""

@@ -13,15 +13,17 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qcompiler.elf import read_section
 from qcompiler.errors import ArtifactError, TargetError
 from qcompiler.files import replacing
-from qcompiler.lowering import Port, Program
 from qcompiler.targets import Target, host_architecture
+
+if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
+    from qcompiler.lowering import Port, Program
 
 FORMAT_VERSION = 1
 NUMERICS_VERSION = 1

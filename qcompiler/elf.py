@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
 from pathlib import Path
 
@@ -10,13 +12,19 @@ from qcompiler.errors import ArtifactError
 MACHINES = {62: "x86_64", 183: "aarch64", 40: "armv7a"}  # e_machine (System V ABI)
 
 
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes, read only where they are looked at: a library is mostly weights."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+
+
 def read_section(path: Path, section: str) -> tuple[bytes, str]:
     """(contents of `section`, architecture) of the little-endian ELF file at `path`.
 
     Raises ArtifactError when the file is not ELF, is cut short, or has no such section.
     """
     try:
-        data = path.read_bytes()
+        data = _mapped(path)
     except OSError as error:
         raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
     if data[:4] != b"\x7fELF":

@@ -105,14 +105,14 @@ class Program:
             self.constants[offset : offset + raw.size] = raw
 
 
-def lower(module: tvm.IRModule, target: Target, params: Params | None = None, progress: Callable[[int, int], None] | None = None) -> Program:
+def lower(module: tvm.IRModule, target: Target, params: Params | None = None) -> Program:
     """Lower a module for a target.
 
     `params` returns tuned parameters for an operator, or None where the row's heuristic shall decide.
     Raises ModelError, naming the operator, when no kernel can be made for one.
     """
     schedules.load(target)
-    return _Lowering(module, target, params or (lambda row, op: None), progress).run()
+    return _Lowering(module, target, params or (lambda row, op: None)).run()
 
 
 @dataclass
@@ -129,8 +129,8 @@ class _Node:
 
 
 class _Lowering:
-    def __init__(self, module: tvm.IRModule, target: Target, params: Params, progress: Callable[[int, int], None] | None) -> None:
-        self.target, self.params, self.progress = target, params, progress
+    def __init__(self, module: tvm.IRModule, target: Target, params: Params) -> None:
+        self.target, self.params = target, params
         self.values: dict[str, Value] = {}
         self.nodes: list[_Node] = []
         self.module = relax.transform.LegalizeOps()(_views_to_reshape(module))
@@ -250,9 +250,7 @@ class _Lowering:
         steps: list[Step] = []
         taken: set[str] = {str(p.name) for p in self.graph.inputs}
         zero_points = self.halo_values()
-        for index, node in enumerate(self.nodes):
-            if self.progress:
-                self.progress(index, len(self.nodes))
+        for node in self.nodes:
             reads = [o for o in node.operands if isinstance(o, str)]
             if node.name == "qc.reshape" and reads:
                 self.values[node.id].root = self.values[reads[0]].root

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -225,3 +227,8 @@ def test_a_missing_linker(built: tuple[Program, bytes]) -> None:
 def test_threads_must_be_positive(library: Path) -> None:
     with pytest.raises(DataError, match="threads is 0; at least 1 is needed"):
         Session(library, threads=0)
+
+
+def test_running_a_library_needs_no_compiler() -> None:
+    code = "import sys, qcompiler; qcompiler.load; sys.exit('tvm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent, check=False).returncode == 0
