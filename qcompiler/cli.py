@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="default",
         help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
     )
+    p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=cli_report.KEEP_FLOAT_HELP)
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
 
     texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
@@ -232,6 +233,7 @@ def _compile(options: argparse.Namespace) -> int:
             calibration=options.calibration,
             input_shapes=shapes or None,
             preset=options.preset,
+            keep_float=options.keep_float,
             tuning_log=options.tuning_log,
             preprocess=options.preprocess,
             dump_dir=options.dump_dir,

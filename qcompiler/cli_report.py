@@ -10,6 +10,7 @@ from qcompiler.progress import terminal_progress
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
+KEEP_FLOAT_HELP = "do not quantize this layer, named by its node or its output in the model file; repeat for more layers"
 
 
 def add(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:
@@ -38,12 +39,13 @@ def _quantization(p: argparse.ArgumentParser, texts: Mapping[str, str], shape: A
     p.add_argument("--calibration", metavar="DATA", help=texts["data"])
     p.add_argument("--target", default="native", metavar="T", help="the target to quantize for (default native)")
     p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default", help="as for compile")
+    p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=KEEP_FLOAT_HELP)
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
     p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {"input_shapes": dict(options.input_shape) or None, "preset": options.preset, "preprocess": options.preprocess}
+    return {"input_shapes": dict(options.input_shape) or None, "preset": options.preset, "keep_float": options.keep_float, "preprocess": options.preprocess}
 
 
 def _explain(options: argparse.Namespace, show: Show) -> int:

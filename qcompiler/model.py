@@ -30,7 +30,8 @@ class FloatModel:
     """The canonical float module (docs/architecture.md) and what a user calls its inputs and outputs.
 
     Every floating tensor is float32, whatever the file's precision. `digest`: sha256 (hex) of the file, its external data and the input shapes.
-    `sources`: value id -> (name, operator type) of the node in the file that computes it.
+    `sources`: value id -> (name, operator type) of the node in the file that computes it, folded ones included; `readers`: value id of the file
+    -> the values computed from it directly.
     """
 
     module: tvm.IRModule
@@ -39,6 +40,7 @@ class FloatModel:
     name: str
     digest: str
     sources: dict[str, tuple[str, str]]
+    readers: dict[str, list[str]]
 
     def source(self, value_id: str) -> tuple[str, str]:
         """(node name, operator type) behind a value id; a value made by the compiler (`<id>~<what>`) has the source of `<id>`."""
@@ -61,4 +63,4 @@ def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = No
     inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
     module = to_channels_last(canonicalize(imported.module))
     digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}".encode()).hexdigest()
-    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources)
+    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers())

@@ -29,7 +29,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.select_float import select_float
-from qcompiler.plan import decide, observed_ids
+from qcompiler.plan import decide, named_groups, observed_ids
 from qcompiler.progress import Progress
 from qcompiler.quant_plan import QuantPlan
 from qcompiler.rounding import POSITIONS, DataRounder
@@ -43,13 +43,15 @@ class Options(TypedDict, total=False):
 
     input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
     preset: "fast" (min-max ranges, no correction), "default" (competing ranges and weight scales, bias correction) or "accurate" (the same
-    from more data, then data-driven weight rounding). tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there.
-    targets_file: a file like targets.yaml. progress: called with (stage, done, total).
+    from more data, then data-driven weight rounding). keep_float: layers that stay float32, by the names that their nodes or values have in the
+    model file. tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
+    progress: called with (stage, done, total).
     """
 
     input_shapes: Mapping[str, Sequence[int]] | None
     preprocess: Any
     preset: str
+    keep_float: Sequence[str]
     tuning_log: str | os.PathLike[str] | None
     dump_dir: str | Path | None
     targets_file: Path | None
@@ -125,13 +127,14 @@ def quantize(
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     float_model = load(Path(model), options.get("input_shapes"))
     dump("float", float_model.module)
+    kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
     samples = open_samples(calibration, float_model.inputs, options.get("preprocess"))
     means = FloatMeans(float_model.module, SAMPLES[preset])
     twin = build(select_float(float_model.module), find_target("native"), "generate float code", progress=progress)
     with session_of(twin.link()) as session:
         table = calibrate(session, samples, ids=observed_ids(float_model), watcher=means, progress=progress)
     dump("calibration", table)
-    plan = decide(float_model, table, target, preset)
+    plan = decide(float_model, table, target, preset, kept)
     dump("plan", plan.explain())
     qdq = insert_qdq(float_model.module, plan)
     dump("qdq", qdq)

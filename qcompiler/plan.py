@@ -1,10 +1,10 @@
 """Plan: which operators are computed in 8 bits, and under which scale each value is stored.
 
-    decide(model, calibration table, target, preset) -> QuantPlan
+    decide(model, calibration table, target, preset, keep_float) -> QuantPlan
 
-1. Operators without an int8 kernel stay float. So does what only carries float values on to float operators or outputs: the last
-   convolution or dense layer hands its int32 accumulator out as float32, and reshapes, concatenations and small activations behind it
-   stay float too.
+1. Operators without an int8 kernel stay float, and those that the caller wants in float. So does what only carries float values on to float
+   operators or outputs: the last convolution or dense layer hands its int32 accumulator out as float32, and reshapes, concatenations and small
+   activations behind it stay float too.
 2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands
    of a concatenation.
 3. A class takes fixed parameters where an operator's range is known in advance (sigmoid, tanh, softmax), else, of all ranges that
@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tvm
@@ -48,14 +49,37 @@ _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
 
-def decide(model: Any, table: CalibrationTable, target: Target, preset: str = "default") -> QuantPlan:
-    """The plan for a `FloatModel` or its canonical float module.
+def decide(model: Any, table: CalibrationTable, target: Target, preset: str = "default", keep_float: Mapping[str, str] = {}) -> QuantPlan:
+    """The plan for a `FloatModel` or its canonical float module. keep_float: group id -> why it shall stay float, beside what must.
 
     Raises PlanError for an unknown preset, or when the table lacks a value that must be quantized (it was made for another model).
     """
     if preset not in PRESETS:
         raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(PRESETS))} Known: {', '.join(PRESETS)}")
-    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, preset).run()
+    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, preset, keep_float).run()
+
+
+def named_groups(model: Any, names: Iterable[str]) -> list[str]:
+    """The groups of a `FloatModel` that compute what `names` name: values, or nodes of the model file. In order of execution.
+
+    A node that was folded into the next one (a convolution into its BatchNorm) stands for the group of that one. Raises PlanError for a name that
+    the model does not have.
+    """
+    groups = find_groups(model.module)
+    owner = {member: g.id for g in groups for member in g.members}
+    values = {node: value for value, (node, _) in reversed(model.sources.items())} | {v: v for v in [*model.sources, *owner]}
+    wanted: set[str] = set()
+    for name in names:
+        if name not in values:
+            raise PlanError(f"no layer is named '{name}'.{closest(name, list(values))} Layers have the names of the model file's nodes or values")
+        front, found = {values[name]}, set[str]()
+        while front:
+            found |= {owner[v] for v in front if v in owner}
+            front = {reader for v in front if v not in owner for reader in model.readers.get(v, ())}
+        if not found:
+            raise PlanError(f"'{name}' is no operator of the compiled network: it was computed in advance")
+        wanted |= found
+    return [g.id for g in groups if g.id in wanted]
 
 
 def observed_ids(model: Any) -> list[str]:
@@ -87,8 +111,8 @@ def _operands(group: Group) -> tuple[str, ...]:
 
 
 class _Planner:
-    def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, preset: str) -> None:
-        self.table, self.target = table, target
+    def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, preset: str, keep_float: Mapping[str, str]) -> None:
+        self.table, self.target, self.keep_float = table, target, keep_float
         schedules.load(target)
         self.graph = Graph.of(module)
         self.groups = find_groups(module)
@@ -130,6 +154,7 @@ class _Planner:
         reasons = self.plan.reasons
         for group in self.groups:
             reason = group.reason or ("the model itself quantizes here" if group.kind in ("quantize", "dequantize") else self.no_kernel(group))
+            reason = reason or self.keep_float.get(group.id)
             if reason is not None:
                 reasons[group.id] = reason
         wanted: set[str] = set()  # values that only float operators, outputs, and what carries them there, read

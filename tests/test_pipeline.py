@@ -15,6 +15,7 @@ import qcompiler
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import DataError, PlanError
 from qcompiler.interpreter import run
+from qcompiler.metrics import sqnr_db
 from qcompiler.parity import bit_parity
 from qcompiler.pipeline import Compilation, compile_float, compile_stages
 from qcompiler.runtime.session import Session
@@ -90,6 +91,24 @@ def test_a_wrong_kernel_is_found(digits: dict[str, Compilation], tmp_path: Path)
     mismatches = bit_parity(session, expected, sample)
     compilation.program.replace_operand(step.writes, 2, bias)
     assert mismatches and mismatches[0].name == step.writes
+
+
+def test_layers_kept_float(tmp_path: Path) -> None:
+    """They run in the float kernels, say why, and cost size and win accuracy; the rest equals the reference."""
+    kept = compile_stages(MODEL, X86[-1], samples(16), keep_float=["conv2", "relu4"], preset="fast")
+    assert [(f["id"], f["op"], f["reason"]) for f in kept.artifact.manifest["float_ops"]] == [
+        ("relu2", "Relu", "kept in float32 as asked (keep_float)"),
+        ("relu4", "Relu", "kept in float32 as asked (keep_float)"),
+    ]
+    steps = {s["id"]: s["op"] for s in kept.artifact.manifest["steps"] if not s.get("auxiliary")}
+    assert steps["relu2"] == steps["relu4"] == "qc.f32.conv2d" and steps["relu3"] == "qc.conv2d"
+    session = Session(kept.artifact.save(tmp_path / "kept.so"))
+    sample = samples(1)[0]
+    expected = run(kept.integer, sample, keep="all")
+    assert sqnr_db(session.run(sample)["logits"], expected["logits"]) > 30  # float sums of another order move a few values by a step
+    assert bit_parity(session, {k: expected[k] for k in ("image~nhwc", "relu1")}, sample) == []
+    with pytest.raises(PlanError, match="Did you mean 'relu4'"):
+        qcompiler.compile(MODEL, X86[-1], samples(1), keep_float=["relu44"])
 
 
 def test_calibration_is_required_and_presets_are_named() -> None:

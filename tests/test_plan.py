@@ -16,13 +16,15 @@ from calibrated import sketched_table
 from small_nets import Net, op, residual_net, scalar
 
 from qcompiler.calibration import CalibrationTable
+from qcompiler.demo import MODEL
 from qcompiler.errors import PlanError
 from qcompiler.histogram import Histogram
+from qcompiler.model import load
 from qcompiler.observers import relative_error
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.plan import PRESETS, choose_params, decide, observed_ids
+from qcompiler.plan import PRESETS, choose_params, decide, named_groups, observed_ids
 from qcompiler.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
 from qcompiler.spec import QParams
 from qcompiler.targets import find_target
@@ -184,6 +186,19 @@ def test_float_operators_have_a_reason_and_int8_neighbours() -> None:
     assert isinstance(plan.edges["y"], Fixed), "softmax values are quantized for the convolution behind it"
     assert plan.edges["first_b"] == Float("float32 operators read it only: computed in float32 from the int32 accumulator")
     insert_qdq(module, plan)
+
+
+def test_layers_kept_float_by_name() -> None:
+    """By node, value, or a convolution that its BatchNorm swallowed; a typo names the nearest; its neighbours lose a rounding."""
+    model = load(MODEL)
+    assert named_groups(model, ["dense", "conv3", "relu3", "batchnormalization8~conv"]) == ["relu3", "clip2", "logits"]
+    with pytest.raises(PlanError, match="^no layer is named 'con3'. Did you mean 'conv3'"):
+        named_groups(model, ["con3"])
+    table = sketched_table(model.module)
+    plan = decide(model, table, TARGET, keep_float={"relu4": "because", "batchnormalization5": "of this"})
+    assert plan.reasons == {"relu4": "because", "batchnormalization5": "of this"}
+    assert plan.params("relu4") is None and isinstance(plan.edges["relu3"], Quantized) and isinstance(plan.edges["batchnormalization5"], Quantized)
+    assert set(plan.scales) == set(decide(model, table, TARGET).scales) - {"relu4", "batchnormalization5"}
 
 
 def test_light_operators_between_float_operators_stay_float() -> None:
