@@ -216,7 +216,7 @@ def _model_header(manifest: dict[str, Any]) -> str:
     target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
     if "avx_vnni" in target.features:
-        lines.append("static int qc_has_avx_vnni(void) {  /* CPUID leaf 7, subleaf 1, EAX bit 4 */")
+        lines.append("__attribute__((unused)) static int qc_has_avx_vnni(void) {  /* CPUID leaf 7, subleaf 1, EAX bit 4 */")
         lines.append("  unsigned a = 0, b = 0, c = 0, d = 0; return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1); }")
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
@@ -257,18 +257,20 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
     """
     manifest = {"format": FORMAT_VERSION, "numerics": NUMERICS_VERSION, **manifest}
     compiler = find_compiler(target)
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
+        folder = Path(temporary)
         (folder / "code.o").write_bytes(code)
         (folder / "constants.bin").write_bytes(constants.tobytes())
         (folder / "manifest.json").write_bytes(encode_manifest(manifest))
         (folder / "data.s").write_text(_DATA)
         (folder / "model.h").write_text(_model_header(manifest))
         (folder / "exports.map").write_text(_EXPORTS)
-        shutil.copy(_RUNTIME / "qc_runtime.c", folder)
+        sources = ["qc_runtime.c", "qc_threads.c"]
+        for name in (*sources, "qc_engine.h"):
+            shutil.copy(_RUNTIME / name, folder)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
         command = [compiler, "-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{_RUNTIME / 'include'}", "-o", "out.so"]
-        command += ["-x", "c", "qc_runtime.c", "-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread"]
+        command += [*(word for name in sources for word in ("-x", "c", name)), "-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread"]
         command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:

@@ -7,7 +7,6 @@ import math
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,10 @@ class Context:
     def run(self, begin: int, end: int) -> None:
         """Run steps [begin, end) of the manifest's list."""
         self._session.execute(self._address, self._input_pointers, self._output_pointers, begin, end)
+
+    def profile(self) -> list[float]:
+        """Run all steps, one after the other; seconds of each."""
+        return self._session.execute_timed(self._address, self._input_pointers, self._output_pointers)
 
     def view(self, value_id: str) -> np.ndarray:
         """A value as its last step left it: float32, or canonical int8. May be a view of the workspace, valid until the next step.
@@ -161,10 +164,7 @@ class Session:
         with self._lock:
             context = Context(self, inputs, self._workspace)
             for _ in range(iterations):
-                for index in range(len(steps)):
-                    start = time.perf_counter()
-                    context.run(index, index + 1)
-                    best[index] = min(best[index], time.perf_counter() - start)
+                best = [min(pair) for pair in zip(best, context.profile(), strict=True)]
         return [(s["id"], s["op"], s["kernel"], t) for s, t in zip(steps, best, strict=True)]
 
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
@@ -202,10 +202,18 @@ class Session:
 
     def execute(self, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:
         """Run steps [begin, end) on memory given by addresses: `workspace`, and ctypes arrays of pointers."""
-        constants = None if self._mutable is None else self._mutable.ctypes.data
-        status = self._library.qc_session_execute(self._handle, workspace, constants, inputs, outputs, begin, end)
+        status = self._library.qc_session_execute(self._handle, workspace, self._constants(), inputs, outputs, begin, end)
         if status:
             self._check(status)
+
+    def execute_timed(self, workspace: int, inputs: Any, outputs: Any) -> list[float]:
+        """`execute` of all steps; seconds of each."""
+        seconds = (ctypes.c_double * max(1, len(self.manifest["steps"])))()
+        self._check(self._library.qc_session_profile(self._handle, workspace, self._constants(), inputs, outputs, seconds))
+        return list(seconds)[: len(self.manifest["steps"])]
+
+    def _constants(self) -> int | None:
+        return None if self._mutable is None else int(self._mutable.ctypes.data)
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -223,6 +231,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.qc_session_destroy.argtypes = [pointer]
     library.qc_session_destroy.restype = None
     library.qc_session_execute.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32]
+    library.qc_session_profile.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.POINTER(ctypes.c_double)]
     library.qc_last_error.restype = ctypes.c_char_p
     return library
 

@@ -116,6 +116,14 @@ int main(int count, char** words) {
     if (model.session_execute(s, workspace, 0, inputs, outputs, i, i + 1)) expect(0, "a step", model.last_error());
   expect(memcmp(y, pattern, out->bytes) == 0, "step by step gives the same bytes", "");
 
+  double* seconds = malloc(sizeof(double) * (size_t)model.step_count());
+  EXPECT_STATUS(model.session_profile(s, workspace, 0, inputs, outputs, 0), QC_ERROR_ARGUMENT, "null");
+  memset(y, 0x55, out->bytes);
+  EXPECT_OK(model.session_profile(s, workspace, 0, inputs, outputs, seconds));
+  expect(memcmp(y, pattern, out->bytes) == 0, "profiling gives the same bytes", "");
+  for (int i = 0; i < model.step_count(); ++i) expect(seconds[i] > 0 && seconds[i] < 100, "the time of a step", "");
+  free(seconds);
+
   /* zero copy: a caller's buffers between pages that nobody may touch, at every alignment its elements allow */
   for (int at_end = 0; at_end < 2; ++at_end)
     for (size_t shift = 0; shift < 64; shift += 4) {

@@ -2,7 +2,7 @@
  *
  *     pool LOOPS      (parallel loops in all, for each number of threads)
  *
- * Linked with qc_runtime.c; model.h says one float input "x \"?\\ é" [8], one output "y", one step. Exit 1 at the first wrong value. */
+ * Linked with qc_runtime.c and qc_threads.c; model.h says one float input "x \"?\\ é" [8], one output "y", one step. Exit 1 at the first wrong value. */
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -127,6 +127,8 @@ int main(int count, char** words) {
   if (qc_session_input_buffer(s, input, &data) != QC_ERROR_BUSY) die("input_buffer while busy");
   if (qc_session_output_buffer(s, "y", &data) != QC_ERROR_BUSY) die("output_buffer while busy");
   if (qc_session_execute(s, workspace, 0, inputs, outputs, 0, 1) != QC_ERROR_BUSY) die("execute while busy");
+  double seconds[1];
+  if (qc_session_profile(s, workspace, 0, inputs, outputs, seconds) != QC_ERROR_BUSY) die("profile while busy");
   if (!strstr(qc_last_error(), "one session per thread")) die("the message");
   atomic_store(&hold, 0);
   pthread_join(thread[0], 0);

@@ -47,6 +47,7 @@ typedef struct qc_library {
   qc_status (*session_output_buffer)(qc_session*, const char*, void**);
   qc_status (*session_run)(qc_session*);
   qc_status (*session_execute)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t);
+  qc_status (*session_profile)(qc_session*, void*, const void*, const void* const*, void* const*, double*);
   size_t (*workspace_bytes)(void);
   int32_t (*step_count)(void);
 } qc_library;
@@ -165,6 +166,7 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   QC_LOAD(session_output_buffer);
   QC_LOAD(session_run);
   QC_LOAD(session_execute);
+  QC_LOAD(session_profile);
   QC_LOAD(workspace_bytes);
   QC_LOAD(step_count);
 #undef QC_LOAD
@@ -198,6 +200,7 @@ static inline qc_library qc_library_linked(void) {
   library.session_output_buffer = qc_session_output_buffer;
   library.session_run = qc_session_run;
   library.session_execute = qc_session_execute;
+  library.session_profile = qc_session_profile;
   library.workspace_bytes = qc_workspace_bytes;
   library.step_count = qc_step_count;
   return library;

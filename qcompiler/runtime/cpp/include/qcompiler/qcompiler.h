@@ -106,6 +106,11 @@ qc_status qc_session_run(qc_session* session);
  */
 qc_status qc_session_execute(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end);
+/**
+ * Run all steps, one after the other, and write how long each took to seconds[0 .. qc_step_count()). The other arguments, and the errors, are those of
+ * qc_session_execute.
+ */
+qc_status qc_session_profile(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, double* seconds);
 size_t qc_workspace_bytes(void);
 int32_t qc_step_count(void);
 
