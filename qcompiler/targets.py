@@ -44,6 +44,11 @@ class Target:
         return self.triple.split("-")[0]
 
     @property
+    def gpu(self) -> bool:
+        """Whether kernels run on an NVIDIA GPU."""
+        return self.architecture == "nvptx64"
+
+    @property
     def storage_offset(self) -> int:
         """What is added to a canonical int8 value in memory: 128 for uint8 storage, else 0."""
         return 128 if self.storage == "uint8" else 0

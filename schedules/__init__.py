@@ -16,4 +16,6 @@ def load(target: Any) -> None:
         importlib.import_module("qcompiler.schedules.x86")
     elif target.architecture in ("aarch64", "armv7a"):
         importlib.import_module("qcompiler.schedules.arm")
+    elif target.gpu:
+        importlib.import_module("qcompiler.schedules.cuda")
     importlib.import_module("qcompiler.schedules.portable")

@@ -7,7 +7,7 @@ scalars the case `lanes == 1`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,13 +21,17 @@ from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key
 from qcompiler.targets import Target
 
 GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
+BLOCK = 256  # GPU threads per block
 
 # -- the function frame --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Emitter:
-    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes."""
+    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes.
+
+    On a GPU `task` is the number of a thread, `tasks` counts all threads of the launch, and code is scalar (`width` is 1).
+    """
 
     op: OpCall
     task: Any
@@ -37,6 +41,7 @@ class Emitter:
     output: Any
     width: int
     _scalars: Any
+    gpu: bool = False
     values: list[int] = field(default_factory=list)
 
     def i32(self, value: int) -> Any:
@@ -72,25 +77,41 @@ def make_kernel(
     tasks: int = 1,
     arrays: Sequence[np.ndarray] = (),
     macs: int = 0,
+    threads: int = 0,
+    block: int = BLOCK,
+    params: Mapping[str, Any] | None = None,
 ) -> Kernel:
-    """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself."""
-    tasks = max(1, tasks)
+    """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself.
+
+    On a GPU there is no `task` argument, and at least `threads` threads (0: one for 4 elements of the output) run in blocks of `block`.
+    """
+    launch = (max(1, -(-(threads or -(-op.output.elements // 4)) // block)), block) if target.gpu else None
+    tasks = launch[0] * block if launch else max(1, tasks)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, is_private=True):
             T.func_attr({"tirx.noalias": True})
-            task = T.arg("task", T.int32())
+            task = None if launch else T.arg("task", T.int32())
             pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
             constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
             scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
             inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
             packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
             output = flat(out, op.output.elements, op.output.dtype)
-            emitter = Emitter(op, task, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"))
-            emit(emitter)
+            with thread_number(*launch) if launch else nullcontext(task) as number:
+                emitter = Emitter(op, number, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"), target.gpu)
+                emit(emitter)
     func = builder.get()
     used = np.array(emitter.values or [0], np.int32)
     key = kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
-    return Kernel(func, tasks, [np.ascontiguousarray(a) for a in arrays] + [used], key, row, macs=macs)
+    constants = [np.ascontiguousarray(a) for a in arrays] + [used]
+    return Kernel(func, 0 if launch else tasks, constants, key, row, macs=macs, params=dict(params or {}), launch=launch)
+
+
+@contextmanager
+def thread_number(blocks: int, block: int) -> Iterator[Any]:
+    """A launch of `blocks` blocks; yields the number of a thread among all of them."""
+    with T.launch_thread("blockIdx.x", blocks) as b, T.launch_thread("threadIdx.x", block) as t:
+        yield T.bind(b * block + t)
 
 
 def flat(pointer: Any, elements: int, dtype: str) -> Any:
@@ -98,7 +119,9 @@ def flat(pointer: Any, elements: int, dtype: str) -> Any:
 
 
 def vector_bytes(target: Target) -> int:
-    """Bytes of the widest vector worth using on a target: 64, 32 or 16."""
+    """Bytes of the widest vector worth using on a target: 64, 32 or 16; 1 on a GPU, whose threads are scalar."""
+    if target.gpu:
+        return 1
     return 64 if "avx512bw" in target.features else 32 if "avx2" in target.features else 16
 
 

@@ -102,6 +102,9 @@ class Kernel:
     Tasks are independent and may run in any order on any threads. `func` is a private PrimFunc without parallel loops.
     `scratch` bytes per call (0: none) are passed as one more pointer after the output; it is shared by all tasks of the call.
     `key` identifies the code: equal keys mean interchangeable functions (constants excluded).
+
+    On a GPU, `func(inputs..., constants..., output[, scratch])` binds threads itself; `launch` says how many: (blocks, threads per block), both
+    along x. `tasks` is 0 then.
     """
 
     func: Any
@@ -112,6 +115,7 @@ class Kernel:
     scratch: int = 0
     macs: int = 0
     params: dict[str, Any] = field(default_factory=dict)
+    launch: tuple[int, int] | None = None
 
 
 class Row(Protocol):

@@ -128,7 +128,7 @@ def lut(op: OpCall, target: Target, row: str) -> Kernel:
             return entries[0] if lanes == 1 else T.Shuffle(entries, list(range(lanes)))
 
         k.width = 16
-        elementwise(k, [k.operands()[0]], view(k.output, op.output), lambda x, n: x[0], fetch=gather)
+        elementwise(k, [k.operands()[0]], view(k.output, op.output), lambda x, n: entry(x[0]) if k.gpu else x[0], fetch=gather)
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=[*constant, entries])
 

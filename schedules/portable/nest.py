@@ -15,6 +15,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import Emitter, View, load, loops, share, splat, store, tiles, vector, vectors
+from qcompiler.schedules.portable import threads
 
 Compute = Callable[[list[Any], int], Any]  # (vectors, lanes) -> vector
 Fetch = Callable[[View, Any, int, int], Any]  # (view, flat index, lanes, stride) -> vector
@@ -49,11 +50,14 @@ def elementwise(
     The widest outer dimension is divided among the kernel's tasks. A single source whose contiguous dimension is another one is
     transposed in tiles; `spare` elements behind each innermost run of the target may then be overwritten, and `words` (which yields
     int32 vectors with the result in the low byte) replaces `compute` where four 8-bit results are packed into a word.
-    `fetch(view, index, lanes, stride)` replaces the loads of the sources.
+    `fetch(view, index, lanes, stride)` replaces the loads of the sources, on CPUs: GPU threads load the words that they then compute from.
     """
     if 0 in target.shape:
         return
     views = merged([*sources, target])
+    if k.gpu:
+        threads.elementwise(k, views, lambda x: compute(x, 1))
+        return
     extents = views[-1].shape
     if len(views) == 2:
         axis = _transposed_axis(views[0], views[1])

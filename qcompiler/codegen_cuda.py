@@ -1,0 +1,52 @@
+"""Code generation for NVIDIA GPUs: kernels become one CUDA C source with a `__global__` function each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+from qcompiler import schedules
+from qcompiler.errors import QCompilerError
+from qcompiler.schedules.table import Kernel
+from qcompiler.targets import Target
+
+DEVICE_KERNEL = 2  # calling convention: launched from the host
+
+
+def device_header() -> str:
+    """The device functions that kernels call by name, as CUDA C."""
+    return (Path(str(schedules.__file__)).parent / "cuda" / "device.cuh").read_text()
+
+
+def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
+    """CUDA C with a function `extern "C" __global__ void symbol(pointers...)` per kernel, arguments in the order of `Kernel.func`.
+
+    Needs neither a GPU nor a toolkit. Raises QCompilerError when TVM's code generator refuses a kernel.
+    """
+    device = tvm.target.Target(target.tvm)
+    functions = {}
+    for symbol, kernel in kernels.items():
+        assert kernel.launch is not None, f"{kernel.row} is not a GPU kernel"
+        attrs = {"target": device, "calling_conv": DEVICE_KERNEL, "global_symbol": symbol, "tirx.is_global_func": True}
+        attrs["tirx.kernel_launch_params"] = ["blockIdx.x", "threadIdx.x"]
+        functions[symbol] = kernel.func.with_attrs(attrs)
+    passes = [
+        tirx.transform.StmtSimplify(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.UnrollLoop(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.LowerIntrin(),
+    ]
+    try:
+        with device:
+            module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
+            code = tvm_ffi.get_global_func("target.build.cuda")(module, device).inspect_source("cuda")
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise QCompilerError(f"code generation for {target.name} failed: {str(error)[:600]}") from error
+    return f"{device_header()}\n{code}"

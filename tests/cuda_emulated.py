@@ -1,0 +1,74 @@
+"""Runs CUDA kernels without a GPU: their source is compiled by g++ against tests/cuda_emulation and executed, thread by thread."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qcompiler.codegen_cuda import cuda_source
+from qcompiler.schedules.harness import aligned
+from qcompiler.schedules.table import Kernel, Layout
+from qcompiler.targets import Target
+
+HEADERS = Path(__file__).parent / "cuda_emulation"
+# Contraction of a * b + c is on: kernels must not depend on its absence.
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=fast", "-mfma"]
+
+
+def arity(kernel: Kernel) -> int:
+    return len(kernel.func.params)
+
+
+def emulated_source(source: str, kernels: Mapping[str, Kernel]) -> str:
+    """C++ of a host library that exports `qc_emulate` and `qc_emulated_kernels` (see emulation.h) for the kernels of a CUDA source."""
+    rows = [f'  {{"{symbol}", (void*){symbol}, {arity(kernel)}}},' for symbol, kernel in kernels.items()]
+    table = "\n".join(['extern "C" const qc_emulated_kernel qc_emulated_kernels[] = {', *rows, "  {nullptr, nullptr, 0}};", ""])
+    return f'#include "emulation.h"\n{source}\n{table}'
+
+
+def compile_emulated(source: str, kernels: Mapping[str, Kernel], path: Path) -> Path:
+    """Compile a CUDA source to the shared library `path`."""
+    file = path.with_suffix(".cc")
+    file.write_text(emulated_source(source, kernels))
+    done = subprocess.run(["g++", *FLAGS, f"-I{HEADERS}", str(file), "-o", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return path
+
+
+class Emulated:
+    """Kernels as one library. Compile many at once: most of the time is the compiler's start."""
+
+    def __init__(self, kernels: Mapping[str, Kernel], target: Target, folder: Path) -> None:
+        self.kernels = dict(kernels)
+        self.library = ctypes.CDLL(str(compile_emulated(cuda_source(kernels, target), kernels, folder / "kernels.so")))
+
+    def launch(self, symbol: str, arrays: Sequence[np.ndarray], order: int = 1) -> None:
+        """Run a kernel on pointers to `arrays`; `order` seeds the order in which threads run."""
+        kernel = self.kernels[symbol]
+        assert kernel.launch is not None and len(arrays) == arity(kernel)
+        pointers = (ctypes.c_void_p * len(arrays))(*[a.ctypes.data for a in arrays])
+        self.library.qc_emulate_order(ctypes.c_uint64(order))
+        self.library.qc_emulate(self.library[symbol], len(arrays), *kernel.launch, pointers)
+
+    def run(self, symbol: str, inputs: Sequence[np.ndarray], output: Layout, canary: int = 0xA5) -> np.ndarray:
+        """As `harness.run_kernel`, in two orders of threads: raises AssertionError when results differ or bytes around the output change."""
+        kernel, results = self.kernels[symbol], []
+        for order in (1, 2):
+            guard = 4096
+            raw = aligned(output.bytes + 2 * guard, "uint8")
+            raw[:] = canary
+            flat = raw[guard : guard + output.bytes].view(output.dtype)
+            scratch = aligned(max(kernel.scratch, 1), "uint8")
+            constants = []
+            for constant in kernel.constants:
+                constants.append(aligned(constant.size, str(constant.dtype)))
+                constants[-1][:] = constant.reshape(-1)
+            self.launch(symbol, [*inputs, *constants, flat, *([scratch] if kernel.scratch else [])], order)
+            assert (raw[:guard] == canary).all() and (raw[guard + output.bytes :] == canary).all(), "kernel wrote outside its output"
+            results.append(flat.copy())
+        assert results[0].tobytes() == results[1].tobytes(), "the result depends on the order of threads"
+        return results[0]

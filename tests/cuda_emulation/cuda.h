@@ -1,0 +1,1 @@
+// The kernels name this header and use nothing of it.

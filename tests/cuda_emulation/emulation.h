@@ -1,0 +1,239 @@
+// CUDA C on a CPU, for tests: included in front of a kernel source, it makes plain functions of the kernels, and qc_emulate runs a launch of one.
+//
+// A block's threads are fibers of one CPU thread; blocks run one after the other. A fiber runs until it waits for others: at __syncthreads, or at an
+// instruction of its warp. Between two waits the fibers run in an order that `qc_emulate_order` seeds, so that a missing barrier shows as a wrong
+// result. Shared memory starts as garbage in every block, and asynchronous copies happen as late as they may: when they are waited for.
+#pragma once
+#if !defined(__x86_64__)
+#error "the emulation switches stacks in x86-64 assembly"
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define alignas(n) __attribute__((aligned(n)))
+#define threadIdx (qc_emulation::here->index)
+#define blockIdx (qc_emulation::block_index)
+
+namespace qc_emulation {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+enum Wait { READY, BLOCK, WARP, DONE };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  Index index;
+  Wait wait;
+  void* stack;                           // pointer of the suspended fiber
+  char* memory;                          // where its stack lies
+  std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
+  std::vector<Copy> open;
+};
+
+constexpr size_t STACK = 64 << 10;
+inline Index block_index;
+inline Fiber* here;
+inline void* scheduler;
+inline std::vector<Fiber> fibers;
+inline uint64_t order = 1;
+inline void (*entry)(void*, void**);
+inline void* entry_function;
+inline void** entry_arguments;
+inline int exchange[32][32][8];  // what the lanes of each warp show each other
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s (block %u, thread %u)\n", what, block_index.x, here ? here->index.x : 0);
+  std::abort();
+}
+
+// Saves the callee-saved registers on the present stack, leaves its pointer in *from, and goes on where `to` was left.
+extern "C" void qc_switch(void** from, void* to);
+asm(R"(
+.text
+.weak qc_switch
+qc_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+inline void suspend(Wait why) {
+  here->wait = why;
+  Fiber* self = here;
+  qc_switch(&self->stack, scheduler);
+}
+
+inline void run_fiber() {
+  entry(entry_function, entry_arguments);
+  if (!here->open.empty() || !here->groups.empty()) {
+    for (auto& group : here->groups)
+      if (!group.empty()) fail("a thread ends with asynchronous copies that it never waited for");
+    if (!here->open.empty()) fail("a thread ends with asynchronous copies that it never committed");
+  }
+  suspend(DONE);
+  std::abort();
+}
+
+inline void start(Fiber& fiber, unsigned number) {
+  fiber.index = {number, 0, 0};
+  fiber.wait = READY;
+  fiber.groups.clear();
+  fiber.open.clear();
+  if (!fiber.memory) fiber.memory = static_cast<char*>(std::aligned_alloc(64, STACK));
+  void** top = reinterpret_cast<void**>(fiber.memory + STACK) - 2;
+  *--top = reinterpret_cast<void*>(run_fiber);  // the address `ret` goes to; the stack is then as after a call
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack = top;
+}
+
+inline void run_block(unsigned number, unsigned threads) {
+  block_index = {number, 0, 0};
+  for (unsigned i = 0; i < threads; ++i) start(fibers[i], i);
+  std::vector<unsigned> turn(threads);
+  for (unsigned i = 0; i < threads; ++i) turn[i] = i;
+  for (;;) {
+    for (unsigned i = threads - 1; i > 0; --i) {
+      order = order * 6364136223846793005u + 1442695040888963407u;
+      std::swap(turn[i], turn[(order >> 33) % (i + 1)]);
+    }
+    for (unsigned i : turn) {
+      if (fibers[i].wait != READY) continue;
+      here = &fibers[i];
+      qc_switch(&scheduler, here->stack);
+    }
+    unsigned done = 0, waiting = 0, released = 0;
+    for (unsigned w = 0; w < threads; w += 32) {  // a warp goes on when all its lanes wait for each other
+      unsigned lanes = std::min(32u, threads - w), in_warp = 0;
+      for (unsigned i = w; i < w + lanes; ++i) {
+        in_warp += fibers[i].wait == WARP;
+        waiting += fibers[i].wait == BLOCK;
+        done += fibers[i].wait == DONE;
+      }
+      if (in_warp == lanes) {
+        for (unsigned i = w; i < w + lanes; ++i) fibers[i].wait = READY;
+        released += lanes;
+      }
+    }
+    if (done == threads) return;
+    if (waiting == threads) {
+      for (auto& fiber : fibers) fiber.wait = READY;
+    } else if (!released) {
+      fail("deadlock: some threads wait for others that never come");
+    }
+  }
+}
+
+template <size_t... I>
+inline void call(void* function, void** arguments, std::index_sequence<I...>) {
+  reinterpret_cast<void (*)(decltype((void)I, (void*)0)...)>(function)(arguments[I]...);
+}
+
+template <size_t N>
+inline void call_n(void* function, void** arguments) {
+  call(function, arguments, std::make_index_sequence<N>());
+}
+
+template <size_t... N>
+inline auto caller(size_t count, std::index_sequence<N...>) {
+  static void (*const table[])(void*, void**) = {call_n<N>...};
+  return count < sizeof...(N) ? table[count] : nullptr;
+}
+
+// -- what kernels call -------------------------------------------------------------------------------------------------------------------
+
+inline unsigned warp() { return here->index.x / 32; }
+inline unsigned lane() { return here->index.x % 32; }
+
+}  // namespace qc_emulation
+
+// One kernel of a source: tables of them are called qc_emulated_kernels and end with a name of nullptr.
+struct qc_emulated_kernel {
+  const char* name;
+  void* function;
+  int arguments;  // all of them pointers
+};
+
+// Runs `blocks` blocks of `threads` threads; arguments[i] is the i-th pointer.
+extern "C" inline __attribute__((used)) void qc_emulate(void* function, int arguments, unsigned blocks, unsigned threads, void** pointers) {
+  using namespace qc_emulation;
+  if (threads < 1 || threads > 1024) fail("a block must have 1 to 1024 threads");
+  entry = caller(arguments, std::make_index_sequence<48>());
+  if (!entry) fail("too many kernel arguments");
+  entry_function = function;
+  entry_arguments = pointers;
+  for (auto& fiber : fibers) std::free(fiber.memory);
+  fibers.clear();
+  fibers.resize(threads);
+  for (unsigned b = 0; b < blocks; ++b) run_block(b, threads);
+}
+
+// Seeds the order in which threads run between barriers.
+extern "C" inline __attribute__((used)) void qc_emulate_order(uint64_t seed) { qc_emulation::order = 2 * seed + 1; }
+
+inline void __syncthreads() { qc_emulation::suspend(qc_emulation::BLOCK); }
+inline void __syncwarp() { qc_emulation::suspend(qc_emulation::WARP); }
+
+inline int __float2int_rn(float value) {  // saturates; NaN becomes 0
+  if (std::isnan(value)) return 0;
+  if (value >= 2147483648.0f) return INT32_MAX;
+  if (value <= -2147483648.0f) return INT32_MIN;
+  return static_cast<int>(std::nearbyint(value));
+}
+
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
+
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned pick = selector >> 4 * i & 15;
+    unsigned byte = static_cast<unsigned>(both >> 8 * (pick & 7)) & 255;
+    if (pick & 8) byte = byte & 128 ? 255 : 0;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+
+// As in CUDA: of a number and a NaN, the number.
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float __expf(float value) { return std::exp(value); }
+inline float __logf(float value) { return std::log(value); }
