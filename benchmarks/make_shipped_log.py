@@ -45,7 +45,7 @@ def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) ->
 
     tuned = Tuned(target, log, None)
     plain, fast = build(stages.integer, target, "default"), build(stages.integer, target, "tuned", tuned)
-    inputs = next(iter(stages.samples))
+    inputs = next(iter(stages.measured.samples))
     with tempfile.TemporaryDirectory() as name:
         libraries = [built.link().save(Path(name) / f"{i}.so") for i, built in enumerate((plain, fast))]
         ways = [step_seconds(libraries, inputs, count, rounds) for count in sorted({1, threads})]

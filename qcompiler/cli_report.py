@@ -64,7 +64,7 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
     refused = {k: v for k, v in Graph.of(stages.qdq).attrs.get("qc.float_ops", {}).items() if k not in stages.plan.reasons}
     notes = [f"'{value}' stays float after all: {reason}" for value, reason in refused.items()]
     document = json.loads(stages.plan.to_json())
-    document |= {"operators": {g.id: g.kind for g in groups}, "refused": refused, "samples": stages.table.samples, "digest": stages.plan.digest}
+    document |= {"operators": {g.id: g.kind for g in groups}, "refused": refused, "samples": stages.measured.table.samples, "digest": stages.plan.digest}
     show(options, document, lambda: "\n".join([*notes, stages.plan.explain(groups).rstrip()]))
     return 0
 

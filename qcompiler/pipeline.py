@@ -90,16 +90,28 @@ def session_of(artifact: Artifact) -> Iterator[Session]:
 
 
 @dataclass
-class Quantized:
-    """Everything before code: the float network, its statistics, the plan, and both modules that it became."""
+class Measured:
+    """The float network with its native code, and its statistics: what every plan is made from."""
 
     model: FloatModel
+    twin: Built
     samples: Samples
     table: CalibrationTable
     means: FloatMeans
+
+
+@dataclass
+class Quantized:
+    """A plan, and both modules that the float network became by it."""
+
+    measured: Measured
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
+
+    @property
+    def model(self) -> FloatModel:
+        return self.measured.model
 
 
 @dataclass
@@ -112,15 +124,30 @@ class Compilation:
     program: Program
 
 
-def quantize(
-    model: str | os.PathLike[str],
-    target: Target,
-    calibration: Any,
-    dump: Dumper,
-    **options: Unpack[Options],
-) -> Quantized:
-    """The stages from the model file to the integer module. Arguments as `compile`; the float network runs on this machine, whatever the target."""
-    preset, progress = options.get("preset", "default"), options.get("progress")
+def measure(model: FloatModel, samples: Samples, preset: str, dump: Dumper, progress: Progress | None) -> Measured:
+    """Run the float network, on this machine whatever the target, over all samples."""
+    means = FloatMeans(model.module, SAMPLES[preset])
+    twin = build(select_float(model.module), find_target("native"), "generate float code", progress=progress)
+    with session_of(twin.link()) as session:
+        table = calibrate(session, samples, ids=observed_ids(model), watcher=means, progress=progress)
+    dump("calibration", table)
+    return Measured(model, twin, samples, table, means)
+
+
+def planned(measured: Measured, target: Target, preset: str, keep_float: Mapping[str, str], dump: Dumper) -> Quantized:
+    """The stages from statistics to the integer module. keep_float: group id -> why it stays float."""
+    plan = decide(measured.model, measured.table, target, preset, keep_float)
+    dump("plan", plan.explain())
+    qdq = insert_qdq(measured.model.module, plan)
+    dump("qdq", qdq)
+    integer = realize(qdq)
+    dump("integer", integer)
+    return Quantized(measured, plan, qdq, integer)
+
+
+def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, str, dict[str, str]]:
+    """The model, its calibration samples, the preset, and the groups that shall stay float, with the reason. Arguments as `compile`."""
+    preset = options.get("preset", "default")
     if preset not in SAMPLES:
         raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(SAMPLES))} Known: {', '.join(SAMPLES)}")
     if calibration is None:
@@ -128,19 +155,19 @@ def quantize(
     float_model = load(Path(model), options.get("input_shapes"))
     dump("float", float_model.module)
     kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
-    samples = open_samples(calibration, float_model.inputs, options.get("preprocess"))
-    means = FloatMeans(float_model.module, SAMPLES[preset])
-    twin = build(select_float(float_model.module), find_target("native"), "generate float code", progress=progress)
-    with session_of(twin.link()) as session:
-        table = calibrate(session, samples, ids=observed_ids(float_model), watcher=means, progress=progress)
-    dump("calibration", table)
-    plan = decide(float_model, table, target, preset, kept)
-    dump("plan", plan.explain())
-    qdq = insert_qdq(float_model.module, plan)
-    dump("qdq", qdq)
-    integer = realize(qdq)
-    dump("integer", integer)
-    return Quantized(float_model, samples, table, means, plan, qdq, integer)
+    return float_model, open_samples(calibration, float_model.inputs, options.get("preprocess")), preset, kept
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    target: Target,
+    calibration: Any,
+    dump: Dumper,
+    **options: Unpack[Options],
+) -> Quantized:
+    """The stages from the model file to the integer module. Arguments as `compile`."""
+    float_model, samples, preset, kept = opened(model, calibration, dump, options)
+    return planned(measure(float_model, samples, preset, dump, options.get("progress")), target, preset, kept, dump)
 
 
 def compile_stages(
@@ -156,8 +183,14 @@ def compile_stages(
     row = find_target(target, options.get("targets_file"))
     artifacts.find_compiler(row)
     tuned = Tuned(row, options.get("tuning_log"))
-    stages = quantize(model, row, calibration, dump, **options)
-    built = build(stages.integer, row, "generate int8 code", tuned, progress=progress)
+    float_model, samples, preset, kept = opened(model, calibration, dump, options)
+    measured = measure(float_model, samples, preset, dump, progress)
+    return finish(planned(measured, row, preset, kept, dump), row, tuned, dump, progress)
+
+
+def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progress: Progress | None) -> Compilation:
+    """The stages from the integer module to the artifact."""
+    built = build(stages.integer, target, "generate int8 code", tuned, progress=progress)
     integer = stages.integer
     summaries = {"bias_correction": "none", "weight_rounding": "none"}
     for name, correction in corrections(built, stages, progress):
@@ -172,11 +205,11 @@ def compile_stages(
         **describe(integer, stages.model),
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
         preset=stages.plan.preset,
-        calibration_samples=stages.table.samples,
+        calibration_samples=stages.measured.table.samples,
         **summaries,
         digests={
             "model": stages.model.digest,
-            "calibration": stages.table.digest,
+            "calibration": stages.measured.table.digest,
             "plan": stages.plan.digest,
             "tuning_log": tuned.digest,
             "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest(),
@@ -187,20 +220,21 @@ def compile_stages(
 
 def corrections(built: Built, stages: Quantized, progress: Progress | None) -> Iterator[tuple[str, Correction]]:
     """What measurably brings the int8 network closer to the float one on calibration samples: (name in the manifest, what changes), in order."""
-    limit, host = stages.means.limit, find_target("native")
+    measured, host = stages.measured, find_target("native")
+    limit = measured.means.limit
     if not limit:
         return
     on_host = built if built.program.target == host else build(stages.integer, host, "generate host code", progress=progress)
     with session_of(on_host.link()) as session:
         executor = SessionExecutor(session, on_host.program)
-        first = correct(stages.integer, executor, stages.means, itertools.islice(stages.samples, limit))
+        first = correct(stages.integer, executor, measured.means, itertools.islice(measured.samples, limit))
         yield "bias_correction", first
         positions = POSITIONS[stages.plan.preset]
         if not positions:
             return
         rounder = DataRounder(positions)
         start = with_operands(stages.integer, first) if first.kept else stages.integer
-        yield "weight_rounding", correct(start, executor, stages.means, itertools.islice(stages.samples, limit), rounder=rounder)
+        yield "weight_rounding", correct(start, executor, measured.means, itertools.islice(measured.samples, limit), rounder=rounder)
 
 
 def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:

@@ -2,9 +2,7 @@
 
     decide(model, calibration table, target, preset, keep_float) -> QuantPlan
 
-1. Operators without an int8 kernel stay float, and those that the caller wants in float. So does what only carries float values on to float
-   operators or outputs: the last convolution or dense layer hands its int32 accumulator out as float32, and reshapes, concatenations and small
-   activations behind it stay float too.
+1. `placement.py` decides which operators stay float, and which values are stored in 8 bits.
 2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands
    of a concatenation.
 3. A class takes fixed parameters where an operator's range is known in advance (sigmoid, tanh, softmax), else, of all ranges that
@@ -15,20 +13,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tvm
 
-from qcompiler import schedules
 from qcompiler.calibration import CalibrationTable
 from qcompiler.errors import PlanError, closest
 from qcompiler.histogram import Histogram
 from qcompiler.observers import OBSERVERS, relative_error
-from qcompiler.passes.graph import Graph, dtype_of, relax_op
-from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, SAME_QUANTIZATION, Group, find_groups
+from qcompiler.passes.graph import Graph, relax_op
+from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
+from qcompiler.placement import Placer, operands
 from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Quantized, QuantPlan, Shared
-from qcompiler.schedules.table import KERNELS
 from qcompiler.spec import QParams
 from qcompiler.targets import Target
 from qcompiler.weights import RATIOS, choose_scales
@@ -37,8 +34,6 @@ PRESETS: dict[str, tuple[str, ...]] = {"fast": ("min-max",), "default": tuple(OB
 """Observers that compete, per preset. Weight candidates per preset are in `weights.RATIOS`; correction samples in `correction.SAMPLES`."""
 
 _WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
-_LIGHT = ("add", "sub", "mul", "unary")  # computed in float where their operands are float anyway
-_TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see
 _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is common; [-1, 1) in steps of 1/128, with 0 exact
     "sigmoid": (QParams(1 / 256, -128), "a sigmoid lies in [0, 1)"),
     "softmax": (QParams(1 / 256, -128), "a softmax lies in [0, 1)"),
@@ -85,7 +80,7 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
 def observed_ids(model: Any) -> list[str]:
     """The values whose statistics a plan may need: what groups with an int8 form read and write."""
     module = model if isinstance(model, tvm.IRModule) else model.module
-    wanted = {v: None for g in find_groups(module) if g.kind != "float" for v in (*_operands(g), g.id)}
+    wanted = {v: None for g in find_groups(module) if g.kind != "float" for v in (*operands(g), g.id)}
     return list(wanted)
 
 
@@ -106,35 +101,26 @@ def _decibel(histogram: Histogram, params: QParams) -> float:
     return -10 * math.log10(error) if error > 0 else math.inf
 
 
-def _operands(group: Group) -> tuple[str, ...]:
-    return (*group.inputs, *([group.residual] if group.residual else []))
-
-
 class _Planner:
     def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, preset: str, keep_float: Mapping[str, str]) -> None:
-        self.table, self.target, self.keep_float = table, target, keep_float
-        schedules.load(target)
-        self.graph = Graph.of(module)
-        self.groups = find_groups(module)
-        self.made_by = {g.id: g for g in self.groups}
-        self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in self.graph.inputs), *self.made_by]}
-        for group in self.groups:
-            for value in dict.fromkeys(_operands(group)):
-                self.readers.setdefault(value, []).append(group)
-        self.dtypes = {str(p.name): dtype_of(p) for p in self.graph.inputs}
+        self.table = table
+        self.exprs = Graph.of(module).values()
+        self.placer = Placer(module, target)
+        self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
+        self.keep_float = keep_float
         self.plan = QuantPlan(preset, table.digest)
         self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
 
     def run(self) -> QuantPlan:
-        self.find_float()
+        placement = self.placer.place(self.keep_float)
+        self.plan.reasons = placement.reasons
         self.plan.edges = dict.fromkeys(self.readers, Float(""))  # keeps the order of execution
-        stored = [v for v in self.readers if self.is_stored(v)]
-        self.unite(stored)
+        self.unite(placement.stored)
         for value in self.readers:
             if value not in self.classes:
                 self.plan.edges[value] = Float(self.float_edge_reason(value))
         done: set[str] = set()
-        for value in stored:
+        for value in placement.stored:
             if value not in done:
                 done |= self.classes[value]
                 self.quantize_class(self.classes[value])
@@ -144,52 +130,8 @@ class _Planner:
                 x = self.plan.params(group.inputs[0])
                 scales = choose_scales(group.weight, RATIOS[self.plan.preset], group.bias, None if x is None else x.scale)
                 self.plan.scales[group.id], self.plan.weights[group.id] = scales.scale, group.weight
-        self.plan.validate(self.groups, [str(p.name) for p in self.graph.inputs])
+        self.plan.validate(self.groups, [v for v in self.readers if v not in self.made_by])
         return self.plan
-
-    # -- what stays float ---------------------------------------------------------------------------------------------------------------
-
-    def find_float(self) -> None:
-        """Fill `plan.reasons`. Backwards: which values are wanted in float; then forwards: who is computed in float."""
-        reasons = self.plan.reasons
-        for group in self.groups:
-            reason = group.reason or ("the model itself quantizes here" if group.kind in ("quantize", "dequantize") else self.no_kernel(group))
-            reason = reason or self.keep_float.get(group.id)
-            if reason is not None:
-                reasons[group.id] = reason
-        wanted: set[str] = set()  # values that only float operators, outputs, and what carries them there, read
-        for value in reversed(self.readers):
-            if all(g.id in reasons or (g.id in wanted and self.carries(g)) for g in self.readers[value]):
-                wanted.add(value)
-        floating = {value for value, dtype in self.dtypes.items() if value in wanted or dtype != "float32"}  # values at hand in float
-        for group in self.groups:
-            at_hand = [v in floating for v in _operands(group)]
-            if group.id in reasons or (group.kind in ACCUMULATING and group.id in wanted):
-                floating.add(group.id)
-            elif group.kind in DATA_MOVEMENT and group.id in wanted and any(at_hand):
-                reasons[group.id] = "it carries float32 values to float32 operators or outputs"
-                floating.add(group.id)
-            elif group.kind in _LIGHT and all(at_hand):
-                reasons[group.id] = "its operands are float32"
-                floating.add(group.id)
-
-    def no_kernel(self, group: Group) -> str | None:
-        """The reason for an operator that has no kernel on this target."""
-        operator = {"add": "qc.add", "sub": "qc.add", "unary": "qc.lut"}.get(group.kind, f"qc.{group.kind}")
-        allowed = {*self.target.rows, "any"}
-        if group.kind == "float" or any(row.isa in allowed for row in KERNELS.get(operator, [])):
-            return None
-        return f"no kernel row implements {operator} on target {self.target.name}"
-
-    def carries(self, group: Group) -> bool:
-        """May `group` stay float when its output is wanted in float?"""
-        return group.kind in DATA_MOVEMENT or (group.kind in _LIGHT and math.prod(group.shape) <= _TAIL_ELEMENTS)
-
-    def is_stored(self, value: str) -> bool:
-        """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
-        maker = self.made_by.get(value)
-        made = maker is not None and maker.id not in self.plan.reasons and maker.kind not in ACCUMULATING
-        return made or any(g.id not in self.plan.reasons for g in self.readers[value])
 
     def float_edge_reason(self, value: str) -> str:
         maker = self.made_by.get(value)
@@ -202,7 +144,7 @@ class _Planner:
 
     # -- classes of one quantization ----------------------------------------------------------------------------------------------------
 
-    def unite(self, stored: list[str]) -> None:
+    def unite(self, stored: Sequence[str]) -> None:
         self.classes = {v: {v} for v in stored}
         same = [g for g in self.groups if g.kind in SAME_QUANTIZATION and g.id not in self.plan.reasons]
         for group in same:
@@ -286,7 +228,7 @@ class _Planner:
             return None
         if group.kind == "unary" and group.function is not None:
             return group.function.name if group.function.name in _FIXED else None
-        return "softmax" if relax_op(self.graph.values()[value]) == "relax.nn.softmax" else None
+        return "softmax" if relax_op(self.exprs[value]) == "relax.nn.softmax" else None
 
     def with_padding(self, params: QParams, members: set[str]) -> tuple[QParams, str]:
         """Widen the range to the constants that pads put among the values, where they are of the values' magnitude. Others (the least

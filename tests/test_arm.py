@@ -89,7 +89,7 @@ def test_digits_on_x86_equal_the_reference(name: str, digits: Compilation, image
 
 def test_one_calibration_gives_one_plan_for_every_target(digits: Compilation) -> None:
     stages = digits.quantized
-    digests = {name: decide(stages.model, stages.table, target, "default").digest for name, target in load_targets().items()}
+    digests = {name: decide(stages.model, stages.measured.table, target, "default").digest for name, target in load_targets().items()}
     assert set(ARM) | set(X86) <= digests.keys()
     assert len(set(digests.values())) == 1, digests
 
@@ -117,7 +117,7 @@ def test_mobilenet_v2_is_byte_identical_everywhere(real_data: Path, root: Path, 
         require(find_target(name))
     pictures, preprocess = real_data / "imagenet" / "calibration", root / "benchmarks" / "preprocess" / "mobilenet_v2.yaml"
     compilation = compile_stages(real_data / "models" / "mobilenet_v2.onnx", "native", pictures, preprocess=preprocess, preset="fast")
-    (sample,) = itertools.islice(compilation.quantized.samples, 1)
+    (sample,) = itertools.islice(compilation.quantized.measured.samples, 1)
     want = traced(compilation.artifact, sample, folder / "network")
     assert sum(v.dtype == np.int8 for v in want.values()) >= 53
     for name in X86:

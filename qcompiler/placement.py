@@ -1,0 +1,100 @@
+"""Placement: which groups are computed in 8 bits, and which values are ever stored so. Structure alone decides; no data is needed.
+
+    Placer(module, target).place(keep_float) -> Placement
+
+1. Operators without an int8 kernel stay float, and those that the caller wants in float.
+2. So does what only carries float values on to float operators or outputs: the last convolution or dense layer hands its int32 accumulator
+   out as float32, and reshapes, concatenations and small activations behind it stay float too.
+3. So do light operators whose operands are all float32 anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import tvm
+
+from qcompiler import schedules
+from qcompiler.passes.graph import Graph, dtype_of
+from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
+from qcompiler.schedules.table import KERNELS
+from qcompiler.targets import Target
+
+_LIGHT = ("add", "sub", "mul", "unary")  # computed in float where their operands are float anyway
+_TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see
+
+
+@dataclass(frozen=True)
+class Placement:
+    """reasons: group id -> why it is computed in float32 (absent: in int8). stored: the values that are stored in 8 bits, in order."""
+
+    reasons: dict[str, str]
+    stored: tuple[str, ...]
+
+
+def operands(group: Group) -> tuple[str, ...]:
+    """The values a group reads."""
+    return (*group.inputs, *([group.residual] if group.residual else []))
+
+
+class Placer:
+    """A canonical float module as placement sees it. readers: value id -> the groups that read it, network inputs first, then in order of
+    execution; made_by: group id -> group."""
+
+    def __init__(self, module: tvm.IRModule, target: Target) -> None:
+        schedules.load(target)
+        self.groups = find_groups(module)
+        self.made_by = {g.id: g for g in self.groups}
+        inputs = Graph.of(module).inputs
+        self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in inputs), *self.made_by]}
+        for group in self.groups:
+            for value in dict.fromkeys(operands(group)):
+                self.readers.setdefault(value, []).append(group)
+        self._dtypes = {str(p.name): dtype_of(p) for p in inputs}
+        self._impossible = {g.id: reason for g in self.groups if (reason := _impossible(g, target)) is not None}
+
+    def place(self, keep_float: Mapping[str, str] = {}) -> Placement:
+        """keep_float: group id -> why it shall stay float, beside what must."""
+        reasons = {g.id: self._impossible.get(g.id) or keep_float[g.id] for g in self.groups if g.id in self._impossible or g.id in keep_float}
+        wanted: set[str] = set()  # values that only float operators, outputs, and what carries them there, read
+        for value in reversed(self.readers):
+            if all(g.id in reasons or (g.id in wanted and _carries(g)) for g in self.readers[value]):
+                wanted.add(value)
+        floating = {value for value, dtype in self._dtypes.items() if value in wanted or dtype != "float32"}  # values at hand in float
+        for group in self.groups:
+            at_hand = [v in floating for v in operands(group)]
+            if group.id in reasons or (group.kind in ACCUMULATING and group.id in wanted):
+                floating.add(group.id)
+            elif group.kind in DATA_MOVEMENT and group.id in wanted and any(at_hand):
+                reasons[group.id] = "it carries float32 values to float32 operators or outputs"
+                floating.add(group.id)
+            elif group.kind in _LIGHT and all(at_hand):
+                reasons[group.id] = "its operands are float32"
+                floating.add(group.id)
+        return Placement(reasons, tuple(v for v in self.readers if self._is_stored(v, reasons)))
+
+    def _is_stored(self, value: str, reasons: Mapping[str, str]) -> bool:
+        """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
+        maker = self.made_by.get(value)
+        made = maker is not None and maker.id not in reasons and maker.kind not in ACCUMULATING
+        return made or any(g.id not in reasons for g in self.readers[value])
+
+
+def _impossible(group: Group, target: Target) -> str | None:
+    """Why a group can't be int8: no such operator, or no kernel on this target."""
+    if group.reason:
+        return group.reason
+    if group.kind in ("quantize", "dequantize"):
+        return "the model itself quantizes here"
+    operator = {"add": "qc.add", "sub": "qc.add", "unary": "qc.lut"}.get(group.kind, f"qc.{group.kind}")
+    allowed = {*target.rows, "any"}
+    if group.kind == "float" or any(row.isa in allowed for row in KERNELS.get(operator, [])):
+        return None
+    return f"no kernel row implements {operator} on target {target.name}"
+
+
+def _carries(group: Group) -> bool:
+    """May `group` stay float when its output is wanted in float?"""
+    return group.kind in DATA_MOVEMENT or (group.kind in _LIGHT and math.prod(group.shape) <= _TAIL_ELEMENTS)
