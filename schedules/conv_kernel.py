@@ -159,13 +159,13 @@ class ConvKernel:
                 with T.serial(0, count) as i:
                     full(i, pixel)
                 if channels.last:
-                    with _when(has_last):
+                    with when(has_last):
                         last(pixel)
         else:
             with T.serial(0, count) as i, self.each_pixel() as pixel:
                 full(i, pixel)
             if channels.last:
-                with _when(has_last), self.each_pixel() as pixel:
+                with when(has_last), self.each_pixel() as pixel:
                     last(pixel)
 
     @contextmanager
@@ -341,7 +341,7 @@ def subgroups_of(channels: Channels) -> dict[int, list[int]]:
 
 
 @contextmanager
-def _when(condition: Any) -> Iterator[None]:
+def when(condition: Any) -> Iterator[None]:
     if condition is None:
         yield
     else:

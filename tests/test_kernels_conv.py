@@ -38,7 +38,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 
 def row_of(name: str, target: Target) -> ConvRow:
-    return next(r for isa in target.rows for r in KERNELS[name] if r.isa == isa and isinstance(r, ConvRow))
+    return next(r for isa in target.rows for r in KERNELS[name] if r.isa == isa and type(r) is ConvRow)
 
 
 # -- running a case ------------------------------------------------------------------------------------------------------------------------

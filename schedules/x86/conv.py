@@ -2,8 +2,10 @@
 
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.table import register
+from qcompiler.schedules.winograd import WinogradRow
 from qcompiler.schedules.x86 import isa
 
+register("qc.conv2d", WinogradRow(isa.AVX2, isa.AVX2.name))
 for _kind in ("conv2d", "dense"):
     for _unit in (isa.AVX512VNNI, isa.AVXVNNI, isa.AVX2):
         register(f"qc.{_kind}", ConvRow(f"qc.{_kind}", _unit, _unit.name))

@@ -1,0 +1,330 @@
+"""3x3 convolution by Winograd's F(2x2, 3x3), in exact integers, for ISAs that multiply 16-bit numbers anyway.
+
+    y = A^T [ (G g G^T) * (B^T d B) ] A          (Lavin and Gray 2015, arXiv:1509.09308, section 4.1)
+
+computes 2 x 2 outputs from a 4 x 4 patch with 16 multiplications instead of 36. G holds halves; 2 G is used, so every sum is four times the
+convolution's, and one arithmetic shift by 2 gives it back without rounding. Bounds, for stored bytes in 0..255 and weights in [-127, 127]:
+
+    |B^T d B| <= 4 * 255 and |(2 G) g (2 G)^T| <= 9 * 127 fit int16, so VPMADDWD sums two exact products;
+    a sum over C channels, and each partial sum of A^T m A in the order used here, stays below 2 * C * 4 * 255 * 9 * 127 < 2^31 for C <= CHANNELS.
+
+Nothing depends on the actual weights, so bias correction and rounding may replace them.
+
+    task -> run of tile blocks -> B^T d B of a block -> channel tile -> G g G^T -> 16 matrix products -> A^T m A, epilogue
+
+Transformed patches, weights and products lie in scratch, as int32 words (two int16 channels): one element type, because LLVM takes accesses
+of different types for independent. Edge tiles are moved back, as in `conv_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules import conv_plan as plan
+from qcompiler.schedules.conv import ConvRow, wrap
+from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, Parameters, subgroups_of, when
+from qcompiler.schedules.isa import Isa, call, load, save
+from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
+from qcompiler.targets import Target
+
+M, N = 2, 4  # outputs and inputs of a tile, along one axis
+CHANNELS = 900
+INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
+WEIGHT = ((2, 0, 0), (1, 1, 1), (1, -1, 1), (0, 0, 2))  # 2 G
+OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
+SHIFT = 2
+L2_BYTES = 160 << 10  # of transformed patches: they and the transformed weights share a level 2 cache of 512 KB
+
+
+def combine(coefficients: Sequence[int], values: Sequence[Any]) -> Any:
+    """The sum of `values` times small integers."""
+    terms = sorted(zip(coefficients, values, strict=True), key=lambda term: term[0] < 0)  # a positive one first
+    total = None
+    for c, v in terms:
+        for _ in range(abs(c)):
+            total = v if total is None else total + v if c > 0 else total - v
+    return T.bind(total)
+
+
+def transform(matrix: Sequence[Sequence[int]], tile: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """matrix * tile * matrix^T."""
+    columns = list(zip(*tile, strict=True))
+    half = [[combine(row, column) for column in columns] for row in matrix]  # matrix * tile
+    return [[combine(row, line) for row in matrix] for line in half]
+
+
+@dataclass(frozen=True)
+class WinogradTiling:
+    """`tiles` and `blocks`: the register tile of the matrix products, in tiles and vectors of output channels. `block_tiles`: tiles whose
+    transformed patches are held at once. `unroll`: channel pairs per iteration. Tasks as in `conv_plan.Tiling`."""
+
+    tiles: int
+    blocks: int
+    block_tiles: int
+    unroll: int
+    pixel_tasks: int
+    channel_tasks: int
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class WinogradKernel(ConvKernel):
+    """Emits the PrimFunc; the epilogue is that of `ConvKernel`."""
+
+    def __init__(self, geometry: plan.Geometry, isa: Isa, tiling: WinogradTiling, epilogue: Epilogue) -> None:
+        super().__init__(geometry, isa, plan.Tiling(M, M, tiling.blocks, "pixels", 1, tiling.pixel_tasks, tiling.channel_tasks), epilogue)
+        self.winograd = tiling
+        self.total = geometry.pixels[0] * self.tile_rows * self.tile_cols
+        self.pairs = geometry.inputs // 2
+        if not 1 <= tiling.tiles <= tiling.block_tiles <= self.total:
+            raise ValueError(f"{tiling.tiles} tiles in registers, {tiling.block_tiles} in a block: the layer has {self.total}")
+        if tiling.tiles * tiling.blocks + tiling.blocks + 2 > isa.registers:
+            raise ValueError(f"{tiling.tiles} x {tiling.blocks} accumulators don't fit {isa.registers} registers")
+        if self.pairs % tiling.unroll:
+            raise ValueError(f"{self.pairs} channel pairs are no multiple of {tiling.unroll}")
+        self.tile_blocks = -(-self.total // tiling.block_tiles)
+        self.pixel_run, self.pixel_tasks = plan.runs(self.tile_blocks, tiling.pixel_tasks)
+        self.width = tiling.blocks * isa.lanes  # words of weights and products per channel pair and tile
+        sizes = [N * N * s for s in (tiling.block_tiles * self.pairs, self.pairs * self.width, tiling.block_tiles * self.width)]
+        self.v, self.u, self.m, self.words = np.cumsum([0, *[-(-s // 16) * 16 for s in sizes]]).tolist()
+
+    @property
+    def scratch(self) -> int:
+        """Bytes, of all tasks."""
+        return 4 * self.words * self.tasks
+
+    def build(self) -> Any:
+        g, isa = self.g, self.isa
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True, is_private=True):
+                T.func_attr({"tirx.noalias": True})
+                task = T.arg("task", T.int32())
+                names = ["x", *(["residual"] if g.residual else []), "w", "bias", "multiplier", "params", "out", "scratch"]
+                pointers = {n: T.arg(n, T.handle()) for n in names}
+                lanes = self.channels.vectors * isa.lanes
+                self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
+                self.w = T.decl_buffer((lanes * 9 * g.inputs,), "int8", data=pointers["w"])
+                self.bias = T.decl_buffer((lanes,), "int32", data=pointers["bias"])
+                self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
+                if g.residual:
+                    self.residual = T.decl_buffer((g.residual.elements,), g.residual.dtype, data=pointers["residual"])
+                self.params = Parameters(isa)
+                self.params.declare(pointers["params"])
+                self.out = T.decl_buffer((g.out.elements,), g.out.dtype, data=pointers["out"])
+                self.memory = T.decl_buffer((self.words * self.tasks,), "int32", data=pointers["scratch"])
+                self.task(task)
+        return builder.get()
+
+    def task(self, task: Any) -> None:
+        pixel_task, channel_task = (task % self.pixel_tasks, task // self.pixel_tasks) if self.tasks > 1 else (0, 0)
+        base = T.bind(tirx.const(0, "int32") + task * self.words)
+        first = T.bind(tirx.const(0, "int32") + pixel_task * self.pixel_run)
+        count = T.bind(T.min(tirx.const(self.pixel_run, "int32"), self.tile_blocks - first))
+        first_channels = T.bind(tirx.const(0, "int32") + channel_task * self.channel_run)
+        channels = T.bind(T.min(tirx.const(self.channel_run, "int32"), self.channel_units - first_channels))
+        c = self.channels
+        with T.serial(0, count) as i:
+            tile = T.bind(T.min((first + i) * self.winograd.block_tiles, self.total - self.winograd.block_tiles))
+            self.transform_patches(base, tile)
+            with T.serial(0, channels) as j:
+                self.channel_tile(base, tile, (first_channels + j) * c.blocks, c.blocks, c.last == 0 and c.full == 1)
+            if c.last:
+                with when(channel_task == self.channel_tasks - 1 if self.channel_tasks > 1 else None):
+                    self.channel_tile(base, tile, tirx.const(c.full * c.blocks, "int32"), c.last, True)
+
+    def place(self, tile: Any) -> tuple[Any, Any, Any]:
+        """(image, row, column) of a tile's first output."""
+        _, height, width = self.g.pixels
+        row = T.bind(T.min(tile // self.tile_cols % self.tile_rows * M, height - M))
+        col = T.bind(T.min(tile % self.tile_cols * M, width - M))
+        return T.bind(tile // (self.tile_cols * self.tile_rows)) if self.g.pixels[0] > 1 else 0, row, col
+
+    def transform_patches(self, base: Any, first: Any) -> None:
+        """B^T d B of a block's tiles: [position][tile][channel pair]."""
+        g, step = self.g, 2 * self.isa.lanes
+        vectors = -(-g.inputs // step)
+        with T.serial(0, self.winograd.block_tiles) as t:
+            image, row, col = self.place(T.bind(first + t))
+            x = T.bind(g.x.index(image, row - g.padding[0], col - g.padding[1], 0))
+            to = T.bind(base + (self.v + t * self.pairs))
+            with T.serial(0, vectors) as i:
+                channel = T.bind(T.min(i * step, g.inputs - step))
+                patch = [
+                    [T.bind(T.Cast(f"int16x{step}", load(self.x, x + channel + (r * g.x.rows[1] + c) * g.x.channel_pitch, step))) for c in range(N)]
+                    for r in range(N)
+                ]
+                target = T.bind(to + channel // 2)
+                for position, value in enumerate(v for line in transform(INPUT, patch) for v in line):
+                    words = T.reinterpret(f"int32x{self.isa.lanes}", value)
+                    save(self.memory, target + position * (self.winograd.block_tiles * self.pairs), words, self.isa.lanes)
+
+    def channel_tile(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
+        vector = T.bind(vector)
+        self.transform_weights(base, vector, blocks)
+        self.multiply(base, blocks)
+        self.finish(base, first, vector, blocks, ragged)
+
+    def transform_weights(self, base: Any, vector: Any, blocks: int) -> None:
+        """(2 G) g (2 G)^T of `blocks` vectors: [position][channel pair][block][lane]."""
+        lanes, step = self.isa.lanes, 2 * self.isa.lanes
+        with T.serial(0, self.pairs) as pair:
+            for b in range(blocks):
+                w = T.bind(((vector + b) * self.pairs + pair) * (9 * step))
+                taps = [[T.bind(T.Cast(f"int16x{step}", load(self.w, w + (3 * r + c) * step, step))) for c in range(3)] for r in range(3)]
+                to = T.bind(base + (self.u + pair * self.width + b * lanes))
+                for position, value in enumerate(v for line in transform(WEIGHT, taps) for v in line):
+                    save(self.memory, to + position * (self.pairs * self.width), T.reinterpret(f"int32x{lanes}", value), lanes)
+
+    def multiply(self, base: Any, blocks: int) -> None:
+        """One matrix product per position: [position][tile][block][lane]."""
+        t, lanes = self.winograd, self.isa.lanes
+        groups = -(-t.block_tiles // t.tiles)
+        with T.serial(0, N * N) as position:
+            u = T.bind(base + (self.u + position * (self.pairs * self.width)))
+            with T.serial(0, groups) as group:
+                tile = T.bind(T.min(group * t.tiles, t.block_tiles - t.tiles) + position * t.block_tiles)
+                v = T.bind(base + (self.v + tile * self.pairs))
+                accs = [[T.alloc_buffer((lanes,), "int32") for _ in range(blocks)] for _ in range(t.tiles)]
+                for line in accs:
+                    for acc in line:
+                        save(acc, 0, T.broadcast(tirx.const(0, "int32"), lanes), lanes)
+
+                def steps(vi: Any, ui: Any, accs: Any = accs) -> None:
+                    for s in range(t.unroll):
+                        weights = [T.bind(self.words_at(ui + s * self.width + b * lanes)) for b in range(blocks)]
+                        for i, line in enumerate(accs):
+                            x = T.bind(T.reinterpret(f"int16x{2 * lanes}", T.broadcast(self.memory[vi + (i * self.pairs + s)], lanes)))
+                            for acc, w in zip(line, weights, strict=True):
+                                save(acc, 0, load(acc, 0, lanes) + self.products(x, w), lanes)
+
+                with T.serial(0, self.pairs // t.unroll) as k:
+                    steps(T.bind(v + k * t.unroll), T.bind(u + k * (t.unroll * self.width)))
+                m = T.bind(base + (self.m + tile * self.width))
+                for i, line in enumerate(accs):
+                    for b, acc in enumerate(line):
+                        save(self.memory, m + (i * self.width + b * lanes), load(acc, 0, lanes), lanes)
+
+    def words_at(self, index: Any) -> Any:
+        return T.reinterpret(f"int16x{2 * self.isa.lanes}", load(self.memory, index, self.isa.lanes))
+
+    def products(self, x: Any, w: Any) -> Any:
+        """VPMADDWD."""
+        name = "llvm.x86.avx512.pmaddw.d.512" if self.isa.lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+        return call(f"int32x{self.isa.lanes}", name, x, w)
+
+    def finish(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
+        """A^T m A, a quarter of it, the bias, and the epilogue."""
+        g, lanes, t = self.g, self.isa.lanes, self.winograd
+        store = self.finish_packed if self.epilogue.packed else self.finish_float
+        with T.serial(0, t.block_tiles) as i:
+            image, row, col = self.place(T.bind(first + i))
+            m = T.bind(base + (self.m + i * self.width))
+            values: list[list[Any]] = [[] for _ in self.offsets]
+            for b in range(blocks):
+                bias = T.bind(load(self.bias, (vector + b) * lanes, lanes))
+                products = [
+                    [T.bind(load(self.memory, m + ((r * N + c) * (t.block_tiles * self.width) + b * lanes), lanes)) for c in range(N)] for r in range(N)
+                ]
+                for line, value in zip(values, (v for row in transform(OUTPUT, products) for v in row), strict=True):
+                    line.append(T.bind(T.shift_right(value, T.broadcast(tirx.const(SHIFT, "int32"), lanes)) + bias))
+            channel = vector * lanes
+            out = T.bind(g.out.index(image, row, col, channel))
+            residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
+            store(values, vector, out, residual, self.channels.valid if ragged else blocks * lanes)
+
+
+def pack(weight: np.ndarray, isa: Isa, channels: plan.Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+    """[O, 3, 3, C] as [vector][channel pair][tap][lane][2], lanes as `conv_plan.lane_order` says."""
+    outputs, _, _, inputs = weight.shape
+    padded = np.zeros((channels.vectors * isa.lanes, 9, inputs // 2, 2), np.int8)
+    padded[:outputs] = weight.reshape(outputs, 9, inputs // 2, 2)
+    ordered = padded[plan.lane_order(isa, channels, subgroups)].reshape(channels.vectors, isa.lanes, 9, inputs // 2, 2)
+    return np.ascontiguousarray(ordered.transpose(0, 3, 2, 1, 4).reshape(-1))
+
+
+class WinogradRow(ConvRow):
+    """`qc.conv2d` with 3x3 kernels, strides and dilation of 1 and enough channels."""
+
+    def __init__(self, unit: Isa, isa: str) -> None:
+        super().__init__("qc.conv2d", unit, isa)
+        self.name = f"{isa}/winograd"
+
+    def refuse(self, op: OpCall, target: Target) -> str | None:
+        reason = super().refuse(op, target)
+        if reason is not None:
+            return reason
+        g = plan.geometry_of(op)
+        if g.kernel != (3, 3) or g.strides != (1, 1) or g.dilation != (1, 1) or g.groups != 1:
+            return "only 3x3 kernels with strides and dilation of 1 and one group."
+        least = 2 * self.unit.lanes
+        if g.inputs % 2 or not least <= g.inputs <= CHANNELS or g.outputs < least:
+            return f"{g.inputs} input and {g.outputs} output channels; needed: an even number of inputs in [{least}, {CHANNELS}], and {least} outputs."
+        if min(g.pixels[1:]) < M:
+            return "the image is smaller than a tile."
+        if self.work(g) > 0.8 * g.macs:
+            return "the transforms and ragged tiles would cost what they save."
+        return None
+
+    def work(self, g: plan.Geometry) -> float:
+        """Multiplications, and the transforms' instructions counted as such (a VPMADDWD and its addition stand for 2 x lanes)."""
+        lanes = self.unit.lanes
+        tiles = g.pixels[0] * -(-g.pixels[1] // M) * -(-g.pixels[2] // M)
+        outputs = -(-g.outputs // lanes) * lanes
+        patches = tiles * g.inputs / (2 * lanes) * 64  # instructions per vector of channels
+        weights = g.inputs / 2 * outputs / lanes * 53 * max(1.0, tiles / 64)
+        products = tiles * outputs / lanes * 90
+        return tiles * N * N * g.inputs * outputs + (patches + weights + products) * lanes
+
+    def geometry(self, op: OpCall) -> tuple[plan.Geometry, int]:
+        return plan.geometry_of(op), 1
+
+    def needs(self, op: OpCall, target: Target) -> list[Need]:
+        return [Need(halo=plan.geometry_of(op).halo()), *[Need() for _ in op.tensors[1:]]]
+
+    def default(self, op: OpCall, target: Target) -> dict[str, Any]:
+        g = plan.geometry_of(op)
+        total = g.pixels[0] * -(-g.pixels[1] // M) * -(-g.pixels[2] // M)
+        blocks = min(2, -(-g.outputs // self.unit.lanes))
+        most = (self.unit.registers - blocks - 2) // blocks
+        count = max(1, round(total * N * N * g.inputs * 2 / L2_BYTES))  # of blocks of tiles
+        block_tiles = min(total, max(most, -(-total // count)))
+        tiles = min(most, block_tiles)
+        tiles = -(-block_tiles // -(-block_tiles // tiles))
+        wanted = max(1, min(8, int(self.work(g) / 400_000)))
+        pixel_tasks = plan.runs(-(-total // block_tiles), wanted)[1]
+        channel_tasks = plan.runs(max(1, -(-g.outputs // (self.unit.lanes * blocks))), -(-wanted // pixel_tasks))[1]
+        unroll = 2 if g.inputs // 2 % 2 == 0 else 1
+        return WinogradTiling(tiles, blocks, block_tiles, unroll, pixel_tasks, channel_tasks).params()
+
+    def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
+        g = plan.geometry_of(op)
+        total = g.pixels[0] * -(-g.pixels[1] // M) * -(-g.pixels[2] // M)
+        return {
+            "tiles": [n for n in range(1, self.unit.registers - 2) if n <= total],
+            "blocks": [1, 2, 3],
+            "block_tiles": sorted({min(n, total) for n in (8, 12, 16, 18, 24, 32, 48, 49, 64, 96, 128, 196)}),
+            "unroll": [n for n in (1, 2, 4) if g.inputs // 2 % n == 0],
+            "pixel_tasks": [1, 2, 4, 8, 16],
+            "channel_tasks": [1, 2, 4, 8],
+        }
+
+    def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
+        geometry, tiling, epilogue = plan.geometry_of(op), WinogradTiling(**params), self.epilogue(op)
+        emitter = WinogradKernel(geometry, self.unit, tiling, epilogue)
+        order = subgroups_of(emitter.channels) if epilogue.packed else None
+        weight, bias, multiplier = (np.asarray(o) for o in op.operands[1:4])
+        shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
+        folded = wrap(bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3)))
+        constants = [pack(weight, self.unit, emitter.channels, order)]
+        constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, order) for a in (folded, multiplier.astype(np.float32))]
+        constants.append(self.parameters(op))
+        key = kernel_key("winograd", self.unit, geometry, tiling, epilogue)
+        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, emitter.scratch, geometry.macs, tiling.params())

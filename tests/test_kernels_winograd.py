@@ -1,0 +1,139 @@
+"""Winograd's 3x3 convolution equals numerics.py bit for bit: it is a faster way to the same integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+
+from qcompiler import numerics, schedules
+from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
+from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, select
+from qcompiler.schedules.winograd import CHANNELS, INPUT, OUTPUT, WEIGHT, WinogradRow
+from qcompiler.targets import find_target, missing_features
+
+TARGET = find_target("x86-avx2")
+pytestmark = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this machine has no AVX2")
+schedules.load(TARGET)
+ROW = next(r for r in KERNELS["qc.conv2d"] if isinstance(r, WinogradRow))
+
+
+def operator(image: tuple[int, ...], outputs: int, pad: Any = 1, seed: int = 0, extreme: str = "", out: Any = None, **attrs: Any) -> tuple[OpCall, list[Any]]:
+    """A 3x3 convolution on random data, or on inputs and weights of the greatest magnitude: all alike, or with random signs."""
+    rng, channels = np.random.default_rng(seed), image[3]
+    pads = [pad] * 4 if isinstance(pad, int) else list(pad)
+    shape = (outputs, 3, 3, channels)
+    if extreme == "alike":
+        x, w = np.full(image, 127, np.int8), np.where(np.arange(outputs) % 2, 127, -127).astype(np.int8)[:, None, None, None] * np.ones(shape, np.int8)
+    elif extreme:
+        x, w = rng.choice(np.array([-128, 127], np.int8), image), rng.choice(np.array([-127, 127], np.int8), shape)
+    else:
+        x, w = rng.integers(-128, 128, image).astype(np.int8), rng.integers(-127, 128, shape).astype(np.int8)
+    bias = rng.integers(-9000, 9000, outputs).astype(np.int32)
+    multiplier = (rng.uniform(20, 90, outputs) / (70 * 74 * np.sqrt(9 * channels))).astype(np.float32)
+    attributes: dict[str, Any] = {"strides": [1, 1], "padding": pads, "dilation": [1, 1], "groups": 1, "x_zero_point": -7, "zero_point": 5}
+    attributes |= {"low": -128, "high": 127, "out_dtype": "int8"} | attrs
+    shape = (image[0], image[1] + pads[0] + pads[2] - 2, image[2] + pads[1] + pads[3] - 2, outputs)
+    output = Layout(shape, "float32" if attributes["out_dtype"] == "float32" else "uint8", **(out or {}))
+    arrays = [x, w, bias, multiplier]
+    operands: list[Any] = [Layout(image, "uint8"), w, bias, multiplier]
+    if "residual_shift" in attributes:
+        arrays.append(rng.integers(-128, 128, shape).astype(np.int8))
+        operands.append(Layout(shape, "uint8", **(out or {})))
+    return OpCall("qc.conv2d", operands, attributes, output), arrays
+
+
+def check(op: OpCall, arrays: list[Any], point: dict[str, Any] | None = None) -> Kernel:
+    assert ROW.refuse(op, TARGET) is None
+    op.operands[0] = Layout(op.tensors[0].shape, "uint8", ROW.needs(op, TARGET)[0].halo)
+    kernel = ROW.build(op, ROW.default(op, TARGET) | (point or {}), TARGET)
+    inputs = [store(arrays[0], op.tensors[0], op.attrs["x_zero_point"]), *[store(r, op.tensors[1]) for r in arrays[4:]]]
+    got = fetch(run_kernel(kernel, inputs, op.output, TARGET), op.output)
+    np.testing.assert_array_equal(got, numerics.conv2d(*arrays, **op.attrs))
+    return kernel
+
+
+RESIDUAL = {"residual_zero_point": -3, "residual_multiplier": 1400, "residual_shift": 11}
+CASES: dict[str, dict[str, Any]] = {
+    "even": {"image": (1, 8, 8, 32), "outputs": 32},
+    "odd": {"image": (2, 7, 9, 48), "outputs": 64},
+    "batch": {"image": (3, 14, 14, 32), "outputs": 32},
+    "ragged": {"image": (1, 13, 11, 38), "outputs": 61},
+    "no-padding": {"image": (1, 10, 9, 32), "outputs": 40, "pad": 0},
+    "asymmetric": {"image": (1, 10, 9, 32), "outputs": 40, "pad": (2, 0, 1, 1)},
+    "residual": {"image": (1, 9, 9, 32), "outputs": 48, **RESIDUAL},
+    "halo-out": {"image": (1, 9, 9, 32), "outputs": 36, "out": {"halo": (1, 2, 1, 3), "pitch": 40}, **RESIDUAL},
+    "clamped": {"image": (1, 8, 8, 64), "outputs": 32, "low": -20, "high": 33},
+    "float": {"image": (1, 8, 8, 64), "outputs": 35, "out_dtype": "float32"},
+    "several-tasks": {"image": (1, 28, 28, 64), "outputs": 64},
+    "alike": {"image": (1, 8, 8, 512), "outputs": 16, "extreme": "alike", "x_zero_point": -128},
+    "signs": {"image": (1, 8, 8, 320), "outputs": 16, "extreme": "signs", "x_zero_point": 127},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conv2d(name: str) -> None:
+    check(*operator(**CASES[name]))
+
+
+def test_every_sampled_schedule_is_exact() -> None:
+    rng, built = np.random.default_rng(3), 0
+    for seed in range(80):
+        op, arrays = operator((1, 9, 12, 36), 56, seed=seed)
+        point = {k: v[rng.integers(len(v))] for k, v in ROW.space(op, TARGET).items()}
+        try:
+            kernel = check(op, arrays, point)
+        except ValueError:
+            continue
+        assert kernel.params == point
+        built += 1
+        if built == 8:
+            return
+    raise AssertionError(f"only {built} points could be built")
+
+
+def test_intermediate_sums_fit_their_types() -> None:
+    """The bounds that the module states, from the matrices."""
+    gain = {name: np.abs(np.array(m)).sum(axis=1).max() for name, m in (("x", INPUT), ("w", WEIGHT))}
+    patch, weight = gain["x"] ** 2 * 255, gain["w"] ** 2 * 127
+    assert patch < 2**15 and weight < 2**15
+    assert 2 * CHANNELS * patch * weight < 2**31
+    assert np.array(OUTPUT).shape == (2, 4)
+
+
+def test_the_transforms_are_winograd() -> None:
+    rng = np.random.default_rng(0)
+    d, g = rng.integers(0, 256, (4, 4)), rng.integers(-127, 128, (3, 3))
+    b, w, a = (np.array(m) for m in (INPUT, WEIGHT, OUTPUT))
+    product = (w @ g @ w.T) * (b @ d @ b.T)
+    direct = [[int((d[i : i + 3, j : j + 3] * g).sum()) for j in (0, 1)] for i in (0, 1)]
+    np.testing.assert_array_equal(a @ product @ a.T, 4 * np.array(direct))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"image": (1, 8, 8, 33)}, "even number of inputs"),
+        ({"image": (1, 8, 8, 8)}, "8 input and 32 output channels"),
+        ({"image": (1, 8, 8, 1024)}, "1024 input"),
+        ({"outputs": 4}, "4 output channels"),
+        ({"strides": [2, 2]}, "strides"),
+        ({"dilation": [2, 2]}, "dilation"),
+        ({"image": (1, 3, 3, 32), "pad": 0}, "smaller than a tile"),
+        ({"image": (1, 3, 3, 32)}, "cost what they save"),
+    ],
+)
+def test_refusals(change: dict[str, Any], reason: str) -> None:
+    op, _ = operator(**({"image": (1, 8, 8, 32), "outputs": 32} | change))
+    assert reason in str(ROW.refuse(op, TARGET))
+
+
+def test_it_is_chosen_and_multiplies_in_pairs() -> None:
+    op, _ = operator((1, 14, 14, 64), 64)
+    assert select(op, TARGET) is ROW
+    op.operands[0] = Layout((1, 14, 14, 64), "uint8", (1, 1, 1, 1))
+    kernel = ROW.build(op, ROW.default(op, TARGET), TARGET)
+    assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 3), target=tvm.target.Target(TARGET.tvm)).inspect_source("asm")
+    assert "vpmaddwd" in assembly and "vpmaddubsw" not in assembly
