@@ -31,7 +31,7 @@ from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.conv import ConvRow, wrap
 from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, Parameters, subgroups_of, when
 from qcompiler.schedules.isa import Isa, call, load, save
-from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
+from qcompiler.schedules.table import Kernel, Need, OpCall, kernel_key
 from qcompiler.targets import Target
 
 M, N = 2, 4  # outputs and inputs of a tile, along one axis
@@ -40,7 +40,8 @@ INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
 WEIGHT = ((2, 0, 0), (1, 1, 1), (1, -1, 1), (0, 0, 2))  # 2 G
 OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
 SHIFT = 2
-L2_BYTES = 160 << 10  # of transformed patches: they and the transformed weights share a level 2 cache of 512 KB
+L2_BYTES = 288 << 10  # of transformed patches: they, the transformed weights and the products share a level 2 cache of 512 KB
+MAX_TASKS = 4  # every task has scratch of its own, and those that share patches transform them again
 
 
 def combine(coefficients: Sequence[int], values: Sequence[Any]) -> Any:
@@ -51,6 +52,11 @@ def combine(coefficients: Sequence[int], values: Sequence[Any]) -> Any:
         for _ in range(abs(c)):
             total = v if total is None else total + v if c > 0 else total - v
     return T.bind(total)
+
+
+def odd_lines(words: int) -> int:
+    """The least odd number of cache lines, in words, that holds `words`: positions at such a distance do not fall on one cache set."""
+    return (-(-words // 16) | 1) * 16
 
 
 def transform(matrix: Sequence[Sequence[int]], tile: Sequence[Sequence[Any]]) -> list[list[Any]]:
@@ -93,8 +99,9 @@ class WinogradKernel(ConvKernel):
         self.tile_blocks = -(-self.total // tiling.block_tiles)
         self.pixel_run, self.pixel_tasks = plan.runs(self.tile_blocks, tiling.pixel_tasks)
         self.width = tiling.blocks * isa.lanes  # words of weights and products per channel pair and tile
-        sizes = [N * N * s for s in (tiling.block_tiles * self.pairs, self.pairs * self.width, tiling.block_tiles * self.width)]
-        self.v, self.u, self.m, self.words = np.cumsum([0, *[-(-s // 16) * 16 for s in sizes]]).tolist()
+        pitches = [odd_lines(s) for s in (tiling.block_tiles * self.pairs, self.pairs * self.width, tiling.block_tiles * self.width)]
+        self.v_pitch, self.u_pitch, self.m_pitch = pitches  # words from one of the 16 positions to the next
+        self.v, self.u, self.m, self.words = np.cumsum([0, *[N * N * p for p in pitches]]).tolist()
 
     @property
     def scratch(self) -> int:
@@ -164,7 +171,7 @@ class WinogradKernel(ConvKernel):
                 target = T.bind(to + channel // 2)
                 for position, value in enumerate(v for line in transform(INPUT, patch) for v in line):
                     words = T.reinterpret(f"int32x{self.isa.lanes}", value)
-                    save(self.memory, target + position * (self.winograd.block_tiles * self.pairs), words, self.isa.lanes)
+                    save(self.memory, target + position * self.v_pitch, words, self.isa.lanes)
 
     def channel_tile(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
         vector = T.bind(vector)
@@ -181,17 +188,17 @@ class WinogradKernel(ConvKernel):
                 taps = [[T.bind(T.Cast(f"int16x{step}", load(self.w, w + (3 * r + c) * step, step))) for c in range(3)] for r in range(3)]
                 to = T.bind(base + (self.u + pair * self.width + b * lanes))
                 for position, value in enumerate(v for line in transform(WEIGHT, taps) for v in line):
-                    save(self.memory, to + position * (self.pairs * self.width), T.reinterpret(f"int32x{lanes}", value), lanes)
+                    save(self.memory, to + position * self.u_pitch, T.reinterpret(f"int32x{lanes}", value), lanes)
 
     def multiply(self, base: Any, blocks: int) -> None:
         """One matrix product per position: [position][tile][block][lane]."""
         t, lanes = self.winograd, self.isa.lanes
         groups = -(-t.block_tiles // t.tiles)
         with T.serial(0, N * N) as position:
-            u = T.bind(base + (self.u + position * (self.pairs * self.width)))
+            u = T.bind(base + (self.u + position * self.u_pitch))
             with T.serial(0, groups) as group:
-                tile = T.bind(T.min(group * t.tiles, t.block_tiles - t.tiles) + position * t.block_tiles)
-                v = T.bind(base + (self.v + tile * self.pairs))
+                tile = T.bind(T.min(group * t.tiles, t.block_tiles - t.tiles))
+                v = T.bind(base + (self.v + position * self.v_pitch + tile * self.pairs))
                 accs = [[T.alloc_buffer((lanes,), "int32") for _ in range(blocks)] for _ in range(t.tiles)]
                 for line in accs:
                     for acc in line:
@@ -207,7 +214,7 @@ class WinogradKernel(ConvKernel):
 
                 with T.serial(0, self.pairs // t.unroll) as k:
                     steps(T.bind(v + k * t.unroll), T.bind(u + k * (t.unroll * self.width)))
-                m = T.bind(base + (self.m + tile * self.width))
+                m = T.bind(base + (self.m + position * self.m_pitch + tile * self.width))
                 for i, line in enumerate(accs):
                     for b, acc in enumerate(line):
                         save(self.memory, m + (i * self.width + b * lanes), load(acc, 0, lanes), lanes)
@@ -231,7 +238,7 @@ class WinogradKernel(ConvKernel):
             for b in range(blocks):
                 bias = T.bind(load(self.bias, (vector + b) * lanes, lanes))
                 products = [
-                    [T.bind(load(self.memory, m + ((r * N + c) * (t.block_tiles * self.width) + b * lanes), lanes)) for c in range(N)] for r in range(N)
+                    [T.bind(load(self.memory, m + ((r * N + c) * self.m_pitch + b * lanes), lanes)) for c in range(N)] for r in range(N)
                 ]
                 for line, value in zip(values, (v for row in transform(OUTPUT, products) for v in row), strict=True):
                     line.append(T.bind(T.shift_right(value, T.broadcast(tirx.const(SHIFT, "int32"), lanes)) + bias))
@@ -296,9 +303,8 @@ class WinogradRow(ConvRow):
         most = (self.unit.registers - blocks - 2) // blocks
         count = max(1, round(total * N * N * g.inputs * 2 / L2_BYTES))  # of blocks of tiles
         block_tiles = min(total, max(most, -(-total // count)))
-        tiles = min(most, block_tiles)
-        tiles = -(-block_tiles // -(-block_tiles // tiles))
-        wanted = max(1, min(8, int(self.work(g) / 400_000)))
+        tiles = min(range(1, min(most, block_tiles) + 1), key=lambda t: -(-block_tiles // t) * (t * blocks + 1))
+        wanted = max(1, min(MAX_TASKS, int(self.work(g) / 1_000_000)))
         pixel_tasks = plan.runs(-(-total // block_tiles), wanted)[1]
         channel_tasks = plan.runs(max(1, -(-g.outputs // (self.unit.lanes * blocks))), -(-wanted // pixel_tasks))[1]
         unroll = 2 if g.inputs // 2 % 2 == 0 else 1
