@@ -101,7 +101,8 @@ class WinogradKernel(ConvKernel):
         self.width = tiling.blocks * isa.lanes  # words of weights and products per channel pair and tile
         pitches = [odd_lines(s) for s in (tiling.block_tiles * self.pairs, self.pairs * self.width, tiling.block_tiles * self.width)]
         self.v_pitch, self.u_pitch, self.m_pitch = pitches  # words from one of the 16 positions to the next
-        self.v, self.u, self.m, self.words = np.cumsum([0, *[N * N * p for p in pitches]]).tolist()
+        starts: list[int] = np.cumsum([0, *[N * N * p for p in pitches]]).tolist()
+        self.v, self.u, self.m, self.words = starts
 
     @property
     def scratch(self) -> int:
