@@ -35,12 +35,9 @@ def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
         attrs["tirx.kernel_launch_params"] = ["blockIdx.x", "threadIdx.x"]
         functions[symbol] = kernel.func.with_attrs(attrs)
     passes = [
-        tirx.transform.StmtSimplify(),
         tirx.transform.FlattenBuffer(),
         tirx.transform.VectorizeLoop(True),
         tirx.transform.UnrollLoop(),
-        tirx.transform.StmtSimplify(),
-        tirx.transform.CommonSubexprElim(),
         tirx.transform.LowerIntrin(),
     ]
     try:

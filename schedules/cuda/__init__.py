@@ -1,1 +1,6 @@
 """Kernels for NVIDIA GPUs: importing this package registers their rows, best first."""
+
+from importlib import import_module as _import_module
+
+for _name in ("direct", "pool", "matmul"):
+    _import_module(f"{__name__}.{_name}")

@@ -215,7 +215,7 @@ def _unravel(flat_index: Any, shape: tuple[int, ...]) -> list[Any]:
     return [flat_index, *index] if shape else []
 
 
-def _check(op: OpCall) -> str | None:
+def check_operands(op: OpCall) -> str | None:
     integer = not op.name.startswith("qc.f32.")
     if not all(isinstance(o, np.ndarray) for o in op.operands[1 : 4 if integer else 3]):
         return "weights, bias and multipliers must be constants; use a matmul of two activations otherwise."
@@ -227,4 +227,4 @@ def _check(op: OpCall) -> str | None:
 
 
 for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.dense"):
-    portable(_name, convolution, check=_check)
+    portable(_name, convolution, check=check_operands)

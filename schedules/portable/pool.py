@@ -71,7 +71,7 @@ class Window:
         return np.array([[r.start, r.stop - 1] for r in map(self.valid, range(self.outputs))], np.int32)
 
 
-def _check_window(op: OpCall) -> str | None:
+def check_window(op: OpCall) -> str | None:
     for name, window in zip(("row", "column"), Window.of(op), strict=True):
         if any(not len(window.valid(o)) for o in range(window.outputs)):
             return f"a window of an output {name} lies in the padding entirely; every window must touch the image."
@@ -129,6 +129,18 @@ def max_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=[w.bounds().reshape(-1) for w in windows])
 
 
+def average_tables(op: OpCall) -> list[np.ndarray]:
+    """Per output pixel, flat: the multiplier float32(ratio / count), and the sum of the zero points of its valid taps, as stored."""
+    a = op.attrs
+    rows, columns = Window.of(op)
+    height, width = op.output.shape[1:3]
+    valid = np.array([len(rows.valid(o)) for o in range(height)])[:, None] * np.array([len(columns.valid(o)) for o in range(width)])[None]
+    count = np.full_like(valid, rows.taps * columns.taps) if a.get("count_include_pad", False) else np.maximum(valid, 1)
+    multipliers = (np.float64(a["ratio"]) / count).astype(np.float32).reshape(-1)
+    zeros = (valid * (a["x_zero_point"] + offset_of(str(op.operands[0].dtype)))).astype(np.int32).reshape(-1)
+    return [multipliers, zeros]
+
+
 def avg_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
     """`requantize(sum (x - zx), float32(ratio / count))` over the valid taps.
 
@@ -137,11 +149,6 @@ def avg_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
     a = op.attrs
     rows, columns = windows = Window.of(op)
     height, width = op.output.shape[1:3]
-    counted = a.get("count_include_pad", False)
-    valid = np.array([len(rows.valid(o)) for o in range(height)])[:, None] * np.array([len(columns.valid(o)) for o in range(width)])[None]
-    count = np.full_like(valid, rows.taps * columns.taps) if counted else np.maximum(valid, 1)
-    multipliers = (np.float64(a["ratio"]) / count).astype(np.float32).reshape(-1)
-    zeros = (valid * (a["x_zero_point"] + offset_of(str(op.operands[0].dtype)))).astype(np.int32).reshape(-1)
     tasks = task_count(math.prod(op.output.shape) * rows.taps * columns.taps, op.output.shape[0] * height, 100_000)
 
     def emit(k: Emitter) -> None:
@@ -165,7 +172,7 @@ def avg_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
 
             vectors(op.output.shape[3], k.width, step)
 
-    return make_kernel(row, op, target, emit, tasks=tasks, arrays=[*(w.bounds().reshape(-1) for w in windows), multipliers, zeros])
+    return make_kernel(row, op, target, emit, tasks=tasks, arrays=[*(w.bounds().reshape(-1) for w in windows), *average_tables(op)])
 
 
 def mean(op: OpCall, target: Target, row: str) -> Kernel:
@@ -229,12 +236,12 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op))
 
 
-def _check_mean(op: OpCall) -> str | None:
+def check_mean(op: OpCall) -> str | None:
     x = op.operands[0]
     count = math.prod(x.shape[d] for d in op.attrs["axes"])
     return f"the mean of {count} elements may overflow int32; at most {2**23} are supported." if count > 2**23 else None
 
 
-portable("qc.max_pool2d", max_pool2d, check=_check_window)
+portable("qc.max_pool2d", max_pool2d, check=check_window)
 portable("qc.avg_pool2d", avg_pool2d)
-portable("qc.mean", mean, check=_check_mean)
+portable("qc.mean", mean, check=check_mean)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ def each(k: Emitter, *extents: int) -> Iterator[list[Any]]:
     """This thread's part of all multi-indices below `extents`, one after the other: neighbouring threads differ in the last one."""
     total = math.prod(extents)
     rounds = -(-total // k.tasks)
-    with T.serial(0, rounds) as i:
-        flat = T.bind(k.task + i * k.tasks if rounds > 1 else k.task + 0)
+    with T.serial(0, rounds) if rounds > 1 else nullcontext(0) as i:
+        flat = T.bind(k.task + i * k.tasks) if rounds > 1 else k.task
         with T.If(flat < total), T.Then():
             yield unravel(flat, extents)
 
@@ -31,8 +31,8 @@ def unravel(flat: Any, extents: Sequence[int]) -> list[Any]:
     """The multi-index of a row-major position."""
     index: list[Any] = []
     for extent in reversed(extents[1:]):
-        index.insert(0, T.bind(tirx.truncmod(flat, extent)))
-        flat = T.bind(tirx.truncdiv(flat, extent))
+        index.insert(0, T.bind(tirx.truncmod(flat, extent)) if extent > 1 else T.int32(0))
+        flat = T.bind(tirx.truncdiv(flat, extent)) if extent > 1 else flat
     return [flat, *index] if extents else []
 
 
@@ -42,25 +42,31 @@ def words(buffer: Any) -> Any:
     return T.decl_buffer((size,), "int32", data=buffer.data)
 
 
+def quarter(index: Any) -> Any:
+    """The word of a byte index that is a multiple of 4."""
+    return T.shift_right(index, T.int32(2))
+
+
 def unpack(word: Any, byte: int, dtype: str) -> Any:
     """An 8-bit element of an int32 word."""
     return T.Cast(dtype, T.shift_right(word, T.int32(8 * byte)) if byte else word)
 
 
 def pack(values: Sequence[Any]) -> Any:
-    """Four 8-bit values as an int32 word, the first in the low byte."""
-    parts = [T.Cast("int32", T.Cast("uint8", v)) for v in values]
-    word = parts[0]
-    for i, part in enumerate(parts[1:], 1):
-        word = T.bitwise_or(word, T.shift_left(part, T.int32(8 * i)))
-    return word
+    """The low bytes of four int32 values as a word, the first lowest: three byte permutations."""
+    a, b, c, d = values
+
+    def permute(x: Any, y: Any, selector: int) -> Any:
+        return T.call_pure_extern("int32", "__byte_perm", x, y, T.int32(selector))
+
+    return permute(permute(a, b, 0x0040), permute(c, d, 0x0040), 0x5410)
 
 
 def elementwise(k: Emitter, views: Sequence[View], compute: Callable[[list[Any]], Any]) -> None:
     """views[-1][i] = compute(views[:-1][i]), element by element; 8-bit operands are read and written in words where they may be."""
     *sources, target = views
     *outer, inner = target.shape
-    packed = np.dtype(target.dtype).itemsize == 1 and all(_in_words(v) for v in views) and inner % 4 == 0
+    packed = np.dtype(target.dtype).itemsize == 1 and all(in_words(v) for v in views) and inner % 4 == 0
     run = 1 if not packed else 16 if inner % 16 == 0 and math.prod(target.shape) >= 16 * MANY else 4
     memory = [words(v.buffer) if packed and np.dtype(v.dtype).itemsize == 1 and v.strides[-1] else v.buffer for v in views]
     with each(k, *outer, inner // run) as (*index, part):
@@ -73,16 +79,16 @@ def elementwise(k: Emitter, views: Sequence[View], compute: Callable[[list[Any]]
                     shared = T.bind(buffer[start]) if stride == 0 else None
                     loaded.append([shared if stride == 0 else buffer[start + (first + i) * stride] for i in range(min(run, 4))])
                 else:
-                    word = T.bind(buffer[tirx.truncdiv(start, 4) + first // 4])
+                    word = T.bind(buffer[quarter(start) + first // 4])
                     loaded.append([unpack(word, i, source.dtype) for i in range(4)])
             values = [T.bind(compute([x[i] for x in loaded])) for i in range(min(run, 4))]
             if packed:
-                T.buffer_store(memory[-1], pack(values), [tirx.truncdiv(starts[-1], 4) + first // 4])
+                T.buffer_store(memory[-1], pack([T.Cast("int32", v) for v in values]), [quarter(starts[-1]) + first // 4])
             else:
                 T.buffer_store(target.buffer, values[0], [starts[-1]])
 
 
-def _in_words(view: View) -> bool:
+def in_words(view: View) -> bool:
     """Whether runs of four elements of the last dimension are aligned words (or not 8-bit, or one element repeated)."""
     if view.strides[-1] == 0 or np.dtype(view.dtype).itemsize != 1:
         return True

@@ -201,6 +201,18 @@ extern "C" inline __attribute__((used)) void qc_emulate(void* function, int argu
 // Seeds the order in which threads run between barriers.
 extern "C" inline __attribute__((used)) void qc_emulate_order(uint64_t seed) { qc_emulation::order = 2 * seed + 1; }
 
+#define QC_VECTORS(type)                                                              \
+  struct type##2 {                                                                    \
+    type x, y;                                                                        \
+  } __attribute__((aligned(8)));                                                      \
+  struct type##4 {                                                                    \
+    type x, y, z, w;                                                                  \
+  } __attribute__((aligned(16)));                                                     \
+  inline type##2 make_##type##2(type x, type y) { return {x, y}; }                    \
+  inline type##4 make_##type##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+QC_VECTORS(int)
+QC_VECTORS(float)
+
 inline void __syncthreads() { qc_emulation::suspend(qc_emulation::BLOCK); }
 inline void __syncwarp() { qc_emulation::suspend(qc_emulation::WARP); }
 

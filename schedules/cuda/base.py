@@ -1,0 +1,49 @@
+"""The row type of plain GPU kernels, and how a thread reads adjacent channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import View
+from qcompiler.schedules.portable.base import PortableRow
+from qcompiler.schedules.portable.threads import in_words, quarter, unpack, words
+from qcompiler.schedules.table import Kernel, OpCall, register
+from qcompiler.targets import Target
+
+Make = Callable[[OpCall, Target, str], Kernel]
+
+
+def gpu_row(operator: str, make: Make, check: Callable[[OpCall], str | None] = lambda op: None) -> None:
+    """Register `make` as the plain GPU row of `operator` ("qc.mean" -> "cuda/mean")."""
+    register(operator, PortableRow(f"cuda/{operator.removeprefix('qc.')}", make, check, isa="cuda"))
+
+
+def run_length(*views: View) -> int:
+    """Adjacent channels that a thread handles at once: 4 where every view has them in aligned words, else 1."""
+    return 4 if all(in_words(v) and v.dtype in ("int8", "uint8") and v.shape[-1] % 4 == 0 for v in views) else 1
+
+
+class Reader:
+    """Reads `run` adjacent elements of an 8-bit view as int32 scalars."""
+
+    def __init__(self, view: View, run: int) -> None:
+        self.view, self.run = view, run
+        self.memory = words(view.buffer) if run > 1 else view.buffer
+
+    def __call__(self, index: Any) -> list[Any]:
+        """The elements at flat index `index`, a multiple of `run`."""
+        if self.run == 1:
+            return [T.Cast("int32", self.memory[index])]
+        found = []
+        for i in range(self.run // 4):
+            word = T.bind(self.memory[quarter(index) + i])
+            found += [T.Cast("int32", unpack(word, j, self.view.dtype)) for j in range(4)]
+        return found
+
+
+def local(elements: int, dtype: str = "int32") -> Any:
+    """Registers of a thread: every index must be a constant once loops are unrolled."""
+    return T.alloc_buffer((elements,), dtype, scope="local")

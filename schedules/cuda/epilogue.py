@@ -1,0 +1,147 @@
+"""The end of a convolution on a GPU: from int32 (or float32) accumulators of adjacent channels, in registers, to the stored result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import Emitter, clamp, round_word
+from qcompiler.schedules.portable.threads import pack, quarter, unpack, words
+from qcompiler.schedules.table import Layout, OpCall
+
+LIMIT = 2.0**30  # of a convolution's share in a sum with a residual: numerics.md (10)
+
+
+def quad(buffer: Any, index: Any) -> Any:
+    """Elements 4 * index .. 4 * index + 3 of an aligned 4-byte buffer, loaded at once: the code generator sees that 4 divides the place."""
+    return T.bind(buffer[T.ramp(T.bind(index) * 4, 1, 4)])
+
+
+def element(vector: Any, i: int) -> Any:
+    return T.Shuffle([vector], [i])
+
+
+def finish_arrays(op: OpCall, bias: np.ndarray, channels: np.ndarray) -> list[np.ndarray]:
+    """Constants of an `Epilogue`, for accumulator i of output channel channels[i] (negative: none): bias, and for integers multipliers."""
+    known = channels >= 0
+    arrays = [bias] if op.name.startswith("qc.f32.") else [bias, np.asarray(op.operands[3], np.float32)]
+    return [np.where(known, a.reshape(-1)[np.maximum(channels, 0)], 0).astype(a.dtype) for a in arrays]
+
+
+@dataclass
+class Epilogue:
+    """Writes `run` adjacent output channels of a pixel at a time. Constants are padded to whole runs; `outputs`: channels of one group."""
+
+    k: Emitter
+    bias: Any
+    multipliers: Any  # None for float operators
+    run: int
+    outputs: int
+
+    def __post_init__(self) -> None:
+        k, a = self.k, self.k.op.attrs
+        self.layout = k.op.output
+        tensors = k.op.tensors
+        self.residual: Layout | None = tensors[1] if len(tensors) > 1 else None
+        self.integer = self.multipliers is not None
+        self.narrow = self.layout.dtype == "int8"
+        if self.narrow:
+            zero = int(a.get("zero_point", 0))
+            self.zero, self.low, self.high = k.i32(zero), k.f32(a.get("low", -128) - zero), k.f32(a.get("high", 127) - zero)
+            if self.residual:
+                self.residual_zero, self.factor = k.i32(a["residual_zero_point"]), k.i32(a["residual_multiplier"])
+                self.scale = k.f32(2.0 ** -a["residual_shift"])
+        else:
+            names = ("float_low", "float_high") if self.integer else ("low", "high")
+            self.low, self.high = (k.f32_or_none(a.get(n)) for n in names)
+        groups = int(a.get("groups", 1))
+        whole = self.outputs % self.run == 0
+        # Elements behind the last channel may be written where the pixel has room for them.
+        self.whole = whole or (groups == 1 and self.layout.channel_pitch >= -(-self.outputs // self.run) * self.run)
+        self.out_step = self._step(self.layout, groups) if self.narrow else 1
+        self.residual_step = self._step(self.residual, groups) if self.residual and self.narrow else 1
+        self.out_words = words(k.output) if self.out_step >= 4 else None
+        self.residual_words = words(k.inputs[1]) if self.residual_step >= 4 else None
+
+    def _step(self, layout: Layout, groups: int) -> int:
+        """Bytes that can be read or written at once: the alignment of every run."""
+        parts = [self.run, layout.channel_pitch] + ([self.outputs] if groups > 1 else [])
+        return math.gcd(*parts)
+
+    def __call__(self, accs: Sequence[Any], table: Any, pixel: Any, group: Any, channel: Any) -> None:
+        """`table`: index of the first accumulator in the constants, a multiple of `run`. `pixel`: flat output pixel; `channel`: the first
+        one within `group`."""
+        first = T.bind(group * self.outputs + channel)
+        out = T.bind(self._place(self.layout, pixel) + first)
+        source = T.bind(self._place(self.residual, pixel) + first) if self.residual else None
+        if self.whole:
+            self._write(self._values(accs, table, source, None), out)
+            return
+        with T.If(channel + self.run <= self.outputs):
+            with T.Then():
+                self._write(self._values(accs, table, source, None), out)
+            with T.Else():
+                for i in range(self.run):
+                    with T.If(channel + i < self.outputs), T.Then():
+                        self._store(out + i, self._values(accs, table, source, i)[0])
+
+    def _place(self, layout: Layout, pixel: Any) -> Any:
+        if not any(layout.halo):
+            return pixel * layout.channel_pitch
+        _, h, w, _ = layout.shape
+        row = T.bind(tirx.truncdiv(pixel, w))
+        return layout.index(tirx.truncdiv(row, h), tirx.truncmod(row, h), tirx.truncmod(pixel, w), 0)
+
+    def _constant(self, buffer: Any, table: Any, wanted: Sequence[int]) -> list[Any]:
+        if self.run % 4 or len(wanted) == 1:
+            return [buffer[table + i] for i in wanted]
+        quads = [quad(buffer, quarter(table) + i) for i in range(self.run // 4)]
+        return [element(quads[i // 4], i % 4) for i in wanted]
+
+    def _values(self, accs: Sequence[Any], table: Any, source: Any, only: int | None) -> list[Any]:
+        """Results of all accumulators, or of one: int32 with the byte to store at the bottom, or float32."""
+        wanted = list(range(self.run)) if only is None else [only]
+        bias = self._constant(self.bias, table, wanted)
+        values = [accs[i] + b for i, b in zip(wanted, bias, strict=True)]
+        if self.integer:
+            scales = self._constant(self.multipliers, table, wanted)
+            values = [T.Cast("float32", v) * s for v, s in zip(values, scales, strict=True)]
+        extra = self._residual(source, wanted) if self.residual else [None] * len(wanted)
+        return [T.bind(self._finish(v, r)) for v, r in zip(values, extra, strict=True)]
+
+    def _residual(self, source: Any, wanted: Sequence[int]) -> list[Any]:
+        assert self.residual
+        if self.residual_words is None or len(wanted) == 1:
+            return [self.k.inputs[1][source + i] for i in wanted]
+        loaded = [T.bind(self.residual_words[quarter(source) + i]) for i in range(self.run // 4)]
+        return [unpack(loaded[i // 4], i % 4, "int8") for i in wanted]
+
+    def _finish(self, value: Any, extra: Any) -> Any:
+        if not self.narrow:
+            return clamp(value if extra is None else value + extra, self.low, self.high, 1)
+        if extra is not None:
+            limit = tirx.const(LIMIT, "float32")
+            share = T.call_pure_extern("int32", "__float2int_rn", clamp(value, -limit, limit, 1))
+            value = T.Cast("float32", share + (T.Cast("int32", extra) - self.residual_zero) * self.factor) * self.scale
+        return round_word(clamp(value, self.low, self.high, 1), 1) + self.zero
+
+    def _write(self, values: Sequence[Any], out: Any) -> None:
+        if self.out_words is None:
+            for i, value in enumerate(values):
+                self._store(out + i, value)
+            return
+        packed = [T.bind(pack(values[i : i + 4])) for i in range(0, self.run, 4)]
+        lanes = min(4, self.out_step // 4)
+        for i in range(0, len(packed), lanes):
+            place = quarter(out) + i
+            value = packed[i] if lanes == 1 else T.Shuffle(packed[i : i + lanes], list(range(lanes)))
+            T.buffer_store(self.out_words, value, [place if lanes == 1 else T.ramp(place, 1, lanes)])
+
+    def _store(self, index: Any, value: Any) -> None:
+        T.buffer_store(self.k.output, T.Cast("int8", value) if self.narrow else value, [index])
