@@ -124,7 +124,8 @@ def layer_op(layer: tuple[int, int, int, int, int, bool, int], dtype: str) -> tu
         x, operands = rng.standard_normal(image).astype(np.float32), [rng.standard_normal(shape).astype(np.float32), bias]
     else:
         attrs |= {"x_zero_point": -128, "zero_point": -128, "low": -128, "high": 127, "out_dtype": "int8"}
-        x, weight = rng.integers(-128, 128, image).astype(np.int8), rng.integers(-127, 128, shape).astype(np.int8)
+        x = rng.integers(-128, 128, image).astype(np.int8)
+        weight = np.clip(np.rint(rng.normal(0, 32, shape)), -127, 127).astype(np.int8)  # about as wide as trained layers
         operands = [weight, bias, np.full(outputs, 0.5 / (74 * np.sqrt(weight[0].size)), np.float32)]
         if residual:
             attrs |= {"residual_zero_point": 0, "residual_multiplier": 1000, "residual_shift": 11}

@@ -10,6 +10,7 @@ import numpy as np
 
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.conv_kernel import FLOAT_MAX, ConvKernel, Epilogue, Parameters, subgroups_of
+from qcompiler.schedules.conv_steps import sort_steps
 from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
 from qcompiler.targets import Target
@@ -74,7 +75,12 @@ class ConvRow:
         weight = weight.reshape(weight.shape[0], 1, 1, -1) if weight.ndim == 2 else weight
         order = subgroups_of(emitter.channels) if epilogue.packed else None
         groups = geometry.groups
-        constants = [plan.pack(plan.merge_weight(weight, groups * joined, joined), self.unit, emitter.channels, order)]
+        steps = plan.steps_of(plan.merge_weight(weight, groups * joined, joined), self.unit, emitter.channels, order)
+        if self.unit.short:
+            packed, table = sort_steps(steps, geometry, self.unit, emitter.channels)
+            constants = [packed, table]
+        else:
+            constants = [plan.pack(steps, self.unit, emitter.channels)]
         if self.unit.is_float:
             constants.append(plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order))
         else:

@@ -21,6 +21,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, split_blocks
+from qcompiler.schedules.conv_steps import CLASSES, step_classes, table_size, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
 
 FLOAT_MAX = 3.4028234663852886e38
@@ -112,12 +113,14 @@ class ConvKernel:
             with T.prim_func(s_tir=True, is_private=True):
                 T.func_attr({"tirx.noalias": True})
                 task = T.arg("task", T.int32())
-                names = ["x", "residual", "w", "bias", "multiplier", "params", "out"]
-                absent = ({"residual"} if g.residual is None else set()) | ({"multiplier"} if isa.is_float else set())
+                names = ["x", "residual", "w", "steps", "bias", "multiplier", "params", "out"]
+                absent = {n for n, here in (("residual", g.residual), ("steps", isa.short), ("multiplier", not isa.is_float)) if not here}
                 pointers = {n: T.arg(n, T.handle()) for n in names if n not in absent}
                 lanes = g.groups * self.channels.vectors * isa.lanes
                 self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
                 self.w = T.decl_buffer((lanes * g.depth(isa.group) * isa.group,), isa.weight_dtype, data=pointers["w"])
+                if isa.short:
+                    self.steps = T.decl_buffer((table_size(g, isa, self.channels),), "int32", data=pointers["steps"])
                 self.bias = T.decl_buffer((lanes,), isa.accumulator, data=pointers["bias"])
                 if not isa.is_float:
                     self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
@@ -191,7 +194,11 @@ class ConvKernel:
             for line in accs:
                 for acc, value in zip(line[b], isa.tie(bias), strict=True):
                     save(acc, 0, value, isa.lanes)
-        self.reduce(accs, blocks, x, w)
+        if isa.short:
+            tile = T.bind(group * len(tile_spans(self.channels)) + block // self.channels.blocks)
+            self.reduce_sorted(accs, blocks, x, w, T.bind(tile * (CLASSES + g.depth(isa.group))))
+        else:
+            self.reduce(accs, blocks, x, w)
         values = []
         for line in accs:
             sums = [[T.bind(v) for v in isa.untie([load(acc, 0, isa.lanes) for acc in tied])] for tied in line]
@@ -249,6 +256,29 @@ class ConvKernel:
                 steps(x + whole * move, w + whole * size, tail, 1)
 
         nest(0, x, w)
+
+    def reduce_sorted(self, accs: list[list[list[Any]]], blocks: int, x: Any, w: Any, table: Any) -> None:
+        """The steps of a tile, class after class; `table`: where its part of the step table begins."""
+        g, isa, short = self.g, self.isa, self.isa.short
+        assert short is not None and isa.pixels == 1
+        size, tail = isa.lanes * isa.group, g.tail(isa.group)
+        places = [(r * g.strides[0] * g.x.rows[1] + c * g.strides[1]) * g.x.channel_pitch for r, c in self.offsets]
+
+        def step(x: Any, w: Any, forms: list[Isa], valid: int) -> None:
+            weights = [form.weights(self.w, w + b * size) for b, form in enumerate(forms)]
+            for place, line in zip(places, accs, strict=True):
+                values = {form: form.activation(self.x, x + place, valid) for form in dict.fromkeys(forms)}
+                for (acc,), form, weight in zip(line, forms, weights, strict=True):
+                    save(acc, 0, form.dot(load(acc, 0, isa.lanes), values[form], weight), isa.lanes)
+
+        begin: Any = 0
+        whole = [(i, mask, isa.group) for i, mask in enumerate(step_classes(blocks))]
+        for index, mask, valid in whole + ([(CLASSES - 1, -1, tail)] if tail != isa.group else []):
+            end = T.bind(self.steps[table + index])
+            forms = [isa if mask >> b & 1 else short for b in range(blocks)]
+            with T.serial(begin, end) as i:
+                step(T.bind(x + self.steps[table + CLASSES + i]), T.bind(w + i * (blocks * size)), forms, valid)
+            begin = end
 
     def scaled(self, value: Any, vector: Any, b: int) -> Any:
         """float32(acc) * multiplier."""

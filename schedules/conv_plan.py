@@ -179,23 +179,26 @@ def runs(count: int, tasks: int) -> tuple[int, int]:
     return length, -(-count // length)
 
 
-def pack(weight: np.ndarray, isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
-    """[G, O, KH, KW, I] as read by tiles: per group and tile [KH][KW][I/group][block][lane][group], zeros where padded.
-
-    `subgroups`: see `lane_order`.
-    """
+def steps_of(weight: np.ndarray, isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+    """[G, O, KH, KW, I] as the weights of dot steps, [G, vectors, depth, lanes, group], zeros where padded. `subgroups`: see `lane_order`."""
     groups, outputs, kh, kw, inputs = weight.shape
     steps = -(-inputs // isa.group)
     padded = np.zeros((groups, channels.vectors * isa.lanes, kh, kw, steps * isa.group), weight.dtype)
     padded[:, :outputs, :, :, :inputs] = weight
     padded = padded[:, lane_order(isa, channels, subgroups)]
-    by_block = padded.reshape(groups, channels.vectors, isa.lanes, kh, kw, steps, isa.group).transpose(0, 1, 3, 4, 5, 2, 6)
-    packed = isa.pack_weights(np.ascontiguousarray(by_block))  # [G, vectors, KH, KW, steps, lanes * group]
+    by_block = padded.reshape(groups, channels.vectors, isa.lanes, kh * kw * steps, isa.group).transpose(0, 1, 3, 2, 4)
+    return np.ascontiguousarray(by_block)
+
+
+def pack(steps: np.ndarray, isa: Isa, channels: Channels) -> np.ndarray:
+    """The weights of `steps_of` as read by tiles: per group and tile [depth][block][lane][group]."""
+    groups, _, depth = steps.shape[:3]
+    packed = isa.pack_weights(steps)  # [G, vectors, depth, lanes * group]
     tiles, full = [], channels.full * channels.blocks
     for begin, count, blocks in ((0, channels.full, channels.blocks), (full, int(channels.last > 0), channels.last)):
         if count:
-            part = packed[:, begin : begin + count * blocks].reshape(groups, count, blocks, kh, kw, steps, -1)
-            tiles.append(part.transpose(0, 1, 3, 4, 5, 2, 6).reshape(groups, -1))
+            part = packed[:, begin : begin + count * blocks].reshape(groups, count, blocks, depth, -1)
+            tiles.append(part.swapaxes(2, 3).reshape(groups, -1))
     return np.concatenate(tiles, axis=1).reshape(-1)
 
 

@@ -68,6 +68,11 @@ class Isa(ABC):
     is_float: bool
 
     @property
+    def short(self) -> Isa | None:
+        """A faster form of the dot step, same in lanes, group and bytes of weights, that computes the weights it `takes` exactly."""
+        return None
+
+    @property
     def span(self) -> int:
         """Dot steps that one load of activations serves: a power of two."""
         return 1
@@ -113,6 +118,10 @@ class Isa(ABC):
     def refuse(self, pixels: int, inputs: int, weight: np.ndarray) -> str | None:
         """Why an operator with so many output pixels (of an image) and input channels (of a group) can't be computed this way, or None."""
         return None
+
+    def takes(self, groups: np.ndarray) -> np.ndarray:
+        """Which dot steps over [..., lanes, group] weights this form computes exactly, whatever the activations: bool [...]."""
+        return np.ones(groups.shape[:-2], bool)
 
     def packed_dwords(self, blocks: int) -> list[int]:
         """The permutation of dwords that makes the pixels of a packed vector contiguous: result[i] = packed[order[i]].

@@ -11,8 +11,10 @@ import tvm
 
 from qcompiler import numerics, schedules
 from qcompiler.schedules.conv import ConvRow
+from qcompiler.schedules.conv_steps import CLASSES, step_classes
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
+from qcompiler.schedules.x86.isa import AVX2 as AVX2_ISA
 from qcompiler.targets import Target, find_target, missing_features
 
 AVX512, AVX2, AVXVNNI = (find_target(f"x86-{n}") for n in ("avx512vnni", "avx2", "avxvnni"))
@@ -62,6 +64,7 @@ class Case:
     scale: float = 1.0  # of the multipliers: large ones saturate nearly everything
     spare: tuple[int, int, int, int] = (0, 0, 0, 0)  # halo of the input beyond what the row needs, as another consumer may ask for
     extreme: bool = False  # inputs -128 and 127, weights -127 and 127
+    spread: float = 0  # weights have this standard deviation, as trained ones do, instead of being uniform
 
     def attributes(self) -> dict[str, Any]:
         pad = [self.pad] * 4 if isinstance(self.pad, int) else list(self.pad)
@@ -87,6 +90,8 @@ class Case:
             x, w = rng.choice(np.array([-128, 127], np.int8), self.image), rng.choice(np.array([-127, 127], np.int8), shape)
         else:
             x, w = rng.integers(-128, 128, self.image).astype(np.int8), rng.integers(-127, 128, shape).astype(np.int8)
+        if self.spread:
+            w = np.clip(np.rint(rng.normal(0, self.spread, shape)), -127, 127).astype(np.int8)
         bias = rng.integers(-9000, 9000, self.outputs).astype(np.int32)
         typical = 70 * 74 * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
         multiplier = (self.scale * rng.uniform(20, 90, self.outputs) / typical).astype(np.float32)
@@ -137,6 +142,9 @@ CASES = {
     "clamped": Case((1, 7, 9, 16), 48, attrs={"low": -20, "high": 33}),
     "signed-storage": Case((1, 7, 9, 16), 48, storage="int8", attrs={"low": -100}),
     "overflow": Case((1, 4, 7, 16), 32, scale=1e9),
+    "bell": Case((1, 8, 9, 32), 48, (3, 3), pad=1, spread=30),
+    "bell-ragged": Case((2, 7, 9, 11), 21, (3, 3), (2, 2), 1, spread=30, residual=True),
+    "bell-grouped": Case((1, 9, 8, 64), 96, (3, 3), pad=1, groups=2, spread=30),
     "extreme": Case((1, 8, 8, 128), 48, (3, 3), pad=1, extreme=True, attrs={"x_zero_point": -128}),
     "extreme-zero": Case((1, 6, 8, 64), 17, extreme=True, attrs={"x_zero_point": 127, "zero_point": -128}),
     "float-out": Case((1, 5, 9, 20), 27, (3, 3), pad=1, attrs={"out_dtype": "float32"}),
@@ -310,8 +318,53 @@ def test_alder_lake_gets_vex_encoded_dots() -> None:
     assert "vpdpbusd" in assembly and "zmm" not in assembly and "{vex}" in assembly
 
 
-def test_avx2_never_saturates_pair_sums() -> None:
-    row, op = row_of("qc.conv2d", AVX2), sample_op()
-    kernel = row.build(op, row.default(op, AVX2), AVX2)
-    assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 2), target=tvm.target.Target(AVX2.tvm)).inspect_source("asm")
-    assert "vpmaddwd" in assembly and "vpmaddubsw" not in assembly
+# -- the short step of AVX2 --------------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_that_could_saturate_are_refused() -> None:
+    """VPMADDUBSW, as its manual has it, against the exact sum, at every pair of weights near the bound and the extremes of activations."""
+    short = AVX2_ISA.short
+    assert short is not None
+    weights = np.array([(a, b) for a in range(-127, 128) for b in range(-127, 128) if abs(abs(a) + abs(b) - 128) <= 3 or abs(a) == abs(b)], np.int8)
+    steps = np.zeros((len(weights), 8, 4), np.int8)
+    steps[:, 5, 2:] = weights  # one lane of eight, one pair of two
+    sums = [weights.astype(np.int64) @ (u, v) for u in (0, 255) for v in (0, 255)]
+    exact = np.all([(s >= -(2**15)) & (s < 2**15) for s in sums], axis=0)
+    assert exact.any() and not exact.all()
+    np.testing.assert_array_equal(short.takes(steps), exact)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("kernel,pad", [((1, 1), 0), ((3, 3), 1)])
+def test_every_class_of_steps(kernel: tuple[int, int], pad: int, blocks: int) -> None:
+    """Weights at the bound (pairs of 64 and 64 stay short, 64 and 65 go long) and at the extremes, full activations, in all classes."""
+    if missing_features(AVX2):
+        pytest.skip("needs AVX2")
+    rng, (channels, outputs) = np.random.default_rng(blocks), (40, 24)
+    w = rng.choice(np.array([-64, 64], np.int8), (outputs, *kernel, channels))
+    for block in (0, 1):  # of two blocks of channels that are packed together, each has other steps that can't be short
+        lanes = np.arange(outputs) // 4 % 2 == block
+        w[lanes, :, :, 12 * block : 12 * block + 9] = rng.choice(np.array([-127, -65, 65, 127], np.int8), w[lanes, :, :, :9].shape)
+    w[:, :, :, 36:40] = 127
+    x = rng.choice(np.array([-128, 127, 127], np.int8), (1, 5, 9, channels))
+    attrs = Case((1, 5, 9, channels), outputs, kernel, pad=pad).attributes() | {"x_zero_point": -128}
+    bias, multiplier = np.zeros(outputs, np.int32), np.full(outputs, 1e-4, np.float32)
+    row, output = row_of("qc.conv2d", AVX2), Layout((1, 5, 9, outputs), "uint8")
+    op = OpCall("qc.conv2d", [Layout(x.shape, "uint8", (pad,) * 4), w, bias, multiplier], attrs, output)
+    built = row.build(op, row.default(op, AVX2) | {"rows": 1, "cols": 2, "blocks": blocks}, AVX2)
+    table = built.constants[1].reshape(-1, CLASSES + kernel[0] * kernel[1] * channels // 4)
+    sizes = np.diff(table[:, :CLASSES], axis=1, prepend=0)[:, : len(step_classes(blocks))]
+    assert (sizes.sum(0) > 0).all() and (table[:, CLASSES - 1] == table.shape[1] - CLASSES).all()
+    got = fetch(run_kernel(built, [store(x, op.tensors[0], -128)], output, AVX2), output)
+    np.testing.assert_array_equal(got, numerics.conv2d(x, w, bias, multiplier, **attrs))
+
+
+def test_weights_decide_the_order_of_steps_and_never_the_code() -> None:
+    row, narrow, wide = row_of("qc.conv2d", AVX2), sample_op(), sample_op()
+    wide.operands[1] = np.full((32, 1, 1, 32), 127, np.int8)
+    kernels = [row.build(op, row.default(op, AVX2), AVX2) for op in (narrow, wide)]
+    assert kernels[0].key == kernels[1].key
+    tvm.ir.assert_structural_equal(kernels[0].func, kernels[1].func, map_free_vars=True)
+    tables = [k.constants[1].reshape(-1, CLASSES + 8) for k in kernels]
+    assert (tables[0][:, 0] == 8).all() and (tables[1][:, 0] == 0).all()
+    assert [a.nbytes for a in kernels[0].constants] == [a.nbytes for a in kernels[1].constants]

@@ -1,13 +1,14 @@
 """x86 vector ISAs as facts: widths, registers, costs, and the instructions of a dot step and of the epilogue.
 
-An 8-bit step is exact in int32 on every row: VPDPBUSD does not saturate (VPDPBUSDS would), and without VNNI the products are formed by
-VPMADDWD from operands widened to int16, never by VPMADDUBSW, whose int16 pair sums saturate.
+An 8-bit step is exact in int32 on every row. VPDPBUSD does not saturate (VPDPBUSDS would). Without VNNI there are two forms. VPMADDWD multiplies
+operands widened to int16. VPMADDUBSW multiplies bytes, in three instructions in all against four and the widening, but saturates its int16 pair
+sums: it serves the steps whose weights can't bring a pair there, whatever the activations (`X86.takes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ __all__ = ["AVX2", "AVX2FMA", "AVX512FMA", "AVX512VNNI", "AVXVNNI", "X86", "call
 
 @dataclass(frozen=True)
 class X86(Isa):
-    """`kind`: "vnni" (VPDPBUSD), "madd" (VPMADDWD and VPADDD) or "fma" (float32)."""
+    """`kind`: "vnni" (VPDPBUSD), "words" (VPMADDWD and VPADDD), its short form "pairs" (VPMADDUBSW, VPMADDWD and VPADDD) or "fma" (float32)."""
 
     kind: str
 
@@ -29,21 +30,34 @@ class X86(Isa):
     def input_dtype(self) -> str:
         return "float32" if self.is_float else "uint8"
 
+    @property
+    def short(self) -> X86 | None:
+        return replace(self, kind="pairs") if self.kind == "words" else None
+
+    def takes(self, groups: np.ndarray) -> np.ndarray:
+        """As `Isa`. Of a pair, u8 activations reach at most 255 * (the positive weights), at least 255 * (the negative ones); 255 * 128 = 32640
+        fits int16, 255 * 129 = 32895 doesn't, nor does -32895."""
+        if self.kind != "pairs":
+            return super().takes(groups)
+        pairs = groups.astype(np.int16).reshape(*groups.shape[:-1], 2, 2)
+        largest = np.maximum(np.maximum(pairs, 0).sum(-1), np.maximum(-pairs, 0).sum(-1))
+        return np.asarray((largest <= 128).all(axis=(-1, -2)))
+
     def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
-        """As `Isa`; the operands of "madd" are widened by the units that multiply and add."""
-        if self.kind == "madd":
+        """As `Isa`; the operands of "words" are widened by the units that multiply and add."""
+        if self.kind == "words":
             return pixels * blocks * self.dot_cost + pixels * self.broadcast_cost + blocks * self.weight_cost
         return super().step_cycles(pixels, blocks, streamed)
 
     def pack_weights(self, groups: np.ndarray) -> np.ndarray:
-        """As `Isa`; "madd" splits a group into its even and its odd channels, as `activation` does."""
+        """As `Isa`; "words" splits a group into its even and its odd channels, as `activation` does."""
         outer = groups.shape[:-2]
-        if self.kind == "madd":
+        if self.kind == "words":
             groups = np.stack([groups[..., 0::2], groups[..., 1::2]], axis=-3)
         return groups.reshape(*outer, -1)
 
     def weights(self, buffer: Any, index: Any) -> list[Any]:
-        if self.kind == "vnni":
+        if self.kind in ("vnni", "pairs"):
             return [T.bind(load(buffer, index, 4 * self.lanes))]
         if self.kind == "fma":
             return [T.bind(load(buffer, index, self.lanes))]
@@ -60,7 +74,7 @@ class X86(Isa):
             for i in range(valid):
                 word = T.bitwise_or(word, T.shift_left(T.Cast("int32", load(buffer, index + i, 1)), tirx.const(8 * i, "int32")))
         spread = T.bind(T.broadcast(word, self.lanes))
-        if self.kind == "vnni":
+        if self.kind in ("vnni", "pairs"):
             return [T.bind(T.reinterpret(f"int8x{4 * self.lanes}", spread))]
         # bytes (x0, x1, x2, x3) of a dword as words: (x0, x2) are its low bytes, (x1, x3) its high bytes
         words = T.reinterpret(f"uint16x{2 * self.lanes}", spread)
@@ -73,6 +87,9 @@ class X86(Isa):
             return call(f"int32x{self.lanes}", f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", acc, x[0], w[0])
         if self.kind == "fma":
             return call(f"float32x{self.lanes}", "llvm.fma", x[0], w[0], acc)
+        if self.kind == "pairs":
+            sums = call(f"int16x{2 * self.lanes}", "llvm.x86.avx2.pmadd.ub.sw", x[0], w[0])
+            return acc + call(f"int32x{self.lanes}", "llvm.x86.avx2.pmadd.wd", sums, scalar(1, "int16", 2 * self.lanes))
         for a, b in zip(x, w, strict=True):
             acc = acc + call(f"int32x{self.lanes}", "llvm.x86.avx2.pmadd.wd", a, b)
         return acc
@@ -103,6 +120,6 @@ class X86(Isa):
 # Cycles measured on a Zen 4 core, whose 512-bit units are two 256-bit halves.
 AVX512VNNI = X86("x86-avx512vnni", 16, 32, 4, 1, 1.0, 0.5, 1.0, 2.0, 4.0, False, "vnni")
 AVXVNNI = X86("x86-avxvnni", 8, 16, 4, 1, 0.5, 0.55, 0.5, 1.0, 4.3, False, "vnni")
-AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.35, 0.25, 0.65, 1.0, 4.0, False, "madd")
+AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.35, 0.25, 0.65, 1.0, 4.0, False, "words")
 AVX512FMA = X86("x86-avx512vnni", 16, 32, 1, 1, 1.0, 0.5, 1.0, 1.0, 4.0, True, "fma")
 AVX2FMA = X86("x86-avx2", 8, 16, 1, 1, 0.5, 0.65, 0.5, 0.5, 4.3, True, "fma")
