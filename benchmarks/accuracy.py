@@ -103,9 +103,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=networks.default_data(), help="directory with models/ and imagenet/")
-    parser.add_argument("--cache", type=Path, default=networks.default_cache(), help="where networks that have to be made are kept")
-    parser.add_argument("--network", action="append", choices=networks.NAMES, help="default: all three")
+    networks.add_arguments(parser, networks.NAMES)
     parser.add_argument("--images", type=int, help="evaluation images (default: all)")
     parser.add_argument("--target", default="native")
     parser.add_argument("--preset", default="default")

@@ -1,180 +1,180 @@
-"""How near the convolution and dense kernels come to the peak of the machine: layer by layer, one thread, untuned.
+"""The KERNELS table against the roofline: how near each kernel comes to what the machine can do at most. One thread, untuned.
 
-    python benchmarks/kernels.py [--isa x86-avx512vnni] [--network resnet50|mobilenet_v2|all] [--float] [--match 3x3]
+    python benchmarks/kernels.py [--isa x86-avx512vnni] [--family resnet50 mobilenet_v2 depthwise others] [--float] [--match 3x3] [--search 20]
 
-The peak is that of a loop of dot instructions over registers, measured in turns with each kernel, because clocks and neighbours vary; a
-column is kernel over peak. Kernels run back to back on the same data, as warm in cache as their size allows.
+A kernel can't be faster than its multiply-accumulates at the int8 peak, nor than its inputs and constants read, or its output written, at the bandwidth
+of the cache that holds them all (see roofline.py). "of roof" is the greatest of these three over its time, "bound by" says which it is. Peak and kernel
+are measured in turns, because clocks and neighbours vary. Kernels run back to back on the same data, as warm in cache as their size allows.
+--search times N random points of each design space too, and says how much faster the best of them is than the default.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import kernel_cases
 import numpy as np
+import roofline
 import tvm
+from kernel_cases import Case
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler import schedules
-from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.harness import aligned, store
-from qcompiler.schedules.isa import Isa, load, save
-from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
+from qcompiler.schedules.table import Kernel, Layout, OpCall, Row, select
 from qcompiler.targets import Target, find_target, missing_features
 
-# (image size, input channels, output channels, kernel, stride, residual, how often the network has it)
-LAYERS: dict[str, list[tuple[int, int, int, int, int, bool, int]]] = {
-    "resnet50": [
-        (224, 3, 64, 7, 2, False, 1), (56, 64, 64, 1, 1, False, 1), (56, 64, 64, 3, 1, False, 3), (56, 64, 256, 1, 1, False, 1),
-        (56, 64, 256, 1, 1, True, 3), (56, 256, 64, 1, 1, False, 2), (56, 256, 128, 1, 1, False, 1), (56, 128, 128, 3, 2, False, 1),
-        (28, 128, 512, 1, 1, True, 4), (56, 256, 512, 1, 2, False, 1), (28, 512, 128, 1, 1, False, 3), (28, 128, 128, 3, 1, False, 3),
-        (28, 512, 256, 1, 1, False, 1), (28, 256, 256, 3, 2, False, 1), (14, 256, 1024, 1, 1, True, 6), (28, 512, 1024, 1, 2, False, 1),
-        (14, 1024, 256, 1, 1, False, 5), (14, 256, 256, 3, 1, False, 5), (14, 1024, 512, 1, 1, False, 1), (14, 512, 512, 3, 2, False, 1),
-        (7, 512, 2048, 1, 1, True, 3), (14, 1024, 2048, 1, 2, False, 1), (7, 2048, 512, 1, 1, False, 2), (7, 512, 512, 3, 1, False, 2),
-        (1, 2048, 1000, 1, 1, False, 1),
-    ],
-    "mobilenet_v2": [
-        (224, 3, 32, 3, 2, False, 1), (112, 32, 16, 1, 1, False, 1), (112, 16, 96, 1, 1, False, 1), (56, 96, 24, 1, 1, False, 1),
-        (56, 24, 144, 1, 1, False, 2), (56, 144, 24, 1, 1, True, 1), (28, 144, 32, 1, 1, False, 1), (28, 32, 192, 1, 1, False, 3),
-        (28, 192, 32, 1, 1, True, 2), (14, 192, 64, 1, 1, False, 1), (14, 64, 384, 1, 1, False, 4), (14, 384, 64, 1, 1, True, 3),
-        (14, 384, 96, 1, 1, False, 1), (14, 96, 576, 1, 1, False, 3), (14, 576, 96, 1, 1, True, 2), (7, 576, 160, 1, 1, False, 1),
-        (7, 160, 960, 1, 1, False, 3), (7, 960, 160, 1, 1, True, 2), (7, 960, 320, 1, 1, False, 1), (7, 320, 1280, 1, 1, False, 1),
-        (1, 1280, 1000, 1, 1, False, 1),
-    ],
-}  # fmt: skip
-Run = Callable[[], float]  # seconds of one call
+FAMILIES = ("resnet50", "mobilenet_v2", "depthwise", "others")
 
 
-def timed(module: tvm.IRModule, target: Target, arrays: list[np.ndarray], microseconds: float = 1500) -> Run:
-    """A measurement of `run`: the mean of as many calls as take `microseconds`."""
-    function = tvm.tirx.build(module, target=tvm.target.Target(target.tvm))["run"]
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+@dataclass
+class Ready:
+    """A case with its row, its layouts decided and its inputs stored."""
 
-    def measure(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            function(*pointers)
-        return (time.perf_counter() - start) / count
-
-    measure(2)
-    count = max(1, int(microseconds * 1e-6 / measure(2)))
-    return lambda: measure(count)
+    case: Case
+    row: Row
+    op: OpCall
+    inputs: list[np.ndarray]
 
 
-def serial_module(kernel: Kernel, arity: int) -> tvm.IRModule:
-    """All tasks one after the other: a parallel loop costs microseconds even with one thread."""
+def ready(case: Case, target: Target) -> Ready:
+    """Layouts as a network would have them: the halos and pitches that the row asks of its inputs."""
+    row = select(case.op, target)
+    needs = iter(row.needs(case.op, target))
+    operands: list[Any] = []
+    for operand in case.op.operands:
+        if isinstance(operand, Layout):
+            need = next(needs)
+            channels = operand.shape[-1]
+            operand = dataclasses.replace(operand, halo=need.halo, pitch=-(-channels // need.pitch) * need.pitch if need.pitch > 1 else 0)
+        operands.append(operand)
+    op = dataclasses.replace(case.op, operands=operands)
+    zeros = [int(op.attrs.get("x_zero_point", 0))] + [0] * len(case.inputs)
+    inputs = [store(x, t, z) if x.dtype == np.int8 else flat(x) for x, t, z in zip(case.inputs, op.tensors, zeros, strict=False)]
+    return Ready(case, row, op, inputs)
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    copy = aligned(array.size, str(array.dtype))
+    copy[:] = array.reshape(-1)
+    return copy
+
+
+def serial_module(kernel: Kernel, arity: int, repeats: int) -> tvm.IRModule:
+    """All tasks one after the other, several times: a parallel loop costs microseconds even with one thread, and a call half of one."""
     module = tvm.IRModule({"kernel": kernel.func})
     callee = module.get_global_var("kernel")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"global_symbol": "run"})
         pointers = [T.arg(f"p{i}", T.handle()) for i in range(arity)]
-        with T.serial(0, kernel.tasks) as task:
+        with T.serial(0, repeats), T.serial(0, kernel.tasks) as task:
             T.evaluate(tvm.ir.Call(callee, [task, *pointers]))
     module["run"] = builder.get()
     return module
 
 
-def peak_run(isa: Isa, target: Target) -> tuple[Run, int]:
-    """A loop of dot steps, 2 activations that stay by 6 weights, and its multiply-accumulates.
-
-    Every product is of other operands and weights change from step to step, lest LLVM compute one product for all.
-    """
-    steps, pixels, blocks, vectors = 20_000, 2, 6, 32
-    size, chains = isa.lanes * isa.group, pixels * blocks
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_attr({"global_symbol": "run", "tirx.noalias": True})
-        pointers = [T.arg(n, T.handle()) for n in ("x", "w", "out")]
-        x = T.decl_buffer((pixels * isa.group,), isa.input_dtype, data=pointers[0])
-        w = T.decl_buffer(((vectors + blocks) * size,), isa.weight_dtype, data=pointers[1])
-        out = T.decl_buffer((chains * isa.lanes,), isa.accumulator, data=pointers[2])
-        accs = [T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in range(chains)]
-        for i, acc in enumerate(accs):
-            save(acc, 0, load(out, i * isa.lanes, isa.lanes), isa.lanes)
-        activations = [isa.activation(x, p * isa.group, isa.group) for p in range(pixels)]
-        with T.serial(0, steps) as i:
-            for block in range(blocks):
-                b = isa.weights(w, (i % vectors + block) * size)
-                for a, acc in zip(activations, accs[block * pixels :], strict=False):
-                    save(acc, 0, isa.dot(load(acc, 0, isa.lanes), a, b), isa.lanes)
-        for i, acc in enumerate(accs):
-            save(out, i * isa.lanes, load(acc, 0, isa.lanes), isa.lanes)
-    sizes = [(pixels * isa.group, isa.input_dtype), ((vectors + blocks) * size, isa.weight_dtype), (chains * isa.lanes, isa.accumulator)]
-    arrays = [aligned(n, dtype) for n, dtype in sizes]
-    for array in arrays:
-        array[:] = 0
-    return timed(tvm.IRModule({"run": builder.get()}), target, arrays), steps * chains * size
+def call_of(item: Ready, kernel: Kernel, target: Target) -> tuple[roofline.Call, int]:
+    """A call that runs the kernel for about a millisecond, and how many times that is."""
+    arrays = [*item.inputs, *(flat(c) for c in kernel.constants), aligned(item.op.output.elements, item.op.output.dtype)]
+    if kernel.scratch:
+        arrays.append(aligned(kernel.scratch, "uint8"))
+    once = roofline.seconds_of(roofline.bound(serial_module(kernel, len(arrays), 1), target, arrays), 3)
+    repeats = max(1, int(1e-3 / once))
+    return roofline.bound(serial_module(kernel, len(arrays), repeats), target, arrays), repeats
 
 
-def layer_op(layer: tuple[int, int, int, int, int, bool, int], dtype: str) -> tuple[OpCall, np.ndarray]:
-    """A layer on random data; the input's layout is left to the row."""
-    size, inputs, outputs, kernel, stride, residual, _ = layer
-    rng, pad, is_float = np.random.default_rng(0), kernel // 2, dtype == "float32"
-    out_size = (size + 2 * pad - kernel) // stride + 1
-    attrs: dict[str, Any] = {"strides": [stride] * 2, "padding": [pad] * 4, "dilation": [1, 1], "groups": 1}
-    output = Layout((1, out_size, out_size, outputs), dtype)
-    shape, image = (outputs, kernel, kernel, inputs), (1, size, size, inputs)
-    bias = rng.integers(-5000, 5000, outputs).astype(np.float32 if is_float else np.int32)
-    if is_float:
-        attrs |= {"low": 0.0, "high": 3.4028234663852886e38}
-        x, operands = rng.standard_normal(image).astype(np.float32), [rng.standard_normal(shape).astype(np.float32), bias]
-    else:
-        attrs |= {"x_zero_point": -128, "zero_point": -128, "low": -128, "high": 127, "out_dtype": "int8"}
-        x = rng.integers(-128, 128, image).astype(np.int8)
-        weight = np.clip(np.rint(rng.normal(0, 32, shape)), -127, 127).astype(np.int8)  # about as wide as trained layers
-        operands = [weight, bias, np.full(outputs, 0.5 / (74 * np.sqrt(weight[0].size)), np.float32)]
-        if residual:
-            attrs |= {"residual_zero_point": 0, "residual_multiplier": 1000, "residual_shift": 11}
-    tensors = [Layout(image, dtype), *operands, *([output] if residual else [])]
-    return OpCall(f"qc.{'f32.' * is_float}conv2d", tensors, attrs, output), x
+def roof(op: OpCall, kernel: Kernel, peak: float, target: Target) -> tuple[float, str]:
+    """The least seconds that the machine allows, and what sets them."""
+    read = sum(t.bytes for t in op.tensors) + sum(c.nbytes for c in kernel.constants)
+    held = read + op.output.bytes
+    limits = {
+        "peak": kernel.macs / peak,
+        "reading": read / roofline.bandwidth(target.name, held),
+        "writing": op.output.bytes / roofline.bandwidth(target.name, held, True),
+    }
+    name = max(limits, key=limits.__getitem__)
+    return limits[name], name
+
+
+def measure(item: Ready, params: dict[str, Any], target: Target, peak: tuple[roofline.Call, int], rounds: int) -> dict[str, Any]:
+    """{seconds, macs, peak (multiply-accumulates per second), roof (seconds), bound, params}."""
+    kernel = item.row.build(item.op, params, target)
+    call, repeats = call_of(item, kernel, target)
+    turns = [(roofline.seconds_of(peak[0], 1), roofline.seconds_of(call, 1)) for _ in range(rounds)]
+    rate, seconds = peak[1] / min(p for p, _ in turns), min(s for _, s in turns) / repeats
+    limit, name = roof(item.op, kernel, rate, target)
+    return {"seconds": seconds, "macs": kernel.macs, "peak": rate, "roof": limit, "bound": name, "params": kernel.params or params}
+
+
+def search(item: Ready, target: Target, count: int, peak: tuple[roofline.Call, int]) -> float:
+    """Least seconds of `count` random points of the row's space (of those that can be built); infinity where there are none."""
+    rng, space, best = np.random.default_rng(1), item.row.space(item.op, target), float("inf")
+    for _ in range(count if space else 0):
+        point = {k: v[int(rng.integers(len(v)))] for k, v in space.items()}
+        try:
+            best = min(best, measure(item, point, target, peak, 3)["seconds"])
+        except ValueError:
+            continue
+    return best
+
+
+def table(title: str, rows: list[tuple[Ready, dict[str, Any], float | None]]) -> str:
+    """One line per kernel (with the gain of a search where one was made), and their sum, each as often as its network has it."""
+    from qcompiler.tables import table as text
+
+    lines = []
+    for item, m, gain in rows:
+        rate = f"{m['macs'] / m['seconds'] / 1e9:.1f}" if m["macs"] else ""
+        of_peak = f"{100 * m['macs'] / m['seconds'] / m['peak']:.0f} %" if m["macs"] else ""
+        point = " ".join(f"{k}={v}" for k, v in m["params"].items())
+        cells = [item.case.label, item.row.name, f"{m['seconds'] * 1e6:.1f}", rate, of_peak, f"{100 * m['roof'] / m['seconds']:.0f} %", m["bound"]]
+        lines.append([*cells, "" if gain is None else f"{gain:.2f}", point])
+    total = sum(item.case.times * m["seconds"] for item, m, _ in rows)
+    macs = sum(item.case.times * m["macs"] for item, m, _ in rows)
+    ideal = sum(item.case.times * m["macs"] / m["peak"] for item, m, _ in rows)
+    least = sum(item.case.times * m["roof"] for item, m, _ in rows)
+    sums = [f"{total * 1e6:.1f}", f"{macs / total / 1e9:.1f}", f"{100 * ideal / total:.0f} %", f"{100 * least / total:.0f} %"]
+    lines.append(["all, as often as they occur", "", *sums, "", "", ""])
+    columns = ("shape", "kernel", "us|", "GMAC/s|", "of peak|", "of roof|", "bound by", "search x|", "parameters")
+    return text(title, columns, lines, width=200)
+
+
+def cases(family: str, storage: str) -> list[Case]:
+    if family == "others":
+        return kernel_cases.others(storage) if storage != "float32" else []
+    return kernel_cases.depthwise(storage) if family == "depthwise" else kernel_cases.convolutions(family, storage)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isa", default=find_target("native").rows[0], help="kernel row; default: the best of this machine")
-    parser.add_argument("--network", default="all", choices=[*LAYERS, "all"])
+    roofline.add_isa(parser)
+    parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--float", action="store_true", help="the float32 kernels")
-    parser.add_argument("--match", default="", help="only layers whose line contains this")
+    parser.add_argument("--match", default="", help="only lines whose shape or kernel contains this")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--search", type=int, default=0, metavar="N", help="random points to time per kernel")
     args = parser.parse_args()
     target = find_target(args.isa)
     if args.isa == "x86-avxvnni" and missing_features(target):
         print("no AVX-VNNI here: its kernels run in their AVX512VL encoding, with twice the registers")
         target = dataclasses.replace(target, tvm=find_target("x86-avx512vnni").tvm)
     schedules.load(target)
-    operator = "qc.f32.conv2d" if args.float else "qc.conv2d"
-    row = next(r for isa in target.rows for r in KERNELS[operator] if r.isa == isa and isinstance(r, ConvRow))
-    best_peak, peak_macs = peak_run(row.unit, target)
-    for network in LAYERS if args.network == "all" else [args.network]:
-        print(f"{network}, {row.name}, one thread\n{'layer':34} {'us':>8} {'GMAC/s':>7} {'of peak':>8}   tiling")
-        total = total_macs = total_ideal = 0.0
-        for layer in LAYERS[network]:
-            size, inputs, outputs, kernel, stride, residual, times = layer
-            name = f"{size}x{size} {inputs}->{outputs} {kernel}x{kernel}/{stride}{' + residual' * residual}"
-            if args.match not in name:
+    peak = roofline.peak_call(roofline.unit_of(target, "qc.f32.conv2d" if args.float else "qc.conv2d"), target)
+    for family in args.family:
+        rows = []
+        for case in cases(family, "float32" if args.float else target.storage):
+            item = ready(case, target)
+            if args.match not in f"{case.label} {item.row.name}":
                 continue
-            op, x = layer_op(layer, row.unit.input_dtype)
-            need = row.needs(op, target)[0]
-            op.operands[0] = Layout(x.shape, row.unit.input_dtype, need.halo, -(-inputs // need.pitch) * need.pitch)
-            built = row.build(op, row.default(op, target), target)
-            arrays = [store(x, op.tensors[0])] + [store(np.zeros(t.shape, np.int8), t) for t in op.tensors[1:]]
-            for constant in built.constants:
-                arrays.append(aligned(constant.size, str(constant.dtype)))
-                arrays[-1][:] = constant.reshape(-1)
-            arrays.append(aligned(op.output.elements, op.output.dtype))
-            run = timed(serial_module(built, len(arrays)), target, arrays)
-            turns = [(best_peak(), run()) for _ in range(args.rounds)]
-            peak, seconds = peak_macs / min(t[0] for t in turns), min(t[1] for t in turns)
-            total, total_macs = total + times * seconds, total_macs + times * built.macs
-            total_ideal += times * built.macs / peak
-            tile = "x".join(str(built.params[k]) for k in ("rows", "cols", "blocks"))
-            print(f"{name:34} {seconds * 1e6:8.1f} {built.macs / seconds / 1e9:7.1f} {built.macs / seconds / peak:8.1%}   {tile}, {built.tasks} tasks")
-        if total:
-            print(f"{'all, as often as they occur':34} {total * 1e6:8.1f} {total_macs / total / 1e9:7.1f} {total_ideal / total:8.1%}\n")
+            found = measure(item, dict(item.row.default(item.op, target)), target, peak, args.rounds)
+            best = search(item, target, args.search, peak)
+            rows.append((item, found, found["seconds"] / best if np.isfinite(best) else None))
+        if rows:
+            print(table(f"{family}, {target.name}, one thread, peak {max(m['peak'] for _, m, _ in rows) / 1e9:.0f} GMAC/s", rows), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,49 @@
-"""The real networks that the benchmarks run on: where their files, images and labels are."""
+"""The networks that the benchmarks run on: where their files are, and what they are calibrated with."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("mobilenet_v2", "efficientnet_lite0", "resnet50")
+NAMES = ("mobilenet_v2", "efficientnet_lite0", "resnet50")  # trained: these have images and labels
+GENERATED = ("squeezenet", "densenet121", "mobilenet_v2_shifted")  # see generated.py
+RANDOM_IMAGES = 16  # enough for the ranges of random weights
 
 
 @dataclass(frozen=True)
 class Network:
+    """`images` holds calibration/ and evaluation/ with a .tsv beside each, and `preprocess` says how they are read; both are None for made networks."""
+
     name: str
     model: Path
-    preprocess: Path
-    images: Path  # holds calibration/ and evaluation/ with a .tsv beside each
+    preprocess: Path | None
+    images: Path | None
+
+    def calibration(self) -> Any:
+        """What `qcompiler.compile` takes as `calibration`."""
+        if self.images is not None:
+            return self.images / "calibration"
+        import onnx
+        from generated import random_images
+
+        port = onnx.load(str(self.model), load_external_data=False).graph.input[0]
+        shape = tuple(max(1, d.dim_value) for d in port.type.tensor_type.shape.dim)
+        return [{port.name: image} for image in random_images(shape, RANDOM_IMAGES)]
 
 
 def default_data() -> Path:
     return Path(os.environ.get("QCOMPILER_DATA") or HERE.parent.parent / "shared" / "data")
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcompiler"
 
 
 def find(name: str, data: Path, cache: Path) -> Network | None:
@@ -30,6 +51,8 @@ def find(name: str, data: Path, cache: Path) -> Network | None:
 
     ResNet-50 is too large to ship: `make_resnet50.py` of the data directory writes it into `cache` once, which needs npm.
     """
+    if name in GENERATED:
+        return _generated(name, data, cache)
     model = data / "models" / f"{name}.onnx"
     if not model.is_file():
         model = cache / f"{name}.onnx"
@@ -45,5 +68,35 @@ def find(name: str, data: Path, cache: Path) -> Network | None:
     return Network(name, model, HERE / "preprocess" / f"{name}.yaml", data / "imagenet")
 
 
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcompiler"
+def _generated(name: str, data: Path, cache: Path) -> Network | None:
+    """Made anew each time: that takes a second, and a file of an older recipe would go unnoticed."""
+    import generated
+    import onnx
+
+    if name in generated.LIGHT:
+        model = generated.with_random_weights(onnx.load(str(generated.light_path(name))))
+    else:
+        source = find("mobilenet_v2", data, cache)
+        if source is None:
+            return None
+        model = generated.with_shifted_channels(onnx.load(str(source.model)))
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{name}.onnx"
+    part = cache / f"{name}.{os.getpid()}.onnx"
+    onnx.save(model, str(part))
+    part.replace(path)
+    return Network(name, path, None, None)
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] = (*NAMES, *GENERATED)) -> None:
+    """--data, --cache and --network, for `chosen`."""
+    parser.add_argument("--data", type=Path, default=default_data(), help="directory with models/ and imagenet/")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="where networks that have to be made are kept")
+    parser.add_argument("--network", action="append", choices=names, help=f"default: all of {', '.join(names)}")
+    parser.set_defaults(networks=names)
+
+
+def chosen(options: argparse.Namespace) -> list[Network]:
+    """The networks that the command line asks for, as far as they are to be had."""
+    candidates = [find(name, options.data, options.cache) for name in options.network or options.networks]
+    return [network for network in candidates if network is not None]

@@ -1,167 +1,233 @@
-"""Latency on real networks, side by side in one process: ours in int8 and in float, ONNX Runtime and OpenVINO where installed.
+"""Latency of whole networks, side by side in one process: ours, OpenVINO, ONNX Runtime and LiteRT, in int8 and in float, where installed.
 
-    python benchmarks/speed.py --data ../shared/data [--network resnet50]... [--threads 1 2] [--seconds 10] [--peers-int8]
+    python benchmarks/speed.py --data ../shared/data [--network resnet50]... [--threads 1 2] [--seconds 10] [--tuning-log DIR]
+                               [--tflite NAME=FILE.tflite]... [--without "onnxruntime float"]... [--layers N] [--json FILE]
 
-Candidates take turns, so read the ratios: absolute times drift by 10 % and more between runs. --peers-int8 also quantizes the network
-with the peers' own tools (ONNX Runtime's static quantization, NNCF) on the same calibration images.
+Candidates take turns, so read the ratios: absolute times drift by 10 % and more between runs. The peers' int8 networks are made by their own tools
+(NNCF, ONNX Runtime's static quantization) from the same images. "of peak" counts the network's multiply-accumulates against a loop of the machine's
+8-bit dot instructions, which takes turns with the candidates; "speed-up" is the time on one thread over the time on so many. --layers adds our steps
+on one thread, those that lose most time against the peak first.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import itertools
 import json
+import math
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import networks
-import numpy as np
+import peers
+import roofline
 
-Call = Callable[[], object]
-
-
-def installed(*modules: str) -> bool:
-    return all(importlib.util.find_spec(m) is not None for m in modules)
-
-
-def onnxruntime_int8(network: networks.Network, samples: Any, folder: Path) -> Path:
-    """The network quantized by ONNX Runtime: QDQ, per-channel weights, min-max ranges, uint8 activations and int8 weights."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._samples = iter(samples)
-
-        def get_next(self) -> Any:
-            return next(self._samples, None)
-
-    prepared, quantized = folder / "prepared.onnx", folder / "ort_int8.onnx"
-    quant_pre_process(str(network.model), str(prepared), skip_symbolic_shape=True)
-    quantize_static(
-        str(prepared),
-        str(quantized),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    return quantized
+OURS = "int8"
+BASES = ("openvino int8", "onnxruntime int8", "onnxruntime float", "float", OURS)  # what ratios refer to: the first that was measured
+CANDIDATES = (OURS, "int8 tuned", "float", "openvino int8", "openvino float", "onnxruntime int8", "onnxruntime float", "litert int8")
+CALIBRATION = 20  # samples: times do not depend on the ranges
+PEAK = "peak"
 
 
-def openvino_call(model: Any, inputs: Mapping[str, np.ndarray], threads: int) -> Call:
-    """A call of OpenVINO on an ONNX file or an OpenVINO model, one latency-tuned stream."""
-    import openvino
+class Prepared:
+    """A network, compiled and quantized by everyone who takes part. `calls(threads)` are its candidates."""
 
-    core = openvino.Core()
-    if isinstance(model, (str, Path)):
-        model = core.read_model(str(model))
-    model.reshape({name: list(x.shape) for name, x in inputs.items()})
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
-    feed = dict(inputs)
-    return lambda: request.infer(feed)
+    def __init__(self, network: networks.Network, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any) -> None:
+        from qcompiler.debug import Dumper
+        from qcompiler.pipeline import build, compile_float, quantize
+        from qcompiler.targets import find_target
+        from qcompiler.tuning_log import Tuned
+
+        self.network, self.target, self.tflite = network, find_target("native"), tflite
+        wanted = [c for c in CANDIDATES if c not in without]
+        options: Any = {"preprocess": network.preprocess, "preset": "fast", "progress": progress}
+        stages = quantize(network.model, self.target, network.calibration(), Dumper(), **options)
+        self.samples = list(itertools.islice(stages.measured.samples, CALIBRATION))
+        self.libraries: dict[str, Path] = {}
+        logs = {OURS: None, "int8 tuned": tuning_log}
+        for name in [n for n in logs if n in wanted and (n == OURS or tuning_log is not None)]:
+            tuned = Tuned(self.target, logs[name])
+            built = build(stages.integer, self.target, f"generate {name} code", tuned, progress=progress)
+            self.libraries[name] = built.link().save(folder / f"{name}.so")
+            keys = sum(s.row is not None and bool(s.params) for s in built.program.steps)
+            print(f"{network.name}, {name}: {keys} steps with tunables, {len(tuned.used)} of their workloads in a log", file=sys.stderr)
+        if "float" in wanted:
+            self.libraries["float"] = compile_float(network.model, progress=progress).save(folder / "float.so")
+        self.peers: dict[str, Any] = {}
+        if peers.installed("openvino"):
+            self.peers["openvino float"] = network.model
+            if peers.installed("nncf") and "openvino int8" in wanted:
+                self.peers["openvino int8"] = peers.nncf_model(network.model, self.samples)
+        if peers.installed("onnxruntime"):
+            self.peers["onnxruntime float"] = network.model
+            if "onnxruntime int8" in wanted:
+                self.peers["onnxruntime int8"] = peers.onnxruntime_int8(network.model, self.samples, folder)
+        if peers.installed("ai_edge_litert") and tflite is not None:
+            self.peers["litert int8"] = tflite
+        self.peers = {name: self.peers[name] for name in CANDIDATES if name in self.peers and name in wanted}
+
+    def calls(self, threads: int) -> dict[str, peers.Call]:
+        import qcompiler
+        from qcompiler.bench import onnxruntime_call
+
+        inputs = self.samples[0]
+        sessions = {name: qcompiler.load(library, threads=threads) for name, library in self.libraries.items()}
+        calls: dict[str, peers.Call] = {name: lambda s=s: s.run(inputs) for name, s in sessions.items()}  # type: ignore[misc]
+        for name, model in self.peers.items():
+            if name.startswith("openvino"):
+                calls[name] = peers.openvino_call(model, inputs, threads)
+            elif name.startswith("onnxruntime"):
+                calls[name] = onnxruntime_call(str(model), inputs, threads)
+            else:
+                calls[name] = peers.litert_call(model, inputs, threads)
+        return calls
+
+    @property
+    def macs(self) -> int:
+        from qcompiler.artifact import read_manifest
+
+        return sum(step["macs"] for step in read_manifest(next(iter(self.libraries.values())))["steps"])
 
 
-def nncf_model(network: networks.Network, samples: Any) -> Any:
-    """The network as an OpenVINO model, quantized by NNCF's defaults."""
-    import nncf
-    import openvino
+def measure(prepared: Prepared, threads: list[int], seconds: float, progress: Any) -> list[dict[str, Any]]:
+    """One result per thread count; times in seconds.
 
-    model = openvino.Core().read_model(str(network.model))
-    return nncf.quantize(model, nncf.Dataset(list(samples)), subset_size=len(samples.names))
-
-
-def measure(
-    network: networks.Network, threads: list[int], seconds: float, peers_int8: bool, tuning_log: Path | None
-) -> list[dict[str, Any]]:
-    """One result per thread count: {network, threads, base, candidates: {name: {minimum, median, rounds, ratio}}}, times in seconds."""
-    import qcompiler
-    from qcompiler.bench import interleave, onnxruntime_call, ratios
-    from qcompiler.data import open_samples
-    from qcompiler.parity import float_session
-    from qcompiler.progress import terminal_progress
+    {network, target, threads, base, macs, peak: multiply-accumulates per second, candidates: {name: {minimum, median, rounds, ratio, of_peak}}}
+    """
+    from qcompiler.bench import interleave, ratios
 
     results = []
-    with tempfile.TemporaryDirectory() as name, terminal_progress() as progress:
-        folder = Path(name)
-        calibration, preprocess = network.images / "calibration", network.preprocess
-        artifact = qcompiler.compile(
-            network.model, calibration=calibration, preprocess=preprocess, tuning_log=tuning_log, progress=progress
-        )
-        library = artifact.save(folder / "int8.so")
-        first = qcompiler.load(library)
-        float_library = float_session(network.model, first, folder).path
-        samples = open_samples(calibration, first.inputs, preprocess)
-        inputs = next(iter(samples))
-        onnx_int8 = onnxruntime_int8(network, samples, folder) if peers_int8 and installed("onnxruntime") else None
-        openvino_int8 = nncf_model(network, samples) if peers_int8 and installed("openvino", "nncf") else None
-        for count in threads:
-            session = qcompiler.load(library, threads=count)
-            twin = qcompiler.load(float_library, threads=count)
-            candidates: dict[str, Call] = {"int8": lambda s=session: s.run(inputs), "float": lambda s=twin: s.run(inputs)}  # type: ignore[misc]
-            if installed("onnxruntime"):
-                candidates["onnxruntime float"] = onnxruntime_call(str(network.model), inputs, count)
-                if onnx_int8 is not None:
-                    candidates["onnxruntime int8"] = onnxruntime_call(str(onnx_int8), inputs, count)
-            if installed("openvino"):
-                candidates["openvino float"] = openvino_call(network.model, inputs, count)
-                if openvino_int8 is not None:
-                    candidates["openvino int8"] = openvino_call(openvino_int8, inputs, count)
-            timings = interleave(candidates, seconds=seconds, progress=progress)
-            base = "onnxruntime float" if "onnxruntime float" in candidates else "float"
-            factors = ratios(timings, base)
-            rows = {t.name: {"minimum": t.minimum, "median": t.median, "rounds": t.rounds, "ratio": factors[t.name]} for t in timings}
-            results.append({"network": network.name, "threads": count, "base": base, "candidates": rows})
+    for count in threads:
+        calls = prepared.calls(count)
+        calls[PEAK], macs = roofline.peak_call(roofline.unit_of(prepared.target), prepared.target, count)
+        timings = interleave(calls, seconds=seconds, rehearse=1, progress=progress)
+        peak = macs / next(t.minimum for t in timings if t.name == PEAK)
+        timings = [t for t in timings if t.name != PEAK]
+        base = next(name for name in BASES if name in calls)
+        factors = ratios(timings, base)
+        rows = {
+            t.name: {"minimum": t.minimum, "median": t.median, "rounds": t.rounds, "ratio": factors[t.name], "of_peak": prepared.macs / t.minimum / peak}
+            for t in timings
+        }
+        result = {"network": prepared.network.name, "target": prepared.target.name, "threads": count, "base": base, "macs": prepared.macs, "peak": peak}
+        results.append(result | {"candidates": rows})
     return results
 
 
+def profile(prepared: Prepared) -> dict[str, Any]:
+    """Our steps on one thread, the tuned library's when there is one: {network, peak, steps: [{id, op, kernel, seconds, macs}]}."""
+    import qcompiler
+
+    session = qcompiler.load(prepared.libraries.get("int8 tuned", prepared.libraries[OURS]))
+    peak, macs = roofline.peak_call(roofline.unit_of(prepared.target), prepared.target)
+    best, steps = math.inf, [dict(s, seconds=math.inf) for s in session.manifest["steps"]]
+    for _ in range(10):
+        best = min(best, roofline.seconds_of(peak))
+        for step, (*_, seconds) in zip(steps, session.profile(prepared.samples[0], 10), strict=True):
+            step["seconds"] = min(step["seconds"], seconds)
+    kept = [{k: s[k] for k in ("id", "op", "kernel", "seconds", "macs")} for s in steps]
+    return {"network": prepared.network.name, "peak": macs / best, "steps": kept}
+
+
+def mean_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric means of the ratios over networks: [{threads, base, candidate, networks, ratio}], per thread count, base and candidate."""
+    groups: dict[tuple[int, str, str], list[float]] = {}
+    for r in results:
+        for name, row in r["candidates"].items():
+            groups.setdefault((r["threads"], r["base"], name), []).append(row["ratio"])
+    return [
+        {"threads": threads, "base": base, "candidate": name, "networks": len(values), "ratio": math.exp(sum(map(math.log, values)) / len(values))}
+        for (threads, base, name), values in groups.items()
+    ]
+
+
 def table(results: list[dict[str, Any]]) -> str:
+    """Every network, thread count and candidate; then the geometric means."""
     from qcompiler.tables import milliseconds
     from qcompiler.tables import table as text
 
-    rows = [
-        [
-            r["network"],
-            str(r["threads"]),
-            name,
-            milliseconds(t["minimum"]),
-            milliseconds(t["median"]),
-            f"{t['ratio']:.3f}",
-            str(t["rounds"]),
-        ]
-        for r in results
-        for name, t in r["candidates"].items()
-    ]
-    return text(
-        "Latency, batch 1", ("network", "threads|", "what", "minimum ms|", "median ms|", f"x {results[0]['base']}|", "rounds|"), rows
-    )
+    alone = {(r["network"], name): row["minimum"] for r in results if r["threads"] == 1 for name, row in r["candidates"].items()}
+    rows = []
+    for r in results:
+        for name, t in r["candidates"].items():
+            single = alone.get((r["network"], name))
+            speedup = f"{single / t['minimum']:.2f}" if single is not None and r["threads"] > 1 else ""
+            times = [milliseconds(t["minimum"]), milliseconds(t["median"]), f"{t['ratio']:.3f}", f"{100 * t['of_peak']:.0f} %"]
+            rows.append([r["network"], str(r["threads"]), name, *times, speedup, str(t["rounds"])])
+    bases = " or ".join(sorted({r["base"] for r in results}))
+    peaks = {r["threads"]: max(o["peak"] for o in results if o["threads"] == r["threads"]) for r in results}
+    peak = ", ".join(f"{v / 1e9:.0f} GMAC/s on {k} thread{'s' * (k > 1)}" for k, v in sorted(peaks.items()))
+    columns = ("network", "threads|", "what", "minimum ms|", "median ms|", f"x {bases}|", "of peak|", "speed-up|", "rounds|")
+    parts = [text(f"Latency, batch 1, {results[0]['target']}; int8 peak: {peak}", columns, rows)]
+    means = [[str(m["threads"]), m["candidate"], f"{m['ratio']:.3f}", str(m["networks"])] for m in mean_ratios(results)]
+    parts.append(text(f"Geometric mean of the ratios to {bases}", ("threads|", "what", "ratio|", "networks|"), means))
+    return "\n\n".join(parts)
+
+
+def layer_table(layers: dict[str, Any], count: int) -> str:
+    """The `count` steps of a network that lose most time against the peak."""
+    from qcompiler.tables import table as text
+
+    steps, peak = layers["steps"], layers["peak"]
+    total = sum(s["seconds"] for s in steps)
+    rows = []
+    for s in sorted(steps, key=lambda s: s["macs"] / peak - s["seconds"])[:count]:
+        rate = s["macs"] / s["seconds"]
+        speed = [f"{rate / 1e9:.1f}", f"{100 * rate / peak:.0f} %"] if s["macs"] else ["", ""]
+        rows.append([s["id"], s["op"], s["kernel"], f"{s['seconds'] * 1e6:.1f}", f"{100 * s['seconds'] / total:.1f} %", *speed])
+    ideal = sum(s["macs"] for s in steps) / peak
+    title = f"{layers['network']}, 1 thread, {total * 1e3:.3f} ms, {100 * ideal / total:.0f} % of peak: the steps that lose most time"
+    return text(title, ("value", "operator", "kernel", "us|", "share|", "GMAC/s|", "of peak|"), rows)
+
+
+def host() -> str:
+    """This machine and the versions that were measured, in one line."""
+    from importlib import metadata
+
+    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown CPU")
+    known = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    versions = [f"{name} {known[name]}" for name in ("openvino", "nncf", "onnxruntime", "ai-edge-litert") if name in known]
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores; {', '.join(versions) or 'no peers installed'}"
+
+
+def pairs(values: Iterable[str]) -> dict[str, Path]:
+    found = dict(value.split("=", 1) for value in values)
+    return {name: Path(path) for name, path in found.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=networks.default_data(), help="directory with models/ and imagenet/")
-    parser.add_argument("--cache", type=Path, default=networks.default_cache(), help="where networks that have to be made are kept")
-    parser.add_argument("--network", action="append", choices=networks.NAMES, help="default: all three")
+    networks.add_arguments(parser)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="per network and thread count")
-    parser.add_argument("--peers-int8", action="store_true", help="quantize with the installed peers' tools, and measure those too")
-    parser.add_argument("--tuning-log", type=Path)
+    parser.add_argument("--without", action="append", default=[], choices=CANDIDATES[1:], help="leave a candidate out; repeat for more")
+    parser.add_argument("--tuning-log", type=Path, help="measure our library with these tuned kernels too")
+    parser.add_argument("--tflite", action="append", default=[], metavar="NAME=FILE", help="the TFLite twin of a network, for LiteRT")
+    parser.add_argument("--layers", type=int, default=0, metavar="N", help="print our N steps that lose most time, on one thread")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
-    chosen = [networks.find(name, options.data, options.cache) for name in options.network or networks.NAMES]
-    found = [network for network in chosen if network is not None]
-    if not found:
+    from qcompiler.progress import terminal_progress
+
+    found, twins = networks.chosen(options), pairs(options.tflite)
+    results: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name, terminal_progress() as progress:
+        for network in found:
+            folder = Path(name) / network.name
+            folder.mkdir()
+            prepared = Prepared(network, folder, set(options.without), options.tuning_log, twins.get(network.name), progress)
+            results += measure(prepared, options.threads, options.seconds, progress)
+            layers += [profile(prepared)] if options.layers else []
+    if not results:
         print("no network to measure: give --data", file=sys.stderr)
         return 2
-    results = [r for n in found for r in measure(n, options.threads, options.seconds, options.peers_int8, options.tuning_log)]
-    print(table(results))
+    print("\n\n".join([host(), table(results), *(layer_table(each, options.layers) for each in layers)]))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps({"host": host(), "results": results, "layers": layers}, indent=1))
     return 0
 
 

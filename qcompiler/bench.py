@@ -31,10 +31,15 @@ def interleave(
     seconds: float = 3.0,
     min_rounds: int = 10,
     warmup: int = 3,
+    rehearse: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> list[Timing]:
-    """Call the candidates round robin (each round starts with the next one) for about `seconds` in all; at least `min_rounds` rounds."""
+    """Call the candidates round robin (each round starts with the next one) for about `seconds` in all; at least `min_rounds` rounds.
+
+    `rehearse`: so many untimed calls come before each timed one. Some runtimes' threads go on spinning after a call, on cores that the next
+    candidate needs; and each then finds the caches as it leaves them itself.
+    """
     for call in candidates.values():
         for _ in range(warmup):
             call()
@@ -44,6 +49,8 @@ def interleave(
     while rounds < min_rounds or clock() - begin < seconds:
         for offset in range(len(names)):
             name = names[(rounds + offset) % len(names)]
+            for _ in range(rehearse):
+                candidates[name]()
             start = clock()
             candidates[name]()
             times[name].append(clock() - start)

@@ -1,0 +1,109 @@
+"""The runtimes that we measure ourselves against. Each is optional: `installed` says which are there.
+
+A call takes float32 inputs `{name: array}` of the ONNX model and runs the network once, on so many threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], object]
+Inputs = Mapping[str, np.ndarray]
+
+
+def installed(*modules: str) -> bool:
+    return all(importlib.util.find_spec(m) is not None for m in modules)
+
+
+def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path) -> Path:
+    """The network quantized by ONNX Runtime: QDQ, per-channel weights, min-max ranges, uint8 activations and int8 weights."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._samples = iter(samples)
+
+        def get_next(self) -> Any:
+            return next(self._samples, None)
+
+    prepared, quantized = folder / "prepared.onnx", folder / "ort_int8.onnx"
+    quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(quantized),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return quantized
+
+
+def openvino_settings(threads: int) -> dict[str, Any]:
+    """One latency-tuned stream, float operators in float32."""
+    return {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+
+
+def openvino_call(model: Any, inputs: Inputs, threads: int) -> Call:
+    """A call of OpenVINO on a model file or an OpenVINO model."""
+    import openvino
+
+    core = openvino.Core()
+    if isinstance(model, (str, Path)):
+        model = core.read_model(str(model))
+    model.reshape({name: list(x.shape) for name, x in inputs.items()})
+    request = core.compile_model(model, "CPU", openvino_settings(threads)).create_infer_request()
+    feed = dict(inputs)
+    return lambda: request.infer(feed)
+
+
+def nncf_model(model: Path, samples: list[Any]) -> Any:
+    """The network as an OpenVINO model, quantized by NNCF's defaults."""
+    import nncf
+    import openvino
+
+    network = openvino.Core().read_model(str(model))
+    network.reshape({name: list(x.shape) for name, x in samples[0].items()})
+    return nncf.quantize(network, nncf.Dataset(samples), subset_size=len(samples))
+
+
+def litert_call(model: Path, inputs: Inputs, threads: int) -> Call:
+    """A call of LiteRT (XNNPACK) on a TFLite twin with the same inputs, NCHW or NHWC, in float32 or quantized."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(model), num_threads=threads)
+    interpreter.allocate_tensors()
+    details, given = interpreter.get_input_details(), list(inputs.values())
+    if len(details) != len(given):
+        raise SystemExit(f"{model}: has {len(details)} inputs, the ONNX model {len(given)}")
+    feed = [(d["index"], litert_input(x, d, str(model))) for d, x in zip(details, given, strict=True)]
+    outputs = [d["index"] for d in interpreter.get_output_details()]
+
+    def call() -> list[np.ndarray]:
+        for index, x in feed:
+            interpreter.set_tensor(index, x)
+        interpreter.invoke()
+        return [interpreter.get_tensor(index) for index in outputs]
+
+    return call
+
+
+def litert_input(x: np.ndarray, detail: Mapping[str, Any], where: str) -> np.ndarray:
+    """An input as a TFLite model wants it: images NHWC, quantized where the model's input is."""
+    wanted = tuple(int(d) for d in detail["shape"])
+    if x.ndim == 4 and x.shape != wanted:
+        x = x.transpose(0, 2, 3, 1)
+    if x.shape != wanted:
+        raise SystemExit(f"{where}: wants an input {list(wanted)}, the ONNX model's is {list(x.shape)}")
+    dtype = np.dtype(detail["dtype"])
+    if dtype.kind != "i" and dtype.kind != "u":
+        return np.ascontiguousarray(x, dtype)
+    scale, zero = detail["quantization"]
+    return np.clip(np.rint(x / scale) + zero, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
