@@ -57,7 +57,7 @@ qc_manifest_end:
 # Only the C interface is visible: two libraries in one process never see each other's symbols.
 _EXPORTS = "{ global: qc_*; local: *; };\n"
 
-_RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
+RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
 _DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
 
 # /proc/cpuinfo's names -> what the C runtime asks at run time
@@ -120,6 +120,7 @@ def program_manifest(program: Program) -> dict[str, Any]:
                 "tasks": s.kernel.tasks,
                 "macs": s.kernel.macs,
                 "params": s.params,
+                **({"launch": list(s.kernel.launch)} if s.kernel.launch else {}),
                 **({"auxiliary": True} if s.auxiliary else {}),
                 **({"more": s.more} if s.more else {}),
             }
@@ -176,7 +177,7 @@ def find_compiler(target: Target) -> str:
         found = shutil.which(name)
         if found:
             return found
-    package = "g++" if target.architecture == host_architecture() else _PACKAGES.get(target.architecture, "")
+    package = "g++" if target.host_architecture == host_architecture() else _PACKAGES.get(target.host_architecture, "")
     install = f"; install one, on Debian or Ubuntu with: apt-get install {package}" if package else "; install one"
     raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH{install}")
 
@@ -184,7 +185,7 @@ def find_compiler(target: Target) -> str:
 def _feature_test(target: Target) -> str:
     """A C expression: the name of the first feature that the CPU lacks, or 0."""
     expression = "(const char*)0"
-    for feature in reversed(target.features):
+    for feature in reversed(() if target.gpu else target.features):  # a GPU is looked at when a session is made
         if target.architecture == "x86_64":
             test = _X86_TESTS.get(feature, f'__builtin_cpu_supports("{feature}")')
         else:
@@ -204,14 +205,15 @@ def _c_string(text: str) -> str:
 def _model_header(manifest: dict[str, Any]) -> str:
     """model.h: what the C runtime knows of the model."""
 
+    def port_bytes(port: dict[str, Any]) -> int:
+        return int(math.prod(port["shape"])) * int(np.dtype(port["dtype"]).itemsize)
+
     def info(port: dict[str, Any]) -> str:
-        elements = math.prod(port["shape"])
         shape = ", ".join(map(str, port["shape"])) or "0"
         if len(port["shape"]) > 8:
             raise TargetError(f"port '{port['name']}' has rank {len(port['shape'])}; the runtime supports at most 8")
-        size = elements * np.dtype(port["dtype"]).itemsize
         quantization = f"{float(port.get('scale') or 0.0)!r}f, {int(port.get('zero_point') or 0)}"
-        return f"{{{_c_string(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {size}u, {quantization}}}"
+        return f"{{{_c_string(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {port_bytes(port)}u, {quantization}}}"
 
     target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
@@ -220,7 +222,8 @@ def _model_header(manifest: dict[str, Any]) -> str:
         lines.append("  unsigned a = 0, b = 0, c = 0, d = 0; return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1); }")
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
-    lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
+        lines.append(f"#define QC_{name}_BYTES {', '.join(f'{port_bytes(port)}u' for port in ports)}")
+    lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_CONSTANTS {manifest['constants']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
 
@@ -265,12 +268,14 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
         (folder / "data.s").write_text(_DATA)
         (folder / "model.h").write_text(_model_header(manifest))
         (folder / "exports.map").write_text(_EXPORTS)
-        sources = ["qc_runtime.c", "qc_threads.c"]
-        for name in (*sources, "qc_engine.h"):
-            shutil.copy(_RUNTIME / name, folder)
+        sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c"]
+        for name in (*sources, "qc_engine.h", "qc_launches.h"):
+            shutil.copy(RUNTIME / name, folder)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        command = [compiler, "-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{_RUNTIME / 'include'}", "-o", "out.so"]
-        command += [*(word for name in sources for word in ("-x", "c", name)), "-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread"]
+        command = [compiler, "-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{RUNTIME / 'include'}", "-o", "out.so"]
+        for name in sources:
+            command += ["-x", "c", name]
+        command += ["-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread", *(["-ldl"] if target.gpu else [])]
         command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:

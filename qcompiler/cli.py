@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bench",
         _bench,
         "measure the latency of a library, alone or against its float model",
-        "Measure FILE.so on random inputs. With --model the same network in float, compiled for the same target, and with --against "
+        "Measure FILE.so on random inputs. With --model the same network in float, compiled for the same target (a GPU's: for this CPU), and with --against "
         "another runtime take turns with it in one process; the ratios are what to read, times drift between runs.",
     )
     p.add_argument("library", metavar="FILE.so")
@@ -339,13 +339,15 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _targets(options: argparse.Namespace) -> int:
+    from qcompiler.cuda_driver import Gpu, find_gpu
     from qcompiler.tables import table
     from qcompiler.targets import find_target, host_architecture, load_targets, missing_features
 
     targets = list(load_targets().values())
     missing = {t.name: missing_features(t) for t in targets}
-    runnable = [t.name for t in targets if not missing[t.name]]
-    native = find_target("native").name if runnable else None
+    native = find_target("native").name if any(not t.gpu and not missing[t.name] for t in targets) else None
+    gpu = find_gpu()
+    graphics = f"{gpu.name}, compute capability {gpu.capability / 10}" if isinstance(gpu, Gpu) else f"none that CUDA could use ({gpu.replace('an ', 'no ', 1)})"
     rows = [
         [
             t.name + (" *" if t.name == native else ""),
@@ -361,12 +363,13 @@ def _targets(options: argparse.Namespace) -> int:
     document = {
         "architecture": host_architecture(),
         "native": native,
+        "gpu": graphics,
         "targets": [
             {"name": t.name, "triple": t.triple, "features": t.features, "rows": t.rows, "missing": missing[t.name]} for t in targets
         ],
     }
-    title = f"This machine: {host_architecture()}, native = {native or 'none of these'}"
-    columns = ("target", "triple", "CPU features", "kernel rows", "storage", "note", "here")
+    title = f"This machine: {host_architecture()}, native = {native or 'none of these'}; GPU: {graphics}"
+    columns = ("target", "triple", "features", "kernel rows", "storage", "note", "here")
     _show(options, document, lambda: table(title, columns, rows, width=180))
     return 0
 

@@ -6,7 +6,6 @@ its kernel's tasks, parallel when there are several; kernels are private functio
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,9 @@ def program_module(program: Program) -> tvm.IRModule:
     """All distinct kernels and the entry point as one TIR module."""
     module = tvm.IRModule({})
     callees: dict[str, Any] = {}
-    for step in program.steps:
-        if step.kernel.key not in callees:
-            symbol = f"k{len(callees)}_" + re.sub(r"\W", "_", step.name)
-            module[symbol] = step.kernel.func
-            callees[step.kernel.key] = module.get_global_var(symbol)
+    for symbol, kernel in program.kernels().items():
+        module[symbol] = kernel.func
+        callees[kernel.key] = module.get_global_var(symbol)
     module[ENTRY] = _entry(program, callees)
     return module
 
@@ -72,6 +69,10 @@ def _entry(program: Program, callees: dict[str, Any]) -> Any:
 
 def object_code(program: Program) -> bytes:
     """The object file of a program. Raises QCompilerError, trimmed to what a user can read, when code generation fails."""
+    if program.target.gpu:
+        from qcompiler.cuda import gpu_object_code
+
+        return gpu_object_code(program)
     try:
         library = tvm.tirx.build(program_module(program), target=tvm.target.Target(program.target.tvm))
         with tempfile.TemporaryDirectory() as folder:

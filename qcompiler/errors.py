@@ -29,7 +29,11 @@ class ArtifactError(QCompilerError):
 
 
 class IncompatibleDevice(ArtifactError):
-    """A compiled library needs CPU features or an architecture that this machine lacks."""
+    """A compiled library needs CPU features, an architecture, a driver or a GPU that this machine lacks."""
+
+
+class DeviceFailure(ArtifactError):
+    """The machine ran out of memory (a GPU of its own), or a GPU failed during a run."""
 
 
 class OutputError(QCompilerError):

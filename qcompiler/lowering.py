@@ -8,6 +8,7 @@ Must follow `realize` (integer network) or `select_float` (float network).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,6 +86,14 @@ class Program:
     outputs: list[Port]
     workspace: int  # bytes
     constants: np.ndarray  # uint8, every array 64-byte aligned
+
+    def kernels(self) -> dict[str, Kernel]:
+        """Every distinct kernel by its symbol, in order of first use."""
+        found: dict[str, tuple[str, Kernel]] = {}
+        for step in self.steps:
+            if step.kernel.key not in found:
+                found[step.kernel.key] = (f"k{len(found)}_" + re.sub(r"\W", "_", step.name), step.kernel)
+        return dict(found.values())
 
     def step_of(self, value_id: str) -> Step:
         """The step that computes a value. Raises KeyError."""

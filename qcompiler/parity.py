@@ -142,7 +142,7 @@ def verify(
 
 
 def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) -> Any:
-    """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like`.
+    """A session of the float network `model`, compiled into `folder` for the target (a GPU's: this CPU) and input shapes of the session `like`.
 
     Raises ArtifactError when the network's inputs or outputs are not those of `like`.
     """
@@ -150,7 +150,8 @@ def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) 
     from qcompiler.runtime.session import Session
 
     shapes = {i.name: tuple(i.shape) for i in like.inputs}
-    library = compile_float(model, like.manifest["target"], shapes).save(folder / "float.so")
+    target = "native" if like.manifest["triple"].startswith("nvptx64") else like.manifest["target"]
+    library = compile_float(model, target, shapes).save(folder / "float.so")
     session = Session(library, threads=threads)
     for kind in ("inputs", "outputs"):
         mine, wanted = ([(i.name, tuple(i.shape)) for i in getattr(s, kind)] for s in (session, like))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qcompiler.cuda_driver import find_gpu
 from qcompiler.errors import TargetError, closest
 
-_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested"}
+_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
 
 
@@ -34,6 +36,7 @@ class Target:
     emulator: tuple[str, ...] = ()
     cores: int = 2
     tested: str = ""  # why not, when kernels of this row never ran on hardware
+    host: str = "x86_64-linux-gnu"  # of a GPU: the triple of the CPU that loads the library
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -47,6 +50,16 @@ class Target:
     def gpu(self) -> bool:
         """Whether kernels run on an NVIDIA GPU."""
         return self.architecture == "nvptx64"
+
+    @property
+    def capability(self) -> int:
+        """The least compute capability of a GPU that runs the target's code: 80 for 8.0."""
+        return int(re.sub(r"\D", "", str(self.tvm["arch"])))
+
+    @property
+    def host_architecture(self) -> str:
+        """The architecture of the CPU that loads the library."""
+        return self.host.split("-")[0] if self.gpu else self.architecture
 
     @property
     def storage_offset(self) -> int:
@@ -106,7 +119,14 @@ def host_architecture() -> str:
 
 
 def missing_features(target: Target) -> list[str]:
-    """CPU features that `target` needs and this machine lacks (all of them on another architecture)."""
+    """CPU features that `target` needs and this machine lacks (all of them on another architecture); for a GPU, what the machine lacks to run it."""
+    if target.gpu:
+        if target.host_architecture != host_architecture():
+            return [target.host_architecture]
+        gpu = find_gpu()
+        if isinstance(gpu, str):
+            return [gpu]
+        return [] if gpu.capability >= target.capability else [f"compute capability {target.capability / 10} ({gpu.name} has {gpu.capability / 10})"]
     if target.architecture != host_architecture():
         return list(target.features) or [target.architecture]
     return [f for f in target.features if f not in host_features()]
@@ -115,14 +135,14 @@ def missing_features(target: Target) -> list[str]:
 def find_target(name: str, path: Path | None = None) -> Target:
     """A target by row name, by triple (its most portable row), by triple plus features ("x86_64-linux-gnu+avx512_vnni"), or "native".
 
-    "native" is the last row of the file that this machine can run: rows are listed from portable to best.
+    "native" is the last row of the file for a CPU that this machine can run: rows are listed from portable to best.
     Raises TargetError with the nearest names when there is none.
     """
     rows = load_targets(path)
     if name in rows:
         return rows[name]
     if name == "native":
-        runnable = [t for t in rows.values() if not missing_features(t)]
+        runnable = [t for t in rows.values() if not t.gpu and not missing_features(t)]
         if not runnable:
             raise TargetError(f"no target in {path or default_file()} runs on this machine ({host_architecture()}); name one with --target")
         return runnable[-1]

@@ -136,6 +136,7 @@ def test_the_pool_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
         "inputs": [{"name": 'x "?\\ é', "scale": 0.5, "zero_point": -3, **port}],
         "outputs": [{"name": "y", **port}],
         "workspace": 64,
+        "constants": 64,
         "steps": [{}],
     }
     (tmp_path / "model.h").write_text(_model_header(manifest))

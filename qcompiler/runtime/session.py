@@ -16,10 +16,10 @@ import numpy as np
 
 from qcompiler.artifact import check_complete, read_manifest
 from qcompiler.elf import read_section
-from qcompiler.errors import ArtifactError, DataError, IncompatibleDevice, closest
+from qcompiler.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, closest
 from qcompiler.targets import host_architecture, host_features
 
-_ERROR_DEVICE = 7  # QC_ERROR_DEVICE
+_ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Context:
 
     def profile(self) -> list[float]:
         """Run all steps, one after the other; seconds of each."""
-        return self._session.execute_timed(self._address, self._input_pointers, self._output_pointers)
+        return self._session.time_steps(self._address, self._input_pointers, self._output_pointers)
 
     def view(self, value_id: str) -> np.ndarray:
         """A value as its last step left it: float32, or canonical int8. May be a view of the workspace, valid until the next step.
@@ -85,9 +85,10 @@ class Context:
 class Session:
     """A loaded library. One call at a time per session; any number of sessions in any threads.
 
-    `threads` bounds the threads of one call. Inputs may have any alignment and strides; outputs are fresh arrays.
+    `threads` bounds the threads of one call; it has no meaning for a GPU. Inputs may have any alignment and strides; outputs are fresh arrays.
 
-    Raises ArtifactError for a file that is damaged or not ours, IncompatibleDevice when this machine lacks an instruction set it needs.
+    Raises ArtifactError for a file that is damaged or not ours, IncompatibleDevice when this machine lacks an instruction set, driver or GPU that it needs,
+    DeviceFailure when memory runs out (the GPU's, for a library for one).
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
@@ -114,7 +115,7 @@ class Session:
     def _check(self, status: int) -> None:
         if status:
             message = f"{self.path}: {self._library.qc_last_error().decode(errors='replace')}"
-            raise (IncompatibleDevice if status == _ERROR_DEVICE else ArtifactError)(message)
+            raise _ERRORS.get(status, ArtifactError)(message)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -124,6 +125,8 @@ class Session:
         architecture = read_section(self.path, ".qc.manifest")[1]
         if architecture != host_architecture():
             raise IncompatibleDevice(f"{self.path}: compiled for {architecture} ({self.manifest['target']}), this machine is {host_architecture()}")
+        if self.manifest["triple"].startswith("nvptx64"):
+            return  # the library looks at the GPU when a session is made
         missing = [f for f in self.manifest["features"] if f not in host_features()]
         if missing:
             raise IncompatibleDevice(
@@ -135,7 +138,7 @@ class Session:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the network on {input name: array}; returns {output name: fresh array}.
 
-        Raises DataError for a missing or unknown name, a wrong shape or a wrong dtype.
+        Raises DataError for a missing or unknown name, a wrong shape or a wrong dtype, DeviceFailure when a GPU fails.
         """
         with self._lock:
             context = Context(self, inputs, self._workspace)
@@ -158,7 +161,7 @@ class Session:
         return context.outputs()
 
     def profile(self, inputs: Mapping[str, np.ndarray], iterations: int = 50) -> list[tuple[str, str, str, float]]:
-        """(value id, operator, kernel, least seconds) per step, over `iterations` runs."""
+        """(value id, operator, kernel, least seconds) per step, over `iterations` runs; by the GPU's clock on one."""
         steps = self.manifest["steps"]
         best = [math.inf] * len(steps)
         with self._lock:
@@ -206,11 +209,12 @@ class Session:
         if status:
             self._check(status)
 
-    def execute_timed(self, workspace: int, inputs: Any, outputs: Any) -> list[float]:
+    def time_steps(self, workspace: int, inputs: Any, outputs: Any) -> list[float]:
         """`execute` of all steps; seconds of each."""
-        seconds = (ctypes.c_double * max(1, len(self.manifest["steps"])))()
-        self._check(self._library.qc_session_profile(self._handle, workspace, self._constants(), inputs, outputs, seconds))
-        return list(seconds)[: len(self.manifest["steps"])]
+        steps = len(self.manifest["steps"])
+        seconds = (ctypes.c_double * steps)()
+        self._check(self._library.qc_session_profile(self._handle, workspace, self._constants(), inputs, outputs, 0, steps, seconds))
+        return list(seconds)
 
     def _constants(self) -> int | None:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
@@ -231,7 +235,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.qc_session_destroy.argtypes = [pointer]
     library.qc_session_destroy.restype = None
     library.qc_session_execute.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32]
-    library.qc_session_profile.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.POINTER(ctypes.c_double)]
+    library.qc_session_profile.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)]
     library.qc_last_error.restype = ctypes.c_char_p
     return library
 

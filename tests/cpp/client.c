@@ -117,9 +117,9 @@ int main(int count, char** words) {
   expect(memcmp(y, pattern, out->bytes) == 0, "step by step gives the same bytes", "");
 
   double* seconds = malloc(sizeof(double) * (size_t)model.step_count());
-  EXPECT_STATUS(model.session_profile(s, workspace, 0, inputs, outputs, 0), QC_ERROR_ARGUMENT, "null");
+  EXPECT_STATUS(model.session_profile(s, workspace, 0, inputs, outputs, 0, model.step_count(), 0), QC_ERROR_ARGUMENT, "null");
   memset(y, 0x55, out->bytes);
-  EXPECT_OK(model.session_profile(s, workspace, 0, inputs, outputs, seconds));
+  EXPECT_OK(model.session_profile(s, workspace, 0, inputs, outputs, 0, model.step_count(), seconds));
   expect(memcmp(y, pattern, out->bytes) == 0, "profiling gives the same bytes", "");
   for (int i = 0; i < model.step_count(); ++i) expect(seconds[i] > 0 && seconds[i] < 100, "the time of a step", "");
   free(seconds);

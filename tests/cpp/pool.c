@@ -128,7 +128,7 @@ int main(int count, char** words) {
   if (qc_session_output_buffer(s, "y", &data) != QC_ERROR_BUSY) die("output_buffer while busy");
   if (qc_session_execute(s, workspace, 0, inputs, outputs, 0, 1) != QC_ERROR_BUSY) die("execute while busy");
   double seconds[1];
-  if (qc_session_profile(s, workspace, 0, inputs, outputs, seconds) != QC_ERROR_BUSY) die("profile while busy");
+  if (qc_session_profile(s, workspace, 0, inputs, outputs, 0, 1, seconds) != QC_ERROR_BUSY) die("profile while busy");
   if (!strstr(qc_last_error(), "one session per thread")) die("the message");
   atomic_store(&hold, 0);
   pthread_join(thread[0], 0);

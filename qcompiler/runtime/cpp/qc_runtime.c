@@ -206,9 +206,10 @@ EXPORT qc_status qc_session_execute(qc_session* s, void* workspace, const void* 
   return execute(__func__, s, workspace, constants, inputs, outputs, begin, end, 0);
 }
 
-EXPORT qc_status qc_session_profile(qc_session* s, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, double* seconds) {
+EXPORT qc_status qc_session_profile(qc_session* s, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
+                                    int32_t end, double* seconds) {
   if (!seconds) return fail(QC_ERROR_ARGUMENT, "%s: a null pointer", __func__);
-  return execute(__func__, s, workspace, constants, inputs, outputs, 0, QC_STEPS, seconds);
+  return execute(__func__, s, workspace, constants, inputs, outputs, begin, end, seconds);
 }
 
 EXPORT qc_status qc_session_run(qc_session* s) {

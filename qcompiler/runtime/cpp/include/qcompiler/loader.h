@@ -47,7 +47,7 @@ typedef struct qc_library {
   qc_status (*session_output_buffer)(qc_session*, const char*, void**);
   qc_status (*session_run)(qc_session*);
   qc_status (*session_execute)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t);
-  qc_status (*session_profile)(qc_session*, void*, const void*, const void* const*, void* const*, double*);
+  qc_status (*session_profile)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t, double*);
   size_t (*workspace_bytes)(void);
   int32_t (*step_count)(void);
 } qc_library;

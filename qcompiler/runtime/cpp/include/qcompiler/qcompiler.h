@@ -13,6 +13,10 @@
  * Threads: one session serves one call at a time; a call made while another thread is inside returns QC_ERROR_BUSY and changes nothing. Sessions are
  * independent of each other. A session may move between threads, with the usual synchronization. After fork() the child may use a session that was
  * idle: it then runs on the child's one thread.
+ *
+ * Libraries for a GPU: the driver (libcuda.so.1) is looked for when a session is made; CUDA_VISIBLE_DEVICES picks the device. `threads` has no meaning
+ * there. Sessions share code and weights on the device. Bound buffers may also be device memory; a session's own are page-locked. A run copies the
+ * inputs, replays the network and copies the outputs, and returns when they are there. Sessions don't survive fork().
  */
 #ifndef QCOMPILER_QCOMPILER_H
 #define QCOMPILER_QCOMPILER_H
@@ -35,9 +39,10 @@ typedef enum qc_status {
   QC_ERROR_ALIGNMENT = 4, /**< a buffer is not aligned to its element type */
   QC_ERROR_STATE = 5,     /**< run before every input was set */
   QC_ERROR_BUSY = 6,      /**< another thread is inside this session */
-  QC_ERROR_DEVICE = 7,    /**< compiled for another architecture, or this CPU lacks an instruction set that the library uses */
-  QC_ERROR_MEMORY = 8,    /**< out of memory, or threads could not be started */
-  QC_ERROR_LIBRARY = 9    /**< the file is missing, damaged, no library of ours, or of another ABI version */
+  QC_ERROR_DEVICE = 7,    /**< another architecture's, this CPU lacks an instruction set, or there is no driver or no GPU that runs the library */
+  QC_ERROR_MEMORY = 8,    /**< out of memory (the GPU's, for a library for one), or threads could not be started */
+  QC_ERROR_LIBRARY = 9,   /**< the file is missing, damaged, no library of ours, or of another ABI version */
+  QC_ERROR_GPU = 10       /**< the GPU failed during a run: outputs are undefined, and after most such failures so is every session of this process */
 } qc_status;
 
 typedef enum qc_dtype { QC_FLOAT32 = 0, QC_INT8 = 1, QC_UINT8 = 2, QC_INT32 = 3, QC_INT64 = 4, QC_BOOL = 5, QC_FLOAT64 = 6, QC_INT16 = 7, QC_FLOAT16 = 8 } qc_dtype;
@@ -74,7 +79,7 @@ const qc_tensor_info* qc_output_info(int32_t index);
 /**
  * Make a session with `threads` threads (1 to 1024): the caller's and threads - 1 workers, which sleep between runs.
  * The workspace is allocated here; a run allocates nothing, save a port's own buffer on its first use.
- * Destroy it with qc_session_destroy. Errors: ARGUMENT, DEVICE, MEMORY; `*session` is null then.
+ * Destroy it with qc_session_destroy. Errors: ARGUMENT, DEVICE, MEMORY, LIBRARY (a GPU refuses the code); `*session` is null then.
  */
 qc_status qc_session_create(int32_t threads, qc_session** session);
 /** Join the workers and free everything. Null is fine; no other thread may be inside the session. */
@@ -95,22 +100,24 @@ qc_status qc_session_input_buffer(qc_session* session, const char* name, void** 
 /** The buffer that a run writes this output to: the one bound, else the session's own, allocated on first use. Errors as for inputs. */
 qc_status qc_session_output_buffer(qc_session* session, const char* name, void** data);
 
-/** Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY. */
+/** Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY, GPU. */
 qc_status qc_session_run(qc_session* session);
 
 /**
  * Run steps [begin, end) of the manifest on memory of the caller's: what tracing and profiling use.
  * workspace: qc_workspace_bytes() bytes, 64-byte aligned, zeroed before its first use. constants: null for the library's own.
  * inputs, outputs: one pointer per port, in order, aligned to the element type.
- * Errors: ARGUMENT, ALIGNMENT, BUSY.
+ * On a GPU a part of the steps starts from the workspace's and outputs' bytes and leaves what they have become; a run of all steps leaves the workspace alone.
+ * Errors: ARGUMENT, ALIGNMENT, BUSY, MEMORY, GPU.
  */
 qc_status qc_session_execute(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end);
 /**
- * Run all steps, one after the other, and write how long each took to seconds[0 .. qc_step_count()). The other arguments, and the errors, are those of
- * qc_session_execute.
+ * qc_session_execute, step by step: writes how many seconds step i took to seconds[i] (of qc_step_count() elements; those of other steps are left alone). On a
+ * GPU that is the mean of some repetitions, by its own clock, without copies.
  */
-qc_status qc_session_profile(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, double* seconds);
+qc_status qc_session_profile(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
+                             int32_t end, double* seconds);
 size_t qc_workspace_bytes(void);
 int32_t qc_step_count(void);
 

@@ -1,0 +1,148 @@
+"""Programs for NVIDIA GPUs: nvcc, and the object file with device code and launch table that the runtime (runtime/cpp/qc_cuda.c) interprets."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qcompiler.artifact import RUNTIME, find_compiler
+from qcompiler.codegen_cuda import cuda_source
+from qcompiler.errors import TargetError, closest
+from qcompiler.lowering import Program, Step
+from qcompiler.targets import Target
+
+_DEVICE_CODE = r"""
+__asm__(
+    ".pushsection .qc.device,\"a\",%progbits\n"
+    ".balign 64\n"
+    ".globl launch_code\n.hidden launch_code\n"
+    "launch_code:\n.incbin \"kernels.fatbin\"\n"
+    ".globl launch_code_end\n.hidden launch_code_end\n"
+    "launch_code_end:\n.byte 0\n"
+    ".popsection\n");
+"""
+
+
+def _candidates() -> Iterator[Path]:
+    """Where nvcc may be, best first."""
+    on_path = shutil.which("nvcc")
+    if on_path:
+        yield Path(on_path)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable]) / "bin" / "nvcc"
+    yield Path("/usr/local/cuda/bin/nvcc")
+    package = importlib.util.find_spec("nvidia")  # the registry's nvidia-cuda-nvcc
+    for folder in package.submodule_search_locations or [] if package else []:
+        yield from sorted(Path(folder).glob("*/bin/nvcc"), reverse=True)
+
+
+def find_nvcc(target: Target) -> Path:
+    """NVIDIA's compiler: on PATH, in CUDA_HOME, in /usr/local/cuda, or the Python package's. Raises TargetError saying how to get it."""
+    for path in _candidates():
+        if os.access(path, os.X_OK):
+            return path
+    raise TargetError(
+        f"target '{target.name}' needs NVIDIA's compiler nvcc, and there is none on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages; "
+        "install the CUDA toolkit, or: pip install nvidia-cuda-nvcc")
+
+
+@functools.cache
+def _ask(nvcc: Path, option: str) -> str:
+    done = subprocess.run([str(nvcc), option], capture_output=True, text=True)
+    if done.returncode:
+        raise TargetError(f"{nvcc} {option} failed: {done.stderr.strip()[:300]}")
+    return done.stdout
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """ "13.0.88"."""
+    found = re.search(r"\bV(\d[\d.]*)", _ask(nvcc, "--version"))
+    return found[1] if found else "unknown"
+
+
+def check_toolkit(target: Target) -> Path:
+    """nvcc, once it is certain that it can compile for the target. Raises TargetError otherwise."""
+    nvcc, architecture = find_nvcc(target), str(target.tvm.get("arch"))
+    known = re.findall(r"\bsm_\w+", _ask(nvcc, "--list-gpu-code"))
+    if architecture not in known:
+        raise TargetError(f"target '{target.name}': nvcc {nvcc_version(nvcc)} ({nvcc}) has no architecture '{architecture}'.{closest(architecture, known)} "
+                          f"It has {', '.join(known)}; use another target, or another version of the CUDA toolkit")
+    return nvcc
+
+
+def fat_binary(source: str, target: Target) -> bytes:
+    """CUDA C compiled for the target's architecture, with PTX for later ones. The same source and toolkit give the same bytes.
+
+    Raises TargetError when nvcc is missing, does not know the architecture, or fails.
+    """
+    nvcc, architecture = check_toolkit(target), str(target.tvm["arch"])
+    virtual = architecture.replace("sm_", "compute_")
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
+        (Path(temporary) / "kernels.cu").write_text(source)
+        command = [str(nvcc), "-std=c++17", "-O3", "-fatbin", f"-gencode=arch={virtual},code=[{architecture},{virtual}]", "-o", "kernels.fatbin", "kernels.cu"]
+        done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
+        if done.returncode:
+            raise TargetError(f"compiling for '{target.name}' with {nvcc} failed: {done.stderr.strip()[:600]}")
+        return (Path(temporary) / "kernels.fatbin").read_bytes()
+
+
+def launch_table(program: Program) -> str:
+    """C source of the tables in runtime/cpp/qc_launches.h."""
+    symbols = {kernel.key: (index, symbol) for index, (symbol, kernel) in enumerate(program.kernels().items())}
+    steps: list[str] = []
+    arguments: list[str] = []
+    for step in program.steps:
+        assert step.kernel.launch is not None, f"{step.kernel.row} is not a GPU kernel"
+        blocks, threads = step.kernel.launch
+        pointers = list(_arguments(program, step))
+        steps.append(f"{{{symbols[step.kernel.key][0]}, {blocks}u, {threads}u, {len(arguments)}, {len(pointers)}}}")
+        arguments += [f"{{SPACE_{space.upper()}, {offset}u}}" for space, offset in pointers]
+    return "\n".join([
+        '#include "qc_launches.h"',
+        "const char* const launch_kernels[] = {" + "".join(f'"{symbol}", ' for _, symbol in symbols.values()) + "0};",
+        f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)}, launch_capability = {program.target.capability};",
+        "const launch launches[] = {" + ", ".join([*steps, "{0, 0, 0, 0, 0}"]) + "};",
+        "const launch_argument launch_arguments[] = {" + ", ".join([*arguments, "{0, 0}"]) + "};",
+        _DEVICE_CODE,
+    ])
+
+
+def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:
+    """(space, byte offset or port) of every pointer that a step's kernel takes, in order."""
+
+    def place(value: str) -> tuple[str, int]:
+        found = program.values[value].place
+        assert found is not None, value
+        return found.space, found.offset
+
+    yield from (place(value) for value in step.reads)
+    yield from (("constants", offset) for offset in step.constants)
+    yield from (place(value) for value in [step.writes, *step.more])
+    if step.kernel.scratch:
+        yield "workspace", step.scratch
+
+
+def gpu_object_code(program: Program) -> bytes:
+    """The object file of a program for a GPU: its device code and launch table, for the CPU that loads the library.
+
+    Raises TargetError when a compiler is missing or fails, QCompilerError when code generation does.
+    """
+    code = fat_binary(cuda_source(program.kernels(), program.target), program.target)
+    compiler = find_compiler(program.target)
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
+        folder = Path(temporary)
+        (folder / "kernels.fatbin").write_bytes(code)
+        (folder / "launches.c").write_text(launch_table(program))
+        command = [compiler, "-c", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", f"-I{RUNTIME}", "-x", "c", "launches.c", "-o", "launches.o"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise TargetError(f"compiling the launch table for '{program.target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
+        return (folder / "launches.o").read_bytes()

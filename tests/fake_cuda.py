@@ -1,0 +1,74 @@
+"""A machine with a GPU, for tests: a stand-in for the CUDA driver that executes a program's kernels on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cuda_emulated import HEADERS, compile_emulated
+
+from qcompiler.codegen_cuda import cuda_source
+from qcompiler.cuda import find_nvcc
+from qcompiler.errors import TargetError
+from qcompiler.lowering import Program
+from qcompiler.targets import find_target
+
+
+def require_nvcc() -> None:
+    """Skip, loudly, without nvcc; fail instead when QCOMPILER_REQUIRE_NVCC is 1."""
+    try:
+        find_nvcc(find_target("cuda-sm80"))
+    except TargetError as error:
+        if os.environ.get("QCOMPILER_REQUIRE_NVCC") == "1":
+            pytest.fail(f"CUDA LIBRARIES ARE NOT TESTED: {error}")
+        pytest.skip(f"CUDA LIBRARIES ARE NOT TESTED: {error}")
+
+
+@dataclass(frozen=True)
+class FakeGpu:
+    """The driver (in `folder`) and the emulated kernels of one program."""
+
+    folder: Path
+    emulated: Path
+
+    @staticmethod
+    def build(folder: Path, program: Program) -> FakeGpu:
+        driver = folder / "libcuda.so.1"
+        if not driver.exists():
+            flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", f"-I{HEADERS}"]
+            subprocess.run(["g++", *flags, str(HEADERS / "driver.cc"), "-o", str(driver), "-ldl"], check=True)
+        kernels = program.kernels()
+        return FakeGpu(folder, compile_emulated(cuda_source(kernels, program.target), kernels, folder / "emulated.so"))
+
+    def environment(self, switches: str = "") -> dict[str, str]:
+        """Variables under which a process sees this GPU."""
+        log = self.folder / "log.jsonl"
+        log.unlink(missing_ok=True)
+        fake = {"QC_FAKE_CUDA_PROGRAM": str(self.emulated), "QC_FAKE_CUDA": switches, "QC_FAKE_CUDA_LOG": str(log)}
+        return {**os.environ, "LD_LIBRARY_PATH": str(self.folder), **fake}
+
+    def run(self, *command: str | Path, switches: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=self.environment(switches), timeout=600)
+
+    def python(self, code: str, *arguments: str | Path, switches: str = "") -> subprocess.CompletedProcess[str]:
+        """Run Python code under this driver; sys.argv[1:] are `arguments`."""
+        return self.run(sys.executable, "-c", code, *arguments, switches=switches)
+
+    def log(self) -> dict[str, Any]:
+        """What the last process did with the driver. Fails when it never loaded it."""
+        lines = (self.folder / "log.jsonl").read_text().splitlines()
+        return dict(json.loads(lines[-1]))
+
+
+def without_driver() -> dict[str, str]:
+    """An environment in which no CUDA driver is found (this machine must have none of its own)."""
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has an NVIDIA driver: its absence can't be tested")
+    return {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
