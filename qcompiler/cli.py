@@ -1,6 +1,6 @@
 """The command line: one verb per stage. Results go to standard output, progress and errors to standard error.
 
-Exit status: 0 done, 1 parity below a threshold, 2 usage or bad input, 130 interrupted.
+Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qcompiler",
         description="Compile a trained float ONNX network into a small, fast int8 library, and prove what it computes.",
-        epilog=f"exit status: 0 done, 1 parity below a threshold, 2 usage or bad input, 130 interrupted\n\nenvironment:\n{table}",
+        epilog=f"exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted\n\nenvironment:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qcompiler {qcompiler.__version__}")
@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
     )
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=cli_report.KEEP_FLOAT_HELP)
+    cli_report.add_goal(p)
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
 
     texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
@@ -222,7 +223,7 @@ def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from qcompiler.tables import size
+    from qcompiler.tables import mixed_text, size
 
     output = check_writable(options.output)
     shapes = dict(options.input_shape)
@@ -238,13 +239,19 @@ def _compile(options: argparse.Namespace) -> int:
             preprocess=options.preprocess,
             dump_dir=options.dump_dir,
             progress=progress,
+            **{name: getattr(options, name) for name in cli_report.GOAL if getattr(options, name) is not None},
         )
     artifact.save(output)
     manifest = artifact.manifest
     reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
     document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"]}
-    _show(options, document, lambda: "\n".join([f"{output}: {size(artifact.size)} for {manifest['target']}", *reasons]))
-    return 0
+    account = manifest.get("mixed_precision")
+    lines = [f"{output}: {size(artifact.size)} for {manifest['target']}", *reasons]
+    if account is not None:
+        document["mixed_precision"] = account
+        lines += ["", mixed_text(account)]
+    _show(options, document, lambda: "\n".join(lines))
+    return 0 if account is None or account["met"] else 1
 
 
 def _verify(options: argparse.Namespace) -> int:

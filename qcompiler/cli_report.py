@@ -6,11 +6,27 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qcompiler.cli_tuning import duration
 from qcompiler.progress import terminal_progress
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 KEEP_FLOAT_HELP = "do not quantize this layer, named by its node or its output in the model file; repeat for more layers"
+GOAL = ("min_sqnr", "min_agreement", "max_accuracy_drop", "labels", "time_budget")
+
+
+def add_goal(p: argparse.ArgumentParser) -> None:
+    """The options of `compile` that ask for an accuracy."""
+    g = p.add_argument_group(
+        "accuracy target",
+        "Keep those layers in float that reach the target at the least measured time. Every fourth calibration sample (of 8 or more) is held out to judge. "
+        "When the target is missed, the most accurate library found is written and the exit status is 1.",
+    )
+    g.add_argument("--min-sqnr", type=float, metavar="DB", help="signal-to-quantization-noise ratio that every output reaches, with 95 %% confidence")
+    g.add_argument("--min-agreement", type=float, metavar="FRACTION", help="fraction of samples that get the float model's top-1 class (0 to 1)")
+    g.add_argument("--max-accuracy-drop", type=float, metavar="POINTS", help="percentage points of top-1 accuracy that may be lost; needs --labels")
+    g.add_argument("--labels", metavar="TSV", help="of the calibration data. For images: columns file and class_index; for arrays: an .npy of class indices")
+    g.add_argument("--time-budget", type=duration, metavar="TIME", help="for the whole compilation: 90s, 20m, 1.5h (default 10m)")
 
 
 def add(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:

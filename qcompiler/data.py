@@ -52,7 +52,7 @@ def open_samples(source: Any, inputs: Sequence[InputInfo], preprocess: str | Pat
     An iterator that can be read only once is read into a list. Raises DataError.
     """
     settings = load_preprocess(preprocess) if isinstance(preprocess, (str, Path)) else preprocess
-    if isinstance(source, (ArraySamples, ImageSamples, CheckedSamples)):
+    if isinstance(source, (ArraySamples, ImageSamples, CheckedSamples, _Taken)):
         return source
     if not isinstance(source, (str, Path)):
         if settings is not None:
@@ -270,9 +270,13 @@ class ImageSamples:
 
     def spread(self, count: int | None) -> ImageSamples:
         """`count` of these images, evenly spread (None, or more than there are: all)."""
+        total = len(self._files)
+        return self if count is None or count >= total else self.take([i * total // count for i in range(count)])
+
+    def take(self, indices: Sequence[int]) -> ImageSamples:
+        """Some of these images."""
         chosen = copy.copy(self)
-        if count is not None and count < len(self._files):
-            chosen._files = [self._files[i * len(self._files) // count] for i in range(count)]
+        chosen._files = [self._files[i] for i in indices]
         return chosen
 
     def _check(self, image: np.ndarray, path: Path) -> np.ndarray:
@@ -287,6 +291,23 @@ class ImageSamples:
     def __iter__(self) -> Iterator[Sample]:
         for path in self._files:
             yield {self._inputs[0].name: self._check(self._preprocess(path), path)}
+
+
+class _Taken:
+    """Some samples of a source that can only be read from its beginning."""
+
+    def __init__(self, source: Samples, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, set(indices)
+        self.names: Sequence[str] = ()
+        self.count: int | None = len(self._indices)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (sample for index, sample in enumerate(self._source) if index in self._indices)
+
+
+def take(samples: Samples, indices: Sequence[int]) -> Samples:
+    """The samples at `indices`, in order."""
+    return samples.take(indices) if isinstance(samples, ImageSamples) else _Taken(samples, indices)
 
 
 def load_labels(path: str | Path, samples: Samples) -> np.ndarray:

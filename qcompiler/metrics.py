@@ -13,6 +13,7 @@ import numpy as np
 
 _SHIFT = 17  # a float32 without its low 17 bits: sign, exponent, 6 bits of mantissa
 _BINS = 1 << (31 - _SHIFT)
+_Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,16 @@ def sqnr_db(actual: np.ndarray, reference: np.ndarray) -> float:
     accumulator = Accumulator()
     accumulator.add(actual, reference)
     return accumulator.metrics().sqnr_db
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927, JASA 22): (low, high), within [0, 1].
+
+        (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2/n)
+
+    Unlike the normal approximation it is sound for few samples and for proportions near 0 or 1.
+    """
+    assert 0 <= successes <= trials and trials > 0
+    p, z2 = successes / trials, _Z95**2 / trials
+    middle, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2 * z2 / 4)
+    return (middle - half) / (1 + z2) if successes else 0.0, (middle + half) / (1 + z2) if successes < trials else 1.0

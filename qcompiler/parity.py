@@ -217,8 +217,8 @@ def compare(
     names = [o.name for o in reference.outputs]
     if [o.name for o in actual.outputs] != names:
         raise ArtifactError(f"the library's outputs {[o.name for o in actual.outputs]} are not the float network's {names}")
-    classified = [o.name for o in reference.outputs if len(o.shape) == 2 and o.shape[1] > 1]
-    _check_thresholds(thresholds, classified, labels is not None)
+    classified = [o.name for o in classifying(reference.outputs)]
+    check_thresholds(thresholds, classified, labels is not None)
     totals = {name: Accumulator() for name in names}
     votes: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in classified}
     layers = _Layers(actual, reference)
@@ -246,11 +246,7 @@ def compare(
     float_accuracy, int8_accuracy = None, None
     if labels is not None:
         got_top, float_top = top[classified[0]]
-        if len(labels) != len(got_top):
-            raise DataError(f"{len(labels)} labels for {len(got_top)} samples")
-        classes = next(o.shape[1] for o in reference.outputs if o.name == classified[0])
-        if labels.min() < 0 or labels.max() >= classes:
-            raise DataError(f"labels lie in [{labels.min()}, {labels.max()}], but output '{classified[0]}' has {classes} classes, counted from 0")
+        check_labels(labels, len(got_top), next(o for o in reference.outputs if o.name == classified[0]))
         float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
     rows = layers.rows() if layer_samples else []
     report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy)
@@ -258,7 +254,22 @@ def compare(
     return report
 
 
-def _check_thresholds(thresholds: Thresholds, classified: list[str], labelled: bool) -> None:
+def classifying(outputs: Iterable[InputInfo]) -> list[InputInfo]:
+    """The outputs of shape [batch, classes]."""
+    return [o for o in outputs if len(o.shape) == 2 and o.shape[1] > 1]
+
+
+def check_labels(labels: np.ndarray, rows: int, output: InputInfo) -> None:
+    """Raises DataError unless there is one label for each of `rows`, all of them classes of `output`."""
+    if len(labels) != rows:
+        raise DataError(f"{len(labels)} labels for {rows} samples")
+    if labels.min() < 0 or labels.max() >= output.shape[1]:
+        raise DataError(f"labels lie in [{labels.min()}, {labels.max()}], but output '{output.name}' has {output.shape[1]} classes, counted from 0")
+
+
+def check_thresholds(thresholds: Any, classified: Sequence[Any], labelled: bool) -> None:
+    """Raises DataError for limits that can't be checked: without labels, or without an output that `classifying` finds. thresholds: anything with
+    `max_accuracy_drop` and `min_agreement`."""
     if thresholds.max_accuracy_drop is not None and not labelled:
         raise DataError("an accuracy threshold needs labels (--labels)")
     if not classified and (labelled or thresholds.min_agreement is not None):

@@ -23,6 +23,7 @@ from qcompiler.correction import SAMPLES, Correction, FloatMeans, SessionExecuto
 from qcompiler.data import Samples, open_samples
 from qcompiler.debug import Dumper
 from qcompiler.errors import DataError, PlanError, closest
+from qcompiler.goal import Goal
 from qcompiler.lowering import Params, Program, lower
 from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
@@ -44,7 +45,9 @@ class Options(TypedDict, total=False):
     input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
     preset: "fast" (min-max ranges, no correction), "default" (competing ranges and weight scales, bias correction) or "accurate" (the same
     from more data, then data-driven weight rounding). keep_float: layers that stay float32, by the names that their nodes or values have in the
-    model file. tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
+    model file. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop (points; needs labels: class indices of the calibration samples, or a file
+    of them): keep those layers in float that reach this at the least measured time (`accuracy_target.py`), within time_budget seconds; whether it was
+    reached is in the manifest. tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
     progress: called with (stage, done, total).
     """
 
@@ -52,6 +55,11 @@ class Options(TypedDict, total=False):
     preprocess: Any
     preset: str
     keep_float: Sequence[str]
+    min_sqnr: float | None
+    min_agreement: float | None
+    max_accuracy_drop: float | None
+    labels: Any
+    time_budget: float | None
     tuning_log: str | os.PathLike[str] | None
     dump_dir: str | Path | None
     targets_file: Path | None
@@ -121,7 +129,11 @@ class Compilation:
     artifact: Artifact
     quantized: Quantized
     integer: tvm.IRModule
-    program: Program
+    built: Built
+
+    @property
+    def program(self) -> Program:
+        return self.built.program
 
 
 def measure(model: FloatModel, samples: Samples, preset: str, dump: Dumper, progress: Progress | None) -> Measured:
@@ -183,7 +195,15 @@ def compile_stages(
     row = find_target(target, options.get("targets_file"))
     artifacts.find_compiler(row)
     tuned = Tuned(row, options.get("tuning_log"))
+    goal = Goal(options.get("min_sqnr"), options.get("min_agreement"), options.get("max_accuracy_drop"))
+    for name in () if goal else ("labels", "time_budget"):
+        if options.get(name) is not None:
+            raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement or max_accuracy_drop too")
     float_model, samples, preset, kept = opened(model, calibration, dump, options)
+    if goal:
+        from qcompiler.accuracy_target import compile_to
+
+        return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, preset, kept, dump, progress)
     measured = measure(float_model, samples, preset, dump, progress)
     return finish(planned(measured, row, preset, kept, dump), row, tuned, dump, progress)
 
@@ -215,7 +235,7 @@ def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progre
             "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest(),
         },
     )
-    return Compilation(artifact, stages, integer, built.program)
+    return Compilation(artifact, stages, integer, built)
 
 
 def corrections(built: Built, stages: Quantized, progress: Progress | None) -> Iterator[tuple[str, Correction]]:

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from qcompiler.metrics import wilson
 from qcompiler.parity import Row
-from qcompiler.report import WORST, Evidence, StepTime, wilson
+from qcompiler.report import WORST, Evidence, StepTime
 from qcompiler.report_svg import FLOAT, INT8, bar, histogram, sqnr_chart
 from qcompiler.tables import milliseconds, number, percent, size
 

@@ -126,10 +126,38 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     cells = [[s["id"], s["op"], s["dtype"], s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""] for s in steps]
     count = sum(s["dtype"] == "int8" for s in steps)
     title = f"Operators: {count} of {len(steps)} have int8 results"
+    target = [mixed_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
     return "\n\n".join(
         [
             table("Library", ("", ""), [["size", size(file_size)], *general]),
             table("Inputs and outputs", ("", "name", "dtype", "shape"), port_rows(manifest)),
             table(title, ("value", "operator", "result", "kernel", "MMAC|", "why not int8"), cells, width=180),
+            *target,
         ]
     )
+
+
+def mixed_text(account: Mapping[str, Any]) -> str:
+    """The plans that a compilation to an accuracy target tried (`mixed_precision` of the manifest), and what it decided."""
+    float32 = account["float"]
+    rows = [["float", "", "", "", "", milliseconds(float32["seconds"]), "1.000", size(float32["bytes"]), ""]]
+    for p in sorted(account["points"], key=lambda p: p["seconds"]):
+        drop = "" if p["accuracy_drop"] is None else f"{p['accuracy_drop']:.2f}"
+        found = ("chosen" if p["chosen"] else "meets the target") if p["met"] else "most accurate, too little" if p["chosen"] else "misses"
+        rows.append(
+            [
+                f"{len(p['float_layers'])} float layers",
+                number(p["sqnr_db"]),
+                number(p["sqnr_bound_db"]),
+                percent(p["agreement"]),
+                drop,
+                milliseconds(p["seconds"]),
+                f"{p['seconds'] / float32['seconds']:.3f}",
+                size(p["bytes"]),
+                found,
+            ]
+        )
+    columns = ("plan", "SQNR dB|", "at 95 %|", "agreement|", "accuracy drop|", "ms|", "x float|", "size|", "")
+    title = f"Plans tried, {account['samples']} samples, {account['held_out']} held out; times on {account['measured_on']}, {account['threads']} thread"
+    findings = [f"{f['wanted']}: {f['found']}{'' if f['met'] else ' (MISSED)'}" for f in account["findings"]]
+    return "\n".join([table(title, columns, rows, width=180), "", *findings, account["statement"]])

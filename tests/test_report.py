@@ -18,9 +18,9 @@ from qcompiler.bench import Timing
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import OutputError
-from qcompiler.metrics import Accumulator
+from qcompiler.metrics import Accumulator, wilson
 from qcompiler.parity import ParityReport, Row, Thresholds
-from qcompiler.report import Evidence, StepTime, distribution, step_times, verify_report, wilson
+from qcompiler.report import Evidence, StepTime, distribution, step_times, verify_report
 from qcompiler.report_html import page
 from qcompiler.report_svg import histogram, sqnr_chart
 from qcompiler.spec import QParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import os
@@ -72,6 +73,16 @@ class Context:
     def value(self, value_id: str) -> np.ndarray:
         """A copy of `view`."""
         return self.view(value_id).copy()
+
+    def memory(self) -> list[np.ndarray]:
+        """Everything that steps read and write: workspace, inputs, outputs. Writing it back restores a run."""
+        return [self._workspace, *self._inputs, *self._outputs]
+
+    def on(self, session: Session) -> Context:
+        """The same memory, with steps run by another session of the same library (which has other constants, say)."""
+        twin = copy.copy(self)
+        twin._session = session
+        return twin
 
     def inputs(self) -> dict[str, np.ndarray]:
         """Network inputs by name."""

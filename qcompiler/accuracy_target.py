@@ -1,0 +1,371 @@
+"""Compile to an accuracy target: of the networks that meet it, the fastest found in the time given.
+
+    int8 network --> does it meet the target? --> sensitivity, costs --> path of plans (mixed.py) --> compile, judge, time plans on it --> the best one
+
+Plans are ranked by estimates and accepted by measurement: a plan on the path is compiled, corrected and run like any other network. How far it is off
+the target says how far to go along the path for the next one. Every fourth sample is held out from calibration and correction, and judges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompiler.bench import interleave
+from qcompiler.correction import integer_layers
+from qcompiler.data import CheckedSamples, Samples, load_labels, take
+from qcompiler.debug import Dumper
+from qcompiler.errors import DataError
+from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, decibel, held_out, judge
+from qcompiler.mixed import Edge, Layer, Network, Point, first_below
+from qcompiler.model import FloatModel
+from qcompiler.parity import check_labels, check_thresholds, classifying
+from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
+from qcompiler.pipeline import Built, Compilation, Measured, build, describe, finish, measure, planned
+from qcompiler.placement import Placer, operands
+from qcompiler.progress import Progress
+from qcompiler.quant_plan import Derived
+from qcompiler.runtime.session import Session
+from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds, layer_seconds, measure_sensitivity
+from qcompiler.targets import Target, find_target, missing_features
+from qcompiler.tuning_log import Tuned
+
+BUDGET = 600.0  # seconds, when none is given
+_MOST = 8  # plans that are compiled
+_WORTH = 0.01  # of the latency: a smaller gain is not searched for
+_CURVE = 40  # points of the predicted path in the manifest
+_MEASURING = 3.0  # seconds for the times of all plans
+
+
+@dataclass
+class Candidate:
+    """A plan that was compiled. point: as predicted (None before there is a prediction). seconds: latency on this machine."""
+
+    keep: frozenset[str]
+    compilation: Compilation
+    session: Session
+    scores: Scores
+    findings: list[Finding]
+    seconds: float = math.nan
+
+    @property
+    def met(self) -> bool:
+        return all(f.met for f in self.findings)
+
+    def factor(self) -> float:
+        """By how much noise may grow, or (below 1) must shrink, to just meet the target. A fraction that is missed asks for half the noise, and one
+        that is met tolerates twice as much: a search that closes in from both sides ends between them."""
+        return min(f.noise if f.noise is not None else 2.0 if f.met else 0.5 for f in self.findings)
+
+
+def compile_to(
+    goal: Goal,
+    model: FloatModel,
+    samples: Samples,
+    labels: Any,
+    budget: float | None,
+    target: Target,
+    tuned: Tuned,
+    preset: str,
+    kept: Mapping[str, str],
+    dump: Dumper,
+    progress: Progress | None,
+) -> Compilation:
+    """The fastest network found that meets `goal`, or the most accurate one. Its manifest's `mixed_precision` says which, and what else was tried.
+
+    labels: class indices, one per row of `samples`, or a file of them. budget: seconds. kept: group id -> why it stays float in every plan.
+    Raises DataError for labels that don't fit, and for a goal that the network's outputs can't be judged by.
+    """
+    clock = _Clock(BUDGET if budget is None else budget, progress)
+    if samples.count is None:
+        samples = CheckedSamples(list(samples), model.inputs)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompiler-")))
+        search = _Search(goal, model, samples, _classes(labels, samples, model, goal), clock, target, tuned, preset, kept, dump, folder)
+        return search.run()
+
+
+def _classes(labels: Any, samples: Samples, model: FloatModel, goal: Goal) -> np.ndarray | None:
+    """int64[samples, rows of a batch], or None without labels."""
+    classified = classifying(model.outputs)
+    check_thresholds(goal, classified, labels is not None)
+    if not any(o.dtype == "float32" for o in model.outputs):
+        raise DataError("an accuracy target needs an output of float32 numbers, and this model has none")
+    if labels is None:
+        return None
+    found = load_labels(labels, samples) if isinstance(labels, (str, Path)) else np.asarray(labels, np.int64)
+    assert samples.count is not None
+    check_labels(found, samples.count * classified[0].shape[0], classified[0])
+    return found.reshape(samples.count, -1)
+
+
+class _Clock:
+    """The time budget; every report of progress shows what is left of it."""
+
+    def __init__(self, budget: float, progress: Progress | None) -> None:
+        self.budget, self._begin, self._progress = budget, time.monotonic(), progress
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self._begin
+
+    @property
+    def left(self) -> float:
+        return self.budget - self.spent
+
+    def progress(self, stage: str, done: int, total: int | None) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)
+            self._progress("time budget, seconds", min(int(self.spent), int(self.budget)), int(self.budget))
+
+
+@dataclass
+class _Search:
+    goal: Goal
+    model: FloatModel
+    samples: Samples
+    labels: np.ndarray | None
+    clock: _Clock
+    target: Target
+    tuned: Tuned
+    preset: str
+    kept: Mapping[str, str]
+    dump: Dumper
+    folder: Path
+    tried: list[Candidate] = field(default_factory=list)
+    network: Network | None = None
+    sensitivity: Sensitivity | None = None
+    path: list[Point] = field(default_factory=list)
+    stopped: str = ""  # why no further plan was tried, when the target was not met
+
+    def run(self) -> Compilation:
+        count = self.samples.count
+        assert count is not None
+        self.held = held_out(count)
+        fitted = [i for i in range(count) if i not in set(self.held)]
+        self.host = find_target("native")
+        self.runs_here = not missing_features(self.target)
+        self.measured = measure(self.model, take(self.samples, fitted), self.preset, self.dump, self.clock.progress)
+        self.twin = Session(self.measured.twin.link().save(self.folder / "float.so"))
+        first = self.attempt(frozenset(self.kept), dict(self.kept))
+        if not first.met:
+            self.survey(first)
+            self.follow_path()
+        times = interleave({"float": self.run_once(self.twin), **{str(i): self.run_once(c.session) for i, c in enumerate(self.tried)}}, seconds=_MEASURING)
+        for candidate, timing in zip(self.tried, times[1:], strict=True):
+            candidate.seconds = timing.minimum
+        chosen = self.choose()
+        return self.with_account(chosen, times[0].minimum)
+
+    def run_once(self, session: Session) -> Any:
+        sample = next(iter(self.samples))
+        return lambda: session.run(sample)
+
+    # -- plans --------------------------------------------------------------------------------------------------------------------------
+
+    def attempt(self, keep: frozenset[str], reasons: Mapping[str, str]) -> Candidate:
+        """Compile a plan, run it, judge it."""
+        number = len(self.tried)
+        stages = planned(self.measured, self.target, self.preset, reasons, self.dump)
+        compilation = finish(stages, self.target, self.tuned, self.dump, self.clock.progress)
+        here = compilation.artifact
+        if not self.runs_here:
+            here = build(compilation.integer, self.host, "generate host code", progress=self.clock.progress).link(**describe(compilation.integer, self.model))
+        session = Session(here.save(self.folder / f"plan{number}.so"))
+        scores = self.score(session, number)
+        candidate = Candidate(keep, compilation, session, scores, judge(self.goal, scores, self.held))
+        self.tried.append(candidate)
+        return candidate
+
+    def score(self, session: Session, number: int) -> Scores:
+        floats = [o.name for o in self.model.outputs if o.dtype == "float32"]
+        classified = classifying(self.model.outputs)
+        power, noise, votes = [], [], []
+        for done, sample in enumerate(self.samples, 1):
+            got, expected = session.run(sample), self.twin.run(sample)
+            power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
+            noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
+            if classified:
+                votes.append((got[classified[0].name].argmax(1), expected[classified[0].name].argmax(1)))
+            self.clock.progress(f"judge plan {number + 1}", done, self.samples.count)
+        top = np.array(votes)  # [samples, 2, rows]
+        right = (None, None) if self.labels is None else (top[:, 1] == self.labels, top[:, 0] == self.labels)
+        return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, *right)
+
+    # -- search -------------------------------------------------------------------------------------------------------------------------
+
+    def survey(self, first: Candidate) -> None:
+        """Sensitivities and costs of the plan that has everything in int8, and the path from it."""
+        placer = Placer(self.model.module, self.target)
+        stages, asked = first.compilation.quantized, dict(self.kept)
+        placement = placer.place(asked)
+        made = {g.id for g in placer.groups if g.kind in SAME_QUANTIZATION and g.id not in placement.reasons}
+        rounded = [v for v in placement.stored if v not in made and not isinstance(stages.plan.edges[v], Derived)]
+        params = {v: p for v in rounded if (p := stages.plan.params(v)) is not None}
+        weights = rounded_weights(first.compilation, self.measured)
+        variant = Session(self.measured.twin.link().save(self.folder / "rounded.so"), self.twin.threads)
+        variant.set_constants(constants_with(self.measured.twin, weights))
+        seconds = min(60.0, self.clock.left / 4)
+        samples = self.measured.samples
+        found = measure_sensitivity(self.twin, variant, set(weights), params, samples, seconds=seconds, progress=self.clock.progress)
+        sample = next(iter(self.samples))
+        owner = {member: g.id for g in placer.groups for member in g.members}
+        int8, float32 = layer_seconds(first.session, sample, owner), layer_seconds(self.twin, sample, owner)
+        conversion = Session(build(conversion_module(), self.host, "generate host code").link().save(self.folder / "conversion.so"))
+        to_int8, to_float = conversion_seconds(conversion)
+        none = np.zeros(len(next(iter([*found.weights.values(), *found.values.values()]), np.zeros(1))))
+        layers = {}
+        for g in placer.groups:
+            size = 0 if g.weight is None else g.weight.size
+            movable = g.id not in placement.reasons and g.kind not in DATA_MOVEMENT
+            times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
+            layers[g.id] = Layer(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
+        elements = {**{i.name: math.prod(i.shape) for i in self.model.inputs}, **{g.id: math.prod(g.shape) for g in placer.groups}}
+        edges = {v: Edge(found.values.get(v, none), n * to_int8, n * to_float) for v, n in elements.items()}
+        outputs = frozenset(str(v.name) for _, v in Graph.of(self.model.module).outputs)
+        self.network = Network(layers, edges, lambda keep: placer.place({**dict.fromkeys(keep, "chosen"), **asked}), outputs)
+        self.sensitivity = found
+        self.path = self.network.path(frozenset(self.kept))
+
+    def follow_path(self) -> None:
+        """Compile plans on the path until one just meets the target."""
+        assert self.network is not None
+        missed, met = 0, len(self.path)  # indices: the last known to miss, the first known to meet the target
+        longest = self.clock.spent  # of what is needed to try a plan
+        limit = self.path[0].noise * self.tried[0].factor()
+        self.stopped = "no plan that keeps more layers in float is left"
+        while len(self.tried) < _MOST:
+            index = max(missed + 1, min(first_below(self.path, limit), met - 1))
+            if index >= met or (met < len(self.path) and self.path[met].seconds - self.path[index].seconds < _WORTH * self.path[met].seconds):
+                return
+            if self.clock.left < longest:
+                self.stopped = f"the time budget of {self.clock.budget:.0f} s does not allow another plan, which takes about {longest:.0f} s"
+                return
+            point = self.network.trimmed(self.path[index], max(limit, self.path[index].noise), frozenset(self.kept))
+            if any(c.keep == point.keep for c in self.tried):
+                return
+            start = time.monotonic()
+            candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.kept})
+            longest = time.monotonic() - start
+            missed, met = (missed, index) if candidate.met else (index, met)
+            limit = point.noise * candidate.factor()
+        self.stopped = f"{_MOST} plans were tried"
+
+    def reason(self, point: Point, name: str) -> str:
+        assert self.network is not None
+        gain, seconds = self.network.gain(point, name)
+        where = "" if self.runs_here else f", as on {self.host.name}"
+        return f"raises the SQNR by about {gain:.2f} dB for {1e6 * seconds:+.0f} us{where}; chosen to meet {self.goal}"
+
+    def choose(self) -> Candidate:
+        met = [c for c in self.tried if c.met]
+        return min(met, key=lambda c: c.seconds) if met else min(self.tried, key=lambda c: c.scores.relative_noise())
+
+    # -- account ------------------------------------------------------------------------------------------------------------------------
+
+    def with_account(self, chosen: Candidate, float_seconds: float) -> Compilation:
+        """The chosen compilation, linked again with the manifest's `mixed_precision`."""
+        points = [self.row(c, c is chosen) for c in self.tried]
+        account = {
+            "goal": str(self.goal),
+            "met": chosen.met,
+            "statement": self.statement(chosen),
+            "findings": [{"wanted": f.wanted, "found": f.found, "met": f.met} for f in chosen.findings],
+            "samples": len(chosen.scores),
+            "held_out": len(self.held),
+            "confidence": CONFIDENCE,
+            "measured_on": self.host.name if not self.runs_here else self.target.name,
+            "threads": self.twin.threads,
+            "float": {"seconds": float_seconds, "bytes": sum(g.weight.nbytes for g in self.measured.means.groups.values() if g.weight is not None)},
+            "points": points,
+            "curve": self.curve(),
+            "sensitivity": self.layers(),
+        }
+        old = chosen.compilation
+        manifest = {k: v for k, v in old.artifact.manifest.items() if k not in ("format", "numerics")} | {"mixed_precision": account}
+        return Compilation(old.built.link(**manifest), old.quantized, old.integer, old.built)
+
+    def statement(self, chosen: Candidate) -> str:
+        kept = len(chosen.keep - set(self.kept))
+        layers = f"{kept} layer{'s' if kept != 1 else ''} kept in float"
+        if chosen.met:
+            others = f", the fastest of {sum(c.met for c in self.tried)} that do, of {len(self.tried)} tried" if len(self.tried) > 1 else ""
+            return f"the target ({self.goal}) is met with {layers}{others}"
+        return f"THE TARGET ({self.goal}) IS NOT MET: {self.stopped}. This is the most accurate of {len(self.tried)} plans tried, with {layers}"
+
+    def row(self, c: Candidate, chosen: bool) -> dict[str, Any]:
+        judged = c.scores.of(self.held) if self.held else c.scores
+        bound, drop = judged.noise_bound(), c.scores.accuracy_drop()
+        return {
+            "float_layers": sorted(c.keep),
+            "sqnr_db": _finite(decibel(judged.relative_noise())),
+            "sqnr_bound_db": _finite(decibel(bound)) if self.held and math.isfinite(bound) else None,
+            "agreement": c.scores.agreement(),
+            "accuracy_drop": None if drop is None else drop[0],
+            "seconds": c.seconds,
+            "bytes": c.compilation.artifact.size,
+            "met": c.met,
+            "chosen": chosen,
+        }
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The predicted path, moved to where the first plan was measured."""
+        if not self.path:
+            return []
+        first, base = self.tried[0], self.path[0]
+        scale = (first.scores.of(self.held) if self.held else first.scores).relative_noise() / max(base.noise, 1e-300)
+        shift, size = first.seconds - base.seconds, first.compilation.artifact.size - base.bytes
+        every = max(1, -(-len(self.path) // _CURVE))
+        shown = [p for i, p in enumerate(self.path) if i % every == 0 or i == len(self.path) - 1]
+        return [
+            {"layers": len(p.keep), "sqnr_db": _finite(decibel(p.noise * scale)), "seconds": p.seconds + shift, "bytes": p.bytes + size} for p in shown
+        ]
+
+    def layers(self) -> dict[str, Any]:
+        """Per layer: SQNR of the outputs when its weights and its result alone are rounded, and its seconds in both types."""
+        if self.network is None or self.sensitivity is None:
+            return {}
+        rows = []
+        for layer in self.network.layers.values():
+            alone = layer.noise + self.network.edges[layer.id].noise
+            if layer.movable:
+                sqnr = _finite(decibel(float(alone.max())))
+                rows.append({"id": layer.id, "sqnr_db": sqnr, "int8_seconds": layer.int8_seconds, "float_seconds": layer.float_seconds})
+        return {"samples": self.sensitivity.samples, "layers": rows}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def rounded_weights(compilation: Compilation, measured: Measured) -> dict[str, np.ndarray]:
+    """group id -> the float32 weights that a compilation's int8 weights stand for, of layers whose weights are constants of the float twin's kernels."""
+    known = {s.writes for s in measured.twin.program.steps if s.name in ("qc.f32.conv2d", "qc.f32.dense")}
+    found = {}
+    for layer in integer_layers(compilation.integer):
+        if layer.group in known:
+            scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (layer.weight.ndim - 1))
+            found[layer.group] = (layer.weight * scale).astype(np.float32)
+    return found
+
+
+def constants_with(twin: Built, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The constants of the float network with other weights. The program is left as it was."""
+    program = twin.program
+    before = {name: program.step_of(name).op.operands[1] for name in weights}  # type: ignore[union-attr]
+    for name, weight in weights.items():
+        program.replace_operand(name, 1, weight)
+    constants: np.ndarray = program.constants.copy()
+    for name, operand in before.items():
+        assert isinstance(operand, np.ndarray)
+        program.replace_operand(name, 1, operand)
+    return constants

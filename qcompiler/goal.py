@@ -1,0 +1,166 @@
+"""What a compilation shall reach, and whether it did, on samples that it was fitted to and on others. Numbers only.
+
+The SQNR is a mean over samples: that it holds for other data is judged by the lower end of a one-sided 95 % confidence interval on samples
+held out from calibration. A fraction (agreement, accuracy) needs thousands of samples for that; it is judged as measured on all samples, and
+its interval is stated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qcompiler.errors import DataError
+from qcompiler.metrics import wilson
+
+HELD_OUT = 4  # every fourth sample is held out ...
+FEWEST = 8  # ... when there are at least as many as this
+CONFIDENCE = 0.95
+_Z95 = 1.6448536269514722  # the 95 % point of the normal distribution
+
+
+@dataclass(frozen=True)
+class Goal:
+    """min_sqnr: dB, of every output. min_agreement: fraction of samples with the float network's top-1 class. max_accuracy_drop: points of
+    top-1 accuracy. None is not asked for."""
+
+    min_sqnr: float | None = None
+    min_agreement: float | None = None
+    max_accuracy_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises DataError for numbers that no network could reach or miss."""
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise DataError(f"min_sqnr is {self.min_sqnr}; a finite number of dB is needed")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise DataError(f"min_agreement is {self.min_agreement:g}; a fraction from 0 to 1 is needed")
+        if self.max_accuracy_drop is not None and not 0 <= self.max_accuracy_drop <= 100:
+            raise DataError(f"max_accuracy_drop is {self.max_accuracy_drop:g}; percentage points from 0 to 100 are needed")
+
+    def __bool__(self) -> bool:
+        return self != Goal()
+
+    def __str__(self) -> str:
+        """As the command line spells it."""
+        parts = {"--min-sqnr": self.min_sqnr, "--min-agreement": self.min_agreement, "--max-accuracy-drop": self.max_accuracy_drop}
+        return " ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A network against its float twin, sample by sample. power, noise: float64[S, outputs], sums of squares of the float outputs and of the errors.
+
+    agree, float_right, int8_right: bool[S, rows of the batch], of the first output with classes; None without one, or without labels.
+    """
+
+    power: np.ndarray
+    noise: np.ndarray
+    agree: np.ndarray | None = None
+    float_right: np.ndarray | None = None
+    int8_right: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.power)
+
+    def of(self, samples: Sequence[int]) -> Scores:
+        """The scores of some of the samples."""
+        at = list(samples)
+        votes = {name: None if (a := getattr(self, name)) is None else a[at] for name in ("agree", "float_right", "int8_right")}
+        return replace(self, power=self.power[at], noise=self.noise[at], **votes)
+
+    def relative_noise(self) -> float:
+        """Noise over power of the output where that is greatest."""
+        return float(_ratio(self.power, self.noise).max())
+
+    def noise_bound(self) -> float:
+        """What `relative_noise` of unseen samples does not exceed, with 95 % confidence (delta method for a ratio of means; Student's t)."""
+        count = len(self)
+        ratio = _ratio(self.power, self.noise)
+        if count < 2:
+            return math.inf
+        residual = self.noise - ratio * self.power
+        error = np.sqrt(np.square(residual).sum(axis=0) / (count - 1) / count) / np.maximum(self.power.mean(axis=0), np.finfo(float).tiny)
+        return float((ratio + student95(count - 1) * error).max())
+
+    def agreement(self) -> float | None:
+        return None if self.agree is None else float(self.agree.mean())
+
+    def accuracy_drop(self) -> tuple[float, float] | None:
+        """(points of top-1 accuracy lost, half of its 95 % interval): the difference of paired proportions."""
+        if self.float_right is None or self.int8_right is None:
+            return None
+        lost = self.float_right.astype(float) - self.int8_right.astype(float)
+        return 100 * float(lost.mean()), 100 * 1.96 * float(lost.std()) / math.sqrt(lost.size)
+
+
+def _ratio(power: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    tiny = np.finfo(np.float64).tiny
+    with np.errstate(over="ignore"):  # noise on an output that is always zero
+        result: np.ndarray = noise.sum(axis=0) / np.maximum(power.sum(axis=0), tiny)
+    return result
+
+
+def decibel(relative_noise: float) -> float:
+    """SQNR in dB of a relative noise power."""
+    return math.inf if relative_noise <= 0 else -10 * math.log10(relative_noise)
+
+
+def student95(freedom: int) -> float:
+    """The 95 % point of Student's t: the expansion in powers of 1/freedom around the normal one (Abramowitz and Stegun 26.7.5), within 1 % from 3
+    degrees on; the exact values below."""
+    if freedom < 3:
+        return (6.3138, 2.9200)[freedom - 1]
+    z = _Z95
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return float(z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms)))
+
+
+def held_out(count: int) -> list[int]:
+    """The samples that calibration shall not see: evenly spread; none where there are fewer than `FEWEST`."""
+    return list(range(HELD_OUT - 1, count, HELD_OUT)) if count >= FEWEST else []
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of a goal. found: a sentence. noise: the relative noise that the part wants over what was found, above 1 where it is met; None where
+    noise does not decide directly."""
+
+    wanted: str
+    found: str
+    met: bool
+    noise: float | None = None
+
+
+def judge(goal: Goal, scores: Scores, held: Sequence[int]) -> list[Finding]:
+    """One finding per part of the goal. held: the samples of `scores` that nothing was fitted to; without any, the fitted ones must do, and the
+    findings say so."""
+    findings = []
+    if goal.min_sqnr is not None:
+        limit = 10 ** (-goal.min_sqnr / 10)
+        part = scores.of(held) if held else scores
+        found, bound = part.relative_noise(), part.noise_bound() if held else part.relative_noise()
+        where = f"{len(held)} held-out samples, at least {decibel(bound):.2f} dB with 95 % confidence" if held else _unconfirmed(scores)
+        findings.append(Finding(f"SQNR of at least {goal.min_sqnr:g} dB", f"{decibel(found):.2f} dB on {where}", bound <= limit, limit / max(bound, 1e-300)))
+    where = f"all {len(scores)} samples, {len(held)} of them held out" if held else _unconfirmed(scores)
+    if goal.min_agreement is not None and scores.agree is not None:
+        rows, right = scores.agree.size, int(scores.agree.sum())
+        low, high = wilson(right, rows)
+        text = f"{100 * right / rows:.2f} % on {where}; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+        findings.append(Finding(f"top-1 agreement of at least {100 * goal.min_agreement:g} %", text, right / rows >= goal.min_agreement - 1e-12))
+    if goal.max_accuracy_drop is not None and (drop := scores.accuracy_drop()) is not None:
+        text = f"{drop[0]:.2f} points on {where}; 95 % interval +-{drop[1]:.1f} points"
+        findings.append(Finding(f"top-1 accuracy at most {goal.max_accuracy_drop:g} points lower", text, drop[0] <= goal.max_accuracy_drop + 1e-9))
+    return findings
+
+
+def _unconfirmed(scores: Scores) -> str:
+    plural = "s" if len(scores) > 1 else ""
+    return f"the {len(scores)} calibration sample{plural} themselves (fewer than {FEWEST}: none could be held out to confirm it)"

@@ -1,0 +1,170 @@
+"""Mixed precision: which layers shall stay float, found on numbers alone. `sensitivity.py` measures them, `accuracy_target.py` tries the answer out.
+
+Every rounding to 8 bits adds noise to the network's outputs. Noises of independent roundings that are small beside the signal add up by power, and
+a layer's time does not depend on its neighbours' but for the conversions between them:
+
+    noise(plan)   = sum over the weights and the values that the plan rounds of the noise of that rounding alone
+    seconds(plan) = sum over layers of float or int8 seconds + conversions of values that both kinds of layers touch
+
+Both are estimates that rank plans; what is promised is measured on the compiled plan itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qcompiler.placement import Placement
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A group. inputs: the values it reads (its output has its id). noise: float64[outputs], relative noise power of its int8 weights alone.
+
+    int8_seconds, float_seconds: its own time, conversions left out. int8_bytes, float_bytes: of its parameters. movable: may the search keep it float?
+    """
+
+    id: str
+    inputs: tuple[str, ...]
+    noise: np.ndarray
+    int8_seconds: float
+    float_seconds: float
+    int8_bytes: int
+    float_bytes: int
+    movable: bool
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A value. noise: float64[outputs], of rounding it alone. to_int8, to_float: seconds of a conversion of the whole value."""
+
+    noise: np.ndarray
+    to_int8: float
+    to_float: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan as it is predicted to be. noise: relative noise power of the worst output. bytes: of parameters."""
+
+    keep: frozenset[str]
+    noise: float
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class Network:
+    """layers, edges: by id. place: kept groups -> what a plan makes of them (`Placer.place`). outputs: values that leave the network."""
+
+    layers: Mapping[str, Layer]
+    edges: Mapping[str, Edge]
+    place: Callable[[frozenset[str]], Placement]
+    outputs: frozenset[str] = frozenset()
+    _known: dict[frozenset[str], Point] = field(default_factory=dict, repr=False)
+
+    def predict(self, keep: frozenset[str]) -> Point:
+        """The plan that keeps `keep` in float."""
+        if keep not in self._known:
+            self._known[keep] = self._predict(keep)
+        return self._known[keep]
+
+    def _predict(self, keep: frozenset[str]) -> Point:
+        placement = self.place(keep)
+        noise, seconds, size = np.zeros(1), 0.0, 0
+        read_in_float = set(self.outputs)
+        for layer in self.layers.values():
+            if layer.id in placement.reasons:
+                seconds, size = seconds + layer.float_seconds, size + layer.float_bytes
+                read_in_float.update(layer.inputs)
+            else:
+                seconds, size, noise = seconds + layer.int8_seconds, size + layer.int8_bytes, noise + layer.noise
+        for value in placement.stored:
+            edge = self.edges[value]
+            noise = noise + edge.noise
+            if value not in self.layers or value in placement.reasons:
+                seconds += edge.to_int8
+            if value in read_in_float:
+                seconds += edge.to_float
+        return Point(keep, float(noise.max()), seconds, size)
+
+    def moves(self) -> list[frozenset[str]]:
+        """What one step of the search may add: a layer; a layer with a neighbour (no conversion between the two); all readers of a value with its
+        maker (the value is then never rounded)."""
+        movable = {n for n, layer in self.layers.items() if layer.movable}
+        readers: dict[str, set[str]] = {}
+        for layer in self.layers.values():
+            for value in layer.inputs:
+                readers.setdefault(value, set()).add(layer.id)
+        found = {frozenset([n]) for n in movable}
+        for value, whom in readers.items():
+            found |= {frozenset([value, reader]) & movable for reader in whom}
+            found.add(frozenset([value, *whom]) & movable)
+        return sorted((m for m in found if m), key=sorted)
+
+    def path(self, start: frozenset[str]) -> list[Point]:
+        """Plans of falling noise, each the one before with the move that lowers noise most per second; from `start` to everything float.
+
+        After a step only moves that touch its neighbourhood are estimated again: elsewhere the sums change by the same terms as before.
+        """
+        moves = self.moves()
+        near: dict[str, set[int]] = {}
+        for index, move in enumerate(moves):
+            for name in move:
+                for value in [name, *self.layers[name].inputs]:
+                    near.setdefault(value, set()).add(index)
+        points = [self.predict(start)]
+
+        def rank(index: int) -> tuple[float, float] | None:
+            """Best first: what costs nothing by how much it helps, then the most noise per second."""
+            point = self.predict(points[-1].keep | moves[index])
+            gain, cost = points[-1].noise - point.noise, point.seconds - points[-1].seconds
+            if gain <= 0:
+                return None
+            return (-math.inf, -gain) if cost <= 0 else (-gain / cost, cost)
+
+        stamp = [0] * len(moves)
+        heap: list[tuple[tuple[float, float], int, int]] = []
+
+        def push(indices: Iterable[int]) -> None:
+            for index in indices:
+                stamp[index] += 1
+                if not moves[index] <= points[-1].keep and (key := rank(index)) is not None:
+                    heapq.heappush(heap, (key, index, stamp[index]))
+
+        push(range(len(moves)))
+        while heap:
+            _, index, when = heapq.heappop(heap)
+            added = moves[index] - points[-1].keep
+            if when != stamp[index] or not added:
+                continue
+            point = self.predict(points[-1].keep | added)
+            if point.noise >= points[-1].noise:
+                continue
+            points.append(point)
+            touched = {v for name in added for v in [name, *self.layers[name].inputs]}
+            push(sorted({i for v in touched for i in near.get(v, ())}))
+        return points
+
+    def trimmed(self, point: Point, noise: float, fixed: frozenset[str]) -> Point:
+        """`point` without the layers that its predicted noise can spare below `noise`, those that cost most first; `fixed` stay."""
+        for name in sorted(point.keep - fixed, key=lambda n: self.layers[n].int8_seconds - self.layers[n].float_seconds):
+            less = self.predict(point.keep - {name})
+            if less.noise <= noise and less.seconds < point.seconds:
+                point = less
+        return point
+
+    def gain(self, point: Point, name: str) -> tuple[float, float]:
+        """(dB, seconds) that keeping `name` in float adds to `point`, which holds it."""
+        without = self.predict(point.keep - {name})
+        ratio = without.noise / point.noise if point.noise > 0 else math.inf
+        return (10 * math.log10(ratio) if 0 < ratio < math.inf else ratio), point.seconds - without.seconds
+
+
+def first_below(points: Sequence[Point], noise: float) -> int:
+    """The index of the first point whose predicted noise is at most `noise`; the last one where none is."""
+    return next((i for i, p in enumerate(points) if p.noise <= noise), len(points) - 1)

@@ -1,0 +1,159 @@
+r"""Sensitivity: how much noise each rounding to 8 bits, alone, adds to the network's outputs; and what each layer costs in either type.
+
+The float network runs step by step. Before a layer's step the memory of the run is kept; the layer runs once with its weights rounded to int8,
+or its output is rounded to int8, then the rest of the network follows as float, and the memory is put back. No code is generated for a variant,
+and only the steps behind it run again:
+
+    x0 -> step 1 -> step 2 -> ... -> y         power(y)
+              \-> rounded -> ... -> y + e      noise(e), of the weights or of the output of step 2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+
+from qcompiler.passes.graph import GraphBuilder, make_op
+from qcompiler.progress import Progress
+from qcompiler.runtime.session import Session
+from qcompiler.spec import QParams
+
+_CONVERTED = 1 << 18  # elements of the conversion that is timed
+_ITERATIONS = 20  # of each step, for its least time
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """weights, values: id -> float64[outputs], noise power over signal power when that alone is rounded. Only float outputs count."""
+
+    samples: int
+    weights: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
+
+
+def measure_sensitivity(
+    plain: Session,
+    rounded: Session,
+    layers: Collection[str],
+    params: Mapping[str, QParams],
+    samples: Iterable[Mapping[str, np.ndarray]],
+    *,
+    most: int = 16,
+    seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """plain: the float network. rounded: the same library with int8 weights, dequantized, in the constants of `layers`. params: 8-bit parameters by
+    value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`."""
+    begin = time.monotonic()
+    weights, values, power = dict[str, np.ndarray](), dict[str, np.ndarray](), np.zeros(1)
+    written = [v for s in plain.manifest["steps"] for v in _values(s)]
+    variants = len(set(layers).intersection(written)) + len(params.keys() & {*written, *(i.name for i in plain.inputs)})
+    done = count = 0
+    for sample in samples:
+        run = _Run(plain, rounded, sample)
+        power = power + run.power
+        for noise, name, errors in run.variants(weights, values, layers, params):
+            noise[name] = noise.get(name, np.zeros(len(errors))) + errors
+            done += 1
+            if progress is not None:
+                progress("sensitivity of layers", done, most * variants)
+        count += 1
+        if count == most or (time.monotonic() - begin) * (count + 1) > seconds * count:
+            break
+    if progress is not None:
+        progress("sensitivity of layers", done, done)
+    power = np.maximum(power, np.finfo(np.float64).tiny)
+    return Sensitivity(count, {n: e / power for n, e in weights.items()}, {n: e / power for n, e in values.items()})
+
+
+def _values(step: Mapping[str, Any]) -> list[str]:
+    """The model's values that a step of the manifest computes."""
+    return [] if step.get("auxiliary") else [step["id"], *step.get("more", [])]
+
+
+_Noise = dict[str, np.ndarray]
+
+
+class _Run:
+    """One sample on its way through the float network, and back to where it was after each variant."""
+
+    def __init__(self, plain: Session, rounded: Session, sample: Mapping[str, np.ndarray]) -> None:
+        self._context = plain.new_context({name: array.copy() for name, array in sample.items()})
+        self._rounded = self._context.on(rounded)
+        self._steps = plain.manifest["steps"]
+        self._inputs = [i.name for i in plain.inputs]
+        self._floats = [o.name for o in plain.outputs if o.dtype == "float32"]
+        with self._restored():
+            self._reference = self._finished(0)
+        self.power = np.array([np.square(r).sum() for r in self._reference])
+
+    def variants(self, weights: _Noise, values: _Noise, layers: Collection[str], params: Mapping[str, QParams]) -> Iterator[tuple[_Noise, str, np.ndarray]]:
+        """(where it belongs, id, sums of squared errors of the float outputs) of each variant."""
+        for name in self._inputs:
+            if name in params:
+                yield values, name, self._with_value(name, params[name], 0)
+        for index, step in enumerate(self._steps):
+            for name in _values(step):
+                if name in layers:
+                    with self._restored():
+                        self._rounded.run(index, index + 1)
+                        yield weights, name, self._errors(index + 1)
+            self._context.run(index, index + 1)
+            for name in _values(step):
+                if name in params:
+                    yield values, name, self._with_value(name, params[name], index + 1)
+
+    def _with_value(self, name: str, params: QParams, step: int) -> np.ndarray:
+        with self._restored():
+            view = self._context.view(name)
+            view[...] = params.dequantize(params.quantize(view))
+            return self._errors(step)
+
+    def _finished(self, begin: int) -> list[np.ndarray]:
+        self._context.run(begin, len(self._steps))
+        outputs = self._context.outputs()
+        return [outputs[name].astype(np.float64) for name in self._floats]
+
+    def _errors(self, step: int) -> np.ndarray:
+        return np.array([np.square(a - r).sum() for a, r in zip(self._finished(step), self._reference, strict=True)])
+
+    @contextlib.contextmanager
+    def _restored(self) -> Iterator[None]:
+        kept = [array.copy() for array in self._context.memory()]
+        yield
+        for array, before in zip(self._context.memory(), kept, strict=True):
+            array[...] = before
+
+
+# -- time -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def layer_seconds(session: Session, inputs: Mapping[str, np.ndarray], owner: Mapping[str, str]) -> dict[str, float]:
+    """Least seconds per layer, conversions left out. owner: value id -> layer; what lowering adds to a value ("<id>~padded") belongs to its layer."""
+    spent: dict[str, float] = {}
+    for name, op, _, seconds in session.profile(inputs, _ITERATIONS):
+        while name not in owner and "~" in name:
+            name = name.rpartition("~")[0]
+        if name in owner and op not in ("qc.quantize", "qc.dequantize"):
+            spent[owner[name]] = spent.get(owner[name], 0.0) + seconds
+    return spent
+
+
+def conversion_module() -> tvm.IRModule:
+    """float32 -> int8 -> float32 of `_CONVERTED` elements, to be timed."""
+    builder, attrs = GraphBuilder(), {"scale": 0.05, "zero_point": 0}
+    x = builder.input("x", (1, _CONVERTED), "float32")
+    q = builder.emit("q", make_op("qc.quantize", [x], {**attrs, "low": -128, "high": 127}, (1, _CONVERTED), "int8"))
+    return builder.finish([("y", builder.emit("y", make_op("qc.dequantize", [q], attrs, (1, _CONVERTED), "float32")))])
+
+
+def conversion_seconds(session: Session) -> tuple[float, float]:
+    """Seconds per element of (quantize, dequantize), from a session of `conversion_module`."""
+    found = {op: seconds for _, op, _, seconds in session.profile({"x": np.zeros((1, _CONVERTED), np.float32)}, _ITERATIONS)}
+    return found["qc.quantize"] / _CONVERTED, found["qc.dequantize"] / _CONVERTED

@@ -1,0 +1,84 @@
+"""The search for layers that stay float, on made-up numbers: no network, no TVM execution."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from qcompiler.mixed import Edge, Layer, Network, first_below
+from qcompiler.placement import Placement
+
+FREE = frozenset[str]()
+
+
+def chain(count: int, seed: int, conversion: float = 1.0) -> Network:
+    """x -> l0 -> l1 -> ...; a value is stored in 8 bits where an int8 layer reads it; an int8 layer hands float32 to float readers at no cost."""
+    rng = np.random.default_rng(seed)
+    names = [f"l{i}" for i in range(count)]
+    layers, edges = {}, {"x": Edge(np.array([1e-4]), conversion, conversion)}
+    for i, name in enumerate(names):
+        int8, float32 = rng.uniform(1, 5), rng.uniform(2, 12)
+        layers[name] = Layer(name, (names[i - 1] if i else "x",), rng.exponential(1e-3, 1), int8, float32, 100, 400, True)
+        edges[name] = Edge(rng.exponential(1e-3, 1), conversion, conversion)
+
+    def place(keep: frozenset[str]) -> Placement:
+        return Placement(dict.fromkeys(keep, "chosen"), tuple(layers[n].inputs[0] for n in names if n not in keep))
+
+    return Network(layers, edges, place, frozenset(names[-1:]))
+
+
+def test_predictions_add_up() -> None:
+    """Three layers, the middle one float: its weights and its input, which only it reads, are not rounded; its result is converted once."""
+    network = chain(3, 0)
+    layers, edges = network.layers, network.edges
+    all_int8, middle = network.predict(FREE), network.predict(frozenset(["l1"]))
+    assert all_int8.seconds == pytest.approx(sum(n.int8_seconds for n in layers.values()) + 1)  # the input is converted
+    assert all_int8.noise == pytest.approx(float(sum(n.noise[0] for n in layers.values()) + sum(edges[v].noise[0] for v in ("x", "l0", "l1"))))
+    assert middle.noise == pytest.approx(all_int8.noise - layers["l1"].noise[0] - edges["l0"].noise[0])
+    assert middle.seconds == pytest.approx(all_int8.seconds - layers["l1"].int8_seconds + layers["l1"].float_seconds + 1)
+    assert middle.bytes == 600
+    gain, seconds = network.gain(middle, "l1")
+    assert gain == pytest.approx(10 * np.log10(all_int8.noise / middle.noise)) and seconds == pytest.approx(middle.seconds - all_int8.seconds)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_path_is_close_to_the_best_plans(seed: int) -> None:
+    """Against all 2^9 plans: for several limits, the point that the search would take costs at most a few percent more than the best one."""
+    network = chain(9, seed)
+    path = network.path(FREE)
+    assert path[0].keep == FREE and path[-1].keep == frozenset(network.layers)
+    assert all(a.noise > b.noise and a.keep < b.keep for a, b in itertools.pairwise(path))
+    every = [network.predict(frozenset(k)) for r in range(10) for k in itertools.combinations(network.layers, r)]
+    lost = []
+    for share in (0.7, 0.5, 0.3, 0.15, 0.05):
+        limit = share * path[0].noise
+        found = network.trimmed(path[first_below(path, limit)], limit, FREE)
+        best = min(p.seconds for p in every if p.noise <= limit)
+        assert found.noise <= limit
+        lost.append(found.seconds / best - 1)
+    assert np.mean(lost) < 0.08 and max(lost) < 0.25, lost
+
+
+def test_what_saves_time_comes_first_and_what_was_asked_for_stays() -> None:
+    network = chain(6, 3)
+    fast = network.layers["l4"]
+    network.layers = {**network.layers, "l4": Layer("l4", fast.inputs, fast.noise, 50.0, 1.0, 100, 400, True)}
+    assert "l4" in network.path(FREE)[1].keep
+    fixed = frozenset(["l1"])
+    path = network.path(fixed)
+    assert path[0].keep == fixed
+    assert "l1" in network.trimmed(path[-1], np.inf, fixed).keep
+
+
+def test_layers_that_may_not_move_do_not() -> None:
+    network = chain(4, 1)
+    network.layers = {n: Layer(n, v.inputs, v.noise, v.int8_seconds, v.float_seconds, 1, 4, n != "l2") for n, v in network.layers.items()}
+    assert network.path(FREE)[-1].keep == {"l0", "l1", "l3"}
+
+
+def test_first_below() -> None:
+    path = chain(5, 0).path(FREE)
+    assert first_below(path, np.inf) == 0 and first_below(path, -1.0) == len(path) - 1
+    assert first_below(path, path[2].noise) == 2
