@@ -7,7 +7,7 @@ from qcompiler.schedules.x86 import isa
 
 register("qc.conv2d", WinogradRow(isa.AVX2, isa.AVX2.name))
 for _kind in ("conv2d", "dense"):
-    for _unit in (isa.AVX512VNNI, isa.AVXVNNI, isa.AVX2):
+    for _unit in (isa.AVX512VNNI, isa.AVX512, isa.AVXVNNI, isa.AVX2):
         register(f"qc.{_kind}", ConvRow(f"qc.{_kind}", _unit, _unit.name))
-    for _unit, _name in ((isa.AVX512FMA, "x86-avx512vnni"), (isa.AVX2FMA, "x86-avx2")):
+    for _unit, _name in ((isa.AVX512FMA, "x86-avx512vnni"), (isa.AVX512FMA, "x86-avx512"), (isa.AVX2FMA, "x86-avx2")):
         register(f"qc.f32.{_kind}", ConvRow(f"qc.f32.{_kind}", _unit, _name))

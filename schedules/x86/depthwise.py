@@ -32,6 +32,7 @@ from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
+from qcompiler.schedules.x86.isa import multiply_add
 from qcompiler.spec import RESIDUAL_LIMIT
 from qcompiler.targets import Target
 
@@ -69,7 +70,7 @@ class ByteIsa:
         lanes = width // 4
         if self.taps == 4:
             return call(f"int32x{lanes}", f"llvm.x86.avx512.vpdpbusd.{8 * width}", acc, x, w)
-        return acc + call(f"int32x{lanes}", {32: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.sse2.pmadd.wd"}[width], x, w)
+        return acc + multiply_add(x, w, lanes)
 
 
 def unpack(a: Any, b: Any, width: int, size: int, half: int) -> Any:
@@ -316,11 +317,12 @@ class DepthwiseRow:
 
 
 AVX512VNNI = ByteIsa("x86-avx512vnni", (64, 32, 16), 4, 32)
+AVX512 = ByteIsa("x86-avx512", (64, 32, 16), 2, 32)
 AVXVNNI = ByteIsa("x86-avxvnni", (32, 16), 4, 16)
 AVX2 = ByteIsa("x86-avx2", (32, 16), 2, 16)
 
-for _unit in (AVX512VNNI, AVXVNNI, AVX2):
+for _unit in (AVX512VNNI, AVX512, AVXVNNI, AVX2):
     register("qc.conv2d", DepthwiseRow(f"{_unit.name}/depthwise", _unit.name, _unit))
 
-for _isa, _widths in (("x86-avx512vnni", (16, 8)), ("x86-avx2", (8,))):
+for _isa, _widths in (("x86-avx512vnni", (16, 8)), ("x86-avx512", (16, 8)), ("x86-avx2", (8,))):
     register("qc.f32.conv2d", FloatDepthwiseRow(f"{_isa}/f32-depthwise", _isa, _widths))

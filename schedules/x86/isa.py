@@ -17,7 +17,12 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.isa import Isa, call, load, save, scalar, shuffle
 
-__all__ = ["AVX2", "AVX2FMA", "AVX512FMA", "AVX512VNNI", "AVXVNNI", "X86", "call", "load", "save", "scalar", "shuffle"]
+__all__ = ["AVX2", "AVX2FMA", "AVX512", "AVX512FMA", "AVX512VNNI", "AVXVNNI", "X86", "call", "load", "multiply_add", "save", "scalar", "shuffle"]
+
+
+def multiply_add(a: Any, b: Any, lanes: int) -> Any:
+    """VPMADDWD: int32 lanes, each the exact sum of two products of int16."""
+    return call(f"int32x{lanes}", {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[lanes], a, b)
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,10 @@ class X86(Isa):
         if self.kind == "fma":
             return call(f"float32x{self.lanes}", "llvm.fma", x[0], w[0], acc)
         if self.kind == "pairs":
-            sums = call(f"int16x{2 * self.lanes}", "llvm.x86.avx2.pmadd.ub.sw", x[0], w[0])
-            return acc + call(f"int32x{self.lanes}", "llvm.x86.avx2.pmadd.wd", sums, scalar(1, "int16", 2 * self.lanes))
+            name = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}[self.lanes]
+            return acc + multiply_add(call(f"int16x{2 * self.lanes}", name, x[0], w[0]), scalar(1, "int16", 2 * self.lanes), self.lanes)
         for a, b in zip(x, w, strict=True):
-            acc = acc + call(f"int32x{self.lanes}", "llvm.x86.avx2.pmadd.wd", a, b)
+            acc = acc + multiply_add(a, b, self.lanes)
         return acc
 
     def to_int(self, value: Any) -> Any:
@@ -117,8 +122,9 @@ class X86(Isa):
         return T.reinterpret(f"int32x{self.lanes}", shuffle([packed, scalar(0, "uint8", n)], indices.reshape(-1).tolist()))
 
 
-# Cycles measured on a Zen 4 core, whose 512-bit units are two 256-bit halves.
+# Cycles measured on a Zen 4 core, whose 512-bit units are two 256-bit halves; those of AVX512 are what two 512-bit units take (Skylake-X).
 AVX512VNNI = X86("x86-avx512vnni", 16, 32, 4, 1, 1.0, 0.5, 1.0, 2.0, 4.0, False, "vnni")
+AVX512 = X86("x86-avx512", 16, 32, 4, 4, 2.0, 1.0, 1.0, 2.0, 4.0, False, "words")
 AVXVNNI = X86("x86-avxvnni", 8, 16, 4, 1, 0.5, 0.55, 0.5, 1.0, 4.3, False, "vnni")
 AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.35, 0.25, 0.65, 1.0, 4.0, False, "words")
 AVX512FMA = X86("x86-avx512vnni", 16, 32, 1, 1, 1.0, 0.5, 1.0, 1.0, 4.0, True, "fma")

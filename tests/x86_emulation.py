@@ -1,0 +1,136 @@
+"""Runs kernels of x86 rows whose instructions this machine lacks.
+
+A kernel names its instructions as LLVM intrinsics. While one is built here, those beyond AVX2 become vector arithmetic that does what Intel's manual says of
+the instruction, and LLVM compiles 512-bit arithmetic for 256-bit registers. What is emulated is thus the instruction, and all else of the kernel is what ships.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.isa import scalar, shuffle
+from qcompiler.schedules.table import Kernel, OpCall, Row
+from qcompiler.targets import Target, find_target, load_targets, missing_features
+
+TARGETS = [t for t in load_targets().values() if t.architecture == "x86_64"]
+HOST = find_target("x86-avx2")
+AVXVNNI, AVX512VNNI = find_target("x86-avxvnni"), find_target("x86-avx512vnni")
+runs_here = pytest.mark.skipif(bool(missing_features(HOST)), reason="this machine runs no x86 row, not even emulated")
+
+
+def code_target(target: Target) -> Target:
+    """The target to generate code for when kernels of `target` shall run here: itself, its instructions in an encoding that this machine has, or `HOST`."""
+    if not missing_features(target):
+        return target
+    if target == AVXVNNI and not missing_features(AVX512VNNI):  # the 256-bit instruction has both a VEX and an EVEX encoding
+        return dataclasses.replace(target, tvm=AVX512VNNI.tvm)
+    return HOST
+
+
+def is_emulated(target: Target) -> bool:
+    return code_target(target) == HOST != target
+
+
+def build(row: Row, op: OpCall, params: Mapping[str, Any], target: Target) -> tuple[Kernel, Target]:
+    """The kernel of a row for `target`, such that this machine runs it when it is compiled for the target returned."""
+    if not is_emulated(target):
+        return row.build(op, params, target), code_target(target)
+    with emulating():
+        return row.build(op, params, target), HOST
+
+
+def sampled(name: str, values: Iterable[Any], sample: Container[Any]) -> pytest.MarkDecorator:
+    """Parametrizes `name` and `target`: by all `values` where the machine has the target's instructions, by those in `sample` where they are emulated."""
+    pairs = [(value, target) for target in TARGETS for value in values if not is_emulated(target) or value in sample]
+    return pytest.mark.parametrize((name, "target"), pairs, ids=[f"{target.name}-{value}" for value, target in pairs])
+
+
+@contextmanager
+def emulating() -> Iterator[None]:
+    """While this is active, kernels are built from what AVX2 has."""
+    pure = T.call_llvm_pure_intrin
+
+    def replaced(dtype: str, name: str, *args: Any) -> Any:
+        if not name.startswith("llvm.x86.avx512"):
+            return pure(dtype, name, *args)
+        return MODELS[name](dtype, *args)
+
+    with mock.patch.object(T, "call_llvm_pure_intrin", replaced):
+        yield
+
+
+# -- instructions: each returns the vector that the instruction does -----------------------------------------------------------------------
+
+
+def part(value: Any, lanes: int, shift: int, bits: int, signed: bool) -> Any:
+    """Bits [shift, shift + bits) of int32 lanes, extended to int32."""
+    kind = "int32" if signed else "uint32"
+    moved = T.shift_left(T.reinterpret(f"uint32x{lanes}", value), scalar(32 - shift - bits, "uint32", lanes))
+    moved = T.shift_right(T.reinterpret(f"{kind}x{lanes}", moved), scalar(32 - bits, kind, lanes))
+    return T.reinterpret(f"int32x{lanes}", moved)
+
+
+def products(dtype: str, a: Any, b: Any, bits: int, signed: bool) -> list[Any]:
+    """Of each dword, the products of its elements of `bits` bits: those of `a` signed or not, those of `b` signed."""
+    lanes = int(dtype.removeprefix("int32x"))
+    a, b = (T.bind(T.reinterpret(dtype, v)) for v in (a, b))
+    return [part(a, lanes, shift, bits, signed) * part(b, lanes, shift, bits, True) for shift in range(0, 32, bits)]
+
+
+def vpdpbusd(dtype: str, acc: Any, a: Any, b: Any) -> Any:
+    """acc + the four products of an unsigned byte of `a` and a signed byte of `b`; no saturation."""
+    return sum(products(dtype, a, b, 8, False), acc)
+
+
+def vpmaddwd(dtype: str, a: Any, b: Any) -> Any:
+    """The sum of the two products of signed words."""
+    low, high = products(dtype, a, b, 16, True)
+    return low + high
+
+
+def vpmaddubsw(dtype: str, a: Any, b: Any) -> Any:
+    """Per word: the sum of the two products of an unsigned byte of `a` and a signed byte of `b`, saturated to int16."""
+    lanes = int(dtype.removeprefix("int16x")) // 2
+    first, second, third, fourth = products(f"int32x{lanes}", a, b, 8, False)
+    low, high = (T.max(T.min(v, scalar(2**15 - 1, "int32", lanes)), scalar(-(2**15), "int32", lanes)) for v in (first + second, third + fourth))
+    return shuffle([T.bind(T.Cast(f"int16x{lanes}", v)) for v in (low, high)], [i + side * lanes for i in range(lanes) for side in (0, 1)])
+
+
+def vpack(signed: bool) -> Callable[..., Any]:
+    """The elements of `a` and `b`, saturated to half their size; those of `a` before those of `b` within each 128 bits."""
+
+    def packed(dtype: str, a: Any, b: Any) -> Any:
+        bits, lanes = (int(n) for n in dtype.removeprefix("int").split("x"))
+        half, wide, each = lanes // 2, f"int{2 * bits}", 64 // bits  # elements of a vector; their type; elements in 128 bits
+        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+        fits = [T.max(T.min(v, scalar(high, wide, half)), scalar(low, wide, half)) for v in (a, b)]
+        order = [side * half + start + i for start in range(0, half, each) for side in (0, 1) for i in range(each)]
+        narrow = "int" if signed else "uint"
+        return T.reinterpret(dtype, shuffle([T.bind(T.Cast(f"{narrow}{bits}x{half}", v)) for v in fits], order))
+
+    return packed
+
+
+def vcvtps2dq(dtype: str, value: Any, otherwise: Any, mask: Any, rounding: Any) -> Any:
+    """Two halves by the 256-bit instruction, which rounds alike: to nearest even, and what doesn't fit to INT32_MIN."""
+    assert (int(mask), int(rounding)) == (-1, 4), "all lanes, current rounding mode"
+    halves = [T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx.cvt.ps2dq.256", shuffle([value], range(i, i + 8))) for i in (0, 8)]
+    return shuffle([T.bind(h) for h in halves], range(16))
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    **{f"llvm.x86.avx512.vpdpbusd.{bits}": vpdpbusd for bits in (128, 256, 512)},
+    "llvm.x86.avx512.pmaddw.d.512": vpmaddwd,
+    "llvm.x86.avx512.pmaddubs.w.512": vpmaddubsw,
+    "llvm.x86.avx512.packssdw.512": vpack(signed=True),
+    "llvm.x86.avx512.packsswb.512": vpack(signed=True),
+    "llvm.x86.avx512.packuswb.512": vpack(signed=False),
+    "llvm.x86.avx512.mask.cvtps2dq.512": vcvtps2dq,
+}
