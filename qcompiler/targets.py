@@ -35,7 +35,7 @@ class Target:
     compiler: tuple[str, ...] = ("g++",)
     emulator: tuple[str, ...] = ()
     cores: int = 2
-    tested: str = ""  # why not, when kernels of this row never ran on hardware
+    tested: str = ""  # on what instead, when kernels of this row never ran on hardware
     host: str = "x86_64-linux-gnu"  # of a GPU: the triple of the CPU that loads the library
 
     def __hash__(self) -> int:
@@ -135,7 +135,8 @@ def missing_features(target: Target) -> list[str]:
 def find_target(name: str, path: Path | None = None) -> Target:
     """A target by row name, by triple (its most portable row), by triple plus features ("x86_64-linux-gnu+avx512_vnni"), or "native".
 
-    "native" is the last row of the file for a CPU that this machine can run: rows are listed from portable to best.
+    "native" is the last row of the file for a CPU that this machine can run: rows are listed from portable to best. A row whose kernels never ran on hardware
+    (`tested`) is taken by name only, unless no other runs here.
     Raises TargetError with the nearest names when there is none.
     """
     rows = load_targets(path)
@@ -145,7 +146,7 @@ def find_target(name: str, path: Path | None = None) -> Target:
         runnable = [t for t in rows.values() if not t.gpu and not missing_features(t)]
         if not runnable:
             raise TargetError(f"no target in {path or default_file()} runs on this machine ({host_architecture()}); name one with --target")
-        return runnable[-1]
+        return ([t for t in runnable if not t.tested] or runnable)[-1]
     triple, *wanted = name.split("+")
     of_triple = [t for t in rows.values() if t.triple == triple]
     if of_triple:

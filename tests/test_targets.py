@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from qcompiler.errors import TargetError
-from qcompiler.targets import find_target, load_targets, missing_features
+from qcompiler.targets import find_target, host_architecture, load_targets, missing_features
 
 
 def test_every_row_is_complete() -> None:
     rows = load_targets()
-    assert {"x86-avx2", "x86-avxvnni", "x86-avx512vnni"} <= set(rows)
+    assert {"x86-avx2", "x86-avxvnni", "x86-avx512", "x86-avx512vnni"} <= set(rows)
     for target in rows.values():
         assert target.rows and target.features and target.compiler
 
@@ -23,6 +23,15 @@ def test_by_name_triple_and_features() -> None:
 
 def test_native_runs_here() -> None:
     assert missing_features(find_target("native")) == []
+
+
+def test_native_prefers_rows_that_ran_on_hardware(tmp_path: Path) -> None:
+    row = "{{triple: {}-linux-gnu, tvm: {{kind: llvm}}, features: [], rows: [x86-avx2], storage: uint8{}}}"
+    path, (tried, untried) = tmp_path / "mine.yaml", (row.format(host_architecture(), more) for more in ("", ", tested: emulated only"))
+    path.write_text(f"targets: {{a: {tried}, b: {tried}, c: {untried}}}")
+    assert (find_target("native", path).name, find_target("c", path).name) == ("b", "c")
+    path.write_text(f"targets: {{b: {untried}, c: {untried}}}")
+    assert find_target("native", path).name == "c"
 
 
 @pytest.mark.parametrize(
