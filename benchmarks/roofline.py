@@ -38,7 +38,7 @@ def unit_of(target: Target, operator: str = "qc.conv2d") -> Isa:
     """The dot unit of the best convolution row of a target, in its fastest form."""
     schedules.load(target)
     unit = next(r.unit for isa in target.rows for r in KERNELS[operator] if r.isa == isa and isinstance(r, ConvRow))
-    return unit.short or unit
+    return unit.forms[0]
 
 
 def seconds_of(call: Call, rounds: int = 20) -> float:

@@ -76,18 +76,20 @@ class ConvRow:
         order = subgroups_of(emitter.channels) if epilogue.packed else None
         groups = geometry.groups
         steps = plan.steps_of(plan.merge_weight(weight, groups * joined, joined), self.unit, emitter.channels, order)
-        if self.unit.short:
-            packed, table = sort_steps(steps, geometry, self.unit, emitter.channels)
+        if emitter.sorted:
+            packed, table, absent = sort_steps(steps, geometry, self.unit, emitter.channels)
             constants = [packed, table]
         else:
-            constants = [plan.pack(steps, self.unit, emitter.channels)]
+            form = self.unit.forms[-1]
+            constants, absent = [plan.pack(steps, form, emitter.channels)], form.missing(steps).sum(2)
         if self.unit.is_float:
             constants.append(plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order))
         else:
             # sum((u - offset - zx) * w) = sum(u * w) - (zx + offset) * sum(w), for storage u = q + offset
             shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
             folded = bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3))
-            constants.append(plan.pack_lanes(wrap(folded), self.unit, emitter.channels, groups, order))
+            lanes = plan.pack_lanes(folded, self.unit, emitter.channels, groups, order)
+            constants.append(wrap(lanes + np.reshape(absent, -1)))
             multiplier = np.asarray(op.operands[3], np.float32)
             constants.append(plan.pack_lanes(multiplier, self.unit, emitter.channels, groups, order))
         constants.append(self.parameters(op))

@@ -21,7 +21,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, split_blocks
-from qcompiler.schedules.conv_steps import CLASSES, step_classes, table_size, tile_spans
+from qcompiler.schedules.conv_steps import sorts_steps, step_classes, step_offsets, table_pitch, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
 
 FLOAT_MAX = 3.4028234663852886e38
@@ -95,6 +95,7 @@ class ConvKernel:
             raise ValueError(f"{tiling.blocks} blocks of {isa.lanes} channels are more than {geometry.outputs} channels")
         if tiling.rows * tiling.cols * tiling.blocks > 2 * isa.registers:
             raise ValueError(f"{tiling.rows} x {tiling.cols} x {tiling.blocks} accumulators don't fit {isa.registers} registers")
+        self.sorted = sorts_steps(geometry, isa)
         self.tile_rows, self.tile_cols = -(-height // tiling.rows), -(-width // tiling.cols)
         self.pixel_run, self.pixel_tasks = runs(batch * self.tile_rows * self.tile_cols, tiling.pixel_tasks)
         self.channel_units = geometry.groups if geometry.groups > 1 else self.channels.full
@@ -114,13 +115,14 @@ class ConvKernel:
                 T.func_attr({"tirx.noalias": True})
                 task = T.arg("task", T.int32())
                 names = ["x", "residual", "w", "steps", "bias", "multiplier", "params", "out"]
-                absent = {n for n, here in (("residual", g.residual), ("steps", isa.short), ("multiplier", not isa.is_float)) if not here}
+                absent = {n for n, here in (("residual", g.residual), ("steps", self.sorted), ("multiplier", not isa.is_float)) if not here}
                 pointers = {n: T.arg(n, T.handle()) for n in names if n not in absent}
                 lanes = g.groups * self.channels.vectors * isa.lanes
                 self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
                 self.w = T.decl_buffer((lanes * g.depth(isa.group) * isa.group,), isa.weight_dtype, data=pointers["w"])
-                if isa.short:
-                    self.steps = T.decl_buffer((table_size(g, isa, self.channels),), "int32", data=pointers["steps"])
+                if self.sorted:
+                    words = g.groups * len(tile_spans(self.channels)) * table_pitch(isa, self.channels, g.depth(isa.group))[1]
+                    self.steps = T.decl_buffer((words,), str(step_offsets(g, isa).dtype), data=pointers["steps"])
                 self.bias = T.decl_buffer((lanes,), isa.accumulator, data=pointers["bias"])
                 if not isa.is_float:
                     self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
@@ -194,9 +196,8 @@ class ConvKernel:
             for line in accs:
                 for acc, value in zip(line[b], isa.tie(bias), strict=True):
                     save(acc, 0, value, isa.lanes)
-        if isa.short:
-            tile = T.bind(group * len(tile_spans(self.channels)) + block // self.channels.blocks)
-            self.reduce_sorted(accs, blocks, x, w, T.bind(tile * (CLASSES + g.depth(isa.group))))
+        if self.sorted:
+            self.reduce_sorted(accs, blocks, x, w, T.bind(group * len(tile_spans(self.channels)) + block // self.channels.blocks))
         else:
             self.reduce(accs, blocks, x, w)
         values = []
@@ -211,7 +212,7 @@ class ConvKernel:
 
     def reduce(self, accs: list[list[list[Any]]], blocks: int, x: Any, w: Any) -> None:
         """The loops over kernel and input channels; the innermost one unrolled."""
-        g, isa = self.g, self.isa
+        g, isa = self.g, self.isa.forms[-1]
         loops, size = g.loops(isa.group), blocks * isa.lanes * isa.group
         tail = g.tail(isa.group)
         pitch = g.x.channel_pitch
@@ -257,11 +258,13 @@ class ConvKernel:
 
         nest(0, x, w)
 
-    def reduce_sorted(self, accs: list[list[list[Any]]], blocks: int, x: Any, w: Any, table: Any) -> None:
-        """The steps of a tile, class after class; `table`: where its part of the step table begins."""
-        g, isa, short = self.g, self.isa, self.isa.short
-        assert short is not None and isa.pixels == 1
-        size, tail = isa.lanes * isa.group, g.tail(isa.group)
+    def reduce_sorted(self, accs: list[list[list[Any]]], blocks: int, x: Any, w: Any, tile: Any) -> None:
+        """The steps of channel tile number `tile`, class after class (`conv_steps`)."""
+        g, isa = self.g, self.isa
+        assert isa.pixels == 1
+        size, tail, depth = isa.lanes * isa.group, g.tail(isa.group), g.depth(isa.group)
+        head, pitch = table_pitch(isa, self.channels, depth)
+        table = T.bind(tile * pitch)
         places = [(r * g.strides[0] * g.x.rows[1] + c * g.strides[1]) * g.x.channel_pitch for r, c in self.offsets]
 
         def step(x: Any, w: Any, forms: list[Isa], valid: int) -> None:
@@ -272,12 +275,12 @@ class ConvKernel:
                     save(acc, 0, form.dot(load(acc, 0, isa.lanes), values[form], weight), isa.lanes)
 
         begin: Any = 0
-        whole = [(i, mask, isa.group) for i, mask in enumerate(step_classes(blocks))]
-        for index, mask, valid in whole + ([(CLASSES - 1, -1, tail)] if tail != isa.group else []):
-            end = T.bind(self.steps[table + index])
-            forms = [isa if mask >> b & 1 else short for b in range(blocks)]
+        classes = step_classes(isa, blocks)
+        for index, forms in enumerate(classes + classes[-1:] * (tail != isa.group)):
+            end = T.bind(T.Cast("int32", self.steps[table + index]))
             with T.serial(begin, end) as i:
-                step(T.bind(x + self.steps[table + CLASSES + i]), T.bind(w + i * (blocks * size)), forms, valid)
+                at = T.bind(x + T.Cast("int32", self.steps[table + head + i]))
+                step(at, T.bind(w + i * (blocks * size)), [isa.forms[f] for f in forms], isa.group if index < len(classes) else tail)
             begin = end
 
     def scaled(self, value: Any, vector: Any, b: int) -> Any:

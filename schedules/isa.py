@@ -68,9 +68,10 @@ class Isa(ABC):
     is_float: bool
 
     @property
-    def short(self) -> Isa | None:
-        """A faster form of the dot step, same in lanes, group and bytes of weights, that computes the weights it `takes` exactly."""
-        return None
+    def forms(self) -> tuple[Isa, ...]:
+        """Forms of the dot step, cheapest first, same in lanes, group and bytes of weights. Each computes the weights exactly that it `takes`;
+        this one, which takes any, comes last."""
+        return (self,)
 
     @property
     def span(self) -> int:
@@ -123,6 +124,10 @@ class Isa(ABC):
         """Which dot steps over [..., lanes, group] weights this form computes exactly, whatever the activations: bool [...]."""
         return np.ones(groups.shape[:-2], bool)
 
+    def missing(self, groups: np.ndarray) -> np.ndarray:
+        """What `dot` leaves out of the sum over [..., lanes, group] weights, whatever the activations: int64 [..., lanes]."""
+        return np.zeros(groups.shape[:-1], np.int64)
+
     def packed_dwords(self, blocks: int) -> list[int]:
         """The permutation of dwords that makes the pixels of a packed vector contiguous: result[i] = packed[order[i]].
 
@@ -161,7 +166,7 @@ class Isa(ABC):
 
     @abstractmethod
     def dot(self, acc: Any, x: list[Any], w: list[Any]) -> Any:
-        """acc + x . w, per lane; exact for integers."""
+        """acc + x . w - what is `missing`, per lane; exact for integers."""
 
     def tie(self, bias: Any) -> list[Any]:
         """The first values of the accumulators of `pixels` pixels and one block."""

@@ -11,7 +11,7 @@ from conv_cases import CASES, Case, row_of
 from x86_emulation import TARGETS, build, is_emulated, runs_here, sampled
 
 from qcompiler import numerics, schedules
-from qcompiler.schedules.conv_steps import CLASSES, step_classes
+from qcompiler.schedules.conv_steps import step_classes
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import Layout, OpCall
 from qcompiler.schedules.x86.isa import AVX2 as AVX2_ISA
@@ -196,51 +196,56 @@ def test_alder_lake_gets_vex_encoded_dots() -> None:
     assert "vpdpbusd" in assembly and "zmm" not in assembly and "{vex}" in assembly
 
 
-# -- the short step of AVX2 --------------------------------------------------------------------------------------------------------------------
+# -- the forms of a dot step without VNNI -----------------------------------------------------------------------------------------------------
 
 
-def test_pairs_that_could_saturate_are_refused() -> None:
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_pairs_that_could_saturate_are_refused(order: int) -> None:
     """VPMADDUBSW, as its manual has it, against the exact sum, at every pair of weights near the bound and the extremes of activations."""
-    short = AVX2_ISA.short
-    assert short is not None
+    form = AVX2_ISA.forms[order]
     weights = np.array([(a, b) for a in range(-127, 128) for b in range(-127, 128) if abs(abs(a) + abs(b) - 128) <= 3 or abs(a) == abs(b)], np.int8)
     steps = np.zeros((len(weights), 8, 4), np.int8)
-    steps[:, 5, 2:] = weights  # one lane of eight, one pair of two
+    steps[:, 5, form.order[2:]] = weights  # one lane of eight, one pair of two
     sums = [weights.astype(np.int64) @ (u, v) for u in (0, 255) for v in (0, 255)]
     exact = np.all([(s >= -(2**15)) & (s < 2**15) for s in sums], axis=0)
     assert exact.any() and not exact.all()
-    np.testing.assert_array_equal(short.takes(steps), exact)
+    np.testing.assert_array_equal(form.takes(steps), exact)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("kernel,pad", [((1, 1), 0), ((3, 3), 1)])
-def test_every_class_of_steps(kernel: tuple[int, int], pad: int, blocks: int) -> None:
-    """Weights at the bound (pairs of 64 and 64 stay short, 64 and 65 go long) and at the extremes, full activations, in all classes."""
-    rng, (channels, outputs) = np.random.default_rng(blocks), (40, 24)
-    w = rng.choice(np.array([-64, 64], np.int8), (outputs, *kernel, channels))
-    for block in (0, 1):  # of two blocks of channels that are packed together, each has other steps that can't be short
-        lanes = np.arange(outputs) // 4 % 2 == block
-        w[lanes, :, :, 12 * block : 12 * block + 9] = rng.choice(np.array([-127, -65, 65, 127], np.int8), w[lanes, :, :, :9].shape)
-    w[:, :, :, 36:40] = 127
+# weights of a step that only one form takes, besides the last one, which takes any: a pair of 64 and 64 is at the bound, one of 64 and 65 beyond it
+STEPS = {0: (64, 64, 65, 63), 1: (-64, -65, -64, -63), 2: (64, 65, 63, 64), 3: (65, 64, 127, 127)}
+
+
+@pytest.mark.parametrize("blocks,kernel", [(1, (1, 1)), (2, (1, 1)), (2, (3, 3)), (3, (3, 3))])
+def test_every_class_of_steps(kernel: tuple[int, int], blocks: int) -> None:
+    """Weights at the bound and at the extremes, full activations, in every combination of forms."""
+    for form, step in STEPS.items():
+        assert [f.takes(np.array(step).reshape(1, 1, 4)).item() for f in AVX2_ISA.forms[:3]] == [form == i for i in range(3)]
+    rng, pad, channels, outputs = np.random.default_rng(blocks), kernel[0] // 2, 64, 24
+    of_block = np.arange(outputs) // 4 % 2 if blocks == 2 else np.zeros(outputs, int)  # whose channels are packed together
+    w = np.zeros((outputs, *kernel, channels), np.int8)
+    for step in range(channels // 4):  # 16 combinations of two forms
+        for block, form in enumerate((step % 4, step // 4)):
+            w[of_block == block, ..., 4 * step : 4 * step + 4] = STEPS[form]
     x = rng.choice(np.array([-128, 127, 127], np.int8), (1, 5, 9, channels))
-    attrs = Case((1, 5, 9, channels), outputs, kernel, pad=pad).attributes() | {"x_zero_point": -128}
+    attrs = Case(x.shape, outputs, kernel, pad=pad).attributes() | {"x_zero_point": -128}
     bias, multiplier = np.zeros(outputs, np.int32), np.full(outputs, 1e-4, np.float32)
     row, output = row_of("qc.conv2d", AVX2), Layout((1, 5, 9, outputs), "uint8")
     op = OpCall("qc.conv2d", [Layout(x.shape, "uint8", (pad,) * 4), w, bias, multiplier], attrs, output)
     built = row.build(op, row.default(op, AVX2) | {"rows": 1, "cols": 2, "blocks": blocks}, AVX2)
-    table = built.constants[1].reshape(-1, CLASSES + kernel[0] * kernel[1] * channels // 4)
-    sizes = np.diff(table[:, :CLASSES], axis=1, prepend=0)[:, : len(step_classes(blocks))]
-    assert (sizes.sum(0) > 0).all() and (table[:, CLASSES - 1] == table.shape[1] - CLASSES).all()
+    depth, tiles = w[0].size // 4, -(-outputs // (8 * blocks))
+    ends = built.constants[1].reshape(tiles, -1)[0, : len(step_classes(AVX2_ISA, blocks))]
+    assert (np.diff(ends, prepend=0) > 0).all() and ends[-1] == depth
     got = fetch(run_kernel(built, [store(x, op.tensors[0], -128)], output, AVX2), output)
     np.testing.assert_array_equal(got, numerics.conv2d(x, w, bias, multiplier, **attrs))
 
 
 def test_weights_decide_the_order_of_steps_and_never_the_code() -> None:
-    row, narrow, wide = row_of("qc.conv2d", AVX2), sample_op(), sample_op()
-    wide.operands[1] = np.full((32, 1, 1, 32), 127, np.int8)
+    row, narrow, wide = row_of("qc.conv2d", AVX2), sample_op(64), sample_op(64)
+    wide.operands[1] = np.full((32, 1, 1, 64), 127, np.int8)
     kernels = [row.build(op, row.default(op, AVX2), AVX2) for op in (narrow, wide)]
     assert kernels[0].key == kernels[1].key
     tvm.ir.assert_structural_equal(kernels[0].func, kernels[1].func, map_free_vars=True)
-    tables = [k.constants[1].reshape(-1, CLASSES + 8) for k in kernels]
-    assert (tables[0][:, 0] == 8).all() and (tables[1][:, 0] == 0).all()
+    ends = [k.constants[1].reshape(32 // (8 * k.params["blocks"]), -1)[:, 0] for k in kernels]
+    assert (ends[0] == 16).all() and (ends[1] == 0).all()
     assert [a.nbytes for a in kernels[0].constants] == [a.nbytes for a in kernels[1].constants]

@@ -1,8 +1,12 @@
 """x86 vector ISAs as facts: widths, registers, costs, and the instructions of a dot step and of the epilogue.
 
-An 8-bit step is exact in int32 on every row. VPDPBUSD does not saturate (VPDPBUSDS would). Without VNNI there are two forms. VPMADDWD multiplies
-operands widened to int16. VPMADDUBSW multiplies bytes, in three instructions in all against four and the widening, but saturates its int16 pair
-sums: it serves the steps whose weights can't bring a pair there, whatever the activations (`X86.takes`).
+An 8-bit step is exact in int32 on every row. VPDPBUSD does not saturate (VPDPBUSDS would). Without VNNI, bytes are multiplied by VPMADDUBSW, an
+unsigned one by a signed one, whose int16 sums of two products saturate. So each dot step takes the first form that its weights allow:
+
+    u8 activations by weights, four channels paired in one of three ways (the second and third cost a byte shuffle per activation operand), if
+    no pair of weights can saturate, whatever the activations:  255 * (sum of those of one sign) <= 255 * 128 = 32640 < 2^15;
+    magnitudes of weights by activations of the right sign, which never saturates:  2 * 127 * 128 = 32512 < 2^15. With u = q + 128,
+    w q = |w| q for w >= 0, else |w| (-q - 1) - w;  q is u XOR 0x80 and -q - 1 is u XOR 0x7F, so one VPXOR does it.
 """
 
 from __future__ import annotations
@@ -27,47 +31,54 @@ def multiply_add(a: Any, b: Any, lanes: int) -> Any:
 
 @dataclass(frozen=True)
 class X86(Isa):
-    """`kind`: "vnni" (VPDPBUSD), "words" (VPMADDWD and VPADDD), its short form "pairs" (VPMADDUBSW, VPMADDWD and VPADDD) or "fma" (float32)."""
+    """`kind`: "vnni" (VPDPBUSD), "bytes" (the forms "pairs" and "signs" of VPMADDUBSW, see above) or "fma" (float32).
+
+    `order`: how "pairs" arranges the channels of a group, two and two.
+    """
 
     kind: str
+    order: tuple[int, ...] = (0, 1, 2, 3)
 
     @property
     def input_dtype(self) -> str:
         return "float32" if self.is_float else "uint8"
 
     @property
-    def short(self) -> X86 | None:
-        return replace(self, kind="pairs") if self.kind == "words" else None
+    def forms(self) -> tuple[X86, ...]:
+        if self.kind != "bytes":
+            return (self,)
+        return (*(replace(self, kind="pairs", order=order) for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))), replace(self, kind="signs"))
 
     def takes(self, groups: np.ndarray) -> np.ndarray:
-        """As `Isa`. Of a pair, u8 activations reach at most 255 * (the positive weights), at least 255 * (the negative ones); 255 * 128 = 32640
-        fits int16, 255 * 129 = 32895 doesn't, nor does -32895."""
         if self.kind != "pairs":
             return super().takes(groups)
-        pairs = groups.astype(np.int16).reshape(*groups.shape[:-1], 2, 2)
+        pairs = groups[..., self.order].astype(np.int16).reshape(*groups.shape[:-1], 2, 2)
         largest = np.maximum(np.maximum(pairs, 0).sum(-1), np.maximum(-pairs, 0).sum(-1))
         return np.asarray((largest <= 128).all(axis=(-1, -2)))
 
+    def missing(self, groups: np.ndarray) -> np.ndarray:
+        if self.kind != "signs":
+            return super().missing(groups)
+        w = groups.astype(np.int64)  # sum(u w) = sum(q w) + 128 sum(w), and sum(q w) = what is computed - sum(w < 0)
+        return np.asarray(128 * w.sum(-1) - np.minimum(w, 0).sum(-1))
+
     def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
-        """As `Isa`; the operands of "words" are widened by the units that multiply and add."""
-        if self.kind == "words":
+        """As `Isa`; all instructions of "bytes" compete for the same units."""
+        if self.kind == "bytes":
             return pixels * blocks * self.dot_cost + pixels * self.broadcast_cost + blocks * self.weight_cost
         return super().step_cycles(pixels, blocks, streamed)
 
     def pack_weights(self, groups: np.ndarray) -> np.ndarray:
-        """As `Isa`; "words" splits a group into its even and its odd channels, as `activation` does."""
-        outer = groups.shape[:-2]
-        if self.kind == "words":
-            groups = np.stack([groups[..., 0::2], groups[..., 1::2]], axis=-3)
-        return groups.reshape(*outer, -1)
+        ordered = groups[..., self.order] if self.kind == "pairs" else groups
+        return ordered.reshape(*groups.shape[:-2], -1)
 
     def weights(self, buffer: Any, index: Any) -> list[Any]:
-        if self.kind in ("vnni", "pairs"):
-            return [T.bind(load(buffer, index, 4 * self.lanes))]
-        if self.kind == "fma":
-            return [T.bind(load(buffer, index, self.lanes))]
-        half = 2 * self.lanes  # VPMOVSXBW from memory
-        return [T.bind(T.Cast(f"int16x{half}", load(buffer, index + s * half, half))) for s in (0, 1)]
+        w = T.bind(load(buffer, index, self.lanes * self.group))
+        if self.kind != "signs":
+            return [w]
+        n = 4 * self.lanes
+        negative = T.shift_right(w, scalar(7, "int8", n))  # 0 or -1
+        return [T.bind(call(f"int8x{n}", "llvm.abs", w, tirx.const(False, "bool"))), T.bind(T.bitwise_xor(negative, scalar(-128, "int8", n)))]
 
     def activation(self, buffer: Any, index: Any, valid: int) -> list[Any]:
         if self.kind == "fma":
@@ -79,25 +90,20 @@ class X86(Isa):
             for i in range(valid):
                 word = T.bitwise_or(word, T.shift_left(T.Cast("int32", load(buffer, index + i, 1)), tirx.const(8 * i, "int32")))
         spread = T.bind(T.broadcast(word, self.lanes))
-        if self.kind in ("vnni", "pairs"):
-            return [T.bind(T.reinterpret(f"int8x{4 * self.lanes}", spread))]
-        # bytes (x0, x1, x2, x3) of a dword as words: (x0, x2) are its low bytes, (x1, x3) its high bytes
-        words = T.reinterpret(f"uint16x{2 * self.lanes}", spread)
-        even = T.bitwise_and(words, scalar(255, "uint16", 2 * self.lanes))
-        odd = T.shift_right(words, scalar(8, "uint16", 2 * self.lanes))
-        return [T.bind(T.reinterpret(f"int16x{2 * self.lanes}", e)) for e in (even, odd)]
+        bytes_ = T.reinterpret(f"int8x{4 * self.lanes}", spread)
+        if self.order != (0, 1, 2, 3):
+            bytes_ = shuffle([bytes_], [4 * lane + i for lane in range(self.lanes) for i in self.order])
+        return [T.bind(bytes_)]
 
     def dot(self, acc: Any, x: list[Any], w: list[Any]) -> Any:
         if self.kind == "vnni":
             return call(f"int32x{self.lanes}", f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", acc, x[0], w[0])
         if self.kind == "fma":
             return call(f"float32x{self.lanes}", "llvm.fma", x[0], w[0], acc)
-        if self.kind == "pairs":
-            name = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}[self.lanes]
-            return acc + multiply_add(call(f"int16x{2 * self.lanes}", name, x[0], w[0]), scalar(1, "int16", 2 * self.lanes), self.lanes)
-        for a, b in zip(x, w, strict=True):
-            acc = acc + multiply_add(a, b, self.lanes)
-        return acc
+        unsigned, signed = (x[0], w[0]) if self.kind == "pairs" else (w[0], T.bitwise_xor(x[0], w[1]))
+        name = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}[self.lanes]
+        sums = call(f"int16x{2 * self.lanes}", name, unsigned, signed)
+        return acc + multiply_add(sums, scalar(1, "int16", 2 * self.lanes), self.lanes)
 
     def to_int(self, value: Any) -> Any:
         if self.lanes == 16:
@@ -124,8 +130,8 @@ class X86(Isa):
 
 # Cycles measured on a Zen 4 core, whose 512-bit units are two 256-bit halves; those of AVX512 are what two 512-bit units take (Skylake-X).
 AVX512VNNI = X86("x86-avx512vnni", 16, 32, 4, 1, 1.0, 0.5, 1.0, 2.0, 4.0, False, "vnni")
-AVX512 = X86("x86-avx512", 16, 32, 4, 4, 2.0, 1.0, 1.0, 2.0, 4.0, False, "words")
+AVX512 = X86("x86-avx512", 16, 32, 4, 4, 2.0, 1.0, 1.0, 2.0, 4.0, False, "bytes")
 AVXVNNI = X86("x86-avxvnni", 8, 16, 4, 1, 0.5, 0.55, 0.5, 1.0, 4.3, False, "vnni")
-AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.35, 0.25, 0.65, 1.0, 4.0, False, "words")
+AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.35, 0.25, 0.65, 1.0, 4.0, False, "bytes")
 AVX512FMA = X86("x86-avx512vnni", 16, 32, 1, 1, 1.0, 0.5, 1.0, 1.0, 4.0, True, "fma")
 AVX2FMA = X86("x86-avx2", 8, 16, 1, 1, 0.5, 0.65, 0.5, 0.5, 4.3, True, "fma")
