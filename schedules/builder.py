@@ -30,7 +30,8 @@ BLOCK = 256  # GPU threads per block
 class Emitter:
     """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes.
 
-    On a GPU `task` is the number of a thread, `tasks` counts all threads of the launch, and code is scalar (`width` is 1).
+    On a GPU `task` is the number of a thread, `tasks` counts all threads of the launch, `group` and `thread` are the indices of the block and of
+    the thread in it, and code is scalar (`width` is 1).
     """
 
     op: OpCall
@@ -41,8 +42,13 @@ class Emitter:
     output: Any
     width: int
     _scalars: Any
-    gpu: bool = False
+    group: Any = None
+    thread: Any = None
     values: list[int] = field(default_factory=list)
+
+    @property
+    def gpu(self) -> bool:
+        return self.thread is not None
 
     def i32(self, value: int) -> Any:
         """An int32 scalar that lies in the kernel's constants, so that code does not depend on it."""
@@ -97,8 +103,8 @@ def make_kernel(
             inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
             packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
             output = flat(out, op.output.elements, op.output.dtype)
-            with thread_number(*launch) if launch else nullcontext(task) as number:
-                emitter = Emitter(op, number, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"), target.gpu)
+            with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
+                emitter = Emitter(op, number, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"), group, thread)
                 emit(emitter)
     func = builder.get()
     used = np.array(emitter.values or [0], np.int32)
@@ -108,10 +114,10 @@ def make_kernel(
 
 
 @contextmanager
-def thread_number(blocks: int, block: int) -> Iterator[Any]:
-    """A launch of `blocks` blocks; yields the number of a thread among all of them."""
+def threads_of(blocks: int, block: int) -> Iterator[tuple[Any, Any, Any]]:
+    """A launch of `blocks` blocks; yields the number of a thread among all, the index of its block, and its index in the block."""
     with T.launch_thread("blockIdx.x", blocks) as b, T.launch_thread("threadIdx.x", block) as t:
-        yield T.bind(b * block + t)
+        yield T.bind(b * block + t), T.bind(b + 0), T.bind(t + 0)
 
 
 def flat(pointer: Any, elements: int, dtype: str) -> Any:

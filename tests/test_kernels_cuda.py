@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cuda_emulated import FLAGS, HEADERS, Emulated
 from qcompiler import numerics, schedules
 from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
-from qcompiler.targets import find_target
+from qcompiler.targets import Target, find_target
 
 TARGET = find_target("cuda-sm80")
 schedules.load(TARGET)
@@ -44,22 +44,24 @@ class Case:
     constants: tuple[int, ...] = ()
     tolerance: float = 0.0
 
-    def prepare(self) -> Kernel:
+    def prepare(self, params: dict[str, Any] | None = None, target: Target = TARGET) -> Kernel:
+        """The kernel of the row that is selected, or with `params` a point of its design space; inputs as it needs them, and what to expect."""
         with np.errstate(over="ignore"):
             self.expected = np.asarray(numerics.OPERATORS[self.name](*self.operands, **self.attrs))
-        stored: list[Layout | np.ndarray] = []
-        self.inputs = []
-        for index, operand in enumerate(self.operands):
-            if index in self.constants:
-                stored.append(operand)
-                continue
-            layout = Layout(operand.shape, str(operand.dtype), **self.layouts.get(index, {}))
-            stored.append(layout)
-            self.inputs.append(store(operand, layout, zero_point=GARBAGE))
+        layouts = [Layout(np.shape(o), str(o.dtype), **self.layouts.get(i, {})) for i, o in enumerate(self.operands)]
         self.output = Layout(self.expected.shape, str(self.expected.dtype), **self.out)
+        stored = [o if i in self.constants else layouts[i] for i, o in enumerate(self.operands)]
         op = OpCall(self.name, stored, self.attrs, self.output, "node")
-        row = select(op, TARGET)
-        return row.build(op, row.default(op, TARGET), TARGET)
+        row = select(op, target)
+        needs = iter(row.needs(op, target))
+        self.inputs = []
+        for i, operand in enumerate(self.operands):
+            if i not in self.constants:
+                pitch = next(needs).pitch
+                layouts[i] = replace(layouts[i], pitch=-(-layouts[i].channel_pitch // pitch) * pitch) if pitch > 1 else layouts[i]
+                op.operands[i] = layouts[i]
+                self.inputs.append(store(operand, layouts[i], zero_point=GARBAGE))
+        return row.build(op, row.default(op, target) | (params or {}), target)
 
 
 ADD = {

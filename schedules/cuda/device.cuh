@@ -1,1 +1,64 @@
-// Device functions that kernels call by name. tests/cuda_emulation/ has the same functions for a CPU.
+// Device functions that kernels call by name. For an emulation on a CPU, somebody else defines them.
+#ifdef __CUDACC__
+
+// Copies 4, 8 or 16 bytes from global to shared memory, both aligned so; asynchronously from sm_80 on. qc_wait_copies<n> waits for all groups
+// of this thread's copies but the last n that qc_commit_copies closed; other threads see them after a barrier.
+template <int bytes>
+static __device__ __forceinline__ void qc_copy(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if (bytes == 16) {  // past the level 1 cache: shared memory is the cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(bytes) : "memory");
+  }
+#else
+  if (bytes == 16) *static_cast<int4*>(to) = *static_cast<const int4*>(from);
+  if (bytes == 8) *static_cast<int2*>(to) = *static_cast<const int2*>(from);
+  if (bytes == 4) *static_cast<int*>(to) = *static_cast<const int*>(from);
+#endif
+}
+
+static __device__ __forceinline__ void qc_commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int pending>
+static __device__ __forceinline__ void qc_wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Four 8x8 matrices of 16-bit elements, here 8 rows of 16 bytes: lane 8 * i + r names row r of matrix i in shared memory; lane l receives bytes
+// 4 * (l % 4) .. of row l / 4 of each.
+static __device__ __forceinline__ void qc_load_matrices(int* to, const void* row) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c += a * b: int8 [16, 32] times [32, 8], int32 sums. PTX names the lane that holds each element ("matrix fragments for mma.m16n8k32").
+static __device__ __forceinline__ void qc_multiply_matrices(int* c, const int* a, const int* b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+#endif  // __CUDACC__
+
+// As qc_copy, or `fill` in every word where there is nothing to copy.
+template <int bytes>
+static __device__ __forceinline__ void qc_copy_or_fill(void* to, const void* from, bool copy, int fill) {
+  if (copy) {
+    qc_copy<bytes>(to, from);
+  } else {
+    for (int i = 0; i < bytes / 4; ++i) static_cast<int*>(to)[i] = fill;
+  }
+}

@@ -83,9 +83,8 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
         end = Requantize.of(k, a)
         multiplier, start = k.f32(np.float64(a["ratio"]) / count), k.i32(-count * a["x_zero_point"])
         sums = T.alloc_buffer((BLOCK * run,), "int32", scope="shared")
-        thread = T.bind(T.truncmod(k.task, BLOCK))
-        part = T.bind(T.truncdiv(thread, each_block))
-        item = T.bind(T.truncdiv(k.task, BLOCK) * each_block + T.truncmod(thread, each_block))
+        part = T.bind(T.truncdiv(k.thread, each_block))
+        item = T.bind(k.group * each_block + T.truncmod(k.thread, each_block))
         accs = local(run)
         for i in range(run):
             T.buffer_store(accs, T.int32(0), [i])
@@ -104,7 +103,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
                     for i, value in enumerate(read(T.bind(T.int32(0) + source.at(at(outer, inner))))):
                         T.buffer_store(accs, accs[i] + value, [i])
         for i in range(run):
-            T.buffer_store(sums, accs[i], [i * BLOCK + thread])
+            T.buffer_store(sums, accs[i], [i * BLOCK + k.thread])
         T.evaluate(T.tvm_storage_sync("shared"))
         with T.If(T.And(inside, part == 0)), T.Then():
             outer = unravel(item, work)
@@ -112,7 +111,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
             for i in range(run):
                 total = start
                 for p in range(parts):
-                    total = total + sums[i * BLOCK + p * each_block + thread]
+                    total = total + sums[i * BLOCK + p * each_block + k.thread]
                 results.append(T.bind(end.store_word(T.Cast("float32", total) * multiplier, 1)))
             write(out, T.bind(T.int32(0) + out.at(at(outer, [0] * len(axes)))), results)
 

@@ -18,7 +18,7 @@
 #include <vector>
 
 #define __global__
-#define __device__ static
+#define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -249,3 +249,64 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float __expf(float value) { return std::exp(value); }
 inline float __logf(float value) { return std::log(value); }
+
+// -- what schedules/cuda/device.cuh has for GPUs ---------------------------------------------------------------------------------------------
+
+template <int bytes>
+inline void qc_copy(void* to, const void* from) {
+  using namespace qc_emulation;
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) fail("a copy is not aligned to its size");
+  here->open.push_back({to, from, bytes});
+}
+
+inline void qc_commit_copies() {
+  using namespace qc_emulation;
+  here->groups.push_back(std::move(here->open));
+  here->open.clear();
+}
+
+template <int pending>
+inline void qc_wait_copies() {
+  auto& groups = qc_emulation::here->groups;
+  while (groups.size() > pending) {
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+// The lanes of a warp show each other what they hold: all of them must come here.
+template <typename Work>
+inline void qc_exchange(const void* mine, size_t bytes, Work work) {
+  using namespace qc_emulation;
+  if (fibers.size() % 32) fail("a warp instruction in a block with a partial warp");
+  std::memcpy(exchange[warp()][lane()], mine, bytes);
+  __syncwarp();
+  work(exchange[warp()]);
+  __syncwarp();
+}
+
+inline void qc_load_matrices(int* to, const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) qc_emulation::fail("a matrix row is not aligned to 16 bytes");
+  qc_exchange(&row, sizeof row, [&](int (*shown)[8]) {
+    for (int i = 0; i < 4; ++i) {
+      const char* from;
+      std::memcpy(&from, shown[8 * i + qc_emulation::lane() / 4], sizeof from);
+      std::memcpy(to + i, from + 4 * (qc_emulation::lane() % 4), 4);
+    }
+  });
+}
+
+// Fragments of m16n8k32 (PTX manual): a[i] holds row lane / 4 + 8 * (i % 2), columns 4 * (lane % 4) + 16 * (i / 2) ..; b[i] column lane / 4,
+// rows 4 * (lane % 4) + 16 * i ..; c[i] row lane / 4 + 8 * (i / 2), column 2 * (lane % 4) + i % 2.
+inline void qc_multiply_matrices(int* c, const int* a, const int* b) {
+  const int mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  qc_exchange(mine, sizeof mine, [&](int (*shown)[8]) {
+    const int row = qc_emulation::lane() / 4, quarter = qc_emulation::lane() % 4;
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 32; k += 4) {
+        const int left = shown[4 * row + k % 16 / 4][i / 2 + 2 * (k / 16)];
+        const int right = shown[4 * (2 * quarter + i % 2) + k % 16 / 4][4 + k / 16];
+        c[i] = __dp4a(left, right, c[i]);
+      }
+  });
+}

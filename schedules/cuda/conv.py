@@ -1,0 +1,89 @@
+"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (mma.sync, sm_80 and later) and on dp4a."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import Emitter, make_kernel
+from qcompiler.schedules.conv import wrap
+from qcompiler.schedules.cuda import gemm_plan as plan
+from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
+from qcompiler.schedules.cuda.gemm import Gemm
+from qcompiler.schedules.portable.conv import check_operands
+from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
+from qcompiler.targets import Target
+
+
+@dataclass
+class GemmRow:
+    """`qc.conv2d` or `qc.dense` on one unit."""
+
+    operator: str
+    unit: plan.Unit
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.unit.name}/{self.operator.removeprefix('qc.')}"
+
+    @property
+    def isa(self) -> str:
+        return self.unit.name
+
+    def refuse(self, op: OpCall, target: Target) -> str | None:
+        reason = check_operands(op)
+        if reason:
+            return reason
+        x = op.operands[0]
+        assert isinstance(x, Layout)
+        if x.dtype != "int8":
+            return f"the input is stored as {x.dtype}; supported: int8."
+        if len(x.shape) == 4 and not self.operator.endswith("dense"):
+            groups = plan.Geometry.of(op)
+            return "channels of a group are no multiple of 4." if groups.groups > 1 and groups.inputs % 4 else None
+        return "rows of the input are not aligned to 4 bytes." if x.channel_pitch % 4 and len(x.shape) != 4 else None
+
+    def needs(self, op: OpCall, target: Target) -> list[Need]:
+        x = op.operands[0]
+        assert isinstance(x, Layout)
+        channels = x.shape[-1]
+        pitch = 1 if len(x.shape) != 4 else 4 if channels <= 4 else 8 if channels <= 8 else 16
+        return [Need(pitch=pitch), *[Need() for _ in op.tensors[1:]]]
+
+    def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
+        return plan.design_space(self.unit)
+
+    def default(self, op: OpCall, target: Target) -> dict[str, Any]:
+        return plan.best_tile(plan.Geometry.of(op), self.unit, str(target.tvm["arch"])).params()
+
+    def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
+        g, tile = plan.Geometry.of(op), plan.Tile(**params)
+        reason = tile.refuse(self.unit)
+        if reason:
+            raise ValueError(f"{self.name}: {reason}")
+        weight, bias = (np.asarray(o) for o in op.operands[1:3])
+        zero = int(op.attrs["x_zero_point"])
+        folded = wrap(bias.astype(np.int64) - zero * weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1))
+        blocks_n = -(-g.outputs // tile.bn)
+        channel = np.arange(blocks_n * tile.bn)
+        channels = np.where(channel < g.outputs, channel + np.arange(g.groups)[:, None] * g.outputs, -1).reshape(-1)
+        arrays = [plan.pack(weight, g, tile, self.unit), *finish_arrays(op, folded, channels)]
+
+        def emit(k: Emitter) -> None:
+            word = int(np.frombuffer(np.full(4, zero, np.int8).tobytes(), np.int32)[0])
+            fill = k.i32(word) if g.bounded else T.int32(0)
+            end = Epilogue(k, k.arrays[1], k.arrays[2], tile.run(self.unit), g.outputs)
+            Gemm(k, g, tile, self.unit, fill).emit(end)
+
+        blocks = -(-g.pixels // tile.bm) * blocks_n * g.groups
+        macs = g.pixels * weight.size
+        return make_kernel(self.name, op, target, emit, arrays=arrays, macs=macs, threads=blocks * tile.threads, block=tile.threads, params=params)
+
+
+for _kind in ("qc.conv2d", "qc.dense"):
+    for _unit in (plan.MMA, plan.DP4A):
+        register(_kind, GemmRow(_kind, _unit))

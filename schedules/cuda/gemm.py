@@ -1,0 +1,252 @@
+"""Convolution and dense layers on a GPU as a tiled matrix product, on tensor cores or on dp4a: what a block does.
+
+    prologue   the first steps' operands are on their way to shared memory
+    each step  wait for the oldest step's operands; start copies of the newest; multiply
+    epilogue   warps that shared a part add up; bias, rescaling, residual, clamp in registers; whole words to memory
+
+A chunk is 16 bytes of the reduction, for one pixel or output channel. Chunks of a row of shared memory are permuted (`gemm_plan.swizzle`), so that 8
+lanes that read the same chunk of 8 rows meet 8 different groups of banks. Taps outside of the image are stored as the zero point, which the bias
+makes up for, so borders cost a comparison where they are copied and nothing where they are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules.builder import Emitter
+from qcompiler.schedules.cuda.base import local
+from qcompiler.schedules.cuda.epilogue import Epilogue, element, quad
+from qcompiler.schedules.cuda.gemm_plan import CHUNK, MMA, Geometry, Tile, Unit, swizzle
+
+
+def call(name: str, *args: Any) -> None:
+    """A device function with effects (device.cuh)."""
+    T.evaluate(T.call_extern("int32", name, *args))
+
+
+def barrier() -> None:
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def div(value: Any, by: int) -> Any:
+    return value if by == 1 else T.bind(tirx.truncdiv(value, by))
+
+
+def mod(value: Any, by: int) -> Any:
+    return T.int32(0) if by == 1 else T.bind(tirx.truncmod(value, by))
+
+
+@contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """Statements under a condition; None: always."""
+    if condition is None:
+        yield
+    else:
+        with T.If(condition), T.Then():
+            yield
+
+
+@dataclass
+class Gemm:
+    """One kernel while it is written."""
+
+    k: Emitter
+    g: Geometry
+    tile: Tile
+    unit: Unit
+    zero: Any  # the input's zero point in all four bytes of a word
+
+    def __post_init__(self) -> None:
+        k, g, t = self.k, self.g, self.tile
+        self.steps = -(-g.depth // t.bk)
+        self.blocks_n = -(-g.outputs // t.bn)
+        self.shared = T.alloc_buffer((t.stages * t.stage_bytes,), "int8", scope="shared")
+        self.lane = T.bind(T.bitwise_and(k.thread, T.int32(31)))
+        warp = T.bind(T.shift_right(k.thread, T.int32(5)))
+        self.warp_n = mod(warp, t.warps[1])
+        self.warp_m = mod(div(warp, t.warps[1]), t.warps[0])
+        self.warp_k = div(warp, t.warps[0] * t.warps[1])
+        self.block_n = mod(k.group, self.blocks_n)
+        rest = div(k.group, self.blocks_n)
+        blocks_m = -(-g.pixels // t.bm)
+        self.block_m, self.group = mod(rest, blocks_m), div(rest, blocks_m)
+        if blocks_m == 1:
+            self.group = rest
+        self.first_pixel = T.bind(self.block_m * t.bm)
+        self.rows, self.columns = t.parts(self.unit)
+        self.sums = local(self.rows * self.columns * self.unit.row_count * self.unit.columns)
+        self.place_loads()
+
+    # -- global --> shared ----------------------------------------------------------------------------------------------------------------
+
+    def place_loads(self) -> None:
+        """What this thread copies in every step: one place along the reduction, of every `stride`-th pixel."""
+        g, t = self.g, self.tile
+        per_row = t.bk // g.vector
+        self.column = T.bind(T.bitwise_and(self.k.thread, T.int32(per_row - 1)) * g.vector)
+        first = T.bind(tirx.truncdiv(self.k.thread, per_row))
+        stride = max(1, t.threads // per_row)
+        self.loads: list[tuple[Any, Any, Any, Any, Any]] = []  # row, place in shared memory, index in x, image row, image column
+        _, height, width = g.out.shape[:3]
+        for begin in range(0, t.bm, stride):
+            row = T.bind(first + begin)
+            pixel = T.bind(T.min(self.first_pixel + row, g.pixels - 1))  # behind the last pixel: computed, not stored
+            line = div(pixel, width)
+            n, oh, ow = div(line, height), mod(line, height), mod(pixel, width)
+            if height == 1:
+                n = line
+            ih, iw = T.bind(oh * g.strides[0] - g.padding[0]), T.bind(ow * g.strides[1] - g.padding[1])
+            source = T.bind(g.x.index(n, ih, iw, self.group * g.inputs))
+            chunk = T.bitwise_xor(tirx.truncdiv(self.column, CHUNK), swizzle(row, t.bk // CHUNK))
+            place = T.bind(row * t.bk + chunk * CHUNK + T.bitwise_and(self.column, T.int32(CHUNK - 1)))
+            self.loads.append((row, place, source, ih, iw))
+        self.spare_rows = t.bm % stride != 0 or stride > t.bm
+
+    def copy_step(self, step: Any, stage: Any) -> None:
+        """Start the copies of both operands of a step into a stage."""
+        g, t = self.g, self.tile
+        base = T.bind(stage * t.stage_bytes)
+        at = T.bind(step * t.bk + self.column)
+        tap = div(at, g.padded_inputs) if g.taps > 1 else T.int32(0)
+        channel = T.bind(at - tap * g.padded_inputs)
+        down = T.bind(div(tap, g.kernel[1]) * g.dilation[0]) if g.kernel[0] > 1 else T.int32(0)
+        across = T.bind(mod(tap, g.kernel[1]) * g.dilation[1])
+        move = T.bind((down * g.x.rows[1] + across) * g.x.channel_pitch + channel)
+
+        def copy_rows() -> None:
+            for row, place, source, ih, iw in self.loads:
+                to, origin = T.address_of(self.shared[base + place]), T.address_of(self.k.inputs[0][source + move])
+                with when(row < t.bm if self.spare_rows else None):
+                    if not g.bounded:
+                        call(f"qc_copy<{g.vector}>", to, origin)
+                        continue
+                    h, w = T.bind(ih + down), T.bind(iw + across)
+                    inside = T.And(T.And(h >= 0, h < g.x.shape[1]), T.And(w >= 0, w < g.x.shape[2]))
+                    call(f"qc_copy_or_fill<{g.vector}>", to, origin, inside, self.zero)
+
+        with when(at < g.depth if g.depth % t.bk else None):  # behind the reduction weights are 0
+            copy_rows()
+        size = t.bn * t.bk
+        source = T.bind(((self.group * self.blocks_n + self.block_n) * self.steps + step) * size)
+        for begin in range(0, size, t.threads * CHUNK):
+            place = T.bind(self.k.thread * CHUNK + begin)
+            with when(place < size if begin + t.threads * CHUNK > size else None):
+                call(f"qc_copy<{CHUNK}>", T.address_of(self.shared[base + t.bm * t.bk + place]), T.address_of(self.k.arrays[0][source + place]))
+
+    # -- shared --> registers, products -----------------------------------------------------------------------------------------------------
+
+    def multiply(self, stage: Any) -> None:
+        """This warp's share of a step."""
+        t = self.tile
+        share = t.bk // (t.wk * self.unit.depth)
+        a = T.bind(stage * t.stage_bytes + self.warp_m * (t.wm * t.bk))
+        b = T.bind(stage * t.stage_bytes + t.bm * t.bk + self.warp_n * (t.wn * t.bk))
+        if self.unit is MMA:
+            for i in range(share):
+                self.multiply_mma(a, b, T.bind((self.warp_k * share + i) * 2))
+        else:
+            with T.serial(0, share) as i:
+                self.multiply_dp4a(a, b, T.bind(self.warp_k * share + i))
+
+    def multiply_mma(self, a: Any, b: Any, chunk: Any) -> None:
+        """32 bytes of the reduction: a load of 4 matrices yields the pixels' operand of a part, or the weights' of two."""
+        t, lane, chunks = self.tile, self.lane, self.tile.bk // CHUNK
+        left, right = local(4 * self.rows), local(2 * self.columns)
+        row = T.bind(T.bitwise_and(lane, T.int32(15)))
+        place = T.bind(a + row * t.bk + T.bitwise_xor(chunk + T.shift_right(lane, T.int32(4)), swizzle(row, chunks)) * CHUNK)
+        for i in range(self.rows):
+            call("qc_load_matrices", T.address_of(left[4 * i]), T.address_of(self.shared[place + 16 * i * t.bk]))
+        row = T.bind(T.bitwise_and(lane, T.int32(7)) + T.shift_right(lane, T.int32(4)) * 8)
+        half = T.bitwise_and(T.shift_right(lane, T.int32(3)), T.int32(1))
+        place = T.bind(b + row * t.bk + T.bitwise_xor(chunk + half, swizzle(row, chunks)) * CHUNK)
+        for j in range(0, self.columns, 2):
+            call("qc_load_matrices", T.address_of(right[2 * j]), T.address_of(self.shared[place + 8 * j * t.bk]))
+        for i in range(self.rows):
+            for j in range(self.columns):
+                to = T.address_of(self.sums[4 * (i * self.columns + j)])
+                call("qc_multiply_matrices", to, T.address_of(left[4 * i]), T.address_of(right[2 * j]))
+
+    def multiply_dp4a(self, a: Any, b: Any, chunk: Any) -> None:
+        """16 bytes of the reduction: lanes are 4 pixels by 8 channels."""
+        t, chunks = self.tile, self.tile.bk // CHUNK
+        memory = T.decl_buffer((t.stages * t.stage_bytes // 4,), "int32", data=self.shared.data, scope="shared")
+
+        def chunk_of(base: Any, row: Any, low: Any, part: int) -> Any:
+            place = T.bitwise_xor(chunk, T.bitwise_xor(swizzle(low, chunks), swizzle(part, chunks)))
+            return quad(memory, T.shift_right(base + row * t.bk, T.int32(4)) + place)
+
+        y, x = T.bind(T.shift_right(self.lane, T.int32(3))), T.bind(T.bitwise_and(self.lane, T.int32(7)))
+        right = [chunk_of(b, x + 8 * j, x, 0) for j in range(self.columns)]
+        for i in range(self.rows):
+            left = chunk_of(a, y + 4 * i, y, 4 * i)
+            for j, w in enumerate(right):
+                total = self.sums[i * self.columns + j]
+                for word in range(4):
+                    total = T.call_pure_extern("int32", "__dp4a", element(left, word), element(w, word), total)
+                T.buffer_store(self.sums, total, [i * self.columns + j])
+
+    # -- the whole ------------------------------------------------------------------------------------------------------------------------
+
+    def emit(self, end: Epilogue) -> None:
+        t = self.tile
+        for i in range(int(self.sums.shape[0])):
+            T.buffer_store(self.sums, T.int32(0), [i])
+        for stage in range(t.stages - 1):
+            if stage < self.steps:
+                self.copy_step(T.int32(stage), T.int32(stage))
+            call("qc_commit_copies")
+        with T.serial(0, self.steps) as step:
+            call(f"qc_wait_copies<{t.stages - 2}>")
+            barrier()  # the copies of all threads are there, and nobody reads the stage that is overwritten next
+            newest = T.bind(step + (t.stages - 1))
+            with T.If(newest < self.steps), T.Then():
+                self.copy_step(newest, mod(newest, t.stages))
+            call("qc_commit_copies")
+            self.multiply(mod(step, t.stages))
+        self.add_up()
+        with when(self.warp_k == 0 if t.wk > 1 else None):
+            self.finish(end)
+
+    def add_up(self) -> None:
+        """The sums of the warps that shared a part, in those of the first: through shared memory."""
+        t, count = self.tile, int(self.sums.shape[0])
+        if t.wk == 1:
+            return
+        memory = T.decl_buffer((t.stages * t.stage_bytes // 4,), "int32", data=self.shared.data, scope="shared")
+        threads = t.threads // t.wk
+        thread = T.bind(self.k.thread - self.warp_k * threads)
+        barrier()
+        with T.If(self.warp_k > 0), T.Then():
+            for i in range(count):
+                T.buffer_store(memory, self.sums[i], [((self.warp_k - 1) * count + i) * threads + thread])
+        barrier()
+        with T.If(self.warp_k == 0), T.Then():
+            with T.serial(0, t.wk - 1) as other:
+                for i in range(count):
+                    T.buffer_store(self.sums, self.sums[i] + memory[(other * count + i) * threads + thread], [i])
+
+    def finish(self, end: Epilogue) -> None:
+        t, lane, mma = self.tile, self.lane, self.unit is MMA
+        run = t.run(self.unit)
+        y, x = (T.shift_right(lane, T.int32(2)), T.bitwise_and(lane, T.int32(3))) if mma else (T.shift_right(lane, T.int32(3)), T.bitwise_and(lane, T.int32(7)))
+        channel = T.bind(self.block_n * t.bn + self.warp_n * t.wn + x * run)
+        table = T.bind(self.group * (self.blocks_n * t.bn) + channel)
+        first = T.bind(self.first_pixel + self.warp_m * t.wm + y)
+        for i in range(self.rows):
+            for half in range(self.unit.row_count):
+                pixel = T.bind(first + (i * self.unit.rows + half * 8))
+                base = i * self.columns
+                if mma:
+                    sums = [self.sums[4 * (base + j) + 2 * half + e] for j in range(self.columns) for e in (0, 1)]
+                else:
+                    sums = [self.sums[base + j] for j in range(self.columns)]
+                inside = channel < self.g.outputs
+                with T.If(T.And(pixel < self.g.pixels, inside)), T.Then():
+                    end(sums, table, pixel, self.group, channel)
+

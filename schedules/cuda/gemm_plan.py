@@ -1,0 +1,256 @@
+"""Convolution as tiles of a matrix product on a GPU: geometry, tiling, packing of weights, cost model; plain Python and numpy.
+
+Rows of the product are output pixels, columns output channels of a group; the reduction runs over taps and channels. A block computes `bm` x `bn`
+of it in steps of `bk` bytes, staged through shared memory; its warps compute `wm` x `wn` each, and `wk` of them share such a part, each with its
+own share of every step, and add up at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from qcompiler.schedules.table import Layout, OpCall
+
+SHARED = 48 << 10  # bytes of shared memory that a block may declare
+CHUNK = 16  # bytes of a row of a matrix operand
+MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}  # T4, A100, RTX 3090, RTX 4090, H100, ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a warp multiplies. A part is `rows` x 8 of the product; a lane holds the sums of `row_count` rows and `columns` channels of it,
+    for `depth` bytes of the reduction at a time. `rate`: multiply-accumulates per cycle of a multiprocessor."""
+
+    name: str
+    rows: int
+    row_count: int
+    columns: int
+    depth: int
+    rate: int
+
+
+MMA = Unit("cuda-mma", 16, 2, 2, 32, 2048)
+DP4A = Unit("cuda-dp4a", 4, 1, 1, 16, 256)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution or dense layer; `inputs` and `outputs` count the channels of one group, of which `joined` were merged block-diagonally."""
+
+    x: Layout
+    out: Layout
+    inputs: int
+    outputs: int
+    groups: int
+    joined: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+
+    @staticmethod
+    def of(op: OpCall) -> Geometry:
+        x, w = op.operands[:2]
+        assert isinstance(x, Layout) and isinstance(w, np.ndarray)
+        if op.name.endswith("dense"):
+            return Geometry(as_image(x), as_image(op.output), w.shape[-1], w.shape[0], 1, 1, (1, 1), (1, 1), (1, 1), (0, 0))
+        a, groups = op.attrs, int(op.attrs.get("groups", 1))
+        (sh, sw), (dh, dw), (top, left) = a["strides"], a.get("dilation", (1, 1)), a["padding"][:2]
+        outputs, kh, kw, inputs = w.shape
+        joined = min((d for d in range(1, groups + 1) if groups % d == 0), key=lambda d: _group_cost(d, inputs, outputs // groups))
+        return Geometry(x, op.output, joined * inputs, joined * outputs // groups, groups // joined, joined, (kh, kw), (sh, sw), (dh, dw), (top, left))
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.out.shape[:3])
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def vector(self) -> int:
+        """Bytes of adjacent channels that are copied at once: 16, 8 or 4; 0 where pixels are not even aligned to 4."""
+        wanted = 4 if self.inputs <= 4 else 8 if self.inputs <= 8 else 16
+        pitch = self.x.channel_pitch
+        for size in (16, 8, 4):
+            if size <= wanted and pitch % size == 0 and (self.groups == 1 or self.inputs % size == 0):
+                return size
+        return 0
+
+    @property
+    def depth(self) -> int:
+        """Bytes of the reduction, the channels of each tap padded to whole vectors."""
+        return self.taps * self.padded_inputs
+
+    @property
+    def padded_inputs(self) -> int:
+        return -(-self.inputs // self.vector) * self.vector
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some tap of some output lies outside of the image."""
+        if any(self.padding):
+            return True
+        spans = [(o - 1) * s + (k - 1) * d for o, s, k, d in zip(self.out.shape[1:3], self.strides, self.kernel, self.dilation, strict=True)]
+        return any(span >= size for span, size in zip(spans, self.x.shape[1:3], strict=True))
+
+
+def _group_cost(joined: int, inputs: int, outputs: int) -> float:
+    """Of all groups when `joined` become one: steps of 32 bytes times parts of 32 channels; unaligned groups can't be read."""
+    if (joined * inputs) % 4:
+        return math.inf if joined > 1 else 1e9
+    return -(-joined * outputs // 32) * -(-joined * inputs // 32) / joined
+
+
+def as_image(layout: Layout) -> Layout:
+    return layout if len(layout.shape) == 4 else Layout((1, 1, math.prod(layout.shape[:-1]), layout.shape[-1]), layout.dtype)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A point of the design space; see the module's text. `stages`: steps whose operands are in shared memory at a time."""
+
+    bm: int
+    bn: int
+    bk: int
+    wm: int
+    wn: int
+    wk: int
+    stages: int
+
+    @property
+    def warps(self) -> tuple[int, int]:
+        return self.bm // self.wm, self.bn // self.wn
+
+    @property
+    def threads(self) -> int:
+        return 32 * math.prod(self.warps) * self.wk
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.bm + self.bn) * self.bk
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def parts(self, unit: Unit) -> tuple[int, int]:
+        """Parts of a warp: along pixels, along channels."""
+        return self.wm // unit.rows, self.wn // 8
+
+    def run(self, unit: Unit) -> int:
+        """Adjacent channels that a lane holds."""
+        return self.wn // 8 * unit.columns
+
+    def refuse(self, unit: Unit) -> str | None:
+        """Why no kernel has this tiling, or None."""
+        if self.bm % self.wm or self.bn % self.wn or self.wm % unit.rows or self.wn % 8:
+            return "a block is no whole number of warps' parts"
+        if not 32 <= self.threads <= 512:
+            return f"{self.threads} threads"
+        if self.bk % (self.wk * unit.depth):
+            return "a step is no whole number of the warps' shares"
+        if self.stages < 2 or self.stages * self.stage_bytes > SHARED or (self.wk - 1) * self.bm * self.bn * 4 > self.stages * self.stage_bytes:
+            return "too much shared memory"
+        if self.registers(unit) > min(255, 65536 // self.threads):
+            return "too many registers"
+        if self.run(unit) not in (4, 8, 16):
+            return f"a lane holds {self.run(unit)} channels"
+        return None
+
+    def registers(self, unit: Unit) -> int:
+        """An estimate per thread: sums, operands, addresses."""
+        rows, columns = self.parts(unit)
+        sums = rows * unit.row_count * columns * unit.columns
+        operands = 4 * rows + 2 * columns if unit is MMA else 4 * columns + 4
+        return sums + operands + 40
+
+
+def swizzle(row: Any, chunks: int) -> Any:
+    """What the chunk index of a row in shared memory is XORed with, so that 8 rows' equal chunks lie in different banks. Works on ints
+    and TIR expressions; only the low 3 bits of the row matter."""
+    shift, mask = (0, 7) if chunks >= 8 else (1, 3) if chunks == 4 else (2, 1)
+    return (row >> shift) & mask
+
+
+def channel_order(tile: Tile, unit: Unit) -> np.ndarray:
+    """The channel (within a block's `bn`) that each weight row of shared memory holds: such that a lane's sums are adjacent channels."""
+    row = np.arange(tile.bn)
+    warp, part, lane = row // tile.wn, row % tile.wn // 8, row % 8
+    return warp * tile.wn + lane // unit.columns * tile.run(unit) + part * unit.columns + lane % unit.columns
+
+
+def pack(weight: np.ndarray, g: Geometry, tile: Tile, unit: Unit) -> np.ndarray:
+    """[O, KH, KW, I/groups] as blocks read them, step by step: [group][block of channels][step] and then the bytes of shared memory."""
+    w = merge(weight.reshape(weight.shape[0], g.taps, -1), g)  # [G, outputs, taps, inputs]
+    blocks, steps = -(-g.outputs // tile.bn), -(-g.depth // tile.bk)
+    padded = np.zeros((g.groups, blocks * tile.bn, g.taps, g.padded_inputs), np.int8)
+    padded[:, : g.outputs, :, : g.inputs] = w
+    flat = np.zeros((g.groups, blocks, tile.bn, steps * tile.bk), np.int8)
+    flat[..., : g.depth] = padded.reshape(g.groups, blocks, tile.bn, g.depth)
+    rows = flat[:, :, channel_order(tile, unit)].reshape(g.groups, blocks, tile.bn, steps, tile.bk // CHUNK, CHUNK)
+    chunks = tile.bk // CHUNK
+    place = np.arange(chunks)[None] ^ swizzle(np.arange(tile.bn)[:, None], chunks)  # an involution: where a chunk goes, and what a place holds
+    swizzled = np.take_along_axis(rows, place[None, None, :, None, :, None], axis=4)
+    return np.ascontiguousarray(swizzled.transpose(0, 1, 3, 2, 4, 5)).reshape(-1)
+
+
+def merge(weight: np.ndarray, g: Geometry) -> np.ndarray:
+    """[O, taps, I] of all groups as [G, outputs, taps, inputs] of the joined ones, zero off the diagonal."""
+    _, taps, inputs = weight.shape
+    parts = weight.reshape(g.groups, g.joined, -1, taps, inputs)
+    merged = np.zeros((g.groups, g.joined, parts.shape[2], taps, g.joined, inputs), weight.dtype)
+    for i in range(g.joined):
+        merged[:, i, :, :, i] = parts[:, i]
+    return merged.reshape(g.groups, g.outputs, taps, g.inputs)
+
+
+# -- choice -------------------------------------------------------------------------------------------------------------------------------
+
+
+def design_space(unit: Unit) -> dict[str, list[Any]]:
+    """Candidates of each tunable; combinations that can't be are refused by `Tile.refuse`."""
+    rows = [16, 32, 64, 128, 256] if unit is MMA else [32, 64, 128]
+    return {"bm": rows, "bn": [32, 64, 128, 256], "bk": [32, 64, 128, 256], "wm": [16, 32, 64], "wn": [16, 32, 64], "wk": [1, 2, 4, 8], "stages": [2, 3, 4]}
+
+
+@lru_cache(4)
+def tiles(unit: Unit) -> tuple[Tile, ...]:
+    """All that can be built."""
+    space = design_space(unit)
+    points = (Tile(**dict(zip(space, values, strict=True))) for values in itertools.product(*space.values()))
+    return tuple(t for t in points if t.refuse(unit) is None)
+
+
+def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
+    """An estimate for the whole operator, from published throughputs; never measured.
+
+    Blocks that share a multiprocessor hide each other's latency until its multipliers, or its path to the level 2 cache (about 48 bytes a
+    cycle), are busy.
+    """
+    steps = -(-g.depth // tile.bk)
+    blocks = -(-g.pixels // tile.bm) * -(-g.outputs // tile.bn) * g.groups
+    resident = max(1, min(2048 // tile.threads, 65536 // (tile.registers(unit) * tile.threads), 160 * 1024 // (tile.stages * tile.stage_bytes + 1024)))
+    multiply = tile.bm * tile.bn * tile.bk / unit.rate
+    busy = steps * max(multiply, tile.stage_bytes / 48) + tile.bm * tile.bn / 16
+    share = tile.bk // (unit.depth * tile.wk)
+    rows, columns = tile.parts(unit)
+    step = 90 + share * (30 + rows * columns * (8 if unit is MMA else 16))  # one warp, alone
+    latency = steps * max(step, 600 / (tile.stages - 1)) + 1500 + (200 if tile.wk > 1 else 0)
+    each = -(-blocks // processors)
+    together = min(each, resident)
+    return -(-each // together) * max(together * busy, latency)
+
+
+@lru_cache(1024)
+def best_tile(g: Geometry, unit: Unit, arch: str) -> Tile:
+    """The tiling with the lowest estimate; of equal ones the one with fewer threads."""
+    processors = MULTIPROCESSORS.get(arch, 108)
+    return min(tiles(unit), key=lambda t: (cycles(g, t, unit, processors), t.threads, t.stages * t.stage_bytes, t.params().values().__repr__()))
+
