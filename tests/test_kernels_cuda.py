@@ -4,65 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda_cases import HALO, TARGET, Case, data
 from cuda_emulated import FLAGS, HEADERS, Emulated
 
-from qcompiler import numerics, schedules
+from qcompiler import numerics
 from qcompiler.schedules.harness import fetch, store
-from qcompiler.schedules.table import Kernel, Layout, OpCall, select
-from qcompiler.targets import Target, find_target
+from qcompiler.schedules.table import Layout, OpCall, select
 
-TARGET = find_target("cuda-sm80")
-schedules.load(TARGET)
-HALO = (1, 2, 3, 1)
 BIG = 3.4028234663852886e38
-GARBAGE = -77  # in halos: no kernel may read them
-
-
-def data(seed: int, *shape: int) -> np.ndarray:
-    """Random int8 with both extremes in it."""
-    values = np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
-    values.reshape(-1)[:: max(1, values.size // 7)] = -128
-    values.reshape(-1)[1 :: max(2, values.size // 5)] = 127
-    return values
-
-
-@dataclass
-class Case:
-    """One operator. `layouts`, `out`: halo and pitch of operands and output; `constants`: indices of constant operands."""
-
-    name: str
-    operands: list[Any]
-    attrs: dict[str, Any]
-    layouts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    out: dict[str, Any] = field(default_factory=dict)
-    constants: tuple[int, ...] = ()
-    tolerance: float = 0.0
-
-    def prepare(self, params: dict[str, Any] | None = None, target: Target = TARGET) -> Kernel:
-        """The kernel of the row that is selected, or with `params` a point of its design space; inputs as it needs them, and what to expect."""
-        with np.errstate(over="ignore"):
-            self.expected = np.asarray(numerics.OPERATORS[self.name](*self.operands, **self.attrs))
-        layouts = [Layout(np.shape(o), str(o.dtype), **self.layouts.get(i, {})) for i, o in enumerate(self.operands)]
-        self.output = Layout(self.expected.shape, str(self.expected.dtype), **self.out)
-        stored = [o if i in self.constants else layouts[i] for i, o in enumerate(self.operands)]
-        op = OpCall(self.name, stored, self.attrs, self.output, "node")
-        row = select(op, target)
-        needs = iter(row.needs(op, target))
-        self.inputs = []
-        for i, operand in enumerate(self.operands):
-            if i not in self.constants:
-                pitch = next(needs).pitch
-                layouts[i] = replace(layouts[i], pitch=-(-layouts[i].channel_pitch // pitch) * pitch) if pitch > 1 else layouts[i]
-                op.operands[i] = layouts[i]
-                self.inputs.append(store(operand, layouts[i], zero_point=GARBAGE))
-        return row.build(op, row.default(op, target) | (params or {}), target)
-
 
 ADD = {
     "a_zero_point": -128,
@@ -286,11 +240,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 @pytest.mark.parametrize("name", CASES)
 def test_exact(name: str, emulated: Emulated) -> None:
     case = CASES[name]
-    result = fetch(emulated.run(f"k_{name}", case.inputs, case.output), case.output)
-    if case.tolerance:
-        np.testing.assert_allclose(result, case.expected, rtol=case.tolerance, atol=case.tolerance)
-    else:
-        np.testing.assert_array_equal(result, case.expected)
+    case.check(emulated.run(f"k_{name}", case.inputs, case.output))
 
 
 # -- layouts without an operator of numerics.py: copies and halos ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -66,15 +66,15 @@ class Geometry:
         joined = min((d for d in range(1, groups + 1) if groups % d == 0), key=lambda d: _group_cost(d, inputs, outputs // groups))
         return Geometry(x, op.output, joined * inputs, joined * outputs // groups, groups // joined, joined, (kh, kw), (sh, sw), (dh, dw), (top, left))
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         return math.prod(self.out.shape[:3])
 
-    @property
+    @cached_property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
-    @property
+    @cached_property
     def vector(self) -> int:
         """Bytes of adjacent channels that are copied at once: 16, 8 or 4; 0 where pixels are not even aligned to 4."""
         wanted = 4 if self.inputs <= 4 else 8 if self.inputs <= 8 else 16
@@ -84,16 +84,16 @@ class Geometry:
                 return size
         return 0
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Bytes of the reduction, the channels of each tap padded to whole vectors."""
         return self.taps * self.padded_inputs
 
-    @property
+    @cached_property
     def padded_inputs(self) -> int:
         return -(-self.inputs // self.vector) * self.vector
 
-    @property
+    @cached_property
     def bounded(self) -> bool:
         """Whether some tap of some output lies outside of the image."""
         if any(self.padding):
@@ -125,15 +125,15 @@ class Tile:
     wk: int
     stages: int
 
-    @property
+    @cached_property
     def warps(self) -> tuple[int, int]:
         return self.bm // self.wm, self.bn // self.wn
 
-    @property
+    @cached_property
     def threads(self) -> int:
         return 32 * math.prod(self.warps) * self.wk
 
-    @property
+    @cached_property
     def stage_bytes(self) -> int:
         return (self.bm + self.bn) * self.bk
 
@@ -231,16 +231,20 @@ def tiles(unit: Unit) -> tuple[Tile, ...]:
 def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
     """An estimate for the whole operator, from published throughputs; never measured.
 
-    Blocks that share a multiprocessor hide each other's latency until its multipliers, or its path to the level 2 cache (about 48 bytes a
-    cycle), are busy.
+    Blocks that share a multiprocessor hide each other's latency until one of its parts is busy all the time: the multipliers, the path to the level
+    2 cache (48 bytes a cycle), shared memory (128 bytes a cycle), or the issue of instructions (4 warps a cycle).
     """
     steps = -(-g.depth // tile.bk)
     blocks = -(-g.pixels // tile.bm) * -(-g.outputs // tile.bn) * g.groups
     resident = max(1, min(2048 // tile.threads, 65536 // (tile.registers(unit) * tile.threads), 160 * 1024 // (tile.stages * tile.stage_bytes + 1024)))
-    multiply = tile.bm * tile.bn * tile.bk / unit.rate
-    busy = steps * max(multiply, tile.stage_bytes / 48) + tile.bm * tile.bn / 16
     share = tile.bk // (unit.depth * tile.wk)
     rows, columns = tile.parts(unit)
+    warps = tile.threads // 32
+    multiply = tile.bm * tile.bn * tile.bk / unit.rate
+    read = warps * (tile.wm + tile.wn) * tile.bk / tile.wk / 128
+    copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.bn * tile.bk / CHUNK * 4
+    issue = copies / 128 + warps * share * (20 + rows * columns * (1 if unit is MMA else 5)) / 4
+    busy = steps * max(multiply, tile.stage_bytes / 48, read, issue) + tile.bm * tile.bn / 16
     step = 90 + share * (30 + rows * columns * (8 if unit is MMA else 16))  # one warp, alone
     latency = steps * max(step, 600 / (tile.stages - 1)) + 1500 + (200 if tile.wk > 1 else 0)
     each = -(-blocks // processors)

@@ -1,0 +1,67 @@
+"""One operator on a GPU and what numerics.py says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from qcompiler import numerics, schedules
+from qcompiler.schedules.harness import fetch, store
+from qcompiler.schedules.table import Kernel, Layout, OpCall, select
+from qcompiler.targets import Target, find_target
+
+TARGET = find_target("cuda-sm80")
+schedules.load(TARGET)
+HALO = (1, 2, 3, 1)
+GARBAGE = -77  # in halos: no kernel may read them
+
+
+def data(seed: int, *shape: int) -> np.ndarray:
+    """Random int8 with both extremes in it."""
+    values = np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
+    values.reshape(-1)[:: max(1, values.size // 7)] = -128
+    values.reshape(-1)[1 :: max(2, values.size // 5)] = 127
+    return values
+
+
+@dataclass
+class Case:
+    """One operator. `layouts`, `out`: halo and pitch of operands and output; `constants`: indices of constant operands."""
+
+    name: str
+    operands: list[Any]
+    attrs: dict[str, Any]
+    layouts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    out: dict[str, Any] = field(default_factory=dict)
+    constants: tuple[int, ...] = ()
+    tolerance: float = 0.0
+
+    def check(self, stored: np.ndarray) -> None:
+        """Compare what a kernel stored with what numerics.py says. Raises AssertionError."""
+        result = fetch(stored, self.output)
+        if self.tolerance:
+            np.testing.assert_allclose(result, self.expected, rtol=self.tolerance, atol=self.tolerance)
+        else:
+            assert result.dtype == self.expected.dtype
+            np.testing.assert_array_equal(result, self.expected)
+
+    def prepare(self, params: dict[str, Any] | None = None, target: Target = TARGET) -> Kernel:
+        """The kernel of the row that is selected, or with `params` a point of its design space; inputs as it needs them, and what to expect."""
+        with np.errstate(over="ignore"):
+            self.expected = np.asarray(numerics.OPERATORS[self.name](*self.operands, **self.attrs))
+        layouts = [Layout(np.shape(o), str(o.dtype), **self.layouts.get(i, {})) for i, o in enumerate(self.operands)]
+        self.output = Layout(self.expected.shape, str(self.expected.dtype), **self.out)
+        stored = [o if i in self.constants else layouts[i] for i, o in enumerate(self.operands)]
+        op = OpCall(self.name, stored, self.attrs, self.output, "node")
+        row = select(op, target)
+        needs = iter(row.needs(op, target))
+        self.inputs = []
+        for i, operand in enumerate(self.operands):
+            if i not in self.constants:
+                pitch = next(needs).pitch
+                layouts[i] = replace(layouts[i], pitch=-(-layouts[i].channel_pitch // pitch) * pitch) if pitch > 1 else layouts[i]
+                op.operands[i] = layouts[i]
+                self.inputs.append(store(operand, layouts[i], zero_point=GARBAGE))
+        return row.build(op, row.default(op, target) | (params or {}), target)

@@ -1,0 +1,183 @@
+"""Convolution and dense layers as tiled matrix products, on tensor cores and on dp4a: every tiling gives the bits of numerics.py."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_cases import HALO, Case, data
+from cuda_emulated import Emulated
+
+from qcompiler import numerics, schedules
+from qcompiler.schedules.cuda import gemm_plan as plan
+from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
+from qcompiler.targets import find_target
+
+TARGETS = {plan.MMA: find_target("cuda-sm80"), plan.DP4A: find_target("cuda-sm75")}
+UNITS = list(TARGETS)
+schedules.load(TARGETS[plan.MMA])
+
+
+@dataclass
+class Conv:
+    """A convolution on random data. `pad`: [t, l, b, r] or one number; `scale` of the multipliers: large ones saturate nearly everything."""
+
+    image: tuple[int, ...]
+    outputs: int
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    pad: Any = 0
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: bool = False
+    scale: float = 1.0
+    extreme: bool = False
+    attrs: Any = None
+    out: Any = None
+    layout: Any = None
+
+    def case(self, seed: int = 0) -> Case:
+        rng = np.random.default_rng(seed)
+        shape = (self.outputs, *self.kernel, self.image[-1] // self.groups)
+        w = rng.choice(np.array([-127, 127], np.int8), shape) if self.extreme else rng.integers(-128, 128, shape).astype(np.int8)
+        x = rng.choice(np.array([-128, 127], np.int8), self.image) if self.extreme else data(seed, *self.image)
+        bias = rng.integers(-9000, 9000, self.outputs).astype(np.int32)
+        typical = 70 * 74 * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
+        multiplier = (self.scale * rng.uniform(20, 90, self.outputs) / typical).astype(np.float32)
+        attrs: dict[str, Any] = {"x_zero_point": -7, "zero_point": 5, "low": -128, "high": 127, "out_dtype": "int8"}
+        if self.kernel:
+            pad = [self.pad] * 4 if isinstance(self.pad, int) else list(self.pad)
+            attrs |= {"strides": list(self.stride), "padding": pad, "dilation": list(self.dilation), "groups": self.groups}
+        name, operands = "qc.conv2d" if self.kernel else "qc.dense", [x, w, bias, multiplier]
+        if self.residual:
+            shape = numerics.OPERATORS[name](*operands, **attrs).shape
+            operands.append(data(seed + 1, *shape))
+            attrs |= {"residual_zero_point": -3, "residual_multiplier": 1400, "residual_shift": 11}
+        layouts = {0: self.layout or {}} | ({4: self.out or {}} if self.residual else {})
+        return Case(name, operands, attrs | (self.attrs or {}), layouts, self.out or {}, (1, 2, 3))
+
+
+CONVS = {
+    "pointwise": Conv((1, 8, 8, 32), 32),
+    "pointwise_batch": Conv((3, 5, 7, 16), 48),
+    "one_pixel": Conv((1, 1, 1, 64), 100),
+    "three_channels": Conv((1, 15, 13, 3), 17, (7, 7), (2, 2), 3),
+    "one_channel": Conv((2, 9, 9, 1), 8, (3, 3), pad=1),
+    "eight_channels": Conv((1, 7, 5, 7), 24, (3, 3), pad=1),
+    "ragged": Conv((2, 9, 11, 21), 70, (3, 3), pad=1),
+    "one_output": Conv((1, 6, 5, 24), 1, (3, 3), pad=1),
+    "strided": Conv((1, 14, 14, 32), 40, (3, 3), (2, 2), 1),
+    "strided_pointwise": Conv((1, 14, 13, 16), 33, stride=(2, 2)),
+    "asymmetric": Conv((1, 12, 11, 8), 16, (2, 5), (1, 2), (0, 3, 1, 1)),
+    "padded_behind": Conv((1, 6, 6, 16), 16, (3, 3), pad=(0, 0, 2, 2)),
+    "dilated": Conv((1, 13, 12, 16), 20, (3, 3), pad=2, dilation=(2, 2)),
+    "deep": Conv((1, 3, 3, 256), 40, (3, 3), pad=1),
+    "halos": Conv((2, 6, 9, 16), 20, (3, 3), pad=1, layout={"halo": HALO}, out={"halo": (1, 2, 1, 3), "pitch": 36}),
+    "pitch": Conv((1, 5, 6, 16), 3, out={"pitch": 16}),
+    "residual": Conv((1, 9, 9, 24), 64, residual=True),
+    "residual_ragged": Conv((2, 7, 6, 12), 37, (3, 3), pad=1, residual=True, out={"halo": (0, 1, 1, 0), "pitch": 40}),
+    "residual_clamped": Conv((1, 7, 7, 16), 16, residual=True, attrs={"low": 5, "high": 90}),
+    "residual_overflow": Conv((1, 4, 7, 16), 32, residual=True, scale=1e10),
+    "clamped": Conv((1, 7, 9, 16), 48, attrs={"low": -20, "high": 33}),
+    "overflow": Conv((1, 4, 7, 16), 32, scale=1e9),
+    "extreme": Conv((1, 8, 8, 128), 48, (3, 3), pad=1, extreme=True, attrs={"x_zero_point": -128}),
+    "extreme_zero": Conv((1, 6, 8, 64), 17, extreme=True, attrs={"x_zero_point": 127, "zero_point": -128}),
+    "float_out": Conv((1, 5, 9, 20), 27, (3, 3), pad=1, attrs={"out_dtype": "float32"}),
+    "float_out_clamped": Conv((1, 5, 9, 20), 27, attrs={"out_dtype": "float32", "float_low": -3.0, "float_high": 11.5}),
+    "grouped": Conv((1, 9, 8, 64), 96, (3, 3), pad=1, groups=2, residual=True),
+    "grouped_narrow": Conv((1, 9, 8, 24), 36, (3, 3), (2, 2), 1, groups=6),
+    "grouped_many": Conv((1, 5, 6, 128), 128, (3, 3), pad=1, groups=32),
+    "dense": Conv((1, 64), 40, ()),
+    "dense_rows": Conv((13, 128), 96, (), residual=True),
+    "dense_rank3": Conv((2, 3, 20), 65, ()),
+    "dense_float": Conv((6, 300), 33, (), attrs={"out_dtype": "float32"}),
+}
+SAMPLES = 1  # tilings per case, besides the one that is chosen
+
+
+def kernels(unit: plan.Unit) -> dict[str, tuple[Case, Any]]:
+    rng, found = random.Random(unit.name), {}
+    for name, conv in CONVS.items():
+        case = conv.case()
+        for i in range(SAMPLES + 1):
+            tile = rng.choice(plan.tiles(unit)).params() if i else None
+            mine = copy.copy(case)
+            found[f"{name}_{i}"] = (mine, mine.prepare(tile, TARGETS[unit]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    result = {}
+    for unit in UNITS:
+        built = kernels(unit)
+        result[unit.name] = built, Emulated({n: k for n, (_, k) in built.items()}, TARGETS[unit], tmp_path_factory.mktemp(unit.name))
+    return result
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+@pytest.mark.parametrize("name", CONVS)
+def test_exact(name: str, unit: plan.Unit, emulated: dict[str, Any]) -> None:
+    built, library = emulated[unit.name]
+    for i in range(SAMPLES + 1):
+        case, kernel = built[f"{name}_{i}"]
+        assert kernel.row.startswith(unit.name), kernel.row
+        assert kernel.macs == case.expected.size * np.prod(case.operands[1].shape[1:])
+        case.check(library.run(f"{name}_{i}", case.inputs, case.output))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+def test_channel_order_is_a_permutation_and_swizzling_avoids_conflicts(unit: plan.Unit) -> None:
+    for tile in plan.tiles(unit)[::37]:
+        assert sorted(plan.channel_order(tile, unit)) == list(range(tile.bn))
+        chunks = tile.bk // plan.CHUNK
+        for chunk in range(chunks):  # 8 rows, one chunk: all 8 groups of 16 bytes that the banks hold
+            places = {(row * chunks + (chunk ^ plan.swizzle(row, chunks))) % 8 for row in range(8)}
+            assert len(places) == min(8, 8 if chunks > 1 else 1)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+def test_the_choice_fills_the_machine(unit: plan.Unit) -> None:
+    """Large layers get large tiles; small ones are cut until most multiprocessors have work."""
+    arch = str(TARGETS[unit].tvm["arch"])
+
+    def choice(batch: int, size: int, inputs: int, outputs: int) -> tuple[plan.Tile, int]:
+        layouts = Layout((batch, size, size, inputs), "int8"), Layout((batch, size, size, outputs), "int8")
+        g = plan.Geometry(*layouts, inputs, outputs, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1))
+        tile = plan.best_tile(g, unit, arch)
+        return tile, -(-g.pixels // tile.bm) * -(-g.outputs // tile.bn)
+
+    large, blocks = choice(32, 28, 128, 128)
+    assert large.bm * large.bn >= 64 * 64 and blocks >= plan.MULTIPROCESSORS[arch]
+    small, blocks = choice(1, 7, 512, 512)
+    assert small.wk > 1 or blocks >= plan.MULTIPROCESSORS[arch] // 2
+
+
+def test_a_tiling_that_cannot_be_is_refused() -> None:
+    x = Layout((1, 4, 4, 32), "int8")
+    op = OpCall("qc.conv2d", [x, np.ones((32, 1, 1, 32), np.int8), np.zeros(32, np.int32), np.ones(32, np.float32)], Conv(x.shape, 32).case().attrs, x)
+    row = select(op, TARGETS[plan.MMA])
+    base = row.default(op, TARGETS[plan.MMA]) | {"wm": 16, "wn": 32, "bm": 64, "bn": 64, "bk": 64, "wk": 1}
+    row.build(op, base, TARGETS[plan.MMA])
+    for change, reason in (
+        ({"bm": 40}, "whole number"),
+        ({"stages": 4, "bm": 256, "bn": 256, "bk": 128}, "registers|memory|threads"),
+        ({"wk": 4, "bm": 16, "bn": 32}, "share"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            row.build(op, base | change, TARGETS[plan.MMA])
+
+
+def test_what_the_tiled_rows_leave() -> None:
+    """Groups of channels that no aligned word holds."""
+    x = Layout((1, 4, 4, 6), "int8")
+    op = OpCall("qc.conv2d", [x, np.ones((9, 3, 3, 2), np.int8), np.zeros(9, np.int32), np.ones(9, np.float32)], {"groups": 3}, Layout((1, 2, 2, 9), "int8"))
+    op.attrs |= {"strides": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
+    for unit, target in TARGETS.items():
+        row = next(r for r in KERNELS["qc.conv2d"] if r.isa == unit.name)
+        assert "multiple of 4" in str(row.refuse(op, target))
+        assert select(op, target).name == "cuda/conv2d"
