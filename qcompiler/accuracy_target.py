@@ -205,7 +205,7 @@ class _Search:
 
     def survey(self, first: Candidate) -> None:
         """Sensitivities and costs of the plan that has everything in int8, and the path from it."""
-        placer = Placer(self.model.module, self.target)
+        placer = Placer(self.measured.model.module, self.target)
         stages, asked = first.compilation.quantized, dict(self.kept)
         placement = placer.place(asked)
         made = {g.id for g in placer.groups if g.kind in SAME_QUANTIZATION and g.id not in placement.reasons}
@@ -231,7 +231,7 @@ class _Search:
             layers[g.id] = Layer(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
         elements = {**{i.name: math.prod(i.shape) for i in self.model.inputs}, **{g.id: math.prod(g.shape) for g in placer.groups}}
         edges = {v: Edge(found.values.get(v, none), n * to_int8, n * to_float) for v, n in elements.items()}
-        outputs = frozenset(str(v.name) for _, v in Graph.of(self.model.module).outputs)
+        outputs = frozenset(str(v.name) for _, v in Graph.of(self.measured.model.module).outputs)
         self.network = Network(layers, edges, lambda keep: placer.place({**dict.fromkeys(keep, "chosen"), **asked}), outputs)
         self.sensitivity = found
         self.path = self.network.path(frozenset(self.kept))

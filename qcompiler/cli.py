@@ -6,6 +6,7 @@ Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -157,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seconds", type=float, default=3.0, metavar="S", help="time to spend on measuring (default 3)")
     p.add_argument("--layers", action="store_true", help="print the time of every step as well")
+    p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
 
     p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
     p.add_argument("library", metavar="FILE.so")
@@ -282,21 +284,27 @@ def _bench(options: argparse.Namespace) -> int:
     import tempfile
 
     from qcompiler.bench import interleave, onnxruntime_call, random_inputs, ratios
+    from qcompiler.footprint import joules, memory
     from qcompiler.parity import float_session
-    from qcompiler.tables import profile_text, timing_text
+    from qcompiler.tables import footprint_text, profile_text, timing_text
 
     if options.against and not options.model:
         raise DataError("--against needs --model: the other runtime runs the ONNX model")
     session = qcompiler.load(options.library, threads=options.threads)
     inputs = random_inputs(session.inputs)
     candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
+    float_twin = None
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder, terminal_progress() as progress:
         if options.model:
             float_twin = float_session(options.model, session, Path(folder), options.threads)
-            candidates["float"] = lambda: float_twin.run(inputs)
+            candidates["float"] = functools.partial(float_twin.run, inputs)
         for runtime in options.against:
             candidates[runtime] = onnxruntime_call(options.model, inputs, options.threads)
         timings = interleave(candidates, seconds=options.seconds, progress=progress)
+        measured = {}
+        for name, own in (("int8", session), ("float", float_twin)) if options.footprint else ():
+            if own is not None:
+                measured[name] = (memory(own.path, options.threads), joules(candidates[name], options.seconds / 2))
     base = "float" if options.model else "int8"
     steps = session.profile(inputs, 50) if options.layers else []
     document = {
@@ -304,8 +312,10 @@ def _bench(options: argparse.Namespace) -> int:
         "seconds": {t.name: {"minimum": t.minimum, "median": t.median, "rounds": t.rounds} for t in timings},
         f"ratio to {base}": ratios(timings, base),
         "steps": [dict(zip(("id", "op", "kernel", "seconds"), step, strict=True)) for step in steps],
+        "footprint": {name: {**vars(used), "joules": energy} for name, (used, energy) in measured.items()},
     }
-    _show(options, document, lambda: timing_text(timings, base) + ("\n\n" + profile_text(steps) if steps else ""))
+    parts = [timing_text(timings, base)] + ([profile_text(steps)] if steps else []) + ([footprint_text(measured)] if measured else [])
+    _show(options, document, lambda: "\n\n".join(parts))
     return 0
 
 

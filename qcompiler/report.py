@@ -5,6 +5,7 @@ Deterministic apart from times: the same library, model and data give the same f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import platform
@@ -20,6 +21,7 @@ import qcompiler
 from qcompiler.bench import Timing, interleave
 from qcompiler.data import Samples, load_labels, open_samples
 from qcompiler.files import check_writable, replacing
+from qcompiler.footprint import Memory, joules, memory
 from qcompiler.metrics import Accumulator
 from qcompiler.parity import ParityReport, Thresholds, compare, float_session
 from qcompiler.progress import Progress
@@ -64,7 +66,7 @@ class Evidence:
 
     rows: classified rows over all samples (samples * batch). float_only: seconds of float steps that the library does not have.
     sizes in bytes; `parameters` are those of the model's float tensors. digests: SHA-256, hexadecimal. model_matches: is the model the one that
-    the library was compiled from, by digest?
+    the library was compiled from, by digest? footprint: "int8", "float" -> (memory, joules per run or None where no counter can be read).
     """
 
     parity: ParityReport
@@ -82,6 +84,7 @@ class Evidence:
     digests: dict[str, str]
     model_matches: bool
     environment: dict[str, str]
+    footprint: dict[str, tuple[Memory, float | None]]
     source: dict[str, str] = field(default_factory=dict)
 
 
@@ -177,6 +180,10 @@ def gather(
         dict(digests),
         manifest.get("digests", {}).get("model") == twin.manifest["digests"]["model"],
         environment(manifest),
+        {
+            name: (memory(s.path, s.threads), joules(functools.partial(s.run, first), seconds / 2))
+            for name, s in (("int8", session), ("float", twin))
+        },
     )
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from qcompiler.footprint import Memory
 from qcompiler.metrics import wilson
 from qcompiler.parity import Row
 from qcompiler.report import WORST, Evidence, StepTime
+from qcompiler.report_mixed import section as mixed_section
 from qcompiler.report_svg import FLOAT, INT8, bar, histogram, sqnr_chart
+from qcompiler.report_table import html_table
 from qcompiler.tables import milliseconds, number, percent, size
 
 _SLOWEST = 20  # steps with a row of their own
@@ -54,6 +56,8 @@ def page(evidence: Evidence, library: str, model: str) -> str:
         _layers(evidence),
         _distributions(evidence),
         _latency(evidence),
+        _footprint(evidence),
+        mixed_section(evidence.manifest["mixed_precision"]) if "mixed_precision" in evidence.manifest else "",
         _float(evidence),
         _calibration(evidence),
         _identity(evidence),
@@ -65,15 +69,6 @@ def page(evidence: Evidence, library: str, model: str) -> str:
 
 def _e(value: object) -> str:
     return html.escape(str(value))
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], name: str = "", last: bool = False) -> str:
-    """`rows` are HTML already. A column whose name ends in "|" holds numbers. last: the last row is a total."""
-    classes = [' class="n"' if c.endswith("|") else "" for c in columns]
-    head = "".join(f"<th{k}>{_e(c.removesuffix('|'))}</th>" for c, k in zip(columns, classes, strict=True))
-    body = ["".join(f"<td{k}>{cell}</td>" for cell, k in zip(row, classes, strict=True)) for row in rows]
-    lines = [f'<tr class="total">{r}</tr>' if last and i == len(body) - 1 else f"<tr>{r}</tr>" for i, r in enumerate(body)]
-    return f"<table{f' id={chr(34)}{name}{chr(34)}' if name else ''}><thead><tr>{head}</tr></thead><tbody>" + "\n".join(lines) + "</tbody></table>"
 
 
 def _interval(fraction: float, rows: int) -> str:
@@ -110,7 +105,7 @@ def _verdict(e: Evidence) -> str:
     mismatch = "The library was compiled from another model file, or for other input shapes, than the one compared with: their digests differ."
     warning = "" if e.model_matches else f'<div class="verdict warn" id="model-mismatch"><strong>Not the same model</strong><br>{mismatch}</div>'
     box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {p.samples} samples: {said}.{failures}</div>'
-    return box + warning + _table(("threshold", "required", "measured", "result"), rows, "thresholds")
+    return box + warning + html_table(("threshold", "required", "measured", "result"), rows, "thresholds")
 
 
 def _facts(e: Evidence) -> str:
@@ -155,7 +150,7 @@ def _outputs(e: Evidence) -> str:
         "SQNR is 10 log10 of signal power over error power. Errors are int8 minus float, in the output's own unit; the median and the maximum are of "
         "their magnitude. Intervals are Wilson's for a proportion, at 95 %."
     )
-    return f'<h2>Outputs</h2>{_table(columns, rows, "outputs")}<p class="quiet">{note}</p>'
+    return f'<h2>Outputs</h2>{html_table(columns, rows, "outputs")}<p class="quiet">{note}</p>'
 
 
 def _layers(e: Evidence) -> str:
@@ -217,8 +212,29 @@ def _latency(e: Evidence) -> str:
         f"Both networks are compiled for {_e(e.manifest['target'])} and take turns on the same sample. "
         f"Threads: {e.threads}. Times of single steps are the least of several runs. Times vary from run to run; nothing else on this page does."
     )
-    steps = _table(("step", "operator", "kernel", "int8 us|", "float us|", "faster|", ""), rows, "steps", last=True)
-    return f'<h2>Latency</h2><p class="quiet">{note}</p>{_table(("network", "least ms|", "median ms|", "rounds|"), whole, "latency")}{steps}'
+    steps = html_table(("step", "operator", "kernel", "int8 us|", "float us|", "faster|", ""), rows, "steps", last=True)
+    return f'<h2>Latency</h2><p class="quiet">{note}</p>{html_table(("network", "least ms|", "median ms|", "rounds|"), whole, "latency")}{steps}'
+
+
+def _footprint(e: Evidence) -> str:
+    """Memory and energy of both networks."""
+
+    def cells(name: str, m: Memory, energy: float | None) -> list[str]:
+        spent = "" if energy is None else f"{1e3 * energy:.3f}"
+        return [name, size(m.constants), size(m.workspace), "not measurable" if m.resident is None else size(m.resident), spent]
+
+    rows = [cells(name, *e.footprint[name]) for name in ("int8", "float")]
+    note = (
+        "Constants are shared by all users of the library; each concurrent run has a workspace. Resident: by how much the memory of a fresh process grew, at "
+        "most, while it loaded and ran the library. "
+    )
+    note += (
+        "Energy is that of whole processor packages while one network runs again and again: other programs on the machine count too."
+        if all(energy is not None for _, energy in e.footprint.values())
+        else "Energy is not measurable on this machine: there is no energy counter (/sys/class/powercap) that this process may read."
+    )
+    columns = ("network", "constants|", "workspace|", "resident|", "mJ per run|")
+    return f'<h2>Memory and energy</h2>{html_table(columns, rows, "footprint")}<p class="quiet" id="energy">{note}</p>'
 
 
 def _micro(seconds: float | None) -> str:
@@ -230,7 +246,7 @@ def _float(e: Evidence) -> str:
     if not entries:
         return '<h2>What stayed float</h2><p id="float-ops">Nothing: every operator is computed in int8.</p>'
     rows = [[f"<code>{_e(f['id'])}</code>", _e(f["op"]), f"<code>{_e(f['node'])}</code>", _e(f["reason"])] for f in entries]
-    return f"<h2>What stayed float</h2>{_table(('value', 'operator', 'node', 'why'), rows, 'float-ops')}"
+    return f"<h2>What stayed float</h2>{html_table(('value', 'operator', 'node', 'why'), rows, 'float-ops')}"
 
 
 def _calibration(e: Evidence) -> str:
@@ -251,7 +267,7 @@ def _identity(e: Evidence) -> str:
     digests = {name: f'<span class="mono">{_e(value or "none")}</span>' for name, value in e.digests.items()}
     match = "the model compared with has the digest that the library records" if e.model_matches else "the library records another model"
     rows = [[_e(name), value + (f" &nbsp; {_e(match)}" if name == "model" else "")] for name, value in digests.items()]
-    table = _table(("what", "digest"), rows, "digests")
+    table = html_table(("what", "digest"), rows, "digests")
     return f"<h2>Identity</h2>{_pairs(e.environment, 'environment')}<p>SHA-256 of everything that decides the result:</p>{table}"
 
 
@@ -271,4 +287,4 @@ def _all_layers(e: Evidence) -> str:
         rows.append([str(index), f"<code>{_e(r.name)}</code>", _e(r.dtype), values[0], number(alone), *values[1:], bias])
     columns = ("#|", "value", "dtype", _METRICS[0], "rounding alone|", *_METRICS[1:], "channel bias, steps|")
     note = "The SQNR is accumulated from the input on; rounding alone is that of the float value stored in this layer's 8 bits. Errors are in the layer's unit."
-    return f'<h2>All layers</h2><p class="quiet">{note}</p>{_table(columns, rows, "layers")}'
+    return f'<h2>All layers</h2><p class="quiet">{note}</p>{html_table(columns, rows, "layers")}'

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +61,48 @@ def sqnr_chart(names: Sequence[str], measured: Sequence[float], rounding: Sequen
             parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="6.5" fill="none" stroke="{BAD}" stroke-width="1.4"/>')
             parts.append(_text(x(i), y(value) + 20, str(ranks[name]), "middle", 11, BAD))
     return _svg(width, height, "SQNR of every layer in network order", parts)
+
+
+def pareto_chart(account: Mapping[str, Any]) -> str:
+    """SQNR against latency of the plans of `mixed_precision`: predicted ones as a line, compiled ones as points labelled with float layers and size,
+    with the lower end of their confidence interval; the chosen one ringed. A point without an SQNR (exact) lies on the upper edge."""
+    width, height, left, top, bottom = 1100, 330, 52, 18, 44
+    points, curve = account["points"], [p for p in account["curve"] if p["sqnr_db"] is not None]
+    wanted = next((float(w) for flag, w in itertools.pairwise(account["goal"].split()) if flag == "--min-sqnr"), None)
+    levels: list[float] = [v for p in [*points, *curve] for v in (p["sqnr_db"], p.get("sqnr_bound_db")) if v is not None] + ([] if wanted is None else [wanted])
+    times: list[float] = [1e3 * p["seconds"] for p in [*points, *curve, account["float"]]]
+    low, high = 5 * math.floor(min(levels, default=0.0) / 5), 5 * math.ceil(max([*levels, min(levels, default=0.0) + 5]) / 5)
+    begin, end = 0.0, 1.05 * max(times)
+
+    def x(seconds: float) -> float:
+        return left + (1e3 * seconds - begin) / max(end - begin, 1e-300) * (width - left - 10)
+
+    def y(value: float | None) -> float:
+        return top + (high - (high if value is None else min(max(value, low), high))) / (high - low) * (height - top - bottom)
+
+    parts = []
+    for level in range(low, high + 1, 5 if high - low <= 40 else 10):
+        parts += [_line(left, y(level), width - 10, y(level)), _text(left - 6, y(level) + 4, str(level), "end")]
+    for i in range(6):
+        tick = begin + (end - begin) * i / 5
+        parts.append(_text(x(tick / 1e3), height - bottom + 17, f"{tick:.3g}", "middle", 11))
+    parts += [_text(left - 46, top - 5, "SQNR dB", size=11), _text((left + width) / 2, height - 8, "latency in ms", "middle")]
+    if wanted is not None:
+        parts.append(_line(left, y(wanted), width - 10, y(wanted), BAD, 'stroke-dasharray="2 4" stroke-width="1.5"'))
+    line = " ".join(f"{x(p['seconds']):.1f},{y(p['sqnr_db']):.1f}" for p in curve)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{FLOAT}" stroke-width="1.6"/>')
+    edge = x(account["float"]["seconds"])
+    parts += [_line(edge, top, edge, height - bottom, FLOAT, 'stroke-dasharray="5 3"'), _text(edge - 5, top + 12, "float32 network", "end", 11, FLOAT)]
+    for p in points:
+        at, up = x(p["seconds"]), y(p["sqnr_db"])
+        if p["sqnr_bound_db"] is not None:
+            parts.append(_line(at, up, at, y(p["sqnr_bound_db"]), INT8, 'stroke-width="2"'))
+        parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="5" fill="{INT8}"/>')
+        if p["chosen"]:
+            parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="9" fill="none" stroke="{INK}" stroke-width="1.6"/>')
+        label = f"{len(p['float_layers'])} float, {p['bytes'] / 1e6:.2f} MB"
+        parts.append(_text(at - 12, up + 4, label, "end", 11) if at > width / 2 else _text(at + 12, up + 4, label, size=11))
+    return _svg(width, height, "Accuracy against latency of the plans tried", parts)
 
 
 def histogram(d: Distribution) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from qcompiler.bench import Timing, ratios
 
 if TYPE_CHECKING:
+    from qcompiler.footprint import Memory
     from qcompiler.parity import ParityReport, Row
 
 
@@ -88,6 +89,17 @@ def profile_text(steps: Sequence[tuple[str, str, str, float]]) -> str:
     return table(f"Steps, {total * 1e3:.3f} ms in all", ("value", "operator", "kernel", "us|", "share|"), rows)
 
 
+def footprint_text(measured: Mapping[str, tuple[Memory, float | None]]) -> str:
+    """Memory and energy per network."""
+    rows = [
+        [name, size(m.constants), size(m.workspace), "not measurable" if m.resident is None else size(m.resident), "" if j is None else f"{1e3 * j:.3f}"]
+        for name, (m, j) in measured.items()
+    ]
+    text = table("Memory and energy", ("network", "constants|", "workspace|", "resident|", "mJ per run|"), rows)
+    missing = any(j is None for _, j in measured.values())
+    return text + ("\nenergy is not measurable on this machine: no counter in /sys/class/powercap that this process may read" if missing else "")
+
+
 def port_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
     return [[kind[:-1], port["name"], port["dtype"], str(port["shape"])] for kind in ("inputs", "outputs") for port in manifest[kind]]
 
@@ -137,6 +149,10 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     )
 
 
+def float_layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'} in float"
+
+
 def mixed_text(account: Mapping[str, Any]) -> str:
     """The plans that a compilation to an accuracy target tried (`mixed_precision` of the manifest), and what it decided."""
     float32 = account["float"]
@@ -146,7 +162,7 @@ def mixed_text(account: Mapping[str, Any]) -> str:
         found = ("chosen" if p["chosen"] else "meets the target") if p["met"] else "most accurate, too little" if p["chosen"] else "misses"
         rows.append(
             [
-                f"{len(p['float_layers'])} float layers",
+                float_layers(len(p["float_layers"])),
                 number(p["sqnr_db"]),
                 number(p["sqnr_bound_db"]),
                 percent(p["agreement"]),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import qcompiler
+from qcompiler import footprint
 from qcompiler.bench import interleave, random_inputs, ratios
 from qcompiler.cli import main
 from qcompiler.debug import Dumper, plain_json
@@ -53,7 +54,7 @@ class FakeSession:
 
     def __init__(self, path: str, threads: int = 1) -> None:
         self.inputs, self.outputs = ([TensorInfo(n, (1, 2), "float32")] for n in "xy")
-        self.manifest = MANIFEST
+        self.manifest, self.path = MANIFEST, path
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "x" not in inputs:
@@ -220,7 +221,47 @@ def test_bench_against_nothing_prints_times_and_layers(calls: list[Any], capsys:
     assert main("bench m.so --seconds 0 --json".split()) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ratio to int8"] == {"int8": 1.0}
-    assert document["seconds"]["int8"]["rounds"] == 10
+    assert document["seconds"]["int8"]["rounds"] == 10 and document["footprint"] == {}
+
+
+def test_bench_footprint(
+    calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(footprint, "memory", lambda path, threads: footprint.Memory(4000, 1000 * threads, 9000))
+    monkeypatch.setattr(footprint, "joules", lambda call, seconds: None)
+    assert main("bench m.so --seconds 0 --footprint --threads 2".split()) == 0
+    out = capsys.readouterr().out
+    assert "4.0 kB" in out and "2.0 kB" in out and "9.0 kB" in out and "energy is not measurable" in out
+    assert main("bench m.so --seconds 0 --footprint --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)["footprint"]
+    assert found == {"int8": {"constants": 4000, "workspace": 1000, "resident": 9000, "joules": None}}
+
+
+ACCOUNT: dict[str, Any] = {
+    "goal": "--min-sqnr 25", "met": False, "statement": "THE TARGET (--min-sqnr 25) IS NOT MET: time", "samples": 9, "held_out": 2, "threads": 1,
+    "confidence": 0.95, "measured_on": "x86-avx2", "float": {"seconds": 3e-3, "bytes": 4000}, "curve": [], "sensitivity": {},
+    "findings": [{"wanted": "SQNR of at least 25 dB", "found": "20.00 dB on 2 held-out samples", "met": False}],
+    "points": [
+        {"float_layers": [], "sqnr_db": 20.0, "sqnr_bound_db": None, "agreement": 0.5, "accuracy_drop": None, "seconds": 1e-3, "bytes": 1000,
+         "met": False, "chosen": True},
+    ],
+}  # fmt: skip
+
+
+def test_a_target_that_is_missed_is_exit_1(calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(FakeArtifact, "manifest", MANIFEST | {"mixed_precision": ACCOUNT})
+    words = "compile m.onnx --calibration c.npz --output m.so --min-sqnr 25 --max-accuracy-drop 1 --labels l.tsv --time-budget 1.5m".split()
+    assert main(words) == 1
+    kwargs = calls[0][2]
+    assert {k: kwargs[k] for k in ("min_sqnr", "max_accuracy_drop", "labels", "time_budget")} == {
+        "min_sqnr": 25.0, "max_accuracy_drop": 1.0, "labels": "l.tsv", "time_budget": 90.0,
+    }  # fmt: skip
+    out = capsys.readouterr().out
+    assert (tmp_path / "m.so").read_bytes() == b"library"
+    assert "IS NOT MET" in out and "most accurate, too little" in out and "0.333" in out and "(MISSED)" in out
+    monkeypatch.setattr(FakeArtifact, "manifest", MANIFEST | {"mixed_precision": ACCOUNT | {"met": True}})
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mixed_precision"]["goal"] == "--min-sqnr 25"
 
 
 def test_inspect_says_why_an_operator_is_not_int8(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +19,18 @@ from qcompiler.bench import Timing
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import OutputError
+from qcompiler.footprint import Memory
 from qcompiler.metrics import Accumulator, wilson
 from qcompiler.parity import ParityReport, Row, Thresholds
 from qcompiler.report import Evidence, StepTime, distribution, step_times, verify_report
 from qcompiler.report_html import page
-from qcompiler.report_svg import histogram, sqnr_chart
+from qcompiler.report_mixed import section as mixed_section
+from qcompiler.report_svg import histogram, pareto_chart, sqnr_chart
 from qcompiler.spec import QParams
 from qcompiler.tables import milliseconds, number, percent, size
 
 VOID = {"meta", "br"}
-TIMES = {"latency", "steps", "speedup"}  # ids of what may differ from run to run
+TIMES = {"latency", "steps", "speedup", "footprint"}  # ids of what may differ from run to run
 
 
 class Page(HTMLParser):
@@ -158,7 +161,8 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     d = distribution(evil, np.array([np.nan, 0.3]), np.array([0.3, 0.3]), QParams(0.1, 0))
     timings = [Timing("int8", 1e-3, 2e-3, 9), Timing("float", 3e-3, 4e-3, 9)]
     steps = [StepTime(evil, evil, evil, 1e-6, None)]
-    evidence = Evidence(parity, 3, {evil: 40.0}, [d], timings, steps, 0.0, 1, 10, 20, 0, manifest, {evil: evil}, False, {evil: evil}, {evil: evil})
+    sizes: dict[str, tuple[Memory, float | None]] = {"int8": (Memory(1000, 2000, None), 0.5), "float": (Memory(4000, 3000, 9000), 1.25)}
+    evidence = Evidence(parity, 3, {evil: 40.0}, [d], timings, steps, 0.0, 1, 10, 20, 0, manifest, {evil: evil}, False, {evil: evil}, sizes, {evil: evil})
     document = page(evidence, evil, evil)
     shown = Page(document)
     assert "<b onload" not in document and "onload" in shown.texts["float-ops"]
@@ -168,7 +172,51 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     assert shown.texts["speedup"] == "3.00 x"
     assert [cells[3] for cells in shown.rows["layers"] if cells] == ["nan", "inf"]
     assert [cells[1:3] for cells in shown.rows["latency"] if cells] == [[milliseconds(t.minimum), milliseconds(t.median)] for t in timings]
+    memory = [cells for cells in shown.rows["footprint"] if cells]
+    assert memory == [["int8", "1.0 kB", "2.0 kB", "not measurable", "500.000"], ["float", "4.0 kB", "3.0 kB", "9.0 kB", "1250.000"]]
     assert "not compared" in page(replace(evidence, parity=replace(parity, layers=[]), distributions=[]), "l", "m")
+
+
+def account(met: bool = True) -> dict[str, Any]:
+    """`mixed_precision` of a manifest: two plans, the second chosen and exact."""
+    evil = '<b onload="x">'
+    shared = {"agreement": None, "accuracy_drop": -0.5, "bytes": 2_000_000}
+    points = [
+        {"float_layers": [], "sqnr_db": 20.0, "sqnr_bound_db": 19.0, "seconds": 1e-3, "met": False, "chosen": False, **shared},
+        {"float_layers": [evil], "sqnr_db": None, "sqnr_bound_db": None, "seconds": 2e-3, "met": met, "chosen": True, **shared},
+    ]
+    curve = [{"layers": i, "sqnr_db": 20.0 + i, "seconds": 1e-3 + i * 1e-4, "bytes": 10} for i in range(3)]
+    times = {"int8_seconds": 1e-5, "float_seconds": 2e-5}
+    layers = [{"id": evil, "sqnr_db": 30.0, **times}, {"id": "exact", "sqnr_db": None, **times}]
+    return {
+        "goal": "--min-sqnr 25", "met": met, "statement": f"about {evil}", "samples": 12, "held_out": 3, "threads": 1, "measured_on": "x86-avx2",
+        "float": {"seconds": 4e-3, "bytes": 8_000_000}, "findings": [{"wanted": evil, "found": "24 dB", "met": met}], "points": points,
+        "curve": curve, "sensitivity": {"samples": 2, "layers": layers},
+    }  # fmt: skip
+
+
+def test_the_section_on_an_accuracy_target() -> None:
+    for met in (True, False):
+        document = mixed_section(account(met))
+        shown = Page(document)
+        assert "<b onload" not in document and shown.texts["target"].startswith("about <b onload")
+        assert ("(missed)" in shown.texts["target"]) != met and f'class="verdict {"pass" if met else "fail"}"' in document
+        assert [cells for cells in shown.rows["plans"] if cells][1:] == [
+            ["0 layers in float", "20.00", "19.00", "", "-0.50", "1.000", "0.250", "2.00 MB", "missed"],
+            ["1 layer in float", "", "", "", "-0.50", "2.000", "0.500", "2.00 MB", "chosen, " + ("met" if met else "missed")],
+        ]
+        assert [cells[1] for cells in shown.rows["sensitivity"] if cells] == ["30.00", "exact"]
+    assert "sensitivities were not measured" in mixed_section(account() | {"sensitivity": {}, "curve": []})
+
+
+def test_the_pareto_chart_places_points() -> None:
+    """Twice the time is twice as far from the axis; a higher SQNR is higher; an exact point lies on the upper edge; one ring."""
+    chart = pareto_chart(account())
+    circles = [(float(x), float(y), r) for x, y, r in re.findall(r'<circle cx="([^"]+)" cy="([^"]+)" r="(\d)"', chart)]
+    assert [r for *_, r in circles] == ["5", "5", "9"] and circles[1][:2] == circles[2][:2]
+    assert (circles[1][0] - 52) == pytest.approx(2 * (circles[0][0] - 52), abs=0.2)
+    assert circles[1][1] == 18.0 < circles[0][1]
+    assert "<svg" in pareto_chart(account() | {"goal": "--min-agreement 0.9", "curve": [], "points": []})
 
 
 def test_wilson() -> None:
@@ -235,7 +283,8 @@ def test_a_browser_shows_it(made: tuple[ParityReport, str], tmp_path: Path) -> N
         assert not os.environ.get("QCOMPILER_REQUIRE_BROWSER"), "QCOMPILER_REQUIRE_BROWSER is set and there is no Chromium"
         pytest.skip("NO BROWSER: install chromium to check that the report renders")
     image = pytest.importorskip("PIL.Image")
-    (tmp_path / "r.html").write_text(made[1], encoding="utf-8")
+    document = made[1].replace('<div class="facts">', mixed_section(account()) + '<div class="facts">')
+    (tmp_path / "r.html").write_text(document, encoding="utf-8")
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
     shot, pdf = tmp_path / "r.png", tmp_path / "r.pdf"
     for option in ("--window-size=1200,3600", f"--screenshot={shot}"), ("--no-pdf-header-footer", f"--print-to-pdf={pdf}"):
