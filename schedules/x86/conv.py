@@ -5,7 +5,8 @@ from qcompiler.schedules.table import register
 from qcompiler.schedules.winograd import WinogradRow
 from qcompiler.schedules.x86 import isa
 
-register("qc.conv2d", WinogradRow(isa.AVX2, isa.AVX2.name))
+for _unit in (isa.AVX512, isa.AVX2):
+    register("qc.conv2d", WinogradRow(_unit, _unit.name))
 for _kind in ("conv2d", "dense"):
     for _unit in (isa.AVX512VNNI, isa.AVX512, isa.AVXVNNI, isa.AVX2):
         register(f"qc.{_kind}", ConvRow(f"qc.{_kind}", _unit, _unit.name))
