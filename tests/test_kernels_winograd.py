@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-
 from x86_emulation import HOST, build, runs_here, sampled
 
 from qcompiler import numerics, schedules
