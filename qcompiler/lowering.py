@@ -265,9 +265,7 @@ class _Lowering:
                 self.values[node.id].root = self.values[reads[0]].root
                 continue
             if node.name == "legalized":
-                types = [self.values[o].layout for o in node.outputs]
-                kernel = legalized_kernel(node.function, [o if isinstance(o, np.ndarray) else None for o in node.operands], types)
-                steps.append(Step(node.outputs[0], None, "float", kernel, reads, more=node.outputs[1:]))
+                steps += self.legalized(node, reads)
                 continue
             assert node.row is not None
             layout = self.values[node.id].layout
@@ -275,6 +273,24 @@ class _Lowering:
                 steps.append(self.fill_halo(node.id, layout, zero_points[node.id]))
             steps.append(self.step(node, reads))
         self.output_values = [self.own_output(steps, value, taken) for value in self.output_values]
+        return steps
+
+    def legalized(self, node: _Node, reads: list[str]) -> list[Step]:
+        """The steps of an operator that stays float: one on a CPU, one per loop nest on a GPU, with temporaries in a value of their own."""
+        constants = [o if isinstance(o, np.ndarray) else None for o in node.operands]
+        first, *more = node.outputs
+        if not self.target.gpu:
+            kernel = legalized_kernel(node.function, constants, [self.values[o].layout for o in node.outputs])
+            return [Step(first, None, "float", kernel, reads, more=more)]
+        from qcompiler.schedules.cuda.legalized import legalized_kernels
+
+        kernels, scratch = legalized_kernels(node.function, constants)
+        if scratch:
+            name = f"{first}~scratch"
+            self.values[name] = Value(name, Layout((scratch,), "uint8"), name)
+            more = [*more, name]
+        steps = [Step(first, None, "float", kernel, reads, more=more, auxiliary=True) for kernel in kernels]
+        steps[-1].auxiliary = False
         return steps
 
     def step(self, node: _Node, reads: list[str]) -> Step:

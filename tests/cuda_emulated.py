@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qcompiler.codegen_cuda import cuda_source
-from qcompiler.schedules.harness import aligned
+from qcompiler.lowering import Program, Step
+from qcompiler.schedules.harness import aligned, fetch
 from qcompiler.schedules.table import Kernel, Layout
 from qcompiler.targets import Target
 
@@ -71,3 +72,41 @@ class Emulated:
             results.append(flat.copy())
         assert results[0].tobytes() == results[1].tobytes(), "the result depends on the order of threads"
         return results[0]
+
+
+class EmulatedProgram:
+    """A whole network on the emulated GPU, step by step."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self.program = program
+        self.symbols: dict[str, str] = {}
+        kernels = {}
+        for step in program.steps:
+            symbol = self.symbols.setdefault(step.kernel.key, f"k{len(self.symbols)}")
+            kernels[symbol] = step.kernel
+        self.emulated = Emulated(kernels, program.target, folder)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[Step, np.ndarray]]:
+        """Every step and the value that it has just written."""
+        program = self.program
+        spaces = {"workspace": [aligned(program.workspace + 64, "uint8")], "input": [], "output": []}
+        spaces["workspace"][0][:] = 0xA5
+        for space, ports in (("input", program.inputs), ("output", program.outputs)):
+            for port in ports:
+                spaces[space].append(aligned(program.values[port.value].layout.bytes, "uint8"))
+                if space == "input":
+                    spaces[space][-1][:] = np.ascontiguousarray(inputs[port.name]).view(np.uint8).reshape(-1)
+        constants = aligned(program.constants.size, "uint8")
+        constants[:] = program.constants
+
+        def memory(value: str) -> np.ndarray:
+            place = program.values[value].place
+            assert place is not None
+            return spaces["workspace"][0][place.offset :] if place.space == "workspace" else spaces[place.space][place.offset]
+
+        for step in program.steps:
+            arrays = [memory(v) for v in step.reads] + [constants[o:] for o in step.constants] + [memory(v) for v in [step.writes, *step.more]]
+            arrays += [spaces["workspace"][0][step.scratch :]] if step.kernel.scratch else []
+            self.emulated.launch(self.symbols[step.kernel.key], arrays)
+            layout = program.values[step.writes].layout
+            yield step, fetch(memory(step.writes)[: layout.bytes].view(layout.dtype), layout)

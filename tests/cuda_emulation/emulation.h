@@ -249,6 +249,7 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float __expf(float value) { return std::exp(value); }
 inline float __logf(float value) { return std::log(value); }
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 // -- what schedules/cuda/device.cuh has for GPUs ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,53 @@
+"""A whole network on the emulated GPU: every 8-bit value is the reference's, and float operators run there too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from cuda_emulated import EmulatedProgram
+from small_nets import TinyPlan, op, random_inputs, residual_net
+
+from qcompiler.interpreter import run
+from qcompiler.lowering import lower
+from qcompiler.passes.graph import Graph, GraphBuilder, const, substitute
+from qcompiler.passes.insert_qdq import insert_qdq
+from qcompiler.passes.realize import realize
+from qcompiler.targets import find_target
+
+
+def network() -> tvm.IRModule:
+    """`residual_net`, then float operators: a softmax, and a layer norm of its logarithm."""
+    graph = Graph.of(residual_net())
+    builder, env = GraphBuilder(graph.attrs), {}
+    for p in graph.inputs:
+        env[str(p.name)] = builder.input(str(p.name), [int(d) for d in p.ty.shape], "float32")
+    for name, expr in graph.bindings:
+        env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
+    soft = builder.emit("soft", op.nn.softmax(env["logits"]))
+    gamma, beta = const(np.linspace(0.5, 2, 10, dtype=np.float32)), const(np.linspace(-1, 1, 10, dtype=np.float32))
+    normal = builder.emit("normal", op.nn.layer_norm(builder.emit("log", op.log(soft)), gamma, beta, axes=[-1]))
+    return builder.finish([("logits", env["logits"]), ("soft", soft), ("normal", normal)])
+
+
+@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm75"])
+def test_network(name: str, tmp_path: Path) -> None:
+    module = network()
+    inputs = random_inputs(module)
+    integer = realize(insert_qdq(module, TinyPlan(module, inputs)))
+    wanted = run(integer, inputs, keep="all")
+    program = lower(integer, find_target(name))
+    assert all(step.kernel.launch for step in program.steps)
+    exact = 0
+    for step, value in EmulatedProgram(program, tmp_path).run(inputs):
+        if step.auxiliary or step.writes not in wanted:
+            continue
+        if value.dtype == np.int8:
+            np.testing.assert_array_equal(value, wanted[step.writes], step.writes)
+            exact += 1
+        else:
+            np.testing.assert_allclose(value, wanted[step.writes], rtol=1e-4, atol=1e-5, err_msg=step.writes)
+    rows = {step.kernel.row for step in program.steps}
+    assert exact >= 15 and {"cuda/legalized", "cuda/mean", f"{program.target.rows[0]}/conv2d"} <= rows, rows
