@@ -20,8 +20,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, split_blocks
-from qcompiler.schedules.conv_steps import sorts_steps, step_classes, step_offsets, table_pitch, tile_spans
+from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, sorts_steps, split_blocks
+from qcompiler.schedules.conv_steps import step_classes, step_offsets, table_pitch, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
 
 FLOAT_MAX = 3.4028234663852886e38

@@ -222,6 +222,12 @@ def lane_order(isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | N
     return np.concatenate(order)
 
 
+def sorts_steps(geometry: Geometry, isa: Isa) -> bool:
+    """Whether each step takes the cheapest form that its weights allow (`conv_steps`). Few steps all take the last form, and their loop is unrolled:
+    their weights are wide, because the largest of a channel is always 127."""
+    return len(isa.forms) > 1 and geometry.depth(isa.group) >= 16
+
+
 def split_blocks(blocks: int) -> list[int]:
     """Runs of 4, 2 and 1 vectors: what the packing of the epilogue joins."""
     return [4] * (blocks // 4) + [2] * (blocks % 4 // 2) + [1] * (blocks % 2)
@@ -232,6 +238,7 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
 
     The epilogue of a tile overlaps the reduction of the next one as far as the core looks ahead, so many accumulators cost a little extra.
     """
+    isa = isa if sorts_steps(geometry, isa) else isa.forms[-1]
     batch, height, width = geometry.pixels
     depth, pixels = geometry.depth(isa.group), rows * cols
     channels = cut_channels(geometry.outputs, isa.lanes, blocks)
@@ -250,14 +257,14 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
 def best_tile(geometry: Geometry, isa: Isa) -> tuple[int, int, int]:
     """(rows, cols, blocks) with the lowest estimate."""
     _, height, width = geometry.pixels
-    vectors = -(-geometry.outputs // isa.lanes)
+    vectors, form = -(-geometry.outputs // isa.lanes), isa if sorts_steps(geometry, isa) else isa.forms[-1]
     candidates = [
         (rows, cols, blocks)
         for blocks in (1, 2, 3, 4, 6, 8)
         if blocks <= vectors
         for rows in range(1, min(height, 8) + 1)
         for cols in range(1, min(width, isa.registers) + 1)
-        if isa.fits(rows * cols, blocks)
+        if form.fits(rows * cols, blocks)
     ]
     return min(candidates, key=lambda c: (cycles(geometry, isa, *c), c[0], -c[1]))
 
@@ -284,14 +291,18 @@ def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> tup
 def default_tiling(geometry: Geometry, isa: Isa) -> Tiling:
     tile = best_tile(geometry, isa)
     pixel_tasks, channel_tasks = split_tasks(geometry, isa, tile)
-    return Tiling(*tile, "channels", default_unroll(geometry, isa), pixel_tasks, channel_tasks)
+    # pixels outside write whole cache lines of the output at a time; channels outside keep the weights of an unrolled reduction at hand
+    order = "pixels" if sorts_steps(geometry, isa) else "channels"
+    return Tiling(*tile, order, default_unroll(geometry, isa), pixel_tasks, channel_tasks)
 
 
 def default_unroll(geometry: Geometry, isa: Isa) -> int:
-    """Up to 4 steps, so that none are left over, and never so many that neighbouring pixels read the same elements:
+    """Up to `Isa.unrolled` steps, so that none are left over, and never so many that neighbouring pixels read the same elements:
     LLVM would load those once and keep them, at the price of the accumulators."""
+    if sorts_steps(geometry, isa):
+        return 1
     extent, step = geometry.loops(isa.group)[-1]
-    most = max(1, min(4, geometry.strides[1] * geometry.x.channel_pitch // step, extent))
+    most = max(1, min(isa.forms[-1].unrolled, geometry.strides[1] * geometry.x.channel_pitch // step, extent))
     if isa.span > 1:  # whole loads
         return min(isa.span, 1 << (most.bit_length() - 1))
     return next((u for u in range(most, most // 2, -1) if extent % u == 0), most)
@@ -306,7 +317,7 @@ def design_space(geometry: Geometry, isa: Isa) -> dict[str, list[Any]]:
         "cols": [c for c in range(1, isa.registers) if c <= width],
         "blocks": [b for b in (1, 2, 3, 4, 6, 8) if b <= vectors],
         "order": ["channels", "pixels"],
-        "unroll": [1, 2, 4, 8],
+        "unroll": [1] if sorts_steps(geometry, isa) else [1, 2, 4, 8],
         "pixel_tasks": [1, 2, 4, 8, 16, 32],
         "channel_tasks": [1, 2, 4, 8, 16, 32],
     }

@@ -17,11 +17,6 @@ from qcompiler.schedules.conv_plan import Channels, Geometry
 from qcompiler.schedules.isa import Isa
 
 
-def sorts_steps(geometry: Geometry, isa: Isa) -> bool:
-    """Whether it is worth while: the weights of few steps are wide (the largest of a channel is always 127), and their loop is better unrolled."""
-    return len(isa.forms) > 1 and geometry.depth(isa.group) >= 16
-
-
 def step_classes(isa: Isa, blocks: int) -> list[tuple[int, ...]]:
     """The form of each block, per class, cheapest class first: for up to two blocks every combination, except that a block in the last form
     has none but the first one beside it; for more blocks one form for all."""

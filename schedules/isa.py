@@ -74,6 +74,11 @@ class Isa(ABC):
         return (self,)
 
     @property
+    def unrolled(self) -> int:
+        """The most dot steps that the heuristic unrolls."""
+        return 4
+
+    @property
     def span(self) -> int:
         """Dot steps that one load of activations serves: a power of two."""
         return 1
