@@ -61,7 +61,9 @@ RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
 _DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
 
 # /proc/cpuinfo's names -> what the C runtime asks at run time
-_X86_TESTS = {"avx512_vnni": '__builtin_cpu_supports("avx512vnni")', "avx_vnni": "qc_has_avx_vnni()"}  # compilers of 2021 have no name for avx_vnni
+_X86_TESTS = {"avx512_vnni": '__builtin_cpu_supports("avx512vnni")'}
+_X86_CPUID7 = {"avx_vnni": (1, 0, 4), "amx_tile": (0, 3, 24), "amx_int8": (0, 3, 25)}  # subleaf, register (EAX: 0), bit: compilers of 2021 lack names
+_X86_TESTS |= {name: "qc_cpuid7({}, {}, {})".format(*place) for name, place in _X86_CPUID7.items()}
 _ARM_HWCAP = {  # bits of getauxval (Linux, arch/arm64 and arch/arm, uapi/asm/hwcap.h)
     "aarch64": {"asimd": ("AT_HWCAP", 1 << 1), "asimddp": ("AT_HWCAP", 1 << 20), "i8mm": ("AT_HWCAP2", 1 << 13)},
     "armv7a": {"neon": ("AT_HWCAP", 1 << 12)},
@@ -217,9 +219,10 @@ def _model_header(manifest: dict[str, Any]) -> str:
 
     target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
-    if "avx_vnni" in target.features:
-        lines.append("__attribute__((unused)) static int qc_has_avx_vnni(void) {  /* CPUID leaf 7, subleaf 1, EAX bit 4 */")
-        lines.append("  unsigned a = 0, b = 0, c = 0, d = 0; return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1); }")
+    if target.architecture == "x86_64":
+        lines.append("__attribute__((unused)) static int qc_cpuid7(unsigned subleaf, int which, int bit) {")
+        lines.append("  unsigned r[4] = {0}; return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[which] >> bit & 1); }")
+    lines.append(f"#define QC_TILES {int('amx_tile' in target.features)}")
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
         lines.append(f"#define QC_{name}_BYTES {', '.join(f'{port_bytes(port)}u' for port in ports)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -130,6 +132,15 @@ def missing_features(target: Target) -> list[str]:
     if target.architecture != host_architecture():
         return list(target.features) or [target.architecture]
     return [f for f in target.features if f not in host_features()]
+
+
+def permit(target: Target) -> None:
+    """Let this process run kernels of `target` outside a library, whose sessions do that: Linux gives AMX tiles on request. Raises TargetError if refused."""
+    if "amx_tile" not in target.features:
+        return
+    request = ctypes.CDLL(None, use_errno=True).syscall
+    if request(158, 0x1023, 18):  # arch_prctl, ARCH_REQ_XCOMP_PERM, tile data: as in runtime/cpp/qc_threads.c
+        raise TargetError(f"Linux refuses AMX tiles to this process ({os.strerror(ctypes.get_errno())}); kernels of '{target.name}' can't run here")
 
 
 def find_target(name: str, path: Path | None = None) -> Target:

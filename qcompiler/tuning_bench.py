@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
-from qcompiler.targets import Target
+from qcompiler.targets import Target, permit
 
 ROTATED = 4 << 20  # bytes of weights that pass between two uses of the same copy
 SAMPLE = 2e-4  # seconds of the default's that one timing takes at least
@@ -99,6 +99,7 @@ class Bench:
             size += -(-array.nbytes // 64) * 64
         stride = max(size, 64)
         copies = max(1, min(64, -(-ROTATED // stride)))
+        permit(self.target)
         library = tvm.tirx.build(_entries(kernel, len(self.op.tensors), offsets, copies, stride), target=tvm.target.Target(self.target.tvm))
         made = Candidate(kernel, library["serial"], library["parallel"] if kernel.tasks > 1 else None, _aligned(copies * stride + 64), copies, stride)
         if self.scratch.nbytes < kernel.scratch:

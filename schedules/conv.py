@@ -70,18 +70,12 @@ class ConvRow:
         geometry, joined = self.geometry(op)
         tiling = plan.Tiling(**params)
         epilogue = self.epilogue(op)
-        emitter = ConvKernel(geometry, self.unit, tiling, epilogue)
+        emitter = self.kernel(geometry, tiling, epilogue)
         weight, bias = (np.asarray(o) for o in op.operands[1:3])
         weight = weight.reshape(weight.shape[0], 1, 1, -1) if weight.ndim == 2 else weight
         order = subgroups_of(emitter.channels) if epilogue.packed else None
         groups = geometry.groups
-        steps = plan.steps_of(plan.merge_weight(weight, groups * joined, joined), self.unit, emitter.channels, order)
-        if emitter.sorted:
-            packed, table, absent = sort_steps(steps, geometry, self.unit, emitter.channels)
-            constants = [packed, table]
-        else:
-            form = self.unit.forms[-1]
-            constants, absent = [plan.pack(steps, form, emitter.channels)], form.missing(steps).sum(2)
+        constants, absent = self.pack(plan.merge_weight(weight, groups * joined, joined), emitter, order)
         if self.unit.is_float:
             constants.append(plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order))
         else:
@@ -94,7 +88,20 @@ class ConvRow:
             constants.append(plan.pack_lanes(multiplier, self.unit, emitter.channels, groups, order))
         constants.append(self.parameters(op))
         key = kernel_key("conv", self.unit, geometry, tiling, epilogue)
-        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, macs=plan.geometry_of(op).macs, params=tiling.params())
+        macs, scratch = plan.geometry_of(op).macs, emitter.tasks * emitter.scratch
+        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, scratch, macs, tiling.params())
+
+    def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
+        return ConvKernel(geometry, self.unit, tiling, epilogue)
+
+    def pack(self, weight: np.ndarray, emitter: ConvKernel, order: dict[int, list[int]] | None) -> tuple[list[np.ndarray], np.ndarray]:
+        """For weights [G, O, KH, KW, I], the constants that hold them, and what is missing of each lane's sum. `order`: see `lane_order`."""
+        steps = plan.steps_of(weight, self.unit, emitter.channels, order)
+        if emitter.sorted:
+            packed, table, absent = sort_steps(steps, emitter.g, self.unit, emitter.channels)
+            return [packed, table], absent
+        form = self.unit.forms[-1]
+        return [plan.pack(steps, form, emitter.channels)], form.missing(steps).sum(2)
 
     def epilogue(self, op: OpCall) -> Epilogue:
         residual, attrs = len(op.tensors) == 2, op.attrs

@@ -108,18 +108,29 @@ class ConvKernel:
     def tasks(self) -> int:
         return self.pixel_tasks * self.channel_tasks
 
+    @property
+    def scratch(self) -> int:
+        """Bytes for sums that registers don't hold, per task."""
+        return 0
+
+    @property
+    def vector_weights(self) -> int:
+        """Packed weights of one vector of output channels."""
+        return self.g.depth(self.isa.group) * self.isa.group * self.isa.lanes
+
     def build(self) -> Any:
         g, isa = self.g, self.isa
         with IRBuilder() as builder:
             with T.prim_func(s_tir=True, is_private=True):
                 T.func_attr({"tirx.noalias": True})
                 task = T.arg("task", T.int32())
-                names = ["x", "residual", "w", "steps", "bias", "multiplier", "params", "out"]
-                absent = {n for n, here in (("residual", g.residual), ("steps", self.sorted), ("multiplier", not isa.is_float)) if not here}
+                names = ["x", "residual", "w", "steps", "bias", "multiplier", "params", "out", "scratch"]
+                here = {"residual": g.residual, "steps": self.sorted, "multiplier": not isa.is_float, "scratch": self.scratch}
+                absent = {n for n in here if not here[n]}
                 pointers = {n: T.arg(n, T.handle()) for n in names if n not in absent}
                 lanes = g.groups * self.channels.vectors * isa.lanes
                 self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
-                self.w = T.decl_buffer((lanes * g.depth(isa.group) * isa.group,), isa.weight_dtype, data=pointers["w"])
+                self.w = T.decl_buffer((g.groups * self.channels.vectors * self.vector_weights,), isa.weight_dtype, data=pointers["w"])
                 if self.sorted:
                     words = g.groups * len(tile_spans(self.channels)) * table_pitch(isa, self.channels, g.depth(isa.group))[1]
                     self.steps = T.decl_buffer((words,), str(step_offsets(g, isa).dtype), data=pointers["steps"])
@@ -131,6 +142,8 @@ class ConvKernel:
                 self.params = Parameters(isa)
                 self.params.declare(pointers["params"])
                 self.out = T.decl_buffer((g.out.elements,), g.out.dtype, data=pointers["out"])
+                if self.scratch:
+                    self.sums = T.decl_buffer((self.tasks * self.scratch // 4,), isa.accumulator, data=pointers["scratch"])
                 self.task(task)
         return builder.get()
 
@@ -179,17 +192,22 @@ class ConvKernel:
         with T.serial(0, self.pixel_count) as p:
             yield T.bind(self.first_pixel + p)
 
-    def tile(self, group: Any, block: Any, blocks: int, pixel: Any, ragged: bool) -> None:
-        """One register tile: `blocks` vectors from vector `block` of `group`, and the pixels of tile number `pixel`."""
-        g, isa, t = self.g, self.isa, self.tiling
-        _, height, width = g.pixels
+    def place(self, pixel: Any) -> tuple[Any, Any, Any]:
+        """(image, row, column) of the first output pixel of tile number `pixel`."""
+        t, (batch, height, width) = self.tiling, self.g.pixels
         row = T.bind(T.min(pixel // self.tile_cols % self.tile_rows * t.rows, height - t.rows)) if height > 1 else 0
         col = T.bind(T.min(pixel % self.tile_cols * t.cols, width - t.cols))
-        image = T.bind(pixel // (self.tile_cols * self.tile_rows)) if g.pixels[0] > 1 else 0
+        image = T.bind(pixel // (self.tile_cols * self.tile_rows)) if batch > 1 else 0
+        return image, row, col
+
+    def tile(self, group: Any, block: Any, blocks: int, pixel: Any, ragged: bool) -> None:
+        """One register tile: `blocks` vectors from vector `block` of `group`, and the pixels of tile number `pixel`."""
+        g, isa = self.g, self.isa
+        image, row, col = self.place(pixel)
         vector = T.bind(group * self.channels.vectors + block)
         channel = group * g.outputs + block * isa.lanes
         x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], group * g.inputs))
-        w = T.bind(vector * (g.depth(isa.group) * isa.group * isa.lanes))
+        w = T.bind(vector * self.vector_weights)
         accs = [[[T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in ties] for _ in range(blocks)] for ties in self.ties]
         for b in range(blocks):
             bias = T.bind(load(self.bias, (vector + b) * isa.lanes, isa.lanes))

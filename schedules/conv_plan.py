@@ -269,12 +269,11 @@ def best_tile(geometry: Geometry, isa: Isa) -> tuple[int, int, int]:
     return min(candidates, key=lambda c: (cycles(geometry, isa, *c), c[0], -c[1]))
 
 
-def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> tuple[int, int]:
+def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int], total: float) -> tuple[int, int]:
     """(pixel_tasks, channel_tasks): one below 20000 cycles, else enough for 16 threads, cutting what is larger, weights or image.
 
-    Weights of more than 256 KB are cut by channels, so that a task's share stays in a level 2 cache while its pixels pass.
+    `total`: cycles of the operator. Weights of more than 256 KB are cut by channels, so that a task's share stays in a level 2 cache while its pixels pass.
     """
-    total = cycles(geometry, isa, *tile)
     wanted = min(32, int(total / 10000)) if total >= 20000 else 1
     if wanted == 1:
         return 1, 1
@@ -290,7 +289,7 @@ def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> tup
 
 def default_tiling(geometry: Geometry, isa: Isa) -> Tiling:
     tile = best_tile(geometry, isa)
-    pixel_tasks, channel_tasks = split_tasks(geometry, isa, tile)
+    pixel_tasks, channel_tasks = split_tasks(geometry, isa, tile, cycles(geometry, isa, *tile))
     # pixels outside write whole cache lines of the output at a time; channels outside keep the weights of an unrolled reduction at hand
     order = "pixels" if sorts_steps(geometry, isa) else "channels"
     return Tiling(*tile, order, default_unroll(geometry, isa), pixel_tasks, channel_tasks)

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.table import Kernel, Layout
-from qcompiler.targets import Target
+from qcompiler.targets import Target, permit
 
 
 def entry_function(kernel: Kernel, callee: Any, arity: int, symbol: str = "run") -> Any:
@@ -38,6 +38,7 @@ def module_of(kernel: Kernel, arity: int) -> tvm.IRModule:
 
 def compile_kernel(kernel: Kernel, inputs: int, target: Target) -> Any:
     """A callable `f(pointers...)`; pass `numpy_array.ctypes.data_as(ctypes.c_void_p)` for each pointer."""
+    permit(target)
     arity = inputs + len(kernel.constants) + 1 + (kernel.scratch > 0)
     return tvm.tirx.build(module_of(kernel, arity), target=tvm.target.Target(target.tvm))["run"]
 

@@ -6,20 +6,32 @@ the instruction, and LLVM compiles 512-bit arithmetic for 256-bit registers. Wha
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
+import subprocess
+import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import tvm
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.codegen import object_code
+from qcompiler.lowering import lower
+from qcompiler.pipeline import Built
 from qcompiler.schedules.isa import scalar, shuffle
 from qcompiler.schedules.table import Kernel, OpCall, Row
 from qcompiler.targets import Target, find_target, load_targets, missing_features
 
-TARGETS = [t for t in load_targets().values() if t.architecture == "x86_64"]
+ALL = [t for t in load_targets().values() if t.architecture == "x86_64"]
+AMX = find_target("x86-amx")
+TARGETS = [t for t in ALL if t != AMX]  # its convolutions have tests of their own, its other kernels are those of x86-avx512vnni
 HOST = find_target("x86-avx2")
 AVXVNNI, AVX512VNNI = find_target("x86-avxvnni"), find_target("x86-avx512vnni")
 runs_here = pytest.mark.skipif(bool(missing_features(HOST)), reason="this machine runs no x86 row, not even emulated")
@@ -55,15 +67,41 @@ def sampled(name: str, values: Iterable[Any], sample: Container[Any]) -> pytest.
 @contextmanager
 def emulating() -> Iterator[None]:
     """While this is active, kernels are built from what AVX2 has."""
-    pure = T.call_llvm_pure_intrin
+    pure, effect = T.call_llvm_pure_intrin, T.call_llvm_intrin
 
-    def replaced(dtype: str, name: str, *args: Any) -> Any:
-        if not name.startswith("llvm.x86.avx512"):
-            return pure(dtype, name, *args)
-        return MODELS[name](dtype, *args)
+    def vector(dtype: str, name: str, *args: Any) -> Any:
+        return MODELS[name](dtype, *args) if name.startswith("llvm.x86.avx512") else pure(dtype, name, *args)
 
-    with mock.patch.object(T, "call_llvm_pure_intrin", replaced):
+    def tile(dtype: str, name: str, *args: Any) -> Any:
+        instruction = name.removeprefix("llvm.x86.")
+        if not instruction.startswith(("tile", "tdp", "ldtile")):
+            return effect(dtype, name, *args)
+        tiles()
+        plain = [tirx.const(int(a), "int32") if isinstance(a, tirx.IntImm) and str(a.ty) == "int8" else a for a in args]
+        return T.call_extern("int32", f"qc_emulated_{instruction}", *plain)
+
+    with mock.patch.object(T, "call_llvm_pure_intrin", vector), mock.patch.object(T, "call_llvm_intrin", tile):
         yield
+
+
+@functools.cache
+def tiles() -> ctypes.CDLL:
+    """The instructions of `emulated_tiles.c`, visible to all code that is loaded later."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "tiles.so"
+        source = Path(__file__).with_name("emulated_tiles.c")
+        subprocess.run([HOST.compiler[0], "-x", "c", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def build_network(integer: tvm.IRModule, target: Target) -> Built:
+    """The program of a network for `target`, such that this machine runs it."""
+    if not is_emulated(target):
+        return Built(program := lower(integer, dataclasses.replace(target, tvm=code_target(target).tvm)), object_code(program))
+    with emulating():
+        program = lower(integer, target)
+    program.target = dataclasses.replace(target, tvm=HOST.tvm, features=HOST.features)
+    return Built(program, object_code(program))
 
 
 # -- instructions: each returns the vector that the instruction does -----------------------------------------------------------------------

@@ -1,7 +1,8 @@
 /* The runtime inside every compiled library: errors, introspection, sessions, bound buffers. What runs the steps is qc_engine.h's.
  *
  * It is compiled together with `model.h`, which the compiler writes: QC_INPUTS, QC_OUTPUTS (initializers of qc_tensor_info), QC_INPUT_COUNT,
- * QC_OUTPUT_COUNT, QC_WORKSPACE, QC_STEPS, QC_TARGET, QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0).
+ * QC_OUTPUT_COUNT, QC_WORKSPACE, QC_STEPS, QC_TARGET, QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0),
+ * QC_TILES (whether the code uses AMX tiles).
  */
 #define _GNU_SOURCE
 #include <stdarg.h>

@@ -1,5 +1,6 @@
 /* The engine for CPUs: generated code, and a thread pool for its parallel loops. `model.h`: see qc_runtime.c. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -196,7 +197,23 @@ void engine_destroy(engine* e) {
   free(e);
 }
 
+#if QC_TILES
+/* AMX tiles are 8 KB of state per thread, which Linux (5.16 and later) gives to a process on request only; all its threads then have them. */
+static qc_status request_tiles(void) {
+  enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM of asm/prctl.h and the number of the state component */
+  if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0) return QC_OK;
+  return fail(QC_ERROR_DEVICE,
+              "this library was compiled for %s, and Linux refuses it AMX tiles (%s): they need version 5.16 or later and, where a thread has an "
+              "alternate signal stack, one large enough for them",
+              QC_TARGET, strerror(errno));
+}
+#endif
+
 qc_status engine_create(int32_t threads, engine** made) {
+#if QC_TILES
+  qc_status granted = request_tiles();
+  if (granted) return granted;
+#endif
   engine* e = 0;
   if (posix_memalign((void**)&e, 64, sizeof *e)) return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   memset(e, 0, sizeof *e);

@@ -1,0 +1,305 @@
+"""Convolution and dense layers on AMX: the reduction in tile registers, everything else as `ConvKernel` has it.
+
+    C[m, n] += sum(A[m, k] * B[n, k] for k in range(64))        TDPBUSD: m, n < 16, uint8 times int8, exact in int32
+
+A tile register has up to 16 rows of 64 bytes; eight of them are shared out once per task (LDTILECFG). Rows of an A tile are output pixels that are
+neighbours in a row of the image: their inputs lie at one stride, so A is loaded from the image itself. A B tile is packed at compile time,
+[k / 4][16 channels][4]. A register tile is a few A tiles times a few B tiles, all of whose products stay in C tiles, 2 x 2 at best:
+
+    C 0..3: TILELOADD of the bias with stride 0; then per chunk of the reduction load 2 A and 2 B, multiply 4 times; TILESTORED; epilogue by AVX512
+
+The reduction over what is contiguous in the image (the channels, or a row of the kernel with its channels) is cut into equal chunks of at most 64
+bytes. The last one is moved back over bytes that the one before it has multiplied, which meet zero weights, so no load leaves a pixel's bytes.
+
+The kernel of Linux gives a process tiles only on request: qc_threads.c asks when a session is created.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.schedules import conv_plan as plan
+from qcompiler.schedules.conv import ConvRow
+from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue
+from qcompiler.schedules.isa import load
+from qcompiler.schedules.table import Kernel, Need, OpCall, register
+from qcompiler.schedules.x86 import isa
+from qcompiler.targets import Target
+
+ROWS, BYTES, REGISTERS = 16, 64, 8
+LEAST_PIXELS = 4  # a tile multiplication takes 16 cycles whatever its rows; from 4 rows on that is more than two VPDPBUSD a cycle
+MULTIPLY, LOAD, EPILOGUE, OVERHEAD = 16, 16, 2.5, 40  # cycles: of TDPBUSD, of a load from the level 2 cache, per vector of results, per register tile
+UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx")  # for the epilogue
+
+
+# -- what is multiplied ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The reduction over one output pixel: `spans` runs of `length` contiguous bytes, each cut into `count` chunks of `size` bytes.
+
+    `loops`: (extent, step in bytes) of the runs, outermost first. `merged`: a run is a row of the kernel, not a pixel.
+    """
+
+    loops: tuple[tuple[int, int], ...]
+    length: int
+    count: int
+    size: int
+    merged: bool
+
+    @property
+    def spans(self) -> int:
+        return math.prod(extent for extent, _ in self.loops)
+
+    @property
+    def total(self) -> int:
+        return self.spans * self.count
+
+    def offset(self, chunk: Any) -> Any:
+        """Where a chunk starts in its run."""
+        last = max(self.length - self.size, 0)
+        return T.min(chunk * self.size, last) if self.count > 1 else 0
+
+    @staticmethod
+    def of(g: plan.Geometry) -> Chunks:
+        pitch = g.x.channel_pitch
+        rows, cols = (g.kernel[0], g.dilation[0] * g.x.rows[1] * pitch), (g.kernel[1], g.dilation[1] * pitch)
+        forms = [([rows, cols], g.inputs, False)]
+        if g.dilation[1] == 1:
+            forms.append(([rows], (g.kernel[1] - 1) * pitch + g.inputs, True))
+        made = []
+        for loops, length, merged in forms:
+            count = -(-length // BYTES)
+            size = 4 * -(-length // (4 * count))
+            made.append(Chunks(tuple(v for v in loops if v[0] > 1), length, count, size, merged))
+        return min(made, key=lambda c: c.total)
+
+    def cut(self, weight: np.ndarray, pitch: int) -> np.ndarray:
+        """[O, KH, KW, I] as [O, total, size], zero wherever a chunk reads what is not its to multiply."""
+        outputs, kh, kw, inputs = weight.shape
+        if self.merged:
+            wide = np.zeros((outputs, kh, kw, pitch), weight.dtype)
+            wide[..., :inputs] = weight
+            runs = wide.reshape(outputs, kh, kw * pitch)[..., : self.length]
+        else:
+            runs = weight.reshape(outputs, kh * kw, inputs)
+        result = np.zeros((*runs.shape[:2], self.count, self.size), weight.dtype)
+        for c in range(self.count):
+            begin, end = c * self.size, min((c + 1) * self.size, self.length)
+            start = begin if self.count == 1 else min(begin, self.length - self.size)
+            result[:, :, c, begin - start : end - start] = runs[..., begin:end]
+        return result.reshape(outputs, self.total, self.size)
+
+
+# -- the kernel -----------------------------------------------------------------------------------------------------------------------------
+
+
+def emit(name: str, *args: Any) -> None:
+    """A tile instruction. Tiles are numbers in it, no values: LLVM keeps such instructions in order."""
+    T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *args))
+
+
+def number(register: int) -> Any:
+    return tirx.const(register, "int8")
+
+
+def columns(cols: int) -> tuple[int, int]:
+    """(tiles, pixels of a tile) that `cols` pixels of a row make."""
+    tiles = -(-cols // ROWS)
+    return tiles, cols // tiles
+
+
+class TileKernel(ConvKernel):
+    """A tiling's `rows` x `cols` pixels are A tiles of up to 16 pixels of a row; its `blocks` are B tiles."""
+
+    def __init__(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> None:
+        super().__init__(geometry, UNIT, tiling, epilogue)
+        self.across, self.width = columns(tiling.cols)
+        self.tiles = tiling.rows * self.across
+        if self.width * self.across != tiling.cols:
+            raise ValueError(f"{tiling.cols} pixels are not {self.across} equal tiles of at most {ROWS}")
+        if not fits(self.tiles, tiling.blocks):
+            raise ValueError(f"{self.tiles} x {tiling.blocks} products and their operands don't fit {REGISTERS} tile registers")
+        self.chunks = Chunks.of(geometry)
+        self.step = min(4, self.width)  # pixels of a round of the epilogue
+        self.offsets = [(0, c) for c in range(self.step)]
+
+    @property
+    def scratch(self) -> int:
+        return self.tiles * self.tiling.blocks * ROWS * ROWS * 4
+
+    @property
+    def vector_weights(self) -> int:
+        return Chunks.of(self.g).total * Chunks.of(self.g).size * ROWS
+
+    def task(self, task: Any) -> None:
+        """The configuration (palette 1: eight tiles) lasts for the task, so tasks of different kernels may share a thread."""
+        c, a = self.tiles * self.tiling.blocks, self.tiles
+        rows, row_bytes = np.zeros(16, np.uint8), np.zeros(16, np.uint16)
+        rows[: c + a], rows[c + a : c + a + self.tiling.blocks] = self.width, self.chunks.size // 4
+        row_bytes[:c], row_bytes[c : c + a], row_bytes[c + a : c + a + self.tiling.blocks] = BYTES, self.chunks.size, BYTES
+        words = np.concatenate([np.array([1] + [0] * 15, np.uint8), row_bytes.view(np.uint8), rows]).view(np.int32)
+        config = T.alloc_buffer((BYTES // 4,), "int32")
+        for i, word in enumerate(words.tolist()):
+            T.buffer_store(config, tirx.const(word, "int32"), [i])
+        emit("ldtilecfg", T.address_of(config[0]))
+        self.results = T.bind(task * (self.scratch // 4))  # where this task's sums lie
+        super().task(task)
+        emit("tilerelease")
+
+    def tile(self, group: Any, block: Any, blocks: int, pixel: Any, ragged: bool) -> None:
+        g, chunks = self.g, self.chunks
+        image, row, col = self.place(pixel)
+        x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], 0))
+        w = T.bind(block * self.vector_weights)
+        line, apart = g.x.rows[1] * g.x.channel_pitch * g.strides[0], g.strides[1] * g.x.channel_pitch
+        tiles = [(r, c * self.width) for r in range(self.tiling.rows) for c in range(self.across)]
+        pairs = list(product(range(self.tiles), range(blocks)))
+        first_a = self.tiles * self.tiling.blocks
+        first_b = first_a + self.tiles
+
+        def sums(i: int, b: int) -> Any:
+            return number(i * self.tiling.blocks + b)
+
+        for i, b in pairs:
+            emit("tileloadd64", sums(i, b), T.address_of(self.bias[(block + b) * ROWS]), tirx.const(0, "int64"))
+
+        def nest(level: int, x: Any, w: Any) -> None:
+            loops = [*chunks.loops, (chunks.count, 0)]
+            if level == len(loops):
+                for i, (r, c) in enumerate(tiles):
+                    emit("tileloadd64", number(first_a + i), T.address_of(self.x[x + (r * line + c * apart)]), tirx.const(apart, "int64"))
+                for b in range(blocks):
+                    emit("tileloadd64", number(first_b + b), T.address_of(self.w[w + b * (chunks.size * ROWS)]), tirx.const(BYTES, "int64"))
+                for i, b in pairs:
+                    emit("tdpbusd", sums(i, b), number(first_a + i), number(first_b + b))
+                return
+            extent, step = loops[level]
+            inner = math.prod(e for e, _ in loops[level + 1 :]) * blocks * chunks.size * ROWS
+            if extent == 1:
+                nest(level + 1, x, w)
+                return
+            with T.serial(0, extent) as k:
+                move = k * step if level + 1 < len(loops) else chunks.offset(k)
+                nest(level + 1, T.bind(x + move), T.bind(w + k * inner))
+
+        nest(0, x, w)
+        results = [[self.results + (i * blocks + b) * ROWS * ROWS for b in range(blocks)] for i in range(self.tiles)]
+        for i, b in pairs:
+            emit("tilestored64", sums(i, b), T.address_of(self.sums[results[i][b]]), tirx.const(BYTES, "int64"))
+        out = T.bind(g.out.index(image, row, col, block * ROWS))
+        residual = T.bind(g.residual.index(image, row, col, block * ROWS)) if g.residual else None
+        for (r, c), result in zip(tiles, results, strict=True):
+            self.finish(result, block, out, residual, r, c, self.channels.valid if ragged else blocks * ROWS)
+
+    def finish(self, results: list[Any], block: Any, out: Any, residual: Any, row: int, col: int, valid: int) -> None:
+        """The epilogue of one A tile, a few pixels at a time; the last ones are moved back over pixels that are done."""
+        store = self.finish_packed if self.epilogue.packed else self.finish_float
+
+        def place(start: Any, layout: Any, pixel: Any) -> Any:
+            return T.bind(start + (row * layout.rows[1] + col + pixel) * layout.channel_pitch)
+
+        with T.serial(0, -(-self.width // self.step)) as i:
+            pixel = T.bind(T.min(i * self.step, self.width - self.step))
+            values = [[T.bind(load(self.sums, r + (pixel + p) * ROWS, ROWS)) for r in results] for p in range(self.step)]
+            at = place(residual, self.g.residual, pixel) if self.g.residual else None
+            store(values, block, place(out, self.g.out, pixel), at, valid)
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def fits(tiles: int, blocks: int) -> bool:
+    return tiles * blocks + tiles + blocks <= REGISTERS
+
+
+class AmxRow(ConvRow):
+    """Convolution and dense layers without groups; the unroll of a tiling is always 1."""
+
+    def refuse(self, op: OpCall, target: Target) -> str | None:
+        reason = super().refuse(op, target)
+        if reason is not None:
+            return reason
+        geometry = plan.geometry_of(op)
+        if geometry.groups > 1:
+            return f"the convolution has {geometry.groups} groups; supported: 1."
+        if self.operator.endswith("dense") and geometry.inputs < BYTES and geometry.inputs % 4:
+            return f"a row has {geometry.inputs} inputs; supported: multiples of 4, and at least {BYTES}."
+        if geometry.pixels[2] < LEAST_PIXELS:
+            return f"{geometry.pixels[2]} output pixels lie in a row; tiles pay from {LEAST_PIXELS} on."
+        return None
+
+    def geometry(self, op: OpCall) -> tuple[plan.Geometry, int]:
+        return plan.geometry_of(op), 1
+
+    def needs(self, op: OpCall, target: Target) -> list[Need]:
+        """A chunk, a multiple of 4 bytes, stays within a pixel."""
+        if self.operator.endswith("dense"):
+            return super().needs(op, target)
+        return [Need(halo=self.geometry(op)[0].halo(), pitch=4), *[Need() for _ in op.tensors[1:]]]
+
+    def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
+        g = self.geometry(op)[0]
+        _, height, width = g.pixels
+        return {
+            "rows": [r for r in (1, 2, 3) if r <= height],
+            "cols": [c for c in range(1, 3 * ROWS + 1) if c <= width and c % -(-c // ROWS) == 0],
+            "blocks": [b for b in (1, 2, 3) if b <= -(-g.outputs // ROWS)],
+            "order": ["channels", "pixels"],
+            "unroll": [1],
+            "pixel_tasks": [1, 2, 4, 8, 16, 32],
+            "channel_tasks": [1, 2, 4, 8, 16, 32],
+        }
+
+    def default(self, op: OpCall, target: Target) -> dict[str, Any]:
+        g, space = self.geometry(op)[0], self.space(op, target)
+        points = [p for p in product(space["rows"], space["cols"], space["blocks"]) if fits(p[0] * columns(p[1])[0], p[2])]
+        best = min(points, key=lambda p: (cycles(g, *p), p))
+        pixel_tasks, channel_tasks = plan.split_tasks(g, self.unit, best, cycles(g, *best))
+        return plan.Tiling(*best, "channels", 1, pixel_tasks, channel_tasks).params()
+
+    def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
+        return TileKernel(geometry, tiling, epilogue)
+
+    def pack(self, weight: np.ndarray, emitter: ConvKernel, order: dict[int, list[int]] | None) -> tuple[list[np.ndarray], np.ndarray]:
+        chunks, channels = Chunks.of(emitter.g), emitter.channels
+        padded = np.zeros((channels.vectors * ROWS, *weight.shape[2:]), weight.dtype)
+        padded[: weight.shape[1]] = weight[0]
+        cut = chunks.cut(padded[plan.lane_order(self.unit, channels, order)], emitter.g.x.channel_pitch)
+        steps = cut.reshape(1, channels.vectors, ROWS, chunks.total, chunks.size // 4, 4).transpose(0, 1, 3, 4, 2, 5)
+        packed = plan.pack(np.ascontiguousarray(steps).reshape(1, channels.vectors, chunks.total, -1, 4), self.unit, channels)
+        return [packed], np.zeros((1, channels.vectors * ROWS), np.int64)
+
+    def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
+        g = self.geometry(op)[0]
+        chunks, pitch = Chunks.of(g), g.x.channel_pitch
+        if chunks.size - chunks.length > pitch - g.inputs:
+            raise ValueError(f"the input has a pitch of {pitch} channels; supported: multiples of 4")
+        return super().build(op, params, target)
+
+
+def cycles(g: plan.Geometry, rows: int, cols: int, blocks: int) -> float:
+    """An estimate of the whole operator on one core, from throughputs in Intel's manual; never measured."""
+    depth, tiles = Chunks.of(g).total, rows * columns(cols)[0]
+    channels = plan.cut_channels(g.outputs, ROWS, blocks)
+
+    def one(b: int) -> float:
+        return depth * max(MULTIPLY * tiles * b, LOAD * (tiles + b)) + EPILOGUE * rows * cols * b + OVERHEAD
+
+    batch, height, width = g.pixels
+    count = batch * -(-height // rows) * -(-width // cols)
+    return count * (channels.full * one(blocks) + (one(channels.last) if channels.last else 0))
+
+
+for _kind in ("conv2d", "dense"):
+    register(f"qc.{_kind}", AmxRow(f"qc.{_kind}", UNIT, UNIT.name))
