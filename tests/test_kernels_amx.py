@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_conv2d(name: str) -> None:
     assert multiplications() > before or not is_emulated(AMX)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_points_of_the_space_are_exact(seed: int) -> None:
     """Several tasks among them; points whose products don't fit the registers are refused."""
     rng = np.random.default_rng(seed)
@@ -114,7 +114,7 @@ def op_of(image: tuple[int, int, int, int], outputs: int, kernel: int = 1, group
 
 
 def test_the_code_has_the_instructions() -> None:
-    op = op_of((1, 16, 16, 64), 64, 3)
+    op = op_of((1, 16, 16, 64), 64)
     row = select(op, AMX)
     kernel = row.build(op, row.default(op, AMX), AMX)
     assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 3), target=tvm.target.Target(AMX.tvm)).inspect_source("asm")
@@ -144,7 +144,7 @@ def test_other_operators_fall_to_vectors(op: OpCall, row: str, reason: str | Non
 
 def test_impossible_points_are_refused() -> None:
     op = op_of((1, 8, 40, 64), 64, 3)
-    for change, message in [({"cols": 17}, "17 pixels are not 2 equal tiles"), ({"rows": 3, "cols": 16, "blocks": 2}, "don't fit 8 tile registers")]:
+    for change, message in [({"rows": 1, "cols": 17}, "17 pixels are not 2 equal tiles"), ({"rows": 3, "cols": 16, "blocks": 2}, "don't fit 8 tile registers")]:
         with pytest.raises(ValueError, match=message):
             CONV.build(op, CONV.default(op, AMX) | change, AMX)
     op.operands[0] = Layout((1, 8, 40, 5), "uint8")
@@ -167,10 +167,14 @@ def test_code_is_shared_between_layers_that_differ_in_constants() -> None:
     tvm.ir.assert_structural_equal(kernels[0].func, kernels[1].func, map_free_vars=True)
 
 
-def test_the_emulation_faults_where_the_hardware_would() -> None:
-    program = "import sys; sys.path.insert(0, 'tests'); from x86_emulation import tiles; tiles().qc_emulated_tdpbusd(0, 1, 2)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == -6 and "a tile that is not configured" in done.stderr
+def test_the_emulation_faults_where_the_hardware_would(capfd: pytest.CaptureFixture[str]) -> None:
+    child = os.fork()
+    if child == 0:
+        tiles().qc_emulated_tdpbusd(0, 1, 2)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGABRT
+    assert "a tile that is not configured" in capfd.readouterr().err
 
 
 def test_permission_for_tiles_is_asked_for() -> None:
