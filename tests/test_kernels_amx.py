@@ -144,7 +144,7 @@ def test_other_operators_fall_to_vectors(op: OpCall, row: str, reason: str | Non
 
 def test_impossible_points_are_refused() -> None:
     op = op_of((1, 8, 40, 64), 64, 3)
-    for change, message in [({"rows": 1, "cols": 17}, "17 pixels are not 2 equal tiles"), ({"rows": 3, "cols": 16, "blocks": 2}, "don't fit 8 tile registers")]:
+    for change, message in [({"rows": 1, "cols": 17}, "17 pixels are not 2 equal tiles"), ({"rows": 3, "cols": 8, "blocks": 2}, "don't fit 8 tile registers")]:
         with pytest.raises(ValueError, match=message):
             CONV.build(op, CONV.default(op, AMX) | change, AMX)
     op.operands[0] = Layout((1, 8, 40, 5), "uint8")
