@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 
@@ -170,6 +171,7 @@ def test_code_is_shared_between_layers_that_differ_in_constants() -> None:
 def test_the_emulation_faults_where_the_hardware_would(capfd: pytest.CaptureFixture[str]) -> None:
     child = os.fork()
     if child == 0:
+        faulthandler.disable()
         tiles().qc_emulated_tdpbusd(0, 1, 2)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
