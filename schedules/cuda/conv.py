@@ -14,6 +14,7 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.cuda.gemm import Gemm
+from qcompiler.schedules.depthwise_plan import refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
 from qcompiler.targets import Target
@@ -43,8 +44,10 @@ class GemmRow:
         if x.dtype != "int8":
             return f"the input is stored as {x.dtype}; supported: int8."
         if len(x.shape) == 4 and not self.operator.endswith("dense"):
-            groups = plan.Geometry.of(op)
-            return "channels of a group are no multiple of 4." if groups.groups > 1 and groups.inputs % 4 else None
+            if refuse_depthwise(op) is None:
+                return "a depthwise convolution has a row of its own."
+            g = plan.Geometry.of(op)
+            return "channels of a group are no multiple of 4." if g.groups > 1 and g.inputs % 4 else None
         return "rows of the input are not aligned to 4 bytes." if x.channel_pitch % 4 and len(x.shape) != 4 else None
 
     def needs(self, op: OpCall, target: Target) -> list[Need]:
@@ -74,9 +77,8 @@ class GemmRow:
         arrays = [plan.pack(weight, g, tile, self.unit), *finish_arrays(op, folded, channels)]
 
         def emit(k: Emitter) -> None:
-            word = int(np.frombuffer(np.full(4, zero, np.int8).tobytes(), np.int32)[0])
-            fill = k.i32(word) if g.bounded else T.int32(0)
-            end = Epilogue(k, k.arrays[1], k.arrays[2], tile.run(self.unit), g.outputs)
+            fill = k.i32(plan.repeated_byte(zero)) if g.bounded else T.int32(0)
+            end = Epilogue(k, k.arrays[1], k.arrays[2], tile.run(self.unit), g.outputs, g.groups)
             Gemm(k, g, tile, self.unit, fill).emit(end)
 
         blocks = -(-g.pixels // tile.bm) * blocks_n * g.groups

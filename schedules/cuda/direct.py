@@ -41,7 +41,7 @@ def convolution(op: OpCall, target: Target, row: str) -> Kernel:
         source = view(k.inputs[0], x)
         weights = words(k.arrays[0]) if integer and run == 4 else k.arrays[0]
         zero = k.i32(op.attrs["x_zero_point"]) if integer else None
-        end = Epilogue(k, k.arrays[1], k.arrays[2] if integer else None, run, outputs)
+        end = Epilogue(k, k.arrays[1], k.arrays[2] if integer else None, run, outputs, groups)
         with each(k, pixels, groups, runs) as (pixel, group, part):
             accs = local(run, kind)
             for i in range(run):

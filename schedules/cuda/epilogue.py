@@ -43,6 +43,7 @@ class Epilogue:
     multipliers: Any  # None for float operators
     run: int
     outputs: int
+    groups: int = 1
 
     def __post_init__(self) -> None:
         k, a = self.k, self.k.op.attrs
@@ -60,18 +61,17 @@ class Epilogue:
         else:
             names = ("float_low", "float_high") if self.integer else ("low", "high")
             self.low, self.high = (k.f32_or_none(a.get(n)) for n in names)
-        groups = int(a.get("groups", 1))
         whole = self.outputs % self.run == 0
         # Elements behind the last channel may be written where the pixel has room for them.
-        self.whole = whole or (groups == 1 and self.layout.channel_pitch >= -(-self.outputs // self.run) * self.run)
-        self.out_step = self._step(self.layout, groups) if self.narrow else 1
-        self.residual_step = self._step(self.residual, groups) if self.residual and self.narrow else 1
+        self.whole = whole or (self.groups == 1 and self.layout.channel_pitch >= -(-self.outputs // self.run) * self.run)
+        self.out_step = self._step(self.layout) if self.narrow else 1
+        self.residual_step = self._step(self.residual) if self.residual and self.narrow else 1
         self.out_words = words(k.output) if self.out_step >= 4 else None
         self.residual_words = words(k.inputs[1]) if self.residual_step >= 4 else None
 
-    def _step(self, layout: Layout, groups: int) -> int:
+    def _step(self, layout: Layout) -> int:
         """Bytes that can be read or written at once: the alignment of every run."""
-        parts = [self.run, layout.channel_pitch] + ([self.outputs] if groups > 1 else [])
+        parts = [self.run, layout.channel_pitch] + ([self.outputs] if self.groups > 1 else [])
         return math.gcd(*parts)
 
     def __call__(self, accs: Sequence[Any], table: Any, pixel: Any, group: Any, channel: Any) -> None:

@@ -109,6 +109,11 @@ def _group_cost(joined: int, inputs: int, outputs: int) -> float:
     return -(-joined * outputs // 32) * -(-joined * inputs // 32) / joined
 
 
+def repeated_byte(value: int) -> int:
+    """The int32 word whose four bytes are all `value`."""
+    return int(np.frombuffer(np.full(4, value, np.int8).tobytes(), np.int32)[0])
+
+
 def as_image(layout: Layout) -> Layout:
     return layout if len(layout.shape) == 4 else Layout((1, 1, math.prod(layout.shape[:-1]), layout.shape[-1]), layout.dtype)
 
