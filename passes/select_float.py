@@ -2,6 +2,7 @@
 
     relu(conv2d(x, w) + b + r)      -->     qc.f32.conv2d(x, w, b, r) {low: 0}
     relu(matmul(x, w) + b)          -->     qc.f32.dense(x, w.T, b) {low: 0}
+    matmul(x, w) + b, weights in 4 or 8 bits   -->   qc.f32.dense_weight_only(x, q, zero points, scales, b)
     split(x).1                      -->     strided_slice(x)            (a value per kernel)
 
 Works on the canonical float module, in place of `insert_qdq` and `realize`; lowering must follow. The groups are those of the quantized
@@ -11,28 +12,38 @@ legalize.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, relax_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
+from qcompiler.weight_only import WeightScheme, quantize_weight, weight_account, weight_row
 
 NO_LIMIT = float(np.finfo(np.float32).max)
 
 
-def select_float(module: tvm.IRModule) -> tvm.IRModule:
-    """The float module with `qc.f32.*` calls."""
-    graph = Graph.of(module)
+def select_float(module: tvm.IRModule, weights: WeightScheme | None = None, keep: Collection[str] = ()) -> tvm.IRModule:
+    """The float module with `qc.f32.*` calls.
+
+    weights: dense layers, except for the groups in `keep`, get weights of this scheme, and the result's attribute `qc.weights` describes them.
+    """
+    graph, rows = Graph.of(module), list[dict[str, Any]]()
     owner = {m: g for g in find_groups(module) for m in g.members}
     builder = GraphBuilder(graph.attrs)
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     for name, expr in graph.bindings:
         group = owner[name]
+        if weights is not None and group.kind == "dense" and group.id not in keep:
+            if name == group.id:
+                call, row = weight_only(group, env.__getitem__, weights)
+                env[name] = builder.emit(name, call)
+                rows.append(row)
+            continue
         if group.kind in ("conv2d", "dense"):
             if name == group.id:
                 env[name] = builder.emit(name, scheduled(group, env.__getitem__))
@@ -43,13 +54,24 @@ def select_float(module: tvm.IRModule) -> tvm.IRModule:
             env[name] = builder.emit(name, sliced(group, env[group.inputs[0]]))
             continue
         env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
-    return legal_layouts(builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs]))
+    result = legal_layouts(builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs]))
+    return result if weights is None else tvm.IRModule({"main": result["main"].with_attr("qc.weights", weight_account(weights, rows))})
 
 
 def sliced(group: Group, x: Any) -> Any:
     """The output of a split as a slice of `x`: a value of its own, with no tuple in between."""
     a = group.attrs
     return relax.op.strided_slice(x, list(range(len(a["begin"]))), a["begin"], a["end"], a["strides"])
+
+
+def weight_only(group: Group, value: Callable[[str], Any], scheme: WeightScheme) -> tuple[Any, dict[str, Any]]:
+    """(the `qc.f32.dense_weight_only` call of a dense group, what the manifest says of its weights)."""
+    plainly = scheduled(group, value)
+    _, (x, weight, bias, *residual), attrs = match_op(plainly) or ("", [], {})
+    grouped = quantize_weight(const_value(weight), scheme, group.id)
+    tensors = [x, const(grouped.q), const(grouped.zero_point), const(grouped.scale), bias, *residual]
+    attrs = {**attrs, "bits": scheme.bits, "group_size": scheme.group_size}
+    return make_op("qc.f32.dense_weight_only", tensors, attrs, group.shape, "float32"), weight_row(group.id, const_value(weight), grouped)
 
 
 def scheduled(group: Group, value: Callable[[str], Any]) -> Any:

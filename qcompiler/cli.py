@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)"
     )
-    p.add_argument("--calibration", required=True, metavar="DATA", help=f"typical inputs, 100 are usually enough: {DATA_HELP}")
+    p.add_argument("--calibration", metavar="DATA", help=f"typical inputs, 100 are usually enough (not with --weights): {DATA_HELP}")
     p.add_argument("--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
     p.add_argument(
         "--input-shape",
@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=cli_report.KEEP_FLOAT_HELP)
     cli_report.add_goal(p)
+    cli_report.add_weights(p)
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
 
     texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
@@ -226,6 +227,7 @@ def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -
 
 def _compile(options: argparse.Namespace) -> int:
     from qcompiler.tables import mixed_text, size
+    from qcompiler.weight_only import heading
 
     output = check_writable(options.output)
     shapes = dict(options.input_shape)
@@ -242,6 +244,7 @@ def _compile(options: argparse.Namespace) -> int:
             dump_dir=options.dump_dir,
             progress=progress,
             **{name: getattr(options, name) for name in cli_report.GOAL if getattr(options, name) is not None},
+            **cli_report.weights_of(options),
         )
     artifact.save(output)
     manifest = artifact.manifest
@@ -252,6 +255,9 @@ def _compile(options: argparse.Namespace) -> int:
     if account is not None:
         document["mixed_precision"] = account
         lines += ["", mixed_text(account)]
+    if "weights" in manifest:
+        document["weights"] = manifest["weights"]
+        lines.append(heading(manifest["weights"]))
     _show(options, document, lambda: "\n".join(lines))
     return 0 if account is None or account["met"] else 1
 

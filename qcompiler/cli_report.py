@@ -29,6 +29,24 @@ def add_goal(p: argparse.ArgumentParser) -> None:
     g.add_argument("--time-budget", type=duration, metavar="TIME", help="for the whole compilation: 90s, 20m, 1.5h (default 10m)")
 
 
+def add_weights(p: argparse.ArgumentParser) -> None:
+    """The options of `compile` and `explain` for weights in few bits beside float activations."""
+    g = p.add_argument_group(
+        "weights alone",
+        "For networks whose time goes into reading the weights of matrix products: activations stay float32, weights become float32 again in registers. "
+        "No calibration data is needed.",
+    )
+    g.add_argument("--weights", metavar="TYPE", help="store the weights of Gemm and MatMul as int8 or int4")
+    g.add_argument("--group-size", type=int, metavar="N", help="weights of a row that share a scale: a multiple of 8 (default 64)")
+    g.add_argument("--asymmetric", action="store_true", help="a zero point beside each scale")
+
+
+def weights_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Those options, as `compile` takes them."""
+    given = {"weights": options.weights, "group_size": options.group_size, "asymmetric": options.asymmetric}
+    return {k: v for k, v in given.items() if v is not None and v is not False}
+
+
 def add(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:
     """Add the verbs. `texts`: help of the options that `compile` has too; `shape`: the type of --input-shape."""
     p = verb(
@@ -36,9 +54,10 @@ def add(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:
         lambda options: _explain(options, show),
         "show how a model would be quantized, and why, without compiling it",
         "Measure MODEL on the calibration data and print the plan: for every value how it is stored, under which range, with what estimated error, and "
-        "why; for every operator that stays float the reason.",
+        "why; for every operator that stays float the reason. With --weights: how the weights would be stored, with what error.",
     )
     _quantization(p, texts, shape)
+    add_weights(p)
     p = verb(
         "export-onnx",
         lambda options: _export(options, show),
@@ -70,8 +89,16 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.debug import Dumper
     from qcompiler.passes.graph import Graph
     from qcompiler.passes.groups import find_groups
-    from qcompiler.pipeline import quantize
+    from qcompiler.pipeline import quantize, quantize_weights
+    from qcompiler.tables import weights_text
     from qcompiler.targets import find_target
+
+    if options.weights is not None:
+        given: Any = {**_arguments(options), **weights_of(options)}
+        _, module = quantize_weights(options.model, options.calibration, Dumper(), given)
+        account = Graph.of(module).attrs["qc.weights"]
+        show(options, {"weights": account}, lambda: weights_text(account))
+        return 0
 
     with terminal_progress() as progress:
         stages = quantize(options.model, find_target(options.target), options.calibration, Dumper(), **_arguments(options), progress=progress)

@@ -267,6 +267,15 @@ def f32_dense(x: Array, w: Array, bias: Array, residual: Array | None = None, *,
     return np.asarray(np.clip(y if residual is None else y + residual, low, high), F32)
 
 
+def f32_dense_weight_only(x: Array, q: Array, zero_point: Array, scale: Array, bias: Array, residual: Array | None = None, *, bits: int,
+                          group_size: int, low: float, high: float) -> Array:
+    """`f32_dense` with weights `w = f32(f32(q - z) * s)`: q int8 [N, K] of `bits` bits, z int8 and s float32 [N, G], one per `group_size` weights of a row."""
+    assert -(1 << (bits - 1)) <= int(q.min()) and int(q.max()) < 1 << (bits - 1), bits
+    zero, factor = (np.repeat(a, group_size, axis=1)[:, : q.shape[1]] for a in (zero_point, scale))
+    w = (q.astype(F32) - zero.astype(F32)) * factor.astype(F32)
+    return f32_dense(x, w, bias, residual, low=low, high=high)
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.quantize": quantize,
     "qc.dequantize": dequantize,
@@ -288,4 +297,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.pad": pad,
     "qc.f32.conv2d": f32_conv2d,
     "qc.f32.dense": f32_dense,
+    "qc.f32.dense_weight_only": f32_dense_weight_only,
 }

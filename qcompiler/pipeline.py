@@ -37,6 +37,7 @@ from qcompiler.rounding import POSITIONS, DataRounder
 from qcompiler.runtime.session import Session
 from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
+from qcompiler.weight_only import WeightScheme
 
 
 class Options(TypedDict, total=False):
@@ -49,6 +50,10 @@ class Options(TypedDict, total=False):
     of them): keep those layers in float that reach this at the least measured time (`accuracy_target.py`), within time_budget seconds; whether it was
     reached is in the manifest. tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
     progress: called with (stage, done, total).
+
+    weights: "int8" or "int4": another kind of compilation, without calibration: activations stay float32 and dense layers get weights in so many bits,
+    with a scale for every group_size weights of a row (default 64) and, if asymmetric, a zero point. Of the other options keep_float, input_shapes,
+    dump_dir, targets_file and progress go with it.
     """
 
     input_shapes: Mapping[str, Sequence[int]] | None
@@ -64,6 +69,9 @@ class Options(TypedDict, total=False):
     dump_dir: str | Path | None
     targets_file: Path | None
     progress: Progress | None
+    weights: str | None
+    group_size: int | None
+    asymmetric: bool
 
 
 @dataclass
@@ -189,8 +197,12 @@ def compile_stages(
     **options: Unpack[Options],
 ) -> Compilation:
     """`compile`, with the values between the stages. Same arguments, same errors."""
-    for name in set(options) - set(Options.__annotations__):
-        raise TypeError(f"compile() has no keyword argument '{name}'.{closest(name, list(Options.__annotations__))}")
+    check_names(options)
+    if options.get("weights") is not None:
+        raise PlanError("weights in 8 or 4 bits beside float activations make no integer network; only compile and explain know them")
+    for name in ("group_size", "asymmetric"):
+        if options.get(name) is not None and options.get(name) is not False:
+            raise PlanError(f"{name} describes the option weights, which is not given")
     dump, progress = Dumper(options.get("dump_dir")), options.get("progress")
     row = find_target(target, options.get("targets_file"))
     artifacts.find_compiler(row)
@@ -206,6 +218,12 @@ def compile_stages(
         return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, preset, kept, dump, progress)
     measured = measure(float_model, samples, preset, dump, progress)
     return finish(planned(measured, row, preset, kept, dump), row, tuned, dump, progress)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword argument that `compile` does not have."""
+    for name in set(options) - set(Options.__annotations__):
+        raise TypeError(f"compile() has no keyword argument '{name}'.{closest(name, list(Options.__annotations__))}")
 
 
 def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progress: Progress | None) -> Compilation:
@@ -265,7 +283,43 @@ def compile(model: str | os.PathLike[str], target: str = "native", calibration: 
 
     Raises a QCompilerError for anything a user can mend: the model, the data, the target.
     """
+    if options.get("weights") is not None:
+        return compile_weights(model, target, calibration, **options)
     return compile_stages(model, target, calibration, **options).artifact
+
+
+_DEFAULTS = {"preset": "default", "keep_float": []}  # what the command line passes when an option is not given
+
+
+def quantize_weights(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, tvm.IRModule]:
+    """The float network, and the same with its dense weights stored in few bits. Arguments as `compile`."""
+    check_names(options)
+    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "dump_dir", "targets_file", "progress"}
+    given = {k for k, v in options.items() if v is not None and v != _DEFAULTS.get(k)} | ({"calibration"} if calibration is not None else set())
+    if extra := sorted(given - goes):
+        raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
+    scheme = WeightScheme.of(str(options["weights"]), options.get("group_size"), bool(options.get("asymmetric")))
+    float_model = load(Path(model), options.get("input_shapes"))
+    dump("float", float_model.module)
+    module = select_float(float_model.module, scheme, set(named_groups(float_model, options.get("keep_float") or ())))
+    dump("weights", module)
+    if not Graph.of(module).attrs["qc.weights"]["layers"]:
+        raise PlanError(f"'{float_model.name}' has no layer whose weights could be stored in {scheme.bits} bits: no Gemm or MatMul with constant weights")
+    return float_model, module
+
+
+def compile_weights(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
+    """A library that computes in float32, with the weights of dense layers in 8 or 4 bits. Arguments and errors as `compile`."""
+    row = find_target(target, options.get("targets_file"))
+    artifacts.find_compiler(row)
+    float_model, module = quantize_weights(model, calibration, Dumper(options.get("dump_dir")), options)
+    built = build(module, row, "generate code", progress=options.get("progress"))
+    return built.link(
+        model=float_model.name,
+        weights=Graph.of(module).attrs["qc.weights"],
+        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
+        digests={"model": float_model.digest, "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest()},
+    )
 
 
 def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:

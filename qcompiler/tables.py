@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompiler.bench import Timing, ratios
+from qcompiler.weight_only import heading
 
 if TYPE_CHECKING:
     from qcompiler.footprint import Memory
@@ -139,6 +140,7 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     count = sum(s["dtype"] == "int8" for s in steps)
     title = f"Operators: {count} of {len(steps)} have int8 results"
     target = [mixed_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
+    target += [weights_text(manifest["weights"])] if "weights" in manifest else []
     return "\n\n".join(
         [
             table("Library", ("", ""), [["size", size(file_size)], *general]),
@@ -151,6 +153,15 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
 
 def float_layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'} in float"
+
+
+def weights_text(account: Mapping[str, Any]) -> str:
+    """The layers whose weights are stored in few bits (`weights` of the manifest)."""
+    rows = [
+        [r["id"], " x ".join(map(str, r["shape"])), size(r["float_bytes"]), size(r["bytes"]), "exact" if r["sqnr_db"] is None else number(r["sqnr_db"])]
+        for r in account["layers"]
+    ]
+    return table(heading(account), ("layer", "outputs x inputs", "float32|", f"{account['dtype']}|", "SQNR of weights dB|"), rows)
 
 
 def mixed_text(account: Mapping[str, Any]) -> str:

@@ -1,0 +1,235 @@
+"""Weights in 8 and 4 bits beside float activations: exact dequantization, kernels against numerics, the whole path, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+import qcompiler
+from qcompiler import numerics, schedules
+from qcompiler.artifact import read_manifest
+from qcompiler.cli import main
+from qcompiler.errors import ModelError, PlanError
+from qcompiler.runtime.session import Session
+from qcompiler.schedules.harness import fetch, run_kernel, store
+from qcompiler.schedules.portable.weight_only import pack_weights
+from qcompiler.schedules.table import Layout, OpCall, select
+from qcompiler.targets import Target, find_target, missing_features
+from qcompiler.weight_only import WeightScheme, quantize_weight
+
+BIG = 3.4028234663852886e38
+TARGETS = [t for t in map(find_target, ("x86-avx512vnni", "x86-avx2")) if not missing_features(t)]
+
+
+# -- quantization ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantization_is_one_product(bits: int, symmetric: bool) -> None:
+    """w = f32(f32(q - z) * s), over groups that K is no multiple of; q and z fit their bits; the error is at most half a scale where nothing is clipped."""
+    rng = np.random.default_rng(bits)
+    weight = (rng.standard_normal((7, 70)) * 10.0 ** rng.integers(-6, 6, (7, 1))).astype(np.float32)
+    got = quantize_weight(weight, WeightScheme(bits, 32, symmetric))
+    assert got.q.dtype == got.zero_point.dtype == np.int8 and got.scale.dtype == np.float32
+    assert got.scale.shape == got.zero_point.shape == (7, 3) and (got.scale > 0).all()
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    assert low <= got.q.min() and got.q.max() <= high and low <= got.zero_point.min() and got.zero_point.max() <= high
+    assert symmetric == (not got.zero_point.any())
+    for n, k in np.ndindex(weight.shape):
+        one = np.float32(np.float32(int(got.q[n, k]) - int(got.zero_point[n, k // 32])) * got.scale[n, k // 32])
+        assert one == got.real()[n, k]
+    inside = (got.q > low) & (got.q < high)
+    assert inside.mean() > 0.5
+    assert (np.abs(got.real() - weight) <= 0.5001 * np.repeat(got.scale, 32, axis=1)[:, :70])[inside].all()
+
+
+def test_more_bits_and_zero_points_and_smaller_groups_lose_less() -> None:
+    weight = (np.random.default_rng(0).standard_normal((64, 256)) + 0.7).astype(np.float32)
+
+    def error(bits: int, size: int, symmetric: bool) -> float:
+        return float(np.square(quantize_weight(weight, WeightScheme(bits, size, symmetric)).real() - weight).sum())
+
+    assert error(8, 64, True) < error(4, 64, False) < error(4, 64, True) < error(4, 256, True)
+    rough = WeightScheme(4, 64, True)
+    plain = weight.reshape(64, 4, 64)
+    scale = np.abs(plain).max(axis=-1, keepdims=True) / 7
+    assert error(4, 64, True) < np.square(np.rint(plain / scale) * scale - plain).sum()  # scales that clip a little win
+    assert rough.size(64, 256) == 64 * 128 + 64 * 4 * 4
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_extreme_weights(bits: int, symmetric: bool) -> None:
+    """Groups of zeros, of one value, of the largest and the smallest floats stay finite, and what can be exact is."""
+    weight = np.zeros((5, 16), np.float32)
+    weight[1], weight[2, 3], weight[3], weight[4] = 2.5, -BIG, 1e-45, np.linspace(0, BIG, 16)
+    got = quantize_weight(weight, WeightScheme(bits, 8, symmetric)).real()
+    assert np.isfinite(got).all() and (got[0] == 0).all() and (got[2] != 0).sum() == 1
+    assert np.allclose(got[1], 2.5, rtol=0.08) and np.abs(got[2, 3] / BIG + 1) < 0.3
+    with pytest.raises(ModelError, match="dense 'layer': its weights are not finite"):
+        quantize_weight(np.array([[1, np.inf]], np.float32), WeightScheme(bits), "layer")
+
+
+@pytest.mark.parametrize(("weights", "size", "message"), [
+    ("int5", None, "can't be stored as 'int5'; supported: int8, int4"),
+    ("float", 64, "supported: int8, int4"),
+    ("int4", 0, "a group of 0 weights"),
+    ("int4", -8, "a group of -8 weights"),
+    ("int8", 12, "a multiple of 8"),
+    ("int8", 7.5, "a multiple of 8"),
+    ("int8", True, "a multiple of 8"),
+])  # fmt: skip
+def test_schemes_that_do_not_exist(weights: str, size: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        WeightScheme.of(weights, size)
+
+
+def test_packing_keeps_every_weight() -> None:
+    q = np.random.default_rng(0).integers(-8, 8, (5, 7)).astype(np.int8)
+    packed = pack_weights(q, 4, 4).reshape(2, 4, 4)  # [tile][pair][output]
+    for n, k in np.ndindex(q.shape):
+        assert (int(packed[n // 4, k // 2, n % 4]) >> 4 * (k % 2) & 15) - 8 == q[n, k]
+    assert np.array_equal(pack_weights(q, 8, 4).reshape(2, 7, 4).transpose(0, 2, 1).reshape(8, 7)[:5], q)
+
+
+# -- kernels --------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_kernel(target: Target, lead: tuple[int, ...], outputs: int, inputs: int, scheme: WeightScheme, *, residual: bool = False, seed: int = 0) -> None:
+    """The kernel's sums lie within the rounding of any order of summation: (K + 8) * 2^-24 of the sum of magnitudes."""
+    schedules.load(target)
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((outputs, inputs)) + 0.2).astype(np.float32)
+    grouped = quantize_weight(weight, scheme)
+    x, bias = rng.standard_normal((*lead, inputs)).astype(np.float32), rng.standard_normal(outputs).astype(np.float32)
+    more = [rng.standard_normal((*lead, outputs)).astype(np.float32)] if residual else []
+    attrs = {"bits": scheme.bits, "group_size": scheme.group_size, "low": -0.5 if residual else -BIG, "high": BIG}
+    layouts = [Layout(a.shape, "float32") for a in (x, *more)]
+    output = Layout((*lead, outputs), "float32")
+    op = OpCall("qc.f32.dense_weight_only", [layouts[0], grouped.q, grouped.zero_point, grouped.scale, bias, *layouts[1:]], attrs, output)
+    kernel = select(op, target).build(op, {}, target)
+    got = fetch(run_kernel(kernel, [store(a, layout) for a, layout in zip((x, *more), layouts, strict=True)], output, target), output)
+    want = numerics.f32_dense_weight_only(x, grouped.q, grouped.zero_point, grouped.scale, bias, *more, **attrs)
+    offset = np.repeat(np.abs(grouped.zero_point.astype(np.float64)) + 8, scheme.group_size, axis=1)[:, :inputs]
+    largest = (np.abs(grouped.q) + offset) * np.repeat(grouped.scale, scheme.group_size, axis=1)[:, :inputs]
+    magnitude = np.abs(x).astype(np.float64) @ largest.T + np.abs(bias) + sum(np.abs(m) for m in more)
+    assert (np.abs(got - want) <= (inputs + 8) * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+@pytest.mark.parametrize(("lead", "outputs", "inputs", "bits", "size", "symmetric", "residual"), [
+    ((1,), 64, 128, 8, 64, True, False),
+    ((1,), 70, 131, 4, 64, True, False),
+    ((5,), 33, 131, 4, 32, False, True),
+    ((3,), 5, 7, 8, 8, False, False),
+    ((2, 3), 130, 200, 8, 128, False, True),
+    ((1, 2, 2), 17, 9, 4, 8, False, False),
+    ((2,), 8, 1, 4, 64, True, False),
+    ((1,), 1, 4096, 4, 4096, True, False),
+    ((1,), 2048, 512, 4, 64, False, False),  # more than one task
+])  # fmt: skip
+def test_kernel(target: Target, lead: tuple[int, ...], outputs: int, inputs: int, bits: int, size: int, symmetric: bool, residual: bool) -> None:
+    check_kernel(target, lead, outputs, inputs, WeightScheme(bits, size, symmetric), residual=residual)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(1, 90), st.sampled_from([8, 4]), st.sampled_from([8, 16, 64]), st.booleans(), st.integers(0, 99))
+def test_kernel_of_any_shape(rows: int, outputs: int, inputs: int, bits: int, size: int, symmetric: bool, seed: int) -> None:
+    check_kernel(find_target("x86-avx2"), (rows,), outputs, inputs, WeightScheme(bits, size, symmetric), seed=seed)
+
+
+# -- the whole path -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """x [3, 48] -> Gemm 100 -> Relu -> MatMul 100 -> + x1 -> Gemm 10."""
+    rng = np.random.default_rng(4)
+    shapes = {"w1": (100, 48), "b1": (100,), "w2": (100, 100), "w3": (100, 10), "b3": (10,)}
+    weights = [numpy_helper.from_array((rng.standard_normal(s) / 7).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1", "b1"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["h1"]),
+        helper.make_node("MatMul", ["h1", "w2"], ["m"]),
+        helper.make_node("Add", ["m", "h1"], ["h2"]),
+        helper.make_node("Gemm", ["h2", "w3", "b3"], ["y"], name="last"),
+    ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, size]) for name, size in (("x", 48), ("y", 10))]
+    graph = helper.make_graph(nodes, "mlp", ports[:1], ports[1:], weights)
+    path = tmp_path_factory.mktemp("mlp") / "mlp.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("weights", "floor"), [("int8", 38), ("int4", 17)])
+def test_compile_verify_inspect(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: str, floor: float) -> None:
+    library = tmp_path / "mlp.so"
+    assert main(["compile", str(model), "--weights", weights, "--group-size", "32", "--asymmetric", "--output", str(library)]) == 0
+    assert f"weights as {weights}, asymmetric, groups of 32: 3 layers" in capsys.readouterr().out
+    account = read_manifest(library)["weights"]
+    assert [(r["id"], r["shape"]) for r in account["layers"]] == [("h1", [100, 48]), ("h2", [100, 100]), ("y", [10, 100])]
+    assert all(r["bytes"] < r["float_bytes"] / (3 if weights == "int8" else 4.5) and r["sqnr_db"] > floor for r in account["layers"])
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((6, 3, 48)).astype(np.float32))
+    report = ["verify", str(library), "--model", str(model), "--data", str(tmp_path / "x.npy"), "--min-sqnr", str(floor - 4)]
+    assert main(report) == 0, capsys.readouterr().out
+    assert "PASSED" in capsys.readouterr().out
+    assert main(["inspect", str(library)]) == 0
+    printed = capsys.readouterr().out
+    assert "qc.f32.dense_weight_only" in printed and "SQNR of weights dB" in printed and "100 x 48" in printed
+
+
+def test_results_are_those_of_the_dequantized_weights(model: Path, tmp_path: Path) -> None:
+    artifact = qcompiler.compile(model, weights="int4", group_size=32, keep_float=["last"])
+    assert qcompiler.compile(model, weights="int4", group_size=32, keep_float=["last"]).digest == artifact.digest
+    assert [r["id"] for r in artifact.manifest["weights"]["layers"]] == ["h1", "h2"]
+    w = {t.name: numpy_helper.to_array(t) for t in onnx.load(model).graph.initializer}
+    x = np.random.default_rng(2).standard_normal((3, 48)).astype(np.float32)
+    real = {name: quantize_weight(a, WeightScheme(4, 32)).real() for name, a in (("w1", w["w1"]), ("w2", w["w2"].T))}
+    h1 = np.maximum(x @ real["w1"].T + w["b1"], 0)
+    want = (h1 @ real["w2"].T + h1) @ w["w3"] + w["b3"]
+    got = Session(artifact.save(tmp_path / "m.so")).run({"x": x})["y"]
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max() + 1e-5
+
+
+def test_explain(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(model), "--weights", "int4", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)["weights"]
+    assert (account["dtype"], account["group_size"], account["symmetric"], len(account["layers"])) == ("int4", 64, True, 3)
+    assert main(["explain", str(model), "--weights", "int4"]) == 0
+    assert "weights as int4, symmetric, groups of 64: 3 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--weights", "int5"], "supported: int8, int4"),
+    (["--weights", "int4", "--group-size", "0"], "a group of 0 weights is not supported"),
+    (["--weights", "int4", "--calibration", "x.npy"], "need no calibration; leave it out"),
+    (["--weights", "int4", "--preset", "fast", "--min-sqnr", "20"], "need no min_sqnr, preset; leave them out"),
+    (["--group-size", "32", "--calibration", "x.npy"], "group_size describes the option weights, which is not given"),
+    (["--asymmetric", "--calibration", "x.npy"], "asymmetric describes the option weights"),
+    ([], "calibration data is needed"),
+])  # fmt: skip
+def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert main(["compile", str(model), "--output", str(tmp_path / "m.so"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_without_dense_layers_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "relu",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "relu.onnx")
+    with pytest.raises(PlanError, match="no Gemm or MatMul with constant weights"):
+        qcompiler.compile(tmp_path / "relu.onnx", weights="int8")
