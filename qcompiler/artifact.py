@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # a session reads manifests with this file, and needs no comp
 FORMAT_VERSION = 1
 NUMERICS_VERSION = 1
 MANIFEST_SECTION = ".qc.manifest"
+CONSTANTS_SECTION = ".qc.constants"
+CODE_SECTION = ".qc.code"  # zlib: the object file before linking, of which `bundle --static` makes an archive; not loaded with the library
 CHECKSUM_MAGIC = b"qc.sum1\n"
 
 # Weights and manifest enter the library as they are; .incbin keeps them out of the compiler. Read-only data is mapped, not copied, at load.
@@ -52,12 +55,17 @@ qc_manifest_end:
     .byte 0
     .section .note.GNU-stack,"",%progbits
 """
+_CODE = """
+    .section .qc.code,"",%progbits
+    .incbin "code.z"
+"""
 
 
 # Only the C interface is visible: two libraries in one process never see each other's symbols.
 _EXPORTS = "{ global: qc_*; local: *; };\n"
 
 RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
+COMPILE = ("-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{RUNTIME / 'include'}")
 _DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
 
 # /proc/cpuinfo's names -> what the C runtime asks at run time
@@ -265,18 +273,14 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
     compiler = find_compiler(target)
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
         folder = Path(temporary)
-        (folder / "code.o").write_bytes(code)
-        (folder / "constants.bin").write_bytes(constants.tobytes())
-        (folder / "manifest.json").write_bytes(encode_manifest(manifest))
-        (folder / "data.s").write_text(_DATA)
-        (folder / "model.h").write_text(_model_header(manifest))
+        sources = write_sources(folder, code, constants.tobytes(), encode_manifest(manifest), manifest, target)
+        (folder / "code.z").write_bytes(zlib.compress(code, 9))
+        with (folder / "data.s").open("a") as file:
+            file.write(_CODE)
         (folder / "exports.map").write_text(_EXPORTS)
-        sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c"]
-        for name in (*sources, "qc_engine.h", "qc_launches.h"):
-            shutil.copy(RUNTIME / name, folder)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        command = [compiler, "-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{RUNTIME / 'include'}", "-o", "out.so"]
-        for name in sources:
+        command = [compiler, "-shared", *COMPILE, "-o", "out.so"]
+        for name in sources:  # g++ takes -x for one file only
             command += ["-x", "c", name]
         command += ["-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread", *(["-ldl"] if target.gpu else [])]
         command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
@@ -284,3 +288,16 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
         if done.returncode:
             raise TargetError(f"linking for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
         return Artifact(_with_checksum((folder / "out.so").read_bytes()), manifest)
+
+
+def write_sources(folder: Path, code: bytes, constants: bytes, encoded: bytes, manifest: dict[str, Any], target: Target) -> list[str]:
+    """What a library is linked from: code.o, data.s, and C sources, whose names are returned. `encoded`: the manifest as JSON. Compile it with COMPILE."""
+    (folder / "code.o").write_bytes(code)
+    (folder / "constants.bin").write_bytes(constants)
+    (folder / "manifest.json").write_bytes(encoded)
+    (folder / "data.s").write_text(_DATA)
+    (folder / "model.h").write_text(_model_header(manifest))
+    sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c"]
+    for name in (*sources, "qc_engine.h", "qc_launches.h"):
+        shutil.copy(RUNTIME / name, folder)
+    return sources

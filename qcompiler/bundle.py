@@ -18,6 +18,7 @@ import qcompiler
 from qcompiler.artifact import MANIFEST_SECTION, check_complete, find_compiler, read_manifest
 from qcompiler.elf import read_section
 from qcompiler.errors import OutputError, TargetError
+from qcompiler.static_library import identifier, write_static
 from qcompiler.targets import Target, find_target, load_targets
 
 SOURCES = Path(__file__).resolve().parent / "runtime" / "cpp"
@@ -42,10 +43,11 @@ class Bundle:
         return sum(self.files.values())
 
 
-def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str]) -> Bundle:
+def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str], static: bool = False) -> Bundle:
     """Write everything a device needs to run `library` into the new folder `output`.
 
-    The folder appears only when it is complete. `bin/qc_run` is built with the compiler of the library's target.
+    The folder appears only when it is complete. `bin/qc_run` is built with the compiler of the library's target. static: the network also as a static
+    archive, with a header and a CMake package of its own (static_library.py).
 
     Raises ArtifactError for a library that is damaged or not ours, TargetError when its compiler is missing or fails, OutputError when `output` exists
     already and is not an empty folder, or can't be written.
@@ -54,7 +56,7 @@ def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str])
     manifest = read_manifest(library)
     check_complete(library)
     target = _target_of(manifest)
-    compiler = find_compiler(target)
+    find_compiler(target)
     _check_output(output)
     try:
         parent = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -62,7 +64,7 @@ def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str])
         raise OutputError(f"{output}: can't be made: {error.strerror}") from error
     try:
         folder = parent / "bundle"
-        _fill(folder, library, manifest, compiler)
+        _fill(folder, library, manifest, target, static)
         folder.replace(output)
     except OSError as error:
         raise OutputError(f"{output}: can't be written: {error.strerror or error}") from error
@@ -90,7 +92,7 @@ def _target_of(manifest: Mapping[str, Any]) -> Target:
         raise TargetError(f"the library is for {manifest['triple']} ({manifest['target']}), and no target of this installation is for it: {error}") from error
 
 
-def _fill(folder: Path, library: Path, manifest: Mapping[str, Any], compiler: str) -> None:
+def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target, static: bool) -> None:
     stem = library.name.removesuffix(".so").removeprefix("lib")
     name = f"lib{stem}.so"  # as linkers look for it
     for part in ("lib/cmake/qcompiler", "include/qcompiler", "bin"):
@@ -100,7 +102,7 @@ def _fill(folder: Path, library: Path, manifest: Mapping[str, Any], compiler: st
         shutil.copyfile(SOURCES / "include" / "qcompiler" / header, folder / "include" / "qcompiler" / header)
     shutil.copytree(SOURCES / "bundle" / "example", folder / "example", ignore=shutil.ignore_patterns("__pycache__"))
     runner = folder / "bin" / "qc_run"
-    _build_runner(runner, manifest["target"], compiler)
+    _build_runner(runner, manifest["target"], find_compiler(target))
 
     _, architecture = read_section(library, MANIFEST_SECTION)
     facts = {
@@ -129,7 +131,23 @@ def _fill(folder: Path, library: Path, manifest: Mapping[str, Any], compiler: st
         "OUTPUT_NAME": json.dumps(last["name"], ensure_ascii=False),
         "OUTPUT_TYPE": _C_TYPES.get(last["dtype"], last["dtype"]),
     }
-    (folder / "README.md").write_text(_expand("README.md.in", facts))
+    readme = _expand("README.md.in", facts)
+    if static:
+        readme += _fill_static(folder, library, manifest, target, facts)
+    (folder / "README.md").write_text(readme)
+
+
+def _fill_static(folder: Path, library: Path, manifest: dict[str, Any], target: Target, facts: dict[str, str]) -> str:
+    """The archive with its header and CMake package; returns the README's section about it."""
+    name, archive = identifier(facts["STEM"]), folder / "lib" / f"lib{facts['STEM']}.a"
+    write_static(library, manifest, target, facts["STEM"], archive)
+    facts = facts | {"NAME": name, "ARCHIVE": archive.name, "ARCHIVE_SIZE": f"{archive.stat().st_size} bytes"}
+    header, package = folder / "include" / "qcompiler" / "model" / f"{name}.h", folder / "lib" / "cmake" / f"qcompiler_{name}"
+    header.parent.mkdir()
+    package.mkdir()
+    header.write_text(_expand("model.h.in", facts))
+    (package / f"qcompiler_{name}-config.cmake").write_text(_expand("static-config.cmake.in", facts))
+    return _expand("static.md.in", facts)
 
 
 def _build_runner(path: Path, target: str, compiler: str) -> None:

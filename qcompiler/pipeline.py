@@ -311,6 +311,8 @@ def quantize_weights(model: str | os.PathLike[str], calibration: Any, dump: Dump
 def compile_weights(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
     """A library that computes in float32, with the weights of dense layers in 8 or 4 bits. Arguments and errors as `compile`."""
     row = find_target(target, options.get("targets_file"))
+    if row.gpu:
+        raise PlanError(f"weights in 8 or 4 bits beside float activations have kernels for CPUs only; '{row.name}' is a GPU")
     artifacts.find_compiler(row)
     float_model, module = quantize_weights(model, calibration, Dumper(options.get("dump_dir")), options)
     built = build(module, row, "generate code", progress=options.get("progress"))

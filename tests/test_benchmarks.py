@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import pytest
 
 import qcompiler
 from qcompiler import schedules
+from qcompiler.artifact import find_compiler
 from qcompiler.bench import onnxruntime_call
+from qcompiler.bundle import SOURCES
 from qcompiler.data import ImageSamples, load_labels, open_samples
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import DataError
+from qcompiler.metrics import sqnr_db
 from qcompiler.numerics import OPERATORS
+from qcompiler.pipeline import compile_stages
 from qcompiler.preprocess import Preprocess
-from qcompiler.runtime.session import TensorInfo
+from qcompiler.runtime.session import Session, TensorInfo
 from qcompiler.schedules.harness import fetch, run_kernel
 from qcompiler.schedules.table import Layout
 from qcompiler.targets import find_target
@@ -257,6 +262,37 @@ def test_float_reference_is_as_good_as_published(script: Any, real_data: Path, r
         session = onnxruntime.InferenceSession(str(network.model), providers=["CPUExecutionProvider"])
         top = np.array([session.run(None, sample)[0].argmax() for sample in chosen])
         assert (top == labels).mean() >= floor, name
+
+
+def test_the_integer_network_runs_in_litert(script: Any, tmp_path: Path) -> None:
+    """The twin that instructions are compared with is the same network: its answers differ by the roundings of its format only."""
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+    calibration, evaluation, _ = demo_data()
+    compilation = compile_stages(MODEL, "native", calibration[:40], preset="fast")
+    session = Session(compilation.artifact.save(tmp_path / "digits.so"))
+    ours = np.concatenate([session.run(sample)["logits"] for sample in evaluation[:30]])
+    twin = script("tflite_model").tflite_model(compilation.integer, float(np.abs(ours).max()) / 127)
+    litert = interpreter.Interpreter(model_content=twin, num_threads=1)
+    litert.allocate_tensors()
+    (x,), (y,) = litert.get_input_details(), litert.get_output_details()
+    theirs = []
+    for sample in evaluation[:30]:
+        litert.set_tensor(x["index"], np.ascontiguousarray(sample["image"].transpose(0, 2, 3, 1)))
+        litert.invoke()
+        theirs.append(litert.get_tensor(y["index"]))
+    assert sqnr_db(np.concatenate(theirs), ours) > 25
+
+
+def test_programs_that_count_instructions(tmp_path: Path, root: Path) -> None:
+    """They build without a warning, and the one for our libraries runs every step between two markers, here without an emulator to count."""
+    sources, native = root / "benchmarks" / "instructions", find_target("native")
+    library = qcompiler.compile(MODEL, target=native.name, calibration=demo_data()[0][:4], preset="fast").save(tmp_path / "digits.so")
+    for name, options in (("plugin", ["-shared", "-fPIC"]), ("litert", []), ("library", [])):
+        command = [find_compiler(native), "-x", "c", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES / 'include'}", *options]
+        subprocess.run([*command, str(sources / f"{name}.c"), "-o", str(tmp_path / name), "-ldl"], check=True)
+    done = subprocess.run([str(tmp_path / "library"), str(library)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert subprocess.run([str(tmp_path / "library"), str(tmp_path / "plugin")], capture_output=True).returncode == 2
 
 
 def test_preprocess_is_hashable_and_comparable() -> None:

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from emulated import require, require_tool
 
+import qcompiler
+from qcompiler.artifact import _with_checksum
 from qcompiler.bundle import Bundle, make_bundle
 from qcompiler.cli import main
-from qcompiler.demo import demo_data
+from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import ArtifactError, OutputError, TargetError
 from qcompiler.runtime.session import Session
+from qcompiler.static_library import identifier
 from qcompiler.targets import find_target, host_architecture
 
 FILES = {
@@ -132,7 +135,7 @@ def test_bundle_for_arm(digits: Callable[[str], Path], library: Path, tmp_path: 
     target = find_target(name)
     require(target)
     require_tool("cmake")
-    made = make_bundle(digits(name), tmp_path / "device")
+    made = make_bundle(digits(name), tmp_path / "device", static=True)
     model = made.folder / "lib" / f"lib{name}.so"
     emulator = [*target.emulator[:1], "-cpu", "max", *target.emulator[1:]]
     image = demo_data()[1][3]["image"]
@@ -146,6 +149,72 @@ def test_bundle_for_arm(digits: Callable[[str], Path], library: Path, tmp_path: 
     run("cmake", "--build", tmp_path / "build")
     check_example(run(*emulator, tmp_path / "build" / "example", model), library, name)
     check_example(run(*emulator, tmp_path / "build" / "example_linked"), library, name)
+    check_example(run(*emulator, tmp_path / "build" / "example_static"), library, name)
+
+
+TWO_NETWORKS = """
+#include <stdlib.h>
+#include "qcompiler/model/first.h"
+#include "qcompiler/model/second_one.h"
+
+static int answer(qc_library model, const char* path) {
+  qc_session* session;
+  void *image, *output;
+  if (model.session_create(1, &session) || model.session_input_buffer(session, model.input_info(0)->name, &image)) return puts(model.last_error()), 1;
+  float* values = image;
+  for (size_t i = 0; i < model.input_info(0)->bytes / sizeof(float); ++i) values[i] = (float)(i % 17) / 16;
+  if (model.session_output_buffer(session, model.output_info(0)->name, &output) || model.session_run(session)) return puts(model.last_error()), 1;
+  FILE* file = fopen(path, "wb");
+  fwrite(output, 1, model.output_info(0)->bytes, file);
+  fclose(file);
+  model.session_destroy(session);
+  qc_library_close(&model); /* nothing to close, and allowed */
+  return 0;
+}
+
+int main(void) { return answer(qc_library_first(), "first.raw") || answer(qc_library_second_one(), "second.raw"); }
+"""
+
+
+def test_two_static_networks_in_one_static_program(library: Path, tmp_path: Path) -> None:
+    """Two archives define one name each, and a program without any shared library gives the bytes of both networks."""
+    shutil.copy(library, tmp_path / "first.so")
+    qcompiler.compile(MODEL, calibration=demo_data()[0][60:63], preset="fast").save(tmp_path / "second-one.so")  # other ranges: other answers
+    bundles = [make_bundle(tmp_path / name, tmp_path / name[:5], static=True).folder for name in ("first.so", "second-one.so")]
+    archives = [bundles[0] / "lib" / "libfirst.a", bundles[1] / "lib" / "libsecond-one.a"]
+    for archive, symbol in zip(archives, ("qc_library_first", "qc_library_second_one"), strict=True):
+        defined = [line.split()[-1] for line in run("nm", "--extern-only", "--defined-only", archive).splitlines() if " " in line]
+        assert defined == [symbol]
+    (tmp_path / "main.c").write_text(TWO_NETWORKS)
+    includes = [f"-I{b / 'include'}" for b in bundles]
+    run("gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-static", *includes, tmp_path / "main.c", *archives, "-lpthread", "-lm", "-o", tmp_path / "main")
+    run(tmp_path / "main", cwd=tmp_path)
+    answers = [(tmp_path / f"{name}.raw").read_bytes() for name in ("first", "second")]
+    assert answers == [pattern_answer(tmp_path / name).tobytes() for name in ("first.so", "second-one.so")]
+    assert answers[0] != answers[1]
+
+
+def test_static_bundle(library: Path, bundle: Bundle, tmp_path: Path) -> None:
+    require_tool("cmake")
+    name = identifier(library.stem)
+    made, again = (make_bundle(library, tmp_path / folder, static=True) for folder in ("a", "b"))
+    extra = {f"lib/lib{library.stem}.a", f"include/qcompiler/model/{name}.h", f"lib/cmake/qcompiler_{name}/qcompiler_{name}-config.cmake"}
+    assert set(made.files) == set(bundle.files) | extra
+    assert all((made.folder / f).read_bytes() == (again.folder / f).read_bytes() for f in made.files)
+    readme = (made.folder / "README.md").read_text()
+    assert f"qc_library_{name}()" in readme and "@" not in readme.replace("apt@", "")
+    run("cmake", "-S", made.folder / "example", "-B", tmp_path / "build")
+    run("cmake", "--build", tmp_path / "build", "--target", "example_static")
+    check_example(run(tmp_path / "build" / "example_static"), library, library.stem)
+
+
+def test_a_library_without_object_code_has_no_archive(library: Path, tmp_path: Path) -> None:
+    run("objcopy", "--remove-section=.qc.code", library, tmp_path / "old.so")
+    whole = _with_checksum((tmp_path / "old.so").read_bytes())
+    (tmp_path / "old.so").write_bytes(whole)
+    with pytest.raises(ArtifactError, match=r"old\.so: holds no object code .* compile the model again"):
+        make_bundle(tmp_path / "old.so", tmp_path / "out", static=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verb(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +222,8 @@ def test_the_verb(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     document = json.loads(capsys.readouterr().out)
     assert document["bytes"] == sum(document["files"].values())
     (tmp_path / "b").mkdir()  # an empty folder is fine
-    assert main(["bundle", str(library), "--output", str(tmp_path / "b")]) == 0
+    assert main(["bundle", str(library), "--output", str(tmp_path / "b"), "--static"]) == 0
+    assert (tmp_path / "b" / "lib" / f"lib{library.stem}.a").exists()
     assert "kB for" in capsys.readouterr().out
     assert main(["bundle", str(library), "--output", str(tmp_path / "b")]) == 2
     assert "exists already" in capsys.readouterr().err

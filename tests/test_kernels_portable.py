@@ -527,6 +527,7 @@ def test_every_operator_has_a_portable_row() -> None:
         "resize2d",
         "f32.conv2d",
         "f32.dense",
+        "f32.dense_weight_only",
     ]
     for name in ["quantize", "dequantize", *movement, *compute]:
         assert any(row.isa == "any" for row in KERNELS[f"qc.{name}"]), name

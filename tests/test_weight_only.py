@@ -211,6 +211,7 @@ def test_explain(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     (["--weights", "int5"], "supported: int8, int4"),
     (["--weights", "int4", "--group-size", "0"], "a group of 0 weights is not supported"),
+    (["--weights", "int4", "--target", "cuda-sm80"], "have kernels for CPUs only; 'cuda-sm80' is a GPU"),
     (["--weights", "int4", "--calibration", "x.npy"], "need no calibration; leave it out"),
     (["--weights", "int4", "--preset", "fast", "--min-sqnr", "20"], "need no min_sqnr, preset; leave them out"),
     (["--group-size", "32", "--calibration", "x.npy"], "group_size describes the option weights, which is not given"),

@@ -1,7 +1,8 @@
 // Runs a compiled network on made-up inputs and prints what it is and what it answers.
 //
 //     example MODEL.so        opens the library
-//     example_linked          has the network linked to it
+//     example_linked          has the network linked to it as a shared library
+//     example_static          has the network inside (a bundle made with --static)
 //
 // Replace `fill` by your data and keep the rest.
 #include <cstdint>
@@ -10,6 +11,9 @@
 #include <vector>
 
 #include "qcompiler/qcompiler.hpp"
+#ifdef EXAMPLE_STATIC
+#include EXAMPLE_HEADER
+#endif
 
 // Value i of an input is (i % 17) / 16 for floats, and i % 17 for integers.
 template <class T>
@@ -40,7 +44,10 @@ static void describe(const char* what, const qcompiler::Tensor& tensor) {
 
 int main(int count, char** words) {
   try {
-#ifdef EXAMPLE_LINKED
+#if defined(EXAMPLE_STATIC)
+    (void)count, (void)words;
+    qcompiler::Session session = qcompiler::Session::linked(EXAMPLE_STATIC(), {2});
+#elif defined(EXAMPLE_LINKED)
     (void)count, (void)words;
     qcompiler::Session session = qcompiler::Session::linked({2});
 #else

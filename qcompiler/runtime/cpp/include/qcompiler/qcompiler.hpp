@@ -178,7 +178,10 @@ class Session {
   /// Open the library at `path`. Throws Error: QC_ERROR_LIBRARY, QC_ERROR_DEVICE, QC_ERROR_ARGUMENT (threads), QC_ERROR_MEMORY.
   explicit Session(const std::string& path, Options options = {}) : Session(std::make_shared<detail::Library>(path), options) {}
   /// A session on the one library that is linked to this program.
-  static Session linked(Options options = {}) { return Session(std::make_shared<detail::Library>(qc_library_linked()), options); }
+  static Session linked(Options options = {}) { return linked(qc_library_linked(), options); }
+
+  /// A session on a network that is linked to this program as a static archive: `library` is what its function qc_library_NAME returned.
+  static Session linked(const qc_library& library, Options options = {}) { return Session(std::make_shared<detail::Library>(library), options); }
   /// Another session on the same library, with memory and threads of its own, for another thread.
   Session another(Options options = {}) const { return Session(library_, options); }
 
