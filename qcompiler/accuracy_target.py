@@ -20,22 +20,18 @@ from typing import Any
 import numpy as np
 
 from qcompiler.bench import interleave
-from qcompiler.correction import integer_layers
 from qcompiler.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.debug import Dumper
 from qcompiler.errors import DataError
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, decibel, held_out, judge
-from qcompiler.mixed import Edge, Layer, Network, Point, first_below
+from qcompiler.mixed import Network, Point, first_below
 from qcompiler.model import FloatModel
 from qcompiler.parity import check_labels, check_thresholds, classifying
-from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
-from qcompiler.pipeline import Built, Compilation, Measured, build, describe, finish, measure, planned
-from qcompiler.placement import Placer, operands
+from qcompiler.pipeline import Compilation, build, describe, finish, measure, planned
 from qcompiler.progress import Progress
-from qcompiler.quant_plan import Derived
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds, layer_seconds, measure_sensitivity
+from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds
+from qcompiler.survey import Survey
 from qcompiler.targets import Target, find_target, missing_features
 from qcompiler.tuning_log import Tuned
 
@@ -205,35 +201,12 @@ class _Search:
 
     def survey(self, first: Candidate) -> None:
         """Sensitivities and costs of the plan that has everything in int8, and the path from it."""
-        placer = Placer(self.measured.model.module, self.target)
-        stages, asked = first.compilation.quantized, dict(self.kept)
-        placement = placer.place(asked)
-        made = {g.id for g in placer.groups if g.kind in SAME_QUANTIZATION and g.id not in placement.reasons}
-        rounded = [v for v in placement.stored if v not in made and not isinstance(stages.plan.edges[v], Derived)]
-        params = {v: p for v in rounded if (p := stages.plan.params(v)) is not None}
-        weights = rounded_weights(first.compilation, self.measured)
-        variant = Session(self.measured.twin.link().save(self.folder / "rounded.so"), self.twin.threads)
-        variant.set_constants(constants_with(self.measured.twin, weights))
-        seconds = min(60.0, self.clock.left / 4)
-        samples = self.measured.samples
-        found = measure_sensitivity(self.twin, variant, set(weights), params, samples, seconds=seconds, progress=self.clock.progress)
+        survey = Survey(first.compilation.quantized, first.compilation.integer, self.target, self.folder)
+        self.sensitivity = survey.sensitivity(self.twin, min(60.0, self.clock.left / 4), self.clock.progress)
         sample = next(iter(self.samples))
-        owner = {member: g.id for g in placer.groups for member in g.members}
-        int8, float32 = layer_seconds(first.session, sample, owner), layer_seconds(self.twin, sample, owner)
         conversion = Session(build(conversion_module(), self.host, "generate host code").link().save(self.folder / "conversion.so"))
-        to_int8, to_float = conversion_seconds(conversion)
-        none = np.zeros(len(next(iter([*found.weights.values(), *found.values.values()]), np.zeros(1))))
-        layers = {}
-        for g in placer.groups:
-            size = 0 if g.weight is None else g.weight.size
-            movable = g.id not in placement.reasons and g.kind not in DATA_MOVEMENT
-            times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
-            layers[g.id] = Layer(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
-        elements = {**{i.name: math.prod(i.shape) for i in self.model.inputs}, **{g.id: math.prod(g.shape) for g in placer.groups}}
-        edges = {v: Edge(found.values.get(v, none), n * to_int8, n * to_float) for v, n in elements.items()}
-        outputs = frozenset(str(v.name) for _, v in Graph.of(self.measured.model.module).outputs)
-        self.network = Network(layers, edges, lambda keep: placer.place({**dict.fromkeys(keep, "chosen"), **asked}), outputs)
-        self.sensitivity = found
+        int8, float32 = survey.seconds(first.session, sample), survey.seconds(self.twin, sample)
+        self.network = survey.network(self.sensitivity, int8, float32, conversion_seconds(conversion))
         self.path = self.network.path(frozenset(self.kept))
 
     def follow_path(self) -> None:
@@ -345,27 +318,3 @@ class _Search:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def rounded_weights(compilation: Compilation, measured: Measured) -> dict[str, np.ndarray]:
-    """group id -> the float32 weights that a compilation's int8 weights stand for, of layers whose weights are constants of the float twin's kernels."""
-    known = {s.writes for s in measured.twin.program.steps if s.name in ("qc.f32.conv2d", "qc.f32.dense")}
-    found = {}
-    for layer in integer_layers(compilation.integer):
-        if layer.group in known:
-            scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (layer.weight.ndim - 1))
-            found[layer.group] = (layer.weight * scale).astype(np.float32)
-    return found
-
-
-def constants_with(twin: Built, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The constants of the float network with other weights. The program is left as it was."""
-    program = twin.program
-    before = {name: program.step_of(name).op.operands[1] for name in weights}  # type: ignore[union-attr]
-    for name, weight in weights.items():
-        program.replace_operand(name, 1, weight)
-    constants: np.ndarray = program.constants.copy()
-    for name, operand in before.items():
-        assert isinstance(operand, np.ndarray)
-        program.replace_operand(name, 1, operand)
-    return constants

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcompiler.cli_tuning import duration
+from qcompiler.errors import DataError
 from qcompiler.progress import terminal_progress
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -58,6 +59,7 @@ def add(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:
     )
     _quantization(p, texts, shape)
     add_weights(p)
+    p.add_argument("--sensitivity", action="store_true", help="measure what rounding each layer alone does to the outputs as well (about a minute)")
     p = verb(
         "export-onnx",
         lambda options: _export(options, show),
@@ -90,25 +92,35 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.passes.graph import Graph
     from qcompiler.passes.groups import find_groups
     from qcompiler.pipeline import quantize, quantize_weights
-    from qcompiler.tables import weights_text
+    from qcompiler.survey import layer_noise
+    from qcompiler.tables import noise_text, weights_text
     from qcompiler.targets import find_target
 
     if options.weights is not None:
+        if options.sensitivity:
+            raise DataError("--sensitivity is of 8-bit activations; it does not go with --weights, which leaves them float")
         given: Any = {**_arguments(options), **weights_of(options)}
         _, module = quantize_weights(options.model, options.calibration, Dumper(), given)
         account = Graph.of(module).attrs["qc.weights"]
         show(options, {"weights": account}, lambda: weights_text(account))
         return 0
 
+    target = find_target(options.target)
     with terminal_progress() as progress:
-        stages = quantize(options.model, find_target(options.target), options.calibration, Dumper(), **_arguments(options), progress=progress)
+        stages = quantize(options.model, target, options.calibration, Dumper(), **_arguments(options), progress=progress)
+        noise = layer_noise(stages, target, progress) if options.sensitivity else None
     groups = find_groups(stages.model.module)
     # insert_qdq refuses what would overflow on the actual weights; those reasons belong to the answer too.
     refused = {k: v for k, v in Graph.of(stages.qdq).attrs.get("qc.float_ops", {}).items() if k not in stages.plan.reasons}
     notes = [f"'{value}' stays float after all: {reason}" for value, reason in refused.items()]
     document = json.loads(stages.plan.to_json())
     document |= {"operators": {g.id: g.kind for g in groups}, "refused": refused, "samples": stages.measured.table.samples, "digest": stages.plan.digest}
-    show(options, document, lambda: "\n".join([*notes, stages.plan.explain(groups).rstrip()]))
+    parts = [*notes, stages.plan.explain(groups).rstrip()]
+    if noise is not None:
+        samples, estimate, rows = noise
+        document["sensitivity"] = {"samples": samples, "sqnr_db": estimate, "layers": [vars(row) for row in rows]}
+        parts += ["", noise_text(samples, estimate, rows)]
+    show(options, document, lambda: "\n".join(parts))
     return 0
 
 

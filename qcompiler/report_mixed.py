@@ -17,14 +17,14 @@ def section(account: Mapping[str, Any]) -> str:
     """`mixed_precision` of a manifest as HTML."""
     state = "pass" if account["met"] else "fail"
     findings = "".join(f"<li>{html.escape(f['wanted'])}: {html.escape(f['found'])}{'' if f['met'] else ' <b>(missed)</b>'}</li>" for f in account["findings"])
-    where = f"times are of {html.escape(account['measured_on'])}, {account['threads']} thread, measured when it was compiled"
+    where = f"Times are of {html.escape(account['measured_on'])}, {account['threads']} thread, measured when it was compiled"
     return "\n".join(
         [
             "<h2>Accuracy target</h2>",
             f'<div class="verdict {state}" id="target">{html.escape(account["statement"])}.<ul>{findings}</ul></div>',
             f'<figure id="pareto">{pareto_chart(account)}<figcaption class="quiet">{_key()}</figcaption></figure>',
             _plans(account),
-            f'<p class="quiet">{account["samples"]} calibration samples, {account["held_out"]} of them held out from it to judge; {where}.</p>',
+            f'<p class="quiet">{account["samples"]} calibration samples, of which {account["held_out"]} only judge: nothing was fitted to them. {where}.</p>',
             _sensitivity(account["sensitivity"]),
         ]
     )

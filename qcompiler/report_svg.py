@@ -72,10 +72,11 @@ def pareto_chart(account: Mapping[str, Any]) -> str:
     levels: list[float] = [v for p in [*points, *curve] for v in (p["sqnr_db"], p.get("sqnr_bound_db")) if v is not None] + ([] if wanted is None else [wanted])
     times: list[float] = [1e3 * p["seconds"] for p in [*points, *curve, account["float"]]]
     low, high = 5 * math.floor(min(levels, default=0.0) / 5), 5 * math.ceil(max([*levels, min(levels, default=0.0) + 5]) / 5)
-    begin, end = 0.0, 1.05 * max(times)
+    step = _round_step((max(times) - 0.9 * min(times)) / 6)
+    begin, end = step * math.floor(0.9 * min(times) / step), step * math.ceil(1.02 * max(times) / step)
 
     def x(seconds: float) -> float:
-        return left + (1e3 * seconds - begin) / max(end - begin, 1e-300) * (width - left - 10)
+        return left + (1e3 * seconds - begin) / (end - begin) * (width - left - 30)
 
     def y(value: float | None) -> float:
         return top + (high - (high if value is None else min(max(value, low), high))) / (high - low) * (height - top - bottom)
@@ -83,10 +84,9 @@ def pareto_chart(account: Mapping[str, Any]) -> str:
     parts = []
     for level in range(low, high + 1, 5 if high - low <= 40 else 10):
         parts += [_line(left, y(level), width - 10, y(level)), _text(left - 6, y(level) + 4, str(level), "end")]
-    for i in range(6):
-        tick = begin + (end - begin) * i / 5
-        parts.append(_text(x(tick / 1e3), height - bottom + 17, f"{tick:.3g}", "middle", 11))
-    parts += [_text(left - 46, top - 5, "SQNR dB", size=11), _text((left + width) / 2, height - 8, "latency in ms", "middle")]
+    for i in range(round((end - begin) / step) + 1):
+        parts.append(_text(x((begin + i * step) / 1e3), height - bottom + 17, f"{begin + i * step:.6g}", "middle", 11))
+    parts += [_text(left + 4, top + 12, "SQNR dB", size=11), _text((left + width) / 2, height - 8, "latency in ms", "middle")]
     if wanted is not None:
         parts.append(_line(left, y(wanted), width - 10, y(wanted), BAD, 'stroke-dasharray="2 4" stroke-width="1.5"'))
     line = " ".join(f"{x(p['seconds']):.1f},{y(p['sqnr_db']):.1f}" for p in curve)
@@ -96,13 +96,20 @@ def pareto_chart(account: Mapping[str, Any]) -> str:
     for p in points:
         at, up = x(p["seconds"]), y(p["sqnr_db"])
         if p["sqnr_bound_db"] is not None:
-            parts.append(_line(at, up, at, y(p["sqnr_bound_db"]), INT8, 'stroke-width="2"'))
-        parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="5" fill="{INT8}"/>')
+            bound = y(p["sqnr_bound_db"])
+            parts += [_line(at, up, at, bound, INT8, 'stroke-width="2"'), _line(at - 6, bound, at + 6, bound, INT8, 'stroke-width="2"')]
+        parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="4" fill="{INT8}"/>')
         if p["chosen"]:
             parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="9" fill="none" stroke="{INK}" stroke-width="1.6"/>')
         label = f"{len(p['float_layers'])} float, {p['bytes'] / 1e6:.2f} MB"
-        parts.append(_text(at - 12, up + 4, label, "end", 11) if at > width / 2 else _text(at + 12, up + 4, label, size=11))
+        parts.append(_text(at + 14, up + 4, label, size=11) if at < width * 0.7 else _text(at - 14, up + 4, label, "end", 11))
     return _svg(width, height, "Accuracy against latency of the plans tried", parts)
+
+
+def _round_step(least: float) -> float:
+    """The next of 1, 2, 5, 10, ... (times a power of ten)."""
+    decade = 10.0 ** math.floor(math.log10(least)) if least > 0 else 1.0
+    return next(decade * m for m in (1, 2, 5, 10) if decade * m >= least * (1 - 1e-9))
 
 
 def histogram(d: Distribution) -> str:

@@ -16,6 +16,7 @@ from qcompiler.weight_only import heading
 if TYPE_CHECKING:
     from qcompiler.footprint import Memory
     from qcompiler.parity import ParityReport, Row
+    from qcompiler.survey import LayerNoise
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 140) -> str:
@@ -149,6 +150,13 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
             *target,
         ]
     )
+
+
+def noise_text(samples: int, estimate: float, rows: Sequence[LayerNoise]) -> str:
+    """Sensitivities of `explain`."""
+    title = f"Sensitivity on {samples} samples; SQNR of the whole plan about {number(estimate)} dB, were all roundings independent"
+    cells = [[r.id, r.kind, number(r.sqnr_db), number(r.gain_db, "+.2f")] for r in rows]
+    return table(title, ("layer", "operator", "SQNR dB, it alone in int8|", "dB gained when it stays float|"), cells)
 
 
 def float_layers(count: int) -> str:

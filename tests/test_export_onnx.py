@@ -243,6 +243,9 @@ def test_explain(calibration: str, capsys: pytest.CaptureFixture[str], monkeypat
     assert document["edges"]["image"]["scale"] == pytest.approx(1 / 255)
     assert document["edges"]["logits"]["kind"] == "float"
     assert len(document["operators"]) == 13 and document["samples"] == 8 and document["refused"] == {}
+    assert "sensitivity" not in document
+    assert main([*words, "--sensitivity"]) == 0
+    assert "\nrelu1 " in capsys.readouterr().out.split("dB gained when it stays float")[1]
     assert main(words[:-2]) == 2
     assert "calibration data is needed" in capsys.readouterr().err
 

@@ -210,12 +210,14 @@ def test_the_section_on_an_accuracy_target() -> None:
 
 
 def test_the_pareto_chart_places_points() -> None:
-    """Twice the time is twice as far from the axis; a higher SQNR is higher; an exact point lies on the upper edge; one ring."""
+    """Times lie on one scale, float's too; a higher SQNR is higher; an exact point lies on the upper edge; the chosen one is ringed."""
     chart = pareto_chart(account())
     circles = [(float(x), float(y), r) for x, y, r in re.findall(r'<circle cx="([^"]+)" cy="([^"]+)" r="(\d)"', chart)]
-    assert [r for *_, r in circles] == ["5", "5", "9"] and circles[1][:2] == circles[2][:2]
-    assert (circles[1][0] - 52) == pytest.approx(2 * (circles[0][0] - 52), abs=0.2)
+    assert [r for *_, r in circles] == ["4", "4", "9"] and circles[1][:2] == circles[2][:2]
+    float32 = float(re.findall(r'<line x1="([^"]+)"[^>]+stroke-dasharray="5 3"', chart)[0])
+    assert float32 - circles[1][0] == pytest.approx(2 * (circles[1][0] - circles[0][0]), abs=0.3)  # 1, 2 and 4 ms
     assert circles[1][1] == 18.0 < circles[0][1]
+    assert chart.count('stroke-width="2"') == 2, "a confidence interval where there is one"
     assert "<svg" in pareto_chart(account() | {"goal": "--min-agreement 0.9", "curve": [], "points": []})
 
 

@@ -1,0 +1,123 @@
+"""What the search for mixed precision starts from: a quantized network's roundings measured one by one, and its layers with what they cost."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+
+from qcompiler.correction import integer_layers
+from qcompiler.goal import decibel
+from qcompiler.mixed import Edge, Layer, Network
+from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
+from qcompiler.pipeline import Built, Measured, Quantized
+from qcompiler.placement import Placer, operands
+from qcompiler.progress import Progress
+from qcompiler.quant_plan import Derived
+from qcompiler.runtime.session import Session
+from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity
+from qcompiler.targets import Target
+
+
+class Survey:
+    """Of one plan (`stages`) and the integer module that it became, weights rounded and biases corrected or not. folder: for temporary libraries."""
+
+    def __init__(self, stages: Quantized, integer: tvm.IRModule, target: Target, folder: Path) -> None:
+        self._stages, self._integer, self._folder = stages, integer, folder
+        self._module = stages.measured.model.module
+        self._placer = Placer(self._module, target)
+        self._kept = {k: v for k, v in stages.plan.reasons.items() if k in self._placer.made_by}
+        self._placement = self._placer.place(self._kept)
+
+    def sensitivity(self, twin: Session, seconds: float, progress: Progress | None) -> Sensitivity:
+        """twin: the float network. Samples are those of the calibration."""
+        measured, plan = self._stages.measured, self._stages.plan
+        copies = {g.id for g in self._placer.groups if g.kind in SAME_QUANTIZATION and g.id not in self._placement.reasons}
+        values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
+        params = {v: p for v in values if (p := plan.params(v)) is not None}
+        weights = rounded_weights(self._integer, measured)
+        rounded = Session(measured.twin.link().save(self._folder / "rounded.so"), twin.threads)
+        rounded.set_constants(constants_with(measured.twin, weights))
+        return measure_sensitivity(twin, rounded, set(weights), params, measured.samples, seconds=seconds, progress=progress)
+
+    def kind(self, group_id: str) -> str:
+        return self._placer.made_by[group_id].kind
+
+    def seconds(self, session: Session, sample: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """group id -> seconds in a network, conversions left out."""
+        return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members})
+
+    def network(
+        self, found: Sensitivity, int8: Mapping[str, float] = {}, float32: Mapping[str, float] = {}, conversion: tuple[float, float] = (0.0, 0.0)
+    ) -> Network:
+        """int8, float32: seconds by group id. conversion: seconds per element, to int8 and to float. Without these only noise is predicted."""
+        none = np.zeros(len(next(iter([*found.weights.values(), *found.values.values()]), np.zeros(1))))
+        layers, model = {}, self._stages.measured.model
+        for g in self._placer.groups:
+            size = 0 if g.weight is None else g.weight.size
+            movable = g.id not in self._placement.reasons and g.kind not in DATA_MOVEMENT
+            times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
+            layers[g.id] = Layer(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
+        elements = {**{i.name: math.prod(i.shape) for i in model.inputs}, **{g.id: math.prod(g.shape) for g in self._placer.groups}}
+        edges = {v: Edge(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
+        outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
+        return Network(layers, edges, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
+
+
+def rounded_weights(integer: tvm.IRModule, measured: Measured) -> dict[str, np.ndarray]:
+    """group id -> the float32 weights that the int8 weights of an integer module stand for, of layers whose weights the float twin has as constants."""
+    known = {s.writes for s in measured.twin.program.steps if s.name in ("qc.f32.conv2d", "qc.f32.dense")}
+    found = {}
+    for layer in integer_layers(integer):
+        if layer.group in known:
+            scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (layer.weight.ndim - 1))
+            found[layer.group] = (layer.weight * scale).astype(np.float32)
+    return found
+
+
+def constants_with(twin: Built, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The constants of the float network with other weights. The program is left as it was."""
+    program = twin.program
+    before = {name: program.step_of(name).op.operands[1] for name in weights}  # type: ignore[union-attr]
+    for name, weight in weights.items():
+        program.replace_operand(name, 1, weight)
+    constants: np.ndarray = program.constants.copy()
+    for name, operand in before.items():
+        assert isinstance(operand, np.ndarray)
+        program.replace_operand(name, 1, operand)
+    return constants
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """id, kind: of a group. sqnr_db: of the outputs when its weights and its result alone are rounded to 8 bits. gain_db: by how much the estimated
+    SQNR of the whole plan rises when it alone stays float. inf: nothing is lost."""
+
+    id: str
+    kind: str
+    sqnr_db: float
+    gain_db: float
+
+
+def layer_noise(stages: Quantized, target: Target, progress: Progress | None = None, seconds: float = 60.0) -> tuple[int, float, list[LayerNoise]]:
+    """(samples looked at, SQNR of the plan in dB were all roundings independent, the layers that could stay float, most sensitive first)."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
+        survey = Survey(stages, stages.integer, target, Path(name))
+        twin = Session(stages.measured.twin.link().save(Path(name) / "float.so"), len(os.sched_getaffinity(0)))
+        found = survey.sensitivity(twin, seconds, progress)
+    network = survey.network(found)
+    plan = network.predict(frozenset())
+    rows = []
+    for group_id, layer in network.layers.items():
+        if layer.movable:
+            alone = float((layer.noise + network.edges[group_id].noise).max())
+            gain = decibel(network.predict(frozenset([group_id])).noise) - decibel(plan.noise)
+            rows.append(LayerNoise(group_id, survey.kind(group_id), decibel(alone), gain))
+    return found.samples, decibel(plan.noise), sorted(rows, key=lambda r: r.sqnr_db)
