@@ -141,6 +141,7 @@ class _Search:
     network: Network | None = None
     sensitivity: Sensitivity | None = None
     path: list[Point] = field(default_factory=list)
+    plan_seconds: float = 0.0  # that trying one plan took, at most
     stopped: str = ""  # why no further plan was tried, when the target was not met
 
     def run(self) -> Compilation:
@@ -153,7 +154,7 @@ class _Search:
         self.measured = measure(self.model, take(self.samples, fitted), self.preset, self.dump, self.clock.progress)
         self.twin = Session(self.measured.twin.link().save(self.folder / "float.so"))
         first = self.attempt(frozenset(self.kept), dict(self.kept))
-        if not first.met:
+        if not first.met and not self.out_of_time():
             self.survey(first)
             self.follow_path()
         times = interleave({"float": self.run_once(self.twin), **{str(i): self.run_once(c.session) for i, c in enumerate(self.tried)}}, seconds=_MEASURING)
@@ -170,7 +171,7 @@ class _Search:
 
     def attempt(self, keep: frozenset[str], reasons: Mapping[str, str]) -> Candidate:
         """Compile a plan, run it, judge it."""
-        number = len(self.tried)
+        number, start = len(self.tried), self.clock.spent
         stages = planned(self.measured, self.target, self.preset, reasons, self.dump)
         compilation = finish(stages, self.target, self.tuned, self.dump, self.clock.progress)
         here = compilation.artifact
@@ -180,6 +181,7 @@ class _Search:
         scores = self.score(session, number)
         candidate = Candidate(keep, compilation, session, scores, judge(self.goal, scores, self.held))
         self.tried.append(candidate)
+        self.plan_seconds = max(self.plan_seconds, self.clock.spent - start)
         return candidate
 
     def score(self, session: Session, number: int) -> Scores:
@@ -213,25 +215,29 @@ class _Search:
         """Compile plans on the path until one just meets the target."""
         assert self.network is not None
         missed, met = 0, len(self.path)  # indices: the last known to miss, the first known to meet the target
-        longest = self.clock.spent  # of what is needed to try a plan
         limit = self.path[0].noise * self.tried[0].factor()
         self.stopped = "no plan that keeps more layers in float is left"
         while len(self.tried) < _MOST:
             index = max(missed + 1, min(first_below(self.path, limit), met - 1))
             if index >= met or (met < len(self.path) and self.path[met].seconds - self.path[index].seconds < _WORTH * self.path[met].seconds):
                 return
-            if self.clock.left < longest:
-                self.stopped = f"the time budget of {self.clock.budget:.0f} s does not allow another plan, which takes about {longest:.0f} s"
+            if self.out_of_time():
                 return
             point = self.network.trimmed(self.path[index], max(limit, self.path[index].noise), frozenset(self.kept))
             if any(c.keep == point.keep for c in self.tried):
                 return
-            start = time.monotonic()
             candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.kept})
-            longest = time.monotonic() - start
             missed, met = (missed, index) if candidate.met else (index, met)
             limit = point.noise * candidate.factor()
         self.stopped = f"{_MOST} plans were tried"
+
+    def out_of_time(self) -> bool:
+        """Is there no time for another plan?"""
+        if self.clock.left < self.plan_seconds:
+            needed = f"which takes about {self.plan_seconds:.0f} s"
+            self.stopped = f"the time budget of {self.clock.budget:.0f} s does not allow another plan, {needed}"
+            return True
+        return False
 
     def reason(self, point: Point, name: str) -> str:
         assert self.network is not None
