@@ -298,3 +298,27 @@ def test_programs_that_count_instructions(tmp_path: Path, root: Path) -> None:
 def test_preprocess_is_hashable_and_comparable() -> None:
     assert Preprocess(resize=3) == Preprocess(resize=3)
     assert hash(Preprocess(mean=(1.0, 2.0, 3.0)))
+
+
+def test_the_inner_loop_of_assembly(script: Any) -> None:
+    """Only a block that jumps to its own label is a loop, and the one that multiplies most is the inner one."""
+    script("mca")
+    x86, arm = script("x86_mca"), script("arm_mca")
+    text = """
+.LBB0_1:  # outer
+\tvpdpbusd\t(%rsi), %zmm1, %zmm2
+\tjmp\t.LBB0_2
+.LBB0_2:
+\t.loc 1 2 3
+\t{vex} vpdpbusd\t%ymm1, %ymm2, %ymm3
+\tvpmaddubsw\t%zmm1, %zmm2, %zmm3  # comment
+\tjne\t.LBB0_2
+.LBB0_3:
+\tvpdpbusd\t%zmm1, %zmm2, %zmm3
+\tjne\t.LBB0_1
+\tretq
+"""
+    loop = script("mca").loops(text, r"j\w+", r"(jmp|ret\w*)\b", "#")
+    assert [len(block) for block in loop] == [3] and x86.macs_of(loop[0]) == 32 + 64
+    text = ".L1:\n\tsdot v0.4s, v1.16b, v2.4b[0] // comment\n\tbic v0.8h, #1\n\tb.ne .L1\n.L2:\n\tsmmla v0.4s, v1.16b, v2.16b\n\tb .L1\n"
+    assert arm.inner_loop(text) == ["sdot v0.4s, v1.16b, v2.4b[0]", "bic v0.8h, #1", "b.ne .L1"] and arm.macs_of(arm.inner_loop(text)) == 16
