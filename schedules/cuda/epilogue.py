@@ -61,9 +61,9 @@ class Epilogue:
         else:
             names = ("float_low", "float_high") if self.integer else ("low", "high")
             self.low, self.high = (k.f32_or_none(a.get(n)) for n in names)
-        whole = self.outputs % self.run == 0
-        # Elements behind the last channel may be written where the pixel has room for them.
-        self.whole = whole or (self.groups == 1 and self.layout.channel_pitch >= -(-self.outputs // self.run) * self.run)
+        # Elements behind the last channel may be read and written where the pixels have room for them.
+        room = min(v.channel_pitch for v in (self.layout, self.residual) if v)
+        self.whole = self.outputs % self.run == 0 or (self.groups == 1 and room >= -(-self.outputs // self.run) * self.run)
         self.out_step = self._step(self.layout) if self.narrow else 1
         self.residual_step = self._step(self.residual) if self.residual and self.narrow else 1
         self.out_words = words(k.output) if self.out_step >= 4 else None

@@ -1,0 +1,99 @@
+"""The machine code of GPU kernels has the instructions that rows claim, contracts nothing, and keeps its registers."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import require_nvcc
+
+from qcompiler import schedules
+from qcompiler.codegen_cuda import cuda_source
+from qcompiler.cuda import find_nvcc
+from qcompiler.schedules.table import Kernel, Layout, OpCall, select
+from qcompiler.targets import Target, find_target
+
+
+def disassembler() -> str:
+    """nvdisasm of a toolkit or of the Python package; without it the test is skipped, loudly, or fails where QCOMPILER_REQUIRE_NVCC is 1."""
+    places = [Path(p) for p in (shutil.which("nvdisasm") or "", "/usr/local/cuda/bin/nvdisasm") if p]
+    package = importlib.util.find_spec("nvidia")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        places += sorted(Path(folder).glob("*/bin/nvdisasm"))
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        reason = "THE MACHINE CODE OF GPU KERNELS IS NOT TESTED: no nvdisasm (pip install nvidia-cuda-nvdisasm)"
+        if os.environ.get("QCOMPILER_REQUIRE_NVCC") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return str(found)
+
+
+def instructions(kernels: dict[str, Kernel], target: Target, folder: Path) -> dict[str, collections.Counter[str]]:
+    """How often each kernel has each instruction."""
+    (folder / "kernels.cu").write_text(cuda_source(kernels, target))
+    arch = str(target.tvm["arch"])
+    subprocess.run([str(find_nvcc(target)), "-std=c++17", "-w", f"-arch={arch}", "-cubin", "kernels.cu", "-o", "kernels.cubin"], cwd=folder, check=True)
+    listing = subprocess.run([disassembler(), "-c", "kernels.cubin"], cwd=folder, check=True, capture_output=True, text=True).stdout
+    found: dict[str, collections.Counter[str]] = {}
+    for line in listing.splitlines():
+        if begin := re.match(r"\.text\.(\w+):", line):
+            current = found.setdefault(begin[1], collections.Counter())
+        elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line):
+            current[code[1]] += 1
+    assert set(found) == set(kernels)
+    return found
+
+
+def conv(target: Target, size: int, inputs: int, outputs: int, kernel: int, groups: int = 1, batch: int = 8, residual: bool = False) -> Kernel:
+    layouts = [Layout((batch, size, size, c), "int8") for c in (inputs, outputs)]
+    weight = np.ones((outputs, kernel, kernel, inputs // groups), np.int8)
+    attrs: dict[str, Any] = {"strides": [1, 1], "padding": [kernel // 2] * 4, "dilation": [1, 1], "groups": groups, "x_zero_point": -3, "zero_point": 2}
+    operands: list[Any] = [layouts[0], weight, np.zeros(outputs, np.int32), np.ones(outputs, np.float32)]
+    if residual:
+        operands.append(layouts[1])
+        attrs |= {"residual_zero_point": 1, "residual_multiplier": 1000, "residual_shift": 10}
+    return build(OpCall("qc.conv2d", operands, attrs, layouts[1]), target)
+
+
+def build(op: OpCall, target: Target) -> Kernel:
+    row = select(op, target)
+    return row.build(op, row.default(op, target), target)
+
+
+def add(target: Target) -> Kernel:
+    layout = Layout((8, 28, 28, 128), "int8")
+    attrs = {"a_zero_point": -128, "a_multiplier": 51234, "b_zero_point": 127, "b_multiplier": -40321, "shift": 16, "zero_point": 3}
+    return build(OpCall("qc.add", [layout, layout], attrs, layout), target)
+
+
+@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90"])
+def test_instructions(name: str, tmp_path: Path) -> None:
+    require_nvcc()
+    target = find_target(name)
+    schedules.load(target)
+    kernels = {
+        "three": conv(target, 28, 128, 128, 3),
+        "wide": conv(target, 14, 256, 1024, 1, residual=True),
+        "small": conv(target, 7, 512, 512, 3, batch=1),
+        "grouped": conv(target, 14, 128, 128, 3, groups=32),
+        "depthwise": conv(target, 14, 96, 96, 3, groups=96),
+        "depthwise_five": conv(target, 28, 240, 240, 5, groups=240, batch=1),
+        "add": add(target),
+    }
+    for symbol, counts in instructions(kernels, target, tmp_path).items():
+        row = kernels[symbol].row
+        assert counts["FFMA"] == 0, f"{symbol}: an addition was contracted with a multiplication"
+        assert counts["STL"] == counts["LDL"] == 0, f"{symbol}: registers were spilled"
+        assert (counts["IMMA"] > 0) == row.startswith("cuda-mma"), (symbol, row, counts)
+        assert (counts["IDP"] > 0) == row.startswith("cuda-dp4a"), (symbol, row, counts)
+        if row.startswith("cuda-mma"):
+            assert counts["LDSM"] > 0 and counts["LDGSTS"] > 0, f"{symbol}: operands are not staged as the row says"
