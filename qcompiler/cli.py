@@ -229,6 +229,8 @@ def _compile(options: argparse.Namespace) -> int:
     from qcompiler.tables import mixed_text, size
     from qcompiler.weight_only import heading
 
+    if options.calibration is None and options.weights is None:
+        raise DataError("--calibration DATA is needed, but for --weights: the range of every value is measured on typical inputs")
     output = check_writable(options.output)
     shapes = dict(options.input_shape)
     with terminal_progress() as progress:

@@ -155,6 +155,7 @@ def test_run_writes_the_outputs(calls: list[Any], tmp_path: Path, capsys: pytest
         ("run m.so --input x=x.npy --output out.txt", "outputs are written as .npz"),
         ("run m.so --input x=x.npy --output .", "is a directory"),
         ("compile m.onnx --calibration x.npy --output /dev/null", "is a device or a pipe"),
+        ("compile m.onnx --output m.so", "--calibration DATA is needed, but for --weights"),
         ("bench m.so --against onnxruntime", "--against needs --model"),
     ],
 )
@@ -175,7 +176,7 @@ def test_bad_input_is_one_line_and_exit_2(
 @pytest.mark.parametrize(
     "words",
     [
-        "", "compil m.onnx", "compile", "compile m.onnx --output m.so", "compile m.onnx --calibration c --output m --input-shape x=1,a",
+        "", "compil m.onnx", "compile", "compile m.onnx --calibration c --output m --input-shape x=1,a",
         "compile m.onnx --calibration c --output m --input-shape x=0", "compile m.onnx --calibration c --output m --preset best",
         "run m.so --input x --output o.npz", "bench m.so --threads 0", "bench m.so --model m --against tensorflow",
     ],
