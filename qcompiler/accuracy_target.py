@@ -44,7 +44,7 @@ _MEASURING = 3.0  # seconds for the times of all plans
 
 @dataclass
 class Candidate:
-    """A plan that was compiled. point: as predicted (None before there is a prediction). seconds: latency on this machine."""
+    """A plan that was compiled. keep: groups in float. seconds: latency on this machine, once measured."""
 
     keep: frozenset[str]
     compilation: Compilation
