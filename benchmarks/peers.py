@@ -20,9 +20,9 @@ def installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(m) is not None for m in modules)
 
 
-def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path) -> Path:
-    """The network quantized by ONNX Runtime: QDQ, per-channel weights, min-max ranges, uint8 activations and int8 weights."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path, ranges: str = "MinMax") -> Path:
+    """The network quantized by ONNX Runtime: QDQ, per-channel weights, uint8 activations and int8 weights. ranges: "MinMax", "Percentile" or "Entropy"."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -42,6 +42,7 @@ def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path) -> Path:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod[ranges],
     )
     return quantized
 
@@ -64,14 +65,14 @@ def openvino_call(model: Any, inputs: Inputs, threads: int) -> Call:
     return lambda: request.infer(feed)
 
 
-def nncf_model(model: Path, samples: list[Any]) -> Any:
-    """The network as an OpenVINO model, quantized by NNCF's defaults."""
+def nncf_model(model: Path, samples: list[Any], fast_bias_correction: bool = True) -> Any:
+    """The network as an OpenVINO model, quantized by NNCF's defaults, or with its sequential bias correction in the place of the fast one."""
     import nncf
     import openvino
 
     network = openvino.Core().read_model(str(model))
     network.reshape({name: list(x.shape) for name, x in samples[0].items()})
-    return nncf.quantize(network, nncf.Dataset(samples), subset_size=len(samples))
+    return nncf.quantize(network, nncf.Dataset(samples), subset_size=len(samples), fast_bias_correction=fast_bias_correction)
 
 
 def litert_call(model: Path, inputs: Inputs, threads: int) -> Call:

@@ -29,6 +29,7 @@ from qcompiler.model import FloatModel
 from qcompiler.parity import check_labels, check_thresholds, classifying
 from qcompiler.pipeline import Compilation, build, describe, finish, measure, planned
 from qcompiler.progress import Progress
+from qcompiler.recipes import Recipe
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.survey import Survey
@@ -71,7 +72,7 @@ def compile_to(
     budget: float | None,
     target: Target,
     tuned: Tuned,
-    preset: str,
+    recipe: Recipe,
     kept: Mapping[str, str],
     dump: Dumper,
     progress: Progress | None,
@@ -86,7 +87,7 @@ def compile_to(
         samples = CheckedSamples(list(samples), model.inputs)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompiler-")))
-        search = _Search(goal, model, samples, _classes(labels, samples, model, goal), clock, target, tuned, preset, kept, dump, folder)
+        search = _Search(goal, model, samples, _classes(labels, samples, model, goal), clock, target, tuned, recipe, kept, dump, folder)
         return search.run()
 
 
@@ -133,7 +134,7 @@ class _Search:
     clock: _Clock
     target: Target
     tuned: Tuned
-    preset: str
+    recipe: Recipe
     kept: Mapping[str, str]
     dump: Dumper
     folder: Path
@@ -151,7 +152,7 @@ class _Search:
         fitted = [i for i in range(count) if i not in set(self.held)]
         self.host = find_target("native")
         self.runs_here = not missing_features(self.target)
-        self.measured = measure(self.model, take(self.samples, fitted), self.preset, self.dump, self.clock.progress)
+        self.measured = measure(self.model, take(self.samples, fitted), self.recipe, self.dump, self.clock.progress)
         self.twin = Session(self.measured.twin.link().save(self.folder / "float.so"))
         first = self.attempt(frozenset(self.kept), dict(self.kept))
         if not first.met and not self.out_of_time():
@@ -172,7 +173,7 @@ class _Search:
     def attempt(self, keep: frozenset[str], reasons: Mapping[str, str]) -> Candidate:
         """Compile a plan, run it, judge it."""
         number, start = len(self.tried), self.clock.spent
-        stages = planned(self.measured, self.target, self.preset, reasons, self.dump)
+        stages = planned(self.measured, self.target, reasons, self.dump)
         compilation = finish(stages, self.target, self.tuned, self.dump, self.clock.progress)
         here = compilation.artifact
         if not self.runs_here:

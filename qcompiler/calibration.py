@@ -143,11 +143,13 @@ def calibrate(
     ids: Collection[str] | None = None,
     watcher: Watcher | None = None,
     progress: Progress | None = None,
+    stage: str = "calibrate",
 ) -> CalibrationTable:
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
 
-    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watcher` sees every value of the same pass. Raises
-    DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in a recorded value.
+    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watcher` sees every value of the same pass; `stage` is what
+    `progress` calls it. Raises DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in
+    a recorded value.
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
@@ -172,7 +174,7 @@ def calibrate(
             watcher.end_sample(outputs)
         table.samples += 1
         if progress is not None:
-            progress("calibrate", table.samples, total)
+            progress(stage, table.samples, total)
     if table.samples == 0:
         raise DataError("calibration data is empty; give at least one sample, better 50 to 500 that look like what the model will see")
     return table

@@ -96,12 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
     p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
-    p.add_argument(
-        "--preset",
-        choices=["fast", "default", "accurate"],
-        default="default",
-        help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
-    )
+    cli_report.add_recipe(p)
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=cli_report.KEEP_FLOAT_HELP)
     cli_report.add_goal(p)
     cli_report.add_weights(p)
@@ -239,7 +234,7 @@ def _compile(options: argparse.Namespace) -> int:
             target=options.target,
             calibration=options.calibration,
             input_shapes=shapes or None,
-            preset=options.preset,
+            **cli_report.recipe_arguments(options),
             keep_float=options.keep_float,
             tuning_log=options.tuning_log,
             preprocess=options.preprocess,
@@ -250,6 +245,8 @@ def _compile(options: argparse.Namespace) -> int:
         )
     artifact.save(output)
     manifest = artifact.manifest
+    for warning in manifest.get("warnings", []):
+        print(f"warning: {warning}", file=sys.stderr)
     reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
     document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"]}
     account = manifest.get("mixed_precision")

@@ -9,6 +9,7 @@ from typing import Any
 from qcompiler.cli_tuning import duration
 from qcompiler.errors import DataError
 from qcompiler.progress import terminal_progress
+from qcompiler.recipes import PRESETS, STEPS
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -75,14 +76,31 @@ def _quantization(p: argparse.ArgumentParser, texts: Mapping[str, str], shape: A
     p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
     p.add_argument("--calibration", metavar="DATA", help=texts["data"])
     p.add_argument("--target", default="native", metavar="T", help="the target to quantize for (default native)")
-    p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default", help="as for compile")
+    add_recipe(p)
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=KEEP_FLOAT_HELP)
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
     p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
 
 
+def add_recipe(p: argparse.ArgumentParser) -> None:
+    """How to quantize: --preset, --enable, --disable."""
+    p.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="default",
+        help="how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
+    )
+    steps = "; ".join(f"{name}: {what}" for name, what in STEPS.items())
+    p.add_argument("--enable", action="append", default=[], metavar="STEP", help=f"take a step that the preset leaves out; repeat for more. {steps}")
+    p.add_argument("--disable", action="append", default=[], metavar="STEP", help="leave out a step of the preset; repeat for more")
+
+
+def recipe_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {"preset": options.preset, "enable": options.enable, "disable": options.disable}
+
+
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {"input_shapes": dict(options.input_shape) or None, "preset": options.preset, "keep_float": options.keep_float, "preprocess": options.preprocess}
+    return {"input_shapes": dict(options.input_shape) or None, **recipe_arguments(options), "keep_float": options.keep_float, "preprocess": options.preprocess}
 
 
 def _explain(options: argparse.Namespace, show: Show) -> int:

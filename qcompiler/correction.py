@@ -22,10 +22,8 @@ import tvm
 from qcompiler.errors import DataError
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.progress import Progress
 from qcompiler.spec import conv_accumulator_bound
-
-SAMPLES = {"fast": 0, "default": 32, "accurate": 64}
-"""Per preset: how many calibration samples correction looks at; 0 for no correction."""
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
 _INT32 = 2**31 - 1
@@ -276,11 +274,15 @@ class Correction:
         return f"{what} on {self.samples} samples{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
 
 
-class Rounder(Protocol):
-    """Chooses int8 weights (`rounding.py`), layer by layer in order of execution, when `contexts` are about to run the layer: new weights like
-    `layer.weight`, or why they stay."""
+Pair = tuple[Context, "Context | None"]
+"""A sample in the int8 network and in the float one, both where the same layer is next; None where the float network can't be stepped to it."""
 
-    def weight(self, layer: Layer, group: Group, contexts: Sequence[Context]) -> np.ndarray | str: ...
+
+class Rounder(Protocol):
+    """Chooses int8 weights (`rounding.py`), layer by layer in order of execution, when all samples are about to run the layer: new weights like
+    `layer.weight`, or why they stay. Biases are corrected on the samples `fitted`; `judges` are others."""
+
+    def weight(self, layer: Layer, group: Group, fitted: Sequence[Pair], judges: Sequence[Pair]) -> np.ndarray | str: ...
 
 
 def correct(
@@ -290,15 +292,18 @@ def correct(
     samples: Iterable[Mapping[str, np.ndarray]],
     memory: int = MEMORY,
     rounder: Rounder | None = None,
+    twin: IntegerExecutor | None = None,
+    progress: Progress | None = None,
 ) -> Correction:
     """Correct the biases of `executor`'s network; the better of the two networks, judged by the SQNR of its outputs, stays in force.
 
     module: the integer module that the executor runs; `with_operands` writes the result back into it. means: collected from the first of
     these `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is always allowed).
-    With a `rounder`, weights change too, each before its layer's bias; the last third of the samples then only judges.
+    With a `rounder`, weights change too, each before its layer's bias; the last third of the samples then only judges. twin: runs the float network
+    beside it, for the rounder to look at.
     Raises DataError when there are no samples.
     """
-    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
+    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes + (twin.context_bytes if twin else 0), 1)))
     taken = [sample for sample, _ in zip(samples, range(count), strict=False)]
     if not taken or not means.outputs:
         raise DataError("bias correction needs at least one calibration sample")
@@ -310,20 +315,32 @@ def correct(
     for context in judge[0]:
         context.run(0, len(steps))
     result.before = _score(*judge)
+    floats = [twin.new_context(sample) for sample in taken] if twin and rounder else []
+    float_steps, float_done = list(twin.steps) if twin else [], 0
     layers = [layer for layer in integer_layers(module) if layer.id in steps and layer.group in means.groups]
     originals = {layer.id: layer.weight for layer in layers}
     done = 0
-    for layer in layers:
+    walking = everyone if rounder else contexts
+    for number, layer in enumerate(layers):
         at = steps.index(layer.id)
-        for context in contexts:
+        for context in walking:
             context.run(done, at)
         done = at
-        weight = rounder.weight(layer, means.groups[layer.group], contexts) if rounder else layer.weight
+        weight: np.ndarray | str = layer.weight
+        if rounder:
+            pairs: list[Pair] = [(context, None) for context in everyone]
+            if floats and {layer.group, means.groups[layer.group].inputs[0]} <= set(float_steps):
+                float_at = float_steps.index(layer.group)
+                for context in floats:
+                    context.run(float_done, max(float_at, float_done))
+                pairs = list(zip(everyone, floats, strict=True)) if float_at >= float_done else pairs
+                float_done = max(float_at, float_done)
+            weight = rounder.weight(layer, means.groups[layer.group], pairs[:fitted], pairs[fitted:] or pairs)
         if isinstance(weight, str):
             result.skipped[layer.id] = weight
         elif (weight != layer.weight).any():
             layer.weight = weight
-        bias = _corrected(layer, contexts, means)
+        bias = _corrected(layer, originals[layer.id], contexts, means)
         if isinstance(bias, str):
             result.skipped[layer.id] = bias
             layer.weight = originals[layer.id]
@@ -334,10 +351,10 @@ def correct(
         if (bias != layer.bias).any():
             result.biases[layer.id] = bias
             executor.set_bias(layer.id, bias)
-    for context in contexts if judge[0] is everyone else ():
+        if progress is not None:
+            progress("round weights" if rounder else "correct biases", number + 1, len(layers))
+    for context in walking:
         context.run(done, len(steps))
-    for context in judge[0] if judge[0] is not everyone else ():
-        context.run(0, len(steps))
     result.after = _score(*judge)
     result.kept = result.after > result.before
     if not result.kept:
@@ -349,19 +366,23 @@ def correct(
     return result
 
 
-def _corrected(layer: Layer, contexts: Sequence[Context], means: FloatMeans) -> np.ndarray | str:
-    """The layer's new bias, or why it keeps its own. Its inputs must be there and its step be next."""
+def _corrected(layer: Layer, before: np.ndarray, contexts: Sequence[Context], means: FloatMeans) -> np.ndarray | str:
+    """The layer's new bias, or why it keeps its own. Its inputs must be there and its step be next. before: the weights that its bias is for;
+    new ones first keep the mean that those gave."""
     zero = layer.attrs["x_zero_point"]
     kernel, shape = _kernel(layer.weight), layer.shape
     taps = [tap_means(c.view(layer.x).astype(np.float32) - zero, layer.kind, layer.attrs, kernel, shape) for c in contexts]
-    actual = (layer.bias + pre_activation(layer.weight, np.stack(taps), int(layer.attrs.get("groups", 1)))) * layer.unit
+    groups, start = int(layer.attrs.get("groups", 1)), layer.bias.astype(np.float64)
+    if before is not layer.weight:
+        start = start + np.rint(pre_activation(before.astype(np.float32) - layer.weight, np.stack(taps), groups).mean(axis=0))
+    actual = (start + pre_activation(layer.weight, np.stack(taps), groups)) * layer.unit
     if layer.residual is not None:
         source, zero, step = layer.residual
         values = [tap_means(c.view(source).astype(np.float32) - zero, "dense", {}, (1, 1), shape) for c in contexts]
         actual = actual + np.stack(values).reshape(actual.shape) * step
     wanted = means.expected(layer.group, len(contexts), layer.residual is not None)
     shift = wanted - actual
-    bias = layer.bias + np.rint((shift.mean(axis=0) if layer.is_last else steady(shift)) / layer.unit)
+    bias = start + np.rint((shift.mean(axis=0) if layer.is_last else steady(shift)) / layer.unit)
     if not (np.abs(bias) <= _INT32).all():
         return "a corrected bias leaves int32"
     corrected: np.ndarray = bias.astype(np.int32)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qcompiler.channels import stored_form
 from qcompiler.data import InputInfo, Samples, load_labels, open_samples
 from qcompiler.debug import plain_json
 from qcompiler.errors import ArtifactError, DataError
@@ -175,7 +176,7 @@ class _Layers:
 
         def visit(name: str, array: np.ndarray) -> None:
             if name in kept and name not in self._skip and kept[name].dtype.kind == "f":
-                self._compare(name, array, kept[name])
+                self._compare(name, array, stored_form(self._actual.manifest, name, kept[name]))
 
         return self._actual.trace(sample, visit), expected
 

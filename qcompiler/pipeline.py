@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -16,12 +17,14 @@ import tvm
 
 import qcompiler
 from qcompiler import artifact as artifacts
+from qcompiler.analytic import mean_of_rounding
 from qcompiler.artifact import Artifact
 from qcompiler.calibration import CalibrationTable, calibrate
 from qcompiler.codegen import object_code
-from qcompiler.correction import SAMPLES, Correction, FloatMeans, SessionExecutor, correct, with_operands
+from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.data import Samples, open_samples
 from qcompiler.debug import Dumper
+from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.errors import DataError, PlanError, closest
 from qcompiler.goal import Goal
 from qcompiler.lowering import Params, Program, lower
@@ -29,12 +32,16 @@ from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
+from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
 from qcompiler.plan import decide, named_groups, observed_ids
 from qcompiler.progress import Progress
+from qcompiler.quant_plan import Quantized as QuantizedEdge
 from qcompiler.quant_plan import QuantPlan
-from qcompiler.rounding import POSITIONS, DataRounder
+from qcompiler.recipes import STEPS, Recipe, recipe
+from qcompiler.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
+from qcompiler.suspicion import doubts
 from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
 from qcompiler.weight_only import WeightScheme
@@ -44,11 +51,11 @@ class Options(TypedDict, total=False):
     """Keyword arguments of `compile`.
 
     input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
-    preset: "fast" (min-max ranges, no correction), "default" (competing ranges and weight scales, bias correction) or "accurate" (the same
-    from more data, then data-driven weight rounding). keep_float: layers that stay float32, by the names that their nodes or values have in the
-    model file. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop (points; needs labels: class indices of the calibration samples, or a file
-    of them): keep those layers in float that reach this at the least measured time (`accuracy_target.py`), within time_budget seconds; whether it was
-    reached is in the manifest. tuning_log: a folder that `tune` wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
+    preset, enable, disable: the recipe of quantization, and steps to switch on and off in it, by the names in `recipes.STEPS`. keep_float: layers
+    that stay float32, by the names that their nodes or values have in the model file. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop
+    (points; needs labels: class indices of the calibration samples, or a file of them): keep those layers in float that reach this at the least
+    measured time (`accuracy_target.py`), within time_budget seconds; whether it was reached is in the manifest. tuning_log: a folder that `tune`
+    wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
     progress: called with (stage, done, total).
 
     weights: "int8" or "int4": another kind of compilation, without calibration: activations stay float32 and dense layers get weights in so many bits,
@@ -59,6 +66,8 @@ class Options(TypedDict, total=False):
     input_shapes: Mapping[str, Sequence[int]] | None
     preprocess: Any
     preset: str
+    enable: Sequence[str]
+    disable: Sequence[str]
     keep_float: Sequence[str]
     min_sqnr: float | None
     min_agreement: float | None
@@ -114,6 +123,9 @@ class Measured:
     samples: Samples
     table: CalibrationTable
     means: FloatMeans
+    recipe: Recipe
+    equalization: Equalization
+    warnings: list[str]
 
 
 @dataclass
@@ -128,6 +140,16 @@ class Quantized:
     @property
     def model(self) -> FloatModel:
         return self.measured.model
+
+    def effects(self) -> dict[str, str]:
+        """What each step of the recipe did so far, for people: {step: sentence}, in order."""
+        recipe, edges = self.measured.recipe, [e for e in self.plan.edges.values() if isinstance(e, QuantizedEdge)]
+        found = {"steps": ", ".join(s for s in STEPS if s in recipe.steps) or "none"}
+        if "equalize" in recipe.steps:
+            found["channel_equalization"] = self.measured.equalization.summary()
+        if "ranges" in recipe.steps:
+            found["ranges"] = f"outliers clipped in {sum(', clips ' in e.reason for e in edges)} of {len(edges)} values with a range of their own"
+        return found
 
 
 @dataclass
@@ -144,38 +166,60 @@ class Compilation:
         return self.built.program
 
 
-def measure(model: FloatModel, samples: Samples, preset: str, dump: Dumper, progress: Progress | None) -> Measured:
-    """Run the float network, on this machine whatever the target, over all samples."""
-    means = FloatMeans(model.module, SAMPLES[preset])
+def measure(model: FloatModel, samples: Samples, recipe: Recipe, dump: Dumper, progress: Progress | None) -> Measured:
+    """Run the float network, on this machine whatever the target, over all samples; the result's network is the equalized one."""
     twin = build(select_float(model.module), find_target("native"), "generate float code", progress=progress)
+    equalization = Equalization()
     with session_of(twin.link()) as session:
+        if "equalize" in recipe.steps:
+            model, equalization = equalized(model, twin, session, samples, recipe, progress)
+            dump("equalized", model.module)
+        means = FloatMeans(model.module, recipe.samples if recipe.optimizes else 0)
         table = calibrate(session, samples, ids=observed_ids(model), watcher=means, progress=progress)
     dump("calibration", table)
-    return Measured(model, twin, samples, table, means)
+    return Measured(model, twin, samples, table, means, recipe, equalization, doubts(table, [i.name for i in model.inputs], means.outputs))
 
 
-def planned(measured: Measured, target: Target, preset: str, keep_float: Mapping[str, str], dump: Dumper) -> Quantized:
+def equalized(
+    model: FloatModel, twin: Built, session: Session, samples: Samples, recipe: Recipe, progress: Progress | None
+) -> tuple[FloatModel, Equalization]:
+    """The network with its channels equalized, in `twin` and its session too: their code serves any weights."""
+    seen = ChannelWatcher(model.module)
+    if not seen.streams:
+        return model, Equalization()
+    calibrate(session, samples, ids=(), watcher=seen, progress=progress, stage="measure channels")
+    found = decide_channels(model.module, seen.values, "shift" in recipe.steps)
+    layers = equalized_layers(model.module, found.channels)
+    for value_id, operands in layers.items():
+        for index, array in enumerate(operands, 1):
+            twin.program.replace_operand(value_id, index, array)
+    session.set_constants(twin.program.constants)
+    return dataclasses.replace(model, module=replace_weights(model.module, layers)), found
+
+
+def planned(measured: Measured, target: Target, keep_float: Mapping[str, str], dump: Dumper) -> Quantized:
     """The stages from statistics to the integer module. keep_float: group id -> why it stays float."""
-    plan = decide(measured.model, measured.table, target, preset, keep_float)
+    plan = decide(measured.model, measured.table, target, measured.recipe, keep_float)
     dump("plan", plan.explain())
-    qdq = insert_qdq(measured.model.module, plan)
+    module = measured.model.module
+    if "analytic-bias" in measured.recipe.steps:
+        module = replace_weights(module, mean_of_rounding(module, plan, measured.table))
+    qdq = insert_qdq(module, plan)
     dump("qdq", qdq)
     integer = realize(qdq)
     dump("integer", integer)
     return Quantized(measured, plan, qdq, integer)
 
 
-def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, str, dict[str, str]]:
-    """The model, its calibration samples, the preset, and the groups that shall stay float, with the reason. Arguments as `compile`."""
-    preset = options.get("preset", "default")
-    if preset not in SAMPLES:
-        raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(SAMPLES))} Known: {', '.join(SAMPLES)}")
+def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, Recipe, dict[str, str]]:
+    """The model, its calibration samples, the recipe, and the groups that shall stay float, with the reason. Arguments as `compile`."""
+    chosen = recipe(options.get("preset", "default"), options.get("enable", ()), options.get("disable", ()))
     if calibration is None:
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     float_model = load(Path(model), options.get("input_shapes"))
     dump("float", float_model.module)
     kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
-    return float_model, open_samples(calibration, float_model.inputs, options.get("preprocess")), preset, kept
+    return float_model, open_samples(calibration, float_model.inputs, options.get("preprocess")), chosen, kept
 
 
 def quantize(
@@ -186,8 +230,8 @@ def quantize(
     **options: Unpack[Options],
 ) -> Quantized:
     """The stages from the model file to the integer module. Arguments as `compile`."""
-    float_model, samples, preset, kept = opened(model, calibration, dump, options)
-    return planned(measure(float_model, samples, preset, dump, options.get("progress")), target, preset, kept, dump)
+    float_model, samples, chosen, kept = opened(model, calibration, dump, options)
+    return planned(measure(float_model, samples, chosen, dump, options.get("progress")), target, kept, dump)
 
 
 def compile_stages(
@@ -211,13 +255,13 @@ def compile_stages(
     for name in () if goal else ("labels", "time_budget"):
         if options.get(name) is not None:
             raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement or max_accuracy_drop too")
-    float_model, samples, preset, kept = opened(model, calibration, dump, options)
+    float_model, samples, chosen, kept = opened(model, calibration, dump, options)
     if goal:
         from qcompiler.accuracy_target import compile_to
 
-        return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, preset, kept, dump, progress)
-    measured = measure(float_model, samples, preset, dump, progress)
-    return finish(planned(measured, row, preset, kept, dump), row, tuned, dump, progress)
+        return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, chosen, kept, dump, progress)
+    measured = measure(float_model, samples, chosen, dump, progress)
+    return finish(planned(measured, row, kept, dump), row, tuned, dump, progress)
 
 
 def check_names(options: Mapping[str, Any]) -> None:
@@ -230,21 +274,24 @@ def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progre
     """The stages from the integer module to the artifact."""
     built = build(stages.integer, target, "generate int8 code", tuned, progress=progress)
     integer = stages.integer
-    summaries = {"bias_correction": "none", "weight_rounding": "none"}
+    effects = stages.effects()
     for name, correction in corrections(built, stages, progress):
-        summaries[name] = correction.summary()
+        effects[name] = correction.summary()
         dump(name, correction)
         if correction.kept:
             integer = with_operands(integer, correction)
             for operand, arrays in correction.operands():
                 for value_id, array in arrays.items():
                     built.program.replace_operand(value_id, operand, array)
+    channels = {k: c.to_json() for k, c in stages.measured.equalization.channels.items()}
     artifact = built.link(
         **describe(integer, stages.model),
+        channels=channels,
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
         preset=stages.plan.preset,
         calibration_samples=stages.measured.table.samples,
-        **summaries,
+        quantization=effects,
+        warnings=stages.measured.warnings,
         digests={
             "model": stages.model.digest,
             "calibration": stages.measured.table.digest,
@@ -265,14 +312,18 @@ def corrections(built: Built, stages: Quantized, progress: Progress | None) -> I
     on_host = built if built.program.target == host else build(stages.integer, host, "generate host code", progress=progress)
     with session_of(on_host.link()) as session:
         executor = SessionExecutor(session, on_host.program)
-        first = correct(stages.integer, executor, measured.means, itertools.islice(measured.samples, limit))
-        yield "bias_correction", first
-        positions = POSITIONS[stages.plan.preset]
-        if not positions:
+        start = stages.integer
+        if "correct-bias" in measured.recipe.steps:
+            first = correct(start, executor, measured.means, itertools.islice(measured.samples, limit), progress=progress)
+            start = with_operands(start, first) if first.kept else start
+            yield "bias_correction", first
+        if not measured.recipe.steps & {"round-narrow", "round-all"}:
             return
-        rounder = DataRounder(positions)
-        start = with_operands(stages.integer, first) if first.kept else stages.integer
-        yield "weight_rounding", correct(start, executor, measured.means, itertools.islice(measured.samples, limit), rounder=rounder)
+        rounder = DataRounder(measured.recipe.positions, None if "round-all" in measured.recipe.steps else NARROW)
+        with session_of(measured.twin.link()) as floating:
+            twin = SessionExecutor(floating, measured.twin.program)
+            samples = itertools.islice(measured.samples, limit)
+            yield "weight_rounding", correct(start, executor, measured.means, samples, rounder=rounder, twin=twin, progress=progress)
 
 
 def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
@@ -288,7 +339,7 @@ def compile(model: str | os.PathLike[str], target: str = "native", calibration: 
     return compile_stages(model, target, calibration, **options).artifact
 
 
-_DEFAULTS = {"preset": "default", "keep_float": []}  # what the command line passes when an option is not given
+_DEFAULTS = {"preset": "default", "enable": [], "disable": [], "keep_float": []}  # what the command line passes when an option is not given
 
 
 def quantize_weights(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, tvm.IRModule]:

@@ -26,12 +26,10 @@ from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
 from qcompiler.placement import Placer, operands
 from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Quantized, QuantPlan, Shared
+from qcompiler.recipes import Recipe, recipe
 from qcompiler.spec import QParams
 from qcompiler.targets import Target
-from qcompiler.weights import RATIOS, choose_scales
-
-PRESETS: dict[str, tuple[str, ...]] = {"fast": ("min-max",), "default": tuple(OBSERVERS), "accurate": tuple(OBSERVERS)}
-"""Observers that compete, per preset. Weight candidates per preset are in `weights.RATIOS`; correction samples in `correction.SAMPLES`."""
+from qcompiler.weights import choose_scales
 
 _WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
 _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is common; [-1, 1) in steps of 1/128, with 0 exact
@@ -44,14 +42,12 @@ _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
 
-def decide(model: Any, table: CalibrationTable, target: Target, preset: str = "default", keep_float: Mapping[str, str] = {}) -> QuantPlan:
+def decide(model: Any, table: CalibrationTable, target: Target, preset: str | Recipe = "default", keep_float: Mapping[str, str] = {}) -> QuantPlan:
     """The plan for a `FloatModel` or its canonical float module. keep_float: group id -> why it shall stay float, beside what must.
 
     Raises PlanError for an unknown preset, or when the table lacks a value that must be quantized (it was made for another model).
     """
-    if preset not in PRESETS:
-        raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(PRESETS))} Known: {', '.join(PRESETS)}")
-    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, preset, keep_float).run()
+    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, recipe(preset), keep_float).run()
 
 
 def named_groups(model: Any, names: Iterable[str]) -> list[str]:
@@ -101,14 +97,23 @@ def _decibel(histogram: Histogram, params: QParams) -> float:
     return -10 * math.log10(error) if error > 0 else math.inf
 
 
+def _clipping(histogram: Histogram, params: QParams) -> str:
+    """What of the values seen lies more than a step outside of the range, for people; empty when nothing does."""
+    low, high = params.range
+    edges = histogram.edges
+    outside = int(histogram.counts[(edges[1:] < low - params.scale) | (edges[:-1] > high + params.scale)].sum())
+    return f", clips {100 * outside / histogram.total:.2g} % of them" if outside else ""
+
+
 class _Planner:
-    def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, preset: str, keep_float: Mapping[str, str]) -> None:
+    def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, recipe: Recipe, keep_float: Mapping[str, str]) -> None:
         self.table = table
         self.exprs = Graph.of(module).values()
         self.placer = Placer(module, target)
         self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
         self.keep_float = keep_float
-        self.plan = QuantPlan(preset, table.digest)
+        self.recipe = recipe
+        self.plan = QuantPlan(recipe.preset, table.digest)
         self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
 
     def run(self) -> QuantPlan:
@@ -128,7 +133,7 @@ class _Planner:
             if group.kind in _WEIGHTED and group.id not in self.plan.reasons:
                 assert group.weight is not None
                 x = self.plan.params(group.inputs[0])
-                scales = choose_scales(group.weight, RATIOS[self.plan.preset], group.bias, None if x is None else x.scale)
+                scales = choose_scales(group.weight, self.recipe.ratios, group.bias, None if x is None else x.scale)
                 self.plan.scales[group.id], self.plan.weights[group.id] = scales.scale, group.weight
         self.plan.validate(self.groups, [v for v in self.readers if v not in self.made_by])
         return self.plan
@@ -215,11 +220,11 @@ class _Planner:
         if max(-histogram.low, histogram.high) < _TINY:
             self.plan.notes.append(f"value '{leader}' was always zero in the calibration data; it is stored with scale 1 and zero point 0")
             return Quantized(QParams(1.0, 0), "none", math.inf, "always zero in the calibration data")
-        params, observer, sqnr = choose_params(histogram, PRESETS[self.plan.preset])
+        params, observer, sqnr = choose_params(histogram, self.recipe.observers)
         params, padded = self.with_padding(params, members)
         others = [v for v in roots if v != leader]
-        why = f"least estimated error on [{histogram.low:.4g}, {histogram.high:.4g}]" if self.plan.preset != "fast" else "everything seen"
-        return Quantized(params, observer, sqnr, why + (f" of {len(others)} values together" if others else "") + padded)
+        why = f"least estimated error on [{histogram.low:.4g}, {histogram.high:.4g}]" if len(self.recipe.observers) > 1 else "everything seen"
+        return Quantized(params, observer, sqnr, why + (f" of {len(others)} values together" if others else "") + padded + _clipping(histogram, params))
 
     def fixed(self, value: str) -> str | None:
         """The row of _FIXED for a value whose range its operator bounds."""

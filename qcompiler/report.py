@@ -19,6 +19,7 @@ import numpy as np
 
 import qcompiler
 from qcompiler.bench import Timing, interleave
+from qcompiler.channels import stored_form
 from qcompiler.data import Samples, load_labels, open_samples
 from qcompiler.files import check_writable, replacing
 from qcompiler.footprint import Memory, joules, memory
@@ -153,7 +154,7 @@ def gather(
             break
         reference: dict[str, np.ndarray] = {}
         twin.trace(sample, lambda name, array: reference.__setitem__(name, array.copy()) if name in layers.names else None)  # noqa: B023
-        session.trace(sample, lambda name, array: layers.add(name, array, reference[name]) if name in reference else None)  # noqa: B023
+        session.trace(sample, lambda name, array: layers.add(name, array, stored_form(session.manifest, name, reference[name])) if name in reference else None)  # noqa: B023
         if progress is not None:
             progress("trace layers", done + 1, parity.layer_samples)
     assert first is not None

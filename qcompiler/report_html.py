@@ -255,7 +255,7 @@ def _calibration(e: Evidence) -> str:
     facts = {
         "calibration samples": m.get("calibration_samples", "not recorded"),
         "preset": m.get("preset", "not recorded"),
-        "bias correction": m.get("bias_correction", "not recorded"),
+        **{name.replace("_", " "): what for name, what in m.get("quantization", {}).items()},
         "8-bit values": f"{len(scales)}, scales from {min(scales):.3g} to {max(scales):.3g}" if scales else "none",
         "evaluation samples": f"{e.parity.samples}, of which {e.parity.layer_samples} for layers",
         **e.source,

@@ -13,6 +13,13 @@ T upper triangular,
 and then by a sweep of coordinate descent, which can only lower the error:
 
     q[j] = rint(t[j] + sum over i != j of (t[i] - q[i]) H[i, j] / H[j, j])
+
+By then the int8 network's inputs x differ from the float network's z, so the float layer is better met by other weights than its own:
+
+    least over t of E[(w z - t x)^2] + damping |t - w|^2:      t = w (C + damping) (H + damping)^-1,      C = E[z x^T]
+
+with moments about the means, as biases are corrected afterwards. Which of the candidates an output channel takes (the old weights, rounded w, rounded
+t of little and of much damping) is decided by its error on samples that none was fitted to.
 """
 
 from __future__ import annotations
@@ -22,14 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.correction import Context, Layer
+from qcompiler.correction import Layer, Pair
 from qcompiler.passes.groups import Group
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
+DAMPINGS = (0.02, 0.2)  # the same about the means, of two candidates: what little data suggests, much damping keeps small
 SWEEPS = 1  # of coordinate descent
 WIDEST = 2304  # inputs of one Gram matrix; layers with more are cut into equal blocks that know nothing of each other
-POSITIONS = {"fast": 0, "default": 0, "accurate": 512}
-"""Per preset: how many output positions of each sample decide."""
+NARROW = 64  # inputs per output, depthwise kernels among them: so few don't average out what rounding does, and their Gram matrices cost next to nothing
 _BLOCK = 64  # columns between updates of everything behind them
 
 
@@ -53,38 +60,61 @@ def patches(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[in
 
 
 class Gram:
-    """H = E[x x^T] of a layer's inputs, gathered patch by patch: per group, and per block of a wide layer; [G*B, K/B, K/B]."""
+    """Moments of a layer's inputs, gathered patch by patch: H = E[x x^T], C = E[z x^T] (z: what the float network has in x's place), means; per group,
+    and per block of a wide layer."""
 
     def __init__(self, groups: int, width: int) -> None:
         self.blocks = next(b for b in range(1, width + 1) if width % b == 0 and width // b <= WIDEST)
-        self.sums = np.zeros((groups * self.blocks, width // self.blocks, width // self.blocks))
+        shape = groups * self.blocks, width // self.blocks
+        self.sums, self.cross = np.zeros((*shape, shape[1])), np.zeros((*shape, shape[1]))
+        self.means = np.zeros((2, *shape))
         self.count = 0
 
-    def add(self, x: np.ndarray) -> None:
-        """More patches, float32[G, P, K]."""
-        groups, rows, width = x.shape
-        x = x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
+    def add(self, x: np.ndarray, wanted: np.ndarray | None = None) -> None:
+        """More patches, float32[G, P, K], and what the float network has in their place, in the same unit."""
+        x, z = (self.cut(a) for a in (x, x if wanted is None else wanted))
         self.sums += x.transpose(0, 2, 1) @ x
-        self.count += rows
+        self.cross += z.transpose(0, 2, 1) @ x
+        self.means += np.stack([z.sum(axis=1, dtype=np.float64), x.sum(axis=1, dtype=np.float64)])
+        self.count += x.shape[1]
+
+    def cut(self, x: np.ndarray) -> np.ndarray:
+        """[G, P, K] as [G*B, P, K/B]."""
+        groups, rows, width = x.shape
+        return x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
 
     def damped(self) -> np.ndarray:
         """float64: H with `DAMPING`, positive definite whatever was seen."""
-        result: np.ndarray = self.sums / max(self.count, 1)
-        diagonal = np.arange(result.shape[1])
-        mean = result[:, diagonal, diagonal].mean(axis=1)
-        result[:, diagonal, diagonal] += (DAMPING * mean + (mean <= 0))[:, None]  # inputs that never change decide nothing
+        own = self.sums / max(self.count, 1)
+        result: np.ndarray = own + _ridge(own, DAMPING)
         return result
 
+    def centered(self, damping: float) -> tuple[np.ndarray, np.ndarray]:
+        """float64: H and C about the means, with `damping` added to both."""
+        z, x = self.means / max(self.count, 1)
+        own = self.sums / max(self.count, 1) - x[:, :, None] * x[:, None, :]
+        cross = self.cross / max(self.count, 1) - z[:, :, None] * x[:, None, :]
+        ridge = _ridge(own, damping)
+        return own + ridge, cross + ridge
 
-def round_weight(steps: np.ndarray, gram: Gram) -> np.ndarray:
+
+def _ridge(moments: np.ndarray, damping: float) -> np.ndarray:
+    mean = np.maximum(moments.diagonal(axis1=1, axis2=2).mean(axis=1), 0)
+    result: np.ndarray = (damping * mean + (mean <= 0))[:, None, None] * np.eye(moments.shape[1])  # inputs that never change decide nothing
+    return result
+
+
+def round_weight(steps: np.ndarray, gram: Gram, damping: float | None = None) -> np.ndarray:
     """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen; an output for which
-    that is no better than the nearest int8 gets the nearest."""
+    that is no better than the nearest int8 gets the nearest. With `damping` they first move to where they best meet the float layer."""
     outputs, blocks = len(steps), gram.blocks
-    own = gram.damped()
+    own = gram.damped() if damping is None else gram.centered(damping)[0]
     groups = len(own) // blocks
-    target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1)
+    target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1).astype(np.float64)
+    if damping is not None:
+        target = np.linalg.solve(own, (target @ gram.centered(damping)[1]).transpose(0, 2, 1)).transpose(0, 2, 1)
     order = np.argsort(-own.diagonal(axis1=1, axis2=2).mean(axis=0), kind="stable")  # inputs that matter most first
-    own, target = own[:, order][:, :, order], target[:, :, order].astype(np.float64)
+    own, target = own[:, order][:, :, order], target[:, :, order]
     nearest = target - np.clip(np.rint(target), -127, 127)
     best = least_error(target, own)
     worse = cost(best, own) >= cost(nearest, own)
@@ -129,24 +159,52 @@ def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
 
 class DataRounder:
     """Rounds layers for `correction.correct`. positions: how many output positions of each sample a Gram matrix takes in, chosen at random with
-    a fixed seed."""
+    a fixed seed. narrow: leave layers with more inputs per output alone."""
 
-    def __init__(self, positions: int) -> None:
-        self._positions = positions
+    def __init__(self, positions: int, narrow: int | None = None) -> None:
+        self._positions, self._narrow = positions, narrow
 
-    def weight(self, layer: Layer, group: Group, contexts: Sequence[Context]) -> np.ndarray | str:
-        """int8 weights for a layer that is about to run in all `contexts`, or why it keeps its own."""
+    def weight(self, layer: Layer, group: Group, fitted: Sequence[Pair], judges: Sequence[Pair]) -> np.ndarray | str:
+        """int8 weights for a layer that is about to run in all contexts, or why it keeps its own. Moments are of `fitted`; the choice is by `judges`."""
         if layer.kind == "conv2d_transpose":
             return "weights of transposed convolutions are rounded to nearest"
         weight = group.weight
         assert weight is not None
-        kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
-        gram = Gram(int(layer.attrs.get("groups", 1)), weight[0].size)
-        total = int(np.prod(layer.shape[:-1]))
+        if self._narrow is not None and weight[0].size > self._narrow:
+            return f"it has more than {self._narrow} inputs per output"
+        groups = int(layer.attrs.get("groups", 1))
+        steps = weight / (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
+        gram = Gram(groups, weight[0].size)
         random = np.random.default_rng(0)
-        for context in contexts:
-            at = np.sort(random.choice(total, min(total, self._positions), replace=False))
-            x = context.view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
-            gram.add(patches(x, layer.kind, layer.attrs, kernel, layer.shape, at))
-        scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
-        return round_weight(weight / scale, gram)
+        for pair in fitted:
+            gram.add(*self._patches(layer, group, pair, random))
+        candidates = [layer.weight, round_weight(steps, gram), *(round_weight(steps, gram, d) for d in DAMPINGS)]
+        return self._chosen(candidates, steps, groups, [self._patches(layer, group, pair, random) for pair in judges])
+
+    def _patches(self, layer: Layer, group: Group, pair: Pair, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """float32[G, P, K] each: what the layer meets at some positions of one sample, and what it would meet in the float network, in int8 steps."""
+        weight = group.weight
+        assert weight is not None
+        kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
+        total = int(np.prod(layer.shape[:-1]))
+        at = np.sort(random.choice(total, min(total, self._positions), replace=False))
+        x = pair[0].view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
+        both = x, x if pair[1] is None else pair[1].view(group.inputs[0]).reshape(x.shape) / np.float32(layer.x_scale)
+        x, z = (patches(a, layer.kind, layer.attrs, kernel, layer.shape, at) for a in both)
+        return x, z
+
+    @staticmethod
+    def _chosen(candidates: Sequence[np.ndarray], steps: np.ndarray, groups: int, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Per output channel the candidate with the least variance of its error on what was `seen`: the mean is for the bias to correct."""
+
+        def rows(w: np.ndarray) -> np.ndarray:
+            return w.reshape(groups, len(w) // groups, -1).astype(np.float32)
+
+        wanted = [z @ rows(steps).transpose(0, 2, 1) for _, z in seen]
+        errors = []
+        for candidate in candidates:
+            lost = np.concatenate([y - x @ rows(candidate).transpose(0, 2, 1) for (x, _), y in zip(seen, wanted, strict=True)], axis=1)
+            errors.append(lost.var(axis=1, dtype=np.float64).reshape(-1))
+        best = np.argmin(np.stack(errors), axis=0)
+        chosen: np.ndarray = np.stack(candidates)[best, np.arange(len(steps))]
+        return chosen

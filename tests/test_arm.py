@@ -101,7 +101,7 @@ def test_cross_compiling_by_the_public_entry(digits: Compilation, image: Values,
     library = compile(MODEL, target.triple + "+asimddp", demo_data()[0])
     assert library.manifest["target"] == "arm64-dotprod"
     assert library.manifest["digests"]["plan"] == digits.artifact.manifest["digests"]["plan"]
-    assert library.manifest["bias_correction"] == digits.artifact.manifest["bias_correction"]
+    assert library.manifest["quantization"] == digits.artifact.manifest["quantization"]
     outputs, _ = Host.build(target, folder).run(library, image, folder / "public")
     np.testing.assert_array_equal(outputs["logits"], reference["logits"])
 

@@ -58,11 +58,11 @@ def test_networks_are_found_made_or_left_out(
 
 def test_accuracy_table(script: Any) -> None:
     result = {
-        "network": "n", "target": "t", "images": 400, "float_top1": 0.9, "int8_top1": 0.895, "agreement": 0.98, "sqnr_db": 20.5,
+        "network": "n", "method": "default", "target": "t", "images": 400, "float_top1": 0.9, "int8_top1": 0.895, "agreement": 0.98, "sqnr_db": 20.5,
         "bytes": 4_000_000, "compile_seconds": 12.3, "compile_peak_mb": 500.0, "float_ops": 1, "worst_layers": [], "passed": True,
     }  # fmt: skip
     row = script("accuracy").table([result]).splitlines()[-1].split()
-    assert row == ["n", "400", "90.00", "%", "89.50", "%", "98.00", "%", "20.50", "4.00", "MB", "12.3", "500", "1"]
+    assert row == ["n", "default", "400", "90.00", "%", "89.50", "%", "98.00", "%", "20.50", "4.00", "MB", "12.3", "500", "1"]
 
 
 def test_light_graphs_get_weights_that_keep_activations_alive(script: Any, tmp_path: Path) -> None:

@@ -98,12 +98,14 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_compile_passes_every_option_on(calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "compile m.onnx --target x86-avx2 --calibration c.npz --output m.so --input-shape a:0=1,3,8,8 --input-shape b=4"
     words += " --preprocess p.yaml --tuning-log logs --preset accurate --dump-dir dump --keep-float a --keep-float b"
+    words += " --enable shift --disable ranges --disable equalize"
     assert main(words.split()) == 0
     (_, args, kwargs) = calls[0]
     assert args == ("m.onnx",)
     assert kwargs == {
         "target": "x86-avx2", "calibration": "c.npz", "input_shapes": {"a:0": (1, 3, 8, 8), "b": (4,)}, "preprocess": "p.yaml",
-        "tuning_log": "logs", "preset": "accurate", "keep_float": ["a", "b"], "dump_dir": "dump", "progress": None,
+        "tuning_log": "logs", "preset": "accurate", "enable": ["shift"], "disable": ["ranges", "equalize"], "keep_float": ["a", "b"],
+        "dump_dir": "dump", "progress": None,
     }  # fmt: skip
     out, err = capsys.readouterr()
     assert (tmp_path / "m.so").read_bytes() == b"library"

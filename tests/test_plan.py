@@ -24,8 +24,9 @@ from qcompiler.observers import relative_error
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.plan import PRESETS, choose_params, decide, named_groups, observed_ids
+from qcompiler.plan import choose_params, decide, named_groups, observed_ids
 from qcompiler.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
+from qcompiler.recipes import PRESETS, recipe
 from qcompiler.spec import QParams
 from qcompiler.targets import find_target
 from qcompiler.weights import RATIOS, choose_scales, quantize_weight, squared_errors
@@ -71,7 +72,7 @@ def test_presets_choose_the_least_error_of_their_observers(preset: str) -> None:
     module, table = residual_table()
     plan = decide(module, table, TARGET, preset)
     chosen = {v: e for v, e in plan.edges.items() if isinstance(e, Quantized) and isinstance(e.params, QParams)}
-    assert chosen and all(e.observer in PRESETS[preset] for e in chosen.values())
+    assert chosen and all(e.observer in recipe(preset).observers for e in chosen.values())
     for value in ("image", "stem_r", "h2" if "h2" in chosen else "swish"):
         histogram = table.values[value].histogram
         floor = relative_error(histogram, QParams.from_range(histogram.low, histogram.high))
@@ -85,10 +86,10 @@ def test_a_clipping_observer_must_earn_its_place() -> None:
     for array, histogram in ((rng.standard_t(3, 100_000), tail), (rng.uniform(-1, 1, 100_000), flat)):
         array = array.astype(np.float32)
         histogram.add(array, float(array.min()), float(array.max()), float(np.square(array, dtype=np.float64).sum()))
-    assert choose_params(tail, PRESETS["default"])[1] != "min-max"
-    assert choose_params(flat, PRESETS["default"])[1] == "min-max"
-    assert choose_params(tail, PRESETS["fast"])[1] == "min-max"
-    assert choose_params(tail, PRESETS["default"])[2] > choose_params(tail, PRESETS["fast"])[2]
+    assert choose_params(tail, recipe("default").observers)[1] != "min-max"
+    assert choose_params(flat, recipe("default").observers)[1] == "min-max"
+    assert choose_params(tail, recipe("fast").observers)[1] == "min-max"
+    assert choose_params(tail, recipe("default").observers)[2] > choose_params(tail, recipe("fast").observers)[2]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_bad_weights_are_dropped() -> None:
     _, integer, means, samples = quantized()
 
     class Opposite:
-        def weight(self, layer: Any, group: Any, contexts: Any) -> np.ndarray:
+        def weight(self, layer: Any, group: Any, fitted: Any, judges: Any) -> np.ndarray:
             flipped: np.ndarray = -np.maximum(layer.weight, -127)
             return flipped
 
@@ -127,3 +127,32 @@ def test_bad_weights_are_dropped() -> None:
     assert not result.kept and result.after < result.before
     for layer in integer_layers(integer):
         np.testing.assert_array_equal(stepper.weights.get(layer.id, layer.weight), layer.weight)
+
+
+def test_weights_make_up_for_what_earlier_layers_lost() -> None:
+    """The int8 network's inputs are a damped, noisy version of the float ones: weights fitted to the float layer's output beat rounding to nearest."""
+    rng = np.random.default_rng(4)
+    z = correlated(rng, 1, 3000, 16)
+    x = (0.9 * z + rng.standard_normal(z.shape) * 3).astype(np.float32)
+    x[..., 3] *= 0.5
+    steps = rng.uniform(-60, 60, (6, 16))
+    gram = Gram(1, 16)
+    gram.add(x[:, :2000], z[:, :2000])
+
+    def noise(w: np.ndarray) -> np.ndarray:
+        lost: np.ndarray = z[0, 2000:] @ steps.T - x[0, 2000:] @ w.astype(np.float64).T
+        return lost.var(axis=0)
+
+    moved = round_weight(steps, gram, 0.01)
+    assert (noise(moved) < 0.5 * noise(np.rint(steps))).all()
+    chosen = DataRounder._chosen([np.rint(steps).astype(np.int8), moved], steps, 1, [(x[:, 2000:], z[:, 2000:])])
+    np.testing.assert_array_equal(chosen, moved)
+    unmoved = DataRounder._chosen([np.rint(steps).astype(np.int8), moved], steps, 1, [(z[:, 2000:], z[:, 2000:])])
+    np.testing.assert_array_equal(unmoved, np.rint(steps))
+
+
+def test_narrow_rounding_leaves_wide_layers_alone() -> None:
+    _, integer, means, samples = quantized()
+    result = correct(integer, WeightStepper(integer), means, samples, rounder=DataRounder(64, narrow=27))
+    wide = {layer.id for layer in integer_layers(integer) if layer.weight[0].size > 27}
+    assert wide and wide <= set(result.skipped) and not wide & set(result.weights)

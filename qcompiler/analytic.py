@@ -1,0 +1,53 @@
+"""Analytic bias correction: what rounding the weights does to a layer's mean, from the float network's means alone.
+
+    bias[o] += sum over taps and channels of (w[o, tap, c] - w8[o, tap, c]) * E[x[c]] * covered[tap]
+
+where covered is the fraction of output positions at which the tap meets the image (Nagel et al. 2019, arXiv:1906.04721, section 4.2, with measured
+means in the place of those that batch normalization implies). The int8 network need not run. What activations lose is not seen here; the
+sequential correction (`correction.py`) sees it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+
+from qcompiler.calibration import CalibrationTable
+from qcompiler.correction import pre_activation, reach
+from qcompiler.passes.graph import Graph, shape_of
+from qcompiler.passes.groups import Group, find_groups
+from qcompiler.quant_plan import QuantPlan
+
+_KINDS = ("conv2d", "dense")
+
+
+def mean_of_rounding(module: tvm.IRModule, plan: QuantPlan, table: CalibrationTable) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{group id: (its float32 weight, corrected bias float64[O])} of every 8-bit convolution and dense group whose input has statistics."""
+    graph = Graph.of(module)
+    shapes = {str(p.name): shape_of(p) for p in graph.inputs} | {n: shape_of(e) for n, e in graph.bindings if hasattr(e.ty, "shape")}
+    corrected = {}
+    for group in find_groups(module):
+        if group.kind not in _KINDS or group.id not in plan.scales or group.weight is None or group.inputs[0] not in table.values:
+            continue
+        mean = table.values[group.inputs[0]].channel_mean
+        if len(mean) != shapes[group.inputs[0]][-1]:
+            continue
+        rounded, scale = plan.weight(group.id)
+        lost = group.weight - rounded * scale.reshape(-1, *[1] * (group.weight.ndim - 1))
+        covered = _coverage(group, shapes[group.inputs[0]])
+        shift = pre_activation(lost, (covered[:, :, None] * mean)[None], int(group.attrs.get("groups", 1)))[0]
+        corrected[group.id] = group.weight, shift + (0.0 if group.bias is None else group.bias)
+    return corrected
+
+
+def _coverage(group: Group, shape: tuple[int, ...]) -> np.ndarray:
+    """float64[KH, KW]: per tap, the fraction of output positions at which it lies inside the image."""
+    if group.kind == "dense":
+        return np.ones((1, 1))
+    assert group.weight is not None
+    rows, columns = (
+        reach(shape[1 + a], group.shape[1 + a], group.weight.shape[1 + a], group.attrs["strides"][a], group.attrs["padding"][a], group.attrs["dilation"][a])
+        .sum(axis=1, dtype=np.float64) / group.shape[1 + a]
+        for a in (0, 1)
+    )
+    return np.outer(rows, columns)

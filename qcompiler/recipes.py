@@ -1,0 +1,69 @@
+"""Recipes: which steps a quantization takes, and how much each spends. A preset is a recipe with a name; steps are switched on and off one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qcompiler.errors import PlanError, closest
+from qcompiler.weights import RATIOS
+
+STEPS = {
+    "equalize": "scale channels against each other so that they share an 8-bit scale with less loss",
+    "shift": "center channels around zero where biases can take the shift back (with equalize)",
+    "ranges": "let observers compete for the range of every value; off: everything seen",
+    "clip-weights": "try clipped weight scales; off: the largest weight of a channel",
+    "analytic-bias": "undo what rounded weights do to the mean of every channel, by the float network's means",
+    "correct-bias": "undo the mean shift of every channel on calibration samples",
+    "round-narrow": "round the weights of layers with few inputs per output (depthwise) for the data",
+    "round-all": "round the weights of all layers for the data",
+}
+"""Every step by name, in order of execution."""
+
+_DEFAULT = frozenset(STEPS) - {"round-all"}
+PRESETS = {"fast": frozenset({"analytic-bias"}), "default": _DEFAULT, "accurate": frozenset(STEPS)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """samples: how many calibration samples correction and rounding look at. positions: of each sample's outputs, how many decide a rounding."""
+
+    preset: str
+    steps: frozenset[str]
+    samples: int
+    positions: int
+
+    @property
+    def observers(self) -> tuple[str, ...]:
+        from qcompiler.observers import OBSERVERS  # not above: it needs TVM, and the command line reads the names of steps
+
+        return tuple(OBSERVERS) if "ranges" in self.steps else ("min-max",)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Candidate weight scales (`weights.RATIOS`)."""
+        return RATIOS["accurate" if self.preset == "accurate" else "default"] if "clip-weights" in self.steps else RATIOS["fast"]
+
+    @property
+    def optimizes(self) -> bool:
+        """Does it look at samples again after the plan?"""
+        return not self.steps.isdisjoint({"correct-bias", "round-narrow", "round-all"})
+
+
+_SAMPLES = {"fast": 32, "default": 32, "accurate": 64}
+_POSITIONS = {"fast": 128, "default": 256, "accurate": 512}
+
+
+def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable: Iterable[str] = ()) -> Recipe:
+    """The recipe of a preset with steps switched on and off. Raises PlanError for an unknown preset or step, or one both on and off."""
+    if isinstance(preset, Recipe):
+        return preset
+    if preset not in PRESETS:
+        raise PlanError(f"unknown preset '{preset}'.{closest(preset, list(PRESETS))} Known: {', '.join(PRESETS)}")
+    on, off = list(enable), list(disable)
+    for step in [*on, *off]:
+        if step not in STEPS:
+            raise PlanError(f"unknown step '{step}'.{closest(step, list(STEPS))} Known: {', '.join(STEPS)}")
+    if both := sorted(set(on) & set(off)):
+        raise PlanError(f"step '{both[0]}' is both enabled and disabled; leave one out")
+    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset])
