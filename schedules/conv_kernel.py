@@ -20,6 +20,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.schedules.builder import aligned_frame
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, sorts_steps, split_blocks
 from qcompiler.schedules.conv_steps import step_classes, step_offsets, table_pitch, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
@@ -49,11 +50,11 @@ class Parameters:
     """The constant with what layers of equal code differ in, as int32 words: vectors, which serve as memory operands, then scalars.
 
     Vectors: the offset added before the 8-bit saturation (int16 lanes), the clamp's low and high in storage (byte lanes). Scalars: the
-    residual's multiplier and constant (int32), its 2^-shift, and the bounds of a float output (float32).
+    residual's multiplier and constant (int32), its 2^-shift, and the bounds of a float output (float32); then two zeros.
     """
 
     def __init__(self, isa: Isa) -> None:
-        self.isa = isa
+        self.isa, self.zero = isa, 3 * isa.lanes + 5
 
     def array(
         self,
@@ -63,11 +64,11 @@ class Parameters:
     ) -> np.ndarray:
         n, (offset, low, high), (multiplier, constant, scale) = self.isa.bytes, clamp, residual
         vectors: list[np.ndarray] = [np.full(n // 2, offset, np.int16), np.full(n, low & 255, np.uint8), np.full(n, high & 255, np.uint8)]
-        scalars: list[np.ndarray] = [np.array([multiplier, constant], np.int32), np.array([scale, *bounds], np.float32)]
+        scalars: list[np.ndarray] = [np.array([multiplier, constant], np.int32), np.array([scale, *bounds], np.float32), np.zeros(2, np.int32)]
         return np.concatenate([v.view(np.int32) for v in vectors + scalars])
 
     def declare(self, pointer: Any) -> None:
-        size = 4 * (3 * self.isa.lanes + 5)
+        size = 4 * (self.zero + 2)
         types = ("int32", "float32", "int16", "uint8", "int8")
         self.views = {t: T.decl_buffer((size // np.dtype(t).itemsize,), t, data=pointer) for t in types}
 
@@ -144,8 +145,13 @@ class ConvKernel:
                 self.out = T.decl_buffer((g.out.elements,), g.out.dtype, data=pointers["out"])
                 if self.scratch:
                     self.sums = T.decl_buffer((self.tasks * self.scratch // 4,), isa.accumulator, data=pointers["scratch"])
-                self.task(task)
+                self.task(self.framed(task) if len(isa.forms) > 1 else task)  # tiles may be larger than the registers
         return builder.get()
+
+    def framed(self, task: Any) -> Any:
+        """The task's number, at the start of a kernel that spills vectors."""
+        words, at = self.params.views["int32"], self.params.zero
+        return aligned_frame(task, self.isa.lanes, words[at], words[at + 1])
 
     def task(self, task: Any) -> None:
         pixel_task, channel_task = (task % self.pixel_tasks, task // self.pixel_tasks) if self.tasks > 1 else (0, 0)

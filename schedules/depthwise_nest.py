@@ -8,9 +8,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.builder import Emitter, loops
+from qcompiler.schedules.builder import Emitter, aligned_frame, loops
 from qcompiler.schedules.depthwise_plan import Geometry, Pair, Tasks
-from qcompiler.schedules.isa import load, save, shuffle
+from qcompiler.schedules.isa import load, save
 from qcompiler.schedules.table import Layout, OpCall
 
 
@@ -42,7 +42,7 @@ class DepthwiseNest(ABC):
         self.k = k
         self.prepare()
         t = self.tasks
-        task = aligned_frame(k, k.task)
+        task = aligned_frame(k.task, k.width // 4, k.i32(0), k.i32(0))
         chunk = T.bind(T.floormod(task, t.channel_chunks))
         rest = T.bind(T.floordiv(task, t.channel_chunks))
         image = T.bind(T.floordiv(rest, t.row_chunks))
@@ -97,19 +97,6 @@ class DepthwiseNest(ABC):
             save(whole, 0, value, width)
             with T.serial(0, count) as c:
                 T.buffer_store(self.k.output, whole[c], [index + first + c])
-
-
-def aligned_frame(k: Emitter, value: Any) -> Any:
-    """`value` (int32), handed through a vector on the stack, so that LLVM aligns the frame to vectors.
-
-    LLVM spills vectors to aligned slots only in functions that had an aligned stack variable before register allocation (it reserves a frame
-    pointer then). Without one, every reload of a 64-byte spill straddles two cache lines, which costs 5x5 kernels a quarter of their speed. Two
-    indices that LLVM can't know to be equal keep the variable alive.
-    """
-    lanes = k.width // 4
-    slot = T.alloc_buffer((2,), f"int32x{lanes}")
-    T.buffer_store(slot, T.broadcast(value, lanes), [k.i32(0)])
-    return T.bind(shuffle([slot[k.i32(0)]], [0]))
 
 
 def _part(index: Any, parts: int, extent: int) -> tuple[Any, Any]:
