@@ -45,6 +45,7 @@ class Candidate:
     copies: int
     stride: int
     pointers: list[Any] = field(default_factory=list)
+    scratch: np.ndarray | None = None  # what `pointers` hold: the bench's, until a later candidate needs a larger one
 
 
 @dataclass
@@ -104,13 +105,14 @@ class Bench:
         made = Candidate(kernel, library["serial"], library["parallel"] if kernel.tasks > 1 else None, _aligned(copies * stride + 64), copies, stride)
         if self.scratch.nbytes < kernel.scratch:
             self.scratch = _aligned(kernel.scratch)
+        made.scratch = self.scratch
         _fill(made, kernel)
         made.pointers = self.pointers(made, self.cases[0].inputs)
         return made
 
     def pointers(self, candidate: Candidate, inputs: Sequence[np.ndarray]) -> list[Any]:
-        arrays = [*inputs, candidate.constants, self.raw[GUARD:], *([self.scratch] if candidate.kernel.scratch else [])]
-        return [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+        arrays = [*inputs, candidate.constants, self.raw[GUARD:], *([candidate.scratch] if candidate.kernel.scratch else [])]
+        return [ctypes.c_void_p(a.ctypes.data) for a in arrays if a is not None]
 
     def check(self, candidate: Candidate, params: Mapping[str, Any]) -> None:
         """Raises WrongResult."""

@@ -14,6 +14,7 @@ from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, select
 from qcompiler.schedules.winograd import CHANNELS, INPUT, OUTPUT, WEIGHT, WinogradRow
 from qcompiler.targets import Target
+from qcompiler.tuning_bench import Bench
 
 pytestmark = runs_here
 schedules.load(HOST)
@@ -143,3 +144,16 @@ def test_it_is_chosen_and_multiplies_in_pairs() -> None:
     kernel = ROW.build(op, ROW.default(op, HOST), HOST)
     assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 3), target=tvm.target.Target(HOST.tvm)).inspect_source("asm")
     assert "vpmaddwd" in assembly and "vpmaddubsw" not in assembly
+
+
+def test_a_candidate_of_the_tuner_keeps_its_scratch_when_another_needs_more() -> None:
+    op, _ = operator((1, 16, 16, 32), 64)
+    op.operands[0] = Layout((1, 16, 16, 32), "uint8", ROW.needs(op, HOST)[0].halo)
+    bench = Bench(ROW, op, HOST, 1)
+    larger = bench.build(ROW.default(op, HOST) | {"channel_tasks": 4})
+    assert larger.kernel.scratch > bench.default.kernel.scratch
+    for candidate in (bench.default, larger):
+        assert candidate.scratch is not None and candidate.scratch.nbytes >= candidate.kernel.scratch
+        assert candidate.pointers[-1].value == candidate.scratch.ctypes.data
+    bench.check(larger, {**ROW.default(op, HOST), "channel_tasks": 4})
+    assert np.isfinite(bench.race([bench.default, larger], 2, 1)).all()
