@@ -69,6 +69,7 @@ class X86(Isa):
     def missing(self, groups: np.ndarray) -> np.ndarray:
         if self.kind != "signs":
             return super().missing(groups)
+        assert groups.min(initial=0) >= -127, "weights lie in [-127, 127]: 2 * 128 * 128 would saturate"
         w = groups.astype(np.int64)  # sum(u w) = sum(q w) + 128 sum(w), and sum(q w) = what is computed - sum(w < 0)
         return np.asarray(128 * w.sum(-1) - np.minimum(w, 0).sum(-1))
 
