@@ -82,11 +82,6 @@ def test_digits_on_arm_equal_the_reference(name: str, digits: Compilation, image
     assert rows <= set(target.rows) and name in rows, "convolutions must not fall back on portable kernels"
 
 
-@pytest.mark.parametrize("name", [n for n in X86 if not missing_features(find_target(n))])
-def test_digits_on_x86_equal_the_reference(name: str, digits: Compilation, image: Values, reference: Values, folder: Path) -> None:
-    assert assert_same(traced(artifact_for(digits, name), image, folder / name), reference, name) >= 10
-
-
 def test_one_calibration_gives_one_plan_for_every_target(digits: Compilation) -> None:
     stages = digits.quantized
     digests = {name: decide(stages.model, stages.measured.table, target, "default").digest for name, target in load_targets().items()}

@@ -140,7 +140,7 @@ class TileKernel(ConvKernel):
 
     @property
     def vector_weights(self) -> int:
-        return Chunks.of(self.g).total * Chunks.of(self.g).size * ROWS
+        return self.chunks.total * self.chunks.size * ROWS
 
     def task(self, task: Any) -> None:
         """The configuration (palette 1: eight tiles) lasts for the task, so tasks of different kernels may share a thread."""
