@@ -10,8 +10,8 @@ values:
     data movement and max_pool2d:  the operator alone
     quantize, dequantize:  in QDQ modules; group boundaries
 
-Edges inside a group have one use and are not network outputs. Every binding belongs to exactly one group; `float` groups hold what has no
-int8 form.
+Edges inside a group have one use, are not network outputs, and are not rounded to 8 bits by the model file (`trained.py`). Every binding belongs to
+exactly one group; `float` groups hold what has no int8 form.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tvm import relax
 from qcompiler.passes.constants import Constant, constant_of, kernel_form
 from qcompiler.passes.graph import Graph, arguments, dtype_of, plain, relax_op, shape_of
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
+from qcompiler.passes.trained import Trained
 from qcompiler.passes.unary import Unary, clamp, elementwise, join_clamps
 
 ACCUMULATING = ("conv2d", "conv2d_transpose", "dense", "matmul")  # may hand out float32 straight from the accumulator
@@ -78,6 +79,7 @@ class _Finder:
         self.values = graph.values()
         self.order = {name: i for i, (name, _) in enumerate(graph.bindings)}
         self.uses = graph.consumers()
+        self.trained = Trained.of(graph.attrs)
         self.claimed: set[str] = set()
         self.groups: list[Group] = []
 
@@ -95,7 +97,13 @@ class _Finder:
         for name, expr in self.graph.bindings:  # constants that only float operators read
             if name not in self.claimed:
                 self.claim(Group("float", name, (name,), (), shape_of(expr), reason="a constant"))
-        return sorted(self.groups, key=lambda g: self.order[g.id])
+        return [self.exact_bias(g) for g in sorted(self.groups, key=lambda g: self.order[g.id])]
+
+    def exact_bias(self, group: Group) -> Group:
+        """The bias that the model file states as integers: float32 constants hold 24 bits of them."""
+        stated = next((self.trained.biases[m] for m in group.members if m in self.trained.biases), None)
+        fits = stated is not None and group.bias is not None and np.allclose(stated, group.bias, rtol=1e-6, atol=0)
+        return replace(group, bias=stated) if fits else group
 
     def claim(self, group: Group | None) -> None:
         if group is not None:
@@ -112,9 +120,9 @@ class _Finder:
         return tuple(sorted({n for n in names if n not in self.claimed}, key=lambda n: self.order[n]))
 
     def only_consumer(self, name: str) -> str | None:
-        """The one binding that reads `name`, once; None for values read more often, network outputs, and claimed consumers."""
+        """The one binding that reads `name`, once; None for values read more often or rounded, network outputs, and claimed consumers."""
         uses = self.uses[name]
-        return uses[0] if len(uses) == 1 and uses[0] != "<output>" and uses[0] not in self.claimed else None
+        return uses[0] if len(uses) == 1 and uses[0] != "<output>" and uses[0] not in self.claimed and name not in self.trained.values else None
 
     # -- convolutions, dense ------------------------------------------------------------------------------------------------------------
 
@@ -226,6 +234,7 @@ class _Finder:
         if (
             name not in self.values
             or name in self.claimed
+            or name in self.trained.values
             or elementwise(self.values[name]) is None
             or shape_of(self.values[name]) != shape
         ):

@@ -47,6 +47,9 @@ class Plan(Protocol):
     def weight(self, group_id: str) -> tuple[np.ndarray, np.ndarray]:
         """int8 weights as `Group.weight` has them, and their float64 scales [O]."""
 
+    def constant(self, group_id: str) -> QParams | None:
+        """How the constant operand of an elementwise group is stored; None: by its own range."""
+
     def reason(self, group_id: str) -> str | None:
         """Why a group stays float; None when it shall be int8."""
 
@@ -124,7 +127,7 @@ class _Inserter:
             x = self.params(group.inputs[0], group)
             bound = conv_accumulator_bound(weight.value, quantized_bias(group.bias, x.scale, weight.scale), x.zero_point)
         elif group.weight is not None:
-            self.weights[group.id] = _elementwise_constant(group.weight)
+            self.weights[group.id] = _elementwise_constant(group.weight, self.plan.constant(group.id))
             return None
         elif group.kind == "matmul":
             bound = 255 * 255 * self.shape(group.inputs[0])[-1]
@@ -210,8 +213,8 @@ def _unsummable(group: Group, operands: list[QParams], output: QParams) -> str |
     return None
 
 
-def _elementwise_constant(value: np.ndarray) -> _Weight:
-    params = QParams.from_range(float(value.min()), float(value.max()))
+def _elementwise_constant(value: np.ndarray, params: QParams | None) -> _Weight:
+    params = params or QParams.from_range(float(value.min()), float(value.max()))
     return _Weight(params.quantize(value), np.array([params.scale]), params.zero_point)
 
 

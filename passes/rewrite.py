@@ -16,6 +16,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const_value, dtype_of, is_const, shape_of, substitute
+from qcompiler.passes.trained import Trained
 
 
 class Rewrite:
@@ -28,6 +29,7 @@ class Rewrite:
         self.uses = self.graph.consumers()
         self.old = self.graph.values()
         self.order = {name: i for i, (name, _) in enumerate(self.graph.bindings)}
+        self.trained = Trained.of(self.graph.attrs).values
         self.values: dict[str, Any] = {}
         self.env: dict[str, Any] = {str(p.name): self.builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in self.graph.inputs}
 
@@ -60,8 +62,9 @@ class Rewrite:
         return self.values.get(str(expr.name)) if isinstance(expr, relax.Var) else None
 
     def single_use(self, expr: Any) -> bool:
-        """Is `expr` a variable that one binding reads once, and that is no output of the network?"""
-        uses = self.uses.get(str(expr.name), []) if isinstance(expr, relax.Var) else []
+        """May the value of variable `expr` vanish into its reader: one binding reads it once, and it is neither an output of the network nor a value that
+        the model file rounds to 8 bits?"""
+        uses = self.uses.get(str(expr.name), []) if isinstance(expr, relax.Var) and str(expr.name) not in self.trained else []
         return len(uses) == 1 and uses[0] != "<output>"
 
     def done(self) -> tvm.IRModule:

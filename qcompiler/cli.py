@@ -84,7 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)"
     )
-    p.add_argument("--calibration", metavar="DATA", help=f"typical inputs, 100 are usually enough (not with --weights): {DATA_HELP}")
+    p.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help=f"typical inputs, 100 are usually enough (not with --weights, nor needed for a model that states its own ranges): {DATA_HELP}",
+    )
     p.add_argument("--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
     p.add_argument(
         "--input-shape",
@@ -224,8 +228,6 @@ def _compile(options: argparse.Namespace) -> int:
     from qcompiler.tables import mixed_text, size
     from qcompiler.weight_only import heading
 
-    if options.calibration is None and options.weights is None:
-        raise DataError("--calibration DATA is needed, but for --weights: the range of every value is measured on typical inputs")
     output = check_writable(options.output)
     shapes = dict(options.input_shape)
     with terminal_progress() as progress:

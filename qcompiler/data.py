@@ -145,6 +145,19 @@ class CheckedSamples:
             raise DataError("the data is empty: at least one sample is needed")
 
 
+class _NoSamples:
+    """For a model that needs no data."""
+
+    names: Sequence[str] = ()
+    count: int | None = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(())
+
+
+NO_SAMPLES = _NoSamples()
+
+
 @dataclass(frozen=True)
 class _Column:
     """One array file, read `rows` rows at a time; a `shape`d sample each."""

@@ -26,6 +26,7 @@ from qcompiler.correction import integer_layers
 from qcompiler.errors import ModelError
 from qcompiler.files import check_writable, replacing
 from qcompiler.importers.onnx_file import default_opset, read
+from qcompiler.importers.qdq import take_out
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.pipeline import Compilation, Options, compile_stages
@@ -68,7 +69,7 @@ def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
 
 
 def _source(path: Path) -> onnx.ModelProto:
-    model, _ = read(path)
+    model, _ = take_out(read(path)[0])
     kinds = {t.data_type for t in model.graph.initializer} | {i.type.tensor_type.elem_type for i in model.graph.input}
     for kind in sorted(kinds & _INEXACT):
         raise ModelError(

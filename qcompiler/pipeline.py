@@ -22,7 +22,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.calibration import CalibrationTable, calibrate
 from qcompiler.codegen import object_code
 from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
-from qcompiler.data import Samples, open_samples
+from qcompiler.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.debug import Dumper
 from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.errors import DataError, PlanError, closest
@@ -34,6 +34,7 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
+from qcompiler.passes.trained import Trained
 from qcompiler.plan import decide, named_groups, observed_ids
 from qcompiler.progress import Progress
 from qcompiler.quant_plan import Quantized as QuantizedEdge
@@ -116,16 +117,22 @@ def session_of(artifact: Artifact) -> Iterator[Session]:
 
 @dataclass
 class Measured:
-    """The float network with its native code, and its statistics: what every plan is made from."""
+    """The float network with its native code (made when it is wanted), and its statistics: what every plan is made from."""
 
     model: FloatModel
-    twin: Built
+    built: Built | None
     samples: Samples
     table: CalibrationTable
     means: FloatMeans
     recipe: Recipe
     equalization: Equalization
     warnings: list[str]
+
+    @property
+    def twin(self) -> Built:
+        """The float network's code for this machine."""
+        self.built = self.built or float_twin(self.model, None)
+        return self.built
 
 
 @dataclass
@@ -166,10 +173,19 @@ class Compilation:
         return self.built.program
 
 
+def float_twin(model: FloatModel, progress: Progress | None) -> Built:
+    return build(select_float(model.module), find_target("native"), "generate float code", progress=progress)
+
+
 def measure(model: FloatModel, samples: Samples, recipe: Recipe, dump: Dumper, progress: Progress | None) -> Measured:
-    """Run the float network, on this machine whatever the target, over all samples; the result's network is the equalized one."""
-    twin = build(select_float(model.module), find_target("native"), "generate float code", progress=progress)
+    """Run the float network, on this machine whatever the target, over all samples; the result's network is the equalized one.
+
+    Without any samples (a model that states its own ranges) nothing is run.
+    """
     equalization = Equalization()
+    if samples.count == 0:
+        return Measured(model, None, samples, CalibrationTable(), FloatMeans(model.module, 0), recipe, equalization, [])
+    twin = float_twin(model, progress)
     with session_of(twin.link()) as session:
         if "equalize" in recipe.steps:
             model, equalization = equalized(model, twin, session, samples, recipe, progress)
@@ -214,12 +230,16 @@ def planned(measured: Measured, target: Target, keep_float: Mapping[str, str], d
 def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, Recipe, dict[str, str]]:
     """The model, its calibration samples, the recipe, and the groups that shall stay float, with the reason. Arguments as `compile`."""
     chosen = recipe(options.get("preset", "default"), options.get("enable", ()), options.get("disable", ()))
-    if calibration is None:
-        raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     float_model = load(Path(model), options.get("input_shapes"))
     dump("float", float_model.module)
+    trained = Trained.of(Graph.of(float_model.module).attrs)
+    if trained:
+        chosen = chosen.without_changes()
+    if calibration is None and not trained:
+        raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
-    return float_model, open_samples(calibration, float_model.inputs, options.get("preprocess")), chosen, kept
+    samples = NO_SAMPLES if calibration is None else open_samples(calibration, float_model.inputs, options.get("preprocess"))
+    return float_model, samples, chosen, kept
 
 
 def quantize(
@@ -257,6 +277,8 @@ def compile_stages(
             raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement or max_accuracy_drop too")
     float_model, samples, chosen, kept = opened(model, calibration, dump, options)
     if goal:
+        if samples.count == 0:
+            raise DataError("calibration data is needed for an accuracy target: it is measured on them")
         from qcompiler.accuracy_target import compile_to
 
         return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, chosen, kept, dump, progress)
@@ -330,7 +352,8 @@ def compile(model: str | os.PathLike[str], target: str = "native", calibration: 
     """Compile a float ONNX network into an int8 library for `target`.
 
     model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.data.open_samples`
-    takes them (a path, or an iterable of {input name: array with the model's shape}). options: see `Options`.
+    takes them (a path, or an iterable of {input name: array with the model's shape}); not needed for a model that states all its ranges itself
+    (ONNX with QuantizeLinear and DequantizeLinear, from quantization-aware training say). options: see `Options`.
 
     Raises a QCompilerError for anything a user can mend: the model, the data, the target.
     """

@@ -6,6 +6,8 @@
 2. So does what only carries float values on to float operators or outputs: the last convolution or dense layer hands its int32 accumulator
    out as float32, and reshapes, concatenations and small activations behind it stay float too.
 3. So do light operators whose operands are all float32 anyway.
+
+A value that the model file itself rounds to 8 bits is stored so, unless its operator has no int8 form.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tvm
 from qcompiler import schedules
 from qcompiler.passes.graph import Graph, dtype_of
 from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
+from qcompiler.passes.trained import Trained
 from qcompiler.schedules.table import KERNELS
 from qcompiler.targets import Target
 
@@ -47,7 +50,8 @@ class Placer:
         schedules.load(target)
         self.groups = find_groups(module)
         self.made_by = {g.id: g for g in self.groups}
-        inputs = Graph.of(module).inputs
+        graph = Graph.of(module)
+        inputs, self._trained = graph.inputs, Trained.of(graph.attrs).values
         self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in inputs), *self.made_by]}
         for group in self.groups:
             for value in dict.fromkeys(operands(group)):
@@ -60,7 +64,7 @@ class Placer:
         reasons = {g.id: self._impossible.get(g.id) or keep_float[g.id] for g in self.groups if g.id in self._impossible or g.id in keep_float}
         wanted: set[str] = set()  # values that only float operators, outputs, and what carries them there, read
         for value in reversed(self.readers):
-            if all(g.id in reasons or (g.id in wanted and _carries(g)) for g in self.readers[value]):
+            if value not in self._trained and all(g.id in reasons or (g.id in wanted and _carries(g)) for g in self.readers[value]):
                 wanted.add(value)
         floating = {value for value, dtype in self._dtypes.items() if value in wanted or dtype != "float32"}  # values at hand in float
         for group in self.groups:
@@ -78,7 +82,7 @@ class Placer:
     def _is_stored(self, value: str, reasons: Mapping[str, str]) -> bool:
         """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
         maker = self.made_by.get(value)
-        made = maker is not None and maker.id not in reasons and maker.kind not in ACCUMULATING
+        made = maker is not None and maker.id not in reasons and (maker.kind not in ACCUMULATING or value in self._trained)
         return made or any(g.id not in reasons for g in self.readers[value])
 
 

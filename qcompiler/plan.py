@@ -5,9 +5,12 @@
 1. `placement.py` decides which operators stay float, and which values are stored in 8 bits.
 2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands
    of a concatenation.
-3. A class takes fixed parameters where an operator's range is known in advance (sigmoid, tanh, softmax), else, of all ranges that
-   observers propose, the one with the least estimated error, relative to each sample's power, on the histogram of the class.
-4. Weights are int8 per output channel, with the clipping that costs least (`weights.py`).
+3. A class takes the parameters that the model file states (quantization-aware training), fixed ones where an operator's range is known
+   in advance (sigmoid, tanh, softmax), else, of all ranges that observers propose, the one with the least estimated error, relative to
+   each sample's power, on the histogram of the class.
+4. Weights are int8 per output channel, with the file's scales, or else with the clipping that costs least (`weights.py`).
+
+Without calibration data (an empty table) every class must have parameters by 3.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 
 from qcompiler.calibration import CalibrationTable
@@ -24,6 +28,7 @@ from qcompiler.histogram import Histogram
 from qcompiler.observers import OBSERVERS, relative_error
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
+from qcompiler.passes.trained import Trained
 from qcompiler.placement import Placer, operands
 from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Quantized, QuantPlan, Shared
 from qcompiler.recipes import Recipe, recipe
@@ -108,7 +113,9 @@ def _clipping(histogram: Histogram, params: QParams) -> str:
 class _Planner:
     def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, recipe: Recipe, keep_float: Mapping[str, str]) -> None:
         self.table = table
-        self.exprs = Graph.of(module).values()
+        graph = Graph.of(module)
+        self.exprs, self.trained = graph.values(), Trained.of(graph.attrs)
+        self.missing: list[str] = []  # values that have neither statistics nor parameters of their own
         self.placer = Placer(module, target)
         self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
         self.keep_float = keep_float
@@ -132,11 +139,30 @@ class _Planner:
         for group in self.groups:
             if group.kind in _WEIGHTED and group.id not in self.plan.reasons:
                 assert group.weight is not None
-                x = self.plan.params(group.inputs[0])
-                scales = choose_scales(group.weight, self.recipe.ratios, group.bias, None if x is None else x.scale)
-                self.plan.scales[group.id], self.plan.weights[group.id] = scales.scale, group.weight
+                self.plan.scales[group.id], self.plan.weights[group.id] = self.weight_scales(group), group.weight
+            elif group.weight is not None and group.id not in self.plan.reasons:
+                found = next((self.trained.constants[m] for m in group.members if m in self.trained.constants), None)
+                if found is not None:
+                    self.plan.constants[group.id] = found
+        if self.missing:
+            names = ", ".join(f"'{v}'" for v in self.missing[:5]) + (f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else "")
+            raise PlanError(f"calibration data is needed: the model file states no ranges for {names}; give typical inputs")
+        self.plan.notes += self.trained.notes
         self.plan.validate(self.groups, [v for v in self.readers if v not in self.made_by])
         return self.plan
+
+    def weight_scales(self, group: Group) -> np.ndarray:
+        """The model file's, where every weight is a multiple of its scale."""
+        assert group.weight is not None
+        trained = next((self.trained.weights[m] for m in group.members if m in self.trained.weights), None)
+        if trained is not None and trained.shape == group.weight.shape[:1]:
+            steps = group.weight / trained.reshape(-1, *[1] * (group.weight.ndim - 1))
+            if np.abs(steps - np.rint(steps)).max(initial=0.0) < 1e-3:
+                return trained
+        if trained is not None:
+            self.plan.notes.append(f"operator '{group.id}': its weights were changed after they were rounded; their scales are chosen anew")
+        x = self.plan.params(group.inputs[0])
+        return choose_scales(group.weight, self.recipe.ratios, group.bias, None if x is None else x.scale).scale
 
     def float_edge_reason(self, value: str) -> str:
         maker = self.made_by.get(value)
@@ -169,11 +195,20 @@ class _Planner:
     def gains(self, value: str, concat: Group) -> bool:
         """Should an operand take over its concat's quantization? Always when nobody else reads it. A value with other readers keeps its own
         (and the concat reads it through a table) when its range is less than half of the concat's: sharing would cost it more than a
-        bit."""
+        bit. Parameters that the model file states are kept as they are."""
+        before, after = self.stated(self.classes[value]), self.stated(self.classes[concat.id])
+        if before and after:
+            return before == after
+        if before or not self.table.values:
+            return not before
         if len(self.readers[value]) == 1:
             return True
         own, joint = self.histogram(self.classes[value]), self.statistics(concat.id)
         return max(own.high, 0) - min(own.low, 0) >= 0.5 * (max(joint.high, 0) - min(joint.low, 0))
+
+    def stated(self, members: set[str]) -> set[QParams]:
+        """The parameters that the model file states for values of a class."""
+        return {self.trained.values[v] for v in members if v in self.trained.values}
 
     def roots(self, members: set[str]) -> list[str]:
         """The members of a class that aren't copies of other members."""
@@ -212,6 +247,14 @@ class _Planner:
                 self.plan.edges[value] = Derived(group.inputs[0], f"{group.kind} keeps its input's quantization")
 
     def leading_edge(self, leader: str, roots: list[str], members: set[str]) -> Edge:
+        stated = [self.trained.values[v] for v in self.readers if v in members and v in self.trained.values]
+        if stated:
+            for value in {v for v in members if self.trained.values.get(v, stated[0]) != stated[0]}:
+                self.plan.notes.append(f"value '{value}' takes the parameters of '{leader}', not those in the model file: its operator keeps quantization")
+            return Fixed(stated[0], _decibel(self.histogram(members), stated[0]) if self.table.values else None, "stated in the model file")
+        if not self.table.values:
+            self.missing.append(leader)
+            return Float("no range")
         histogram = self.histogram(members)
         fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:

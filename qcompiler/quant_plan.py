@@ -55,10 +55,11 @@ class Derived:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Parameters that follow from the operator's range of values, whatever the data. sqnr: estimated, in dB."""
+    """Parameters that follow from the operator's range of values, or that the model file states, whatever the data. sqnr: estimated, in dB; None without
+    data."""
 
     params: QParams
-    sqnr: float
+    sqnr: float | None
     reason: str
 
 
@@ -76,6 +77,7 @@ _KINDS = {"quantized": Quantized, "shared": Shared, "derived": Derived, "fixed":
 @dataclass
 class QuantPlan:
     """edges: by value id. reasons: group id -> why it is computed in float32 (absent: in int8). scales: group id -> float64[O].
+    constants: group id -> parameters of an elementwise operator's constant operand, where the model file states them.
 
     notes: things a user should know (a value that was always zero, say). `table` is the digest of the calibration table it was made from.
     """
@@ -86,6 +88,7 @@ class QuantPlan:
     reasons: dict[str, str] = field(default_factory=dict)
     scales: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    constants: dict[str, QParams] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict, repr=False)  # the float weights that `scales` are for; not saved
 
     def params(self, value_id: str) -> QParams | None:
@@ -115,6 +118,10 @@ class QuantPlan:
         """Why a group is computed in float32; None when it is int8."""
         return self.reasons.get(group_id)
 
+    def constant(self, group_id: str) -> QParams | None:
+        """How the constant operand of an elementwise operator is stored, where that is stated; None: by its own range."""
+        return self.constants.get(group_id)
+
     @property
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of what the plan decides."""
@@ -127,6 +134,8 @@ class QuantPlan:
         rows = [f"    {json.dumps(k)}: {json.dumps(_encode(e))}" for k, e in self.edges.items()]
         scales = [f"    {json.dumps(k)}: {json.dumps(s.tolist())}" for k, s in self.scales.items()]
         head = {"format": FORMAT, "preset": self.preset, "table": self.table, "notes": self.notes, "float": self.reasons}
+        if self.constants:
+            head["constants"] = {k: [p.scale, p.zero_point] for k, p in self.constants.items()}
         parts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
         parts += [f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }" for name, lines in (("edges", rows), ("scales", scales))]
         return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -153,6 +162,7 @@ class QuantPlan:
                 {str(k): str(v) for k, v in document["float"].items()},
                 {str(k): np.asarray(v, np.float64) for k, v in document["scales"].items()},
                 [str(n) for n in document["notes"]],
+                {str(k): QParams(float(s), int(z)) for k, (s, z) in document.get("constants", {}).items()},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path}: can't be read as a quantization plan ({type(error).__name__}: {error})") from error
@@ -243,7 +253,7 @@ def _decode(row: Mapping[str, Any]) -> Edge:
     fields = {k: v for k, v in row.items() if k not in ("kind", "scale", "zero_point")}
     if "scale" in row:
         fields["params"] = QParams(float(row["scale"]), int(row["zero_point"]))
-    if "sqnr" in row:
+    if row.get("sqnr") is not None:
         fields["sqnr"] = float(row["sqnr"])
     edge: Edge = kind(**fields)
     return edge

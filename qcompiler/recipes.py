@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompiler.errors import PlanError, closest
 from qcompiler.weights import RATIOS
@@ -48,6 +48,10 @@ class Recipe:
     def optimizes(self) -> bool:
         """Does it look at samples again after the plan?"""
         return not self.steps.isdisjoint({"correct-bias", "round-narrow", "round-all"})
+
+    def without_changes(self) -> Recipe:
+        """Only the steps that leave weights and biases as they are: for a network whose file has them quantized, because it was trained so."""
+        return replace(self, steps=self.steps & {"ranges", "clip-weights"})
 
 
 _SAMPLES = {"fast": 32, "default": 32, "accurate": 64}

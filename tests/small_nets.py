@@ -128,6 +128,9 @@ class TinyPlan:
     def params(self, value_id: str) -> QParams | None:
         return self.parameters.get(value_id)
 
+    def constant(self, group_id: str) -> QParams | None:
+        return None
+
     def weight(self, group_id: str) -> tuple[np.ndarray, np.ndarray]:
         weight = self.groups[group_id].weight
         assert weight is not None

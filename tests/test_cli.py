@@ -157,7 +157,6 @@ def test_run_writes_the_outputs(calls: list[Any], tmp_path: Path, capsys: pytest
         ("run m.so --input x=x.npy --output out.txt", "outputs are written as .npz"),
         ("run m.so --input x=x.npy --output .", "is a directory"),
         ("compile m.onnx --calibration x.npy --output /dev/null", "is a device or a pipe"),
-        ("compile m.onnx --output m.so", "--calibration DATA is needed, but for --weights"),
         ("bench m.so --against onnxruntime", "--against needs --model"),
     ],
 )

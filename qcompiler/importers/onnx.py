@@ -23,8 +23,10 @@ from qcompiler.errors import ModelError, closest
 from qcompiler.importers import onnx_file
 from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, real
 from qcompiler.importers.operators import CONVERTERS
+from qcompiler.importers.qdq import take_out
 from qcompiler.importers.relax_import import check_static, convert_with_relax, definition, known_to_relax, single_node_model
 from qcompiler.passes.graph import GraphBuilder, const, relax_op
+from qcompiler.passes.trained import ATTRIBUTE
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _STANDARD = ("", "ai.onnx")
@@ -42,7 +44,10 @@ class Imported:
 def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]]) -> Imported:
     """Raises ModelError for whatever the file holds that can't be compiled."""
     model, digest = onnx_file.read(path)
+    model, trained = take_out(model)
     importer = _Importer(path, onnx_file.default_opset(model))
+    if trained:
+        importer.builder = GraphBuilder({ATTRIBUTE: trained.attribute()})
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
     importer.constants(model.graph)
     importer.inputs(model.graph, input_shapes)

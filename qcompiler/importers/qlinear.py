@@ -1,0 +1,146 @@
+"""Operators that take and yield integers, written as DequantizeLinear, float operator, QuantizeLinear: what they are defined to compute.
+
+    QLinearConv(x8, w8, b32) -> y8    -->    y8 = QuantizeLinear(Conv(DequantizeLinear(x8), DequantizeLinear(w8), DequantizeLinear(b32)))
+    MaxPool(x8) -> y8                 -->    the same around the float MaxPool
+
+An integer tensor `y` of the file becomes `y~int8`, and `y` is its float form, so that values keep their names. `qdq.py` takes the pairs out afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth")
+"""Operators that yield elements of their first operand, integers as well as floats."""
+_CONTRIB = "com.microsoft"
+_UNARY = {  # (X, scale, zero point, scale of Y, zero point of Y)
+    "QLinearSigmoid": "Sigmoid", "QLinearLeakyRelu": "LeakyRelu", "QLinearSoftmax": "Softmax", "QLinearAveragePool": "AveragePool",
+    "QLinearGlobalAveragePool": "GlobalAveragePool", "QLinearReduceMean": "ReduceMean",
+}  # fmt: skip
+_BINARY = {"QLinearAdd": "Add", "QLinearMul": "Mul", "QLinearMatMul": "MatMul"}  # (A, scale, zero point, B, scale, zero point, scale of Y, zero point of Y)
+
+
+def expands(node: onnx.NodeProto) -> bool:
+    """Is this an operator that `expand` rewrites, whatever its operands?"""
+    return node.op_type in (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat")
+
+
+def expand(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in terms of QuantizeLinear, DequantizeLinear and float operators; itself when it has no integer operators."""
+    if not any(expands(n) for n in model.graph.node) and not any(n.op_type == "QuantizeLinear" for n in model.graph.node):
+        return model
+    return _Expander(model).run()
+
+
+@dataclass
+class _Expander:
+    source: onnx.ModelProto
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tensors = {t.name: t for t in self.source.graph.initializer}
+        self.outputs = {o.name for o in self.source.graph.output}
+        self.integers: dict[str, tuple[str, str, str, str]] = {}  # integer tensor of the file -> (its name now, its float form, scale, zero point)
+        self.added: list[onnx.TensorProto] = []
+
+    def run(self) -> onnx.ModelProto:
+        for node in self.source.graph.node:
+            if not self.rewritten(node):
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                for i, name in enumerate(copy.input):
+                    if name in self.integers:
+                        copy.input[i] = self.integers[name][0]
+                self.nodes.append(copy)
+                if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2]:
+                    self.integers[node.output[0]] = (node.output[0], "", node.input[1], node.input[2])
+        model = onnx.ModelProto()
+        model.CopyFrom(self.source)
+        del model.graph.node[:]
+        model.graph.node.extend(self.nodes)
+        model.graph.initializer.extend(self.added)
+        return model
+
+    def rewritten(self, node: onnx.NodeProto) -> bool:
+        op, inputs = node.op_type, list(node.input)
+        if op == "QLinearConv":
+            x, w = self.real(node, 0), self.real(node, 3, axis=0)
+            operands = [x, w]
+            if len(inputs) > 8 and inputs[8]:
+                operands.append(self.bias(node, inputs[8], inputs[1], inputs[4]))
+            self.emit(node, "Conv", operands, inputs[6], inputs[7])
+        elif op == "QGemm":
+            operands = [self.real(node, 0), self.real(node, 3, axis=0 if _attribute(node, "transB") else 1)]
+            if len(inputs) > 6 and inputs[6]:
+                operands.append(self.bias(node, inputs[6], inputs[1], inputs[4]))
+            self.emit(node, "Gemm", operands, *(inputs[7:9] if len(inputs) > 8 else ("", "")))
+        elif op in _BINARY:
+            axis = -1 if op == "QLinearMatMul" else None
+            self.emit(node, _BINARY[op], [self.real(node, 0), self.real(node, 3, axis=axis)], inputs[6], inputs[7] if len(inputs) > 7 else "")
+        elif op in _UNARY and not _attribute(node, "channels_last"):
+            self.emit(node, _UNARY[op], [self.real(node, 0)], inputs[3], inputs[4] if len(inputs) > 4 else "")
+        elif op == "QLinearConcat":
+            self.emit(node, "Concat", [self.real(node, i) for i in range(2, len(inputs), 3)], inputs[0], inputs[1])
+        elif op in MOVES and inputs[0] in self.integers and len(node.output) == 1:
+            _, _, scale, zero = self.integers[inputs[0]]
+            self.emit(node, op, [self.form(node, inputs[0], scale, zero), *inputs[1:]], scale, zero)
+        else:
+            return False
+        return True
+
+    def emit(self, node: onnx.NodeProto, op: str, operands: list[str], scale: str, zero: str) -> None:
+        """The float operator, and its result as integers and as float again; a result without scale is float."""
+        y = node.output[0]
+        if not scale:
+            self.nodes.append(_made(node, op, operands, y))
+            return
+        integer, real = (y, f"{y}~real") if y in self.outputs else (f"{y}~int8", y)
+        self.nodes.append(_made(node, op, operands, f"{y}~exact"))
+        parameters = [scale, zero] if zero else [scale]
+        self.nodes.append(helper.make_node("QuantizeLinear", [f"{y}~exact", *parameters], [integer], name=f"{node.name or y}~q"))
+        self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=f"{node.name or y}~dq"))
+        self.integers[y] = (integer, real, scale, zero)
+
+    def real(self, node: onnx.NodeProto, index: int, axis: int | None = None) -> str:
+        """The float form of operand `index`, whose scale and zero point are the two operands behind it."""
+        return self.form(node, node.input[index], node.input[index + 1], node.input[index + 2], axis)
+
+    def form(self, node: onnx.NodeProto, name: str, scale: str, zero: str, axis: int | None = None) -> str:
+        if name in self.integers:
+            integer, real, before_scale, before_zero = self.integers[name]
+            if real and self.same(scale, before_scale) and self.same(zero, before_zero):
+                return real
+            name = integer
+        result = f"{node.name or node.output[0]}~{len(self.nodes)}"
+        parameters = [scale, zero] if zero else [scale]
+        self.nodes.append(helper.make_node("DequantizeLinear", [name, *parameters], [result], **({} if axis is None else {"axis": axis})))
+        return result
+
+    def bias(self, node: onnx.NodeProto, name: str, x_scale: str, w_scale: str) -> str:
+        """int32 in units of both scales' product."""
+        scale = f"{node.name or node.output[0]}~bias-scale"
+        product: np.ndarray = numpy_helper.to_array(self.tensors[x_scale]) * numpy_helper.to_array(self.tensors[w_scale])
+        self.added.append(numpy_helper.from_array(np.asarray(product, np.float32), scale))
+        result = f"{node.name or node.output[0]}~bias"
+        self.nodes.append(helper.make_node("DequantizeLinear", [name, scale], [result], axis=0))
+        return result
+
+    def same(self, a: str, b: str) -> bool:
+        if a == b:
+            return True
+        return a in self.tensors and b in self.tensors and np.array_equal(numpy_helper.to_array(self.tensors[a]), numpy_helper.to_array(self.tensors[b]))
+
+
+def _made(node: onnx.NodeProto, op: str, operands: list[str], output: str) -> onnx.NodeProto:
+    made = helper.make_node(op, operands, [output], name=node.name)
+    made.attribute.extend(a for a in node.attribute if a.name not in ("channels_last", "opset"))
+    return made
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), 0)
