@@ -178,6 +178,6 @@ def test_what_the_tiled_rows_leave() -> None:
     op = OpCall("qc.conv2d", [x, np.ones((9, 3, 3, 2), np.int8), np.zeros(9, np.int32), np.ones(9, np.float32)], {"groups": 3}, Layout((1, 2, 2, 9), "int8"))
     op.attrs |= {"strides": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
     for unit, target in TARGETS.items():
-        row = next(r for r in KERNELS["qc.conv2d"] if r.isa == unit.name)
+        row = next(r for r in KERNELS["qc.conv2d"] if r.name == f"{unit.name}/conv2d")
         assert "multiple of 4" in str(row.refuse(op, target))
         assert select(op, target).name == "cuda/conv2d"
