@@ -239,7 +239,7 @@ def _model_header(manifest: dict[str, Any]) -> str:
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
 
 
-def _checksum(body: bytes) -> bytes:
+def checksum(body: bytes) -> bytes:
     """16 bytes: a = the sum of the little-endian 32-bit words of `body`, b = the sum of a's values after each word; both modulo 2^64."""
     a = b = 0
     words = np.frombuffer(body, "<u4")
@@ -253,15 +253,15 @@ def _checksum(body: bytes) -> bytes:
 def check_complete(path: Path) -> None:
     """Raise ArtifactError when the library at `path` is not, byte for byte, what `link` wrote."""
     data = path.read_bytes()
-    body, magic, checksum = data[:-24], data[-24:-16], data[-16:]
-    if magic != CHECKSUM_MAGIC or len(body) % 4 or _checksum(body) != checksum:
+    body, magic, sums = data[:-24], data[-24:-16], data[-16:]
+    if magic != CHECKSUM_MAGIC or len(body) % 4 or checksum(body) != sums:
         raise ArtifactError(f"{path}: damaged, cut short or stripped (its checksum does not match); compile the model again, or copy the library again")
 
 
 def _with_checksum(library: bytes) -> bytes:
     """The library with the trailer that loaders check (runtime/cpp/include/qcompiler/loader.h) behind its last ELF byte."""
     body = library + bytes(-len(library) % 4)
-    return body + CHECKSUM_MAGIC + _checksum(body)
+    return body + CHECKSUM_MAGIC + checksum(body)
 
 
 def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: Target) -> Artifact:

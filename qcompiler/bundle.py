@@ -8,7 +8,6 @@ import re
 import shutil
 import string
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 import qcompiler
 from qcompiler.artifact import MANIFEST_SECTION, check_complete, find_compiler, read_manifest
 from qcompiler.elf import read_section
-from qcompiler.errors import OutputError, TargetError
+from qcompiler.errors import TargetError
+from qcompiler.files import new_folder
 from qcompiler.static_library import identifier, write_static
 from qcompiler.targets import Target, find_target, load_targets
 
@@ -57,28 +57,10 @@ def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str],
     check_complete(library)
     target = _target_of(manifest)
     find_compiler(target)
-    _check_output(output)
-    try:
-        parent = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"{output}: can't be made: {error.strerror}") from error
-    try:
-        folder = parent / "bundle"
+    with new_folder(output) as folder:
         _fill(folder, library, manifest, target, static)
-        folder.replace(output)
-    except OSError as error:
-        raise OutputError(f"{output}: can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(parent, ignore_errors=True)
     files = {str(p.relative_to(output)): p.stat().st_size for p in sorted(output.rglob("*")) if p.is_file()}
     return Bundle(output, str(manifest["target"]), files)
-
-
-def _check_output(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: the folder {output.parent} does not exist; make it first")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists already; name a new folder, or remove it first")
 
 
 def _target_of(manifest: Mapping[str, Any]) -> Target:

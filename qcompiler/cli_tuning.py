@@ -33,9 +33,9 @@ def add_verbs(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> N
         "Build, check and time variants of MODEL's kernels on this machine. Every variant is compared with the reference arithmetic before it is timed, "
         "and is in the log as soon as it is; stop whenever you like, the same command goes on. Results never depend on tuning, only times do.",
     )
-    p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
-    p.add_argument("--target", default="native", metavar="T", help="a target that this machine can run (default native)")
-    p.add_argument("--calibration", required=True, metavar="DATA", help=texts["data"])
+    p.add_argument("model", nargs="?", metavar="MODEL.onnx", help="float32 ONNX model")
+    p.add_argument("--target", default="native", metavar="T", help="a target that this machine can run (default native); any with --export-candidates")
+    p.add_argument("--calibration", metavar="DATA", help=texts["data"])
     p.add_argument("--log", required=True, metavar="DIR", help="folder of the log; made when missing, continued when not, one run at a time")
     p.add_argument("--trials", type=int, default=1000, metavar="N", help="variants to measure, those of earlier runs included (default 1000)")
     p.add_argument("--time-limit", type=duration, metavar="TIME", help="end the search after this time: 90s, 20m, 1.5h")
@@ -43,6 +43,14 @@ def add_verbs(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> N
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
     p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
     p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default", help="the preset to compile with later")
+
+    p.add_argument(
+        "--export-candidates",
+        metavar="DIR",
+        help="for a device that is not on the network: write the next candidates into the new folder DIR, below 60 MB, with a program that measures them there",
+    )
+    p.add_argument("--candidates", type=int, metavar="N", help="with --export-candidates: at most N per kernel shape (default 32)")
+    p.add_argument("--import-results", metavar="FILE", help="add what that program wrote to the log; MODEL is not needed")
 
     p = verb("log", None, "show or merge tuning logs", "Work with the folders that `qcompiler tune` writes.")
     logs = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -59,7 +67,13 @@ def add_verbs(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> N
 
 def _tune(options: argparse.Namespace, show: Show) -> int:
     import qcompiler
+    from qcompiler.cli_remote import check_options, export_round, import_round
 
+    check_options(options)
+    if options.import_results:
+        return import_round(options, show)
+    if options.export_candidates:
+        return export_round(options, show)
     interrupted = False
     with Display() as display:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,3 +53,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place on success; on any exception nothing is left of it.
+
+    Raises OutputError when `path` exists and is not an empty folder, or can't be made.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path}: exists already; name a new folder, or remove it first")
+    try:
+        parent = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"{path}: can't be made: {error.strerror}") from error
+    try:
+        folder = parent / "new"
+        folder.mkdir()
+        yield folder
+        folder.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)

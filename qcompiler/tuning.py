@@ -141,20 +141,19 @@ def tasks_of(steps: Sequence[Any], target: Target) -> list[Task]:
     return [t for t in tasks.values() if t.space.size > 1]
 
 
-class Tuner:
-    """The search over the tasks of one run."""
+class Search:
+    """What is known of the tasks of a network, and which points to try next."""
 
-    def __init__(self, state: Tuning, worker: Worker, log: LogWriter, records: Sequence[Record], watch: Watcher) -> None:
-        self.state, self.worker, self.log, self.watch = state, worker, log, watch
-        self.host = cpu_name()
+    def __init__(self, target: Target, tasks: Sequence[Task], records: Sequence[Record]) -> None:
+        self.tasks = tasks
         self.models: dict[str, CostModel] = {}
-        file = SHIPPED / f"{isa_of(state.target)}{SUFFIX}"
+        file = SHIPPED / f"{isa_of(target)}{SUFFIX}"
         self.good = [r for r in best_of([*(read_file(file) if file.is_file() else []), *records]).values() if r.ratio < 1]
         by_key: dict[str, list[Record]] = {}
         for record in records:
             by_key.setdefault(record.key, []).append(record)
-        spaces = {t.row.name: t.space for t in state.tasks}
-        for task in state.tasks:
+        spaces = {t.row.name: t.space for t in tasks}
+        for task in tasks:
             self.recall(task, by_key.pop(task.key, []))
         for others in by_key.values():  # workloads of other networks teach the cost model too
             if others[0].row in spaces:
@@ -176,6 +175,34 @@ class Tuner:
         usable = [(p, r) for p, r in zip(points, ratios, strict=True) if p.keys() == space.values.keys()]
         if usable:
             self.models.setdefault(row, CostModel()).learn(features(workload, space, [p for p, _ in usable]), [r for _, r in usable])
+
+    def candidates(self, task: Task, space: Space, count: int, rng: random.Random) -> list[Point]:
+        """Up to `count` untried points, most promising first."""
+        return propose(space, task.workload, self.models.setdefault(task.row.name, CostModel()), self.parents(task), task.tried, count, rng)
+
+    def parents(self, task: Task) -> list[Point]:
+        ranked = [point for _, point in sorted(task.points, key=lambda p: p[0])[:12]]
+        return [*ranked, task.space.default, *self.similar(task)]
+
+    def starts(self, task: Task, space: Space) -> list[Point]:
+        """First candidates: what is best for similar workloads."""
+        moved = [space.nearest(p) for p in self.similar(task)]
+        return [p for p in {key(p): p for p in moved}.values() if key(p) not in task.tried and p != task.space.default]
+
+    def similar(self, task: Task, count: int = 4) -> list[Point]:
+        known = [(r.workload, r.params) for r in self.good if r.row == task.row.name]
+        known += [(t.workload, t.best) for t in self.tasks if t.row is task.row and t.best and t is not task]
+        here = sizes(task.workload)
+        return [task.space.nearest(p) for _, p in sorted(known, key=lambda k: math.dist(sizes(k[0]), here))[:count]]
+
+
+class Tuner(Search):
+    """The search over the tasks of one run."""
+
+    def __init__(self, state: Tuning, worker: Worker, log: LogWriter, records: Sequence[Record], watch: Watcher) -> None:
+        super().__init__(state.target, state.tasks, records)
+        self.state, self.worker, self.log, self.watch = state, worker, log, watch
+        self.host = cpu_name()
 
     def over(self) -> bool:
         """Whether the run must end now; sets `stopped`."""
@@ -222,8 +249,7 @@ class Tuner:
         whole = threads == self.state.threads  # else more of the space can be tried when the cores are free
         before, measured, impossible = task.ratio, 0, 0
         while measured < BATCH and impossible < IMPOSSIBLE_LIMIT and not task.done and not self.over():
-            model = self.models.setdefault(task.row.name, CostModel())
-            batch = propose(space, task.workload, model, self.parents(task), task.tried, BATCH - measured, rng)
+            batch = self.candidates(task, space, BATCH - measured, rng)
             if task.turns == 0 and measured == 0:
                 batch = [*self.starts(task, space), *batch][:BATCH]
             if not batch:
@@ -259,21 +285,6 @@ class Tuner:
             self.prepare(task)
         division = [k for k in task.space.values if k.endswith("tasks")] if threads == 1 else []
         return threads, task.space.fixed(task.best or task.space.default, division)
-
-    def parents(self, task: Task) -> list[Point]:
-        ranked = [point for _, point in sorted(task.points, key=lambda p: p[0])[:12]]
-        return [*ranked, task.space.default, *self.similar(task)]
-
-    def starts(self, task: Task, space: Space) -> list[Point]:
-        """First candidates: what is best for similar workloads."""
-        moved = [space.nearest(p) for p in self.similar(task)]
-        return [p for p in {key(p): p for p in moved}.values() if key(p) not in task.tried and p != task.space.default]
-
-    def similar(self, task: Task, count: int = 4) -> list[Point]:
-        known = [(r.workload, r.params) for r in self.good if r.row == task.row.name]
-        known += [(t.workload, t.best) for t in self.state.tasks if t.row is task.row and t.best and t is not task]
-        here = sizes(task.workload)
-        return [task.space.nearest(p) for _, p in sorted(known, key=lambda k: math.dist(sizes(k[0]), here))[:count]]
 
     def attempt(self, task: Task, point: Point, threads: int) -> bool:
         """Measure one candidate and log it; False when it was none (impossible, or code known already)."""

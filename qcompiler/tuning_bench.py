@@ -167,17 +167,17 @@ class Bench:
         """
         default, this = self.race([self.default, candidate], 4, threads)
         best = self.ratio_of_best
-        if _ratio(this, default) < CLEARLY_SLOWER * best:
+        if ratio_of(this, default) < CLEARLY_SLOWER * best:
             rivals = [self.default, candidate] if self.best is self.default else [self.default, candidate, self.best]
             for rounds in (12, 24):
                 default, this, *rest = self.race(rivals, rounds, threads)
-                won = _ratio(this, rest[0] if rest else default) < MARGIN and (threads == 1 or self.free(threads))
+                won = ratio_of(this, rest[0] if rest else default) < MARGIN and (threads == 1 or self.free(threads))
                 if not won:
                     break
             if won:  # ratios to the default keep the order that the races found, whatever the noise of the default's own times
-                self.best, self.ratio_of_best = candidate, min(_ratio(this, default), MARGIN * best)
+                self.best, self.ratio_of_best = candidate, min(ratio_of(this, default), MARGIN * best)
                 return {"status": "ok", "ratio": self.ratio_of_best, "seconds": this, "best": True}
-        return {"status": "ok", "ratio": max(_ratio(this, default), 1.001 * best), "seconds": this, "best": False}
+        return {"status": "ok", "ratio": max(ratio_of(this, default), 1.001 * best), "seconds": this, "best": False}
 
 
 class Duplicate(Exception):
@@ -188,7 +188,7 @@ class WrongResult(Exception):
     pass
 
 
-def _ratio(this: Sequence[float], other: Sequence[float]) -> float:
+def ratio_of(this: Sequence[float], other: Sequence[float]) -> float:
     """Geometric mean, over the ways of running, of the ratios of times."""
     return math.exp(sum(math.log(a / b) for a, b in zip(this, other, strict=True)) / len(this))
 

@@ -18,9 +18,11 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from qcompiler.errors import QCompilerError
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.targets import Target
 from qcompiler.tuning_bench import Bench, Duplicate, WrongResult, speedup
+from qcompiler.tuning_candidates import candidate_library
 
 CACHE = 512 << 20  # bytes of tasks kept ready
 
@@ -78,6 +80,11 @@ class Worker:
         Returns {"status": "ok", "ratio", "seconds", "best": bool} or {"status": "impossible" | "same" | "wrong" | "error", "reason"}.
         """
         return self._ask(("trial", dict(params), threads), [("built", self.limits.build, "build"), ("done", self.limits.run, "run")])
+
+    def library(self, row: Row, op: OpCall, target: Target, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A library with one step per point, for another machine: see `tuning_candidates.candidate_library`. {"library": bytes} or {"error": text}."""
+        limit = self.limits.prepare + len(points) * self.limits.build
+        return self._ask(("library", row, op, target, [dict(p) for p in points]), [("done", limit, "build")])
 
     def stop(self) -> None:
         if self._process is not None:
@@ -164,6 +171,12 @@ def serve(pipe: Connection, threads: int) -> None:
             continue
         if question[0] == "speedup":
             pipe.send(("done", {"speedup": speedup(threads)}))
+            continue
+        if question[0] == "library":
+            try:
+                pipe.send(("done", {"library": candidate_library(*question[1:])}))
+            except (ValueError, RuntimeError, TypeError, QCompilerError) as error:
+                pipe.send(("done", {"error": str(error)[:500]}))
             continue
         assert bench is not None
         _, params, judged = question

@@ -1,0 +1,296 @@
+"""Tuning for a device that is not on the network, in rounds: export candidates, measure them there, import the results, and again.
+
+    log, model  --export-->  folder: libraries, qc_measure, candidates.txt, manifest.json     (and LOG/candidates.json: the round that is under way)
+    folder      --qc_measure, on the device-->  results.jsonl
+    results     --import-->  records in the log, as those of a local run
+
+A results file names its candidate set by digest and is refused by a log that waits for another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import tvm_ffi
+
+from qcompiler.artifact import RUNTIME, find_compiler
+from qcompiler.debug import Dumper
+from qcompiler.errors import TargetError, TuningError
+from qcompiler.files import new_folder, replacing
+from qcompiler.schedules.table import Kernel
+from qcompiler.targets import Target, find_target
+from qcompiler.tuning import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
+from qcompiler.tuning_bench import MARGIN, ratio_of
+from qcompiler.tuning_candidates import measurable, plan_lines
+from qcompiler.tuning_log import LogWriter, Record, isa_of, opened, read_file
+from qcompiler.tuning_model import Point, key
+from qcompiler.tuning_worker import Limits, Worker, WorkerLost
+
+if TYPE_CHECKING:
+    from qcompiler.pipeline import Options
+
+FORMAT = 1
+SIZE_LIMIT = 58 << 20  # bytes of an exported folder
+PENDING = "candidates.json"  # in the log's folder: the set whose results it waits for
+CANDIDATES = 32  # per task and round
+
+Report = Callable[[str, int, int], None]
+
+
+# -- export ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Exported:
+    """An exported round. `skipped`: tasks that are left for another round (the folder is full) or have nothing new; `failed`: what couldn't be built."""
+
+    folder: Path
+    digest: str
+    tasks: int = 0
+    candidates: int = 0
+    size: int = 0
+    skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def export_candidates(
+    model: str | os.PathLike[str],
+    target: str,
+    calibration: Any,
+    *,
+    log: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    candidates: int = CANDIDATES,
+    threads: int | None = None,
+    limits: Limits | None = None,
+    **options: Unpack[Options],
+) -> Exported:
+    """Write the next round of candidates for `target` into the new folder `output`; the log then waits for its results.
+
+    candidates: at most so many per kernel shape. threads: judge on one thread and on so many of the device's (default: the target's cores). Other arguments as
+    `tune`. A round that the log still waits for is given up.
+
+    Raises TuningError (nothing to tune, nothing new to try), TargetError (a compiler is missing), OutputError, and what `compile` raises.
+    """
+    from qcompiler.lowering import lower
+    from qcompiler.pipeline import quantize
+
+    row = find_target(target, options.get("targets_file"))
+    compiler, progress = find_compiler(row), options.get("progress")
+    if candidates < 1 or candidates > 1000:
+        raise TuningError(f"candidates is {candidates}; 1 to 1000 are supported")
+    threads = threads if threads is not None else 1 if row.gpu else row.cores
+    if threads < 1:
+        raise TuningError(f"threads is {threads}; at least 1 is needed")
+    with opened(log, isa_of(row)) as writer, new_folder(Path(output)) as folder:
+        quantized = quantize(model, row, calibration, Dumper(options.get("dump_dir")), **options)
+        program = lower(quantized.integer, row)
+        work = {s.op.value_id: s.kernel.macs for s in program.steps if s.op is not None}
+        tasks = [t for t in tasks_of(program.steps, row) if measurable(t.op)]
+        if not tasks:
+            raise TuningError(f"nothing to tune: no operator of this network has tunables on {row.name}")
+        search = Search(row, tasks, read_file(writer.path))
+        tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
+        exported = Exported(Path(output), "")
+        described = _fill(folder, search, row, compiler, candidates, threads, exported, progress or (lambda *_: None), limits)
+        if not described["tasks"]:
+            raise TuningError(f"nothing new to try: every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed")
+        exported.digest = described["set"]
+        exported.size = sum(p.stat().st_size for p in folder.rglob("*"))
+        with replacing(Path(log) / PENDING) as temporary:
+            temporary.write_text(json.dumps(described, sort_keys=True))
+    return exported
+
+
+def _fill(
+    folder: Path, search: Search, target: Target, compiler: str, candidates: int, threads: int, exported: Exported, progress: Report, limits: Limits | None
+) -> dict[str, Any]:
+    """Write an export; returns the manifest."""
+    _build_program(folder / "qc_measure", target, compiler)
+    left = SIZE_LIMIT - (folder / "qc_measure").stat().st_size - (64 << 10)
+    described: list[dict[str, Any]] = []
+    plan: list[str] = []
+    digest = hashlib.sha256()
+    with Worker(1, limits) as worker:
+        for number, task in enumerate(search.tasks):
+            progress("build candidates", number, len(search.tasks))
+            chosen = _choose(search, task, target, candidates)
+            library = _library(worker, task, target, chosen, exported) if len(chosen) > 1 else b""
+            if not library or len(library) > left:
+                why = "too large for this round" if library else "no new candidate"
+                exported.skipped.append(f"{task.row.name} {task.text}: {why}")
+                continue
+            left -= len(library)
+            name = f"task{len(described):03}.so"
+            (folder / name).write_bytes(library)
+            digest.update(library)
+            plan += plan_lines(name, task.op, [kernel for _, kernel in chosen])
+            described.append({"row": task.row.name, "workload": task.workload, "points": [point for point, _ in chosen], "layers": task.count})
+            exported.tasks += 1
+            exported.candidates += len(chosen) - 1
+        progress("build candidates", len(search.tasks), len(search.tasks))
+    manifest = {"format": FORMAT, "target": target.name, "isa": isa_of(target), "threads": threads, "tasks": described}
+    digest.update(json.dumps(manifest, sort_keys=True).encode())
+    manifest["set"] = digest.hexdigest()[:32]
+    (folder / "candidates.txt").write_text("\n".join([f"qcompiler-candidates {FORMAT} {manifest['set']} {threads} {len(described)}", *plan, ""]))
+    (folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1))
+    return manifest
+
+
+def _choose(search: Search, task: Task, target: Target, count: int) -> list[tuple[Point, Kernel]]:
+    """The default, then up to `count` untried points with code of their own."""
+    rng, seen, impossible = random.Random(f"{task.key} {task.trials} remote"), set(), 0
+    chosen: list[tuple[Point, Kernel]] = []
+    batch = [task.space.default, *([task.best] if task.best else []), *search.starts(task, task.space)]
+    while batch and len(chosen) <= count and impossible < IMPOSSIBLE_LIMIT:
+        for point in batch[: count + 1 - len(chosen)]:
+            task.tried.add(key(point))
+            try:
+                kernel = task.row.build(task.op, point, target)
+            except ValueError:
+                search.learn(task.row.name, task.workload, task.space, [point], [math.inf])
+                impossible += 1
+                continue
+            code = (tvm_ffi.structural_hash(kernel.func), kernel.tasks, kernel.launch)
+            if code in seen:
+                impossible += 1
+                continue
+            seen.add(code)
+            chosen.append((point, kernel))
+        batch = search.candidates(task, task.space, max(1, count + 1 - len(chosen)), rng)
+    return chosen
+
+
+def _library(worker: Worker, task: Task, target: Target, chosen: list[tuple[Point, Kernel]], exported: Exported) -> bytes:
+    """The task's library; candidates that keep the code generator too long are taken out of `chosen`. Empty when the default is one of them."""
+
+    def built(points: Sequence[Point]) -> bytes | None:
+        try:
+            answer = worker.library(task.row, task.op, target, points)
+        except WorkerLost as error:
+            answer = {"error": str(error)}
+        if "error" in answer and len(points) == 1:
+            exported.failed.append(f"{task.row.name} {task.text} {points[0]}: {answer['error']}")
+        return answer.get("library")
+
+    whole = built([point for point, _ in chosen])
+    if whole is not None:
+        return whole
+    default = chosen[0][0]
+    chosen[:] = [(point, kernel) for point, kernel in chosen if built([point]) is not None]
+    if len(chosen) < 2 or chosen[0][0] != default:
+        return b""
+    return built([point for point, _ in chosen]) or b""
+
+
+def _build_program(path: Path, target: Target, compiler: str) -> None:
+    command = [compiler, "-x", "c", "-std=gnu11", "-O2", f"-I{RUNTIME / 'include'}", str(RUNTIME / "qc_measure.c"), "-o", str(path)]
+    done = subprocess.run([*command, "-Wl,--build-id=none", "-s", "-ldl"], capture_output=True, text=True)
+    if done.returncode:
+        raise TargetError(f"building qc_measure for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
+
+
+# -- import ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Imported:
+    """What a results file brought. `best`: (row, workload, ratio to the default, point) of every task with a candidate that is faster."""
+
+    host: str
+    measured: int = 0
+    missing: int = 0  # candidates without a result: the measurement was stopped
+    failed: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    best: list[tuple[str, Mapping[str, Any], float, Point]] = field(default_factory=list)
+
+
+def import_results(results: str | os.PathLike[str], log: str | os.PathLike[str]) -> Imported:
+    """Add the results of the round that `log` waits for to the log; the next export goes on from them. Nothing is changed on an error.
+
+    Raises TuningError: no such file, no round under way, results of another candidate set, a damaged file, or one without a single result.
+    """
+    pending = Path(log) / PENDING
+    if not pending.is_file():
+        raise TuningError(f"{log}: no candidates wait for results here (imported already, or never exported: `qcompiler tune --export-candidates` does)")
+    manifest = json.loads(pending.read_text())
+    header, lines = _read_results(Path(results))
+    if header["set"] != manifest["set"]:
+        raise TuningError(f"{results}: measured candidate set {header['set']}, and {log} waits for set {manifest['set']}; import the file that qc_measure "
+                          "wrote in the folder exported last")
+    imported = Imported(header["host"])
+    records = list(_records(manifest, header, lines, imported, results))
+    if not records and not imported.wrong:
+        raise TuningError(f"{results}: holds no result; run qc_measure again")
+    with opened(log, manifest["isa"]) as writer:
+        _append(writer, records)
+        pending.unlink()
+    return imported
+
+
+def _append(writer: LogWriter, records: Sequence[Record]) -> None:
+    for record in records:
+        writer.append(record)
+
+
+def _read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(header, results); a half-written last line, as a stopped measurement leaves it, is dropped."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TuningError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    lines = text.split("\n")[:-1]
+    try:
+        documents = [json.loads(line) for line in lines]
+        header = documents[0]
+        if header["results"] != FORMAT:
+            raise TuningError(f"{path}: results of format {header['results']}, this version of qcompiler reads format {FORMAT}")
+        header["host"], header["set"], header["threads"] = str(header["host"]), str(header["set"]), int(header["threads"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise TuningError(f"{path}: not a results file of qc_measure, or damaged ({error})") from error
+    return header, documents[1:]
+
+
+def _records(
+    manifest: Mapping[str, Any], header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], imported: Imported, path: str | os.PathLike[str]
+) -> Iterator[Record]:
+    try:
+        found = {(int(line["task"]), int(line["step"])): (str(line["status"]), [float(s) for s in line.get("seconds", [])]) for line in lines}
+    except (KeyError, TypeError, ValueError) as error:
+        raise TuningError(f"{path}: damaged ({error})") from error
+    for number, task in enumerate(manifest["tasks"]):
+        points: list[Point] = task["points"]
+        measured: list[tuple[float, Point]] = []
+        default = found.get((number, 0), ("missing", []))
+        if default[0] not in ("ok", "missing"):
+            (imported.wrong if default[0] == "wrong" else imported.failed).append(f"{task['row']} {task['workload']['op']}: its default {default[0]}")
+        for step, point in enumerate(points[1:], 1):
+            status, seconds = found.get((number, step), ("missing", []))
+            where = f"{task['row']} {point}"
+            if status == "missing" or default[0] != "ok":
+                imported.missing += 1
+            elif status == "wrong":
+                imported.wrong.append(where)
+            elif status != "ok":
+                imported.failed.append(f"{where}: {status}")
+                yield Record(manifest["isa"], task["row"], task["workload"], point, math.inf, (), header["threads"], header["host"], f"{status} on the device")
+            elif not seconds or len(seconds) != len(default[1]) or not all(0 < s < 1e6 for s in [*seconds, *default[1]]):
+                raise TuningError(f"{path}: damaged: the times of task {number}, candidate {step} are {seconds}, of its default {default[1]}")
+            else:
+                ratio = ratio_of(seconds, default[1])
+                ratio = ratio if ratio < MARGIN else max(ratio, 1.0)  # not clearly faster is not faster
+                measured.append((ratio, point))
+                imported.measured += 1
+                yield Record(manifest["isa"], task["row"], task["workload"], point, ratio, tuple(seconds), header["threads"], header["host"])
+        ratio, point = min(measured, key=lambda m: m[0], default=(1.0, {}))
+        if ratio < 1:
+            imported.best.append((task["row"], task["workload"], ratio, point))
