@@ -28,7 +28,7 @@ import networks
 import numpy as np
 
 from qcompiler.cuda_driver import Gpu, find_gpu
-from qcompiler.targets import Target, load_targets
+from qcompiler.targets import Target, host_architecture, load_targets
 
 Call = Callable[[], object]
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ MACS_PER_CLOCK = {75: 1024, 80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 10
 
 def target_of(gpu: Gpu) -> Target:
     """The row of targets.yaml that fits a GPU best."""
-    fitting = [t for t in load_targets().values() if t.gpu and t.capability <= gpu.capability]
+    fitting = [t for t in load_targets().values() if t.gpu and t.host_architecture == host_architecture() and t.capability <= gpu.capability]
     if not fitting:
         raise SystemExit(f"no target of targets.yaml runs on {gpu.name} (compute capability {gpu.capability / 10})")
     return max(fitting, key=lambda t: t.capability)

@@ -100,7 +100,7 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         "MODEL": str(manifest.get("model") or library.stem),
         "VERSION": qcompiler.__version__,
         "TRIPLE": manifest["triple"],
-        "FEATURES": ", ".join(manifest["features"]) or "none beyond the architecture's own",
+        "NEEDS": _needs(manifest),
         "GLIBC": _glibc(library),
         "RUN_GLIBC": _glibc(runner),
         "STEM": stem,
@@ -130,6 +130,13 @@ def _fill_static(folder: Path, library: Path, manifest: dict[str, Any], target: 
     header.write_text(_expand("model.h.in", facts))
     (package / f"qcompiler_{name}-config.cmake").write_text(_expand("static-config.cmake.in", facts))
     return _expand("static.md.in", facts)
+
+
+def _needs(manifest: Mapping[str, Any]) -> str:
+    features = ", ".join(manifest["features"])
+    if manifest["triple"].startswith("nvptx64"):
+        return f"Needed: an NVIDIA driver, and a GPU of architecture {features} or later"
+    return f"CPU features needed: {features or 'no more than the architecture has'}"
 
 
 def _build_runner(path: Path, target: str, compiler: str) -> None:

@@ -15,6 +15,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.cuda import gpu_object_code
 from qcompiler.errors import QCompilerError
 from qcompiler.lowering import Program, Step
 
@@ -70,8 +71,6 @@ def _entry(program: Program, callees: dict[str, Any]) -> Any:
 def object_code(program: Program) -> bytes:
     """The object file of a program. Raises QCompilerError, trimmed to what a user can read, when code generation fails."""
     if program.target.gpu:
-        from qcompiler.cuda import gpu_object_code
-
         return gpu_object_code(program)
     try:
         library = tvm.tirx.build(program_module(program), target=tvm.target.Target(program.target.tvm))

@@ -78,6 +78,11 @@ def check_toolkit(target: Target) -> Path:
     return nvcc
 
 
+def toolkit_versions(target: Target) -> dict[str, str]:
+    """What else makes a target's code, for the manifest: nvcc's version, for a GPU. Raises as `check_toolkit`."""
+    return {"nvcc": nvcc_version(check_toolkit(target))} if target.gpu else {}
+
+
 def fat_binary(source: str, target: Target) -> bytes:
     """CUDA C compiled for the target's architecture, with PTX for later ones. The same source and toolkit give the same bytes.
 

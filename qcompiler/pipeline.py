@@ -22,6 +22,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.calibration import CalibrationTable, calibrate
 from qcompiler.codegen import object_code
 from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
+from qcompiler.cuda import toolkit_versions
 from qcompiler.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.debug import Dumper
 from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
@@ -270,6 +271,7 @@ def compile_stages(
     dump, progress = Dumper(options.get("dump_dir")), options.get("progress")
     row = find_target(target, options.get("targets_file"))
     artifacts.find_compiler(row)
+    toolkit_versions(row)  # a missing toolkit shows before anything long is begun
     tuned = Tuned(row, options.get("tuning_log"))
     goal = Goal(options.get("min_sqnr"), options.get("min_agreement"), options.get("max_accuracy_drop"))
     for name in () if goal else ("labels", "time_budget"):
@@ -309,7 +311,7 @@ def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progre
     artifact = built.link(
         **describe(integer, stages.model),
         channels=channels,
-        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
+        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(target),
         preset=stages.plan.preset,
         calibration_samples=stages.measured.table.samples,
         quantization=effects,

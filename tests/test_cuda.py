@@ -8,16 +8,19 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from emulated import require
 from fake_cuda import FakeGpu, require_nvcc, without_driver
 from test_cpp import CPP, STRICT, run
 
 from qcompiler import cuda, numerics
 from qcompiler.artifact import Artifact
 from qcompiler.demo import MODEL, demo_data
+from qcompiler.elf import read_section
 from qcompiler.errors import IncompatibleDevice, TargetError
 from qcompiler.interpreter import run as interpret
 from qcompiler.passes.graph import GraphBuilder, const, make_op
@@ -100,10 +103,22 @@ def images_of(fat_binary: bytes) -> list[tuple[int, int]]:
     return found
 
 
-def test_it_holds_machine_code_and_portable_code(library: Path, tmp_path: Path) -> None:
-    run("objcopy", "--dump-section", f".qc.device={tmp_path / 'kernels.fatbin'}", library, tmp_path / "copy.so")
-    assert sorted(images_of((tmp_path / "kernels.fatbin").read_bytes())) == [(1, 80), (2, 80)]
+def test_it_holds_machine_code_and_portable_code(library: Path) -> None:
+    assert sorted(images_of(read_section(library, ".qc.device")[0])) == [(1, 80), (2, 80)]
     assert b"__global__" not in library.read_bytes()
+
+
+def test_a_library_for_an_arm_host(built: Built, tmp_path: Path) -> None:
+    """The same device code in a library that an Arm CPU loads."""
+    target = find_target("cuda-sm87-arm64")
+    require(replace(target, emulator=()))
+    code = struct.pack("<I", 0xBA55ED50)
+    program = replace(built.program, target=target)
+    library = Built(program, cuda.gpu_object_code(program)).link().save(tmp_path / "arm.so")
+    raw, architecture = read_section(library, ".qc.device")
+    assert architecture == "aarch64" and raw[:4] == code and sorted(images_of(raw)) == [(1, 87), (2, 87)]
+    with pytest.raises(IncompatibleDevice, match=r"compiled for aarch64 \(cuda-sm87-arm64\), this machine is x86_64"):
+        Session(library)
 
 
 def test_missing_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +306,7 @@ def digits_on_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Compilation
 def test_the_example_network(digits_on_gpu: tuple[Compilation, Path, FakeGpu], digits: Callable[[str], Path], tmp_path: Path) -> None:
     """Every layer equals numerics.py and every output the CPU library's, byte for byte, in one graph replay per run."""
     compilation, library, gpu = digits_on_gpu
+    assert set(compilation.artifact.manifest["compiler"]) == {"qcompiler", "tvm", "nvcc"}
     samples = [np.ascontiguousarray(s["image"]) for s in demo_data()[1][:8]]
     np.save(tmp_path / "images.npy", np.stack(samples))
     passes(gpu.python(DIGITS, library, tmp_path / "images.npy", tmp_path))
