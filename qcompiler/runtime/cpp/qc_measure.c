@@ -164,8 +164,9 @@ static char check(qc_library* model, qc_session* session, unsigned char* workspa
 static void measure(const task* t, int threads, board* b) {
   qc_library model;
   qc_session* sessions[2];
+  const int ways = threads > 1 ? 2 : 1; /* on one thread, and on all */
   if (qc_library_open(t->library, &model, b->message, sizeof b->message) != QC_OK) _exit(3);
-  for (int way = 0; way < 2; ++way)
+  for (int way = 0; way < ways; ++way)
     if (model.session_create(way ? threads : 1, &sessions[way])) {
       snprintf(b->message, sizeof b->message, "%s: %s", t->library, model.last_error());
       _exit(3);
@@ -189,7 +190,7 @@ static void measure(const task* t, int threads, board* b) {
       b->current = i;
       if (b->status[i] != 'k') continue;
       alarm(PATIENCE_SECONDS);
-      for (int way = 0; way < 2; ++way) {
+      for (int way = 0; way < ways; ++way) {
         if (model.session_profile(sessions[way], workspace, 0, no_inputs, no_outputs, i, i + 1, seconds)) b->status[i] = 'e';
         else if (seconds[i] < b->seconds[i][way]) b->seconds[i][way] = seconds[i];
       }
