@@ -76,16 +76,10 @@ def row_cases(target: Target) -> dict[str, Any]:
     return found
 
 
-def layout_of(case: Any, operand: int) -> Any:
-    from qcompiler.schedules.table import Layout
-
-    array = case.operands[operand]
-    return Layout(array.shape, str(array.dtype), **case.layouts.get(operand, {}))
-
-
 def rows_program(cases: dict[str, Any], target: Target) -> Any:
     """One step per case, every tensor at a place of its own between guards."""
     from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
+    from qcompiler.schedules.table import Layout
 
     values: dict[str, Any] = {}
     steps, at = [], GUARD
@@ -97,7 +91,7 @@ def rows_program(cases: dict[str, Any], target: Target) -> Any:
         return name
 
     for number, (case, kernel) in enumerate(cases.values()):
-        reads = [place(f"{number}x{i}", layout_of(case, i)) for i in range(len(case.operands)) if i not in case.constants]
+        reads = [place(f"{number}x{i}", Layout((stored.size,), str(stored.dtype))) for i, stored in enumerate(case.inputs)]
         steps.append(Step(place(f"{number}y", case.output), None, case.name, kernel, reads, scratch=at))
         at += -(-kernel.scratch // 64) * 64
     return Program(target, steps, values, [], [], at, _pack_constants(steps))
