@@ -274,15 +274,11 @@ class Correction:
         return f"{what} on {self.samples} samples{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
 
 
-Pair = tuple[Context, "Context | None"]
-"""A sample in the int8 network and in the float one, both where the same layer is next; None where the float network can't be stepped to it."""
-
-
 class Rounder(Protocol):
     """Chooses int8 weights (`rounding.py`), layer by layer in order of execution, when all samples are about to run the layer: new weights like
     `layer.weight`, or why they stay. Biases are corrected on the samples `fitted`; `judges` are others."""
 
-    def weight(self, layer: Layer, group: Group, fitted: Sequence[Pair], judges: Sequence[Pair]) -> np.ndarray | str: ...
+    def weight(self, layer: Layer, group: Group, fitted: Sequence[Context], judges: Sequence[Context]) -> np.ndarray | str: ...
 
 
 def correct(
@@ -292,18 +288,16 @@ def correct(
     samples: Iterable[Mapping[str, np.ndarray]],
     memory: int = MEMORY,
     rounder: Rounder | None = None,
-    twin: IntegerExecutor | None = None,
     progress: Progress | None = None,
 ) -> Correction:
     """Correct the biases of `executor`'s network; the better of the two networks, judged by the SQNR of its outputs, stays in force.
 
     module: the integer module that the executor runs; `with_operands` writes the result back into it. means: collected from the first of
     these `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is always allowed).
-    With a `rounder`, weights change too, each before its layer's bias; the last third of the samples then only judges. twin: runs the float network
-    beside it, for the rounder to look at.
+    With a `rounder`, weights change too, each before its layer's bias; the last third of the samples then only judges.
     Raises DataError when there are no samples.
     """
-    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes + (twin.context_bytes if twin else 0), 1)))
+    count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
     taken = [sample for sample, _ in zip(samples, range(count), strict=False)]
     if not taken or not means.outputs:
         raise DataError("bias correction needs at least one calibration sample")
@@ -315,8 +309,6 @@ def correct(
     for context in judge[0]:
         context.run(0, len(steps))
     result.before = _score(*judge)
-    floats = [twin.new_context(sample) for sample in taken] if twin and rounder else []
-    float_steps, float_done = list(twin.steps) if twin else [], 0
     layers = [layer for layer in integer_layers(module) if layer.id in steps and layer.group in means.groups]
     originals = {layer.id: layer.weight for layer in layers}
     done = 0
@@ -328,14 +320,7 @@ def correct(
         done = at
         weight: np.ndarray | str = layer.weight
         if rounder:
-            pairs: list[Pair] = [(context, None) for context in everyone]
-            if floats and {layer.group, means.groups[layer.group].inputs[0]} <= set(float_steps):
-                float_at = float_steps.index(layer.group)
-                for context in floats:
-                    context.run(float_done, max(float_at, float_done))
-                pairs = list(zip(everyone, floats, strict=True)) if float_at >= float_done else pairs
-                float_done = max(float_at, float_done)
-            weight = rounder.weight(layer, means.groups[layer.group], pairs[:fitted], pairs[fitted:] or pairs)
+            weight = rounder.weight(layer, means.groups[layer.group], contexts, judge[0])
         if isinstance(weight, str):
             result.skipped[layer.id] = weight
         elif (weight != layer.weight).any():

@@ -344,10 +344,7 @@ def corrections(built: Built, stages: Quantized, progress: Progress | None) -> I
         if not measured.recipe.steps & {"round-narrow", "round-all"}:
             return
         rounder = DataRounder(measured.recipe.positions, None if "round-all" in measured.recipe.steps else NARROW)
-        with session_of(measured.twin.link()) as floating:
-            twin = SessionExecutor(floating, measured.twin.program)
-            samples = itertools.islice(measured.samples, limit)
-            yield "weight_rounding", correct(start, executor, measured.means, samples, rounder=rounder, twin=twin, progress=progress)
+        yield "weight_rounding", correct(start, executor, measured.means, itertools.islice(measured.samples, limit), rounder=rounder, progress=progress)
 
 
 def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:

@@ -14,26 +14,25 @@ and then by a sweep of coordinate descent, which can only lower the error:
 
     q[j] = rint(t[j] + sum over i != j of (t[i] - q[i]) H[i, j] / H[j, j])
 
-By then the int8 network's inputs x differ from the float network's z, so the float layer is better met by other weights than its own:
+with H about the origin and about the mean as two candidates: biases are corrected afterwards, but not wholly. Which one an output channel takes, or whether it
+keeps its weights, is decided by its clamped result on samples that none was fitted to.
 
-    least over t of E[(w z - t x)^2] + damping |t - w|^2:      t = w (C + damping) (H + damping)^-1,      C = E[z x^T]
-
-with moments about the means, as biases are corrected afterwards. Which of the candidates an output channel takes (the old weights, rounded w, rounded
-t of little and of much damping) is decided by its error on samples that none was fitted to.
+Weights fitted to what the float layer makes of the float network's inputs (asymmetric calibration) have less error layer by layer, and more at the
+output: least squares shrinks what is noisy, and 53 layers that shrink add up (MobileNetV2: 23.8 dB before, 21.0 dB after).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qcompiler.correction import Layer, Pair
+from qcompiler.correction import Context, Layer
 from qcompiler.passes.groups import Group
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
-DAMPINGS = (0.02, 0.2)  # the same about the means, of two candidates: what little data suggests, much damping keeps small
 SWEEPS = 1  # of coordinate descent
 WIDEST = 2304  # inputs of one Gram matrix; layers with more are cut into equal blocks that know nothing of each other
 NARROW = 64  # inputs per output, depthwise kernels among them: so few don't average out what rounding does, and their Gram matrices cost next to nothing
@@ -60,42 +59,29 @@ def patches(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[in
 
 
 class Gram:
-    """Moments of a layer's inputs, gathered patch by patch: H = E[x x^T], C = E[z x^T] (z: what the float network has in x's place), means; per group,
-    and per block of a wide layer."""
+    """H = E[x x^T] of a layer's inputs and their mean, gathered patch by patch: per group, and per block of a wide layer; [G*B, K/B, K/B]."""
 
     def __init__(self, groups: int, width: int) -> None:
         self.blocks = next(b for b in range(1, width + 1) if width % b == 0 and width // b <= WIDEST)
         shape = groups * self.blocks, width // self.blocks
-        self.sums, self.cross = np.zeros((*shape, shape[1])), np.zeros((*shape, shape[1]))
-        self.means = np.zeros((2, *shape))
+        self.sums, self.means = np.zeros((*shape, shape[1])), np.zeros(shape)
         self.count = 0
 
-    def add(self, x: np.ndarray, wanted: np.ndarray | None = None) -> None:
-        """More patches, float32[G, P, K], and what the float network has in their place, in the same unit."""
-        x, z = (self.cut(a) for a in (x, x if wanted is None else wanted))
-        self.sums += x.transpose(0, 2, 1) @ x
-        self.cross += z.transpose(0, 2, 1) @ x
-        self.means += np.stack([z.sum(axis=1, dtype=np.float64), x.sum(axis=1, dtype=np.float64)])
-        self.count += x.shape[1]
-
-    def cut(self, x: np.ndarray) -> np.ndarray:
-        """[G, P, K] as [G*B, P, K/B]."""
+    def add(self, x: np.ndarray) -> None:
+        """More patches, float32[G, P, K]."""
         groups, rows, width = x.shape
-        return x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
+        x = x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
+        self.sums += x.transpose(0, 2, 1) @ x
+        self.means += x.sum(axis=1, dtype=np.float64)
+        self.count += rows
 
-    def damped(self) -> np.ndarray:
-        """float64: H with `DAMPING`, positive definite whatever was seen."""
-        own = self.sums / max(self.count, 1)
+    def damped(self, centered: bool = False) -> np.ndarray:
+        """float64: H, about the mean if `centered`, with `DAMPING`: positive definite whatever was seen."""
+        own, mean = self.sums / max(self.count, 1), self.means / max(self.count, 1)
+        if centered:
+            own = own - mean[:, :, None] * mean[:, None, :]
         result: np.ndarray = own + _ridge(own, DAMPING)
         return result
-
-    def centered(self, damping: float) -> tuple[np.ndarray, np.ndarray]:
-        """float64: H and C about the means, with `damping` added to both."""
-        z, x = self.means / max(self.count, 1)
-        own = self.sums / max(self.count, 1) - x[:, :, None] * x[:, None, :]
-        cross = self.cross / max(self.count, 1) - z[:, :, None] * x[:, None, :]
-        ridge = _ridge(own, damping)
-        return own + ridge, cross + ridge
 
 
 def _ridge(moments: np.ndarray, damping: float) -> np.ndarray:
@@ -104,15 +90,13 @@ def _ridge(moments: np.ndarray, damping: float) -> np.ndarray:
     return result
 
 
-def round_weight(steps: np.ndarray, gram: Gram, damping: float | None = None) -> np.ndarray:
+def round_weight(steps: np.ndarray, gram: Gram, centered: bool = False) -> np.ndarray:
     """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen; an output for which
-    that is no better than the nearest int8 gets the nearest. With `damping` they first move to where they best meet the float layer."""
+    that is no better than the nearest int8 gets the nearest. centered: the mean of the error does not count."""
     outputs, blocks = len(steps), gram.blocks
-    own = gram.damped() if damping is None else gram.centered(damping)[0]
+    own = gram.damped(centered)
     groups = len(own) // blocks
     target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1).astype(np.float64)
-    if damping is not None:
-        target = np.linalg.solve(own, (target @ gram.centered(damping)[1]).transpose(0, 2, 1)).transpose(0, 2, 1)
     order = np.argsort(-own.diagonal(axis1=1, axis2=2).mean(axis=0), kind="stable")  # inputs that matter most first
     own, target = own[:, order][:, :, order], target[:, :, order]
     nearest = target - np.clip(np.rint(target), -127, 127)
@@ -164,7 +148,7 @@ class DataRounder:
     def __init__(self, positions: int, narrow: int | None = None) -> None:
         self._positions, self._narrow = positions, narrow
 
-    def weight(self, layer: Layer, group: Group, fitted: Sequence[Pair], judges: Sequence[Pair]) -> np.ndarray | str:
+    def weight(self, layer: Layer, group: Group, fitted: Sequence[Context], judges: Sequence[Context]) -> np.ndarray | str:
         """int8 weights for a layer that is about to run in all contexts, or why it keeps its own. Moments are of `fitted`; the choice is by `judges`."""
         if layer.kind == "conv2d_transpose":
             return "weights of transposed convolutions are rounded to nearest"
@@ -176,35 +160,42 @@ class DataRounder:
         steps = weight / (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
         gram = Gram(groups, weight[0].size)
         random = np.random.default_rng(0)
-        for pair in fitted:
-            gram.add(*self._patches(layer, group, pair, random))
-        candidates = [layer.weight, round_weight(steps, gram), *(round_weight(steps, gram, d) for d in DAMPINGS)]
-        return self._chosen(candidates, steps, groups, [self._patches(layer, group, pair, random) for pair in judges])
+        for context in fitted:
+            gram.add(self._patches(layer, weight, context, random))
+        candidates = [layer.weight, round_weight(steps, gram), round_weight(steps, gram, centered=True)]
+        x = np.concatenate([self._patches(layer, weight, context, random) for context in judges], axis=1)
+        return choose(candidates, steps, x, *_bounds(group, layer.unit))
 
-    def _patches(self, layer: Layer, group: Group, pair: Pair, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """float32[G, P, K] each: what the layer meets at some positions of one sample, and what it would meet in the float network, in int8 steps."""
-        weight = group.weight
-        assert weight is not None
+    def _patches(self, layer: Layer, weight: np.ndarray, context: Context, random: np.random.Generator) -> np.ndarray:
+        """float32[G, P, K]: what the layer meets at some positions of one sample, in int8 steps."""
         kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
         total = int(np.prod(layer.shape[:-1]))
         at = np.sort(random.choice(total, min(total, self._positions), replace=False))
-        x = pair[0].view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
-        both = x, x if pair[1] is None else pair[1].view(group.inputs[0]).reshape(x.shape) / np.float32(layer.x_scale)
-        x, z = (patches(a, layer.kind, layer.attrs, kernel, layer.shape, at) for a in both)
-        return x, z
+        x = context.view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
+        return patches(x, layer.kind, layer.attrs, kernel, layer.shape, at)
 
-    @staticmethod
-    def _chosen(candidates: Sequence[np.ndarray], steps: np.ndarray, groups: int, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Per output channel the candidate with the least variance of its error on what was `seen`: the mean is for the bias to correct."""
 
-        def rows(w: np.ndarray) -> np.ndarray:
-            return w.reshape(groups, len(w) // groups, -1).astype(np.float32)
+def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Per output channel the first of the int8 candidates whose clamped result on patches x [G, P, K] is nearest to that of the weights `steps`, with its
+    mean shift taken back as the bias will. low, high: float64[O], the clamp in accumulator steps, without the bias."""
 
-        wanted = [z @ rows(steps).transpose(0, 2, 1) for _, z in seen]
-        errors = []
-        for candidate in candidates:
-            lost = np.concatenate([y - x @ rows(candidate).transpose(0, 2, 1) for (x, _), y in zip(seen, wanted, strict=True)], axis=1)
-            errors.append(lost.var(axis=1, dtype=np.float64).reshape(-1))
-        best = np.argmin(np.stack(errors), axis=0)
-        chosen: np.ndarray = np.stack(candidates)[best, np.arange(len(steps))]
-        return chosen
+    def product(w: np.ndarray) -> np.ndarray:
+        result = x @ w.reshape(len(x), len(w) // len(x), -1).astype(np.float32).transpose(0, 2, 1)
+        return result.transpose(1, 0, 2).reshape(result.shape[1], len(w)).astype(np.float64)
+
+    wanted = product(steps)
+    clamped, errors = np.clip(wanted, low, high), []
+    for candidate in candidates:
+        actual = product(candidate)
+        actual += (wanted - actual).mean(axis=0)
+        errors.append(np.square(np.clip(actual, low, high) - clamped).mean(axis=0))
+    best = np.argmin(np.stack(errors), axis=0)
+    chosen: np.ndarray = np.stack(candidates)[best, np.arange(len(steps))]
+    return chosen
+
+
+def _bounds(group: Group, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The clamp behind a layer in its accumulator's steps, without the bias; none where a residual comes in between."""
+    bias = np.zeros(len(unit)) if group.bias is None else group.bias
+    low, high = (math.inf if bound is None or group.residual else bound for bound in (group.low, group.high))
+    return np.full(len(unit), -np.inf) if math.isinf(low) else (low - bias) / unit, np.full(len(unit), np.inf) if math.isinf(high) else (high - bias) / unit
