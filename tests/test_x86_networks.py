@@ -65,7 +65,7 @@ def mobilenet(real_data: Path, root: Path) -> tuple[Compilation, Values, Values]
         pytest.skip("MobileNetV2 IS NOT TESTED on emulated x86 rows: set QCOMPILER_SLOW=1")
     pictures, preprocess = real_data / "imagenet" / "calibration", root / "benchmarks" / "preprocess" / "mobilenet_v2.yaml"
     compilation = compile_stages(real_data / "models" / "mobilenet_v2.onnx", "native", pictures, preprocess=preprocess, preset="fast")
-    sample = next(iter(compilation.quantized.samples))
+    sample = next(iter(compilation.quantized.measured.samples))
     return compilation, sample, interpreter.run(compilation.integer, sample, keep="all")
 
 
@@ -90,5 +90,5 @@ def test_a_library_for_tiles_names_the_feature_that_is_missing(digits: Compilati
         pytest.skip("this machine has tiles")
     assert "#define QC_TILES 1" in artifact._model_header(build_network(digits.integer, ALL[0]).link().manifest | {"features": list(AMX.features)})
     compilation = compile_stages(MODEL, "x86-amx", demo_data()[0][:40], preset="fast")
-    with pytest.raises(IncompatibleDevice, match=f"needs the CPU feature {missing[0]}"):
+    with pytest.raises(IncompatibleDevice, match=f"compiled for x86-amx, which needs the CPU features? {missing[0]}"):
         Session(compilation.artifact.save(tmp_path / "model.so"))
