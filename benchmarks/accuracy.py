@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--enable", action="append", default=[], metavar="STEP", help="take this step beside those of the preset")
     parser.add_argument("--disable", action="append", default=[], metavar="STEP", help="leave this step out")
     parser.add_argument("--rivals", action="store_true", help="measure ONNX Runtime's and NNCF's quantization too, where they are installed")
-    parser.add_argument("--check", action="store_true", help=f"exit 1 when agreement is below {MIN_AGREEMENT:.0%}")
+    parser.add_argument("--check", action="store_true", help=f"exit 1 when agreement is below {MIN_AGREEMENT:.0%}%")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the libraries there")
     options = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,12 @@ def test_cuda_without_a_gpu_and_its_tables(script: Any, capsys: pytest.CaptureFi
     text = cuda.network_text({"network": "n", "batch": 32, "identical": False, "base": "torch float16", "candidates": rows, "peak": 1e12, "steps": [step]})
     assert "n, batch 32: DIFFERS FROM THE CPU" in text and "ratio to torch float16" in text
     assert text.splitlines()[-1].split() == ["conv", "qc.conv2d", "cuda/conv2d", "2.0", "25.0", "%"]
+
+
+def test_every_script_explains_itself(root: Path) -> None:
+    scripts = [p for p in sorted((root / "benchmarks").glob("*.py")) if "__main__" in p.read_text()]
+    assert len(scripts) >= 8
+    running = {p.name: subprocess.Popen([sys.executable, p, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for p in scripts}
+    for name, process in running.items():
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and "usage:" in out, f"{name}: {err}"
