@@ -6,6 +6,7 @@ scalars the case `lanes == 1`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.schedules import avx2
 from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key
 from qcompiler.targets import Target
 
@@ -28,7 +30,7 @@ BLOCK = 256  # GPU threads per block
 
 @dataclass
 class Emitter:
-    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes.
+    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes; `avx2`: the target has AVX2.
 
     On a GPU `task` is the number of a thread, `tasks` counts all threads of the launch, `group` and `thread` are the indices of the block and of
     the thread in it, and code is scalar (`width` is 1).
@@ -44,6 +46,7 @@ class Emitter:
     _scalars: Any
     group: Any = None
     thread: Any = None
+    avx2: bool = False
     values: list[int] = field(default_factory=list)
 
     @property
@@ -104,7 +107,7 @@ def make_kernel(
             packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
             output = flat(out, op.output.elements, op.output.dtype)
             with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
-                emitter = Emitter(op, number, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"), group, thread)
+                emitter = Emitter(op, number, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"), group, thread, has_avx2(target))
                 emit(emitter)
     func = builder.get()
     used = np.array(emitter.values or [0], np.int32)
@@ -141,6 +144,10 @@ def vector_bytes(target: Target) -> int:
     if target.gpu:
         return 1
     return 64 if "avx512bw" in target.features else 32 if "avx2" in target.features else 16
+
+
+def has_avx2(target: Target) -> bool:
+    return "avx2" in target.features or "avx512bw" in target.features
 
 
 def task_count(work: int, limit: int, grain: int = GRAIN) -> int:
@@ -223,16 +230,25 @@ class Requantize:
     high: Any
     zero: Any  # z plus the storage offset, as the output's type
     dtype: str
+    avx2: bool = False
+    bounds: tuple[Any, Any] | None = None  # low and high as stored, where clipping may come after rounding
 
     @staticmethod
-    def of(k: Emitter, attrs: Mapping[str, Any]) -> Requantize:
-        """From the attributes zero_point, low and high, with the defaults of `qcompiler.numerics`."""
+    def of(k: Emitter, attrs: Mapping[str, Any], limit: float = math.inf) -> Requantize:
+        """From the attributes zero_point, low and high, with the defaults of `qcompiler.numerics`. `limit`: no |x| is greater."""
         dtype, zero_point = k.op.output.dtype, attrs.get("zero_point", 0)
-        zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset_of(dtype))))
-        return Requantize(k.f32(attrs.get("low", -128) - zero_point), k.f32(attrs.get("high", 127) - zero_point), zero, dtype)
+        low, high, offset = attrs.get("low", -128), attrs.get("high", 127), offset_of(dtype)
+        zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset)))
+        special = k.avx2 and k.width == avx2.BYTES  # wider vectors have an instruction for it
+        bounds = tuple(T.bind(T.Cast(dtype, k.i32(int(b) + offset))) for b in (low, high)) if special and limit < 2**30 else None
+        return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype, special, bounds)
 
     def store_value(self, scaled: Any, lanes: int) -> Any:
         """The stored vector for a float32 vector that is already multiplied. Bytes wrap; the sum is in range by the clamp."""
+        if self.avx2 and lanes in (16, 32):
+            scaled = T.bind(scaled if self.bounds else clamp(scaled, self.low, self.high, lanes))
+            value = avx2.to_bytes(scaled, T.Cast("int16", self.zero), self.dtype, lanes)
+            return clamp(value, *self.bounds, lanes) if self.bounds else value
         return cast(self.dtype, round_word(clamp(scaled, self.low, self.high, lanes), lanes), lanes) + splat(self.zero, lanes)
 
     def store_word(self, scaled: Any, lanes: int) -> Any:

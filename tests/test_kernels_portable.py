@@ -165,6 +165,22 @@ def test_lut(target: Target, storage: str) -> None:
     check(target, "qc.lut", [every, table], {}, constants=(1,), storage=storage)
     check(target, "qc.lut", [data(1, 2, 5, 6, 7), table], {}, constants=(1,), out={"halo": HALO, "pitch": 8}, storage=storage)
     check(target, "qc.lut", [data(1, 50_001), table], {}, constants=(1,), storage=storage)
+    for length in (1, 15, 16, 17, 31, 33, 48, 100):
+        check(target, "qc.lut", [data(length, 3, length), table], {}, constants=(1,), storage=storage)
+        check(target, "qc.lut", [data(length, 1, 2, 3, length), table], {}, constants=(1,), layouts={0: {"pitch": length + 5}}, storage=storage)
+
+
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
+def test_every_pair_of_operands(target: Target, storage: str) -> None:
+    """All 65536 pairs: the greatest multipliers, sums and products that clip far outside, and so far that a conversion to int32 overflows."""
+    a, b = np.arange(-128, 128, dtype=np.int8)[:, None], np.arange(-128, 128, dtype=np.int8)[None]
+    narrow = {"zero_point": 100, "low": -3, "high": 101}
+    for multipliers in ((2**23 - 5, 32_000, 23), (-(2**22), 2**22, 1), (12_345, -54_321, 17)):
+        attrs = dict(zip(("a_multiplier", "b_multiplier", "shift"), multipliers, strict=True))
+        for bounds in ({"zero_point": -128, "low": -128, "high": 127}, narrow):
+            check(target, "qc.add", [a + np.int8(0) * b, b], ADD | attrs | bounds, storage=storage)
+    for multiplier in (0.0037, 100.0, 40_000.0, 3e38):
+        check(target, "qc.mul", [a + np.int8(0) * b, b], MUL | narrow | {"multiplier": float(np.float32(multiplier))}, storage=storage)
 
 
 # -- pooling ----------------------------------------------------------------------------------------------------------------------------
@@ -198,6 +214,17 @@ def test_pool2d(target: Target, shape: tuple[int, ...], kernel: list[int], strid
                 "high": 127,
             }
             check(target, "qc.avg_pool2d", [x], attrs, out=out if include else {}, storage="uint8" if include else "int8")
+
+
+@pytest.mark.parametrize("kernel", [(15, 17), (16, 16), (2, 2)])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
+def test_average_of_extremes(target: Target, storage: str, kernel: tuple[int, int]) -> None:
+    """Windows of the least and of the greatest values: their sums just fit 16 bits, or don't."""
+    x = np.full((1, 2 * kernel[0], kernel[1], 40), 127, np.int8)
+    x[:, : kernel[0]] = -128
+    for include, padding in ((False, [0, 0, 0, 0]), (True, [1, 0, 1, 1])):
+        attrs = {"kernel": list(kernel), "strides": list(kernel), "padding": padding, "count_include_pad": include, "x_zero_point": 127}
+        check(target, "qc.avg_pool2d", [x], attrs | {"ratio": 0.93, "zero_point": -3}, storage=storage)
 
 
 def test_average_of_padding_only_is_zero(target: Target) -> None:
@@ -359,6 +386,8 @@ def test_resize2d(target: Target, channels: int, storage: str) -> None:
         ((1, 40), (40, 1)),
         ((6, 100, 40), (40, 100)),
         ((130, 90), (90, 70)),
+        ((4, 1), (1, 24)),
+        ((3, 129), (129, 8)),
     ],
 )
 @pytest.mark.parametrize("out_dtype", ["int8", "float32"])

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.schedules import avx2
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
     View,
     cast,
     centered,
+    has_avx2,
+    load,
     make_kernel,
     offset_of,
     splat,
@@ -80,15 +83,26 @@ def _binary(op: OpCall, target: Target, row: str, product: bool) -> Kernel:
 
     def emit(k: Emitter) -> None:
         left, right = (v.broadcast(op.output.shape) for v in k.operands())
-        left_zero = k.i32(a["a_zero_point"] + offset_of(left.dtype))
-        right_zero = k.i32(a["b_zero_point"] + offset_of(right.dtype))
+        zeros = [a["a_zero_point"] + offset_of(left.dtype), a["b_zero_point"] + offset_of(right.dtype)]
+        left_zero, right_zero = (k.i32(z) for z in zeros)
         scale = k.f32(a["multiplier"] if product else 2.0 ** -a["shift"])
-        factors = [] if product else [k.i32(a["a_multiplier"]), k.i32(a["b_multiplier"])]
-        end = Requantize.of(k, a)
+        multipliers = [] if product else [a["a_multiplier"], a["b_multiplier"]]
+        factors = [k.i32(m) for m in multipliers]
+        limit = 255.0 * 255.0 * a["multiplier"] if product else 255.0 * sum(map(abs, multipliers)) * 2.0 ** -a["shift"]
+        end = Requantize.of(k, a, limit)
+        # AVX2 widens bytes to int32 as it loads them. The zero points of a sum are one constant there; as 255 (|A| + |B|) < 2^31, no part of it overflows
+        start = k.i32(-sum(z * m for z, m in zip(zeros, multipliers, strict=True))) if k.avx2 and not product else None
 
         def compute(x: list[Any], n: int) -> Any:
-            p, q = centered(x[0], left_zero, n), centered(x[1], right_zero, n)
-            acc = p * q if product else p * splat(factors[0], n) + q * splat(factors[1], n)
+            if start is not None:
+                p, q = (cast("int32", v, n) * splat(f, n) for v, f in zip(x, factors, strict=True))
+                acc = p + q + splat(start, n)
+            elif k.avx2:
+                p, q = (cast("int32", v, n) - splat(z, n) for v, z in zip(x, (left_zero, right_zero), strict=True))
+                acc = p * q
+            else:
+                p, q = centered(x[0], left_zero, n), centered(x[1], right_zero, n)
+                acc = p * q if product else p * splat(factors[0], n) + q * splat(factors[1], n)
             return end(acc, splat(scale, n), n)
 
         elementwise(k, [left, right], view(k.output, op.output), compute)
@@ -115,22 +129,27 @@ def lut(op: OpCall, target: Target, row: str) -> Kernel:
     indices = stored if source == "uint8" else (stored.astype(np.uint8).view(np.int8).astype(np.int32) + 128)
     entries = (table.reshape(256).astype(np.int32)[indices] + offset_of(dtype)).astype(dtype)
     constant = [x] if isinstance(x, np.ndarray) else []
+    vectorized = has_avx2(target)
+    tables = [avx2.lookup_tables(entries)] if vectorized else []
 
     def emit(k: Emitter) -> None:
-        lookup = k.arrays[-1]
+        lookup = k.arrays[len(constant)]
 
         def entry(stored: Any) -> Any:
             return lookup[T.Cast("int32", stored if source == "uint8" else T.reinterpret("uint8", stored))]
 
         def gather(v: View, index: Any, lanes: int, stride: int) -> Any:
             """Scalar loads, inserted into a vector (vpinsrb from memory): measured 1.4 times faster than byte stores on Zen 4."""
+            if vectorized and lanes >= 16 and stride == 1:
+                index = T.reinterpret(f"uint8x{lanes}", load(v.buffer, index, lanes))
+                return T.reinterpret(f"{dtype}x{lanes}", avx2.lookup(k.arrays[-1], index, lanes))
             entries = [entry(v.buffer[index + i * stride]) for i in range(lanes)]
             return entries[0] if lanes == 1 else T.Shuffle(entries, list(range(lanes)))
 
-        k.width = 16
+        k.width = avx2.BYTES if vectorized else 16
         elementwise(k, [k.operands()[0]], view(k.output, op.output), lambda x, n: entry(x[0]) if k.gpu else x[0], fetch=gather)
 
-    return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=[*constant, entries])
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=[*constant, entries, *tables])
 
 
 portable("qc.quantize", quantize)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import (
@@ -150,29 +151,37 @@ def avg_pool2d(op: OpCall, target: Target, row: str) -> Kernel:
     rows, columns = windows = Window.of(op)
     height, width = op.output.shape[1:3]
     tasks = task_count(math.prod(op.output.shape) * rows.taps * columns.taps, op.output.shape[0] * height, 100_000)
+    tables = average_tables(op)
 
     def emit(k: Emitter) -> None:
         source, out = k.operands()[0], view(k.output, op.output)
-        end = Requantize.of(k, a)
+        taps = rows.taps * columns.taps
+        end = Requantize.of(k, a, 255.0 * taps * float(tables[0].max()))
         row_bounds, column_bounds, multiplier, zero = k.arrays
+        everywhere = k.avx2 and all(w.whole() == (0, w.outputs) for w in windows)
+        # sums of at most 255 bytes fit 16 bits, where AVX2 adds twice as many a time
+        narrow = {"uint8": "uint16", "int8": "int16"}[source.dtype] if k.avx2 and taps <= 255 else "int32"
         with loops(share(k, op.output.shape[0] * height), width) as (line, ow):
             n, oh = T.bind(line // height), T.bind(line % height)
             pixel = T.bind(oh * width + ow)
             m, z = T.bind(multiplier[pixel]), T.bind(zero[pixel])
-            spans = [(T.bind(b[o * 2]), T.bind(b[o * 2 + 1] + 1)) for b, o in ((row_bounds, oh), (column_bounds, ow))]
+            spans: list[Any] = [rows.taps, columns.taps]
+            if not everywhere:
+                spans = [(T.bind(b[o * 2]), T.bind(b[o * 2 + 1] + 1)) for b, o in ((row_bounds, oh), (column_bounds, ow))]
             ih, iw = oh * rows.stride - rows.pad, ow * columns.stride - columns.pad
 
             def step(c: Any, lanes: int) -> None:
-                acc = accumulator(lanes)
-                store(acc, 0, splat(T.int32(0) - z, lanes), lanes)
+                acc = accumulator(lanes, narrow)
+                store(acc, 0, splat(tirx.const(0, narrow), lanes), lanes)
                 with loops(*spans) as (r, s):
                     x = load(source.buffer, source.at([n, ih + r * rows.dilation, iw + s * columns.dilation, c]), lanes)
-                    store(acc, 0, load(acc, 0, lanes) + cast("int32", x, lanes), lanes)
-                store(out.buffer, out.at([n, oh, ow, c]), end(load(acc, 0, lanes), splat(m, lanes), lanes), lanes)
+                    store(acc, 0, load(acc, 0, lanes) + cast(narrow, x, lanes), lanes)
+                total = cast("int32", load(acc, 0, lanes), lanes) - splat(z, lanes)
+                store(out.buffer, out.at([n, oh, ow, c]), end(total, splat(m, lanes), lanes), lanes)
 
             vectors(op.output.shape[3], k.width, step)
 
-    return make_kernel(row, op, target, emit, tasks=tasks, arrays=[*(w.bounds().reshape(-1) for w in windows), *average_tables(op)])
+    return make_kernel(row, op, target, emit, tasks=tasks, arrays=[*(w.bounds().reshape(-1) for w in windows), *tables])
 
 
 def mean(op: OpCall, target: Target, row: str) -> Kernel:
@@ -194,7 +203,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
     def emit(k: Emitter) -> None:
         source = k.operands()[0]
         out = view(k.output, op.output if len(op.output.shape) == rank else Layout(full, op.output.dtype))
-        end = Requantize.of(k, a)
+        end = Requantize.of(k, a, 255.0 * a["ratio"])
         multiplier = k.f32(np.float64(a["ratio"]) / count)
         zero = k.i32(-count * (a["x_zero_point"] + offset_of(source.dtype)))
 

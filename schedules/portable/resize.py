@@ -45,7 +45,7 @@ def _nearest(k: Emitter, source: View, out: View, tables: dict[str, Any], pixel:
 
 def _linear(k: Emitter, source: View, out: View, tables: dict[str, Any], pixel: tuple[Any, Any, Any]) -> None:
     n, oh, ow = pixel
-    end, step = Requantize.of(k, {}), k.f32(2.0**-20)
+    end, step = Requantize.of(k, {}, 128.0), k.f32(2.0**-20)
     wy, wx = T.bind(tables["wy"][oh]), T.bind(tables["wx"][ow])
     corners = [
         (T.bind(source.at([n, tables[y][oh], tables[x][ow], 0])), T.bind(v * u))
