@@ -20,19 +20,19 @@ TABLES = 16  # registers of 16 entries that a table of 256 fills
 
 
 def to_bytes(value: Any, zero: Any, dtype: str, lanes: int) -> Any:
-    """clip(rint(value) + zero) in `dtype` (int8 or uint8), for a float32 vector with |value| < 2^31 and an int16 scalar. `lanes`: 16 or 32.
+    """clip(rint(value) + zero) in `dtype` (int8 or uint8), for a float32 vector with |value| < 2^31 and an int16 scalar. `lanes`: 8, 16 or 32.
 
     Each of the three saturating steps keeps the sign of an excess, so together they equal one exact saturation. Packs work in halves of a register;
     one permutation of words at the end puts the bytes in order.
     """
     parts = [shuffle([value], range(i, i + WORDS)) for i in range(0, lanes, WORDS)]
     words = [call("int32x8", "llvm.x86.avx.cvt.ps2dq.256", p) for p in parts]  # rounds to nearest even
-    pairs = [call("int16x16", "llvm.x86.avx2.packssdw", words[i], words[i + 1]) for i in range(0, len(words), 2)]
+    pairs = [call("int16x16", "llvm.x86.avx2.packssdw", words[i], words[min(i + 1, len(words) - 1)]) for i in range(0, len(words), 2)]
     pairs = [call("int16x16", "llvm.sadd.sat", p, T.broadcast(zero, 16)) for p in pairs]
     name = f"llvm.x86.avx2.pack{'ss' if dtype == 'int8' else 'us'}wb"
     packed = T.reinterpret("int32x8", call("int8x32", name, pairs[0], pairs[-1]))
     order = [0, 4, 1, 5, 2, 6, 3, 7] if lanes == BYTES else [0, 4, 1, 5]
-    return T.reinterpret(f"{dtype}x{lanes}", shuffle([packed], order))
+    return T.reinterpret(f"{dtype}x{lanes}", shuffle([packed], order[: lanes // 4]))
 
 
 def lookup_tables(entries: np.ndarray) -> np.ndarray:

@@ -245,7 +245,7 @@ class Requantize:
 
     def store_value(self, scaled: Any, lanes: int) -> Any:
         """The stored vector for a float32 vector that is already multiplied. Bytes wrap; the sum is in range by the clamp."""
-        if self.avx2 and lanes in (16, 32):
+        if self.avx2 and lanes in (8, 16, 32):
             scaled = T.bind(scaled if self.bounds else clamp(scaled, self.low, self.high, lanes))
             value = avx2.to_bytes(scaled, T.Cast("int16", self.zero), self.dtype, lanes)
             return clamp(value, *self.bounds, lanes) if self.bounds else value

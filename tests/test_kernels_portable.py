@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler import numerics, schedules
+from qcompiler import numerics, schedules, spec
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
 from qcompiler.targets import Target, find_target, missing_features
@@ -372,6 +372,18 @@ def test_resize2d(target: Target, channels: int, storage: str) -> None:
             out=out,
             storage=storage,
         )
+
+
+@pytest.mark.parametrize("scale", [(1, 1), (2, 2), (4, 2), (8, 8), (16, 8), (8, 16)])
+@pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
+def test_enlarging_by_powers_of_two(target: Target, storage: str, scale: tuple[int, int]) -> None:
+    """Weights with few bits, up to and beyond what 16 bits hold; ties of every kind, and the greatest sums."""
+    attrs: dict[str, Any] = {"size": [6 * scale[0], 7 * scale[1]], "method": "linear"}
+    for axis, extent, factor in (("y", 6, scale[0]), ("x", 7, scale[1])):
+        attrs |= dict(zip((f"i{axis}0", f"i{axis}1", f"w{axis}"), spec.resize_indices(extent, extent * factor, "linear", "half_pixel"), strict=True))
+    x = data(9, 1, 6, 7, 43)
+    x[:, :3, :3], x[:, 3:, 3:] = 127, -128
+    check(target, "qc.resize2d", [x], attrs, layouts={0: {"pitch": 45}}, storage=storage)
 
 
 # -- matmul, dense, convolution ---------------------------------------------------------------------------------------------------------
