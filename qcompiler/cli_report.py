@@ -123,6 +123,8 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
         show(options, {"weights": account}, lambda: weights_text(account))
         return 0
 
+    if options.sensitivity and options.calibration is None:
+        raise DataError("--sensitivity needs --calibration: what rounding does to the outputs is measured on those samples")
     target = find_target(options.target)
     with terminal_progress() as progress:
         stages = quantize(options.model, target, options.calibration, Dumper(), **_arguments(options), progress=progress)

@@ -248,6 +248,8 @@ def test_explain(calibration: str, capsys: pytest.CaptureFixture[str], monkeypat
     assert "\nrelu1 " in capsys.readouterr().out.split("dB gained when it stays float")[1]
     assert main(words[:-2]) == 2
     assert "calibration data is needed" in capsys.readouterr().err
+    assert main([*words[:-2], "--sensitivity"]) == 2
+    assert "--sensitivity needs --calibration" in capsys.readouterr().err
 
 
 def test_the_source_is_left_alone(digits: tuple[Compilation, Export]) -> None:
