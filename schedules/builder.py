@@ -47,6 +47,7 @@ class Emitter:
     group: Any = None
     thread: Any = None
     avx2: bool = False
+    scratch: Any = None  # int32 words
     values: list[int] = field(default_factory=list)
 
     @property
@@ -89,8 +90,10 @@ def make_kernel(
     threads: int = 0,
     block: int = BLOCK,
     params: Mapping[str, Any] | None = None,
+    scratch: int = 0,
 ) -> Kernel:
     """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself.
+    `scratch`: bytes that all tasks share, one more pointer after the output.
 
     On a GPU there is no `task` argument, and at least `threads` threads (0: one for 4 elements of the output) run in blocks of `block`.
     """
@@ -103,17 +106,19 @@ def make_kernel(
             pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
             constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
             scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
+            memory = flat(T.arg("scratch", T.handle()), scratch // 4, "int32") if scratch else None
             inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
             packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
             output = flat(out, op.output.elements, op.output.dtype)
             with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
-                emitter = Emitter(op, number, tasks, inputs, packed, output, vector_bytes(target), flat(scalars, 64, "int32"), group, thread, has_avx2(target))
+                numbers, width = flat(scalars, 64, "int32"), vector_bytes(target)
+                emitter = Emitter(op, number, tasks, inputs, packed, output, width, numbers, group, thread, has_avx2(target), memory)
                 emit(emitter)
     func = builder.get()
     used = np.array(emitter.values or [0], np.int32)
     key = kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
     constants = [np.ascontiguousarray(a) for a in arrays] + [used]
-    return Kernel(func, 0 if launch else tasks, constants, key, row, macs=macs, params=dict(params or {}), launch=launch)
+    return Kernel(func, 0 if launch else tasks, constants, key, row, scratch, macs, dict(params or {}), launch)
 
 
 @contextmanager

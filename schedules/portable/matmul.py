@@ -16,6 +16,7 @@ from qcompiler.schedules.builder import (
     cast,
     centered,
     clamp,
+    has_avx2,
     load,
     loops,
     make_kernel,
@@ -25,6 +26,7 @@ from qcompiler.schedules.builder import (
     store,
     task_count,
     tiles,
+    vector_bytes,
     vectors,
     view,
 )
@@ -44,6 +46,9 @@ def matmul(op: OpCall, target: Target, row: str) -> Kernel:
     macs = count * m * n * depth
     tasks = task_count(macs, max(batch, default=1) if count > 1 else m // rows, 500_000)
 
+    paired = has_avx2(target) and vector_bytes(target) == avx2.BYTES and n >= 8
+    steps = -(-depth // 2)  # of the reduction, two elements at a time
+
     def emit(k: Emitter) -> None:
         left, right = k.operands()
         a, b = left.broadcast([*batch, m, depth]), right.broadcast([*batch, depth, n])
@@ -52,6 +57,7 @@ def matmul(op: OpCall, target: Target, row: str) -> Kernel:
         out = view(k.output, op.output)
         low, high = (k.f32_or_none(at.get(name)) for name in ("float_low", "float_high"))
         end = None if out.dtype == "float32" else Requantize.of(k, at, 255.0 * 255.0 * depth * at["multiplier"])
+        words: Any = T.bind(k.task * (rows * steps)) if paired else None  # where those of this task begin
         extents: list[Any] = list(batch)
         if count > 1:
             widest = max(range(len(batch)), key=lambda d: batch[d])
@@ -65,36 +71,40 @@ def matmul(op: OpCall, target: Target, row: str) -> Kernel:
                 result = clamp(cast("float32", value, lanes) * scale, low, high, lanes) if end is None else end(value, scale, lanes)
                 store(out.buffer, out.at([*index, first + r, c]), result, lanes)
 
+            def store_pairs() -> None:
+                """Rows of a without their zero point, as pairs of int16 in words of scratch; an odd last one is paired with 0."""
+                zeros, whole = splat(T.Cast("int16", a_zero), 16), depth // 16
+                for r in range(rows):
+                    start, place = T.bind(a.at([*index, first + r, 0])), words + r * steps
+                    with loops(whole) as (i,):
+                        x = cast("int16", load(a.buffer, start + i * 16, 16), 16) - zeros
+                        store(k.scratch, place + i * 8, T.reinterpret("int32x8", x), 8)
+                    for i in range(whole * 8, steps):
+                        low, high = (centered(a.buffer[start + j], a_zero, 1) if j < depth else T.int32(0) for j in (2 * i, 2 * i + 1))
+                        store(k.scratch, place + i, T.bitwise_or(T.bitwise_and(low, T.int32(0xFFFF)), T.shift_left(high, T.int32(16))), 1)
+
             def pairs(c: Any, lanes: int) -> None:
                 """`columns` for AVX2, which multiplies two adjacent int16 by two others and adds: two steps of the reduction at once."""
                 accs = [[accumulator(8) for _ in range(lanes // 8)] for _ in range(rows)]
                 for acc in itertools.chain(*accs):
                     store(acc, 0, splat(T.int32(0), 8), 8)
-                a_zeros, b_zeros = (T.bind(splat(T.Cast("int16", z), 16)) for z in (a_zero, b_zero))
-
-                def step(i: Any, single: bool) -> None:
-                    steps = [load(b.buffer, b.at([*index, j, c]), lanes) for j in (i, i if single else i + 1)]
-                    ys = [T.bind(y - b_zeros) for y in avx2.pairs_of(steps[0], steps[1], lanes)]
+                zeros = T.bind(splat(T.Cast("int16", b_zero), 16))
+                with loops(steps) as (i,):
+                    second = T.min(i * 2 + 1, depth - 1) if depth % 2 else i * 2 + 1
+                    even, odd = (load(b.buffer, b.at([*index, j, c]), lanes) for j in (i * 2, second))
+                    ys = [T.bind(y - zeros) for y in avx2.pairs_of(even, odd, lanes)]
                     for r, acc in enumerate(accs):
-                        place = T.bind(a.at([*index, first + r, i]))
-                        if single:  # the second of each pair is multiplied by 0
-                            word = T.bitwise_and(centered(a.buffer[place], a_zero, 1), T.int32(0xFFFF))
-                            x = T.bind(T.reinterpret("int16x16", splat(word, 8)))
-                        else:
-                            word = T.reinterpret("int16", load(a.buffer, place, 2))
-                            x = T.bind(cast("int16", T.reinterpret(f"{a.dtype}x16", splat(word, 8)), 16) - a_zeros)
+                        x = T.bind(T.reinterpret("int16x16", splat(k.scratch[words + r * steps + i], 8)))
                         for part, y in zip(acc, ys, strict=True):
                             store(part, 0, load(part, 0, 8) + avx2.multiply_pairs(x, y), 8)
-
-                with loops(depth // 2) as (i,):
-                    step(i * 2, single=False)
-                if depth % 2:
-                    step(T.int32(depth - 1), single=True)
                 for r, acc in enumerate(accs):
                     finish(r, c, T.bind(T.Shuffle([load(part, 0, 8) for part in acc], list(range(lanes)))), lanes)
 
+            if paired:
+                store_pairs()
+
             def columns(c: Any, lanes: int) -> None:
-                if k.avx2 and k.width == avx2.BYTES and lanes >= 8:
+                if paired and lanes >= 8:
                     pairs(c, lanes)
                     return
                 accs = [accumulator(lanes) for _ in range(rows)]
@@ -110,7 +120,7 @@ def matmul(op: OpCall, target: Target, row: str) -> Kernel:
 
             vectors(n, k.width // 2, columns)
 
-    return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op), macs=macs)
+    return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op), macs=macs, scratch=4 * tasks * rows * steps if paired else 0)
 
 
 portable("qc.matmul", matmul)
