@@ -244,7 +244,7 @@ class Requantize:
         dtype, zero_point = k.op.output.dtype, attrs.get("zero_point", 0)
         low, high, offset = attrs.get("low", -128), attrs.get("high", 127), offset_of(dtype)
         zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset)))
-        special = k.avx2 and k.width == avx2.BYTES  # wider vectors have an instruction for it
+        special = k.width == avx2.BYTES  # wider vectors have an instruction for it
         bounds = tuple(T.bind(T.Cast(dtype, k.i32(int(b) + offset))) for b in (low, high)) if special and limit < 2**30 else None
         return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype, special, bounds)
 

@@ -1,4 +1,4 @@
-"""Matrix product of two computed operands: a register tile of 4 rows times two vectors of int32."""
+"""Matrix product of two computed operands: a register tile of 4 rows times two vectors of int32, on AVX2 by products of pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from qcompiler.schedules.builder import (
     cast,
     centered,
     clamp,
-    has_avx2,
     load,
     loops,
     make_kernel,
@@ -46,7 +45,7 @@ def matmul(op: OpCall, target: Target, row: str) -> Kernel:
     macs = count * m * n * depth
     tasks = task_count(macs, max(batch, default=1) if count > 1 else m // rows, 500_000)
 
-    paired = has_avx2(target) and vector_bytes(target) == avx2.BYTES and n >= 8
+    paired = vector_bytes(target) == avx2.BYTES and n >= 8
     steps = -(-depth // 2)  # of the reduction, two elements at a time
 
     def emit(k: Emitter) -> None:
@@ -80,8 +79,8 @@ def matmul(op: OpCall, target: Target, row: str) -> Kernel:
                         x = cast("int16", load(a.buffer, start + i * 16, 16), 16) - zeros
                         store(k.scratch, place + i * 8, T.reinterpret("int32x8", x), 8)
                     for i in range(whole * 8, steps):
-                        low, high = (centered(a.buffer[start + j], a_zero, 1) if j < depth else T.int32(0) for j in (2 * i, 2 * i + 1))
-                        store(k.scratch, place + i, T.bitwise_or(T.bitwise_and(low, T.int32(0xFFFF)), T.shift_left(high, T.int32(16))), 1)
+                        even, odd = (centered(a.buffer[start + j], a_zero, 1) if j < depth else T.int32(0) for j in (2 * i, 2 * i + 1))
+                        store(k.scratch, place + i, T.bitwise_or(T.bitwise_and(even, T.int32(0xFFFF)), T.shift_left(odd, T.int32(16))), 1)
 
             def pairs(c: Any, lanes: int) -> None:
                 """`columns` for AVX2, which multiplies two adjacent int16 by two others and adds: two steps of the reduction at once."""
