@@ -5,7 +5,7 @@
 Per row and per core: multiply-accumulates per cycle of the emitted innermost loop (operands in the first-level cache), beside the core's peak, which
 is what llvm-mca gives for a stream of independent dot steps: VPDPBUSD, or without VNNI the three instructions VPMADDUBSW, VPMADDWD and VPADDD.
 `--check` exits with 1 when a row is below 70 % of that. There is nothing of `x86-amx`: LLVM's models put in a placeholder for tile instructions.
-LLVM 19 gives Sapphire Rapids and Zen 4 half of the VPDPBUSD that they can start in a cycle, so percents count there, not rates.
+LLVM's models give some cores fewer VPDPBUSD a cycle than others of the same width, so read percents of the model's peak, not rates.
 Winograd convolutions do fewer multiplications than they count, so they are left out. Needs llvm-mca 17 or newer.
 """
 
