@@ -345,6 +345,16 @@ def loops(*extents: Any) -> Iterator[list[Any]]:
         yield index
 
 
+@contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """Statements under a condition; None: always."""
+    if condition is None:
+        yield
+    else:
+        with T.If(condition), T.Then():
+            yield
+
+
 def share(k: Emitter, extent: int, unit: int = 1) -> Any:
     """This task's part of `extent` loop iterations, as an argument of `loops`; parts are multiples of `unit`."""
     if k.tasks == 1:

@@ -20,7 +20,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.builder import aligned_frame
+from qcompiler.schedules.builder import aligned_frame, when
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, sorts_steps, split_blocks
 from qcompiler.schedules.conv_steps import step_classes, step_offsets, table_pitch, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
@@ -395,15 +395,6 @@ class ConvKernel:
 
 def subgroups_of(channels: Channels) -> dict[int, list[int]]:
     return {n: split_blocks(n) for n in {channels.blocks, channels.last} if n}
-
-
-@contextmanager
-def when(condition: Any) -> Iterator[None]:
-    if condition is None:
-        yield
-    else:
-        with T.If(condition), T.Then():
-            yield
 
 
 def _length(first: Any, run: int, total: int, tasks: int) -> Any:

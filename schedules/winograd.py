@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules import conv_plan as plan
+from qcompiler.schedules.builder import when
 from qcompiler.schedules.conv import ConvRow, wrap
-from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, Parameters, subgroups_of, when
+from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, subgroups_of
 from qcompiler.schedules.isa import Isa, call, load, save
 from qcompiler.schedules.table import Kernel, Need, OpCall, kernel_key
 from qcompiler.targets import Target
@@ -87,7 +87,7 @@ class WinogradKernel(ConvKernel):
 
     def __init__(self, geometry: plan.Geometry, isa: Isa, tiling: WinogradTiling, epilogue: Epilogue) -> None:
         super().__init__(geometry, isa, plan.Tiling(M, M, tiling.blocks, "pixels", 1, tiling.pixel_tasks, tiling.channel_tasks), epilogue)
-        self.winograd = tiling
+        self.winograd, self.sorted = tiling, False
         self.total = geometry.pixels[0] * self.tile_rows * self.tile_cols
         self.pairs = geometry.inputs // 2
         if not 1 <= tiling.tiles <= tiling.block_tiles <= self.total:
@@ -106,30 +106,12 @@ class WinogradKernel(ConvKernel):
 
     @property
     def scratch(self) -> int:
-        """Bytes, of all tasks."""
-        return 4 * self.words * self.tasks
+        """Bytes per task."""
+        return 4 * self.words
 
-    def build(self) -> Any:
-        g, isa = self.g, self.isa
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True, is_private=True):
-                T.func_attr({"tirx.noalias": True})
-                task = T.arg("task", T.int32())
-                names = ["x", *(["residual"] if g.residual else []), "w", "bias", "multiplier", "params", "out", "scratch"]
-                pointers = {n: T.arg(n, T.handle()) for n in names}
-                lanes = self.channels.vectors * isa.lanes
-                self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
-                self.w = T.decl_buffer((lanes * 9 * g.inputs,), "int8", data=pointers["w"])
-                self.bias = T.decl_buffer((lanes,), "int32", data=pointers["bias"])
-                self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
-                if g.residual:
-                    self.residual = T.decl_buffer((g.residual.elements,), g.residual.dtype, data=pointers["residual"])
-                self.params = Parameters(isa)
-                self.params.declare(pointers["params"])
-                self.out = T.decl_buffer((g.out.elements,), g.out.dtype, data=pointers["out"])
-                self.memory = T.decl_buffer((self.words * self.tasks,), "int32", data=pointers["scratch"])
-                self.task(task)
-        return builder.get()
+    @property
+    def vector_weights(self) -> int:
+        return 9 * self.g.inputs * self.isa.lanes
 
     def task(self, task: Any) -> None:
         pixel_task, channel_task = (task % self.pixel_tasks, task // self.pixel_tasks) if self.tasks > 1 else (0, 0)
@@ -172,7 +154,7 @@ class WinogradKernel(ConvKernel):
                 target = T.bind(to + channel // 2)
                 for position, value in enumerate(v for line in transform(INPUT, patch) for v in line):
                     words = T.reinterpret(f"int32x{self.isa.lanes}", value)
-                    save(self.memory, target + position * self.v_pitch, words, self.isa.lanes)
+                    save(self.sums, target + position * self.v_pitch, words, self.isa.lanes)
 
     def channel_tile(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
         vector = T.bind(vector)
@@ -189,7 +171,7 @@ class WinogradKernel(ConvKernel):
                 taps = [[T.bind(T.Cast(f"int16x{step}", load(self.w, w + (3 * r + c) * step, step))) for c in range(3)] for r in range(3)]
                 to = T.bind(base + (self.u + pair * self.width + b * lanes))
                 for position, value in enumerate(v for line in transform(WEIGHT, taps) for v in line):
-                    save(self.memory, to + position * self.u_pitch, T.reinterpret(f"int32x{lanes}", value), lanes)
+                    save(self.sums, to + position * self.u_pitch, T.reinterpret(f"int32x{lanes}", value), lanes)
 
     def multiply(self, base: Any, blocks: int) -> None:
         """One matrix product per position: [position][tile][block][lane]."""
@@ -209,7 +191,7 @@ class WinogradKernel(ConvKernel):
                     for s in range(t.unroll):
                         weights = [T.bind(self.words_at(ui + s * self.width + b * lanes)) for b in range(blocks)]
                         for i, line in enumerate(accs):
-                            x = T.bind(T.reinterpret(f"int16x{2 * lanes}", T.broadcast(self.memory[vi + (i * self.pairs + s)], lanes)))
+                            x = T.bind(T.reinterpret(f"int16x{2 * lanes}", T.broadcast(self.sums[vi + (i * self.pairs + s)], lanes)))
                             for acc, w in zip(line, weights, strict=True):
                                 save(acc, 0, load(acc, 0, lanes) + self.products(x, w), lanes)
 
@@ -218,10 +200,10 @@ class WinogradKernel(ConvKernel):
                 m = T.bind(base + (self.m + position * self.m_pitch + tile * self.width))
                 for i, line in enumerate(accs):
                     for b, acc in enumerate(line):
-                        save(self.memory, m + (i * self.width + b * lanes), load(acc, 0, lanes), lanes)
+                        save(self.sums, m + (i * self.width + b * lanes), load(acc, 0, lanes), lanes)
 
     def words_at(self, index: Any) -> Any:
-        return T.reinterpret(f"int16x{2 * self.isa.lanes}", load(self.memory, index, self.isa.lanes))
+        return T.reinterpret(f"int16x{2 * self.isa.lanes}", load(self.sums, index, self.isa.lanes))
 
     def products(self, x: Any, w: Any) -> Any:
         """VPMADDWD."""
@@ -239,7 +221,7 @@ class WinogradKernel(ConvKernel):
             for b in range(blocks):
                 bias = T.bind(load(self.bias, (vector + b) * lanes, lanes))
                 products = [
-                    [T.bind(load(self.memory, m + ((r * N + c) * self.m_pitch + b * lanes), lanes)) for c in range(N)] for r in range(N)
+                    [T.bind(load(self.sums, m + ((r * N + c) * self.m_pitch + b * lanes), lanes)) for c in range(N)] for r in range(N)
                 ]
                 for line, value in zip(values, (v for row in transform(OUTPUT, products) for v in row), strict=True):
                     line.append(T.bind(T.shift_right(value, T.broadcast(tirx.const(SHIFT, "int32"), lanes)) + bias))
@@ -334,4 +316,4 @@ class WinogradRow(ConvRow):
         constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, order) for a in (folded, multiplier.astype(np.float32))]
         constants.append(self.parameters(op))
         key = kernel_key("winograd", self.unit, geometry, tiling, epilogue)
-        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, emitter.scratch, geometry.macs, tiling.params())
+        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, emitter.tasks * emitter.scratch, geometry.macs, tiling.params())

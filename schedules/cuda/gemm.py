@@ -11,15 +11,13 @@ makes up for, so borders cost a comparison where they are copied and nothing whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.builder import Emitter
+from qcompiler.schedules.builder import Emitter, when
 from qcompiler.schedules.cuda.base import local
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, quad
 from qcompiler.schedules.cuda.gemm_plan import CHUNK, MMA, Geometry, Tile, Unit, swizzle
@@ -40,16 +38,6 @@ def div(value: Any, by: int) -> Any:
 
 def mod(value: Any, by: int) -> Any:
     return T.int32(0) if by == 1 else T.bind(tirx.truncmod(value, by))
-
-
-@contextmanager
-def when(condition: Any) -> Iterator[None]:
-    """Statements under a condition; None: always."""
-    if condition is None:
-        yield
-    else:
-        with T.If(condition), T.Then():
-            yield
 
 
 @dataclass
