@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import binary_cases
 import numpy as np
 import pytest
+from binary_cases import ADD, MUL
 from cuda_cases import HALO, TARGET, Case, data
 from cuda_emulated import FLAGS, HEADERS, Emulated
 
@@ -18,26 +20,7 @@ from qcompiler.schedules.table import Layout, OpCall, select
 
 BIG = 3.4028234663852886e38
 
-ADD = {
-    "a_zero_point": -128,
-    "a_multiplier": 51234,
-    "b_zero_point": 127,
-    "b_multiplier": -40321,
-    "shift": 16,
-    "zero_point": 3,
-    "low": -128,
-    "high": 120,
-}
-MUL = {"a_zero_point": -128, "b_zero_point": 5, "multiplier": float(np.float32(0.0037)), "zero_point": -20, "low": -128, "high": 127}
-BROADCASTS = [
-    ((2, 5, 6, 24), (2, 5, 6, 24)),
-    ((1, 5, 6, 17), (1, 1, 1, 17)),
-    ((2, 5, 6, 16), (2, 1, 1, 16)),
-    ((2, 5, 6, 16), (1, 5, 6, 1)),
-    ((3, 1), (1, 4)),
-    ((7, 65), (65,)),
-    ((30, 50), ()),
-]
+BROADCASTS = [*binary_cases.BROADCASTS, ((30, 50), ())]
 
 
 def binary() -> dict[str, Case]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import binary_cases
 import numpy as np
 import pytest
+from binary_cases import ADD, MUL
 
 from qcompiler import numerics, schedules, spec
 from qcompiler.schedules.harness import fetch, run_kernel, store
@@ -127,26 +129,7 @@ def test_dequantize(target: Target, shape: tuple[int, ...], axes: list[int] | No
 
 # -- add, mul, lut ----------------------------------------------------------------------------------------------------------------------
 
-ADD = {
-    "a_zero_point": -128,
-    "a_multiplier": 51234,
-    "b_zero_point": 127,
-    "b_multiplier": -40321,
-    "shift": 16,
-    "zero_point": 3,
-    "low": -128,
-    "high": 120,
-}
-MUL = {"a_zero_point": -128, "b_zero_point": 5, "multiplier": float(np.float32(0.0037)), "zero_point": -20, "low": -128, "high": 127}
-BROADCASTS = [
-    ((2, 5, 6, 24), (2, 5, 6, 24)),
-    ((1, 5, 6, 17), (1, 1, 1, 17)),
-    ((2, 5, 6, 16), (2, 1, 1, 16)),
-    ((2, 5, 6, 16), (1, 5, 6, 1)),
-    ((3, 1), (1, 4)),
-    ((7, 65), (65,)),
-    ((300, 500), ()),
-]
+BROADCASTS = [*binary_cases.BROADCASTS, ((300, 500), ())]
 
 
 @pytest.mark.parametrize("a, b", BROADCASTS)
