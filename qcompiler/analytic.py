@@ -9,6 +9,8 @@ sequential correction (`correction.py`) sees it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import tvm
 
@@ -23,21 +25,37 @@ _KINDS = ("conv2d", "dense")
 
 def mean_of_rounding(module: tvm.IRModule, plan: QuantPlan, table: CalibrationTable) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{group id: (its float32 weight, corrected bias float64[O])} of every 8-bit convolution and dense group whose input has statistics."""
-    graph = Graph.of(module)
-    shapes = {str(p.name): shape_of(p) for p in graph.inputs} | {n: shape_of(e) for n, e in graph.bindings if hasattr(e.ty, "shape")}
-    corrected = {}
+    shapes, corrected = shapes_of(module), {}
     for group in find_groups(module):
-        if group.kind not in _KINDS or group.id not in plan.scales or group.weight is None or group.inputs[0] not in table.values:
-            continue
-        mean = table.values[group.inputs[0]].channel_mean
-        if len(mean) != shapes[group.inputs[0]][-1]:
+        if group.kind not in _KINDS or group.id not in plan.scales or group.weight is None:
             continue
         rounded, scale = plan.weight(group.id)
-        lost = group.weight - rounded * scale.reshape(-1, *[1] * (group.weight.ndim - 1))
-        covered = _coverage(group, shapes[group.inputs[0]])
-        shift = pre_activation(lost, (covered[:, :, None] * mean)[None], int(group.attrs.get("groups", 1)))[0]
-        corrected[group.id] = group.weight, shift + (0.0 if group.bias is None else group.bias)
+        bias = bias_for(group, rounded * scale.reshape(-1, *[1] * (group.weight.ndim - 1)), table, shapes)
+        if bias is not None:
+            corrected[group.id] = group.weight, bias
     return corrected
+
+
+def shapes_of(module: tvm.IRModule) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a canonical float module, by value id."""
+    graph = Graph.of(module)
+    return {str(p.name): shape_of(p) for p in graph.inputs} | {n: shape_of(e) for n, e in graph.bindings if hasattr(e.ty, "shape")}
+
+
+def bias_for(group: Group, weight: np.ndarray, table: CalibrationTable, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray | None:
+    """float64[O]: the bias with which a convolution or dense group keeps its mean when `weight` takes the place of its own; None where the
+    statistics of its input don't say."""
+    assert group.weight is not None
+    x = group.inputs[0]
+    if group.kind not in _KINDS or x not in table.values:
+        return None
+    mean = table.values[x].channel_mean
+    if len(mean) != shapes[x][-1]:
+        return None
+    covered = _coverage(group, shapes[x])
+    shift = pre_activation(group.weight - weight, (covered[:, :, None] * mean)[None], int(group.attrs.get("groups", 1)))[0]
+    bias: np.ndarray = shift + (0.0 if group.bias is None else group.bias)
+    return bias
 
 
 def _coverage(group: Group, shape: tuple[int, ...]) -> np.ndarray:

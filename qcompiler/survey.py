@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
 
+from qcompiler.analytic import bias_for, shapes_of
 from qcompiler.correction import integer_layers
 from qcompiler.goal import decibel
+from qcompiler.lowering import Program
 from qcompiler.mixed import Edge, Layer, Network
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
@@ -42,10 +45,10 @@ class Survey:
         copies = {g.id for g in self._placer.groups if g.kind in SAME_QUANTIZATION and g.id not in self._placement.reasons}
         values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
         params = {v: p for v in values if (p := plan.params(v)) is not None}
-        weights = rounded_weights(self._integer, measured)
+        layers = rounded_layers(self._integer, measured)
         rounded = Session(measured.twin.link().save(self._folder / "rounded.so"), twin.threads)
-        rounded.set_constants(constants_with(measured.twin, weights))
-        return measure_sensitivity(twin, rounded, set(weights), params, measured.samples, seconds=seconds, progress=progress)
+        rounded.set_constants(constants_with(measured.twin, layers))
+        return measure_sensitivity(twin, rounded, set(layers), params, measured.samples, seconds=seconds, progress=progress)
 
     def kind(self, group_id: str) -> str:
         return self._placer.made_by[group_id].kind
@@ -71,28 +74,37 @@ class Survey:
         return Network(layers, edges, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
 
 
-def rounded_weights(integer: tvm.IRModule, measured: Measured) -> dict[str, np.ndarray]:
-    """group id -> the float32 weights that the int8 weights of an integer module stand for, of layers whose weights the float twin has as constants."""
+def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """group id -> (the float32 weights that the int8 weights of an integer module stand for, the float32 bias with which they keep the layer's mean), of
+    layers whose operands the float twin has as constants. The integer module's own biases also undo what the layers before did, which is not there here.
+    """
     known = {s.writes for s in measured.twin.program.steps if s.name in ("qc.f32.conv2d", "qc.f32.dense")}
-    found = {}
+    shapes, found = shapes_of(measured.model.module), {}
     for layer in integer_layers(integer):
         if layer.group in known:
-            scale = (layer.unit / layer.x_scale).reshape(-1, *[1] * (layer.weight.ndim - 1))
-            found[layer.group] = (layer.weight * scale).astype(np.float32)
+            group = measured.means.groups[layer.group]
+            weight = layer.weight * (layer.unit / layer.x_scale).reshape(-1, *[1] * (layer.weight.ndim - 1))
+            bias = bias_for(group, weight, measured.table, shapes)
+            if bias is None:
+                bias = np.zeros(len(weight)) if group.bias is None else group.bias
+            found[layer.group] = weight.astype(np.float32), bias.astype(np.float32)
     return found
 
 
-def constants_with(twin: Built, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The constants of the float network with other weights. The program is left as it was."""
+def constants_with(twin: Built, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The constants of the float network with other weights and biases. The program is left as it was."""
     program = twin.program
-    before = {name: program.step_of(name).op.operands[1] for name in weights}  # type: ignore[union-attr]
-    for name, weight in weights.items():
-        program.replace_operand(name, 1, weight)
+    before = {name: program.step_of(name).op.operands[1:3] for name in layers}  # type: ignore[union-attr]
+    _replace(program, layers)
     constants: np.ndarray = program.constants.copy()
-    for name, operand in before.items():
-        assert isinstance(operand, np.ndarray)
-        program.replace_operand(name, 1, operand)
+    _replace(program, before)
     return constants
+
+
+def _replace(program: Program, layers: Mapping[str, Sequence[Any]]) -> None:
+    for name, arrays in layers.items():
+        for index, array in enumerate(arrays, 1):
+            program.replace_operand(name, index, array)
 
 
 @dataclass(frozen=True)
