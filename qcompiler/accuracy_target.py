@@ -173,7 +173,7 @@ class _Search:
     def attempt(self, keep: frozenset[str], reasons: Mapping[str, str]) -> Candidate:
         """Compile a plan, run it, judge it."""
         number, start = len(self.tried), self.clock.spent
-        stages = planned(self.measured, self.target, reasons, self.dump)
+        stages = planned(self.measured, self.target, reasons, self.dump, self.clock.progress)
         compilation = finish(stages, self.target, self.tuned, self.dump, self.clock.progress)
         here = compilation.artifact
         if not self.runs_here:
@@ -205,7 +205,7 @@ class _Search:
     def survey(self, first: Candidate) -> None:
         """Sensitivities and costs of the plan that has everything in int8, and the path from it."""
         survey = Survey(first.compilation.quantized, first.compilation.integer, self.target, self.folder)
-        self.sensitivity = survey.sensitivity(self.twin, min(60.0, self.clock.left / 4), self.clock.progress)
+        self.sensitivity = survey.sensitivity(self.twin, self.clock.progress, seconds=min(60.0, self.clock.left / 4))
         sample = next(iter(self.samples))
         conversion = Session(build(conversion_module(), self.host, "generate host code").link().save(self.folder / "conversion.so"))
         int8, float32 = survey.seconds(first.session, sample), survey.seconds(self.twin, sample)

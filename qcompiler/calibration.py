@@ -141,13 +141,13 @@ def calibrate(
     samples: Iterable[Mapping[str, np.ndarray]],
     *,
     ids: Collection[str] | None = None,
-    watcher: Watcher | None = None,
+    watchers: Sequence[Watcher] = (),
     progress: Progress | None = None,
     stage: str = "calibrate",
 ) -> CalibrationTable:
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
 
-    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watcher` sees every value of the same pass; `stage` is what
+    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watchers` see every value of the same pass; `stage` is what
     `progress` calls it. Raises DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in
     a recorded value.
     """
@@ -159,7 +159,7 @@ def calibrate(
     def visit(name: str, array: np.ndarray) -> None:
         if array.dtype == np.float32 and (wanted is None or name in wanted) and not table.values.setdefault(name, Statistics()).add(array):
             bad.append(name)
-        if watcher is not None:
+        for watcher in watchers:
             watcher.visit(name, array)
 
     for sample in samples:
@@ -170,7 +170,7 @@ def calibrate(
                 f"calibration sample {table.samples}: value '{bad[0]}' is not finite (NaN or infinity) although the inputs are; "
                 "check the preprocessing, or leave this sample out"
             )
-        if watcher is not None:
+        for watcher in watchers:
             watcher.end_sample(outputs)
         table.samples += 1
         if progress is not None:

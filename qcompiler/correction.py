@@ -20,7 +20,7 @@ import numpy as np
 import tvm
 
 from qcompiler.errors import DataError
-from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.progress import Progress
 from qcompiler.spec import conv_accumulator_bound
@@ -198,6 +198,7 @@ class Layer:
     """A convolution or dense call of the integer module. unit: real value of one accumulator step, float64[O].
 
     residual: (value id, zero point, real value of one step), where the call has one. x_scale: real value of one step of the input.
+    is_last: no other layer is behind it.
     """
 
     id: str
@@ -209,12 +210,8 @@ class Layer:
     unit: np.ndarray
     attrs: dict[str, Any]
     shape: tuple[int, ...]
+    is_last: bool
     residual: tuple[str, int, float] | None = None
-
-    @property
-    def is_last(self) -> bool:
-        """Does the call hand out float32? No 8-bit value and mostly no activation follows: there the whole mean counts."""
-        return self.attrs.get("out_dtype") == "float32"
 
     @property
     def group(self) -> str:
@@ -226,6 +223,7 @@ def integer_layers(module: tvm.IRModule) -> list[Layer]:
     """The calls of an integer module that have a bias, in order, with the real meaning of their numbers."""
     graph = Graph.of(module)
     scales: dict[str, Any] = graph.attrs.get("qc.params", {})
+    fronts = _before_layers(graph)
     layers = []
     for name, expr in graph.bindings:
         op = match_op(expr)
@@ -240,8 +238,19 @@ def integer_layers(module: tvm.IRModule) -> list[Layer]:
             residual = (str(tensors[4].name), int(attrs["residual_zero_point"]), attrs["residual_multiplier"] * step)
         unit = multiplier.astype(np.float64) * step
         x = str(tensors[0].name)
-        layers.append(Layer(name, kind, x, float(scales[x][0]), weight, bias, unit, attrs, shape_of(expr), residual))
+        layers.append(Layer(name, kind, x, float(scales[x][0]), weight, bias, unit, attrs, shape_of(expr), name not in fronts, residual))
     return layers
+
+
+def _before_layers(graph: Graph) -> set[str]:
+    """The values that some convolution or matrix product is computed from."""
+    found: set[str] = set()
+    for name, expr in reversed(graph.bindings):
+        op = match_op(expr)
+        called = op[0] if op else relax_op(expr) or ""
+        if name in found or any(kind in called for kind in ("conv", "dense", "matmul")):
+            found |= {str(getattr(v, "tuple_value", v).name) for v in arguments(expr) if not is_const(v)}
+    return found
 
 
 @dataclass

@@ -9,7 +9,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -38,8 +38,9 @@ from qcompiler.passes.select_float import select_float
 from qcompiler.passes.trained import Trained
 from qcompiler.plan import decide, named_groups, observed_ids
 from qcompiler.progress import Progress
+from qcompiler.quant_plan import Proposals, QuantPlan
 from qcompiler.quant_plan import Quantized as QuantizedEdge
-from qcompiler.quant_plan import QuantPlan
+from qcompiler.ranges import SampleEnds, choose, output_noise
 from qcompiler.recipes import STEPS, Recipe, recipe
 from qcompiler.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
@@ -128,12 +129,23 @@ class Measured:
     recipe: Recipe
     equalization: Equalization
     warnings: list[str]
+    ends: SampleEnds = field(default_factory=lambda: SampleEnds(()))
+    _noise: dict[str, tuple[Proposals, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def twin(self) -> Built:
         """The float network's code for this machine."""
         self.built = self.built or float_twin(self.model, None)
         return self.built
+
+    def noise(self, proposals: Mapping[str, Proposals], progress: Progress | None) -> dict[str, dict[str, float]]:
+        """`ranges.output_noise` of proposals; what an earlier plan asked for is known."""
+        new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
+        if new:
+            with session_of(self.twin.link()) as session:
+                found = output_noise(session, new, self.ends, self.samples, self.table.samples, *self.recipe.judges, progress)
+            self._noise |= {name: (p, found.get(name, {})) for name, p in new.items()}
+        return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
 @dataclass
@@ -144,6 +156,7 @@ class Quantized:
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
+    mixed: str = ""  # what the step of that name did
 
     @property
     def model(self) -> FloatModel:
@@ -157,6 +170,8 @@ class Quantized:
             found["channel_equalization"] = self.measured.equalization.summary()
         if "ranges" in recipe.steps:
             found["ranges"] = f"outliers clipped in {sum(', clips ' in e.reason for e in edges)} of {len(edges)} values with a range of their own"
+        if self.mixed:
+            found["mixed"] = self.mixed
         return found
 
 
@@ -191,10 +206,12 @@ def measure(model: FloatModel, samples: Samples, recipe: Recipe, dump: Dumper, p
         if "equalize" in recipe.steps:
             model, equalization = equalized(model, twin, session, samples, recipe, progress)
             dump("equalized", model.module)
-        means = FloatMeans(model.module, recipe.samples if recipe.optimizes else 0)
-        table = calibrate(session, samples, ids=observed_ids(model), watcher=means, progress=progress)
+        ids = observed_ids(model)
+        means, ends = FloatMeans(model.module, recipe.samples if recipe.optimizes else 0), SampleEnds(ids if recipe.judges_ranges else ())
+        table = calibrate(session, samples, ids=ids, watchers=[means, ends], progress=progress)
     dump("calibration", table)
-    return Measured(model, twin, samples, table, means, recipe, equalization, doubts(table, [i.name for i in model.inputs], means.outputs))
+    warnings = doubts(table, [i.name for i in model.inputs], means.outputs)
+    return Measured(model, twin, samples, table, means, recipe, equalization, warnings, ends)
 
 
 def equalized(
@@ -204,7 +221,7 @@ def equalized(
     seen = ChannelWatcher(model.module)
     if not seen.streams:
         return model, Equalization()
-    calibrate(session, samples, ids=(), watcher=seen, progress=progress, stage="measure channels")
+    calibrate(session, samples, ids=(), watchers=[seen], progress=progress, stage="measure channels")
     found = decide_channels(model.module, seen.values, "shift" in recipe.steps)
     layers = equalized_layers(model.module, found.channels)
     for value_id, operands in layers.items():
@@ -214,9 +231,22 @@ def equalized(
     return dataclasses.replace(model, module=replace_weights(model.module, layers)), found
 
 
-def planned(measured: Measured, target: Target, keep_float: Mapping[str, str], dump: Dumper) -> Quantized:
+def plan_for(measured: Measured, target: Target, keep_float: Mapping[str, str], progress: Progress | None) -> QuantPlan:
+    """The plan, with the ranges that the network's outputs prefer where the recipe asks for it."""
+    recipe = measured.recipe
+    plan = decide(measured.model, measured.table, target, recipe, keep_float)
+    if not recipe.judges_ranges or not plan.proposals or not any(o.dtype == "float32" for o in measured.model.outputs):
+        return plan
+    proposals = plan.proposals
+    if "judge-ranges" not in recipe.steps:
+        proposals = {name: p.only_first() for name, p in proposals.items()}
+    ranges = choose(proposals, measured.noise(proposals, progress), "margins" in recipe.steps)
+    return decide(measured.model, measured.table, target, recipe, keep_float, ranges)
+
+
+def planned(measured: Measured, target: Target, keep_float: Mapping[str, str], dump: Dumper, progress: Progress | None = None) -> Quantized:
     """The stages from statistics to the integer module. keep_float: group id -> why it stays float."""
-    plan = decide(measured.model, measured.table, target, measured.recipe, keep_float)
+    plan = plan_for(measured, target, keep_float, progress)
     dump("plan", plan.explain())
     module = measured.model.module
     if "analytic-bias" in measured.recipe.steps:
@@ -226,6 +256,19 @@ def planned(measured: Measured, target: Target, keep_float: Mapping[str, str], d
     integer = realize(qdq)
     dump("integer", integer)
     return Quantized(measured, plan, qdq, integer)
+
+
+def mixed(measured: Measured, target: Target, kept: Mapping[str, str], dump: Dumper, progress: Progress | None) -> Quantized:
+    """`planned`, where the recipe asks for it with the layers in float that are worth it."""
+    stages = planned(measured, target, kept, dump, progress)
+    if "mixed" not in measured.recipe.steps or target.gpu or not any(o.dtype == "float32" for o in measured.model.outputs):
+        return stages
+    from qcompiler.survey import worth_keeping
+
+    found = worth_keeping(stages, target, kept, progress)
+    if found.reasons:
+        stages = planned(measured, target, {**found.reasons, **kept}, dump, progress)
+    return dataclasses.replace(stages, mixed=found.summary)
 
 
 def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, Recipe, dict[str, str]]:
@@ -252,7 +295,7 @@ def quantize(
 ) -> Quantized:
     """The stages from the model file to the integer module. Arguments as `compile`."""
     float_model, samples, chosen, kept = opened(model, calibration, dump, options)
-    return planned(measure(float_model, samples, chosen, dump, options.get("progress")), target, kept, dump)
+    return mixed(measure(float_model, samples, chosen, dump, options.get("progress")), target, kept, dump, options.get("progress"))
 
 
 def compile_stages(
@@ -285,7 +328,7 @@ def compile_stages(
 
         return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, chosen, kept, dump, progress)
     measured = measure(float_model, samples, chosen, dump, progress)
-    return finish(planned(measured, row, kept, dump), row, tuned, dump, progress)
+    return finish(mixed(measured, row, kept, dump, progress), row, tuned, dump, progress)
 
 
 def check_names(options: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.placement import Placer, operands
-from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Quantized, QuantPlan, Shared
+from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
 from qcompiler.recipes import Recipe, recipe
 from qcompiler.spec import QParams
 from qcompiler.targets import Target
@@ -47,12 +47,20 @@ _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
 
-def decide(model: Any, table: CalibrationTable, target: Target, preset: str | Recipe = "default", keep_float: Mapping[str, str] = {}) -> QuantPlan:
+def decide(
+    model: Any,
+    table: CalibrationTable,
+    target: Target,
+    preset: str | Recipe = "default",
+    keep_float: Mapping[str, str] = {},
+    ranges: Mapping[str, Judged] = {},
+) -> QuantPlan:
     """The plan for a `FloatModel` or its canonical float module. keep_float: group id -> why it shall stay float, beside what must.
+    ranges: for values of the plan's `proposals`, what was chosen instead of the least estimated error.
 
     Raises PlanError for an unknown preset, or when the table lacks a value that must be quantized (it was made for another model).
     """
-    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, recipe(preset), keep_float).run()
+    return _Planner(model if isinstance(model, tvm.IRModule) else model.module, table, target, recipe(preset), keep_float, ranges).run()
 
 
 def named_groups(model: Any, names: Iterable[str]) -> list[str]:
@@ -85,16 +93,25 @@ def observed_ids(model: Any) -> list[str]:
     return list(wanted)
 
 
-def choose_params(histogram: Histogram, observers: tuple[str, ...]) -> tuple[QParams, str, float]:
+def choose_params(histogram: Histogram, proposed: Mapping[str, QParams]) -> tuple[QParams, str, float]:
     """(parameters, observer, estimated SQNR in dB) of the range with the least error, simpler observers first among near equals."""
     best: tuple[float, QParams, str] | None = None
-    for name in observers:
-        params = QParams.from_range(*OBSERVERS[name](histogram))
+    for name, params in proposed.items():
         error = relative_error(histogram, params)
         if best is None or error < best[0] * (1 - _MIN_GAIN):
             best = (error, params, name)
     assert best is not None
     return best[1], best[2], _decibel(histogram, best[1])
+
+
+def propose(histogram: Histogram, observers: Iterable[str]) -> dict[str, QParams]:
+    """Parameters by observer, in the order given."""
+    return {name: QParams.from_range(*OBSERVERS[name](histogram)) for name in observers}
+
+
+def _differ(a: QParams, b: QParams) -> bool:
+    """By so much that it may matter?"""
+    return abs(a.scale - b.scale) > 0.03 * b.scale or abs(a.zero_point - b.zero_point) > 1
 
 
 def _decibel(histogram: Histogram, params: QParams) -> float:
@@ -111,8 +128,10 @@ def _clipping(histogram: Histogram, params: QParams) -> str:
 
 
 class _Planner:
-    def __init__(self, module: tvm.IRModule, table: CalibrationTable, target: Target, recipe: Recipe, keep_float: Mapping[str, str]) -> None:
-        self.table = table
+    def __init__(
+        self, module: tvm.IRModule, table: CalibrationTable, target: Target, recipe: Recipe, keep_float: Mapping[str, str], ranges: Mapping[str, Judged]
+    ) -> None:
+        self.table, self.ranges = table, ranges
         graph = Graph.of(module)
         self.exprs, self.trained = graph.values(), Trained.of(graph.attrs)
         self.missing: list[str] = []  # values that have neither statistics nor parameters of their own
@@ -263,11 +282,21 @@ class _Planner:
         if max(-histogram.low, histogram.high) < _TINY:
             self.plan.notes.append(f"value '{leader}' was always zero in the calibration data; it is stored with scale 1 and zero point 0")
             return Quantized(QParams(1.0, 0), "none", math.inf, "always zero in the calibration data")
-        params, observer, sqnr = choose_params(histogram, self.recipe.observers)
+        proposed = propose(histogram, self.recipe.observers)
+        params, observer, sqnr = choose_params(histogram, proposed)
         params, padded = self.with_padding(params, members)
         others = [v for v in roots if v != leader]
-        why = f"least estimated error on [{histogram.low:.4g}, {histogram.high:.4g}]" if len(self.recipe.observers) > 1 else "everything seen"
-        return Quantized(params, observer, sqnr, why + (f" of {len(others)} values together" if others else "") + padded + _clipping(histogram, params))
+        why = "least estimated error" if len(self.recipe.observers) > 1 else "everything seen"
+        bound = max((math.inf if (g := self.made_by.get(v)) is None or g.high is None else g.high for v in members), default=math.inf)
+        competing = {observer: params}
+        for name, other in proposed.items():
+            if all(_differ(other, p) for p in competing.values()):
+                competing[name] = self.with_padding(other, members)[0]
+        self.plan.proposals[leader] = Proposals(competing, tuple(roots), histogram.low, histogram.high, bound)
+        if (judged := self.ranges.get(leader)) is not None:
+            params, observer, sqnr, why = judged.params, judged.observer, _decibel(histogram, judged.params), judged.reason
+        why += f" on [{histogram.low:.4g}, {histogram.high:.4g}]" + (f" of {len(others)} values together" if others else "")
+        return Quantized(params, observer, sqnr, why + padded + _clipping(histogram, params))
 
     def fixed(self, value: str) -> str | None:
         """The row of _FIXED for a value whose range its operator bounds."""

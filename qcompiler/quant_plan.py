@@ -6,10 +6,11 @@ Decisions only: `qcompiler.plan` makes them, `passes/insert_qdq.py` carries them
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,31 @@ Edge = Quantized | Shared | Derived | Fixed | Float
 _KINDS = {"quantized": Quantized, "shared": Shared, "derived": Derived, "fixed": Fixed, "float": Float}
 
 
+@dataclass(frozen=True)
+class Proposals:
+    """The ranges that compete for one value. params: by observer, that with the least estimated error first. members: the values that are stored so
+    (several in front of a concatenation). low, high: the least and greatest value seen. bound: what it can't exceed (a clamp), inf for none."""
+
+    params: Mapping[str, QParams]
+    members: tuple[str, ...]
+    low: float
+    high: float
+    bound: float = math.inf
+
+    def only_first(self) -> Proposals:
+        """Without competition."""
+        return replace(self, params=dict(itertools.islice(self.params.items(), 1)))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The range that a value gets. reason: why, for people."""
+
+    params: QParams
+    observer: str
+    reason: str
+
+
 @dataclass
 class QuantPlan:
     """edges: by value id. reasons: group id -> why it is computed in float32 (absent: in int8). scales: group id -> float64[O].
@@ -90,6 +116,7 @@ class QuantPlan:
     notes: list[str] = field(default_factory=list)
     constants: dict[str, QParams] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict, repr=False)  # the float weights that `scales` are for; not saved
+    proposals: dict[str, Proposals] = field(default_factory=dict, repr=False)  # by value: the ranges that competed; not saved
 
     def params(self, value_id: str) -> QParams | None:
         """How a value is stored in 8 bits; None when it stays float32. Raises PlanError for an unknown id or a circle of Shared and

@@ -12,6 +12,9 @@ STEPS = {
     "equalize": "scale channels against each other so that they share an 8-bit scale with less loss",
     "shift": "center channels around zero where biases can take the shift back (with equalize)",
     "ranges": "let observers compete for the range of every value; off: everything seen",
+    "judge-ranges": "let these ranges compete once more, by the error of the network's outputs",
+    "margins": "widen ranges beyond all that was seen where the outputs lose next to nothing by it",
+    "mixed": "keep in float the layers that raise the accuracy most, for at most a fifth more work",
     "clip-weights": "try clipped weight scales; off: the largest weight of a channel",
     "analytic-bias": "undo what rounded weights do to the mean of every channel, by the float network's means",
     "correct-bias": "undo the mean shift of every channel on calibration samples",
@@ -20,24 +23,31 @@ STEPS = {
 }
 """Every step by name, in order of execution."""
 
-_DEFAULT = frozenset(STEPS) - {"round-all"}
+_DEFAULT = frozenset(STEPS) - {"mixed", "round-all"}
 PRESETS = {"fast": frozenset({"analytic-bias"}), "default": _DEFAULT, "accurate": frozenset(STEPS)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """samples: how many calibration samples correction and rounding look at. positions: of each sample's outputs, how many decide a rounding."""
+    """samples: how many calibration samples correction and rounding look at. positions: of each sample's outputs, how many decide a rounding.
+    judges: of `ranges.output_noise`, half the samples that judge a value's ranges, and the part of the network in which values are judged."""
 
     preset: str
     steps: frozenset[str]
     samples: int
     positions: int
+    judges: tuple[int, float]
 
     @property
     def observers(self) -> tuple[str, ...]:
         from qcompiler.observers import OBSERVERS  # not above: it needs TVM, and the command line reads the names of steps
 
         return tuple(OBSERVERS) if "ranges" in self.steps else ("min-max",)
+
+    @property
+    def judges_ranges(self) -> bool:
+        """Does it look at what ranges do to the outputs?"""
+        return not self.steps.isdisjoint({"judge-ranges", "margins"})
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -51,11 +61,12 @@ class Recipe:
 
     def without_changes(self) -> Recipe:
         """Only the steps that leave weights and biases as they are: for a network whose file has them quantized, because it was trained so."""
-        return replace(self, steps=self.steps & {"ranges", "clip-weights"})
+        return replace(self, steps=self.steps & {"ranges", "judge-ranges", "margins", "clip-weights"})
 
 
 _SAMPLES = {"fast": 32, "default": 32, "accurate": 64}
 _POSITIONS = {"fast": 128, "default": 256, "accurate": 512}
+_JUDGES = {"fast": (4, 0.5), "default": (8, 0.5), "accurate": (16, 1.0)}
 
 
 def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable: Iterable[str] = ()) -> Recipe:
@@ -70,4 +81,4 @@ def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable
             raise PlanError(f"unknown step '{step}'.{closest(step, list(STEPS))} Known: {', '.join(STEPS)}")
     if both := sorted(set(on) & set(off)):
         raise PlanError(f"step '{both[0]}' is both enabled and disabled; leave one out")
-    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset])
+    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset], _JUDGES[preset])

@@ -11,6 +11,7 @@ and only the steps behind it run again:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ def measure_sensitivity(
     value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`."""
     begin = time.monotonic()
     weights, values, power = dict[str, np.ndarray](), dict[str, np.ndarray](), np.zeros(1)
-    written = [v for s in plain.manifest["steps"] for v in _values(s)]
+    written = [v for s in plain.manifest["steps"] for v in values_of(s)]
     variants = len(set(layers).intersection(written)) + len(params.keys() & {*written, *(i.name for i in plain.inputs)})
     done = count = 0
     for sample in samples:
-        run = _Run(plain, rounded, sample)
-        power = power + run.power
-        for noise, name, errors in run.variants(weights, values, layers, params):
+        walk = Walk(plain, sample, rounded)
+        power = power + walk.power
+        for noise, name, errors in _variants(walk, weights, values, layers, params):
             noise[name] = noise.get(name, np.zeros(len(errors))) + errors
             done += 1
             if progress is not None:
@@ -72,7 +73,7 @@ def measure_sensitivity(
     return Sensitivity(count, {n: e / power for n, e in weights.items()}, {n: e / power for n, e in values.items()})
 
 
-def _values(step: Mapping[str, Any]) -> list[str]:
+def values_of(step: Mapping[str, Any]) -> list[str]:
     """The model's values that a step of the manifest computes."""
     return [] if step.get("auxiliary") else [step["id"], *step.get("more", [])]
 
@@ -80,40 +81,58 @@ def _values(step: Mapping[str, Any]) -> list[str]:
 _Noise = dict[str, np.ndarray]
 
 
-class _Run:
-    """One sample on its way through the float network, and back to where it was after each variant."""
+def _variants(
+    walk: Walk, weights: _Noise, values: _Noise, layers: Collection[str], params: Mapping[str, QParams]
+) -> Iterator[tuple[_Noise, str, np.ndarray]]:
+    """(where it belongs, id, sums of squared errors of the float outputs) of each variant."""
+    for new, following in walk.advance():
+        for name in new:
+            if name in params:
+                yield values, name, walk.errors_with_value(name, params[name])
+        for name in following:
+            if name in layers:
+                yield weights, name, walk.errors_with_weights()
 
-    def __init__(self, plain: Session, rounded: Session, sample: Mapping[str, np.ndarray]) -> None:
+
+class Walk:
+    """One sample on its way through the float network, and back to where it was after each variant. `rounded`: the same library with other constants.
+
+    power: float64[outputs], sums of squares of the float outputs.
+    """
+
+    def __init__(self, plain: Session, sample: Mapping[str, np.ndarray], rounded: Session | None = None) -> None:
         self._context = plain.new_context({name: array.copy() for name, array in sample.items()})
-        self._rounded = self._context.on(rounded)
+        self._rounded = None if rounded is None else self._context.on(rounded)
         self._steps = plain.manifest["steps"]
         self._inputs = [i.name for i in plain.inputs]
         self._floats = [o.name for o in plain.outputs if o.dtype == "float32"]
+        self._done = 0
         with self._restored():
             self._reference = self._finished(0)
         self.power = np.array([np.square(r).sum() for r in self._reference])
 
-    def variants(self, weights: _Noise, values: _Noise, layers: Collection[str], params: Mapping[str, QParams]) -> Iterator[tuple[_Noise, str, np.ndarray]]:
-        """(where it belongs, id, sums of squared errors of the float outputs) of each variant."""
-        for name in self._inputs:
-            if name in params:
-                yield values, name, self._with_value(name, params[name], 0)
-        for index, step in enumerate(self._steps):
-            for name in _values(step):
-                if name in layers:
-                    with self._restored():
-                        self._rounded.run(index, index + 1)
-                        yield weights, name, self._errors(index + 1)
-            self._context.run(index, index + 1)
-            for name in _values(step):
-                if name in params:
-                    yield values, name, self._with_value(name, params[name], index + 1)
+    def advance(self) -> Iterator[tuple[list[str], list[str]]]:
+        """(the values that are new, those that the next step will compute), first of all the inputs, then step by step."""
+        values = [self._inputs, *map(values_of, self._steps), []]
+        for new, following in itertools.pairwise(values):
+            yield new, following
+            if self._done < len(self._steps):
+                self._context.run(self._done, self._done + 1)
+                self._done += 1
 
-    def _with_value(self, name: str, params: QParams, step: int) -> np.ndarray:
+    def errors_with_value(self, name: str, params: QParams) -> np.ndarray:
+        """float64[outputs]: the outputs' squared errors when a value that is at hand is rounded to 8 bits."""
         with self._restored():
             view = self._context.view(name)
             view[...] = params.dequantize(params.quantize(view))
-            return self._errors(step)
+            return self._errors(self._done)
+
+    def errors_with_weights(self) -> np.ndarray:
+        """The same when the next step runs with the other constants."""
+        assert self._rounded is not None
+        with self._restored():
+            self._rounded.run(self._done, self._done + 1)
+            return self._errors(self._done + 1)
 
     def _finished(self, begin: int) -> list[np.ndarray]:
         self._context.run(begin, len(self._steps))

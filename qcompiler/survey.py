@@ -20,13 +20,19 @@ from qcompiler.lowering import Program
 from qcompiler.mixed import Edge, Layer, Network
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
-from qcompiler.pipeline import Built, Measured, Quantized
+from qcompiler.pipeline import Built, Measured, Quantized, session_of
 from qcompiler.placement import Placer, operands
 from qcompiler.progress import Progress
 from qcompiler.quant_plan import Derived
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity
+from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
 from qcompiler.targets import Target
+
+_FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
+_ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it
+_ALLOWANCE = 0.2  # of the network's work, for layers in float
+_ENOUGH = 1e-4  # noise over power at the outputs, 40 dB: below it nobody sees a difference
+_SAMPLES = 8
 
 
 class Survey:
@@ -39,8 +45,8 @@ class Survey:
         self._kept = {k: v for k, v in stages.plan.reasons.items() if k in self._placer.made_by}
         self._placement = self._placer.place(self._kept)
 
-    def sensitivity(self, twin: Session, seconds: float, progress: Progress | None) -> Sensitivity:
-        """twin: the float network. Samples are those of the calibration."""
+    def sensitivity(self, twin: Session, progress: Progress | None, most: int = 16, seconds: float = math.inf) -> Sensitivity:
+        """twin: the float network. Samples are those of the calibration; `most` and `seconds` as in `measure_sensitivity`."""
         measured, plan = self._stages.measured, self._stages.plan
         copies = {g.id for g in self._placer.groups if g.kind in SAME_QUANTIZATION and g.id not in self._placement.reasons}
         values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
@@ -48,7 +54,7 @@ class Survey:
         layers = rounded_layers(self._integer, measured)
         rounded = Session(measured.twin.link().save(self._folder / "rounded.so"), twin.threads)
         rounded.set_constants(constants_with(measured.twin, layers))
-        return measure_sensitivity(twin, rounded, set(layers), params, measured.samples, seconds=seconds, progress=progress)
+        return measure_sensitivity(twin, rounded, set(layers), params, measured.samples, most=most, seconds=seconds, progress=progress)
 
     def kind(self, group_id: str) -> str:
         return self._placer.made_by[group_id].kind
@@ -56,6 +62,12 @@ class Survey:
     def seconds(self, session: Session, sample: Mapping[str, np.ndarray]) -> dict[str, float]:
         """group id -> seconds in a network, conversions left out."""
         return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members})
+
+    def work(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""
+        macs = {v: step["macs"] for step in self._stages.measured.twin.link().manifest["steps"] for v in values_of(step)}
+        own = {g.id: (macs.get(g.id, 0), math.prod(g.shape)) for g in self._placer.groups}
+        return {k: m + _ELEMENT * n for k, (m, n) in own.items()}, {k: _FLOAT * m + 2 * _ELEMENT * n for k, (m, n) in own.items()}
 
     def network(
         self, found: Sensitivity, int8: Mapping[str, float] = {}, float32: Mapping[str, float] = {}, conversion: tuple[float, float] = (0.0, 0.0)
@@ -72,6 +84,39 @@ class Survey:
         edges = {v: Edge(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
         return Network(layers, edges, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """reasons: group id -> why it shall stay float. summary: one line for people."""
+
+    reasons: dict[str, str]
+    summary: str
+
+
+def worth_keeping(stages: Quantized, target: Target, kept: Mapping[str, str], progress: Progress | None) -> Kept:
+    """The layers whose 8-bit roundings cost the outputs most for the work that float32 takes, within `_ALLOWANCE` and until `_ENOUGH`. kept: stay float
+    anyway. The same whatever the machine: work is counted, not timed."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name, session_of(stages.measured.twin.link()) as twin:
+        survey = Survey(stages, stages.integer, target, Path(name))
+        found = survey.sensitivity(twin, progress, most=_SAMPLES)
+    network = survey.network(found, *survey.work(), (_ELEMENT, _ELEMENT))
+    path = network.path(frozenset(kept))
+    first = last = path[0]
+    for point in path[1:]:
+        if point.seconds > first.seconds * (1 + _ALLOWANCE) or last.noise <= _ENOUGH:
+            break
+        last = point
+    reasons = {}
+    for layer in sorted(last.keep - set(kept)):
+        gain, work = network.gain(last, layer)
+        reasons[layer] = f"raises the SQNR by about {gain:.2f} dB for {100 * work / first.seconds:.1f} % more work (step mixed)"
+    summary = "no layer is worth it"
+    if reasons:
+        layers = f"{len(reasons)} layer{'s' if len(reasons) > 1 else ''}"
+        more = 100 * (last.seconds / first.seconds - 1)
+        summary = f"{layers} kept in float for {more:.1f} % more work: {decibel(first.noise):.2f} dB -> {decibel(last.noise):.2f} dB, estimated"
+    return Kept(reasons, summary)
 
 
 def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -123,7 +168,7 @@ def layer_noise(stages: Quantized, target: Target, progress: Progress | None = N
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
         survey = Survey(stages, stages.integer, target, Path(name))
         twin = Session(stages.measured.twin.link().save(Path(name) / "float.so"), len(os.sched_getaffinity(0)))
-        found = survey.sensitivity(twin, seconds, progress)
+        found = survey.sensitivity(twin, progress, seconds=seconds)
     network = survey.network(found)
     plan = network.predict(frozenset())
     rows = []

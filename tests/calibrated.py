@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +54,9 @@ def random_samples(module: tvm.IRModule, count: int, seed: int = 0) -> list[dict
     return [{str(p.name): rng.standard_normal(shape_of(p)).astype(np.float32) for p in inputs} for _ in range(count)]
 
 
-def table_of(module: tvm.IRModule, count: int = 2, watcher: Watcher | None = None) -> CalibrationTable:
+def table_of(module: tvm.IRModule, count: int = 2, watchers: Sequence[Watcher] = ()) -> CalibrationTable:
     """Statistics over `count` random samples."""
-    return calibrate(ModuleExecutor(module), random_samples(module, count), ids=observed_ids(module), watcher=watcher)
+    return calibrate(ModuleExecutor(module), random_samples(module, count), ids=observed_ids(module), watchers=watchers)
 
 
 def sketched_table(module: tvm.IRModule, size: int = 2000) -> CalibrationTable:

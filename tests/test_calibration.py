@@ -249,7 +249,7 @@ def test_a_watcher_sees_the_same_pass() -> None:
             self.names += outputs
 
     watcher = Watcher()
-    calibrate(Network(), samples_of(2), ids=(), watcher=watcher)
+    calibrate(Network(), samples_of(2), ids=(), watchers=[watcher])
     assert watcher.names == ["image", "gain", "scaled", "relu", "root", "count", "root"] * 2
 
 

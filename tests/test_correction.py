@@ -112,7 +112,7 @@ def quantized() -> tuple[Any, Any, FloatMeans, Sequence[dict[str, np.ndarray]]]:
     module = residual_net()
     samples = random_samples(module, SAMPLES)
     means = FloatMeans(module, SAMPLES)
-    table = calibrate(ModuleExecutor(module), samples, ids=observed_ids(module), watcher=means)
+    table = calibrate(ModuleExecutor(module), samples, ids=observed_ids(module), watchers=[means])
     return module, realize(insert_qdq(module, decide(module, table, find_target("x86-avx2")))), means, samples
 
 

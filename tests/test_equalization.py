@@ -57,7 +57,7 @@ def mobile_net(seed: int = 0) -> Any:
 
 def seen_by(module: Any, count: int = COUNT) -> ChannelWatcher:
     watcher = ChannelWatcher(module)
-    calibrate(ModuleExecutor(module), random_samples(module, count), ids=(), watcher=watcher)
+    calibrate(ModuleExecutor(module), random_samples(module, count), ids=(), watchers=[watcher])
     return watcher
 
 

@@ -24,7 +24,7 @@ from qcompiler.observers import relative_error
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.plan import choose_params, decide, named_groups, observed_ids
+from qcompiler.plan import choose_params, decide, named_groups, observed_ids, propose
 from qcompiler.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
 from qcompiler.recipes import PRESETS, recipe
 from qcompiler.spec import QParams
@@ -86,10 +86,10 @@ def test_a_clipping_observer_must_earn_its_place() -> None:
     for array, histogram in ((rng.standard_t(3, 100_000), tail), (rng.uniform(-1, 1, 100_000), flat)):
         array = array.astype(np.float32)
         histogram.add(array, float(array.min()), float(array.max()), float(np.square(array, dtype=np.float64).sum()))
-    assert choose_params(tail, recipe("default").observers)[1] != "min-max"
-    assert choose_params(flat, recipe("default").observers)[1] == "min-max"
-    assert choose_params(tail, recipe("fast").observers)[1] == "min-max"
-    assert choose_params(tail, recipe("default").observers)[2] > choose_params(tail, recipe("fast").observers)[2]
+    assert choose_params(tail, propose(tail, recipe("default").observers))[1] != "min-max"
+    assert choose_params(flat, propose(flat, recipe("default").observers))[1] == "min-max"
+    assert choose_params(tail, propose(tail, recipe("fast").observers))[1] == "min-max"
+    assert choose_params(tail, propose(tail, recipe("default").observers))[2] > choose_params(tail, propose(tail, recipe("fast").observers))[2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+r"""Ranges of values, judged by what they do to the network's outputs, and widened where that costs nothing.
+
+Observers (`observers.py`) judge a range by the error of the value itself. For the outputs that can be far off: a spike may be the whole evidence for a
+class, or of no consequence behind a table of averages. So the ranges that observers propose for a value compete once more, in the float network with
+that value alone rounded:
+
+    noise(range) = sum over samples of weight * |outputs with the value rounded - outputs|^2 / sum over samples of weight * |outputs|^2
+
+A range that clips does damage in few samples, so the samples in which a value reaches furthest are always among those that judge it, each for
+itself; others, evenly spread, stand for the rest.
+
+**Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
+no part in the noise at the outputs: there a wider range is free. Rounding noise grows with the square of the step, so all ranges are widened, at most
+to `REACH` times what was seen, until each value's noise comes to one common level; the level is where this adds the fraction `PREMIUM` to the noise of
+all values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from qcompiler.progress import Progress
+from qcompiler.quant_plan import Judged, Proposals
+from qcompiler.runtime.session import Session
+from qcompiler.sensitivity import Walk, values_of
+from qcompiler.spec import QParams
+
+REACH = 2.0
+PREMIUM = 0.02
+_NEAR = 0.02
+
+
+class SampleEnds:
+    """A calibration watcher: least and greatest element of each of `values` in every sample."""
+
+    def __init__(self, values: Iterable[str]) -> None:
+        self.ends: dict[str, list[tuple[float, float]]] = {v: [] for v in values}
+
+    def visit(self, value_id: str, array: np.ndarray) -> None:
+        if value_id in self.ends and array.size and array.dtype == np.float32:
+            self.ends[value_id].append((float(array.min()), float(array.max())))
+
+    def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
+        """Outputs are of no interest here."""
+
+    def weights(self, value_id: str, count: int, spread: int, furthest: int) -> dict[int, float]:
+        """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, `spread` others for the rest."""
+        ends = np.array(self.ends.get(value_id, ())).reshape(-1, 2)
+        if len(ends) != count or count <= spread + furthest:
+            return dict.fromkeys(range(count), 1.0)
+        low, high = min(float(ends[:, 0].min()), 0.0), max(float(ends[:, 1].max()), 0.0)
+        reach = np.maximum(ends[:, 0] / (low or -math.inf), ends[:, 1] / (high or math.inf))
+        first = np.argsort(-reach, kind="stable")[:furthest].tolist()
+        rest = [i for i in range(count) if i not in set(first)]
+        chosen = [rest[i * len(rest) // spread] for i in range(spread)]
+        return dict.fromkeys(first, 1.0) | dict.fromkeys(chosen, len(rest) / spread)
+
+
+def output_noise(
+    twin: Session,
+    proposals: Mapping[str, Proposals],
+    ends: SampleEnds,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    count: int,
+    each: int,
+    part: float = 1.0,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
+    each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
+    network's multiplications lies are left out, like those that `twin` does not compute."""
+    behind = work_behind(twin)
+    judged = {name: p for name, p in proposals.items() if p.members and all(behind.get(m, math.inf) <= part for m in p.members)}
+    standing = {member: ends.weights(member, count, each, each) for p in judged.values() for member in p.members}
+    leader = {member: name for name, p in judged.items() for member in p.members}
+    noise: dict[str, np.ndarray] = {}  # by member, [proposals, outputs]
+    power: dict[str, np.ndarray] = {}
+    for index, sample in enumerate(samples):
+        wanted = {member: weights[index] for member, weights in standing.items() if index in weights}
+        if wanted:
+            walk = Walk(twin, sample)
+            for new, _ in walk.advance():
+                for member in wanted.keys() & set(new):
+                    errors = np.stack([walk.errors_with_value(member, p) for p in proposals[leader[member]].params.values()])
+                    noise[member] = noise.get(member, np.zeros_like(errors)) + wanted[member] * errors
+                    power[member] = power.get(member, np.zeros_like(walk.power)) + wanted[member] * walk.power
+        if progress is not None:
+            progress("judge ranges", index + 1, count)
+    found = {}
+    for name, p in judged.items():
+        if all(m in noise for m in p.members):
+            total = sum((noise[m] / np.maximum(power[m], np.finfo(np.float64).tiny)).mean(axis=1) for m in p.members)
+            found[name] = dict(zip(p.params, np.asarray(total).tolist(), strict=True))
+    return found
+
+
+def work_behind(twin: Session) -> dict[str, float]:
+    """value id -> the part of the network's multiplications that is still to come when the value is at hand."""
+    steps = twin.manifest["steps"]
+    total = sum(step["macs"] for step in steps)
+    left, found = total, {i.name: 1.0 for i in twin.inputs}
+    for step in steps:
+        left -= step["macs"]
+        found |= dict.fromkeys(values_of(step), left / max(total, 1))
+    return found
+
+
+def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], margins: bool) -> dict[str, Judged]:
+    """The range with the least noise of every value that was judged; with `margins` widened."""
+    best = {}
+    for name, found in noise.items():
+        least = min(found.values())
+        best[name] = next(o for o in proposals[name].params if found[o] <= least * (1 + _NEAR))
+    chosen = {name: (proposals[name].params[o], noise[name][o]) for name, o in best.items()}
+    wider = widened(chosen, proposals) if margins else {}
+    result = {}
+    for name, observer in best.items():
+        competed = len(noise[name])
+        reason = f"least error at the network's outputs of {competed} ranges" if competed > 1 else "least estimated error"
+        reason += ", widened where that costs the outputs next to nothing," if name in wider else ""
+        result[name] = Judged(wider.get(name, chosen[name][0]), observer, reason)
+    return result
+
+
+def widened(chosen: Mapping[str, tuple[QParams, float]], proposals: Mapping[str, Proposals]) -> dict[str, QParams]:
+    """The ranges with margins, of those that get one. chosen: parameters and noise at the outputs of every value that was judged."""
+    wishes = {name: _wish(params, proposals[name]) for name, (params, _) in chosen.items()}
+    noise = np.array([n for _, n in chosen.values()])
+    most = np.array([(w[1] - w[0]) / (p.range[1] - p.range[0]) for w, (p, _) in zip(wishes.values(), chosen.values(), strict=True)])
+
+    def ratios(level: float) -> np.ndarray:
+        result: np.ndarray = np.minimum(most, np.sqrt(np.maximum(level / np.maximum(noise, np.finfo(np.float64).tiny), 1.0)))
+        return result
+
+    allowed = PREMIUM * noise.sum()
+    below, above = 0.0, float((noise * np.square(most)).max(initial=0.0))
+    for _ in range(60):
+        level = (below + above) / 2
+        below, above = (level, above) if float((noise * (np.square(ratios(level)) - 1)).sum()) <= allowed else (below, level)
+    found = {}
+    for (name, (params, _)), ratio, limit in zip(chosen.items(), ratios(below).tolist(), most.tolist(), strict=True):
+        if ratio > 1 + _NEAR:
+            part = (ratio - 1) / (limit - 1)
+            low, high = (end + part * (wish - end) for end, wish in zip(params.range, wishes[name], strict=True))
+            found[name] = QParams.from_range(low, high)
+    return found
+
+
+def _wish(params: QParams, proposals: Proposals) -> tuple[float, float]:
+    low, high = params.range
+    return min(low, REACH * proposals.low), max(high, min(REACH * proposals.high, proposals.bound))

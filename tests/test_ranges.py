@@ -1,0 +1,210 @@
+"""Ranges judged at the network's outputs, and their margins."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompiler.debug import Dumper
+from qcompiler.demo import MODEL, demo_data
+from qcompiler.interpreter import run
+from qcompiler.passes.select_float import select_float
+from qcompiler.pipeline import Compilation, Quantized, compile_stages, quantize
+from qcompiler.quant_plan import Proposals
+from qcompiler.quant_plan import Quantized as Edge
+from qcompiler.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
+from qcompiler.runtime.session import Session
+from qcompiler.sensitivity import Walk
+from qcompiler.spec import QParams
+from qcompiler.targets import find_target
+
+
+def samples(count: int) -> list[dict[str, np.ndarray]]:
+    return list(itertools.islice(demo_data()[0], count))
+
+
+@pytest.fixture(scope="module")
+def stages() -> Quantized:
+    return quantize(MODEL, find_target("native"), samples(12), Dumper(None))
+
+
+# -- which samples judge --------------------------------------------------------------------------------------------------------------------
+
+
+def ends_of(arrays: list[np.ndarray]) -> SampleEnds:
+    ends = SampleEnds(["v"])
+    for array in arrays:
+        ends.visit("v", array.astype(np.float32))
+        ends.visit("other", array)
+    return ends
+
+
+def test_the_samples_that_reach_furthest_judge_for_themselves() -> None:
+    arrays = [np.array([-0.1, 1 + 0.01 * i]) for i in range(40)]
+    arrays[7], arrays[23] = np.array([0.0, 9.0]), np.array([-5.0, 0.5])
+    weights = ends_of(arrays).weights("v", 40, 4, 2)
+    assert {i: w for i, w in weights.items() if w == 1.0} == {7: 1.0, 23: 1.0}
+    assert len(weights) == 6 and sum(weights.values()) == pytest.approx(40)
+    assert len({i // 10 for i in weights if i not in (7, 23)}) == 4, "spread over all"
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_few_samples_judge_all(count: int) -> None:
+    ends = ends_of([np.arange(3.0) + i for i in range(count)])
+    assert ends.weights("v", count, 4, 4) == dict.fromkeys(range(count), 1.0)
+    assert ends.weights("unknown", count, 1, 1) == dict.fromkeys(range(count), 1.0)
+
+
+def test_a_value_without_one_sign_reaches_with_the_other() -> None:
+    negative = ends_of([np.array([-1.0 - i, 0.0]) for i in range(10)])
+    assert 9 in {i for i, w in negative.weights("v", 10, 2, 1).items() if w == 1.0}
+    assert sum(ends_of([np.zeros(2)] * 10).weights("v", 10, 2, 1).values()) == pytest.approx(10)
+
+
+# -- noise at the outputs -------------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_that_of_the_reference_arithmetic(stages: Quantized, tmp_path: Path) -> None:
+    """Of the first value, every sample judging: the network run by the reference with its input rounded."""
+    twin, few = Session(stages.measured.twin.link().save(tmp_path / "twin.so")), samples(3)
+    params = {"wide": QParams.from_range(-4.0, 4.0), "clipped": QParams.from_range(-0.2, 0.4)}
+    found = output_noise(twin, {"image": Proposals(params, ("image",), -4.0, 4.0)}, SampleEnds(["image"]), few, 3, 8)
+    module = select_float(stages.model.module)
+    for name, p in params.items():
+        error = power = 0.0
+        for sample in few:
+            wanted = run(module, sample)["logits"].astype(np.float64)
+            rounded = {"image": p.dequantize(p.quantize(sample["image"])).astype(np.float32)}
+            error += np.square(run(module, rounded)["logits"] - wanted).sum()
+            power += np.square(wanted).sum()
+        assert found["image"][name] == pytest.approx(error / power, rel=0.01)
+    assert found["image"]["clipped"] > 2 * found["image"]["wide"]
+
+
+def test_values_far_from_the_outputs_can_be_left_out(stages: Quantized, tmp_path: Path) -> None:
+    twin = Session(stages.measured.twin.link().save(tmp_path / "twin.so"))
+    behind = work_behind(twin)
+    order = [s["id"] for s in twin.manifest["steps"] if not s.get("auxiliary")]
+    assert behind["image"] == 1.0 and behind[order[-1]] == 0.0
+    assert [behind[v] for v in order] == sorted((behind[v] for v in order), reverse=True)
+    proposals = {v: Proposals({"a": QParams(0.1, 0)}, (v,), -1.0, 1.0) for v in ("image", "relu5", "no such value")}
+    assert 0 < behind["relu5"] < 1
+    assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1, part=behind["relu5"])) == {"relu5"}
+    assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1)) == {"image", "relu5"}
+
+
+def test_a_walk_leaves_everything_as_it_was(stages: Quantized, tmp_path: Path) -> None:
+    twin, (sample,) = Session(stages.measured.twin.link().save(tmp_path / "twin.so")), samples(1)
+    walk, coarse = Walk(twin, sample), QParams(1.0, 0)
+    errors = [walk.errors_with_value(v, coarse)[0] for new, _ in walk.advance() for v in new if v in ("image", "relu2", "relu5")]
+    again = Walk(twin, sample)
+    assert errors == [again.errors_with_value(v, coarse)[0] for new, _ in again.advance() for v in new if v in ("image", "relu2", "relu5")]
+    assert len(errors) == 3 and min(errors) > 0
+
+
+# -- the choice -----------------------------------------------------------------------------------------------------------------------------
+
+
+def proposals(**ranges: tuple[float, float]) -> Proposals:
+    params = {name: QParams.from_range(*r) for name, r in ranges.items()}
+    return Proposals(params, ("v",), min(r[0] for r in ranges.values()), max(r[1] for r in ranges.values()))
+
+
+def test_least_noise_wins_and_near_equals_stay() -> None:
+    p = proposals(first=(-1.0, 1.0), second=(-2.0, 2.0))
+    assert choose({"v": p}, {"v": {"first": 1.0, "second": 0.5}}, False)["v"].observer == "second"
+    assert choose({"v": p}, {"v": {"first": 1.0, "second": 0.99}}, False)["v"].observer == "first"
+    assert choose({"v": p}, {}, True) == {}
+    judged = choose({"v": p.only_first()}, {"v": {"first": 1.0}}, False)["v"]
+    assert judged.params == p.params["first"] and judged.reason == "least estimated error"
+
+
+def test_margins_cost_what_they_may_and_end_at_one_level() -> None:
+    """Rounding noise grows with the square of the step: predicted growth keeps within the premium, quiet values get all they could use."""
+    rng = np.random.default_rng(0)
+    noise = {f"v{i}": float(10 ** rng.uniform(-8, -3)) for i in range(30)}
+    p = {name: proposals(chosen=(-1.0, 1.0), seen=(-1.2, 1.5)) for name in noise}
+    chosen = {name: (p[name].params["chosen"], n) for name, n in noise.items()}
+    wider = widened(chosen, p)
+    ratio = {n: wider[n].scale / chosen[n][0].scale if n in wider else 1.0 for n in noise}
+    added = sum(noise[n] * (ratio[n] ** 2 - 1) for n in noise)
+    assert 0.5 * PREMIUM * sum(noise.values()) < added <= 1.05 * PREMIUM * sum(noise.values())
+    limit = (1.2 + 1.5) * REACH / 2
+    assert max(ratio.values()) == pytest.approx(limit, rel=0.01)
+    level = [noise[n] * r**2 for n, r in ratio.items() if 1.05 < r < 0.98 * limit]
+    assert level and max(level) < 1.05 * min(level)
+    assert all(noise[n] > 0.9 * max(level) for n, r in ratio.items() if r == 1.0)
+    for name, params in wider.items():
+        assert params.range[0] <= chosen[name][0].range[0] and params.range[1] >= chosen[name][0].range[1]
+
+
+def test_a_clamp_ends_a_margin() -> None:
+    free = Proposals({"a": QParams.from_range(0.0, 4.0)}, ("v",), 0.0, 5.0)
+    clamped = Proposals(free.params, ("w",), 0.0, 5.0, bound=6.0)
+    noisy = Proposals(free.params, ("x",), 0.0, 5.0)
+    wider = widened({"v": (free.params["a"], 1e-9), "w": (free.params["a"], 0.0), "x": (free.params["a"], 1.0)}, {"v": free, "w": clamped, "x": noisy})
+    assert wider["v"].range[1] == pytest.approx(10.0, rel=0.01) and wider["w"].range[1] == pytest.approx(6.0, rel=0.01) and "x" not in wider
+    assert wider["v"].range[0] == 0.0
+    assert widened({}, {}) == {}
+
+
+# -- in a compilation -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_takes_the_judges_word(stages: Quantized) -> None:
+    plan, noise = stages.plan, stages.measured.noise(stages.plan.proposals, None)
+    judged = [v for v in noise if isinstance(plan.edges[v], Edge)]
+    assert len(judged) > 3 and set(noise) < set(plan.proposals), "only behind half of the work"
+    for value in judged:
+        edge = plan.edges[value]
+        assert (isinstance(edge, Edge) and "least error at the network's outputs" in edge.reason) or len(plan.proposals[value].params) == 1
+        if "widened" not in edge.reason:
+            assert noise[value][edge.observer] <= 1.02 * min(noise[value].values())
+        assert math.isfinite(edge.sqnr)
+
+
+def test_steps_switch_off() -> None:
+    plain = quantize(MODEL, find_target("native"), samples(12), Dumper(None), disable=["judge-ranges", "margins"])
+    assert not any("outputs" in getattr(e, "reason", "") and isinstance(e, Edge) for e in plain.plan.edges.values())
+    assert plain.measured.ends.ends == {}
+    only = quantize(MODEL, find_target("native"), samples(12), Dumper(None), disable=["judge-ranges"])
+    assert any("widened" in e.reason for e in only.plan.edges.values())
+    for value, edge in only.plan.edges.items():
+        if isinstance(edge, Edge):
+            before = plain.plan.edges[value]
+            assert isinstance(before, Edge) and edge.observer == before.observer and edge.params.scale >= before.params.scale
+
+
+# -- layers in float ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Compilation, Compilation]:
+    """The accurate preset without and with the step `mixed`, and little else."""
+    off = ["equalize", "shift", "judge-ranges", "margins", "correct-bias", "round-narrow", "round-all"]
+    without, with_ = (compile_stages(MODEL, calibration=samples(12), preset="accurate", disable=[*off, *more]) for more in (["mixed"], []))
+    return without, with_
+
+
+def test_layers_worth_it_stay_float(pair: tuple[Compilation, Compilation]) -> None:
+    without, with_ = pair
+    assert without.artifact.manifest["float_ops"] == [] and "mixed" not in without.artifact.manifest["quantization"]
+    kept = [f["id"] for f in with_.artifact.manifest["float_ops"] if "(step mixed)" in f["reason"]]
+    assert kept and with_.artifact.manifest["quantization"]["mixed"].startswith(f"{len(kept)} layer")
+    few = samples(12)
+    module = select_float(without.quantized.model.module)
+
+    def noise(c: Compilation) -> float:
+        return float(sum(np.square(run(c.integer, s)["logits"].astype(np.float64) - run(module, s)["logits"]).sum() for s in few))
+
+    assert noise(with_) < noise(without)
+
+
+def test_the_same_layers_every_time(pair: tuple[Compilation, Compilation]) -> None:
+    again = compile_stages(MODEL, calibration=samples(12), preset="accurate",
+        disable=["equalize", "shift", "judge-ranges", "margins", "correct-bias", "round-narrow", "round-all"])  # fmt: skip
+    assert again.artifact.manifest["float_ops"] == pair[1].artifact.manifest["float_ops"]
