@@ -1,16 +1,6 @@
-"""3x3 convolution by Winograd's F(2x2, 3x3), in exact integers, for ISAs that multiply 16-bit numbers anyway.
+"""3x3 convolution by Winograd's F(2x2, 3x3) or F(4x4, 3x3) (`winograd_forms.py`), in exact integers, for ISAs that multiply 16-bit numbers anyway.
 
-    y = A^T [ (G g G^T) * (B^T d B) ] A          (Lavin and Gray 2015, arXiv:1509.09308, section 4.1)
-
-computes 2 x 2 outputs from a 4 x 4 patch with 16 multiplications instead of 36. G holds halves; 2 G is used, so every sum is four times the
-convolution's, and one arithmetic shift by 2 gives it back without rounding. Bounds, for stored bytes in 0..255 and weights in [-127, 127]:
-
-    |B^T d B| <= 4 * 255 and |(2 G) g (2 G)^T| <= 9 * 127 fit int16, so VPMADDWD sums two exact products;
-    a sum over C channels, and each partial sum of A^T m A in the order used here, stays below 2 * C * 4 * 255 * 9 * 127 < 2^31 for C <= CHANNELS.
-
-Nothing depends on the actual weights, so bias correction and rounding may replace them.
-
-    task -> run of tile blocks -> B^T d B of a block -> channel tile -> G g G^T -> 16 matrix products -> A^T m A, epilogue
+    task -> run of tile blocks -> B^T d B of a block -> channel tile -> G g G^T -> a matrix product per position -> A^T m A, epilogue
 
 Transformed patches, weights and products lie in scratch, as int32 words (two int16 channels): one element type, because LLVM takes accesses
 of different types for independent. Edge tiles are moved back, as in `conv_kernel`.
@@ -18,7 +8,7 @@ of different types for independent. Edge tiles are moved back, as in `conv_kerne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,28 +20,23 @@ from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.builder import when
 from qcompiler.schedules.conv import ConvRow, wrap
 from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, subgroups_of
-from qcompiler.schedules.isa import Isa, call, load, save
+from qcompiler.schedules.isa import Isa, call, load, save, scalar
 from qcompiler.schedules.table import Kernel, Need, OpCall, kernel_key
+from qcompiler.schedules.winograd_forms import FORMS, both_ways
 from qcompiler.targets import Target
 
-M, N = 2, 4  # outputs and inputs of a tile, along one axis
-CHANNELS = 900
-INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
-WEIGHT = ((2, 0, 0), (1, 1, 1), (1, -1, 1), (0, 0, 2))  # 2 G
-OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
-SHIFT = 2
 L2_BYTES = 288 << 10  # of transformed patches: they, the transformed weights and the products share a level 2 cache of 512 KB
 MAX_TASKS = 4  # every task has scratch of its own, and those that share patches transform them again
 
 
-def combine(coefficients: Sequence[int], values: Sequence[Any]) -> Any:
-    """The sum of `values` times small integers."""
-    terms = sorted(zip(coefficients, values, strict=True), key=lambda term: term[0] < 0)  # a positive one first
-    total = None
-    for c, v in terms:
-        for _ in range(abs(c)):
-            total = v if total is None else total + v if c > 0 else total - v
-    return T.bind(total)
+def tiles_of(g: plan.Geometry, m: int) -> int:
+    """How many tiles of m x m outputs cover all images."""
+    return g.pixels[0] * -(-g.pixels[1] // m) * -(-g.pixels[2] // m)
+
+
+def parts_of(inputs: int, m: int) -> int:
+    """In how many equal parts the channels are summed, each exact by itself; pairs of channels stay together."""
+    return next(n for n in range(1, inputs // 2 + 1) if inputs // 2 % n == 0 and inputs // n <= FORMS[m].channels)
 
 
 def odd_lines(words: int) -> int:
@@ -59,17 +44,10 @@ def odd_lines(words: int) -> int:
     return (-(-words // 16) | 1) * 16
 
 
-def transform(matrix: Sequence[Sequence[int]], tile: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """matrix * tile * matrix^T."""
-    columns = list(zip(*tile, strict=True))
-    half = [[combine(row, column) for column in columns] for row in matrix]  # matrix * tile
-    return [[combine(row, line) for row in matrix] for line in half]
-
-
 @dataclass(frozen=True)
 class WinogradTiling:
     """`tiles` and `blocks`: the register tile of the matrix products, in tiles and vectors of output channels. `block_tiles`: tiles whose
-    transformed patches are held at once. `unroll`: channel pairs per iteration. Tasks as in `conv_plan.Tiling`."""
+    transformed patches are held at once. `unroll`: channel pairs per iteration. Tasks as in `conv_plan.Tiling`. `form`: of `winograd_forms.FORMS`."""
 
     tiles: int
     blocks: int
@@ -77,6 +55,7 @@ class WinogradTiling:
     unroll: int
     pixel_tasks: int
     channel_tasks: int
+    form: int = 2
 
     def params(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,22 +65,27 @@ class WinogradKernel(ConvKernel):
     """Emits the PrimFunc; the epilogue is that of `ConvKernel`."""
 
     def __init__(self, geometry: plan.Geometry, isa: Isa, tiling: WinogradTiling, epilogue: Epilogue) -> None:
-        super().__init__(geometry, isa, plan.Tiling(M, M, tiling.blocks, "pixels", 1, tiling.pixel_tasks, tiling.channel_tasks), epilogue)
-        self.winograd, self.sorted = tiling, False
+        m = tiling.form
+        super().__init__(geometry, isa, plan.Tiling(m, m, tiling.blocks, "pixels", 1, tiling.pixel_tasks, tiling.channel_tasks), epilogue)
+        self.winograd, self.form, self.sorted = tiling, FORMS[m], False
+        self.positions = self.form.inputs**2
         self.total = geometry.pixels[0] * self.tile_rows * self.tile_cols
         self.pairs = geometry.inputs // 2
         if not 1 <= tiling.tiles <= tiling.block_tiles <= self.total:
             raise ValueError(f"{tiling.tiles} tiles in registers, {tiling.block_tiles} in a block: the layer has {self.total}")
         if tiling.tiles * tiling.blocks + tiling.blocks + 2 > isa.registers:
             raise ValueError(f"{tiling.tiles} x {tiling.blocks} accumulators don't fit {isa.registers} registers")
-        if self.pairs % tiling.unroll:
-            raise ValueError(f"{self.pairs} channel pairs are no multiple of {tiling.unroll}")
+        self.parts = parts_of(geometry.inputs, m)
+        if self.pairs % (self.parts * tiling.unroll):
+            raise ValueError(f"{self.pairs} channel pairs in {self.parts} parts are no multiple of {tiling.unroll}")
         self.tile_blocks = -(-self.total // tiling.block_tiles)
         self.pixel_run, self.pixel_tasks = plan.runs(self.tile_blocks, tiling.pixel_tasks)
         self.width = tiling.blocks * isa.lanes  # words of weights and products per channel pair and tile
         pitches = [odd_lines(s) for s in (tiling.block_tiles * self.pairs, self.pairs * self.width, tiling.block_tiles * self.width)]
-        self.v_pitch, self.u_pitch, self.m_pitch = pitches  # words from one of the 16 positions to the next
-        starts: list[int] = np.cumsum([0, *[N * N * p for p in pitches]]).tolist()
+        self.v_pitch, self.u_pitch, self.m_pitch = pitches  # words from one position to the next
+        sizes = [self.positions * p for p in pitches]
+        self.m_part = sizes[2]  # words from the products of one part of the channels to those of the next
+        starts: list[int] = np.cumsum([0, *sizes[:2], self.parts * self.m_part]).tolist()
         self.v, self.u, self.m, self.words = starts
 
     @property
@@ -132,14 +116,14 @@ class WinogradKernel(ConvKernel):
 
     def place(self, tile: Any) -> tuple[Any, Any, Any]:
         """(image, row, column) of a tile's first output."""
-        _, height, width = self.g.pixels
-        row = T.bind(T.min(tile // self.tile_cols % self.tile_rows * M, height - M))
-        col = T.bind(T.min(tile % self.tile_cols * M, width - M))
+        m, (_, height, width) = self.form.outputs, self.g.pixels
+        row = T.bind(T.min(tile // self.tile_cols % self.tile_rows * m, height - m))
+        col = T.bind(T.min(tile % self.tile_cols * m, width - m))
         return T.bind(tile // (self.tile_cols * self.tile_rows)) if self.g.pixels[0] > 1 else 0, row, col
 
     def transform_patches(self, base: Any, first: Any) -> None:
         """B^T d B of a block's tiles: [position][tile][channel pair]."""
-        g, step = self.g, 2 * self.isa.lanes
+        g, step, n = self.g, 2 * self.isa.lanes, self.form.inputs
         vectors = -(-g.inputs // step)
         with T.serial(0, self.winograd.block_tiles) as t:
             image, row, col = self.place(T.bind(first + t))
@@ -147,14 +131,20 @@ class WinogradKernel(ConvKernel):
             to = T.bind(base + (self.v + t * self.pairs))
             with T.serial(0, vectors) as i:
                 channel = T.bind(T.min(i * step, g.inputs - step))
-                patch = [
-                    [T.bind(T.Cast(f"int16x{step}", load(self.x, x + channel + (r * g.x.rows[1] + c) * g.x.channel_pitch, step))) for c in range(N)]
-                    for r in range(N)
-                ]
+                patch = [[self.patch(x + channel + (r * g.x.rows[1] + c) * g.x.channel_pitch) for c in range(n)] for r in range(n)]
                 target = T.bind(to + channel // 2)
-                for position, value in enumerate(v for line in transform(INPUT, patch) for v in line):
+                for position, value in enumerate(v for line in both_ways(self.form.input, patch) for v in line):
                     words = T.reinterpret(f"int32x{self.isa.lanes}", value)
                     save(self.sums, target + position * self.v_pitch, words, self.isa.lanes)
+
+    def patch(self, index: Any) -> Any:
+        """int16 of a vector of stored channels, each less the form's offset."""
+        step = 2 * self.isa.lanes
+        bytes_ = load(self.x, index, step)
+        if not self.form.offset:
+            return T.bind(T.Cast(f"int16x{step}", bytes_))
+        signed = T.reinterpret(f"int8x{step}", T.bitwise_xor(bytes_, scalar(self.form.offset, "uint8", step)))
+        return T.bind(T.Cast(f"int16x{step}", signed))
 
     def channel_tile(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
         vector = T.bind(vector)
@@ -170,18 +160,19 @@ class WinogradKernel(ConvKernel):
                 w = T.bind(((vector + b) * self.pairs + pair) * (9 * step))
                 taps = [[T.bind(T.Cast(f"int16x{step}", load(self.w, w + (3 * r + c) * step, step))) for c in range(3)] for r in range(3)]
                 to = T.bind(base + (self.u + pair * self.width + b * lanes))
-                for position, value in enumerate(v for line in transform(WEIGHT, taps) for v in line):
+                for position, value in enumerate(v for line in both_ways(self.form.weight, taps) for v in line):
                     save(self.sums, to + position * self.u_pitch, T.reinterpret(f"int32x{lanes}", value), lanes)
 
     def multiply(self, base: Any, blocks: int) -> None:
-        """One matrix product per position: [position][tile][block][lane]."""
+        """One matrix product per position and part of the channels: [part][position][tile][block][lane]."""
         t, lanes = self.winograd, self.isa.lanes
-        groups = -(-t.block_tiles // t.tiles)
-        with T.serial(0, N * N) as position:
-            u = T.bind(base + (self.u + position * self.u_pitch))
+        groups, pairs = -(-t.block_tiles // t.tiles), self.pairs // self.parts
+        with T.serial(0, self.positions * self.parts) as i:
+            position, part = (T.bind(i // self.parts), T.bind(i % self.parts)) if self.parts > 1 else (i, 0)
+            u = T.bind(base + (self.u + position * self.u_pitch + part * (pairs * self.width)))
             with T.serial(0, groups) as group:
                 tile = T.bind(T.min(group * t.tiles, t.block_tiles - t.tiles))
-                v = T.bind(base + (self.v + position * self.v_pitch + tile * self.pairs))
+                v = T.bind(base + (self.v + position * self.v_pitch + tile * self.pairs + part * pairs))
                 accs = [[T.alloc_buffer((lanes,), "int32") for _ in range(blocks)] for _ in range(t.tiles)]
                 for line in accs:
                     for acc in line:
@@ -193,11 +184,11 @@ class WinogradKernel(ConvKernel):
                         for i, line in enumerate(accs):
                             x = T.bind(T.reinterpret(f"int16x{2 * lanes}", T.broadcast(self.sums[vi + (i * self.pairs + s)], lanes)))
                             for acc, w in zip(line, weights, strict=True):
-                                save(acc, 0, load(acc, 0, lanes) + self.products(x, w), lanes)
+                                save(acc, 0, self.form.add(load(acc, 0, lanes), self.products(x, w)), lanes)
 
-                with T.serial(0, self.pairs // t.unroll) as k:
+                with T.serial(0, pairs // t.unroll) as k:
                     steps(T.bind(v + k * t.unroll), T.bind(u + k * (t.unroll * self.width)))
-                m = T.bind(base + (self.m + position * self.m_pitch + tile * self.width))
+                m = T.bind(base + (self.m + part * self.m_part + position * self.m_pitch + tile * self.width))
                 for i, line in enumerate(accs):
                     for b, acc in enumerate(line):
                         save(self.sums, m + (i * self.width + b * lanes), load(acc, 0, lanes), lanes)
@@ -211,8 +202,8 @@ class WinogradKernel(ConvKernel):
         return call(f"int32x{self.isa.lanes}", name, x, w)
 
     def finish(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
-        """A^T m A, a quarter of it, the bias, and the epilogue."""
-        g, lanes, t = self.g, self.isa.lanes, self.winograd
+        """A^T m A, the scale taken back, the bias, and the epilogue."""
+        g, lanes, t, n = self.g, self.isa.lanes, self.winograd, self.form.inputs
         store = self.finish_packed if self.epilogue.packed else self.finish_float
         with T.serial(0, t.block_tiles) as i:
             image, row, col = self.place(T.bind(first + i))
@@ -220,11 +211,13 @@ class WinogradKernel(ConvKernel):
             values: list[list[Any]] = [[] for _ in self.offsets]
             for b in range(blocks):
                 bias = T.bind(load(self.bias, (vector + b) * lanes, lanes))
-                products = [
-                    [T.bind(load(self.sums, m + ((r * N + c) * self.m_pitch + b * lanes), lanes)) for c in range(N)] for r in range(N)
-                ]
-                for line, value in zip(values, (v for row in transform(OUTPUT, products) for v in row), strict=True):
-                    line.append(T.bind(T.shift_right(value, T.broadcast(tirx.const(SHIFT, "int32"), lanes)) + bias))
+                parts = []
+                for part in range(self.parts):
+                    at = m + (part * self.m_part + b * lanes)
+                    products = [[T.bind(load(self.sums, at + (r * n + c) * self.m_pitch, lanes)) for c in range(n)] for r in range(n)]
+                    parts.append([self.form.finish(v) for row in both_ways(self.form.output, products) for v in row])
+                for line, summands in zip(values, zip(*parts, strict=True), strict=True):
+                    line.append(T.bind(sum(summands[1:], summands[0]) + bias))
             channel = vector * lanes
             out = T.bind(g.out.index(image, row, col, channel))
             residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
@@ -255,23 +248,27 @@ class WinogradRow(ConvRow):
         if g.kernel != (3, 3) or g.strides != (1, 1) or g.dilation != (1, 1) or g.groups != 1:
             return "only 3x3 kernels with strides and dilation of 1 and one group."
         least = 2 * self.unit.lanes
-        if g.inputs % 2 or not least <= g.inputs <= CHANNELS or g.outputs < least:
-            return f"{g.inputs} input and {g.outputs} output channels; needed: an even number of inputs in [{least}, {CHANNELS}], and {least} outputs."
-        if min(g.pixels[1:]) < M:
+        if g.inputs % 2 or min(g.inputs, g.outputs) < least:
+            return f"{g.inputs} input and {g.outputs} output channels; needed: an even number of inputs, and {least} of both."
+        if min(g.pixels[1:]) < 2:
             return "the image is smaller than a tile."
-        if self.work(g) > 0.8 * g.macs:
+        if min(self.work(g, form) for form in self.forms(g)) > 0.8 * g.macs:
             return "the transforms and ragged tiles would cost what they save."
         return None
 
-    def work(self, g: plan.Geometry) -> float:
+    def forms(self, g: plan.Geometry) -> list[int]:
+        """Those with tiles no larger than the image."""
+        return [m for m in FORMS if m <= min(g.pixels[1:])]
+
+    def work(self, g: plan.Geometry, m: int) -> float:
         """Multiplications, and the transforms' instructions counted as such (a VPMADDWD and its addition stand for 2 x lanes)."""
-        lanes = self.unit.lanes
-        tiles = g.pixels[0] * -(-g.pixels[1] // M) * -(-g.pixels[2] // M)
+        lanes, form = self.unit.lanes, FORMS[m]
+        tiles = tiles_of(g, m)
         outputs = -(-g.outputs // lanes) * lanes
-        patches = tiles * g.inputs / (2 * lanes) * 64  # instructions per vector of channels
-        weights = g.inputs / 2 * outputs / lanes * 53 * max(1.0, tiles / 64)
-        products = tiles * outputs / lanes * 90
-        return tiles * N * N * g.inputs * outputs + (patches + weights + products) * lanes
+        patches = tiles * g.inputs / (2 * lanes) * form.operations[0]  # per vector of channels
+        weights = g.inputs / 2 * outputs / lanes * form.operations[1] * max(1.0, tiles / 64)
+        products = tiles * outputs / lanes * form.operations[2] * parts_of(g.inputs, m)
+        return tiles * form.inputs**2 * g.inputs * outputs + (patches + weights + products) * lanes
 
     def geometry(self, op: OpCall) -> tuple[plan.Geometry, int]:
         return plan.geometry_of(op), 1
@@ -281,22 +278,28 @@ class WinogradRow(ConvRow):
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         g = plan.geometry_of(op)
-        total = g.pixels[0] * -(-g.pixels[1] // M) * -(-g.pixels[2] // M)
+        return self.point(g, min(self.forms(g), key=lambda m: self.work(g, m)))
+
+    def point(self, g: plan.Geometry, form: int) -> dict[str, Any]:
+        """The heuristic's point among those of one form."""
+        total = tiles_of(g, form)
         blocks = min(2, -(-g.outputs // self.unit.lanes))
         most = (self.unit.registers - blocks - 2) // blocks
-        count = max(1, round(total * N * N * g.inputs * 2 / L2_BYTES))  # of blocks of tiles
+        count = max(1, round(total * FORMS[form].inputs ** 2 * g.inputs * 2 / L2_BYTES))  # of blocks of tiles
         block_tiles = min(total, max(most, -(-total // count)))
         tiles = min(range(1, min(most, block_tiles) + 1), key=lambda t: -(-block_tiles // t) * (t * blocks + 1))
-        wanted = max(1, min(MAX_TASKS, int(self.work(g) / 1_000_000)))
+        wanted = max(1, min(MAX_TASKS, int(self.work(g, form) / 1_000_000)))
         pixel_tasks = plan.runs(-(-total // block_tiles), wanted)[1]
         channel_tasks = plan.runs(max(1, -(-g.outputs // (self.unit.lanes * blocks))), -(-wanted // pixel_tasks))[1]
-        unroll = 2 if g.inputs // 2 % 2 == 0 else 1
-        return WinogradTiling(tiles, blocks, block_tiles, unroll, pixel_tasks, channel_tasks).params()
+        unroll = 2 if g.inputs // parts_of(g.inputs, form) % 4 == 0 else 1
+        return WinogradTiling(tiles, blocks, block_tiles, unroll, pixel_tasks, channel_tasks, form).params()
 
     def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
         g = plan.geometry_of(op)
-        total = g.pixels[0] * -(-g.pixels[1] // M) * -(-g.pixels[2] // M)
+        forms = self.forms(g)
+        total = tiles_of(g, min(forms))
         return {
+            "form": forms,
             "tiles": [n for n in range(1, self.unit.registers - 2) if n <= total],
             "blocks": [1, 2, 3],
             "block_tiles": sorted({min(n, total) for n in (8, 12, 16, 18, 24, 32, 48, 49, 64, 96, 128, 196)}),
@@ -310,7 +313,7 @@ class WinogradRow(ConvRow):
         emitter = WinogradKernel(geometry, self.unit, tiling, epilogue)
         order = subgroups_of(emitter.channels) if epilogue.packed else None
         weight, bias, multiplier = (np.asarray(o) for o in op.operands[1:4])
-        shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
+        shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset - FORMS[tiling.form].offset
         folded = wrap(bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3)))
         constants = [pack(weight, self.unit, emitter.channels, order)]
         constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, order) for a in (folded, multiplier.astype(np.float32))]

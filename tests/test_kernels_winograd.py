@@ -10,9 +10,11 @@ import tvm
 from x86_emulation import HOST, build, runs_here, sampled
 
 from qcompiler import numerics, schedules
+from qcompiler.schedules.conv_plan import geometry_of
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, select
-from qcompiler.schedules.winograd import CHANNELS, INPUT, OUTPUT, WEIGHT, WinogradRow
+from qcompiler.schedules.winograd import WinogradRow
+from qcompiler.schedules.winograd_forms import FORMS, INVERSE_OF_9
 from qcompiler.targets import Target
 from qcompiler.tuning_bench import Bench
 
@@ -47,8 +49,9 @@ def operator(image: tuple[int, ...], outputs: int, pad: Any = 1, seed: int = 0, 
     return OpCall("qc.conv2d", operands, attributes, output), arrays
 
 
-def check(op: OpCall, arrays: list[Any], target: Target = HOST, point: dict[str, Any] | None = None) -> Kernel:
+def check(op: OpCall, arrays: list[Any], target: Target = HOST, point: dict[str, Any] | None = None, form: int | None = None) -> Kernel:
     row = ROWS[target.name]
+    point = row.point(geometry_of(op), form) if form else point
     assert row.refuse(op, target) is None
     op.operands[0] = Layout(op.tensors[0].shape, "uint8", row.needs(op, target)[0].halo)
     kernel, host = build(row, op, row.default(op, target) | (point or {}), target)
@@ -67,22 +70,25 @@ CASES: dict[str, dict[str, Any]] = {
     "no-padding": {"image": (1, 10, 9, 32), "outputs": 40, "pad": 0},
     "asymmetric": {"image": (1, 10, 9, 32), "outputs": 40, "pad": (2, 0, 1, 1)},
     "residual": {"image": (1, 9, 9, 32), "outputs": 48, **RESIDUAL},
-    "halo-out": {"image": (1, 9, 9, 32), "outputs": 36, "out": {"halo": (1, 2, 1, 3), "pitch": 40}, **RESIDUAL},
+    "halo-out": {"image": (1, 13, 13, 32), "outputs": 36, "out": {"halo": (1, 2, 1, 3), "pitch": 40}, **RESIDUAL},
     "clamped": {"image": (1, 8, 8, 64), "outputs": 32, "low": -20, "high": 33},
     "float": {"image": (1, 8, 8, 64), "outputs": 35, "out_dtype": "float32"},
     "several-tasks": {"image": (1, 28, 28, 64), "outputs": 64},
     "alike": {"image": (1, 8, 8, 512), "outputs": 16, "extreme": "alike", "x_zero_point": -128},
     "signs": {"image": (1, 8, 8, 320), "outputs": 16, "extreme": "signs", "x_zero_point": 127},
+    "deep": {"image": (1, 9, 9, 1024), "outputs": 16, "extreme": "alike", "x_zero_point": -128},
+    "most": {"image": (1, 8, 8, 228), "outputs": 16, "extreme": "alike", "x_zero_point": 127},
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
 @sampled("name", CASES, {"ragged"})
-def test_conv2d(name: str, target: Target) -> None:
+def test_conv2d(name: str, target: Target, form: int) -> None:
     if target.name not in ROWS:  # VNNI and AMX multiply bytes fast enough
         op, _ = operator(**CASES[name])
         assert not isinstance(select(op, target), WinogradRow)
         return
-    check(*operator(**CASES[name]), target)
+    assert check(*operator(**CASES[name]), target, form=form).params["form"] == form
 
 
 def test_every_sampled_schedule_is_exact() -> None:
@@ -101,22 +107,40 @@ def test_every_sampled_schedule_is_exact() -> None:
     raise AssertionError(f"only {built} points could be built")
 
 
-def test_intermediate_sums_fit_their_types() -> None:
-    """The bounds that the module states, from the matrices."""
-    gain = {name: np.abs(np.array(m)).sum(axis=1).max() for name, m in (("x", INPUT), ("w", WEIGHT))}
-    patch, weight = gain["x"] ** 2 * 255, gain["w"] ** 2 * 127
-    assert patch < 2**15 and weight < 2**15
-    assert 2 * CHANNELS * patch * weight < 2**31
-    assert np.array(OUTPUT).shape == (2, 4)
+@pytest.mark.parametrize("m", FORMS)
+def test_intermediate_sums_fit_their_types(m: int) -> None:
+    """The bounds that the forms state, from the matrices: of any bytes, any weights, as many channels as they say."""
+    form = FORMS[m]
+    x, w = np.array(form.matrices[0]), np.array(form.matrices[1])
+    low, high = -form.offset, 255 - form.offset
+    for gains in (x, np.array([np.outer(a, b).reshape(-1) for a in x for b in x])):  # after one axis, and after both
+        reach = [abs(row[row > 0].sum() * a + row[row < 0].sum() * b) for row in gains for a, b in ((low, high), (high, low))]
+        assert max(reach) < 2**15
+    weight = np.abs(w).sum(axis=1).max() ** 2 * 127
+    assert weight < 2**15 and 2 * max(reach) * weight < 2**31, "VPMADDWD's sum of two products"
+    if m == 2:
+        assert form.channels * max(reach) * weight * 2 < 2**31
+    else:
+        assert form.channels * 9 * 127 * max(-low, high) < 2**25 and form.channels > 200
 
 
-def test_the_transforms_are_winograd() -> None:
-    rng = np.random.default_rng(0)
-    d, g = rng.integers(0, 256, (4, 4)), rng.integers(-127, 128, (3, 3))
-    b, w, a = (np.array(m) for m in (INPUT, WEIGHT, OUTPUT))
+@pytest.mark.parametrize("m", FORMS)
+def test_the_transforms_are_winograd(m: int) -> None:
+    rng, n = np.random.default_rng(0), m + 2
+    d, g = rng.integers(0, 256, (n, n)), rng.integers(-127, 128, (3, 3))
+    b, w, a = (np.array(matrix) for matrix in FORMS[m].matrices)
     product = (w @ g @ w.T) * (b @ d @ b.T)
-    direct = [[int((d[i : i + 3, j : j + 3] * g).sum()) for j in (0, 1)] for i in (0, 1)]
-    np.testing.assert_array_equal(a @ product @ a.T, 4 * np.array(direct))
+    direct = [[int((d[i : i + 3, j : j + 3] * g).sum()) for j in range(m)] for i in range(m)]
+    np.testing.assert_array_equal(a @ product @ a.T, {2: 4, 4: 576}[m] * np.array(direct))
+    assert (9 * INVERSE_OF_9) % 2**32 == 1
+
+
+def test_each_form_where_it_pays() -> None:
+    """The smaller tile where weights are many and tiles few."""
+    for image, outputs, form in (((1, 56, 56, 64), 64, 4), ((1, 28, 28, 128), 128, 4), ((1, 7, 7, 512), 512, 2), ((1, 3, 20, 64), 64, 2)):
+        op, _ = operator(image, outputs)
+        assert ROW.default(op, HOST)["form"] == form, image
+        assert ROW.space(op, HOST)["form"] == ([2] if min(image[1:3]) < 4 else [2, 4])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +148,6 @@ def test_the_transforms_are_winograd() -> None:
     [
         ({"image": (1, 8, 8, 33)}, "even number of inputs"),
         ({"image": (1, 8, 8, 8)}, "8 input and 32 output channels"),
-        ({"image": (1, 8, 8, 1024)}, "1024 input"),
         ({"outputs": 4}, "4 output channels"),
         ({"strides": [2, 2]}, "strides"),
         ({"dilation": [2, 2]}, "dilation"),
