@@ -1,8 +1,9 @@
 # make demo   install into .venv and run the example on this machine
-# make test   install everything the tests need and run them all, lint included
+# make test   install everything the tests need and run them all, lint included, files side by side on JOBS cores
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+JOBS   ?= 2
 TYPED   = build/typed
 
 .PHONY: demo test lint clean
@@ -12,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/qcompiler demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # mypy sees the sub-packages where an installed package has them.
 lint: $(VENV)/.test

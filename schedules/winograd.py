@@ -8,6 +8,7 @@ of different types for independent. Edge tiles are moved back, as in `conv_kerne
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,7 +82,8 @@ class WinogradKernel(ConvKernel):
         self.tile_blocks = -(-self.total // tiling.block_tiles)
         self.pixel_run, self.pixel_tasks = plan.runs(self.tile_blocks, tiling.pixel_tasks)
         self.width = tiling.blocks * isa.lanes  # words of weights and products per channel pair and tile
-        pitches = [odd_lines(s) for s in (tiling.block_tiles * self.pairs, self.pairs * self.width, tiling.block_tiles * self.width)]
+        self.part = self.pairs // self.parts
+        pitches = [odd_lines(s) for s in (tiling.block_tiles * self.pairs, self.part * self.width, tiling.block_tiles * self.width)]
         self.v_pitch, self.u_pitch, self.m_pitch = pitches  # words from one position to the next
         sizes = [self.positions * p for p in pitches]
         self.m_part = sizes[2]  # words from the products of one part of the channels to those of the next
@@ -148,31 +150,32 @@ class WinogradKernel(ConvKernel):
 
     def channel_tile(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
         vector = T.bind(vector)
-        self.transform_weights(base, vector, blocks)
-        self.multiply(base, blocks)
+        with contextlib.ExitStack() as stack:
+            part = stack.enter_context(T.serial(0, self.parts)) if self.parts > 1 else 0
+            self.transform_weights(base, vector, blocks, part)
+            self.multiply(base, blocks, part)
         self.finish(base, first, vector, blocks, ragged)
 
-    def transform_weights(self, base: Any, vector: Any, blocks: int) -> None:
-        """(2 G) g (2 G)^T of `blocks` vectors: [position][channel pair][block][lane]."""
+    def transform_weights(self, base: Any, vector: Any, blocks: int, part: Any) -> None:
+        """G' g G'^T of `blocks` vectors and a part of the channels: [position][channel pair][block][lane]."""
         lanes, step = self.isa.lanes, 2 * self.isa.lanes
-        with T.serial(0, self.pairs) as pair:
+        with T.serial(0, self.part) as pair:
             for b in range(blocks):
-                w = T.bind(((vector + b) * self.pairs + pair) * (9 * step))
+                w = T.bind(((vector + b) * self.pairs + part * self.part + pair) * (9 * step))
                 taps = [[T.bind(T.Cast(f"int16x{step}", load(self.w, w + (3 * r + c) * step, step))) for c in range(3)] for r in range(3)]
                 to = T.bind(base + (self.u + pair * self.width + b * lanes))
                 for position, value in enumerate(v for line in both_ways(self.form.weight, taps) for v in line):
                     save(self.sums, to + position * self.u_pitch, T.reinterpret(f"int32x{lanes}", value), lanes)
 
-    def multiply(self, base: Any, blocks: int) -> None:
-        """One matrix product per position and part of the channels: [part][position][tile][block][lane]."""
+    def multiply(self, base: Any, blocks: int, part: Any) -> None:
+        """One matrix product per position, over a part of the channels: [part][position][tile][block][lane]."""
         t, lanes = self.winograd, self.isa.lanes
-        groups, pairs = -(-t.block_tiles // t.tiles), self.pairs // self.parts
-        with T.serial(0, self.positions * self.parts) as i:
-            position, part = (T.bind(i // self.parts), T.bind(i % self.parts)) if self.parts > 1 else (i, 0)
-            u = T.bind(base + (self.u + position * self.u_pitch + part * (pairs * self.width)))
+        groups = -(-t.block_tiles // t.tiles)
+        with T.serial(0, self.positions) as position:
+            u = T.bind(base + (self.u + position * self.u_pitch))
             with T.serial(0, groups) as group:
                 tile = T.bind(T.min(group * t.tiles, t.block_tiles - t.tiles))
-                v = T.bind(base + (self.v + position * self.v_pitch + tile * self.pairs + part * pairs))
+                v = T.bind(base + (self.v + position * self.v_pitch + tile * self.pairs + part * self.part))
                 accs = [[T.alloc_buffer((lanes,), "int32") for _ in range(blocks)] for _ in range(t.tiles)]
                 for line in accs:
                     for acc in line:
@@ -186,7 +189,7 @@ class WinogradKernel(ConvKernel):
                             for acc, w in zip(line, weights, strict=True):
                                 save(acc, 0, self.form.add(load(acc, 0, lanes), self.products(x, w)), lanes)
 
-                with T.serial(0, pairs // t.unroll) as k:
+                with T.serial(0, self.part // t.unroll) as k:
                     steps(T.bind(v + k * t.unroll), T.bind(u + k * (t.unroll * self.width)))
                 m = T.bind(base + (self.m + part * self.m_part + position * self.m_pitch + tile * self.width))
                 for i, line in enumerate(accs):

@@ -145,6 +145,6 @@ _MATRICES4: tuple[Matrix, Matrix, Matrix] = (
 )
 FORMS = {
     2: Form(2, 4, _MATRICES2, 0, 900, (64, 120, 90), _input2, _weight2, _output2, _finish2, _plain),
-    4: Form(4, 6, _MATRICES4, 128, (2**25 - 1) // (9 * 128 * 127), (330, 450, 330), _input4, _weight4, _output4, _finish4, add),
+    4: Form(4, 6, _MATRICES4, 128, (2**25 - 1) // (9 * 128 * 127), (330, 310, 330), _input4, _weight4, _output4, _finish4, add),
 }
 """By outputs along one axis."""

@@ -137,7 +137,8 @@ def test_the_transforms_are_winograd(m: int) -> None:
 
 def test_each_form_where_it_pays() -> None:
     """The smaller tile where weights are many and tiles few."""
-    for image, outputs, form in (((1, 56, 56, 64), 64, 4), ((1, 28, 28, 128), 128, 4), ((1, 7, 7, 512), 512, 2), ((1, 3, 20, 64), 64, 2)):
+    cases = (((1, 56, 56, 64), 64, 4), ((1, 28, 28, 128), 128, 4), ((1, 7, 7, 512), 512, 4), ((1, 6, 6, 64), 64, 2), ((1, 3, 20, 64), 64, 2))
+    for image, outputs, form in cases:
         op, _ = operator(image, outputs)
         assert ROW.default(op, HOST)["form"] == form, image
         assert ROW.space(op, HOST)["form"] == ([2] if min(image[1:3]) < 4 else [2, 4])
