@@ -82,6 +82,29 @@ def test_digits_on_arm_equal_the_reference(name: str, digits: Compilation, image
     assert rows <= set(target.rows) and name in rows, "convolutions must not fall back on portable kernels"
 
 
+@pytest.fixture(scope="module")
+def partly_float() -> Compilation:
+    """Layers in float at both ends, 8-bit layers between them."""
+    off = ["equalize", "judge-ranges", "margins", "correct-bias", "round-narrow", "round-all"]
+    return compile_stages(MODEL, "native", itertools.islice(demo_data()[0], 16), preset="accurate", disable=off)
+
+
+@pytest.mark.parametrize("name", ARM)
+def test_layers_in_float_have_the_same_bits(name: str, partly_float: Compilation, image: Values, folder: Path) -> None:
+    """Sums in the same order, fused multiplication and addition: as on x86. Armv7's NEON doesn't fuse, so there floats differ in the last bits."""
+    target = find_target(name)
+    require(target)
+    here = traced(artifact_for(partly_float, "x86-avx2"), image, folder / f"float-x86-{name}")
+    outputs, values = Host.build(target, folder).run(artifact_for(partly_float, name), image, folder / f"float-{name}")
+    got = values | outputs
+    floats = [v for v in got.keys() & here.keys() if got[v].dtype == np.float32]
+    assert "relu1" in floats and "logits" in floats
+    if target.architecture == "aarch64":
+        assert assert_same(got, here, name) >= 8
+    for value in floats:
+        np.testing.assert_allclose(got[value], here[value], atol=1e-5, err_msg=value)
+
+
 def test_one_calibration_gives_one_plan_for_every_target(digits: Compilation) -> None:
     stages = digits.quantized
     digests = {name: decide(stages.model, stages.measured.table, target, "default").digest for name, target in load_targets().items()}
