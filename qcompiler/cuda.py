@@ -114,6 +114,7 @@ def launch_table(program: Program) -> str:
         '#include "qc_launches.h"',
         "const char* const launch_kernels[] = {" + "".join(f'"{symbol}", ' for _, symbol in symbols.values()) + "0};",
         f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)}, launch_capability = {program.target.capability};",
+        f"const int32_t launch_counters = {max((step.kernel.counters for step in program.steps), default=0)};",
         "const launch launches[] = {" + ", ".join([*steps, "{0, 0, 0, 0, 0}"]) + "};",
         "const launch_argument launch_arguments[] = {" + ", ".join([*arguments, "{0, 0}"]) + "};",
         _DEVICE_CODE,
@@ -133,6 +134,8 @@ def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:
     yield from (place(value) for value in [step.writes, *step.more])
     if step.kernel.scratch:
         yield "workspace", step.scratch
+    if step.kernel.counters:
+        yield "counters", 0
 
 
 def gpu_object_code(program: Program) -> bytes:

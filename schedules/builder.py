@@ -48,6 +48,7 @@ class Emitter:
     thread: Any = None
     avx2: bool = False
     scratch: Any = None  # int32 words
+    counters: Any = None  # int32 words
     values: list[int] = field(default_factory=list)
 
     @property
@@ -91,9 +92,10 @@ def make_kernel(
     block: int = BLOCK,
     params: Mapping[str, Any] | None = None,
     scratch: int = 0,
+    counters: int = 0,
 ) -> Kernel:
     """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself.
-    `scratch`: bytes that all tasks share, one more pointer after the output.
+    `scratch`: bytes that all tasks share, one more pointer after the output; `counters`: see `Kernel`.
 
     On a GPU there is no `task` argument, and at least `threads` threads (0: one for 4 elements of the output) run in blocks of `block`.
     """
@@ -106,19 +108,20 @@ def make_kernel(
             pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
             constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
             scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
-            memory = flat(T.arg("scratch", T.handle()), scratch // 4, "int32") if scratch else None
+            extra = [(T.arg(name, T.handle()), size) if size else None for name, size in (("scratch", scratch // 4), ("counters", counters))]
+            memory, zeros = (flat(*e, "int32") if e else None for e in extra)
             inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
             packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
             output = flat(out, op.output.elements, op.output.dtype)
             with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
                 numbers, width = flat(scalars, 64, "int32"), vector_bytes(target)
-                emitter = Emitter(op, number, tasks, inputs, packed, output, width, numbers, group, thread, has_avx2(target), memory)
+                emitter = Emitter(op, number, tasks, inputs, packed, output, width, numbers, group, thread, has_avx2(target), memory, zeros)
                 emit(emitter)
     func = builder.get()
     used = np.array(emitter.values or [0], np.int32)
     key = kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
     constants = [np.ascontiguousarray(a) for a in arrays] + [used]
-    return Kernel(func, 0 if launch else tasks, constants, key, row, scratch, macs, dict(params or {}), launch)
+    return Kernel(func, 0 if launch else tasks, constants, key, row, scratch, macs, dict(params or {}), launch, counters)
 
 
 @contextmanager

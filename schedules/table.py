@@ -103,8 +103,8 @@ class Kernel:
     `scratch` bytes per call (0: none) are passed as one more pointer after the output; it is shared by all tasks of the call.
     `key` identifies the code: equal keys mean interchangeable functions (constants excluded).
 
-    On a GPU, `func(inputs..., constants..., output[, scratch])` binds threads itself; `launch` says how many: (blocks, threads per block), both
-    along x. `tasks` is 0 then.
+    On a GPU, `func(inputs..., constants..., output[, scratch][, counters])` binds threads itself; `launch` says how many: (blocks, threads per block),
+    both along x. `tasks` is 0 then. `counters`: int32 words that are 0 when the kernel starts and must be 0 when it ends.
     """
 
     func: Any
@@ -116,6 +116,7 @@ class Kernel:
     macs: int = 0
     params: dict[str, Any] = field(default_factory=dict)
     launch: tuple[int, int] | None = None
+    counters: int = 0
 
 
 class Row(Protocol):

@@ -54,7 +54,7 @@ class Case:
         layouts = [Layout(np.shape(o), str(o.dtype), **self.layouts.get(i, {})) for i, o in enumerate(self.operands)]
         self.output = Layout(self.expected.shape, str(self.expected.dtype), **self.out)
         stored = [o if i in self.constants else layouts[i] for i, o in enumerate(self.operands)]
-        op = OpCall(self.name, stored, self.attrs, self.output, "node")
+        self.op = op = OpCall(self.name, stored, self.attrs, self.output, "node")
         row = select(op, target)
         needs = iter(row.needs(op, target))
         self.inputs = []

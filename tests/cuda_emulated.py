@@ -67,7 +67,9 @@ class Emulated:
             for constant in kernel.constants:
                 constants.append(aligned(constant.size, str(constant.dtype)))
                 constants[-1][:] = constant.reshape(-1)
-            self.launch(symbol, [*inputs, *constants, flat, *([scratch] if kernel.scratch else [])], order)
+            counters = np.zeros(kernel.counters, np.int32)
+            self.launch(symbol, [*inputs, *constants, flat, *([scratch] if kernel.scratch else []), *([counters] if kernel.counters else [])], order)
+            assert not counters.any(), "counters are not 0 afterwards"
             assert (raw[:guard] == canary).all() and (raw[guard + output.bytes :] == canary).all(), "kernel wrote outside its output"
             results.append(flat.copy())
         assert results[0].tobytes() == results[1].tobytes(), "the result depends on the order of threads"
@@ -98,6 +100,7 @@ class EmulatedProgram:
                     spaces[space][-1][:] = np.ascontiguousarray(inputs[port.name]).view(np.uint8).reshape(-1)
         constants = aligned(program.constants.size, "uint8")
         constants[:] = program.constants
+        counters = np.zeros(max(step.kernel.counters for step in program.steps), np.int32)
 
         def memory(value: str) -> np.ndarray:
             place = program.values[value].place
@@ -107,6 +110,7 @@ class EmulatedProgram:
         for step in program.steps:
             arrays = [memory(v) for v in step.reads] + [constants[o:] for o in step.constants] + [memory(v) for v in [step.writes, *step.more]]
             arrays += [spaces["workspace"][0][step.scratch :]] if step.kernel.scratch else []
+            arrays += [counters] if step.kernel.counters else []
             self.emulated.launch(self.symbols[step.kernel.key], arrays)
             layout = program.values[step.writes].layout
             yield step, fetch(memory(step.writes)[: layout.bytes].view(layout.dtype), layout)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from qcompiler.lowering import lower
 from qcompiler.passes.graph import Graph, GraphBuilder, const, substitute
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
+from qcompiler.schedules.cuda.conv import GemmRow
+from qcompiler.schedules.cuda.gemm_plan import Geometry, Tile
+from qcompiler.schedules.table import OpCall, Row
 from qcompiler.targets import find_target
 
 
@@ -32,13 +37,23 @@ def network() -> tvm.IRModule:
     return builder.finish([("logits", env["logits"]), ("soft", soft), ("normal", normal)])
 
 
-@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm75"])
-def test_network(name: str, tmp_path: Path) -> None:
+def many_blocks(row: Row, op: OpCall) -> dict[str, Any] | None:
+    """Blocks share every tile of a convolution or dense layer whose reduction has two steps."""
+    if not isinstance(row, GemmRow):
+        return None
+    tile = Tile(32, 32, 32, 16, 32, 1, 3)
+    splits = [t for t in (replace(tile, split_k=n) for n in (3, 2)) if t.refuse_split(Geometry.of(op)) is None]
+    return (splits or [tile])[0].params()
+
+
+@pytest.mark.parametrize(("name", "split"), [("cuda-sm80", False), ("cuda-sm80", True), ("cuda-sm75", False)])
+def test_network(name: str, split: bool, tmp_path: Path) -> None:
     module = network()
     inputs = random_inputs(module)
     integer = realize(insert_qdq(module, TinyPlan(module, inputs)))
     wanted = run(integer, inputs, keep="all")
-    program = lower(integer, find_target(name))
+    program = lower(integer, find_target(name), many_blocks if split else None)
+    assert sum(step.kernel.counters > 0 for step in program.steps) >= 3 * split
     assert all(step.kernel.launch for step in program.steps)
     exact = 0
     for step, value in EmulatedProgram(program, tmp_path).run(inputs):

@@ -97,3 +97,6 @@ def test_instructions(name: str, tmp_path: Path) -> None:
         assert (counts["IDP"] > 0) == row.startswith("cuda-dp4a"), (symbol, row, counts)
         if row.startswith("cuda-mma"):
             assert counts["LDSM"] > 0 and counts["LDGSTS"] > 0, f"{symbol}: operands are not staged as the row says"
+        shared = kernels[symbol].counters > 0
+        assert shared == (symbol == "small"), f"{symbol}: {kernels[symbol].params}"
+        assert (counts["ATOMG"], counts["MEMBAR"] > 1) == (int(shared), shared), f"{symbol}: sums of other blocks are read unordered"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,17 +96,26 @@ CONVS = {
     "dense_rank3": Conv((2, 3, 20), 65, ()),
     "dense_float": Conv((6, 300), 33, (), attrs={"out_dtype": "float32"}),
 }
-SAMPLES = 1  # tilings per case, besides the one that is chosen
+
+
+def split(tile: plan.Tile, g: plan.Geometry, rng: random.Random) -> plan.Tile:
+    """The tiling with its tiles shared by as many blocks as can be chosen at random."""
+    return rng.choice([t for t in (replace(tile, split_k=n) for n in plan.SPLITS) if t.refuse_split(g) is None])
 
 
 def kernels(unit: plan.Unit) -> dict[str, tuple[Case, Any]]:
+    """Each case as the heuristic builds it, at a random tiling, and at a random one whose tiles several blocks share where the reduction is long enough."""
     rng, found = random.Random(unit.name), {}
     for name, conv in CONVS.items():
         case = conv.case()
-        for i in range(SAMPLES + 1):
-            tile = rng.choice(plan.tiles(unit)).params() if i else None
+        found[f"{name}_0"] = (case, case.prepare(None, TARGETS[unit]))
+        g, tilings = plan.Geometry.of(case.op), [rng.choice(plan.tiles(unit))]
+        short = [t for t in plan.tiles(unit) if t.bk < g.depth]
+        if short:
+            tilings.append(split(rng.choice(short), g, rng))
+        for i, tile in enumerate(tilings, 1):
             mine = copy.copy(case)
-            found[f"{name}_{i}"] = (mine, mine.prepare(tile, TARGETS[unit]))
+            found[f"{name}_{i}"] = (mine, mine.prepare(tile.params(), TARGETS[unit]))
     return found
 
 
@@ -123,11 +132,19 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CONVS)
 def test_exact(name: str, unit: plan.Unit, emulated: dict[str, Any]) -> None:
     built, library = emulated[unit.name]
-    for i in range(SAMPLES + 1):
-        case, kernel = built[f"{name}_{i}"]
+    for symbol in (f"{name}_{i}" for i in range(3) if f"{name}_{i}" in built):
+        case, kernel = built[symbol]
         assert kernel.row.startswith(unit.name), kernel.row
         assert kernel.macs == case.expected.size * np.prod(case.operands[1].shape[1:])
-        case.check(library.run(f"{name}_{i}", case.inputs, case.output))
+        case.check(library.run(symbol, case.inputs, case.output))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+def test_blocks_share_tiles(unit: plan.Unit, emulated: dict[str, Any]) -> None:
+    """The cases above include many whose tiles are shared, with equal shares and with unequal ones."""
+    shared = [(plan.Tile(**k.params), plan.Geometry.of(c.op)) for c, k in emulated[unit.name][0].values() if k.counters]
+    ragged = [t for t, g in shared if -(-g.depth // t.bk) % t.share(g)]
+    assert len(shared) >= 8 and 2 <= len(ragged) < len(shared), [t.split_k for t, _ in shared]
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
@@ -155,6 +172,9 @@ def test_the_choice_fills_the_machine(unit: plan.Unit) -> None:
     assert large.bm * large.bn >= 64 * 64 and blocks >= plan.MULTIPROCESSORS[arch]
     small, blocks = choice(1, 7, 512, 512)
     assert small.wk > 1 or blocks >= plan.MULTIPROCESSORS[arch] // 2
+    if unit is plan.MMA:
+        assert small.split_k > 1 and blocks * small.split_k >= 2 * plan.MULTIPROCESSORS[arch]
+    assert large.split_k == 1
 
 
 def test_a_tiling_that_cannot_be_is_refused() -> None:
@@ -167,6 +187,7 @@ def test_a_tiling_that_cannot_be_is_refused() -> None:
         ({"bm": 40}, "whole number"),
         ({"stages": 4, "bm": 256, "bn": 256, "bk": 128}, "registers|memory|threads"),
         ({"wk": 4, "bm": 16, "bn": 32}, "share"),
+        ({"split_k": 2}, "1 steps leave some of 2 blocks without work"),
     ):
         with pytest.raises(ValueError, match=reason):
             row.build(op, base | change, TARGETS[plan.MMA])

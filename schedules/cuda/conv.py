@@ -58,14 +58,14 @@ class GemmRow:
         return [Need(pitch=pitch), *[Need() for _ in op.tensors[1:]]]
 
     def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
-        return plan.design_space(self.unit)
+        return plan.design_space(self.unit, plan.Geometry.of(op))
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         return plan.best_tile(plan.Geometry.of(op), self.unit, str(target.tvm["arch"])).params()
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         g, tile = plan.Geometry.of(op), plan.Tile(**params)
-        reason = tile.refuse(self.unit)
+        reason = tile.refuse(self.unit) or tile.refuse_split(g)
         if reason:
             raise ValueError(f"{self.name}: {reason}")
         weight, bias = (np.asarray(o) for o in op.operands[1:3])
@@ -81,9 +81,10 @@ class GemmRow:
             end = Epilogue(k, k.arrays[1], k.arrays[2], tile.run(self.unit), g.outputs, g.groups)
             Gemm(k, g, tile, self.unit, fill).emit(end)
 
-        blocks = -(-g.pixels // tile.bm) * blocks_n * g.groups
+        threads = tile.tiles(g) * tile.split_k * tile.threads
+        shared = {} if tile.split_k == 1 else {"scratch": tile.tiles(g) * tile.split_k * tile.bm * tile.bn * 4, "counters": tile.tiles(g)}
         macs = g.pixels * weight.size
-        return make_kernel(self.name, op, target, emit, arrays=arrays, macs=macs, threads=blocks * tile.threads, block=tile.threads, params=params)
+        return make_kernel(self.name, op, target, emit, arrays=arrays, macs=macs, threads=threads, block=tile.threads, params=params, **shared)
 
 
 for _kind in ("qc.conv2d", "qc.dense"):

@@ -53,6 +53,34 @@ static __device__ __forceinline__ void qc_multiply_matrices(int* c, const int* a
 
 #endif  // __CUDACC__
 
+// Partial sums of a thread, n of them, to and from other blocks: words of 16 bytes, `stride` ints apart, so that neighbouring threads' words adjoin.
+template <int n, int stride>
+static __device__ __forceinline__ void qc_store_sums(int* to, const int* sums) {
+  for (int i = 0; i < n / 4; ++i) *reinterpret_cast<int4*>(to + i * stride) = make_int4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+}
+
+// Past the level 1 cache, which doesn't see what other multiprocessors write.
+template <int n, int stride>
+static __device__ __forceinline__ void qc_add_sums(int* sums, const int* from) {
+  for (int i = 0; i < n / 4; ++i) {
+    const int4 word = __ldcg(reinterpret_cast<const int4*>(from + i * stride));
+    sums[4 * i] += word.x;
+    sums[4 * i + 1] += word.y;
+    sums[4 * i + 2] += word.z;
+    sums[4 * i + 3] += word.w;
+  }
+}
+
+// Whether this block is the last of `blocks` to come here; it then sees all that the others wrote before. The counter is 0 again afterwards.
+static __device__ __forceinline__ int qc_last_of(int* counter, int blocks) {
+  __threadfence();
+  __syncthreads();
+  const unsigned last = static_cast<unsigned>(blocks - 1);  // atomicInc: 0, 1, ..., last, 0
+  const int is_last = __syncthreads_or(threadIdx.x == 0 && atomicInc(reinterpret_cast<unsigned*>(counter), last) == last);
+  __threadfence();
+  return is_last;
+}
+
 // As qc_copy, or `fill` in every word where there is nothing to copy.
 template <int bytes>
 static __device__ __forceinline__ void qc_copy_or_fill(void* to, const void* from, bool copy, int fill) {

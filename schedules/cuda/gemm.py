@@ -2,7 +2,8 @@
 
     prologue   the first steps' operands are on their way to shared memory
     each step  wait for the oldest step's operands; start copies of the newest; multiply
-    epilogue   warps that shared a part add up; bias, rescaling, residual, clamp in registers; whole words to memory
+    sums       warps that shared a part add up; of blocks that shared a tile, each with its share of the steps, the last to arrive adds up
+    epilogue   bias, rescaling, residual, clamp in registers; whole words to memory
 
 A chunk is 16 bytes of the reduction, for one pixel or output channel. Chunks of a row of shared memory are permuted (`gemm_plan.swizzle`), so that 8
 lanes that read the same chunk of 8 rows meet 8 different groups of banks. Taps outside of the image are stored as the zero point, which the bias
@@ -52,7 +53,8 @@ class Gemm:
 
     def __post_init__(self) -> None:
         k, g, t = self.k, self.g, self.tile
-        self.steps = -(-g.depth // t.bk)
+        self.steps = -(-g.depth // t.bk)  # of the whole reduction; this block's: `count` from `begin` on
+        self.most = t.share(g)
         self.blocks_n = -(-g.outputs // t.bn)
         self.shared = T.alloc_buffer((t.stages * t.stage_bytes,), "int8", scope="shared")
         self.lane = T.bind(T.bitwise_and(k.thread, T.int32(31)))
@@ -60,8 +62,11 @@ class Gemm:
         self.warp_n = mod(warp, t.warps[1])
         self.warp_m = mod(div(warp, t.warps[1]), t.warps[0])
         self.warp_k = div(warp, t.warps[0] * t.warps[1])
-        self.block_n = mod(k.group, self.blocks_n)
-        rest = div(k.group, self.blocks_n)
+        self.split, self.block = mod(k.group, t.split_k), div(k.group, t.split_k)
+        self.begin = T.bind(self.split * self.most) if t.split_k > 1 else T.int32(0)
+        self.count = T.bind(T.min(self.steps - self.begin, self.most)) if self.steps % self.most else T.int32(self.most)
+        self.block_n = mod(self.block, self.blocks_n)
+        rest = div(self.block, self.blocks_n)
         blocks_m = -(-g.pixels // t.bm)
         self.block_m, self.group = mod(rest, blocks_m), div(rest, blocks_m)
         if blocks_m == 1:
@@ -185,21 +190,27 @@ class Gemm:
         t = self.tile
         for i in range(int(self.sums.shape[0])):
             T.buffer_store(self.sums, T.int32(0), [i])
+        least = self.steps - (t.split_k - 1) * self.most
         for stage in range(t.stages - 1):
-            if stage < self.steps:
-                self.copy_step(T.int32(stage), T.int32(stage))
+            if stage < self.most:
+                with when(self.count > stage if stage >= least else None):
+                    self.copy_step(T.bind(self.begin + stage), T.int32(stage))
             call("qc_commit_copies")
-        with T.serial(0, self.steps) as step:
+        with T.serial(0, self.count) as step:
             call(f"qc_wait_copies<{t.stages - 2}>")
             barrier()  # the copies of all threads are there, and nobody reads the stage that is overwritten next
             newest = T.bind(step + (t.stages - 1))
-            with T.If(newest < self.steps), T.Then():
-                self.copy_step(newest, mod(newest, t.stages))
+            with T.If(newest < self.count), T.Then():
+                self.copy_step(T.bind(self.begin + newest), mod(newest, t.stages))
             call("qc_commit_copies")
             self.multiply(mod(step, t.stages))
         self.add_up()
-        with when(self.warp_k == 0 if t.wk > 1 else None):
-            self.finish(end)
+        first = self.warp_k == 0 if t.wk > 1 else None  # the warps that have the sums
+        if t.split_k > 1:
+            self.gather(first, end)
+        else:
+            with when(first):
+                self.finish(end)
 
     def add_up(self) -> None:
         """The sums of the warps that shared a part, in those of the first: through shared memory."""
@@ -218,6 +229,24 @@ class Gemm:
             with T.serial(0, t.wk - 1) as other:
                 for i in range(count):
                     T.buffer_store(self.sums, self.sums[i] + memory[(other * count + i) * threads + thread], [i])
+
+    def gather(self, first: Any, end: Epilogue) -> None:
+        """Leave this block's sums in scratch, in the order of registers; the last block of a tile adds the others' and goes on. Integer sums
+        are the same in any order."""
+        t, k, count = self.tile, self.k, int(self.sums.shape[0])
+        threads = t.threads // t.wk
+
+        def place(split: Any) -> Any:
+            return T.address_of(k.scratch[T.bind((self.block * t.split_k + split) * (t.bm * t.bn) + k.thread * 4)])
+
+        sums = T.address_of(self.sums[0])
+        with when(first):
+            call(f"qc_store_sums<{count}, {threads * 4}>", place(self.split), sums)
+        last = T.bind(T.call_extern("int32", "qc_last_of", T.address_of(k.counters[self.block]), t.split_k))
+        with when(T.And(last != 0, first) if first is not None else last != 0):
+            with T.serial(0, t.split_k - 1) as other:
+                call(f"qc_add_sums<{count}, {threads * 4}>", sums, place(other + T.Cast("int32", other >= self.split)))
+            self.finish(end)
 
     def finish(self, end: Epilogue) -> None:
         t, lane, mma = self.tile, self.lane, self.unit is MMA

@@ -2,14 +2,15 @@
 
 Rows of the product are output pixels, columns output channels of a group; the reduction runs over taps and channels. A block computes `bm` x `bn`
 of it in steps of `bk` bytes, staged through shared memory; its warps compute `wm` x `wn` each, and `wk` of them share such a part, each with its
-own share of every step, and add up at the end.
+own share of every step, and add up at the end. `split_k` blocks share a tile, each with its own steps; the one that ends last adds up.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -19,6 +20,9 @@ from qcompiler.schedules.table import Layout, OpCall
 
 SHARED = 48 << 10  # bytes of shared memory that a block may declare
 CHUNK = 16  # bytes of a row of a matrix operand
+SPLITS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16]  # blocks that share a tile
+LEAST = 256  # bytes of the reduction that are worth a block of their own
+FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of the way of a block's sums to another: a fence, a counter, a load
 MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}  # T4, A100, RTX 3090, RTX 4090, H100, ...
 
 
@@ -129,6 +133,7 @@ class Tile:
     wn: int
     wk: int
     stages: int
+    split_k: int = 1
 
     @cached_property
     def warps(self) -> tuple[int, int]:
@@ -152,6 +157,20 @@ class Tile:
     def run(self, unit: Unit) -> int:
         """Adjacent channels that a lane holds."""
         return self.wn // 8 * unit.columns
+
+    def tiles(self, g: Geometry) -> int:
+        """Tiles of the result; `split_k` times as many blocks."""
+        return -(-g.pixels // self.bm) * -(-g.outputs // self.bn) * g.groups
+
+    def share(self, g: Geometry) -> int:
+        """Steps of a block; the last of a tile may have fewer."""
+        return -(-g.depth // self.bk // self.split_k)
+
+    def refuse_split(self, g: Geometry) -> str | None:
+        """Why the reduction of a layer can't be divided among so many blocks, or None."""
+        if (self.split_k - 1) * self.share(g) * self.bk >= g.depth:
+            return f"{-(-g.depth // self.bk)} steps leave some of {self.split_k} blocks without work"
+        return None
 
     def refuse(self, unit: Unit) -> str | None:
         """Why no kernel has this tiling, or None."""
@@ -219,15 +238,16 @@ def merge(weight: np.ndarray, g: Geometry) -> np.ndarray:
 # -- choice -------------------------------------------------------------------------------------------------------------------------------
 
 
-def design_space(unit: Unit) -> dict[str, list[Any]]:
-    """Candidates of each tunable; combinations that can't be are refused by `Tile.refuse`."""
+def design_space(unit: Unit, g: Geometry | None = None) -> dict[str, list[Any]]:
+    """Candidates of each tunable (without a layer: with a block to a tile); combinations that can't be are refused by `Tile.refuse` and `refuse_split`."""
     rows = [16, 32, 64, 128, 256] if unit is MMA else [32, 64, 128]
-    return {"bm": rows, "bn": [32, 64, 128, 256], "bk": [32, 64, 128, 256], "wm": [16, 32, 64], "wn": [16, 32, 64], "wk": [1, 2, 4, 8], "stages": [2, 3, 4]}
+    space = {"bm": rows, "bn": [32, 64, 128, 256], "bk": [32, 64, 128, 256], "wm": [16, 32, 64], "wn": [16, 32, 64], "wk": [1, 2, 4, 8], "stages": [2, 3, 4]}
+    return space | {"split_k": [n for n in SPLITS if g and n * LEAST <= g.depth] or [1]}
 
 
 @lru_cache(4)
 def tiles(unit: Unit) -> tuple[Tile, ...]:
-    """All that can be built."""
+    """All that can be built, with a block to a tile."""
     space = design_space(unit)
     points = (Tile(**dict(zip(space, values, strict=True))) for values in itertools.product(*space.values()))
     return tuple(t for t in points if t.refuse(unit) is None)
@@ -239,8 +259,8 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
     Blocks that share a multiprocessor hide each other's latency until one of its parts is busy all the time: the multipliers, the path to the level
     2 cache (48 bytes a cycle), shared memory (128 bytes a cycle), or the issue of instructions (4 warps a cycle).
     """
-    steps = -(-g.depth // tile.bk)
-    blocks = -(-g.pixels // tile.bm) * -(-g.outputs // tile.bn) * g.groups
+    steps = tile.share(g)
+    blocks = tile.tiles(g) * tile.split_k
     resident = max(1, min(2048 // tile.threads, 65536 // (tile.registers(unit) * tile.threads), 160 * 1024 // (tile.stages * tile.stage_bytes + 1024)))
     share = tile.bk // (unit.depth * tile.wk)
     rows, columns = tile.parts(unit)
@@ -251,7 +271,11 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
     issue = copies / 128 + warps * share * (20 + rows * columns * (1 if unit is MMA else 5)) / 4
     busy = steps * max(multiply, tile.stage_bytes / 48, read, issue) + tile.bm * tile.bn / 16
     step = 90 + share * (30 + rows * columns * (8 if unit is MMA else 16))  # one warp, alone
-    latency = steps * max(step, 600 / (tile.stages - 1)) + 1500 + (200 if tile.wk > 1 else 0)
+    latency = steps * max(step, 600 / (tile.stages - 1)) + FIXED + (200 if tile.wk > 1 else 0)
+    if tile.split_k > 1:  # every block writes its sums, one reads those of all others
+        sums, others = tile.bm * tile.bn * 4, tile.split_k - 1
+        busy += sums / 48 * (1 + others / tile.split_k)
+        latency += GATHER + sums * others / 32
     each = -(-blocks // processors)
     together = min(each, resident)
     return -(-each // together) * max(together * busy, latency)
@@ -259,7 +283,19 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
 
 @lru_cache(1024)
 def best_tile(g: Geometry, unit: Unit, arch: str) -> Tile:
-    """The tiling with the lowest estimate; of equal ones the one with fewer threads."""
-    processors = MULTIPROCESSORS.get(arch, 108)
-    return min(tiles(unit), key=lambda t: (cycles(g, t, unit, processors), t.threads, t.stages * t.stage_bytes, t.params().values().__repr__()))
+    """The tiling with the lowest estimate; of equal ones the one with fewer threads. Tiles are shared where they are too few to fill the card twice."""
+    processors, counts = MULTIPROCESSORS.get(arch, 108), design_space(unit, g)["split_k"][1:]
+
+    def shared(tile: Tile) -> Iterator[Tile]:
+        for split in (replace(tile, split_k=count) for count in counts if tile.tiles(g) * (count - 1) < 2 * processors):
+            if split.refuse_split(g) is None:
+                yield split
+
+    def estimate(tile: Tile) -> tuple[Any, ...]:
+        return cycles(g, tile, unit, processors), tile.threads, tile.stages * tile.stage_bytes, repr(tile.params().values())
+
+    best = min(tiles(unit), key=estimate)
+    if estimate(best)[0] <= FIXED + GATHER:
+        return best
+    return min([best, *(split for tile in tiles(unit) for split in shared(tile))], key=estimate)
 

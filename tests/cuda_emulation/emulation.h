@@ -1,6 +1,6 @@
 // CUDA C on a CPU, for tests: included in front of a kernel source, it makes plain functions of the kernels, and qc_emulate runs a launch of one.
 //
-// A block's threads are fibers of one CPU thread; blocks run one after the other. A fiber runs until it waits for others: at __syncthreads, or at an
+// A block's threads are fibers of one CPU thread; blocks run one after the other, in random order. A fiber runs until it waits for others: at __syncthreads, or at an
 // instruction of its warp. Between two waits the fibers run in an order that `qc_emulate_order` seeds, so that a missing barrier shows as a wrong
 // result. Shared memory starts as garbage in every block, and asynchronous copies happen as late as they may: when they are waited for.
 #pragma once
@@ -45,6 +45,7 @@ struct Fiber {
   Wait wait;
   void* stack;                           // pointer of the suspended fiber
   char* memory;                          // where its stack lies
+  bool fenced;                           // it has called __threadfence
   std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
   std::vector<Copy> open;
 };
@@ -58,6 +59,7 @@ inline uint64_t order = 1;
 inline void (*entry)(void*, void**);
 inline void* entry_function;
 inline void** entry_arguments;
+inline int vote;                 // of __syncthreads_or
 inline int exchange[32][32][8];  // what the lanes of each warp show each other
 
 [[noreturn]] inline void fail(const char* what) {
@@ -110,11 +112,19 @@ inline void start(Fiber& fiber, unsigned number) {
   fiber.wait = READY;
   fiber.groups.clear();
   fiber.open.clear();
+  fiber.fenced = false;
   if (!fiber.memory) fiber.memory = static_cast<char*>(std::aligned_alloc(64, STACK));
   void** top = reinterpret_cast<void**>(fiber.memory + STACK) - 2;
   *--top = reinterpret_cast<void*>(run_fiber);  // the address `ret` goes to; the stack is then as after a call
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack = top;
+}
+
+inline void shuffle(std::vector<unsigned>& turn) {
+  for (size_t i = turn.size() - 1; i > 0; --i) {
+    order = order * 6364136223846793005u + 1442695040888963407u;
+    std::swap(turn[i], turn[(order >> 33) % (i + 1)]);
+  }
 }
 
 inline void run_block(unsigned number, unsigned threads) {
@@ -123,10 +133,7 @@ inline void run_block(unsigned number, unsigned threads) {
   std::vector<unsigned> turn(threads);
   for (unsigned i = 0; i < threads; ++i) turn[i] = i;
   for (;;) {
-    for (unsigned i = threads - 1; i > 0; --i) {
-      order = order * 6364136223846793005u + 1442695040888963407u;
-      std::swap(turn[i], turn[(order >> 33) % (i + 1)]);
-    }
+    shuffle(turn);
     for (unsigned i : turn) {
       if (fibers[i].wait != READY) continue;
       here = &fibers[i];
@@ -195,7 +202,10 @@ extern "C" inline __attribute__((used)) void qc_emulate(void* function, int argu
   for (auto& fiber : fibers) std::free(fiber.memory);
   fibers.clear();
   fibers.resize(threads);
-  for (unsigned b = 0; b < blocks; ++b) run_block(b, threads);
+  std::vector<unsigned> turn(blocks);
+  for (unsigned b = 0; b < blocks; ++b) turn[b] = b;
+  shuffle(turn);
+  for (unsigned b : turn) run_block(b, threads);
 }
 
 // Seeds the order in which threads run between barriers.
@@ -214,7 +224,30 @@ QC_VECTORS(int)
 QC_VECTORS(float)
 
 inline void __syncthreads() { qc_emulation::suspend(qc_emulation::BLOCK); }
+inline int __syncthreads_or(int predicate) {
+  using namespace qc_emulation;
+  vote |= predicate;
+  __syncthreads();
+  const int result = vote != 0;
+  __syncthreads();
+  vote = 0;
+  __syncthreads();
+  return result;
+}
 inline void __syncwarp() { qc_emulation::suspend(qc_emulation::WARP); }
+
+// Other blocks see what a thread wrote before a fence; blocks don't overlap here, so this only checks that the thread that counts has one behind it.
+inline void __threadfence() { qc_emulation::here->fenced = true; }
+inline unsigned atomicInc(unsigned* counter, unsigned last) {
+  if (!qc_emulation::here->fenced) qc_emulation::fail("a counter without a fence before it");
+  const unsigned old = *counter;
+  *counter = old >= last ? 0 : old + 1;
+  return old;
+}
+template <typename T>
+inline T __ldcg(const T* from) {
+  return *from;
+}
 
 inline int __float2int_rn(float value) {  // saturates; NaN becomes 0
   if (std::isnan(value)) return 0;

@@ -226,7 +226,7 @@ static void release_device(void) {
 struct engine {
   handle stream, graph; /* graph: null where the driver can't record one */
   address memory, constants; /* one allocation; constants of the caller's, when there were any */
-  address workspace, inputs[QC_INPUT_COUNT + 1], outputs[QC_OUTPUT_COUNT + 1];
+  address workspace, counters, inputs[QC_INPUT_COUNT + 1], outputs[QC_OUTPUT_COUNT + 1];
   address* pointers; /* every launch argument, resolved */
   void** arguments;  /* the address of each, as launches want it */
 };
@@ -241,7 +241,7 @@ static void resolve_pointers(engine* e, address constants) {
     launch_argument a = launch_arguments[i];
     e->arguments[i] = &e->pointers[i];
     e->pointers[i] = a.space == SPACE_INPUT ? e->inputs[a.offset] : a.space == SPACE_OUTPUT ? e->outputs[a.offset]
-                   : (a.space == SPACE_CONSTANTS ? constants : e->workspace) + a.offset;
+                   : (a.space == SPACE_CONSTANTS ? constants : a.space == SPACE_COUNTERS ? e->counters : e->workspace) + a.offset;
   }
 }
 
@@ -300,7 +300,7 @@ qc_status engine_create(int32_t threads, engine** made) {
   e->pointers = calloc((size_t)launch_argument_count + 1, sizeof *e->pointers);
   e->arguments = calloc((size_t)launch_argument_count + 1, sizeof *e->arguments);
   if (!e->pointers || !e->arguments) status = fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
-  size_t bytes = padded(QC_WORKSPACE);
+  size_t bytes = padded(QC_WORKSPACE) + padded((size_t)launch_counters * 4);
   for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) bytes += padded(input_bytes[i]);
   for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) bytes += padded(output_bytes[i]);
   if (!status) status = allocate(&e->memory, bytes, "a session's tensors");
@@ -309,6 +309,7 @@ qc_status engine_create(int32_t threads, engine** made) {
   if (!status) {
     address at = e->workspace = e->memory;
     at += padded(QC_WORKSPACE);
+    e->counters = at, at += padded((size_t)launch_counters * 4);
     for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) e->inputs[i] = at, at += padded(input_bytes[i]);
     for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) e->outputs[i] = at, at += padded(output_bytes[i]);
     resolve_pointers(e, device.constants);

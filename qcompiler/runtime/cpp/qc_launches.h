@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-enum { SPACE_WORKSPACE, SPACE_CONSTANTS, SPACE_INPUT, SPACE_OUTPUT };
+enum { SPACE_WORKSPACE, SPACE_CONSTANTS, SPACE_COUNTERS, SPACE_INPUT, SPACE_OUTPUT };
 
-/* A pointer argument: `offset` bytes into the workspace or the constants, or port number `offset`. */
+/* A pointer argument: `offset` bytes into the workspace, the constants or the counters, or port number `offset`. */
 typedef struct { int32_t space; uint64_t offset; } launch_argument;
 
 /* A step: `blocks` blocks of `threads` threads of a kernel, on arguments [first, first + count). */
@@ -17,6 +17,7 @@ extern const int32_t launch_kernel_count;
 extern const launch launches[]; /* one per step */
 extern const launch_argument launch_arguments[];
 extern const int32_t launch_argument_count;
+extern const int32_t launch_counters; /* int32 words that are 0 before and after every step; all steps share them */
 extern const int32_t launch_capability; /* 80: the GPU must have compute capability 8.0 or later */
 extern const char launch_code[], launch_code_end[]; /* a fat binary */
 
