@@ -36,7 +36,8 @@ from qcompiler.artifact import find_compiler
 from qcompiler.bundle import SOURCES
 from qcompiler.data import open_samples
 from qcompiler.model import load
-from qcompiler.pipeline import Compilation, build, compile_stages, session_of
+from qcompiler.pipeline import compile_stages
+from qcompiler.stages import Compilation, build, session_of
 from qcompiler.tables import table
 from qcompiler.targets import find_target
 

@@ -100,9 +100,9 @@ def rows_program(cases: dict[str, Any], target: Target) -> Any:
 def check_rows(target: Target, folder: Path) -> list[dict[str, Any]]:
     """Run every case on the device: [{case, row, wrong: elements that differ, outside: whether anything else changed}]."""
     from qcompiler.codegen import object_code
-    from qcompiler.pipeline import Built
     from qcompiler.runtime.session import Session
     from qcompiler.schedules.harness import aligned, fetch
+    from qcompiler.stages import Built
 
     cases = row_cases(target)
     program = rows_program(cases, target)
@@ -145,7 +145,8 @@ class Prepared:
         from qcompiler.data import open_samples
         from qcompiler.debug import Dumper
         from qcompiler.model import load
-        from qcompiler.pipeline import build, quantize
+        from qcompiler.pipeline import quantize
+        from qcompiler.stages import build
         from qcompiler.targets import find_target
 
         port = onnx.load(str(network.model), load_external_data=False).graph.input[0]

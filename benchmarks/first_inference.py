@@ -70,7 +70,8 @@ def once(arguments: list[str]) -> dict[str, float]:
 def prepare(network: networks.Network, folder: Path, threads: int) -> dict[str, list[str]]:
     """{candidate: arguments of its process}: compiles, quantizes, and lets OpenVINO fill its cache and export its blob."""
     from qcompiler.debug import Dumper
-    from qcompiler.pipeline import build, quantize
+    from qcompiler.pipeline import quantize
+    from qcompiler.stages import build
     from qcompiler.targets import find_target
 
     target = find_target("native")

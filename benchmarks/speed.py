@@ -38,7 +38,8 @@ class Prepared:
 
     def __init__(self, network: networks.Network, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any) -> None:
         from qcompiler.debug import Dumper
-        from qcompiler.pipeline import build, compile_float, quantize
+        from qcompiler.pipeline import compile_float, quantize
+        from qcompiler.stages import build
         from qcompiler.targets import find_target
         from qcompiler.tuning_log import Tuned
 

@@ -27,11 +27,11 @@ from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, decibel, held_out,
 from qcompiler.mixed import Network, Point, first_below
 from qcompiler.model import FloatModel
 from qcompiler.parity import check_labels, check_thresholds, classifying
-from qcompiler.pipeline import Compilation, build, describe, finish, measure, planned
 from qcompiler.progress import Progress
 from qcompiler.recipes import Recipe
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds
+from qcompiler.stages import Compilation, build, describe, finish, measure, planned
 from qcompiler.survey import Survey
 from qcompiler.targets import Target, find_target, missing_features
 from qcompiler.tuning_log import Tuned

@@ -29,8 +29,9 @@ from qcompiler.importers.onnx_file import default_opset, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.pipeline import Compilation, Options, compile_stages
+from qcompiler.pipeline import Options, compile_stages
 from qcompiler.spec import QParams
+from qcompiler.stages import Compilation
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted
 _WEIGHTED = ("conv2d", "conv2d_transpose", "dense")

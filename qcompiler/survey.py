@@ -20,12 +20,12 @@ from qcompiler.lowering import Program
 from qcompiler.mixed import Edge, Layer, Network
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
-from qcompiler.pipeline import Built, Measured, Quantized, session_of
 from qcompiler.placement import Placer, operands
 from qcompiler.progress import Progress
 from qcompiler.quant_plan import Derived
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
+from qcompiler.stages import Built, Measured, Quantized, session_of
 from qcompiler.targets import Target
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware

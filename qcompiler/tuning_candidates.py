@@ -63,7 +63,7 @@ def candidate_program(row: Row, op: OpCall, target: Target, points: Sequence[Map
 def candidate_library(row: Row, op: OpCall, target: Target, points: Sequence[Mapping[str, Any]]) -> bytes:
     """The shared library of `candidate_program`."""
     from qcompiler.codegen import object_code
-    from qcompiler.pipeline import Built
+    from qcompiler.stages import Built
 
     program = candidate_program(row, op, target, points)
     return Built(program, object_code(program)).link().library

@@ -23,9 +23,10 @@ from qcompiler.model import load
 from qcompiler.parity import bit_parity, verify
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.select_float import select_float
-from qcompiler.pipeline import Compilation, compile_stages
+from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session, TensorInfo
 from qcompiler.sensitivity import measure_sensitivity
+from qcompiler.stages import Compilation
 from qcompiler.survey import constants_with, layer_noise, rounded_layers
 from qcompiler.targets import find_target
 
@@ -117,7 +118,6 @@ def test_layers_by_their_noise(plain: Compilation, sessions: Twins) -> None:
 
 def test_a_target_between_int8_and_float_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some layers stay float, with reasons; the library keeps the promise on digits it never saw; the rest is what it would be."""
-    monkeypatch.setattr(accuracy_target, "_MOST", 4)
     monkeypatch.setattr(accuracy_target, "_MEASURING", 0.2)
     _, evaluation, labels = demo_data()
     goal: Any = {"min_sqnr": 36.0, "max_accuracy_drop": 5.0, "labels": demo_labels(48)}
@@ -127,7 +127,7 @@ def test_a_target_between_int8_and_float_is_met(tmp_path: Path, monkeypatch: pyt
     first, *others = account["points"]
     assert first["float_layers"] == ["relu4"] and not first["met"] and others
     (chosen,) = (p for p in account["points"] if p["chosen"])
-    assert chosen["met"] and chosen["sqnr_bound_db"] >= 36 > first["sqnr_db"] and chosen["bytes"] > first["bytes"]
+    assert chosen["met"] and chosen["sqnr_bound_db"] >= 36 > first["sqnr_db"] and chosen["bytes"] == pytest.approx(made.artifact.size, rel=0.1)
     assert chosen["seconds"] == min(p["seconds"] for p in account["points"] if p["met"])
     reasons = {f["id"]: f["reason"] for f in made.artifact.manifest["float_ops"]}
     assert set(chosen["float_layers"]) <= set(reasons) and reasons["relu4"].startswith("kept in float32 as asked")

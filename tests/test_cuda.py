@@ -24,8 +24,9 @@ from qcompiler.elf import read_section
 from qcompiler.errors import IncompatibleDevice, TargetError
 from qcompiler.interpreter import run as interpret
 from qcompiler.passes.graph import GraphBuilder, const, make_op
-from qcompiler.pipeline import Built, Compilation, build, compile_stages
+from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session
+from qcompiler.stages import Built, Compilation, build
 from qcompiler.targets import Target, find_target
 
 SHAPE = (1, 5, 7, 3)

@@ -21,7 +21,8 @@ from qcompiler.errors import DataError, ModelError, OutputError
 from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
-from qcompiler.pipeline import Compilation, compile_stages, session_of
+from qcompiler.pipeline import compile_stages
+from qcompiler.stages import Compilation, session_of
 
 Feeds = dict[str, np.ndarray]
 

@@ -13,9 +13,9 @@ from emulated import ARM, Host, require
 from qcompiler import numerics, schedules
 from qcompiler.codegen import object_code
 from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
-from qcompiler.pipeline import Built
 from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Layout, OpCall, Row, select
+from qcompiler.stages import Built
 from qcompiler.targets import Target, find_target
 
 BIG = 3.4028234663852886e38
