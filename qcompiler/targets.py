@@ -103,7 +103,7 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
 
 @functools.cache
 def host_features() -> frozenset[str]:
-    """CPU features of this machine as the kernel reports them ("flags" on x86, "Features" on ARM)."""
+    """CPU features of this machine as the kernel reports them ("flags" on x86, "Features" on ARM), less the AMX tiles that it gives to no process."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -111,8 +111,17 @@ def host_features() -> frozenset[str]:
     for line in text.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
+            features = frozenset(value.split())
+            return features if "amx_tile" not in features or _tiles_are_given() else features - {"amx_tile"}
     return frozenset()
+
+
+_ARCH_PRCTL, _GET_SUPPORTED, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1021, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h, the state component
+
+
+def _tiles_are_given() -> bool:
+    supported = ctypes.c_uint64()
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _GET_SUPPORTED, ctypes.byref(supported)) == 0 and bool(supported.value >> _TILE_DATA & 1)
 
 
 def host_architecture() -> str:
@@ -139,7 +148,7 @@ def permit(target: Target) -> None:
     if "amx_tile" not in target.features:
         return
     request = ctypes.CDLL(None, use_errno=True).syscall
-    if request(158, 0x1023, 18):  # arch_prctl, ARCH_REQ_XCOMP_PERM, tile data: as in runtime/cpp/qc_threads.c
+    if request(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA):  # as in runtime/cpp/qc_threads.c
         raise TargetError(f"Linux refuses AMX tiles to this process ({os.strerror(ctypes.get_errno())}); kernels of '{target.name}' can't run here")
 
 
