@@ -1,12 +1,13 @@
 """Latency of whole networks, side by side in one process: ours, OpenVINO, ONNX Runtime and LiteRT, in int8 and in float, where installed.
 
-    python benchmarks/speed.py --data ../shared/data [--network resnet50]... [--threads 1 2] [--seconds 10] [--tuning-log DIR]
+    python benchmarks/speed.py --data ../shared/data [--network resnet50]... [--threads 1 2] [--seconds 10] [--target T] [--tuning-log DIR]
                                [--tflite NAME=FILE.tflite]... [--without "onnxruntime float"]... [--layers N] [--json FILE]
 
 Candidates take turns, so read the ratios: absolute times drift by 10 % and more between runs. The peers' int8 networks are made by their own tools
 (NNCF, ONNX Runtime's static quantization) from the same images. "of peak" counts the network's multiply-accumulates against a loop of the machine's
-8-bit dot instructions, which takes turns with the candidates; "speed-up" is the time on one thread over the time on so many. --layers adds our steps
-on one thread, those that lose most time against the peak first.
+8-bit dot instructions (of VPDPBUSD for x86-amx too), which takes turns with the candidates; "speed-up" is the time on one thread over the time on so
+many. --layers adds our steps on one thread, those that lose most time against the peak first. With --target, our libraries are for another row that
+this machine can run; ONEDNN_MAX_CPU_ISA=AVX2 (AVX512_CORE_VNNI, ...) in the environment holds OpenVINO to as much.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ PEAK = "peak"
 class Prepared:
     """A network, compiled and quantized by everyone who takes part. `calls(threads)` are its candidates."""
 
-    def __init__(self, network: networks.Network, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any) -> None:
+    def __init__(
+        self, network: networks.Network, target: Any, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any
+    ) -> None:
         from qcompiler.debug import Dumper
         from qcompiler.pipeline import compile_float, quantize
         from qcompiler.stages import build
-        from qcompiler.targets import find_target
         from qcompiler.tuning_log import Tuned
 
-        self.network, self.target, self.tflite = network, find_target("native"), tflite
+        self.network, self.target, self.tflite = network, target, tflite
         wanted = [c for c in CANDIDATES if c not in without]
         options: Any = {"preprocess": network.preprocess, "preset": "fast", "progress": progress}
         stages = quantize(network.model, self.target, network.calibration(), Dumper(), **options)
@@ -205,6 +207,7 @@ def main() -> int:
     networks.add_arguments(parser)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="per network and thread count")
+    parser.add_argument("--target", default="native", help="of our libraries (default native)")
     parser.add_argument("--without", action="append", default=[], choices=CANDIDATES[1:], help="leave a candidate out; repeat for more")
     parser.add_argument("--tuning-log", type=Path, help="measure our library with these tuned kernels too")
     parser.add_argument("--tflite", action="append", default=[], metavar="NAME=FILE", help="the TFLite twin of a network, for LiteRT")
@@ -212,7 +215,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
     from qcompiler.progress import terminal_progress
+    from qcompiler.targets import find_target, missing_features
 
+    target = find_target(options.target)
+    if missing := missing_features(target):
+        parser.error(f"this machine can't run {target.name}: it lacks {', '.join(missing)}")
     found, twins = networks.chosen(options), pairs(options.tflite)
     results: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
@@ -220,7 +227,7 @@ def main() -> int:
         for network in found:
             folder = Path(name) / network.name
             folder.mkdir()
-            prepared = Prepared(network, folder, set(options.without), options.tuning_log, twins.get(network.name), progress)
+            prepared = Prepared(network, target, folder, set(options.without), options.tuning_log, twins.get(network.name), progress)
             results += measure(prepared, options.threads, options.seconds, progress)
             layers += [profile(prepared)] if options.layers else []
     if not results:

@@ -19,6 +19,7 @@ from tvm import relax
 
 from qcompiler import schedules
 from qcompiler.errors import ModelError
+from qcompiler.in_place import join_in_place
 from qcompiler.memory import Request, plan_memory, round_up
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.schedules.legalized import legalized_kernel
@@ -40,12 +41,14 @@ class Place:
 
 @dataclass
 class Value:
-    """A tensor of the program. `id` is its value id; `root` names the value whose memory it shares (itself when it owns memory)."""
+    """A tensor of the program. `id` is its value id; `root` names the value whose memory it shares (itself when it owns memory), `shift` bytes behind
+    its start."""
 
     id: str
     layout: Layout
     root: str
     place: Place | None = None
+    shift: int = 0
 
 
 @dataclass
@@ -252,6 +255,8 @@ class _Lowering:
             for output in node.outputs:
                 ordered += late.get(output, [])
         self.nodes = ordered
+        if not self.target.gpu:
+            join_in_place(ordered, self.values, lambda v, layout: v not in rigid and all(_satisfied(layout, n) for n, _ in needs.get(v, [])))
 
     # -- kernels --------------------------------------------------------------------------------------------------------------------
 
@@ -262,14 +267,14 @@ class _Lowering:
         for node in self.nodes:
             reads = [o for o in node.operands if isinstance(o, str)]
             if node.name == "qc.reshape" and reads:
-                self.values[node.id].root = self.values[reads[0]].root
+                self.values[node.id].root, self.values[node.id].shift = self.values[reads[0]].root, self.values[reads[0]].shift
                 continue
             if node.name == "legalized":
                 steps += self.legalized(node, reads)
                 continue
             assert node.row is not None
             layout = self.values[node.id].layout
-            if any(layout.halo):
+            if any(layout.halo) and self.values[node.id].root == node.id:
                 steps.append(self.fill_halo(node.id, layout, zero_points[node.id]))
             steps.append(self.step(node, reads))
         self.output_values = [self.own_output(steps, value, taken) for value in self.output_values]
@@ -349,11 +354,15 @@ class _Lowering:
                 last[root] = index
         fixed = {str(p.name): Place("input", i) for i, p in enumerate(self.graph.inputs)}
         fixed |= {v: Place("output", i) for i, v in enumerate(self.output_values)}
-        requests = [Request(v, self.values[v].layout.bytes, first[v], last[v]) for v in first if v not in fixed]
+        sizes = {v: self.values[v].layout.bytes for v in first}
+        for held in self.values.values():  # what lies in its channels is read to its end as if it were alone
+            if held.root in sizes:
+                sizes[held.root] = max(sizes[held.root], held.shift + held.layout.bytes)
+        requests = [Request(v, sizes[v], first[v], last[v]) for v in first if v not in fixed]
         requests += [Request(f"scratch {i}", s.kernel.scratch, i, i) for i, s in enumerate(steps) if s.kernel.scratch]
         offsets, size = plan_memory(requests)
         for held in self.values.values():
-            held.place = fixed.get(held.root) or (Place("workspace", offsets[held.root]) if held.root in offsets else None)
+            held.place = fixed.get(held.root) or (Place("workspace", offsets[held.root] + held.shift) if held.root in offsets else None)
         for index, step in enumerate(steps):
             step.scratch = offsets.get(f"scratch {index}", 0)
         self.values = {k: v for k, v in self.values.items() if v.place is not None}

@@ -114,19 +114,20 @@ def pad(op: OpCall, target: Target, row: str) -> Kernel:
 
 
 def concat(op: OpCall, target: Target, row: str) -> Kernel:
-    """Each operand is copied to its part of the output; tasks divide every operand."""
+    """Each operand is copied to its part of the output, but for those that attribute `in_place` lists, which lie there; tasks divide every operand."""
     axis = op.attrs["axis"] % len(op.output.shape)
     extents = [o.shape[axis] for o in op.operands]
     begins = [0, *itertools.accumulate(extents)]
+    copied = [i for i in range(len(extents)) if i not in op.attrs.get("in_place", ())]
 
     def emit(k: Emitter) -> None:
         whole = view(k.output, op.output)
-        for source, begin in zip(k.operands(), begins, strict=False):
-            window = [0] * len(source.shape)
-            window[axis] = begin
+        for index in copied:
+            source, window = k.operands()[index], [0] * len(op.output.shape)
+            window[axis] = begins[index]
             move(k, source, whole.window(window, source.shape))
 
-    smallest = min(math.prod(o.shape) for o in op.operands)
+    smallest = min((math.prod(op.operands[i].shape) for i in copied), default=0)
     tasks = min(tasks_of(op, GRAIN), task_count(smallest, 64, 64))
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op))
 
