@@ -14,7 +14,6 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.schedules.table import Kernel, Layout
 from qcompiler.targets import Target, permit
 
-
 SPARE = ("any/quantize",)  # kernels that write the channel padding too
 
 
