@@ -16,7 +16,7 @@ from typing import Any
 import qcompiler
 from qcompiler.artifact import MANIFEST_SECTION, check_complete, find_compiler, read_manifest
 from qcompiler.elf import read_section
-from qcompiler.errors import TargetError
+from qcompiler.errors import OutputError, TargetError
 from qcompiler.files import new_folder
 from qcompiler.static_library import identifier, write_static
 from qcompiler.targets import Target, find_target, load_targets
@@ -26,6 +26,7 @@ HEADERS = ("qcompiler.h", "loader.h", "qcompiler.hpp")
 
 # How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).
 _PROCESSORS = {"x86_64": "x86_64|AMD64|amd64", "aarch64": "aarch64|arm64|ARM64", "armv7a": "armv7.*|arm|armhf|armv8l"}
+_OF_THE_SYSTEM = ("c", "dl", "gcc_s", "m", "pthread", "rt", "stdc++", "util")  # what every program links, or may: -lm must not find a network
 _C_TYPES = {"float32": "float", "float64": "double", "bool": "bool"} | {f"{u}int{b}": f"std::{u}int{b}_t" for u in ("", "u") for b in (8, 16, 32, 64)}
 
 
@@ -50,17 +51,23 @@ def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str],
     archive, with a header and a CMake package of its own (static_library.py).
 
     Raises ArtifactError for a library that is damaged or not ours, TargetError when its compiler is missing or fails, OutputError when `output` exists
-    already and is not an empty folder, or can't be written.
+    already and is not an empty folder, or can't be written, or when the library has the name of a system library ("m.so").
     """
     library, output = Path(library), Path(output)
     manifest = read_manifest(library)
     check_complete(library)
+    if _stem(library) in _OF_THE_SYSTEM:
+        raise OutputError(f"{library}: in a bundle this would be lib{_stem(library)}.so, a name of the system's own; rename the file, to network.so, say")
     target = _target_of(manifest)
     find_compiler(target)
     with new_folder(output) as folder:
         _fill(folder, library, manifest, target, static)
     files = {str(p.relative_to(output)): p.stat().st_size for p in sorted(output.rglob("*")) if p.is_file()}
     return Bundle(output, str(manifest["target"]), files)
+
+
+def _stem(library: Path) -> str:
+    return library.name.removesuffix(".so").removeprefix("lib")
 
 
 def _target_of(manifest: Mapping[str, Any]) -> Target:
@@ -75,7 +82,7 @@ def _target_of(manifest: Mapping[str, Any]) -> Target:
 
 
 def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target, static: bool) -> None:
-    stem = library.name.removesuffix(".so").removeprefix("lib")
+    stem = _stem(library)
     name = f"lib{stem}.so"  # as linkers look for it
     for part in ("lib/cmake/qcompiler", "include/qcompiler", "bin"):
         (folder / part).mkdir(parents=True)

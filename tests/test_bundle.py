@@ -234,6 +234,7 @@ def test_refusals_leave_nothing(library: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "changed.so").write_bytes(data[:-2000] + b"X" + data[-1999:])
     (tmp_path / "text.so").write_text("hello")
     (tmp_path / "file").write_text("")
+    (tmp_path / "m.so").write_bytes(data)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ArtifactError, match="checksum|damaged|cut short"):
         make_bundle(tmp_path / "changed.so", tmp_path / "out")
@@ -243,6 +244,8 @@ def test_refusals_leave_nothing(library: Path, tmp_path: Path, monkeypatch: pyte
         make_bundle(library, tmp_path / "none" / "out")
     with pytest.raises(OutputError, match="exists already"):
         make_bundle(library, tmp_path / "file")
+    with pytest.raises(OutputError, match="would be libm.so, a name of the system's own; rename the file"):
+        make_bundle(tmp_path / "m.so", tmp_path / "out")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TargetError, match="needs one of the compilers"):
         make_bundle(library, tmp_path / "out")
