@@ -22,6 +22,7 @@ SHARED = 48 << 10  # bytes of shared memory that a block may declare
 CHUNK = 16  # bytes of a row of a matrix operand
 SPLITS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16]  # blocks that share a tile
 LEAST = 256  # bytes of the reduction that are worth a block of their own
+SCRATCH = 16 << 20  # bytes of sums that blocks may leave for each other: more belongs to layers with tiles enough, and in no level 2 cache
 FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of the way of a block's sums to another: a fence, a counter, a load
 MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}  # T4, A100, RTX 3090, RTX 4090, H100, ...
 
@@ -170,7 +171,13 @@ class Tile:
         """Why the reduction of a layer can't be divided among so many blocks, or None."""
         if (self.split_k - 1) * self.share(g) * self.bk >= g.depth:
             return f"{-(-g.depth // self.bk)} steps leave some of {self.split_k} blocks without work"
+        if self.scratch(g) > SCRATCH:
+            return f"{self.split_k} blocks would leave {self.scratch(g) >> 20} MB of sums for each other"
         return None
+
+    def scratch(self, g: Geometry) -> int:
+        """Bytes of the sums that blocks leave for each other."""
+        return 0 if self.split_k == 1 else self.tiles(g) * self.split_k * self.bm * self.bn * 4
 
     def refuse(self, unit: Unit) -> str | None:
         """Why no kernel has this tiling, or None."""
