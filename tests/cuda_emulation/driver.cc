@@ -167,6 +167,8 @@ int cuDeviceGet(int* device, int ordinal) {
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, static_cast<size_t>(size), "Fake GPU"), SUCCESS; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const long capability = number("capability", 90);
+  if (attribute == 13) return *value = 1000000, SUCCESS;  // kHz
+  if (attribute == 16) return *value = 10, SUCCESS;       // multiprocessors
   if (attribute != 75 && attribute != 76) return INVALID_VALUE;
   return *value = static_cast<int>(attribute == 75 ? capability / 10 : capability % 10), SUCCESS;
 }
