@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SIZE_LIMIT = 58 << 20  # bytes of an exported folder
+SHARE = 4  # a task's weights, packed for every candidate, may fill this part of what is left; the first tasks of a round are those that were measured least
 PENDING = "candidates.json"  # in the log's folder: the set whose results it waits for
 CANDIDATES = 32  # per task and round
 
@@ -103,7 +104,8 @@ def export_candidates(
         exported = Exported(Path(output), "")
         described = _fill(folder, search, row, compiler, candidates, threads, exported, progress or (lambda *_: None), limits)
         if not described["tasks"]:
-            raise TuningError(f"nothing new to try: every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed")
+            why = f"every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed"
+            raise TuningError(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")
         exported.digest = described["set"]
         exported.size = sum(p.stat().st_size for p in folder.rglob("*"))
         with replacing(Path(log) / PENDING) as temporary:
@@ -123,7 +125,7 @@ def _fill(
     with Worker(1, limits) as worker:
         for number, task in enumerate(search.tasks):
             progress("build candidates", number, len(search.tasks))
-            chosen = _choose(search, task, target, candidates)
+            chosen = _choose(search, task, target, candidates, left // SHARE)
             library = _library(worker, task, target, chosen, exported) if len(chosen) > 1 else b""
             if not library or len(library) > left:
                 why = "too large for this round" if library else "no new candidate"
@@ -146,11 +148,12 @@ def _fill(
     return manifest
 
 
-def _choose(search: Search, task: Task, target: Target, count: int) -> list[tuple[Point, Kernel]]:
-    """The default, then up to `count` untried points with code of their own."""
+def _choose(search: Search, task: Task, target: Target, count: int, room: int) -> list[tuple[Point, Kernel]]:
+    """The default, then up to `count` untried points with code of their own; one, and no more than whose constants fit into `room` bytes."""
     rng, seen, impossible = random.Random(f"{task.key} {task.trials} remote"), set(), 0
+    constants: set[bytes] = set()  # of all chosen; equal ones are held once
     chosen: list[tuple[Point, Kernel]] = []
-    batch = [task.space.default, *([task.best] if task.best else []), *search.starts(task, task.space)]
+    batch = [task.space.default, *search.starts(task, task.space)]
     while batch and len(chosen) <= count and impossible < IMPOSSIBLE_LIMIT:
         for point in batch[: count + 1 - len(chosen)]:
             task.tried.add(key(point))
@@ -164,7 +167,12 @@ def _choose(search: Search, task: Task, target: Target, count: int) -> list[tupl
             if code in seen:
                 impossible += 1
                 continue
+            packed = {array.tobytes() for array in kernel.constants}
+            if len(chosen) > 1 and sum(map(len, constants | packed)) > room:
+                task.tried.discard(key(point))
+                return chosen
             seen.add(code)
+            constants |= packed
             chosen.append((point, kernel))
         batch = search.candidates(task, task.space, max(1, count + 1 - len(chosen)), rng)
     return chosen
@@ -249,6 +257,8 @@ def _read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise TuningError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     lines = text.split("\n")[:-1]
+    if not lines:
+        raise TuningError(f"{path}: empty, or cut short before its first line ends; copy it again, or run qc_measure again")
     try:
         documents = [json.loads(line) for line in lines]
         header = documents[0]

@@ -138,6 +138,8 @@ class Worker:
                 raise WorkerLost(f"took longer than {limit:g} s to {what}")
             kind, content = self._pipe.recv()
         except (EOFError, OSError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed the pipe and is about to end, by what the message names
+                self._process.wait(5)
             self._process.kill()
             code = self._process.wait()
             self.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,17 +24,18 @@ def arity(kernel: Kernel) -> int:
     return len(kernel.func.params)
 
 
-def emulated_source(source: str, kernels: Mapping[str, Kernel]) -> str:
+def emulated_source(source: str) -> str:
     """C++ of a host library that exports `qc_emulate` and `qc_emulated_kernels` (see emulation.h) for the kernels of a CUDA source."""
-    rows = [f'  {{"{symbol}", (void*){symbol}, {arity(kernel)}}},' for symbol, kernel in kernels.items()]
+    kernels = re.findall(r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{', source, re.MULTILINE)
+    rows = [f'  {{"{symbol}", (void*){symbol}, {parameters.count(",") + 1}}},' for symbol, parameters in kernels]
     table = "\n".join(['extern "C" const qc_emulated_kernel qc_emulated_kernels[] = {', *rows, "  {nullptr, nullptr, 0}};", ""])
     return f'#include "emulation.h"\n{source}\n{table}'
 
 
-def compile_emulated(source: str, kernels: Mapping[str, Kernel], path: Path) -> Path:
+def compile_emulated(source: str, path: Path) -> Path:
     """Compile a CUDA source to the shared library `path`."""
     file = path.with_suffix(".cc")
-    file.write_text(emulated_source(source, kernels))
+    file.write_text(emulated_source(source))
     done = subprocess.run(["g++", *FLAGS, f"-I{HEADERS}", str(file), "-o", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     return path
@@ -44,7 +46,7 @@ class Emulated:
 
     def __init__(self, kernels: Mapping[str, Kernel], target: Target, folder: Path) -> None:
         self.kernels = dict(kernels)
-        self.library = ctypes.CDLL(str(compile_emulated(cuda_source(kernels, target), kernels, folder / "kernels.so")))
+        self.library = ctypes.CDLL(str(compile_emulated(cuda_source(kernels, target), folder / "kernels.so")))
 
     def launch(self, symbol: str, arrays: Sequence[np.ndarray], order: int = 1) -> None:
         """Run a kernel on pointers to `arrays`; `order` seeds the order in which threads run."""

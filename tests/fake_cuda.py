@@ -31,21 +31,44 @@ def require_nvcc() -> None:
         pytest.skip(f"CUDA LIBRARIES ARE NOT TESTED: {error}")
 
 
+def compile_driver(folder: Path) -> None:
+    driver = folder / "libcuda.so.1"
+    if not driver.exists():
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", f"-I{HEADERS}"]
+        subprocess.run(["g++", *flags, str(HEADERS / "driver.cc"), "-o", str(driver), "-ldl"], check=True)
+
+
 @dataclass(frozen=True)
 class FakeGpu:
-    """The driver (in `folder`) and the emulated kernels of one program."""
+    """The driver (in `folder`) and the emulated kernels: of one program, or a folder of recorded ones."""
 
     folder: Path
     emulated: Path
 
     @staticmethod
+    def record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+        """A GPU for all that this process and its children compile from now on: a compiler first on PATH that keeps source and result. See `emulate`."""
+        tools, kept = folder / "bin", folder / "recorded"
+        tools.mkdir()
+        kept.mkdir()
+        real = find_nvcc(find_target("cuda-sm80"))
+        keep = f'place=$(mktemp -d "{kept}/XXXXXXXX") && cp kernels.cu kernels.fatbin "$place"'
+        (tools / "nvcc").write_text(f'#!/bin/sh\n"{real}" "$@" || exit $?\n[ ! -f kernels.fatbin ] || {{ {keep}; }}\n')
+        (tools / "nvcc").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        compile_driver(folder)
+        return FakeGpu(folder, kept)
+
+    def emulate(self) -> None:
+        """Make the recorded programs executable, those that are not yet."""
+        for source in self.emulated.glob("*/kernels.cu"):
+            if not (source.parent / "emulated.so").exists():
+                compile_emulated(source.read_text(), source.parent / "emulated.so")
+
+    @staticmethod
     def build(folder: Path, program: Program) -> FakeGpu:
-        driver = folder / "libcuda.so.1"
-        if not driver.exists():
-            flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", f"-I{HEADERS}"]
-            subprocess.run(["g++", *flags, str(HEADERS / "driver.cc"), "-o", str(driver), "-ldl"], check=True)
-        kernels = program.kernels()
-        return FakeGpu(folder, compile_emulated(cuda_source(kernels, program.target), kernels, folder / "emulated.so"))
+        compile_driver(folder)
+        return FakeGpu(folder, compile_emulated(cuda_source(program.kernels(), program.target), folder / "emulated.so"))
 
     def environment(self, switches: str = "") -> dict[str, str]:
         """Variables under which a process sees this GPU."""

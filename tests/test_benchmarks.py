@@ -325,19 +325,6 @@ def test_the_inner_loop_of_assembly(script: Any) -> None:
     assert arm.inner_loop(text) == ["sdot v0.4s, v1.16b, v2.4b[0]", "bic v0.8h, #1", "b.ne .L1"] and arm.macs_of(arm.inner_loop(text)) == 16
 
 
-def test_cuda_without_a_gpu_and_its_tables(script: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = script("cuda")
-    monkeypatch.setattr(cuda, "find_gpu", lambda: "an NVIDIA driver")
-    assert cuda.main([]) == 2
-    assert capsys.readouterr().err == "benchmarks/cuda.py measures on a GPU, and this machine lacks an NVIDIA driver\n"
-    assert [cuda.target_of(cuda.Gpu("g", c)).name for c in (75, 80, 89, 99)] == ["cuda-sm75", "cuda-sm80", "cuda-sm89", "cuda-sm90"]
-    step = {"id": "conv", "op": "qc.conv2d", "kernel": "cuda/conv2d", "macs": 10, "seconds": 2e-6, "of_peak": 0.25}
-    rows = {"int8": {"minimum": 1e-3, "median": 2e-3, "ratio": 0.5}, "torch float16": {"minimum": 2e-3, "median": 3e-3, "ratio": 1.0}}
-    text = cuda.network_text({"network": "n", "batch": 32, "identical": False, "base": "torch float16", "candidates": rows, "peak": 1e12, "steps": [step]})
-    assert "n, batch 32: DIFFERS FROM THE CPU" in text and "ratio to torch float16" in text
-    assert text.splitlines()[-1].split() == ["conv", "qc.conv2d", "cuda/conv2d", "2.0", "25.0", "%"]
-
-
 def test_every_script_explains_itself(root: Path) -> None:
     scripts = [p for p in sorted((root / "benchmarks").glob("*.py")) if "__main__" in p.read_text()]
     assert len(scripts) >= 8

@@ -145,6 +145,10 @@ def test_blocks_share_tiles(unit: plan.Unit, emulated: dict[str, Any]) -> None:
     shared = [(plan.Tile(**k.params), plan.Geometry.of(c.op)) for c, k in emulated[unit.name][0].values() if k.counters]
     ragged = [t for t, g in shared if -(-g.depth // t.bk) % t.share(g)]
     assert len(shared) >= 8 and 2 <= len(ragged) < len(shared), [t.split_k for t, _ in shared]
+    assert any(g.outputs % t.bn and g.outputs % 4 for t, g in shared) and any(g.pixels % t.bm for t, g in shared), "no ragged channels or pixels among them"
+    assert any(g.x.shape[0] > 1 for _, g in shared) and any(g.groups > 1 for _, g in shared), "no batch or groups among them"
+    assert any(t.wk > 1 for t, _ in shared) and any(t.stages > 2 for t, _ in shared), "no warps that share a tile, or deep prologues, among them"
+    assert any(k.counters and len(c.op.tensors) == 2 for c, k in emulated[unit.name][0].values()), "no residual among them"
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
@@ -191,6 +195,10 @@ def test_a_tiling_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             row.build(op, base | change, TARGETS[plan.MMA])
+    x = Layout((32, 112, 112, 64), "int8")
+    tile = plan.Tile(64, 64, 32, 32, 32, 1, 2)
+    g = plan.Geometry(x, x, 64, 64, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1))
+    assert tile.refuse_split(g) is None and replace(tile, split_k=2).refuse_split(g) == "2 blocks would leave 196 MB of sums for each other"
 
 
 def test_what_the_tiled_rows_leave() -> None:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tuning_rows import FaultyRow, copy_op
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler import tuning_remote
 from qcompiler.artifact import find_compiler
 from qcompiler.cli import main
 from qcompiler.errors import TuningError
@@ -130,6 +131,13 @@ def test_rounds(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
     assert "no candidates wait for results here" in capsys.readouterr().err
     output = tmp_path / "one.so"
     assert main(["compile", str(model[0]), "--calibration", str(model[1]), "--preset", "fast", "--tuning-log", str(log), "--output", str(output)]) == 0
+
+
+def test_weights_leave_room_for_other_shapes(model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape whose packed weights would fill its share of the folder gets the default and one candidate, however many are asked for."""
+    monkeypatch.setattr(tuning_remote, "SHARE", SIZE_LIMIT)
+    made = tuning_remote.export_candidates(model[0], "native", model[1], log=tmp_path / "log", output=tmp_path / "round", candidates=5, preset="fast")
+    assert (made.tasks, made.candidates, made.skipped) == (1, 1, [])
 
 
 def waiting(tmp_path: Path) -> Path:

@@ -82,7 +82,7 @@ class GemmRow:
             Gemm(k, g, tile, self.unit, fill).emit(end)
 
         threads = tile.tiles(g) * tile.split_k * tile.threads
-        shared = {} if tile.split_k == 1 else {"scratch": tile.tiles(g) * tile.split_k * tile.bm * tile.bn * 4, "counters": tile.tiles(g)}
+        shared = {} if tile.split_k == 1 else {"scratch": tile.scratch(g), "counters": tile.tiles(g)}
         macs = g.pixels * weight.size
         return make_kernel(self.name, op, target, emit, arrays=arrays, macs=macs, threads=threads, block=tile.threads, params=params, **shared)
 

@@ -72,13 +72,18 @@ static __device__ __forceinline__ void qc_add_sums(int* sums, const int* from) {
 }
 
 // Whether this block is the last of `blocks` to come here; it then sees all that the others wrote before. The counter is 0 again afterwards.
+// The thread that counts speaks for its block, because a fence orders only its own thread's atomic (PTX manual, "release and acquire patterns"): barrier,
+// fence, counter show other blocks what any thread wrote; counter, fence, barrier show every thread what they wrote.
 static __device__ __forceinline__ int qc_last_of(int* counter, int blocks) {
-  __threadfence();
-  __syncthreads();
   const unsigned last = static_cast<unsigned>(blocks - 1);  // atomicInc: 0, 1, ..., last, 0
-  const int is_last = __syncthreads_or(threadIdx.x == 0 && atomicInc(reinterpret_cast<unsigned*>(counter), last) == last);
-  __threadfence();
-  return is_last;
+  int is_last = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(reinterpret_cast<unsigned*>(counter), last) == last;
+    __threadfence();
+  }
+  return __syncthreads_or(is_last);
 }
 
 // As qc_copy, or `fill` in every word where there is nothing to copy.

@@ -140,7 +140,7 @@ class Gemm:
         share = t.bk // (t.wk * self.unit.depth)
         a = T.bind(stage * t.stage_bytes + self.warp_m * (t.wm * t.bk))
         b = T.bind(stage * t.stage_bytes + t.bm * t.bk + self.warp_n * (t.wn * t.bk))
-        if self.unit is MMA:
+        if self.unit == MMA:
             for i in range(share):
                 self.multiply_mma(a, b, T.bind((self.warp_k * share + i) * 2))
         else:
@@ -249,7 +249,7 @@ class Gemm:
             self.finish(end)
 
     def finish(self, end: Epilogue) -> None:
-        t, lane, mma = self.tile, self.lane, self.unit is MMA
+        t, lane, mma = self.tile, self.lane, self.unit == MMA
         run = t.run(self.unit)
         y, x = (T.shift_right(lane, T.int32(2)), T.bitwise_and(lane, T.int32(3))) if mma else (T.shift_right(lane, T.int32(3)), T.bitwise_and(lane, T.int32(7)))
         channel = T.bind(self.block_n * t.bn + self.warp_n * t.wn + x * run)

@@ -22,6 +22,7 @@ SHARED = 48 << 10  # bytes of shared memory that a block may declare
 CHUNK = 16  # bytes of a row of a matrix operand
 SPLITS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16]  # blocks that share a tile
 LEAST = 256  # bytes of the reduction that are worth a block of their own
+SCRATCH = 16 << 20  # bytes of sums that blocks may leave for each other: more belongs to layers with tiles enough, and in no level 2 cache
 FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of the way of a block's sums to another: a fence, a counter, a load
 MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}  # T4, A100, RTX 3090, RTX 4090, H100, ...
 
@@ -170,7 +171,13 @@ class Tile:
         """Why the reduction of a layer can't be divided among so many blocks, or None."""
         if (self.split_k - 1) * self.share(g) * self.bk >= g.depth:
             return f"{-(-g.depth // self.bk)} steps leave some of {self.split_k} blocks without work"
+        if self.scratch(g) > SCRATCH:
+            return f"{self.split_k} blocks would leave {self.scratch(g) >> 20} MB of sums for each other"
         return None
+
+    def scratch(self, g: Geometry) -> int:
+        """Bytes of the sums that blocks leave for each other."""
+        return 0 if self.split_k == 1 else self.tiles(g) * self.split_k * self.bm * self.bn * 4
 
     def refuse(self, unit: Unit) -> str | None:
         """Why no kernel has this tiling, or None."""
@@ -192,7 +199,7 @@ class Tile:
         """An estimate per thread: sums, operands, addresses."""
         rows, columns = self.parts(unit)
         sums = rows * unit.row_count * columns * unit.columns
-        operands = 4 * rows + 2 * columns if unit is MMA else 4 * columns + 4
+        operands = 4 * rows + 2 * columns if unit == MMA else 4 * columns + 4
         return sums + operands + 40
 
 
@@ -240,7 +247,7 @@ def merge(weight: np.ndarray, g: Geometry) -> np.ndarray:
 
 def design_space(unit: Unit, g: Geometry | None = None) -> dict[str, list[Any]]:
     """Candidates of each tunable (without a layer: with a block to a tile); combinations that can't be are refused by `Tile.refuse` and `refuse_split`."""
-    rows = [16, 32, 64, 128, 256] if unit is MMA else [32, 64, 128]
+    rows = [16, 32, 64, 128, 256] if unit == MMA else [32, 64, 128]
     space = {"bm": rows, "bn": [32, 64, 128, 256], "bk": [32, 64, 128, 256], "wm": [16, 32, 64], "wn": [16, 32, 64], "wk": [1, 2, 4, 8], "stages": [2, 3, 4]}
     return space | {"split_k": [n for n in SPLITS if g and n * LEAST <= g.depth] or [1]}
 
@@ -268,9 +275,9 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
     multiply = tile.bm * tile.bn * tile.bk / unit.rate
     read = warps * (tile.wm + tile.wn) * tile.bk / tile.wk / 128
     copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.bn * tile.bk / CHUNK * 4
-    issue = copies / 128 + warps * share * (20 + rows * columns * (1 if unit is MMA else 5)) / 4
+    issue = copies / 128 + warps * share * (20 + rows * columns * (1 if unit == MMA else 5)) / 4
     busy = steps * max(multiply, tile.stage_bytes / 48, read, issue) + tile.bm * tile.bn / 16
-    step = 90 + share * (30 + rows * columns * (8 if unit is MMA else 16))  # one warp, alone
+    step = 90 + share * (30 + rows * columns * (8 if unit == MMA else 16))  # one warp, alone
     latency = steps * max(step, 600 / (tile.stages - 1)) + FIXED + (200 if tile.wk > 1 else 0)
     if tile.split_k > 1:  # every block writes its sums, one reads those of all others
         sums, others = tile.bm * tile.bn * 4, tile.split_k - 1

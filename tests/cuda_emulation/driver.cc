@@ -1,8 +1,9 @@
 // A stand-in for libcuda.so.1, for tests: the driver functions that runtime/cpp/qc_cuda.c calls, with the CPU as the device. Never shipped.
 //
-// QC_FAKE_CUDA_PROGRAM  the library that executes the kernels of every module (tests/cuda_emulated.py makes it)
+// QC_FAKE_CUDA_PROGRAM  the library that executes the kernels of every module (tests/cuda_emulated.py makes it); or a folder of folders with a library
+//                       emulated.so and the image kernels.fatbin whose modules it executes
 // QC_FAKE_CUDA          switches, comma-separated: no-device, capability=75, memory=BYTES, bad-image, no-graphs, fail-launch=N (the N-th fails; graphs'
-//                       launches count), fail-init
+//                       launches count), fail-kernel=N (all launches of kernels kN_...), fail-init, skip-repeats (of a launch, in a row)
 // QC_FAKE_CUDA_LOG      a file that gets one line of JSON when the process ends: what was used, and what was never freed
 //
 // Streams are lazy: copies and kernels happen when they are waited for, so that an order that only luck upholds shows. Every pointer of a launch must lie in
@@ -13,8 +14,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -26,9 +31,12 @@ namespace {
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901 };
 
+using Emulate = void (*)(void*, int, unsigned, unsigned, void**);
 struct Kernel {
   void* function;
   int arguments;
+  Emulate run;
+  int number;  // k12_conv: 12
 };
 struct Launch {
   const Kernel* kernel;
@@ -38,6 +46,7 @@ struct Launch {
 struct Stream {
   std::vector<std::function<int()>> queue;
   std::vector<Launch>* recording = nullptr;
+  std::shared_ptr<Launch> last;  // when nothing came after it but events
 };
 struct Graph {
   std::vector<Launch> launches;
@@ -73,10 +82,21 @@ long number(const char* name, long otherwise) {  // NAME=VALUE among the switche
 
 bool flag(const char* name) { return number(name, 0) != 0; }
 
-void* emulator() {
-  static void* library = dlopen(std::getenv("QC_FAKE_CUDA_PROGRAM"), RTLD_NOW | RTLD_LOCAL);
-  if (!library) std::fprintf(stderr, "fake driver: %s\n", dlerror()), std::abort();
-  return library;
+// The library that executes the kernels of an image.
+void* emulator(const void* image) {
+  std::filesystem::path path = std::getenv("QC_FAKE_CUDA_PROGRAM"), library = path;
+  if (std::filesystem::is_directory(path)) {
+    uint64_t bytes;
+    std::memcpy(&bytes, static_cast<const char*>(image) + 8, 8);
+    const std::string wanted(static_cast<const char*>(image), bytes + 16);
+    for (const auto& entry : std::filesystem::directory_iterator(path)) {
+      std::ifstream file(entry.path() / "kernels.fatbin", std::ios::binary);
+      if (std::string(std::istreambuf_iterator<char>(file), {}) == wanted) library = entry.path() / "emulated.so";
+    }
+  }
+  void* opened = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!opened) std::fprintf(stderr, "fake driver: %s\n", dlerror()), std::abort();
+  return opened;
 }
 
 bool on_device(void* pointer) {
@@ -88,12 +108,11 @@ bool on_device(void* pointer) {
 
 int execute(const Launch& l) {
   if (broken) return broken;
-  if (++launches == number("fail-launch", 0)) return broken = LAUNCH_FAILED;
+  if (++launches == number("fail-launch", 0) || l.kernel->number == number("fail-kernel", -1)) return broken = LAUNCH_FAILED;
   for (void* pointer : l.pointers)
     if (!on_device(pointer)) return broken = LAUNCH_FAILED;
-  static const auto run = reinterpret_cast<void (*)(void*, int, unsigned, unsigned, void**)>(dlsym(emulator(), "qc_emulate"));
   std::vector<void*> pointers = l.pointers;
-  run(l.kernel->function, static_cast<int>(pointers.size()), l.blocks, l.threads, pointers.data());
+  l.kernel->run(l.kernel->function, static_cast<int>(pointers.size()), l.blocks, l.threads, pointers.data());
   return SUCCESS;
 }
 
@@ -148,6 +167,8 @@ int cuDeviceGet(int* device, int ordinal) {
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, static_cast<size_t>(size), "Fake GPU"), SUCCESS; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const long capability = number("capability", 90);
+  if (attribute == 13) return *value = 1000000, SUCCESS;  // kHz
+  if (attribute == 16) return *value = 10, SUCCESS;       // multiprocessors
   if (attribute != 75 && attribute != 76) return INVALID_VALUE;
   return *value = static_cast<int>(attribute == 75 ? capability / 10 : capability % 10), SUCCESS;
 }
@@ -163,8 +184,10 @@ int cuModuleLoadData(void** module, const void* image) {
   std::memcpy(&magic, image, 4);
   if (magic != 0xBA55ED50u || flag("bad-image")) return INVALID_IMAGE;
   auto* made = new Module;
-  for (auto* row = static_cast<const qc_emulated_kernel*>(dlsym(emulator(), "qc_emulated_kernels")); row->name; ++row)
-    made->kernels[row->name] = {row->function, row->arguments};
+  void* library = emulator(image);
+  const auto run = reinterpret_cast<Emulate>(dlsym(library, "qc_emulate"));
+  for (auto* row = static_cast<const qc_emulated_kernel*>(dlsym(library, "qc_emulated_kernels")); row->name; ++row)
+    made->kernels[row->name] = {row->function, row->arguments, run, std::atoi(row->name + 1)};
   modules.insert(*module = made);
   return SUCCESS;
 }
@@ -246,6 +269,7 @@ int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   NEEDS_CONTEXT
   for (uint64_t at : {to, from})
     if (on_device(reinterpret_cast<char*>(at)) && !on_device(reinterpret_cast<char*>(at) + bytes - 1)) return INVALID_VALUE;
+  stream_of(stream)->last.reset();
   stream_of(stream)->queue.push_back([=] { return std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes), SUCCESS; });
   return SUCCESS;
 }
@@ -260,6 +284,9 @@ int cuLaunchKernel(void* function, unsigned blocks, unsigned y, unsigned z, unsi
   Stream* s = stream_of(stream);
   if (s->recording) return s->recording->push_back(l), SUCCESS;
   ++plain;
+  const auto is_same = [&](const Launch& o) { return o.kernel == kernel && o.pointers == l.pointers; };
+  if (flag("skip-repeats") && s->last && is_same(*s->last)) return SUCCESS;
+  s->last = std::make_shared<Launch>(l);
   s->queue.push_back([l] { return execute(l); });
   return SUCCESS;
 }

@@ -45,7 +45,7 @@ struct Fiber {
   Wait wait;
   void* stack;                           // pointer of the suspended fiber
   char* memory;                          // where its stack lies
-  bool fenced;                           // it has called __threadfence
+  bool fenced, counted, acquired;        // since the last barrier: a fence, then a counter, then a fence again
   std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
   std::vector<Copy> open;
 };
@@ -60,6 +60,8 @@ inline void (*entry)(void*, void**);
 inline void* entry_function;
 inline void** entry_arguments;
 inline int vote;                 // of __syncthreads_or
+inline unsigned barriers;        // that the block has passed
+inline bool ordered;             // all its threads see what blocks that counted before it wrote
 inline int exchange[32][32][8];  // what the lanes of each warp show each other
 
 [[noreturn]] inline void fail(const char* what) {
@@ -112,9 +114,9 @@ inline void start(Fiber& fiber, unsigned number) {
   fiber.wait = READY;
   fiber.groups.clear();
   fiber.open.clear();
-  fiber.fenced = false;
+  fiber.fenced = fiber.counted = fiber.acquired = false;
   if (!fiber.memory) fiber.memory = static_cast<char*>(std::aligned_alloc(64, STACK));
-  void** top = reinterpret_cast<void**>(fiber.memory + STACK) - 2;
+  void** top = reinterpret_cast<void**>(fiber.memory + STACK) - 3;
   *--top = reinterpret_cast<void*>(run_fiber);  // the address `ret` goes to; the stack is then as after a call
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack = top;
@@ -129,6 +131,7 @@ inline void shuffle(std::vector<unsigned>& turn) {
 
 inline void run_block(unsigned number, unsigned threads) {
   block_index = {number, 0, 0};
+  barriers = 0, ordered = false;
   for (unsigned i = 0; i < threads; ++i) start(fibers[i], i);
   std::vector<unsigned> turn(threads);
   for (unsigned i = 0; i < threads; ++i) turn[i] = i;
@@ -154,7 +157,12 @@ inline void run_block(unsigned number, unsigned threads) {
     }
     if (done == threads) return;
     if (waiting == threads) {
-      for (auto& fiber : fibers) fiber.wait = READY;
+      ++barriers;
+      for (auto& fiber : fibers) {
+        ordered |= fiber.acquired;
+        fiber.fenced = fiber.counted = fiber.acquired = false;
+        fiber.wait = READY;
+      }
     } else if (!released) {
       fail("deadlock: some threads wait for others that never come");
     }
@@ -236,16 +244,24 @@ inline int __syncthreads_or(int predicate) {
 }
 inline void __syncwarp() { qc_emulation::suspend(qc_emulation::WARP); }
 
-// Other blocks see what a thread wrote before a fence; blocks don't overlap here, so this only checks that the thread that counts has one behind it.
-inline void __threadfence() { qc_emulation::here->fenced = true; }
+// Blocks don't overlap here, so these check the order that makes one block's writes visible to another: barrier, fence, counter; counter, fence, barrier, load;
+// the fences by the thread that counts.
+inline void __threadfence() {
+  auto& fiber = *qc_emulation::here;
+  fiber.acquired = fiber.counted;
+  fiber.fenced = true;
+}
 inline unsigned atomicInc(unsigned* counter, unsigned last) {
-  if (!qc_emulation::here->fenced) qc_emulation::fail("a counter without a fence before it");
+  auto& fiber = *qc_emulation::here;
+  if (!qc_emulation::barriers || !fiber.fenced) qc_emulation::fail("a counter without a barrier and then a fence before it");
+  fiber.counted = true;
   const unsigned old = *counter;
   *counter = old >= last ? 0 : old + 1;
   return old;
 }
 template <typename T>
 inline T __ldcg(const T* from) {
+  if (!qc_emulation::ordered) qc_emulation::fail("what other blocks wrote is read without a fence and then a barrier behind the counter");
   return *from;
 }
 

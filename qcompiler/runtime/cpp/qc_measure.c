@@ -1,10 +1,11 @@
 /* qc_measure: checks and times the candidates of a tuning round on the machine where it runs. Needs libc, and what the libraries need.
  *
- *     qc_measure [RESULTS.jsonl]     (default results.jsonl; in the folder that `qcompiler tune --export-candidates` wrote)
+ *     qc_measure [RESULTS.jsonl [SECONDS]]     (default results.jsonl 10; in the folder that `qcompiler tune --export-candidates` wrote)
  *
  * candidates.txt says what there is: a library per task, whose steps are candidates for one operator (step 0 is the default). Each is run on inputs made from a
- * recipe; its output must have the expected sums, and nothing around it may change. Those that pass are timed in turns. A library is opened in a process
- * of its own, so a candidate that crashes or hangs costs nobody else. Results are written as they come. */
+ * recipe; its output must have the expected sums, and nothing around it may change. Those that pass are timed in turns, at
+ * most SECONDS per library. A library is opened in a process
+ * of its own, so a candidate that crashes, hangs or breaks a GPU's context costs nobody else. Results are written as they come. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <signal.h>
@@ -18,7 +19,7 @@
 
 #include "qcompiler/loader.h"
 
-enum { GUARD = 4096, CANARY = 0xA5, MAX_INPUTS = 8, MAX_CASES = 8, MAX_STEPS = 1024, ROUNDS = 60, PATIENCE_SECONDS = 30 };
+enum { GUARD = 4096, CANARY = 0xA5, MAX_INPUTS = 8, MAX_CASES = 8, MAX_STEPS = 1024, MAX_TASKS = 10000, ROUNDS = 60, LEAST_ROUNDS = 3, PATIENCE_SECONDS = 30 };
 
 static const void* no_inputs[1]; /* all tensors lie in the workspace */
 static void* no_outputs[1];
@@ -36,12 +37,17 @@ typedef struct {
   uint64_t sums[MAX_CASES][2];
 } task;
 
+/* How a child ends that can't go on: with the library, for lack of memory, or with a candidate after which a GPU refuses everything. */
+enum { UNUSABLE = 3, NO_MEMORY = 4, START_OVER = 5 };
+
 /* What the measuring child shares with its parent. */
 typedef struct {
   int current; /* the candidate that runs now */
   char status[MAX_STEPS]; /* 0: not looked at, 'k': right, 'w': wrong, 'c': crashed, 'h': hung, 'e': refused to run */
   double seconds[MAX_STEPS][2];
-  char message[256];
+  char message[512];
+  qc_status refused; /* why there is no session */
+  char host[256];
 } board;
 
 static void die(const char* what, const char* why) {
@@ -161,65 +167,80 @@ static char check(qc_library* model, qc_session* session, unsigned char* workspa
 
 /* ---- one library in a process of its own ------------------------------------------------------------------------------------------ */
 
-static void measure(const task* t, int threads, board* b) {
+static void open_session(const char* path, int threads, qc_library* model, qc_session** session, board* b) {
+  if ((b->refused = qc_library_open(path, model, b->message, sizeof b->message)) != QC_OK) _exit(UNUSABLE);
+  if ((b->refused = model->session_create(threads, session)) == QC_OK) return;
+  snprintf(b->message, sizeof b->message, "%s: %s", path, model->last_error());
+  _exit(UNUSABLE);
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void measure(const task* t, int threads, double limit, board* b) {
   qc_library model;
   qc_session* sessions[2];
   const int ways = threads > 1 ? 2 : 1; /* on one thread, and on all */
-  if (qc_library_open(t->library, &model, b->message, sizeof b->message) != QC_OK) _exit(3);
-  for (int way = 0; way < ways; ++way)
-    if (model.session_create(way ? threads : 1, &sessions[way])) {
-      snprintf(b->message, sizeof b->message, "%s: %s", t->library, model.last_error());
-      _exit(3);
-    }
+  for (int way = 0; way < ways; ++way) open_session(t->library, way ? threads : 1, &model, &sessions[way], b);
   unsigned char* workspace;
-  if (posix_memalign((void**)&workspace, 64, model.workspace_bytes())) _exit(4);
+  if (posix_memalign((void**)&workspace, 64, model.workspace_bytes())) _exit(NO_MEMORY);
   memset(workspace, 0, model.workspace_bytes());
   double* seconds = calloc((size_t)t->steps, sizeof *seconds);
-  if (!seconds) _exit(4);
+  if (!seconds) _exit(NO_MEMORY);
   for (b->current = 0; b->current < t->steps; ++b->current) {
     if (b->status[b->current]) continue;
     alarm(PATIENCE_SECONDS);
     char found = check(&model, sessions[0], workspace, t, b->current, b->message, sizeof b->message);
     b->status[b->current] = found;
+    if (found == 'e') _exit(START_OVER);
   }
   fill_inputs(workspace, t, 0);
   for (int i = 0; i < t->steps; ++i) b->seconds[i][0] = b->seconds[i][1] = INFINITY;
-  for (int round = 0; round < ROUNDS; ++round)
+  const double begin = now();
+  for (int round = 0; round < ROUNDS && (round < LEAST_ROUNDS || now() - begin < limit); ++round)
     for (int offset = 0; offset < t->steps; ++offset) {
       int i = (round + offset) % t->steps;
       b->current = i;
       if (b->status[i] != 'k') continue;
       alarm(PATIENCE_SECONDS);
       for (int way = 0; way < ways; ++way) {
-        if (model.session_profile(sessions[way], workspace, 0, no_inputs, no_outputs, i, i + 1, seconds)) b->status[i] = 'e';
-        else if (seconds[i] < b->seconds[i][way]) b->seconds[i][way] = seconds[i];
+        if (model.session_profile(sessions[way], workspace, 0, no_inputs, no_outputs, i, i + 1, seconds)) {
+          snprintf(b->message, sizeof b->message, "%s", model.last_error());
+          b->status[i] = 'e';
+          _exit(START_OVER);
+        }
+        if (seconds[i] < b->seconds[i][way]) b->seconds[i][way] = seconds[i];
       }
     }
   _exit(0);
 }
 
 /* Start over after a crash, without the candidate that crashed. Returns 0 when the library can't be used at all. */
-static int supervise(const task* t, int threads, board* b) {
+static int supervise(const task* t, int threads, double limit, board* b) {
   memset(b, 0, sizeof *b);
   for (int attempt = 0; attempt <= t->steps; ++attempt) {
     pid_t child = fork();
     if (child < 0) die("fork", strerror(errno));
-    if (child == 0) measure(t, threads, b);
+    if (child == 0) measure(t, threads, limit, b);
     int status;
     waitpid(child, &status, 0);
-    if (WIFEXITED(status)) {
-      if (WEXITSTATUS(status) == 4) snprintf(b->message, sizeof b->message, "out of memory");
+    if (WIFEXITED(status) && WEXITSTATUS(status) != START_OVER) {
+      if (WEXITSTATUS(status) == NO_MEMORY) snprintf(b->message, sizeof b->message, "%s: out of memory", t->library);
       return WEXITSTATUS(status) == 0;
     }
-    b->status[b->current] = WTERMSIG(status) == SIGALRM ? 'h' : 'c';
-    snprintf(b->message, sizeof b->message, "%s: every attempt crashed", t->library);
+    if (WIFEXITED(status)) fprintf(stderr, "%s, candidate %d: %s\n", t->library, b->current, b->message);
+    else b->status[b->current] = WTERMSIG(status) == SIGALRM ? 'h' : 'c';
+    snprintf(b->message, sizeof b->message, "%s: every attempt failed", t->library);
   }
   return 0;
 }
 
 /* ---- the program ------------------------------------------------------------------------------------------------------------------ */
 
-static void host_name(char* name, size_t size) {
+static void cpu_name(char* name, size_t size) {
   char line[512];
   FILE* file = fopen("/proc/cpuinfo", "r");
   snprintf(name, size, "unknown");
@@ -229,39 +250,65 @@ static void host_name(char* name, size_t size) {
       break;
     }
   if (file) fclose(file);
+}
+
+/* Make a session in a child, because a GPU's driver doesn't survive fork, to learn where libraries run; where none can, that is the one error. */
+static void find_host(const char* library, board* b) {
+  memset(b, 0, sizeof *b);
+  pid_t child = fork();
+  if (child < 0) die("fork", strerror(errno));
+  if (child == 0) {
+    qc_library model;
+    qc_session* session;
+    open_session(library, 1, &model, &session, b);
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD); /* only what the library has opened */
+    int (*device_name)(char*, int, int) = 0;
+    if (driver) *(void**)&device_name = dlsym(driver, "cuDeviceGetName");
+    if (!device_name || device_name(b->host, (int)sizeof b->host, 0)) cpu_name(b->host, sizeof b->host);
+    _exit(0);
+  }
+  waitpid(child, 0, 0);
+  if (b->refused == QC_ERROR_DEVICE) die("this machine can't measure these candidates", b->message);
+  if (!*b->host) cpu_name(b->host, sizeof b->host); /* something else ails this library; others may do */
   size_t used = 0;
-  for (const char* c = name; *c; ++c)
-    if (*c >= 32 && *c < 127 && *c != '"' && *c != '\\') name[used++] = *c;
-  name[used] = 0;
+  for (const char* c = b->host; *c; ++c)
+    if (*c >= 32 && *c < 127 && *c != '"' && *c != '\\') b->host[used++] = *c;
+  b->host[used] = 0;
 }
 
 int main(int count, char** words) {
   const char* path = count > 1 ? words[1] : "results.jsonl";
-  if (count > 2 || (count == 2 && words[1][0] == '-')) return fputs("usage: qc_measure [RESULTS.jsonl], in the folder with candidates.txt\n", stderr), 2;
+  char* end = "";
+  const double limit = count > 2 ? strtod(words[2], &end) : 10;
+  if (count > 3 || (count > 1 && words[1][0] == '-') || *end || !(limit >= 0))
+    return fputs("usage: qc_measure [RESULTS.jsonl [SECONDS]], in the folder with candidates.txt; SECONDS: at most, of timing per library (10)\n", stderr), 2;
   FILE* plan = fopen("candidates.txt", "r");
   if (!plan) die("candidates.txt", "not in this folder; run qc_measure in the folder that `qcompiler tune --export-candidates` wrote");
-  char set[80], host[256];
+  char set[80];
   int version, tasks, threads;
-  if (fscanf(plan, "qcompiler-candidates %d %79s %d %d", &version, set, &threads, &tasks) != 4 || version != 1) die("candidates.txt", "damaged or of another version");
+  if (fscanf(plan, "qcompiler-candidates %d %79s %d %d", &version, set, &threads, &tasks) != 4 || version != 1 || tasks < 1 || tasks > MAX_TASKS)
+    die("candidates.txt", "damaged or of another version; export again");
+  task* all = calloc((size_t)tasks, sizeof *all);
+  board* b = mmap(0, sizeof *b, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (!all || b == MAP_FAILED) die("memory", strerror(errno));
+  for (int i = 0; i < tasks; ++i) read_task(plan, &all[i]);
+  find_host(all[0].library, b);
   FILE* results = fopen(path, "w");
   if (!results) die(path, strerror(errno));
   long cores = sysconf(_SC_NPROCESSORS_ONLN);
   if (threads > cores) threads = cores > 0 ? (int)cores : 1;
-  host_name(host, sizeof host);
-  fprintf(results, "{\"results\": 1, \"set\": \"%s\", \"host\": \"%s\", \"threads\": %d}\n", set, host, threads);
-  board* b = mmap(0, sizeof *b, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  if (b == MAP_FAILED) die("memory", strerror(errno));
+  fprintf(results, "{\"results\": 1, \"set\": \"%s\", \"host\": \"%s\", \"threads\": %d}\n", set, b->host, threads);
+  fflush(results);
   int wrong = 0, unusable = 0;
   for (int i = 0; i < tasks; ++i) {
-    task t;
-    read_task(plan, &t);
-    fprintf(stderr, "%d of %d: %s, %d candidates\n", i + 1, tasks, t.library, t.steps);
-    if (!supervise(&t, threads, b)) {
+    const task* t = &all[i];
+    fprintf(stderr, "%d of %d: %s, %d candidates\n", i + 1, tasks, t->library, t->steps);
+    if (!supervise(t, threads, limit, b)) {
       ++unusable;
       fprintf(stderr, "error: %s\n", b->message);
       continue;
     }
-    for (int s = 0; s < t.steps; ++s) {
+    for (int s = 0; s < t->steps; ++s) {
       const char* status = b->status[s] == 'k' ? "ok" : b->status[s] == 'w' ? "wrong" : b->status[s] == 'h' ? "hung" : b->status[s] == 'c' ? "crashed" : "refused";
       wrong += b->status[s] == 'w';
       fprintf(results, "{\"task\": %d, \"step\": %d, \"status\": \"%s\"", i, s, status);

@@ -1,0 +1,155 @@
+"""What benchmarks/cuda.py runs on a GPU, made where there is none: a folder with libraries, inputs, and the outputs to expect.
+
+    plan.json             {target, capability, rows: [a row of cases each], networks: [{name, network, batch, input}], failed: [{section, error}]}
+    rows.so, rows.npz     one step per case of the test suite, on a workspace of its own; of each case inputs, places of the output's elements, and their values
+    NAME.so, NAME.npz     a network at a batch size for the GPU; images, and its outputs by the library of this CPU made from the same plan
+    NAME-qdq.onnx         the network with quantize and dequantize nodes, and NETWORK.onnx, the float one: for TensorRT
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+
+from qcompiler.targets import Target
+
+HERE = Path(__file__).resolve().parent
+GUARD, IMAGES = 4096, 8
+
+
+def batch_of(images: np.ndarray, batch: int, sample: int) -> np.ndarray:
+    """Sample 0 or 1: [batch, ...] of a few images, each moved by some columns so that no two are equal."""
+    return np.ascontiguousarray([np.roll(images[(sample + k) % len(images)], k // len(images), axis=-1) for k in range(batch)])
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def row_cases(target: Target) -> dict[str, Any]:
+    """The cases of the test suite, by name, with kernels for `target`: {name: (case, kernel)}."""
+    from qcompiler import schedules
+
+    schedules.load(target)
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    plain, gemm, depthwise = (importlib.import_module(f"test_kernels_{name}") for name in ("cuda", "cuda_gemm", "cuda_depthwise"))
+    found = {name: (case, case.prepare(None, target)) for name, case in plain.CASES.items()}
+    for unit in gemm.UNITS:
+        if unit.name in target.rows:
+            found |= {f"{unit.name}/{name}": pair for name, pair in gemm.kernels(unit).items()}
+    for name, conv in depthwise.CONVS.items():
+        case = conv.case()
+        found[f"depthwise/{name}"] = (case, case.prepare(None, target))
+    return found
+
+
+def rows_program(cases: dict[str, Any], target: Target) -> Any:
+    """One step per case, every tensor at a place of its own between guards."""
+    from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
+    from qcompiler.schedules.table import Layout
+
+    values: dict[str, Any] = {}
+    steps, at = [], GUARD
+
+    def place(name: str, layout: Any) -> str:
+        nonlocal at
+        values[name] = Value(name, layout, name, Place("workspace", at))
+        at += -(-layout.bytes // 64) * 64 + GUARD
+        return name
+
+    for number, (case, kernel) in enumerate(cases.values()):
+        reads = [place(f"{number}x{i}", Layout((stored.size,), str(stored.dtype))) for i, stored in enumerate(case.inputs)]
+        steps.append(Step(place(f"{number}y", case.output), None, case.name, kernel, reads, scratch=at))
+        at += -(-kernel.scratch // 64) * 64
+    return Program(target, steps, values, [], [], at, _pack_constants(steps))
+
+
+def prepare_rows(folder: Path, target: Target) -> list[dict[str, Any]]:
+    """Write rows.so and rows.npz; a description of each case."""
+    from qcompiler.codegen import object_code
+    from qcompiler.schedules.harness import fetch
+    from qcompiler.stages import Built
+
+    cases = row_cases(target)
+    program = rows_program(cases, target)
+    described, arrays = [], {}
+    for number, (step, (name, (case, kernel))) in enumerate(zip(program.steps, cases.items(), strict=True)):
+        for i, stored in enumerate(case.inputs):
+            arrays[f"{number}x{i}"] = np.ascontiguousarray(stored)
+        arrays[f"{number}at"] = fetch(np.arange(case.output.elements, dtype=np.int32), replace(case.output, dtype="int32")).reshape(-1)
+        arrays[f"{number}y"] = np.ascontiguousarray(case.expected).reshape(-1)
+        place = {"reads": [program.values[v].place.offset for v in step.reads], "writes": program.values[step.writes].place.offset}
+        place |= {"bytes": case.output.bytes, "dtype": case.output.dtype, "scratch": [step.scratch, kernel.scratch]}
+        described.append({"case": name, "row": kernel.row, "tolerance": case.tolerance} | place)
+    Built(program, object_code(program)).link().save(folder / "rows.so")
+    np.savez_compressed(folder / "rows.npz", **arrays)
+    return described
+
+
+# -- networks -------------------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_network(folder: Path, network: networks.Network, batch: int, target: Target, peers: bool, progress: Any) -> dict[str, Any]:
+    """Compile for the GPU and for this CPU from one plan; write the former and what the latter answers."""
+    import onnx
+
+    import qcompiler
+    from qcompiler.data import open_samples
+    from qcompiler.debug import Dumper
+    from qcompiler.model import load
+    from qcompiler.pipeline import quantize
+    from qcompiler.stages import build
+    from qcompiler.targets import find_target
+
+    port = onnx.load(str(network.model), load_external_data=False).graph.input[0]
+    shape = (batch, *(d.dim_value for d in port.type.tensor_type.shape.dim[1:]))
+    singles = open_samples(network.calibration(), load(network.model, {port.name: (1, *shape[1:])}).inputs, network.preprocess)
+    images = np.concatenate([sample[port.name] for sample in itertools.islice(singles, IMAGES)])
+    samples = [{port.name: batch_of(images, batch, i)} for i in (0, 1)]
+    shapes: Any = {port.name: shape}
+    integer = quantize(network.model, target, samples, Dumper(), preset="fast", input_shapes=shapes, progress=progress).integer
+    name = f"{network.name}-{batch}"
+    build(integer, target, "generate gpu code", progress=progress).link().save(folder / f"{name}.so")
+    on_cpu = qcompiler.load(build(integer, find_target("native"), "generate cpu code", progress=progress).link().save(folder / "cpu.so"))
+    outputs = {f"{key}-{i}": value.copy() for i, sample in enumerate(samples) for key, value in on_cpu.run(sample).items()}
+    np.savez_compressed(folder / f"{name}.npz", images=images, **outputs)
+    (folder / "cpu.so").unlink()
+    if peers:
+        from qcompiler.export_onnx import export_onnx
+
+        shutil.copy(network.model, folder / f"{network.name}.onnx")
+        export_onnx(network.model, folder / f"{name}-qdq.onnx", samples, preset="fast", input_shapes=shapes)
+    return {"name": name, "network": network.name, "batch": batch, "input": port.name}
+
+
+def prepare(
+    folder: Path, target: Target, chosen: Sequence[networks.Network], batches: Sequence[int], rows: bool, peers: bool, progress: Any
+) -> dict[str, Any]:
+    """Fill the folder. What fails is noted in the plan and left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan: dict[str, Any] = {"target": target.name, "capability": target.capability, "rows": [], "networks": [], "failed": []}
+
+    def attempt(section: str, work: Any) -> Any:
+        try:
+            return work()
+        except Exception as error:  # whatever it is, it must not cost the other parts
+            plan["failed"].append({"section": f"prepare {section}", "error": f"{type(error).__name__}: {error}"[:600]})
+            print(f"FAILED: prepare {section}: {plan['failed'][-1]['error']}", file=sys.stderr)
+            return None
+
+    if rows:
+        plan["rows"] = attempt("rows", lambda: prepare_rows(folder, target)) or []
+    for network, batch in itertools.product(chosen, batches):
+        made = attempt(f"{network.name}-{batch}", lambda n=network, b=batch: prepare_network(folder, n, b, target, peers, progress))
+        plan["networks"] += [made] if made else []
+    (folder / "plan.json").write_text(json.dumps(plan, indent=1))
+    return plan

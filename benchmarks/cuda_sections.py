@@ -1,0 +1,241 @@
+"""The parts of benchmarks/cuda.py that touch the GPU, each in a process of its own, because a failed launch makes the driver refuse everything after it.
+
+Needs numpy and the runtime; PyTorch and TensorRT where they are installed. TVM, ONNX and compilers are not needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cuda_prepare import batch_of
+
+from qcompiler.cuda_driver import Gpu
+from qcompiler.runtime.session import Session
+
+Call = Callable[[], object]
+CANARY = 0xA5
+MULTIPROCESSORS, CLOCK = 16, 13  # CUdevice_attribute: count, and kHz
+# Dense int8 multiply-accumulates of the tensor cores per multiprocessor and clock (NVIDIA's architecture whitepapers; data sheet TOPS / 2 / SMs / boost clock).
+MACS_PER_CLOCK = {75: 1024, 80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
+
+
+def peak(gpu: Gpu) -> float:
+    """int8 multiply-accumulates per second of the whole card at its boost clock; 0 where the driver doesn't tell."""
+    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+
+    def attribute(which: int) -> int:
+        value.value = 0
+        driver.cuDeviceGetAttribute(ctypes.byref(value), which, 0)
+        return value.value
+
+    known = max(c for c in MACS_PER_CLOCK if c <= gpu.capability)
+    return float(MACS_PER_CLOCK[known]) * attribute(MULTIPROCESSORS) * attribute(CLOCK) * 1e3
+
+
+def why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:600]
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(folder: Path, cases: list[dict[str, Any]], results: Path) -> None:
+    """Run the cases that have no line in `results` yet, one line each: {case, row, wrong: elements that differ, outside: whether anything else changed}."""
+    begin = len(results.read_text().splitlines()) if results.exists() else 0
+    arrays, session = np.load(folder / "rows.npz"), Session(folder / "rows.so")
+    raw = np.full(session.manifest["workspace"] + 64, CANARY, np.uint8)
+    start = -raw.ctypes.data % 64
+    workspace = raw[start : start + session.manifest["workspace"]]
+    ports = (ctypes.c_void_p * 1)()
+    with results.open("a") as file:
+        for number, case in list(enumerate(cases))[begin:]:
+            for i, at in enumerate(case["reads"]):
+                stored = arrays[f"{number}x{i}"].reshape(-1).view(np.uint8)
+                workspace[at : at + stored.size] = stored
+            before = workspace.copy()
+            session.execute(workspace.ctypes.data, ports, ports, number, number + 1)
+            output = slice(case["writes"], case["writes"] + case["bytes"])
+            got, want = workspace[output].view(case["dtype"])[arrays[f"{number}at"]], arrays[f"{number}y"]
+            wrong = ~(np.abs(got - want) <= case["tolerance"] * (1 + np.abs(want))) if case["tolerance"] else got != want
+            at, size = case["scratch"]
+            for region in (output, slice(at, at + size)):
+                before[region] = workspace[region]
+            line = {"case": case["case"], "row": case["row"], "wrong": int(wrong.sum()), "outside": not np.array_equal(before, workspace)}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+
+def samples_of(folder: Path, network: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+    images = np.load(folder / f"{network['name']}.npz")["images"]
+    return [{network["input"]: batch_of(images, network["batch"], i)} for i in (0, 1)]
+
+
+def check_network(folder: Path, network: dict[str, Any]) -> dict[str, Any]:
+    """{outputs: {name: elements that differ from the CPU's}}: two samples in a row, in two sessions, so that what a run leaves behind would show."""
+    wanted, sessions = np.load(folder / f"{network['name']}.npz"), [Session(folder / f"{network['name']}.so") for _ in range(2)]
+    wrong: dict[str, int] = {}
+    for turn in range(2):
+        for i, sample in enumerate(samples_of(folder, network)):
+            for name, got in sessions[turn].run(sample).items():
+                want = wanted[f"{name}-{i}"]
+                differ = np.frombuffer(got.tobytes(), np.uint8) != np.frombuffer(want.tobytes(), np.uint8)
+                wrong[name] = max(wrong.get(name, 0), int(differ.reshape(want.size, -1).any(1).sum()))
+    return {"outputs": wrong}
+
+
+# -- speed ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def measure_steps(folder: Path, network: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
+    """{peak, steps: [{id, op, kernel, macs, seconds, of_peak}]} by the GPU's clock; `of_peak` is 0 where the peak is unknown."""
+    session, top = Session(folder / f"{network['name']}.so"), peak(gpu)
+    steps = []
+    for step, (*_, took) in zip(session.manifest["steps"], session.profile(samples_of(folder, network)[0], 5), strict=True):
+        steps.append({k: step[k] for k in ("id", "op", "kernel", "macs")} | {"seconds": took, "of_peak": step["macs"] / took / top if top and took else 0.0})
+    return {"peak": top, "steps": steps}
+
+
+def measure_speed(folder: Path, network: dict[str, Any], seconds: float, without: set[str]) -> dict[str, Any]:
+    """{base, candidates: {name: {minimum, median, ratio}}, left_out: {name: why}}. Seconds; ratios to PyTorch's where it was measured, else to ours."""
+    from qcompiler.bench import interleave, ratios
+
+    calls, left_out = candidates(folder, network, without)
+    timings = interleave(calls, seconds=seconds, min_rounds=10 if seconds else 1)
+    base = next((t.name for t in timings if t.name.startswith("torch")), "int8")
+    factors = ratios(timings, base)
+    rows = {t.name: {"minimum": t.minimum, "median": t.median, "ratio": factors[t.name]} for t in timings}
+    return {"base": base, "candidates": rows, "left_out": left_out}
+
+
+def candidates(folder: Path, network: dict[str, Any], without: set[str]) -> tuple[dict[str, Call], dict[str, str]]:
+    """What takes turns: ours, and the peers that are installed and run; and why others don't."""
+    inputs = samples_of(folder, network)[0]
+    calls, left_out = {"int8": our_call(folder / f"{network['name']}.so", inputs)}, {}
+    peers: dict[str, Callable[[], Call]] = {}
+    if "torch" not in without:
+        peers["torch float16 compiled"] = lambda: torch_call(network["network"], inputs, True)
+        peers["torch float16"] = lambda: torch_call(network["network"], inputs, False)
+    if "tensorrt" not in without:
+        peers["tensorrt float16"] = lambda: tensorrt_call(folder / f"{network['network']}.onnx", inputs, False)
+        peers["tensorrt int8"] = lambda: tensorrt_call(folder / f"{network['name']}-qdq.onnx", inputs, True)
+    for name, make in peers.items():
+        try:
+            call = make()
+            call()
+            calls[name] = call
+        except Exception as error:  # a peer's failure must not cost our times
+            left_out[name] = why(error)
+            print(f"left out: {name}: {left_out[name]}", file=sys.stderr)
+    return calls, left_out
+
+
+def our_call(library: Path, inputs: dict[str, np.ndarray]) -> Call:
+    """A run of ours on device memory (PyTorch's allocations, when it is there; else the session's page-locked buffers)."""
+    session = Session(library)
+    c, handle = session._library, session._handle
+
+    def checked(status: int) -> None:
+        if status:
+            session._check(status)
+
+    c.qc_session_bind_input.argtypes = c.qc_session_bind_output.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
+    c.qc_session_run.argtypes = [ctypes.c_void_p]
+    held: list[Any] = [session]
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        for info in session.inputs:
+            held.append(torch.from_numpy(np.ascontiguousarray(inputs[info.name])).cuda())
+            checked(c.qc_session_bind_input(handle, info.name.encode(), held[-1].data_ptr(), held[-1].nbytes))
+        for info in session.outputs:
+            held.append(torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="cuda"))
+            checked(c.qc_session_bind_output(handle, info.name.encode(), held[-1].data_ptr(), held[-1].nbytes))
+        torch.cuda.synchronize()
+    else:
+        c.qc_session_input_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)]
+        for info in session.inputs:
+            pointer = ctypes.c_void_p()
+            checked(c.qc_session_input_buffer(handle, info.name.encode(), ctypes.byref(pointer)))
+            ctypes.memmove(pointer, np.ascontiguousarray(inputs[info.name]).ctypes.data, inputs[info.name].nbytes)
+    return lambda held=held: checked(c.qc_session_run(handle))  # type: ignore[misc]
+
+
+def torch_call(network: str, inputs: dict[str, np.ndarray], compiled: bool) -> Call:
+    """The same architecture in PyTorch: float16, channels_last, as a CUDA graph, through torch.compile or not."""
+    import torch
+
+    if network in ("resnet50", "mobilenet_v2"):
+        import torchvision
+
+        model = getattr(torchvision.models, network)()
+    else:
+        import timm
+
+        model = timm.create_model(network)
+    model = model.eval().half().cuda().to(memory_format=torch.channels_last)
+    run = torch.compile(model, options={"triton.cudagraphs": False}) if compiled else model
+    (array,) = inputs.values()
+    x = torch.from_numpy(array).cuda().half().to(memory_format=torch.channels_last)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(5):
+            run(x)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            y = run(x)
+    held = (model, x, y)  # the graph reads and writes them
+
+    def call(held: Any = held) -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return call
+
+
+def tensorrt_call(model: Path, inputs: dict[str, np.ndarray], int8: bool) -> Call:
+    """An engine built from an ONNX file (with quantize and dequantize nodes for int8), run on device memory. Needs PyTorch for the memory."""
+    import tensorrt as trt
+    import torch
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # the only kind since version 10
+    network = builder.create_network(0 if explicit is None else 1 << int(explicit))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model.read_bytes()):
+        raise RuntimeError(f"TensorRT can't read {model}: {parser.get_error(0)}")
+    config = builder.create_builder_config()
+    for flag in ("FP16", *(["INT8"] if int8 else [])):
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    profile = builder.create_optimization_profile()
+    for name, array in inputs.items():
+        profile.set_shape(name, array.shape, array.shape, array.shape)
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError(f"TensorRT can't build an engine from {model}")
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    context, buffers, stream = engine.create_execution_context(), {}, torch.cuda.Stream()
+    for name, array in inputs.items():
+        context.set_input_shape(name, array.shape)
+        buffers[name] = torch.from_numpy(array).cuda()
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        if name not in buffers:
+            buffers[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device="cuda")
+        context.set_tensor_address(name, buffers[name].data_ptr())
+    torch.cuda.synchronize()
+
+    def call(held: Any = (runtime, engine, buffers)) -> None:
+        context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+
+    return call
