@@ -131,9 +131,9 @@ def test_the_code_has_the_instructions() -> None:
     lines = [line.split()[0] for line in assembly.splitlines() if line.startswith("\t")]
     tiling = kernel.params
     products = tiling["rows"] * -(-tiling["cols"] // 16) * tiling["blocks"]
-    assert lines.count("tdpbusd") == products == 4
+    assert lines.count("tdpbusd") == products == 2
     assert (lines.count("ldtilecfg"), lines.count("tilerelease"), lines.count("tilestored")) == (1, 1, products)
-    assert (lines.count("tilezero"), lines.count("tileloadd")) == (products, 4)
+    assert (lines.count("tilezero"), lines.count("tileloadd")) == (products, products + 1)
     assert row.name == "x86-amx/conv2d" and kernel.row == row.name and "zmm" in assembly
 
 

@@ -4,7 +4,7 @@
 
 A tile register has up to 16 rows of 64 bytes; eight of them are shared out once per task (LDTILECFG). Rows of an A tile are output pixels that are
 neighbours in a row of the image: their inputs lie at one stride, so A is loaded from the image itself. A B tile is packed at compile time,
-[k / 4][16 channels][4]. A register tile is a few A tiles times a few B tiles, all of whose products stay in C tiles, 2 x 2 at best:
+[k / 4][16 channels][4]. A register tile is a few A tiles times a few B tiles, all of whose products stay in C tiles, 2 x 2 at most, say:
 
     C 0..3: TILEZERO; then per chunk of the reduction load 2 A and 2 B, multiply 4 times; TILESTORED; bias and epilogue by AVX512
 
@@ -42,6 +42,9 @@ ROWS, BYTES, REGISTERS = 16, 64, 8
 LEAST_PIXELS = 4  # a tile multiplication takes 16 cycles whatever its rows; from 4 rows on that is more than two VPDPBUSD a cycle
 LEAST_STEPS = 7  # of VPDPBUSD: below, sums in vector registers take less time than their way through tiles and memory (measured: 0.8x and 0.9x for 4 and 6)
 MULTIPLY, LOAD, EPILOGUE, OVERHEAD = 16, 16, 2.5, 40  # cycles: of TDPBUSD, of a load from the level 2 cache, per vector of results, per register tile
+SUMS = 2
+"""Tiles of sums that the heuristic takes. The two threads of a core share its tile registers: while the other one works, 2 x 2 sums in eight registers take
+26 ns a product and 1 x 2 in five take 14, and alone both take 7.6 (Sapphire Rapids; TDPBUSD and the loads of its operands from the level 1 cache)."""
 UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx")  # for the epilogue
 
 
@@ -270,7 +273,7 @@ class AmxRow(ConvRow):
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         g, space = self.geometry(op)[0], self.space(op, target)
-        points = [p for p in product(space["rows"], space["cols"], space["blocks"]) if fits(p[0] * columns(p[1])[0], p[2])]
+        points = [p for p in product(space["rows"], space["cols"], space["blocks"]) if p[0] * columns(p[1])[0] * p[2] <= SUMS]
         best = min(points, key=lambda p: (cycles(g, *p), p))
         pixel_tasks, channel_tasks = plan.split_tasks(g, self.unit, best, cycles(g, *best))
         return plan.Tiling(*best, "pixels", 1, pixel_tasks, channel_tasks).params()
@@ -296,7 +299,9 @@ class AmxRow(ConvRow):
 
 
 def cycles(g: plan.Geometry, rows: int, cols: int, blocks: int) -> float:
-    """An estimate of the whole operator on one core, from throughputs in Intel's manual. Its choice was within 9 % of the fastest of 14 for nine shapes."""
+    """An estimate of the whole operator on one core, from throughputs in Intel's manual.
+
+    Where the other thread of the core was idle, its choice among all was within 9 % of the fastest of 14 for nine shapes."""
     depth, tiles = Chunks.of(g).total, rows * columns(cols)[0]
     channels = plan.cut_channels(g.outputs, ROWS, blocks)
 
