@@ -176,16 +176,27 @@ class _Exporter:
         if group.kind in _WEIGHTED:
             nodes = self.weighted_nodes(group, rounded=False)
         elif group.id in self.norms:
-            node = self.producer.get(_base(group.id))
-            if node is None or node.op_type != "LayerNormalization":
-                nodes = "no single node of the source is its normalization"
-            else:
-                names = [self.constant(f"{group.id}~{kind}", a) for kind, a in zip(("scale", "offset"), self.norms[group.id], strict=True)]
-                node.input[:] = [node.input[0], *names]
+            nodes = self.normalization(group)
         if isinstance(nodes, str):
             where = f"'{group.id}' has equalized channels, but {nodes}, so its constants can't be written anew"
             raise ModelError(f"{where}. Export without the step equalize (--disable equalize)")
         return nodes
+
+    def normalization(self, group: Group) -> list[onnx.NodeProto] | str:
+        """A layer normalization with other constants; one that the source spells out in other operators is scaled behind them."""
+        name = group.id
+        node = self.producer.get(_base(name))
+        if node is not None and node.op_type == "LayerNormalization":
+            node.input[:] = [node.input[0], *(self.constant(f"{name}~{i}", a) for i, a in enumerate(self.norms[name]))]
+            return []
+        if node is None or name not in self.producer or len(group.shape) == 4:  # an image's channels may lie on another axis there
+            return "the source has no LayerNormalization there"
+        channels, plain = self.equalized[name], f"{name}~plain"
+        maker = onnx.NodeProto()
+        maker.CopyFrom(node)
+        maker.output[list(node.output).index(name)] = plain
+        scale, shift = self.constant(f"{name}~scale", channels.scale), self.constant(f"{name}~shift", channels.shift)
+        return [maker, helper.make_node("Sub", [plain, shift], [f"{name}~centered"]), helper.make_node("Mul", [f"{name}~centered", scale], [name])]
 
     def weighted_nodes(self, group: Group, rounded: bool = True) -> list[onnx.NodeProto] | str:
         """The group anew: anchor with int8 weights and int32 bias (or, not `rounded`, both in float32), residual, clamp; or why it can't be so."""

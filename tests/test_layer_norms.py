@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calibrated import random_samples
-from onnx_nets import OnnxNet
+from onnx_nets import OnnxNet, agrees, operators
 from small_nets import Net, op, random_inputs, scalar
 
 import qcompiler
@@ -204,3 +204,58 @@ def test_statistics_are_of_the_scaled_network(tmp_path: Path) -> None:
     assert sqnr_db(stored[output], wanted[output]) > 90
     for name, channels in measured.equalization.channels.items():
         assert sqnr_db(stored[name], channels.stored(wanted[name])) > 90, name
+
+
+# -- spelled-out normalizations ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["Div", "Reciprocal", "One"])
+@pytest.mark.parametrize("square, gamma, beta", [("Pow", True, True), ("Mul", True, False), ("Pow", False, True), ("Mul", False, False)])
+def test_spelled_out_normalizations_are_recognized(tmp_path: Path, square: str, end: str, gamma: bool, beta: bool) -> None:
+    net = OnnxNet(13, 2)
+    x = net.input("x", 1, 6, 10)
+    y = net.spelled_norm(x, net.weight(10) if gamma else None, net.weight(1, 1, 10) if beta else None, square=square, end=end)
+    assert operators(agrees(net.save(tmp_path / "net.onnx", [y]))) == ["layer_norm"]
+
+
+def test_channels_of_an_image_are_normalized_in_its_own_layout(tmp_path: Path) -> None:
+    net = OnnxNet(13, 2)
+    x = net.op("Conv", net.input("x", 1, 3, 8, 8), net.weight(6, 3, 3, 3))
+    y = net.op("Conv", net.spelled_norm(x, net.weight(6, 1, 1), net.weight(6, 1, 1), axis=1), net.weight(4, 6, 2, 2), strides=[2, 2])
+    model = agrees(net.save(tmp_path / "net.onnx", [y]))
+    assert operators(model).count("layer_norm") == 1 and len(layer_norms(model.module)) == 1
+    (stream,) = find_streams(model.module)
+    assert [w.kind for w in stream.writers] == ["float"] and [r.kind for r in stream.readers] == ["conv2d"]
+
+
+def unlike(net: OnnxNet, x: str) -> list[str]:
+    """Expressions that are no layer normalizations, though nearly."""
+    d = net.op("Sub", x, net.op("ReduceMean", x, axes=[-1], keepdims=1))
+    other = net.op("Sub", x, net.op("ReduceMean", x, axes=[1], keepdims=1))
+
+    def over(top: str, square: str, axes: tuple[int, ...] = (-1,), power: float = 2.0) -> str:
+        variance = net.op("ReduceMean", net.op("Pow", square, net.const(power)), axes=list(axes), keepdims=1)
+        return net.op("Div", top, net.op("Sqrt", net.op("Add", variance, net.const(1e-3))))
+
+    another_mean, another_axis, two_axes, another_power = over(other, d), over(d, d, (1,)), over(d, d, (1, 2)), over(d, d, power=4.0)
+    root_mean_square, not_centered = over(x, x), over(d, x)
+    return [another_mean, another_axis, two_axes, another_power, root_mean_square, not_centered]
+
+
+def test_what_only_looks_like_one_is_left_as_it_is(tmp_path: Path) -> None:
+    net = OnnxNet(13, 2)
+    found = unlike(net, net.op("Relu", net.input("x", 1, 6, 10)))
+    assert "layer_norm" not in operators(agrees(net.save(tmp_path / "net.onnx", found)))
+
+
+def test_scales_along_another_axis_stay_products(tmp_path: Path) -> None:
+    net = OnnxNet(13, 2)
+    y = net.spelled_norm(net.input("x", 1, 6, 10), net.weight(6, 1), net.weight(10))
+    assert operators(agrees(net.save(tmp_path / "net.onnx", [y]))) == ["layer_norm", "multiply", "add"]
+
+
+def test_values_inside_that_others_read_are_kept(tmp_path: Path) -> None:
+    net = OnnxNet(13, 2)
+    y = net.spelled_norm(net.input("x", 1, 6, 10), net.weight(10), net.weight(10))
+    normalized = net.nodes[-2].input[0]
+    assert sorted(operators(agrees(net.save(tmp_path / "net.onnx", [y, normalized])))) == ["layer_norm", "layer_norm"]
