@@ -9,6 +9,7 @@ memory is its own. With --check the exit status is 1 when a network agrees with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -106,7 +107,7 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
     inputs = [TensorInfo(port.name, tuple(d if isinstance(d, int) else 1 for d in port.shape), "float32")]
     calibration = list(open_samples(network.images / "calibration", inputs, network.preprocess))
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # both tools print
         if method.startswith("ORT"):
             path = peers.onnxruntime_int8(network.model, calibration, Path(folder), method.split()[1])
             session = onnxruntime.InferenceSession(str(path), settings)
