@@ -9,8 +9,10 @@ memory is its own. With --check the exit status is 1 when a network agrees with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any
 import networks
 
 MIN_AGREEMENT = 0.95
+THREADS = min(2, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def measure(network: networks.Network, target: str, recipe: Recipe, images: int 
         )
         seconds = time.perf_counter() - start
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        session = qcompiler.load(artifact.save(keep or Path(folder) / "int8.so"), threads=2)
-        twin = float_session(network.model, session, Path(folder), threads=2)
+        session = qcompiler.load(artifact.save(keep or Path(folder) / "int8.so"), threads=THREADS)
+        twin = float_session(network.model, session, Path(folder), threads=THREADS)
         samples = open_samples(network.images / "evaluation", session.inputs, network.preprocess).spread(images)
         labels = load_labels(network.images / "evaluation.tsv", samples)
         thresholds = Thresholds(min_agreement=MIN_AGREEMENT)
@@ -94,17 +97,20 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
         return None
     import onnxruntime
 
-    from qcompiler.data import InputInfo, load_labels, open_samples
+    from qcompiler.data import load_labels, open_samples
+    from qcompiler.model import TensorInfo
 
-    twin = onnxruntime.InferenceSession(str(network.model))
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = THREADS
+    twin = onnxruntime.InferenceSession(str(network.model), settings)
     port = twin.get_inputs()[0]
-    inputs = [InputInfo(port.name, tuple(d if isinstance(d, int) else 1 for d in port.shape), "float32")]
+    inputs = [TensorInfo(port.name, tuple(d if isinstance(d, int) else 1 for d in port.shape), "float32")]
     calibration = list(open_samples(network.images / "calibration", inputs, network.preprocess))
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # both tools print
         if method.startswith("ORT"):
             path = peers.onnxruntime_int8(network.model, calibration, Path(folder), method.split()[1])
-            session = onnxruntime.InferenceSession(str(path))
+            session = onnxruntime.InferenceSession(str(path), settings)
             size = path.stat().st_size
 
             def run(sample: Any) -> Any:
@@ -115,7 +121,7 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
             quantized = peers.nncf_model(network.model, calibration, fast_bias_correction="full" not in method)
             openvino.save_model(quantized, Path(folder) / "nncf.xml")
             size = sum(f.stat().st_size for f in Path(folder).glob("nncf.*"))
-            compiled = openvino.Core().compile_model(quantized, "CPU", peers.openvino_settings(2))
+            compiled = openvino.Core().compile_model(quantized, "CPU", peers.openvino_settings(THREADS))
 
             def run(sample: Any) -> Any:
                 return compiled(sample)[0]
@@ -188,7 +194,7 @@ def main() -> int:
     parser.add_argument("--disable", action="append", default=[], metavar="STEP", help="leave this step out")
     parser.add_argument("--rivals", action="store_true", help="measure ONNX Runtime's and NNCF's quantization too, where they are installed")
     parser.add_argument("--check", action="store_true", help=f"exit 1 when agreement is below {MIN_AGREEMENT:.0%}%")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too, row by row")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the libraries there")
     options = parser.parse_args()
     chosen = [networks.find(name, options.data, options.cache) for name in options.network or networks.NAMES]
@@ -211,9 +217,9 @@ def main() -> int:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 row = pool.submit(*job).result()
             results += [row] if row is not None else []
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1))
     print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
     failed = [r["network"] for r in results if not r["passed"]]
     if options.check and failed:
         print(f"FAILED: agreement with float below {MIN_AGREEMENT:.0%}: {', '.join(failed)}", file=sys.stderr)

@@ -70,7 +70,7 @@ def nncf_model(model: Path, samples: list[Any], fast_bias_correction: bool = Tru
     import nncf
     import openvino
 
-    network = openvino.Core().read_model(str(model))
+    network = openvino.convert_model(str(model))  # `read_model` leaves the ONNX biases in a form in which NNCF doesn't see them
     network.reshape({name: list(x.shape) for name, x in samples[0].items()})
     return nncf.quantize(network, nncf.Dataset(samples), subset_size=len(samples), fast_bias_correction=fast_bias_correction)
 

@@ -1,7 +1,8 @@
-"""Convolutions and dense layers with other weights and biases: how channel equalization (`qcompiler/equalization.py`) changes a network.
+"""Convolutions, dense layers and layer normalizations with other constants: how channel equalization (`qcompiler/equalization.py`) changes a network.
 
     conv2d(x, w) + b -> clip      -->      conv2d(x, w') + b' -> clip
     conv2d(x, w) -> clip          -->      conv2d(x, w') + b' -> clip
+    layer_norm(x, gamma, beta)    -->      layer_norm(x, gamma', beta')
 
 Works on the canonical float module, whose groups keep their ids, members but for the new bias, and shapes.
 """
@@ -18,12 +19,13 @@ from tvm import relax
 from qcompiler.passes.constants import constant_of
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.layer_norms import LAYER_NORM
 
 _ANCHORS = {"conv2d": "relax.nn.conv2d", "dense": "relax.matmul"}
 
 
 def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tvm.IRModule:
-    """layers: group id -> (float32 weight like `Group.weight`, bias [O]) of conv2d and dense groups."""
+    """layers: group id -> (float32 weight like `Group.weight`, bias [O]) of conv2d and dense groups; (gamma, beta) of `layer_norms`."""
     graph = Graph.of(module)
     values = graph.values()
     owner = {m: g for g in find_groups(module) if g.id in layers for m in g.members}
@@ -38,7 +40,9 @@ def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray,
             continue
         weight, bias = layers[group.id]
         offset = const(bias.astype(np.float32))
-        if relax_op(expr) == _ANCHORS[group.kind]:
+        if relax_op(expr) == LAYER_NORM:
+            env[name] = builder.emit(name, tvm.ir.Call(expr.op, [env[str(expr.args[0].name)], const(weight), offset], expr.attrs, expr.ty_args))
+        elif relax_op(expr) == _ANCHORS[group.kind]:
             product = tvm.ir.Call(expr.op, [env[str(expr.args[0].name)], _in_relax_form(weight, group, expr.args[1])], expr.attrs, expr.ty_args)
             if group.bias is not None:
                 env[name] = builder.emit(name, product)

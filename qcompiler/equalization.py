@@ -1,7 +1,7 @@
 """Channel equalization: a network that computes the same function, whose channels share one 8-bit scale with less loss.
 
 A value is stored under one scale, so a channel that stays small gets few of the 256 steps. Where only convolutions and dense layers write and read a
-value, channel c may be stored as
+value, or a layer normalization writes it (its gamma and beta are as good as weights and bias), channel c may be stored as
 
     x'[c] = scale[c] * (x[c] - shift[c])
 
@@ -35,13 +35,14 @@ from qcompiler.channels import Channels
 from qcompiler.histogram import channel_statistics
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.layer_norms import layer_norms
 
 CAP = 16.0  # a scale lies within this factor of the widest channel's: channels that hardly ever speak are not worth more
 EXPONENTS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 0.5), (0.75, 0.25), (1.0, 1.0))
 """The grid of (a, b)."""
 MIN_GAIN = 0.05  # of the estimated noise; below it a value is left alone
 _WEIGHTED = ("conv2d", "dense")
-_PASSING = ("add", "max_pool2d", "avg_pool2d", "mean", "reshape")  # each channel of the output is made from that channel of the operands
+_PASSING = ("add", "max_pool2d", "avg_pool2d", "mean", "reshape", "transpose", "slice")  # each channel of the output is made from that channel of the operands
 _OCTAVE = 8  # scales are 2^(n / 8)
 
 
@@ -121,7 +122,8 @@ class ChannelWatcher:
 
 @dataclass(frozen=True)
 class Stream:
-    """Values that have one scale per channel in common, in order; the groups that write and read them. limit: the clamp, None for none."""
+    """Values that have one scale per channel in common, in order; the groups that write (convolutions, dense layers, layer normalizations) and read them.
+    limit: the clamp, None for none."""
 
     values: tuple[str, ...]
     writers: tuple[Group, ...]
@@ -131,7 +133,7 @@ class Stream:
 
 def find_streams(module: tvm.IRModule) -> list[Stream]:
     """The streams of a canonical float module, in order of execution."""
-    graph, groups = Graph.of(module), find_groups(module)
+    graph, groups, norms = Graph.of(module), find_groups(module), layer_norms(module)
     parent: dict[str, str] = {}
     shapes = {g.id: g.shape for g in groups}
 
@@ -149,7 +151,7 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
             joined = list(group.inputs)
         else:
             joined = []
-            frozen |= {group.id, *operands}
+            frozen |= {*operands, *([] if group.id in norms else [group.id])}
         if group.low not in (None, 0.0) or (group.high is not None and group.high <= 0):
             frozen.add(group.id)
         for value in joined:
@@ -163,7 +165,7 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
     for values in members.values():
         inside = set(values)
         readers = tuple(g for g in groups if g.kind in _WEIGHTED and g.inputs[0] in inside)
-        writers = tuple(g for g in groups if g.kind in _WEIGHTED and g.id in inside)
+        writers = tuple(g for g in groups if (g.kind in _WEIGHTED or g.id in norms) and g.id in inside)
         limits = [g.high for g in groups if g.id in inside and g.high is not None]
         if readers and writers:
             streams.append(Stream(tuple(values), writers, readers, min(limits, default=None)))
@@ -177,6 +179,10 @@ def passes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     if group.kind == "mean":
         axes = [a % len(shapes[group.inputs[0]]) for a in group.attrs["axes"]]
         return len(shapes[group.inputs[0]]) - 1 not in axes
+    if group.kind == "transpose" and group.attrs["axes"][-1] != len(group.shape) - 1:
+        return False
+    if group.kind == "slice" and group.attrs["strides"][-1] != 1:
+        return False
     if group.kind == "add":
         return all(shapes[v] == group.shape for v in group.inputs)
     return all(shapes[v][-1:] == group.shape[-1:] for v in group.inputs)
@@ -321,15 +327,17 @@ def input_channels(group: Group) -> np.ndarray:
 
 
 def equalized_layers(module: tvm.IRModule, channels: Mapping[str, Channels]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{group id: (weight float32 like `Group.weight`, bias float64[O])} of every convolution and dense group that reads or writes `channels`."""
-    changed = {}
+    """{group id: (weight float32 like `Group.weight`, bias float64[O])} of every convolution and dense group that reads or writes `channels`, and
+    {value id: (gamma float32[C], beta float64[C])} of every layer normalization that writes them."""
+    changed, norms = {}, layer_norms(module)
     for group in find_groups(module):
         touched = [v for v in (group.id, group.inputs[0] if group.inputs else "", group.residual or "") if v in channels]
-        if group.kind not in _WEIGHTED or not touched:
+        if not touched or not (group.kind in _WEIGHTED or group.id in norms):
             continue
-        assert group.weight is not None
-        weight = group.weight.astype(np.float64)
-        bias = np.zeros(len(weight)) if group.bias is None else group.bias.astype(np.float64)
+        given, offset = norms.get(group.id, (group.weight, group.bias))
+        assert given is not None
+        weight = given.astype(np.float64)
+        bias = np.zeros(len(weight)) if offset is None else offset.astype(np.float64)
         if (x := channels.get(group.inputs[0])) is not None:
             at = input_channels(group)
             along = (len(weight), *[1] * (weight.ndim - 2), -1)

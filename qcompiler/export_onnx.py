@@ -22,13 +22,14 @@ import onnx
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.correction import integer_layers
+from qcompiler.correction import Layer, integer_layers
 from qcompiler.errors import ModelError
 from qcompiler.files import check_writable, replacing
 from qcompiler.importers.onnx_file import default_opset, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline import Options, compile_stages
 from qcompiler.spec import QParams
 from qcompiler.stages import Compilation
@@ -110,7 +111,9 @@ class _Exporter:
                 self.fixed |= set(node.output)
         self.producer = {o: n for n in self.graph.node for o in n.output if o}
         self.stored = {g.id for g in self.groups if g.id in self.producer and g.id not in self.float_ops and self.plan.params(g.id)}
-        self.ends = {_base(g.id) for g in self.groups}
+        self.ends = {_base(g.id) for g in self.groups} | {i.name for i in self.graph.input}
+        self.norms = layer_norms(stages.model.module)
+        self.equalized = stages.measured.equalization.channels
         self.before: dict[str, list[onnx.NodeProto]] = {}  # tensor -> nodes to put in place of, or behind, its producer
         self.copies: dict[tuple[str, QParams], str] = {}
         self.inputs: list[onnx.NodeProto] = []  # Q and DQ of network inputs
@@ -125,16 +128,16 @@ class _Exporter:
         for group in self.groups:
             if group.id in self.float_ops:
                 self.kept[group.id] = self.float_ops[group.id]
-            elif group.id in self.producer:
-                chain = self.chain(group)
-                if group.kind in _WEIGHTED:
-                    nodes = self.weighted_nodes(group, chain)
-                    if isinstance(nodes, str):
-                        self.kept[group.id] = nodes
-                    else:
-                        replaced[group.id], self.weighted = nodes, self.weighted + 1
+            elif group.id in self.producer and group.kind in _WEIGHTED:
+                nodes = self.weighted_nodes(group)
+                if isinstance(nodes, str):
+                    self.kept[group.id] = nodes
                 else:
-                    self.quantize_operands(group, chain)
+                    replaced[group.id], self.weighted = nodes, self.weighted + 1
+            elif group.id in self.producer:
+                self.quantize_operands(group, self.chain(group))
+            if group.id not in replaced and (nodes := self.equalized_nodes(group)):
+                replaced[group.id] = nodes
         nodes = list(self.inputs)
         for node in self.graph.node:
             new = next((replaced[o] for o in node.output if o in replaced), [node])
@@ -163,10 +166,43 @@ class _Exporter:
             queue += [i for i in node.input if i and i not in self.fixed and i not in self.ends]
         return found
 
-    def weighted_nodes(self, group: Group, chain: _Chain) -> list[onnx.NodeProto] | str:
-        """The group anew: anchor with int8 weights and int32 bias, residual, clamp; or why it keeps its float nodes."""
-        anchor, layer = chain.anchor, self.layers.get(group.id)
-        if anchor is None or layer is None:
+    def equalized_nodes(self, group: Group) -> list[onnx.NodeProto]:
+        """What takes the place of a group's float nodes when channels that it reads or writes are scaled; nothing when theirs are the right constants.
+
+        Raises ModelError for a group that isn't made of nodes with such constants."""
+        if not any(v in self.equalized for v in (group.id, group.inputs[0] if group.inputs else "", group.residual or "")):
+            return []
+        nodes: list[onnx.NodeProto] | str = []
+        if group.kind in _WEIGHTED:
+            nodes = self.weighted_nodes(group, rounded=False)
+        elif group.id in self.norms:
+            nodes = self.normalization(group)
+        if isinstance(nodes, str):
+            where = f"'{group.id}' has equalized channels, but {nodes}, so its constants can't be written anew"
+            raise ModelError(f"{where}. Export without the step equalize (--disable equalize)")
+        return nodes
+
+    def normalization(self, group: Group) -> list[onnx.NodeProto] | str:
+        """A layer normalization with other constants; one that the source spells out in other operators is scaled behind them."""
+        name = group.id
+        node = self.producer.get(_base(name))
+        if node is not None and node.op_type == "LayerNormalization":
+            node.input[:] = [node.input[0], *(self.constant(f"{name}~{i}", a) for i, a in enumerate(self.norms[name]))]
+            return []
+        if node is None or name not in self.producer or len(group.shape) == 4:  # an image's channels may lie on another axis there
+            return "the source has no LayerNormalization there"
+        channels, plain = self.equalized[name], f"{name}~plain"
+        maker = onnx.NodeProto()
+        maker.CopyFrom(node)
+        maker.output[list(node.output).index(name)] = plain
+        scale, shift = self.constant(f"{name}~scale", channels.scale), self.constant(f"{name}~shift", channels.shift)
+        return [maker, helper.make_node("Sub", [plain, shift], [f"{name}~centered"]), helper.make_node("Mul", [f"{name}~centered", scale], [name])]
+
+    def weighted_nodes(self, group: Group, rounded: bool = True) -> list[onnx.NodeProto] | str:
+        """The group anew: anchor with int8 weights and int32 bias (or, not `rounded`, both in float32), residual, clamp; or why it can't be so."""
+        chain, layer = self.chain(group), self.layers.get(group.id)
+        anchor = chain.anchor
+        if anchor is None or (rounded and layer is None):
             return "no single node of the source is its convolution or product"
         strange = {n.op_type for n in chain.nodes if n is not anchor} - _ABSORBED
         if strange:
@@ -176,19 +212,16 @@ class _Exporter:
             outside = [i for n in chain.nodes if n is not anchor and n.op_type == "Add" for i in n.input if i in self.ends]
             if len(outside) != 1:
                 return "its residual operand has no tensor of its own in the source"
-            residual = self.operand(outside[0], self.params(group.residual))
-        x = self.params(group.inputs[0])
-        scale = self.rounded[group.id].weight_scale
-        weight = self.file_weight(group, anchor, layer.weight)
-        if scale is None or isinstance(weight, str):
-            return weight if isinstance(weight, str) else "its weights have no scale"
-        axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0, "MatMul": 1}[anchor.op_type]
+            residual = self.operand(outside[0], self.params(group.residual)) if rounded else outside[0]
         if anchor.op_type == "ConvTranspose" and int(group.attrs.get("groups", 1)) > 1:
             return "DequantizeLinear has one axis, and the output channels of a grouped ConvTranspose lie on two"
-        name = group.id
-        nodes = self.dequantized(f"{name}~weight", weight, scale.astype(np.float32), axis)
-        nodes += self.dequantized(f"{name}~bias", layer.bias.astype(np.int32), (np.float64(x.scale) * scale).astype(np.float32), 0)
-        data, last = self.operand(anchor.input[0], x), f"{name}~accumulator"
+        data = anchor.input[0]
+        constants = self.rounded_constants(group, anchor, layer) if layer is not None and rounded else self.float_constants(group, anchor)
+        if isinstance(constants, str):
+            return constants
+        if rounded:
+            data = self.operand(data, self.params(group.inputs[0]))
+        nodes, name, last = constants, group.id, f"{group.id}~accumulator"
         if anchor.op_type == "MatMul":
             nodes.append(helper.make_node("MatMul", [data, f"{name}~weight"], [f"{name}~product"], name=anchor.name))
             nodes.append(helper.make_node("Add", [f"{name}~product", f"{name}~bias"], [last]))
@@ -205,6 +238,26 @@ class _Exporter:
             nodes.append(self.clamp(group, last, f"{name}~clamped"))
         nodes[-1].output[0] = name
         return nodes
+
+    def rounded_constants(self, group: Group, anchor: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto] | str:
+        """<id>~weight and <id>~bias as the library has them."""
+        x, scale = self.params(group.inputs[0]), self.rounded[group.id].weight_scale
+        weight = self.file_weight(group, anchor, layer.weight)
+        if scale is None or isinstance(weight, str):
+            return weight if isinstance(weight, str) else "its weights have no scale"
+        axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0, "MatMul": 1}[anchor.op_type]
+        nodes = self.dequantized(f"{group.id}~weight", weight, scale.astype(np.float32), axis)
+        return nodes + self.dequantized(f"{group.id}~bias", layer.bias.astype(np.int32), (np.float64(x.scale) * scale).astype(np.float32), 0)
+
+    def float_constants(self, group: Group, anchor: onnx.NodeProto) -> list[onnx.NodeProto] | str:
+        """<id>~weight and <id>~bias of the float network; they need no nodes."""
+        assert group.weight is not None
+        weight = self.file_weight(group, anchor, group.weight)
+        if isinstance(weight, str):
+            return weight
+        self.constant(f"{group.id}~weight", weight)
+        self.constant(f"{group.id}~bias", np.asarray(np.zeros(len(group.weight)) if group.bias is None else group.bias, np.float32))
+        return []
 
     def clamp(self, group: Group, x: str, y: str) -> onnx.NodeProto:
         if group.low == 0 and group.high is None:

@@ -106,14 +106,19 @@ class Program:
         raise KeyError(value_id)
 
     def replace_operand(self, value_id: str, index: int, array: np.ndarray) -> None:
-        """Pack the constants of one step again with operand `index` replaced; the kernel's code stays as it is."""
+        """Pack the constants of one step again with operand `index` replaced; the kernel's code stays as it is. An operator that stays float
+        has what is computed at run time first, then its constants."""
         step = self.step_of(value_id)
-        assert step.op is not None and step.row is not None
-        step.op.operands[index] = array
-        kernel = step.row.build(step.op, step.params, self.target)
-        assert kernel.key == step.kernel.key, "constants must not decide a kernel's code"
-        for offset, packed in zip(step.constants, kernel.constants, strict=True):
-            raw = np.ascontiguousarray(packed).view(np.uint8).reshape(-1)
+        if step.op is None or step.row is None:
+            at = index - len(step.reads)
+            constants = {at: np.asarray(array, step.kernel.constants[at].dtype)}
+        else:
+            step.op.operands[index] = array
+            kernel = step.row.build(step.op, step.params, self.target)
+            assert kernel.key == step.kernel.key, "constants must not decide a kernel's code"
+            constants = dict(enumerate(kernel.constants))
+        for at, packed in constants.items():
+            raw, offset = np.ascontiguousarray(packed).view(np.uint8).reshape(-1), step.constants[at]
             self.constants[offset : offset + raw.size] = raw
 
 

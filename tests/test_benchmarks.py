@@ -66,6 +66,30 @@ def test_accuracy_table(script: Any) -> None:
     assert row == ["n", "default", "400", "90.00", "%", "89.50", "%", "98.00", "%", "20.50", "4.00", "MB", "12.3", "500", "1"]
 
 
+@pytest.mark.parametrize("method", ["ORT MinMax", "NNCF"])
+def test_rivals_are_measured_on_the_same_images(method: str, script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With NNCF both forms of its bias correction, which must find the biases."""
+    for module in ("onnxruntime", "PIL", *(["nncf", "openvino"] if method == "NNCF" else [])):
+        pytest.importorskip(module)
+    from PIL import Image
+
+    rng, names = np.random.default_rng(0), [f"{i}.png" for i in range(6)]
+    for folder in ("calibration", "evaluation"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / folder / name)
+    (tmp_path / "evaluation.tsv").write_text("file\tclass_index\n" + "".join(f"{n}\t{i}\n" for i, n in enumerate(names)))
+    (tmp_path / "preprocess.yaml").write_text("resize: 8\ncrop: 8\ncolor: RGB\nscale: 1/255\nlayout: NCHW\n")
+    onnx.save(chain(), tmp_path / "chain.onnx")
+    network = script("networks").Network("chain", tmp_path / "chain.onnx", tmp_path / "preprocess.yaml", tmp_path)
+    accuracy = script("accuracy")
+    rows = [accuracy.measure_rival(network, m, None) for m in accuracy.RIVALS if m.startswith(method)]
+    assert capsys.readouterr().out == ""
+    assert all(row["images"] == 6 and 10 < row["sqnr_db"] < 60 and 0 <= row["agreement"] <= 1 for row in rows), rows
+    assert len({row["sqnr_db"] for row in rows}) == len(rows)
+    assert len(accuracy.table(rows).splitlines()) == 2 + len(rows)
+
+
 def test_light_graphs_get_weights_that_keep_activations_alive(script: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     networks = script("networks")

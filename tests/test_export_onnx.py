@@ -259,3 +259,37 @@ def test_the_source_is_left_alone(digits: tuple[Compilation, Export]) -> None:
     qdq_model(source, digits[0])
     assert source.SerializeToString(deterministic=True) == before
     assert Graph.of(digits[0].integer).bindings
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_equalized_channels_reach_float_operators(tmp_path: Path, spelled: bool) -> None:
+    """Normalizations and layers that stay float have constants of their own in the export: the file's belong to channels as they were."""
+    net = OnnxNet(13 if spelled else 17, seed=6)
+    gamma, spread = np.where(np.arange(16) % 5 == 0, 40.0, 1.0), np.exp2(net.rng.integers(-4, 5, 24)) / 4
+    wide, narrow = net.rng.standard_normal((16, 24)) / gamma[:, None] * spread, net.rng.standard_normal((24, 16)) / spread[:, None] / 5
+    x = net.input("x", 1, 5, 16)
+    norm = net.spelled_norm(x, net.const(gamma)) if spelled else net.op("LayerNormalization", x, net.const(gamma))  # without an offset
+    up = net.op("Relu", net.op("Add", net.op("MatMul", norm, net.const(wide)), net.const(np.ones(24))))
+    down = net.op("Relu", net.op("Add", net.op("MatMul", up, net.const(narrow)), x))
+    y = net.op("MatMul", down, net.weight(16, 4))
+    path = net.save(tmp_path / "net.onnx", [y])
+    samples = samples_of(path, 8)
+    for kept in ([], [up, down]):
+        compilation = compile_stages(path, "native", samples, preset="fast", enable=["equalize", "shift"], keep_float=kept)
+        assert {norm, up} <= set(compilation.quantized.measured.equalization.channels)
+        export = qdq_model(_source(path), compilation)
+        assert export.weighted == 3 - len(kept)
+        for sample in list(samples)[:3]:
+            assert sqnr_db(run(export.model, sample)[y], traced(compilation, sample)[1][y]) > 40
+
+
+def test_equalized_channels_without_constants_of_their_own_are_refused(tmp_path: Path) -> None:
+    net = OnnxNet(17, seed=6)
+    gamma = np.where(np.arange(16) % 5 == 0, 40.0, 1.0)
+    h = net.op("LayerNormalization", net.input("x", 1, 5, 16), net.const(gamma))
+    product = net.op("MatMul", h, net.const(net.rng.standard_normal((16, 8)) / gamma[:, None]))
+    h = net.op("Sum", product, net.const(np.ones(8)), name="biased")
+    path = net.save(tmp_path / "net.onnx", [net.op("Softmax", h)])
+    with pytest.raises(ModelError, match="'biased2' has equalized channels, but the source has Sum.*--disable equalize"):
+        export_onnx(path, tmp_path / "out.onnx", samples_of(path), preset="fast", enable=["equalize"])
+    assert export_onnx(path, tmp_path / "out.onnx", samples_of(path), preset="fast").kept_float["biased2"].startswith("the source has Sum")
