@@ -98,12 +98,18 @@ def run_kernel(kernel: Kernel, inputs: Sequence[np.ndarray], output: Layout, tar
     arrays = [*inputs, *[_aligned_copy(c) for c in kernel.constants], flat, *([scratch] if kernel.scratch else [])]
     function(*[ctypes.c_void_p(a.ctypes.data) for a in arrays])
     assert (raw[:guard] == canary).all() and (raw[guard + output.bytes :] == canary).all(), "kernel wrote outside its output"
-    if not output.dense and kernel.row not in SPARE:
-        top, left, _, _ = output.halo
-        n, height, width, channels = output.shape
-        image = flat.view("uint8").reshape(n, *output.rows, -1)[:, top : top + height, left : left + width]
-        assert (image[..., channels * flat.itemsize :] == canary).all(), "kernel wrote into the channels behind its own"
+    check_padding(flat, output, kernel, canary)
     return flat.copy()
+
+
+def check_padding(flat: np.ndarray, output: Layout, kernel: Kernel, canary: int) -> None:
+    """Raises AssertionError when a kernel has written into the channels behind a pixel's own, which held bytes `canary`."""
+    if output.dense or kernel.row in SPARE:
+        return
+    top, left, _, _ = output.halo
+    n, height, width, channels = output.shape
+    image = flat.view("uint8").reshape(n, *output.rows, -1)[:, top : top + height, left : left + width]
+    assert (image[..., channels * flat.itemsize :] == canary).all(), f"{kernel.row} wrote into the channels behind its own"
 
 
 def _aligned_copy(array: np.ndarray) -> np.ndarray:

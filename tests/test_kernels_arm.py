@@ -13,7 +13,7 @@ from emulated import ARM, Host, require
 from qcompiler import numerics, schedules
 from qcompiler.codegen import object_code
 from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
-from qcompiler.schedules.harness import fetch, store
+from qcompiler.schedules.harness import check_padding, fetch, store
 from qcompiler.schedules.table import Layout, OpCall, Row, select
 from qcompiler.stages import Built
 from qcompiler.targets import Target, find_target
@@ -217,7 +217,9 @@ def run_cases(cases: dict[str, Case], target: Target, folder: Path) -> None:
         place = values[p.step.writes].place
         assert place is not None
         end = place.offset + p.output.bytes
-        got = fetch(after[place.offset : end].copy().view(p.output.dtype), p.output)
+        stored = after[place.offset : end].copy().view(p.output.dtype)
+        check_padding(stored, p.output, p.step.kernel, CANARY)
+        got = fetch(stored, p.output)
         if p.bound is None:
             assert got.dtype == p.want.dtype
             np.testing.assert_array_equal(got, p.want, err_msg=f"{target.name}: {p.step.kernel.row}: {p.step.writes} {p.step.params}")
