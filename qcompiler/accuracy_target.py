@@ -38,6 +38,7 @@ from qcompiler.tuning_log import Tuned
 
 BUDGET = 600.0  # seconds, when none is given
 _MOST = 8  # plans that are compiled
+_TRIMMED = 3  # of them, as part of one point of the path that estimates say would do
 _WORTH = 0.01  # of the latency: a smaller gain is not searched for
 _CURVE = 40  # points of the predicted path in the manifest
 _MEASURING = 3.0  # seconds for the times of all plans
@@ -218,18 +219,24 @@ class _Search:
         missed, met = 0, len(self.path)  # indices: the last known to miss, the first known to meet the target
         limit = self.path[0].noise * self.tried[0].factor()
         self.stopped = "no plan that keeps more layers in float is left"
+        refuted: dict[int, int] = {}  # how many trimmed plans of a point missed the target
         while len(self.tried) < _MOST:
             index = max(missed + 1, min(first_below(self.path, limit), met - 1))
             if index >= met or (met < len(self.path) and self.path[met].seconds - self.path[index].seconds < _WORTH * self.path[met].seconds):
                 return
             if self.out_of_time():
                 return
-            point = self.network.trimmed(self.path[index], max(limit, self.path[index].noise), frozenset(self.kept))
-            if any(c.keep == point.keep for c in self.tried):
-                return
-            candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.kept})
-            missed, met = (missed, index) if candidate.met else (index, met)
-            limit = point.noise * candidate.factor()
+            whole, known = self.path[index], {c.keep: c.met for c in self.tried}
+            if whole.keep not in known:
+                slim = self.network.trimmed(whole, max(limit, whole.noise), frozenset(self.kept))
+                point = whole if slim.keep in known or refuted.get(index, 0) == _TRIMMED else slim
+                candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.kept})
+                limit = point.noise * candidate.factor()
+                if not candidate.met and point is not whole:
+                    refuted[index] = refuted.get(index, 0) + 1  # which the whole point, with less noise, need not
+                    continue
+                known[whole.keep] = candidate.met
+            missed, met = (missed, index) if known[whole.keep] else (index, met)
         self.stopped = f"{_MOST} plans were tried"
 
     def out_of_time(self) -> bool:

@@ -224,7 +224,7 @@ def test_the_verb(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "b").mkdir()  # an empty folder is fine
     assert main(["bundle", str(library), "--output", str(tmp_path / "b"), "--static"]) == 0
     assert (tmp_path / "b" / "lib" / f"lib{library.stem}.a").exists()
-    assert "kB for" in capsys.readouterr().out
+    assert "kB for" in " ".join(capsys.readouterr().out.split())
     assert main(["bundle", str(library), "--output", str(tmp_path / "b")]) == 2
     assert "exists already" in capsys.readouterr().err
 
