@@ -41,7 +41,9 @@ from qcompiler.targets import Target
 ROWS, BYTES, REGISTERS = 16, 64, 8
 LEAST_PIXELS = 4  # a tile multiplication takes 16 cycles whatever its rows; from 4 rows on that is more than two VPDPBUSD a cycle
 LEAST_STEPS = 7  # of VPDPBUSD: below, sums in vector registers take less time than their way through tiles and memory (measured: 0.8x and 0.9x for 4 and 6)
-MULTIPLY, LOAD, EPILOGUE, OVERHEAD = 16, 16, 2.5, 40  # cycles: of TDPBUSD, of a load from the level 2 cache, per vector of results, per register tile
+MULTIPLY, LOAD_ROW, LOAD_B, EPILOGUE, OVERHEAD = 16, 0.5, 16, (2.5, 0.3), 40
+"""Cycles: of TDPBUSD, of a load of an A tile per row (from the level 1 cache), of a B tile (from the level 2 cache), per vector of results (and more, where
+their number is odd), per register tile."""
 SUMS = 2
 """Tiles of sums that the heuristic takes. The two threads of a core share its tile registers: while the other one works, 2 x 2 sums in eight registers take
 26 ns a product and 1 x 2 in five take 14, and alone both take 7.6 (Sapphire Rapids; TDPBUSD and the loads of its operands from the level 1 cache)."""
@@ -302,11 +304,13 @@ def cycles(g: plan.Geometry, rows: int, cols: int, blocks: int) -> float:
     """An estimate of the whole operator on one core, from throughputs in Intel's manual.
 
     Where the other thread of the core was idle, its choice among all was within 9 % of the fastest of 14 for nine shapes."""
-    depth, tiles = Chunks.of(g).total, rows * columns(cols)[0]
+    depth, (across, rows_of_a) = Chunks.of(g).total, columns(cols)
+    tiles = rows * across
     channels = plan.cut_channels(g.outputs, ROWS, blocks)
 
     def one(b: int) -> float:
-        return depth * max(MULTIPLY * tiles * b, LOAD * (tiles + b)) + EPILOGUE * rows * cols * b + OVERHEAD
+        epilogue = (EPILOGUE[0] + EPILOGUE[1] * (b % 2)) * rows * cols * b
+        return depth * max(MULTIPLY * tiles * b, LOAD_ROW * rows_of_a * tiles + LOAD_B * b) + epilogue + OVERHEAD
 
     batch, height, width = g.pixels
     count = batch * -(-height // rows) * -(-width // cols)
