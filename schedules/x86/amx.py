@@ -45,8 +45,9 @@ MULTIPLY, LOAD_ROW, LOAD_B, EPILOGUE, OVERHEAD = 16, 0.5, 16, (2.5, 0.3), 40
 """Cycles: of TDPBUSD, of a load of an A tile per row (from the level 1 cache), of a B tile (from the level 2 cache), per vector of results (and more, where
 their number is odd), per register tile."""
 SUMS = 2
-"""Tiles of sums that the heuristic takes. The two threads of a core share its tile registers: while the other one works, 2 x 2 sums in eight registers take
-26 ns a product and 1 x 2 in five take 14, and alone both take 7.6 (Sapphire Rapids; TDPBUSD and the loads of its operands from the level 1 cache)."""
+"""Tiles of sums that the heuristic takes. Measured on a shared Sapphire Rapids, TDPBUSD and the loads of its operands from the level 1 cache: on quiet minutes
+a product takes 6 to 8 ns however many sums there are; on others 26 ns with 2 x 2 sums in eight registers and 14 ns with 1 x 2 in five. A likely cause is
+that the other thread of the core, another tenant's, takes its part of the physical tile registers."""
 UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx")  # for the epilogue
 
 
