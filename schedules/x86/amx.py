@@ -8,8 +8,8 @@ neighbours in a row of the image: their inputs lie at one stride, so A is loaded
 
     C 0..3: TILEZERO; then per chunk of the reduction load 2 A and 2 B, multiply 4 times; TILESTORED; bias and epilogue by AVX512
 
-The bias joins in the epilogue: 16 rows of it loaded into a tile with stride 0 would take three times as long as what follows when the reduction is one
-chunk (25 ns a tile on a Sapphire Rapids, 2.2 GHz), an addition takes half a cycle a vector.
+The bias joins in the epilogue, where an addition takes half a cycle a vector. As 16 rows of it, loaded into a tile with stride 0, it waits for the stores
+of the tile before: MobileNetV2's layers took 0.7 to 0.95 of the time without, ResNet-50's about the same.
 
 The reduction over what is contiguous in the image (the channels, or a row of the kernel with its channels) is cut into equal chunks of at most 64
 bytes. The last one is moved back over bytes that the one before it has multiplied, which meet zero weights, so no load leaves a pixel's bytes.
