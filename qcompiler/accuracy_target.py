@@ -12,6 +12,7 @@ import contextlib
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,7 +220,7 @@ class _Search:
         missed, met = 0, len(self.path)  # indices: the last known to miss, the first known to meet the target
         limit = self.path[0].noise * self.tried[0].factor()
         self.stopped = "no plan that keeps more layers in float is left"
-        refuted: dict[int, int] = {}  # how many trimmed plans of a point missed the target
+        refuted: Counter[int] = Counter()  # how many trimmed plans of a point missed the target
         while len(self.tried) < _MOST:
             index = max(missed + 1, min(first_below(self.path, limit), met - 1))
             if index >= met or (met < len(self.path) and self.path[met].seconds - self.path[index].seconds < _WORTH * self.path[met].seconds):
@@ -229,11 +230,11 @@ class _Search:
             whole, known = self.path[index], {c.keep: c.met for c in self.tried}
             if whole.keep not in known:
                 slim = self.network.trimmed(whole, max(limit, whole.noise), frozenset(self.kept))
-                point = whole if slim.keep in known or refuted.get(index, 0) == _TRIMMED else slim
+                point = whole if slim.keep in known or refuted[index] == _TRIMMED else slim
                 candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.kept})
                 limit = point.noise * candidate.factor()
                 if not candidate.met and point is not whole:
-                    refuted[index] = refuted.get(index, 0) + 1  # which the whole point, with less noise, need not
+                    refuted[index] += 1  # which the whole point, with less noise, need not
                     continue
                 known[whole.keep] = candidate.met
             missed, met = (missed, index) if known[whole.keep] else (index, met)

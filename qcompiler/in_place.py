@@ -44,15 +44,12 @@ def join_in_place(nodes: Iterable[Node], values: Mapping[str, Value], fits: Call
     nodes = list(nodes)
     makers = {n.id: n.name for n in nodes}
 
-    def alone(id: str) -> bool:
-        """Has it memory of its own, and no border that somebody must fill?"""
-        return makers.get(id) in WRITERS and values[id].root == id and not any(values[id].layout.halo)
-
     def move(id: str, root: str, shift: int, like: Layout) -> bool:
-        """Put a value into the memory of another one, if possible; does it lie there now?"""
+        """Put a value into the memory of another one, if it has memory of its own and no border that somebody must fill; does it lie there now?"""
         value = values[id]
         layout = replace(value.layout, halo=like.halo, pitch=like.channel_pitch)
-        if alone(id) and layout.dtype == like.dtype and fits(id, layout):
+        alone = value.root == id and not any(value.layout.halo)
+        if alone and makers.get(id) in WRITERS and layout.dtype == like.dtype and fits(id, layout):
             value.root, value.shift, value.layout = root, shift, layout
         return (value.root, value.shift, value.layout) == (root, shift, layout)
 
@@ -68,5 +65,7 @@ def join_in_place(nodes: Iterable[Node], values: Mapping[str, Value], fits: Call
             move(node.id, first.root, first.shift, first.layout)  # all of them lie where a later concat wants them, side by side
         whole = values[node.id]
         if fits(node.id, whole.layout):
-            moved = [isinstance(o, str) and move(o, whole.root, whole.shift + b, whole.layout) for o, b in zip(node.operands, begins, strict=True)]
-            node.attrs = node.attrs | ({"in_place": [i for i, m in enumerate(moved) if m]} if any(moved) else {})
+            places = enumerate(zip(node.operands, begins, strict=True))
+            placed = [i for i, (o, b) in places if isinstance(o, str) and move(o, whole.root, whole.shift + b, whole.layout)]
+            if placed:
+                node.attrs = node.attrs | {"in_place": placed}

@@ -119,9 +119,14 @@ def host_features() -> frozenset[str]:
 _ARCH_PRCTL, _GET_SUPPORTED, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1021, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h, the state component
 
 
+def _arch_prctl(code: int, argument: Any) -> int:
+    """What Linux says of a request about this x86 process: 0, or the number of the error."""
+    return ctypes.get_errno() if ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, code, argument) else 0
+
+
 def _tiles_are_given() -> bool:
     supported = ctypes.c_uint64()
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _GET_SUPPORTED, ctypes.byref(supported)) == 0 and bool(supported.value >> _TILE_DATA & 1)
+    return _arch_prctl(_GET_SUPPORTED, ctypes.byref(supported)) == 0 and bool(supported.value >> _TILE_DATA & 1)
 
 
 def host_architecture() -> str:
@@ -147,9 +152,9 @@ def permit(target: Target) -> None:
     """Let this process run kernels of `target` outside a library, whose sessions do that: Linux gives AMX tiles on request. Raises TargetError if refused."""
     if "amx_tile" not in target.features:
         return
-    request = ctypes.CDLL(None, use_errno=True).syscall
-    if request(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA):  # as in runtime/cpp/qc_threads.c
-        raise TargetError(f"Linux refuses AMX tiles to this process ({os.strerror(ctypes.get_errno())}); kernels of '{target.name}' can't run here")
+    error = _arch_prctl(_REQUEST_PERMISSION, _TILE_DATA)  # as in runtime/cpp/qc_threads.c
+    if error:
+        raise TargetError(f"Linux refuses AMX tiles to this process ({os.strerror(error)}); kernels of '{target.name}' can't run here")
 
 
 def find_target(name: str, path: Path | None = None) -> Target:

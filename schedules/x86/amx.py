@@ -4,7 +4,7 @@
 
 A tile register has up to 16 rows of 64 bytes; eight of them are shared out once per task (LDTILECFG). Rows of an A tile are output pixels that are
 neighbours in a row of the image: their inputs lie at one stride, so A is loaded from the image itself. A B tile is packed at compile time,
-[k / 4][16 channels][4]. A register tile is a few A tiles times a few B tiles, all of whose products stay in C tiles, 2 x 2 at most, say:
+[k / 4][16 channels][4]. A register tile is a few A tiles times a few B tiles, all of whose products stay in C tiles. With 2 x 2, the most:
 
     C 0..3: TILEZERO; then per chunk of the reduction load 2 A and 2 B, multiply 4 times; TILESTORED; bias and epilogue by AVX512
 
@@ -302,9 +302,7 @@ class AmxRow(ConvRow):
 
 
 def cycles(g: plan.Geometry, rows: int, cols: int, blocks: int) -> float:
-    """An estimate of the whole operator on one core, from throughputs in Intel's manual.
-
-    Where the other thread of the core was idle, its choice among all was within 9 % of the fastest of 14 for nine shapes."""
+    """An estimate of the whole operator on one core, by which tilings are ranked; throughputs are those of Intel's manual."""
     depth, (across, rows_of_a) = Chunks.of(g).total, columns(cols)
     tiles = rows * across
     channels = plan.cut_channels(g.outputs, ROWS, blocks)

@@ -3,9 +3,9 @@
  *     qc_measure [RESULTS.jsonl [SECONDS]]     (default results.jsonl 10; in the folder that `qcompiler tune --export-candidates` wrote)
  *
  * candidates.txt says what there is: a library per task, whose steps are candidates for one operator (step 0 is the default). Each is run on inputs made from a
- * recipe; its output must have the expected sums, and nothing around it may change. Those that pass are timed in turns, at
- * most SECONDS per library. A library is opened in a process
- * of its own, so a candidate that crashes, hangs or breaks a GPU's context costs nobody else. Results are written as they come. */
+ * recipe; its output must have the expected sums, and nothing around it may change. Those that pass are timed in turns, at most SECONDS per library. A
+ * library is opened in a process of its own, so a candidate that crashes, hangs or breaks a GPU's context costs nobody else. Results are written as they
+ * come. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <signal.h>
