@@ -18,6 +18,7 @@ test: lint
 # mypy sees the sub-packages where an installed package has them.
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff . ; exit 1; }
 	rm -rf $(TYPED) && mkdir -p $(TYPED)/qcompiler
 	ln -s $(CURDIR)/qcompiler/* $(CURDIR)/passes $(CURDIR)/schedules $(TYPED)/qcompiler/
 	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p qcompiler

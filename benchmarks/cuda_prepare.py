@@ -1,9 +1,9 @@
 """What benchmarks/cuda.py runs on a GPU, made where there is none: a folder with libraries, inputs, and the outputs to expect.
 
-    plan.json             {target, capability, rows: [a row of cases each], networks: [{name, network, batch, input}], failed: [{section, error}]}
-    rows.so, rows.npz     one step per case of the test suite, on a workspace of its own; of each case inputs, places of the output's elements, and their values
-    NAME.so, NAME.npz     a network at a batch size for the GPU; images, and its outputs by the library of this CPU made from the same plan
-    NAME-qdq.onnx         the network with quantize and dequantize nodes, and NETWORK.onnx, the float one: for TensorRT
+plan.json             {target, capability, rows: [a row of cases each], networks: [{name, network, batch, input}], failed: [{section, error}]}
+rows.so, rows.npz     one step per case of the test suite, on a workspace of its own; of each case inputs, places of the output's elements, and their values
+NAME.so, NAME.npz     a network at a batch size for the GPU; images, and its outputs by the library of this CPU made from the same plan
+NAME-qdq.onnx         the network with quantize and dequantize nodes, and NETWORK.onnx, the float one: for TensorRT
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     return {"name": name, "network": network.name, "batch": batch, "input": port.name}
 
 
-def prepare(
-    folder: Path, target: Target, chosen: Sequence[networks.Network], batches: Sequence[int], rows: bool, peers: bool, progress: Any
-) -> dict[str, Any]:
+def prepare(folder: Path, target: Target, chosen: Sequence[networks.Network], batches: Sequence[int], rows: bool, peers: bool, progress: Any) -> dict[str, Any]:
     """Fill the folder. What fails is noted in the plan and left out."""
     folder.mkdir(parents=True, exist_ok=True)
     plan: dict[str, Any] = {"target": target.name, "capability": target.capability, "rows": [], "networks": [], "failed": []}

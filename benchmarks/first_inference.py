@@ -23,7 +23,7 @@ import networks
 import numpy as np
 import peers
 
-WORKER = '''
+WORKER = """
 import json, sys, time
 import numpy as np
 kind, path, data, threads, cache = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
@@ -54,7 +54,7 @@ else:
 done = time.perf_counter()
 first = next(iter(outputs.values()))
 print(json.dumps({"import": imported - start, "load": loaded - imported, "run": done - loaded, "finite": bool(np.isfinite(first).all())}))
-'''
+"""
 
 
 def once(arguments: list[str]) -> dict[str, float]:

@@ -283,9 +283,7 @@ class Exporter:
             kernel = w.transpose(2, 0, 1)[:, None] if layer.depthwise else w.transpose(3, 2, 0, 1)
             weight = self.constant(f"weight{len(self.constants)}", kernel)
             groups = len(kernel) if layer.depthwise else 1
-            return self.node(
-                "Conv", [x, weight], kernel_shape=[layer.k] * 2, strides=[layer.stride] * 2, pads=[layer.k // 2] * 4, group=groups
-            )
+            return self.node("Conv", [x, weight], kernel_shape=[layer.k] * 2, strides=[layer.stride] * 2, pads=[layer.k // 2] * 4, group=groups)
         if isinstance(layer, BatchNorm):
             values = {**layer.params, "mean": layer.mean, "var": layer.var}
             named = [self.constant(f"{key}{len(self.constants)}", value) for key, value in values.items()]
@@ -346,9 +344,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     onnx.save(export(network), options.output / "digits.onnx")
     planes = images.transpose(0, 3, 1, 2)
-    np.savez_compressed(
-        options.output / "digits.npz", calibration=planes[training[:100]], evaluation=planes[held_out], labels=labels[held_out]
-    )
+    np.savez_compressed(options.output / "digits.npz", calibration=planes[training[:100]], evaluation=planes[held_out], labels=labels[held_out])
     for name in ("digits.onnx", "digits.npz"):
         print(name, (options.output / name).stat().st_size, "bytes")
 

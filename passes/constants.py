@@ -81,9 +81,7 @@ def kernel_form(constant: Constant, kind: str, groups: int = 1) -> Constant | st
         constant = _mapped(constant, lambda a: a.reshape(a.shape[-2:]).T)
     elif kind == "conv2d_transpose":
         i, kh, kw, o = value.shape
-        constant = _mapped(
-            constant, lambda a: a.reshape(groups, i // groups, kh, kw, o).transpose(0, 4, 2, 3, 1).reshape(groups * o, kh, kw, i // groups)
-        )
+        constant = _mapped(constant, lambda a: a.reshape(groups, i // groups, kh, kw, o).transpose(0, 4, 2, 3, 1).reshape(groups * o, kh, kw, i // groups))
     if constant.value.dtype not in (np.float32, np.int8):
         return f"weights of dtype {constant.value.dtype} have no int8 kernel; supported: float32"
     constant = replace(constant, value=np.ascontiguousarray(constant.value))

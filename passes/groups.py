@@ -131,9 +131,7 @@ class _Finder:
         found = _ANCHORS[str(relax_op(expr))](expr)
         weight = self.constant(right)
         if isinstance(found, str) or dtype_of(expr) != "float32":
-            return self.float_group(
-                name, expr, found if isinstance(found, str) else f"there are int8 kernels for float32 tensors only, not {dtype_of(expr)}"
-            )
+            return self.float_group(name, expr, found if isinstance(found, str) else f"there are int8 kernels for float32 tensors only, not {dtype_of(expr)}")
         kind, attrs = found
         if weight is None and kind == "dense":
             if len(x.ty.shape) < 2 or len(right.ty.shape) < 2:
@@ -148,9 +146,7 @@ class _Finder:
             return self.float_group(name, expr, formed)
         if kind == "dense" and len(x.ty.shape) != len(expr.ty.shape):
             return self.float_group(name, expr, "a product that adds dimensions has no int8 kernel")
-        start = Group(
-            kind, name, (name, *weight.members), _names([x]), shape_of(expr), formed.value, formed.scale, formed.zero_point, attrs=attrs
-        )
+        start = Group(kind, name, (name, *weight.members), _names([x]), shape_of(expr), formed.value, formed.scale, formed.zero_point, attrs=attrs)
         return self.extend(start)
 
     def extend(self, group: Group) -> Group:
@@ -181,11 +177,7 @@ class _Finder:
             return None
         constant = self.constant(right if _is(left, group.id) else left)
         channels = group.shape[-1]
-        if (
-            constant is None
-            or constant.value.size not in (1, channels)
-            or (constant.value.size > 1 and constant.value.shape[-1] != channels)
-        ):
+        if constant is None or constant.value.size not in (1, channels) or (constant.value.size > 1 and constant.value.shape[-1] != channels):
             return None
         value = np.broadcast_to(constant.real().astype(np.float64).reshape(-1), (channels,))
         return -value if relax_op(expr) == "relax.subtract" else value.copy()

@@ -100,9 +100,7 @@ class _Inserter:
         if output is None and group.kind in DATA_MOVEMENT:
             return "it moves float32 data"
         if output is None and group.kind not in ACCUMULATING:
-            raise PlanError(
-                f"{group.kind} '{group.id}': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float"
-            )
+            raise PlanError(f"{group.kind} '{group.id}': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float")
         operands = [self.params(v, group) for v in [*group.inputs, *([group.residual] if group.residual else [])]]
         reason = self.overflow(group)
         if reason is None and output is not None and (group.residual or group.kind in ("add", "sub")):
@@ -115,8 +113,7 @@ class _Inserter:
         found = self.plan.params(value)
         if found is None:
             raise PlanError(
-                f"{group.kind} '{group.id}' is planned in 8 bits, but its input '{value}' has no 8-bit parameters; "
-                "give them, or a reason to keep it in float"
+                f"{group.kind} '{group.id}' is planned in 8 bits, but its input '{value}' has no 8-bit parameters; give them, or a reason to keep it in float"
             )
         return found
 

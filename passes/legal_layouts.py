@@ -31,9 +31,7 @@ def legal_layouts(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def _applies(expr: Any) -> bool:
-    return (
-        relax_op(expr) == "relax.nn.conv2d_transpose" and str(expr.attrs.data_layout) == "NHWC" and str(expr.attrs.kernel_layout) == "IHWO"
-    )
+    return relax_op(expr) == "relax.nn.conv2d_transpose" and str(expr.attrs.data_layout) == "NHWC" and str(expr.attrs.kernel_layout) == "IHWO"
 
 
 def _rewritten(builder: GraphBuilder, name: str, expr: Any) -> Any:

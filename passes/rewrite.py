@@ -1,9 +1,9 @@
 """What rewriting passes share: walk the bindings in order, replace some, keep the rest.
 
-    rewrite = Rewrite(module)
-    for name, expr in rewrite:            # operands already replaced
-        rewrite.keep(name, expr)          # or rewrite.replace(name, a variable or constant), or nothing, when no one needs it any more
-    return rewrite.done()
+rewrite = Rewrite(module)
+for name, expr in rewrite:            # operands already replaced
+    rewrite.keep(name, expr)          # or rewrite.replace(name, a variable or constant), or nothing, when no one needs it any more
+return rewrite.done()
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class Rewrite:
             new = self.env.get(str(var.name), var)
             results.append((name, self.builder.emit(self.builder.fresh(str(var.name)), new) if is_const(new) else new))
         return self.builder.finish(results)
-
 
 
 def channel_vector(expr: Any, axis: int, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -136,9 +136,7 @@ def _resize(expr: Any) -> Described | str:
     if transformation not in _COORDINATES:
         return f"resize with coordinates '{transformation}' has no int8 kernel; supported: {', '.join(_COORDINATES)}"
     size = [int(d) for d in expr.args[1].values]
-    return Described(
-        "resize2d", [expr.args[0]], {"size": size, "method": method, "transformation": transformation, "rounding": str(a.rounding_method)}
-    )
+    return Described("resize2d", [expr.args[0]], {"size": size, "method": method, "transformation": transformation, "rounding": str(a.rounding_method)})
 
 
 _COORDINATES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")

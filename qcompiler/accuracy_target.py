@@ -314,9 +314,7 @@ class _Search:
         shift, size = first.seconds - base.seconds, first.compilation.artifact.size - base.bytes
         every = max(1, -(-len(self.path) // _CURVE))
         shown = [p for i, p in enumerate(self.path) if i % every == 0 or i == len(self.path) - 1]
-        return [
-            {"layers": len(p.keep), "sqnr_db": _finite(decibel(p.noise * scale)), "seconds": p.seconds + shift, "bytes": p.bytes + size} for p in shown
-        ]
+        return [{"layers": len(p.keep), "sqnr_db": _finite(decibel(p.noise * scale)), "seconds": p.seconds + shift, "bytes": p.bytes + size} for p in shown]
 
     def layers(self) -> dict[str, Any]:
         """Per layer: SQNR of the outputs when its weights and its result alone are rounded, and its seconds in both types."""

@@ -64,8 +64,10 @@ def _coverage(group: Group, shape: tuple[int, ...]) -> np.ndarray:
         return np.ones((1, 1))
     assert group.weight is not None
     rows, columns = (
-        reach(shape[1 + a], group.shape[1 + a], group.weight.shape[1 + a], group.attrs["strides"][a], group.attrs["padding"][a], group.attrs["dilation"][a])
-        .sum(axis=1, dtype=np.float64) / group.shape[1 + a]
+        reach(
+            shape[1 + a], group.shape[1 + a], group.weight.shape[1 + a], group.attrs["strides"][a], group.attrs["padding"][a], group.attrs["dilation"][a]
+        ).sum(axis=1, dtype=np.float64)
+        / group.shape[1 + a]
         for a in (0, 1)
     )
     return np.outer(rows, columns)

@@ -177,7 +177,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtifactError(f"{path}: the manifest is damaged (its digest does not match); compile the model again")
     if manifest.get("format") != FORMAT_VERSION:
         raise ArtifactError(
-            f"{path}: artifact format {manifest.get('format')}, this version of qcompiler reads format {FORMAT_VERSION}; compile the model again")
+            f"{path}: artifact format {manifest.get('format')}, this version of qcompiler reads format {FORMAT_VERSION}; compile the model again"
+        )
     return manifest
 
 

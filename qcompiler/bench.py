@@ -70,10 +70,7 @@ def ratios(timings: Sequence[Timing], base: str) -> dict[str, float]:
 def random_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs to measure with: standard normal numbers for float inputs, zeros for others (any index is valid then)."""
     generator = np.random.default_rng(seed)
-    return {
-        i.name: generator.standard_normal(i.shape).astype(i.dtype) if np.dtype(i.dtype).kind == "f" else np.zeros(i.shape, i.dtype)
-        for i in inputs
-    }
+    return {i.name: generator.standard_normal(i.shape).astype(i.dtype) if np.dtype(i.dtype).kind == "f" else np.zeros(i.shape, i.dtype) for i in inputs}
 
 
 def onnxruntime_call(model: str, inputs: Mapping[str, np.ndarray], threads: int) -> Callable[[], Any]:

@@ -23,10 +23,7 @@ from qcompiler.errors import DataError, QCompilerError
 from qcompiler.files import check_writable, replacing
 from qcompiler.progress import terminal_progress
 
-DATA_HELP = (
-    "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, "
-    "or a folder of images together with --preprocess"
-)
+DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with --preprocess"
 SHAPE_HELP = "shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs"
 PREPROCESS_HELP = (
     "YAML file for a folder of images; keys: resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), "
@@ -81,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(code, weights and manifest in one file). The same inputs give the same bytes.",
     )
     p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
-    p.add_argument(
-        "--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)"
-    )
+    p.add_argument("--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)")
     p.add_argument(
         "--calibration",
         metavar="DATA",
@@ -122,16 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, metavar="MODEL.onnx", help="the float model it was compiled from")
     p.add_argument("--data", required=True, metavar="DATA", help=f"evaluation inputs, other than those of the calibration: {DATA_HELP}")
     p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
-    p.add_argument(
-        "--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices"
-    )
+    p.add_argument("--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices")
     p.add_argument("--min-sqnr", type=float, metavar="DB", help="fail when an output has a lower signal-to-quantization-noise ratio")
-    p.add_argument(
-        "--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)"
-    )
-    p.add_argument(
-        "--max-accuracy-drop", type=float, metavar="POINTS", help="fail when top-1 accuracy falls by more percentage points; needs --labels"
-    )
+    p.add_argument("--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)")
+    p.add_argument("--max-accuracy-drop", type=float, metavar="POINTS", help="fail when top-1 accuracy falls by more percentage points; needs --labels")
     p.add_argument(
         "--max-channel-bias",
         type=float,
@@ -153,18 +142,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("library", metavar="FILE.so")
     p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of each candidate (default 1)")
     p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
-    p.add_argument(
-        "--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed"
-    )
+    p.add_argument("--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed")
     p.add_argument("--seconds", type=float, default=3.0, metavar="S", help="time to spend on measuring (default 3)")
     p.add_argument("--layers", action="store_true", help="print the time of every step as well")
     p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
 
     p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
     p.add_argument("library", metavar="FILE.so")
-    p.add_argument(
-        "--input", action="append", required=True, metavar="NAME=X.npy", type=_pair, help="one array per input; repeat for more inputs"
-    )
+    p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=_pair, help="one array per input; repeat for more inputs")
     p.add_argument("--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
     p.add_argument("--threads", type=_positive, default=1, metavar="N")
 
@@ -388,9 +373,7 @@ def _targets(options: argparse.Namespace) -> int:
         "architecture": host_architecture(),
         "native": native,
         "gpu": graphics,
-        "targets": [
-            {"name": t.name, "triple": t.triple, "features": t.features, "rows": t.rows, "missing": missing[t.name]} for t in targets
-        ],
+        "targets": [{"name": t.name, "triple": t.triple, "features": t.features, "rows": t.rows, "missing": missing[t.name]} for t in targets],
     }
     title = f"This machine: {host_architecture()}, native = {native or 'none of these'}; GPU: {graphics}"
     columns = ("target", "triple", "features", "kernel rows", "storage", "note", "here")

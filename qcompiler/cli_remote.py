@@ -44,8 +44,10 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
         )
     document = {"folder": str(made.folder), "set": made.digest, "tasks": made.tasks, "candidates": made.candidates, "bytes": made.size}
     lines = [f"left out: {text}" for text in made.skipped] + [f"failed: {text}" for text in made.failed]
-    lines.append(f"{made.folder}: {made.candidates} candidates for {made.tasks} kernel shapes, {size(made.size)}. Copy it to the device, run ./qc_measure "
-                 f"there, bring results.jsonl back, then: qcompiler tune --log {options.log} --import-results results.jsonl")
+    lines.append(
+        f"{made.folder}: {made.candidates} candidates for {made.tasks} kernel shapes, {size(made.size)}. Copy it to the device, run ./qc_measure "
+        f"there, bring results.jsonl back, then: qcompiler tune --log {options.log} --import-results results.jsonl"
+    )
     show(options, document | {"skipped": made.skipped, "failed": made.failed}, lambda: "\n".join(lines))
     return 0
 

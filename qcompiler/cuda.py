@@ -51,7 +51,8 @@ def find_nvcc(target: Target) -> Path:
             return path
     raise TargetError(
         f"target '{target.name}' needs NVIDIA's compiler nvcc, and there is none on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages; "
-        "install the CUDA toolkit, or: pip install nvidia-cuda-nvcc")
+        "install the CUDA toolkit, or: pip install nvidia-cuda-nvcc"
+    )
 
 
 @functools.cache
@@ -73,8 +74,10 @@ def check_toolkit(target: Target) -> Path:
     nvcc, architecture = find_nvcc(target), str(target.tvm.get("arch"))
     known = re.findall(r"\bsm_\w+", _ask(nvcc, "--list-gpu-code"))
     if architecture not in known:
-        raise TargetError(f"target '{target.name}': nvcc {nvcc_version(nvcc)} ({nvcc}) has no architecture '{architecture}'.{closest(architecture, known)} "
-                          f"It has {', '.join(known)}; use another target, or another version of the CUDA toolkit")
+        raise TargetError(
+            f"target '{target.name}': nvcc {nvcc_version(nvcc)} ({nvcc}) has no architecture '{architecture}'.{closest(architecture, known)} "
+            f"It has {', '.join(known)}; use another target, or another version of the CUDA toolkit"
+        )
     return nvcc
 
 
@@ -110,15 +113,17 @@ def launch_table(program: Program) -> str:
         pointers = list(_arguments(program, step))
         steps.append(f"{{{symbols[step.kernel.key][0]}, {blocks}u, {threads}u, {len(arguments)}, {len(pointers)}}}")
         arguments += [f"{{SPACE_{space.upper()}, {offset}u}}" for space, offset in pointers]
-    return "\n".join([
-        '#include "qc_launches.h"',
-        "const char* const launch_kernels[] = {" + "".join(f'"{symbol}", ' for _, symbol in symbols.values()) + "0};",
-        f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)}, launch_capability = {program.target.capability};",
-        f"const int32_t launch_counters = {max((step.kernel.counters for step in program.steps), default=0)};",
-        "const launch launches[] = {" + ", ".join([*steps, "{0, 0, 0, 0, 0}"]) + "};",
-        "const launch_argument launch_arguments[] = {" + ", ".join([*arguments, "{0, 0}"]) + "};",
-        _DEVICE_CODE,
-    ])
+    return "\n".join(
+        [
+            '#include "qc_launches.h"',
+            "const char* const launch_kernels[] = {" + "".join(f'"{symbol}", ' for _, symbol in symbols.values()) + "0};",
+            f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)}, launch_capability = {program.target.capability};",
+            f"const int32_t launch_counters = {max((step.kernel.counters for step in program.steps), default=0)};",
+            "const launch launches[] = {" + ", ".join([*steps, "{0, 0, 0, 0, 0}"]) + "};",
+            "const launch_argument launch_arguments[] = {" + ", ".join([*arguments, "{0, 0}"]) + "};",
+            _DEVICE_CODE,
+        ]
+    )
 
 
 def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:

@@ -66,9 +66,7 @@ def open_samples(source: Any, inputs: Sequence[InputInfo], preprocess: str | Pat
     if settings is not None:
         raise DataError(f"{path}: preprocessing applies to a folder of images only")
     if path.suffix not in (".npz", ".npy"):
-        raise DataError(
-            f"{path}: unknown kind of data '{path.suffix}'. Supported: .npz, .npy, a folder of images with a preprocessing file"
-        )
+        raise DataError(f"{path}: unknown kind of data '{path.suffix}'. Supported: .npz, .npy, a folder of images with a preprocessing file")
     return ArraySamples(path, inputs)
 
 
@@ -90,9 +88,7 @@ def check_names(names: Iterable[str], inputs: Sequence[InputInfo], where: str) -
 def check_sample(sample: Any, inputs: Sequence[InputInfo], where: str) -> Sample:
     """`sample` when it is one full set of inputs: right names, shapes and dtypes, every number finite. Raises DataError."""
     if not isinstance(sample, Mapping):
-        raise DataError(
-            f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}"
-        )
+        raise DataError(f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}")
     check_names(sample, inputs, where)
     checked = {}
     for info in inputs:
@@ -100,9 +96,7 @@ def check_sample(sample: Any, inputs: Sequence[InputInfo], where: str) -> Sample
         if not isinstance(array, np.ndarray):
             raise DataError(f"{where}: input '{info.name}' is a {type(array).__name__}; a numpy array is expected")
         if str(array.dtype) != info.dtype:
-            raise DataError(
-                f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')"
-            )
+            raise DataError(f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')")
         if array.shape != tuple(info.shape):
             hint = "; add the batch axis with x[None]" if array.shape == tuple(info.shape[1:]) else ""
             raise DataError(f"{where}: input '{info.name}' has shape {list(array.shape)}, the model wants {list(info.shape)}{hint}")
@@ -125,8 +119,7 @@ class CheckedSamples:
     def __init__(self, source: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[InputInfo]) -> None:
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise DataError(
-                f"samples are an iterable of {{input name: array}}, or a path; got {type(source).__name__}. "
-                "For one sample pass a list of one mapping"
+                f"samples are an iterable of {{input name: array}}, or a path; got {type(source).__name__}. For one sample pass a list of one mapping"
             )
         self._source = list(source) if isinstance(source, Iterator) else source
         self._inputs = inputs
@@ -183,9 +176,7 @@ class ArraySamples:
             check_names(headers, inputs, str(path))
         else:
             if len(inputs) != 1:
-                raise DataError(
-                    f"{path}: an .npy serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}"
-                )
+                raise DataError(f"{path}: an .npy serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
             headers = {inputs[0].name: self._header(path.open("rb"))}
         self._columns = [self._column(info, *headers[info.name]) for info in inputs]
         counts = {c.name: c.count for c in self._columns}
@@ -266,9 +257,7 @@ class ImageSamples:
         if not files:
             raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
         if len(inputs) != 1:
-            raise DataError(
-                f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}"
-            )
+            raise DataError(f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
         self._folder, self._inputs, self._preprocess, self._files = folder, inputs, preprocess, files
         self._check(preprocess(files[0]), files[0])
 
@@ -342,9 +331,7 @@ def load_labels(path: str | Path, samples: Samples) -> np.ndarray:
         return np.asarray(labels, np.int64)
     table = _read_label_table(path)
     if not samples.names:
-        raise DataError(
-            f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample"
-        )
+        raise DataError(f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample")
     lost = [n for n in samples.names if n not in table and Path(n).name not in table]
     if lost:
         raise DataError(f"{path}: no label for {len(lost)} of {len(samples.names)} images, '{lost[0]}' the first")

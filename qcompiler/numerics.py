@@ -48,8 +48,21 @@ def dequantize(q: Array, *, scale: float, zero_point: int, axes: Sequence[int] |
 # -- products -------------------------------------------------------------------------------------------------------------------------
 
 
-def finish(acc: Array, multiplier: Array, residual: Array | None, *, zero_point: int, low: int, high: int, out_dtype: str, residual_zero_point: int,
-           residual_multiplier: int | None, residual_shift: int, float_low: float | None, float_high: float | None) -> Array:
+def finish(
+    acc: Array,
+    multiplier: Array,
+    residual: Array | None,
+    *,
+    zero_point: int,
+    low: int,
+    high: int,
+    out_dtype: str,
+    residual_zero_point: int,
+    residual_multiplier: int | None,
+    residual_shift: int,
+    float_low: float | None,
+    float_high: float | None,
+) -> Array:
     """The epilogue of conv2d, conv2d_transpose and dense: from int32 accumulators [..., O] to the output.
 
     Raises ValueError for a residual that has no residual_multiplier, or whose output is float32: neither has a meaning.
@@ -72,18 +85,47 @@ def finish(acc: Array, multiplier: Array, residual: Array | None, *, zero_point:
     return requantize(total, 2.0**-residual_shift, zero_point, low, high)
 
 
-def conv2d(x: Array, w: Array, bias: Array, multiplier: Array, residual: Array | None = None, *, strides: Sequence[int], padding: Sequence[int],
-           dilation: Sequence[int] = (1, 1), groups: int = 1, x_zero_point: int, zero_point: int = 0, low: int = -128, high: int = 127,
-           out_dtype: str = "int8", residual_zero_point: int = 0, residual_multiplier: int | None = None, residual_shift: int = 0,
-           float_low: float | None = None, float_high: float | None = None) -> Array:
+def conv2d(
+    x: Array,
+    w: Array,
+    bias: Array,
+    multiplier: Array,
+    residual: Array | None = None,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    x_zero_point: int,
+    zero_point: int = 0,
+    low: int = -128,
+    high: int = 127,
+    out_dtype: str = "int8",
+    residual_zero_point: int = 0,
+    residual_multiplier: int | None = None,
+    residual_shift: int = 0,
+    float_low: float | None = None,
+    float_high: float | None = None,
+) -> Array:
     """x [N,H,W,I], w [O,KH,KW,I/groups], bias int32 [O], multiplier float32 [O], residual like the output. padding: top, left, bottom, right.
 
     `acc = bias + sum((x - x_zero_point) * w)`; padding contributes 0.
     """
     acc = convolve(x.astype(np.float64) - x_zero_point, w.astype(np.float64), strides, padding, dilation, groups)
-    return finish(acc.astype(np.int64) + bias.astype(np.int64), multiplier, residual, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=residual_zero_point, residual_multiplier=residual_multiplier, residual_shift=residual_shift,
-                  float_low=float_low, float_high=float_high)
+    return finish(
+        acc.astype(np.int64) + bias.astype(np.int64),
+        multiplier,
+        residual,
+        zero_point=zero_point,
+        low=low,
+        high=high,
+        out_dtype=out_dtype,
+        residual_zero_point=residual_zero_point,
+        residual_multiplier=residual_multiplier,
+        residual_shift=residual_shift,
+        float_low=float_low,
+        float_high=float_high,
+    )
 
 
 def convolve(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Array:
@@ -108,17 +150,44 @@ def convolve(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int],
     return acc
 
 
-def conv2d_transpose(x: Array, w: Array, bias: Array, multiplier: Array, *, strides: Sequence[int], padding: Sequence[int],
-                     output_padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1, x_zero_point: int, zero_point: int = 0,
-                     low: int = -128, high: int = 127, out_dtype: str = "int8", float_low: float | None = None, float_high: float | None = None) -> Array:
+def conv2d_transpose(
+    x: Array,
+    w: Array,
+    bias: Array,
+    multiplier: Array,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    x_zero_point: int,
+    zero_point: int = 0,
+    low: int = -128,
+    high: int = 127,
+    out_dtype: str = "int8",
+    float_low: float | None = None,
+    float_high: float | None = None,
+) -> Array:
     """ONNX ConvTranspose: x [N,H,W,I], w [O,KH,KW,I/groups]. Each `x - x_zero_point` is scattered times w, then `padding` is cropped away."""
     acc = scatter(x.astype(np.float64) - x_zero_point, w.astype(np.float64), strides, padding, output_padding, dilation, groups)
-    return finish(acc.astype(np.int64) + bias.astype(np.int64), multiplier, None, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=0, residual_multiplier=None, residual_shift=0, float_low=float_low, float_high=float_high)
+    return finish(
+        acc.astype(np.int64) + bias.astype(np.int64),
+        multiplier,
+        None,
+        zero_point=zero_point,
+        low=low,
+        high=high,
+        out_dtype=out_dtype,
+        residual_zero_point=0,
+        residual_multiplier=None,
+        residual_shift=0,
+        float_low=float_low,
+        float_high=float_high,
+    )
 
 
-def scatter(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int],
-            groups: int) -> Array:
+def scatter(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int], groups: int) -> Array:
     """The transpose of `convolve` in the operands' float dtype: x [N,H,W,I], w [O,KH,KW,I/groups] -> [N,OH,OW,O]."""
     top, left, bottom, right = padding
     outputs, kh, kw, inputs = w.shape
@@ -135,29 +204,90 @@ def scatter(x: Array, w: Array, strides: Sequence[int], padding: Sequence[int], 
     return acc[:, top : full_h - bottom, left : full_w - right]
 
 
-def dense(x: Array, w: Array, bias: Array, multiplier: Array, residual: Array | None = None, *, x_zero_point: int, zero_point: int = 0, low: int = -128,
-          high: int = 127, out_dtype: str = "int8", residual_zero_point: int = 0, residual_multiplier: int | None = None, residual_shift: int = 0,
-          float_low: float | None = None, float_high: float | None = None) -> Array:
+def dense(
+    x: Array,
+    w: Array,
+    bias: Array,
+    multiplier: Array,
+    residual: Array | None = None,
+    *,
+    x_zero_point: int,
+    zero_point: int = 0,
+    low: int = -128,
+    high: int = 127,
+    out_dtype: str = "int8",
+    residual_zero_point: int = 0,
+    residual_multiplier: int | None = None,
+    residual_shift: int = 0,
+    float_low: float | None = None,
+    float_high: float | None = None,
+) -> Array:
     """x [..., K], w [N, K], bias int32 [N], multiplier float32 [N] -> [..., N]."""
     acc = (x.astype(np.float64) - x_zero_point) @ w.astype(np.float64).T
-    return finish(acc.astype(np.int64) + bias.astype(np.int64), multiplier, residual, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=residual_zero_point, residual_multiplier=residual_multiplier, residual_shift=residual_shift,
-                  float_low=float_low, float_high=float_high)
+    return finish(
+        acc.astype(np.int64) + bias.astype(np.int64),
+        multiplier,
+        residual,
+        zero_point=zero_point,
+        low=low,
+        high=high,
+        out_dtype=out_dtype,
+        residual_zero_point=residual_zero_point,
+        residual_multiplier=residual_multiplier,
+        residual_shift=residual_shift,
+        float_low=float_low,
+        float_high=float_high,
+    )
 
 
-def matmul(a: Array, b: Array, *, a_zero_point: int, b_zero_point: int, multiplier: float, zero_point: int = 0, low: int = -128, high: int = 127,
-           out_dtype: str = "int8", float_low: float | None = None, float_high: float | None = None) -> Array:
+def matmul(
+    a: Array,
+    b: Array,
+    *,
+    a_zero_point: int,
+    b_zero_point: int,
+    multiplier: float,
+    zero_point: int = 0,
+    low: int = -128,
+    high: int = 127,
+    out_dtype: str = "int8",
+    float_low: float | None = None,
+    float_high: float | None = None,
+) -> Array:
     """a [..., M, K], b [..., K, N], both computed at run time; batch axes broadcast."""
     acc = (a.astype(np.float64) - a_zero_point) @ (b.astype(np.float64) - b_zero_point)
-    return finish(acc.astype(np.int64), np.asarray(multiplier), None, zero_point=zero_point, low=low, high=high, out_dtype=out_dtype,
-                  residual_zero_point=0, residual_multiplier=None, residual_shift=0, float_low=float_low, float_high=float_high)
+    return finish(
+        acc.astype(np.int64),
+        np.asarray(multiplier),
+        None,
+        zero_point=zero_point,
+        low=low,
+        high=high,
+        out_dtype=out_dtype,
+        residual_zero_point=0,
+        residual_multiplier=None,
+        residual_shift=0,
+        float_low=float_low,
+        float_high=float_high,
+    )
 
 
 # -- elementwise ----------------------------------------------------------------------------------------------------------------------
 
 
-def add(a: Array, b: Array, *, a_zero_point: int, a_multiplier: int, b_zero_point: int, b_multiplier: int, shift: int, zero_point: int, low: int = -128,
-        high: int = 127) -> Array:
+def add(
+    a: Array,
+    b: Array,
+    *,
+    a_zero_point: int,
+    a_multiplier: int,
+    b_zero_point: int,
+    b_multiplier: int,
+    shift: int,
+    zero_point: int,
+    low: int = -128,
+    high: int = 127,
+) -> Array:
     """`requantize((a - za) * A + (b - zb) * B, 2^-shift)`; broadcasting; a negative B subtracts."""
     acc = (a.astype(np.int64) - a_zero_point) * a_multiplier + (b.astype(np.int64) - b_zero_point) * b_multiplier
     return requantize(acc, 2.0**-shift, zero_point, low, high)
@@ -193,8 +323,20 @@ def max_pool2d(x: Array, *, kernel: Sequence[int], strides: Sequence[int], paddi
     return np.asarray(np.max(np.stack(_windows(x, -128, kernel, strides, padding, dilation)), axis=0), np.int8)
 
 
-def avg_pool2d(x: Array, *, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[int], count_include_pad: bool, x_zero_point: int, ratio: float,
-               zero_point: int, low: int = -128, high: int = 127, dilation: Sequence[int] = (1, 1)) -> Array:
+def avg_pool2d(
+    x: Array,
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+    x_zero_point: int,
+    ratio: float,
+    zero_point: int,
+    low: int = -128,
+    high: int = 127,
+    dilation: Sequence[int] = (1, 1),
+) -> Array:
     """`requantize(sum(x - zx), float32(ratio / count))` per window; ratio (float64) is x_scale / y_scale.
 
     count: elements of the window that lie in the image, or kernel size when `count_include_pad` (padding is 0).
@@ -219,8 +361,18 @@ def concat(*xs: Array, axis: int) -> Array:
     return np.concatenate(xs, axis=axis)
 
 
-def resize2d(x: Array, *, size: Sequence[int], method: str, iy0: Sequence[int], iy1: Sequence[int], wy: Sequence[int], ix0: Sequence[int],
-             ix1: Sequence[int], wx: Sequence[int]) -> Array:
+def resize2d(
+    x: Array,
+    *,
+    size: Sequence[int],
+    method: str,
+    iy0: Sequence[int],
+    iy1: Sequence[int],
+    wy: Sequence[int],
+    ix0: Sequence[int],
+    ix1: Sequence[int],
+    wx: Sequence[int],
+) -> Array:
     """nearest: `x[iy0][ix0]`. linear: the four corners weighted by 10-bit fixed-point weights, `requantize(acc, 2^-20)` with zero point 0."""
     if method == "nearest":
         return x[:, list(iy0)][:, :, list(ix0)]
@@ -254,8 +406,19 @@ def pad(x: Array, *, pads: Sequence[Sequence[int]], value: int) -> Array:
 # -- float groups, for tests with a tolerance -----------------------------------------------------------------------------------------
 
 
-def f32_conv2d(x: Array, w: Array, bias: Array, residual: Array | None = None, *, strides: Sequence[int], padding: Sequence[int],
-               dilation: Sequence[int] = (1, 1), groups: int = 1, low: float, high: float) -> Array:
+def f32_conv2d(
+    x: Array,
+    w: Array,
+    bias: Array,
+    residual: Array | None = None,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    low: float,
+    high: float,
+) -> Array:
     """float32 convolution with bias, residual and clamp; the order of the sum is free, so kernels agree only to rounding."""
     y = convolve(x.astype(np.float64), w.astype(np.float64), strides, padding, dilation, groups) + bias.astype(np.float64)
     return np.asarray(np.clip(y if residual is None else y + residual, low, high), F32)
@@ -267,8 +430,9 @@ def f32_dense(x: Array, w: Array, bias: Array, residual: Array | None = None, *,
     return np.asarray(np.clip(y if residual is None else y + residual, low, high), F32)
 
 
-def f32_dense_weight_only(x: Array, q: Array, zero_point: Array, scale: Array, bias: Array, residual: Array | None = None, *, bits: int,
-                          group_size: int, low: float, high: float) -> Array:
+def f32_dense_weight_only(
+    x: Array, q: Array, zero_point: Array, scale: Array, bias: Array, residual: Array | None = None, *, bits: int, group_size: int, low: float, high: float
+) -> Array:
     """`f32_dense` with weights `w = f32(f32(q - z) * s)`: q int8 [N, K] of `bits` bits, z int8 and s float32 [N, G], one per `group_size` weights of a row."""
     assert -(1 << (bits - 1)) <= int(q.min()) and int(q.max()) < 1 << (bits - 1), bits
     zero, factor = (np.repeat(a, group_size, axis=1)[:, : q.shape[1]] for a in (zero_point, scale))

@@ -182,9 +182,7 @@ class _Layers:
 
     def _compare(self, name: str, array: np.ndarray, reference: np.ndarray) -> None:
         if array.shape != reference.shape:
-            raise ArtifactError(
-                f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network"
-            )
+            raise ArtifactError(f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network")
         step, real = None, array
         if array.dtype == np.int8:
             try:
@@ -240,10 +238,7 @@ def compare(
         raise DataError("the data is empty: at least one sample is needed")
     top = {name: (np.concatenate([a for a, _ in pairs]), np.concatenate([r for _, r in pairs])) for name, pairs in votes.items()}
     dtypes = {o.name: str(o.dtype) for o in actual.outputs}
-    outputs = [
-        Row(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None)
-        for name in names
-    ]
+    outputs = [Row(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None) for name in names]
     float_accuracy, int8_accuracy = None, None
     if labels is not None:
         got_top, float_top = top[classified[0]]
@@ -274,9 +269,7 @@ def check_thresholds(thresholds: Any, classified: Sequence[Any], labelled: bool)
     if thresholds.max_accuracy_drop is not None and not labelled:
         raise DataError("an accuracy threshold needs labels (--labels)")
     if not classified and (labelled or thresholds.min_agreement is not None):
-        raise DataError(
-            "labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR"
-        )
+        raise DataError("labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR")
 
 
 def _failures(report: ParityReport) -> list[str]:
@@ -296,9 +289,7 @@ def _failures(report: ParityReport) -> list[str]:
             bias = row.metrics.channel_bias
             if bias is not None and not abs(bias) <= limits.max_channel_bias:
                 channel = row.metrics.channel
-                found.append(
-                    f"layer '{row.name}': channel {channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}"
-                )
+                found.append(f"layer '{row.name}': channel {channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}")
     return found
 
 
@@ -335,9 +326,7 @@ def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mappi
         compared += 1
         wanted = expected[name]
         if wanted.shape != array.shape or wanted.dtype != array.dtype:
-            raise ArtifactError(
-                f"value '{name}' is {array.dtype}{list(array.shape)} in the library, {wanted.dtype}{list(wanted.shape)} in the reference"
-            )
+            raise ArtifactError(f"value '{name}' is {array.dtype}{list(array.shape)} in the library, {wanted.dtype}{list(wanted.shape)} in the reference")
         where = np.argwhere(array != wanted)
         if len(where):
             first = tuple(int(i) for i in where[0])

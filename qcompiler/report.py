@@ -181,10 +181,7 @@ def gather(
         dict(digests),
         manifest.get("digests", {}).get("model") == twin.manifest["digests"]["model"],
         environment(manifest),
-        {
-            name: (memory(s.path, s.threads), joules(functools.partial(s.run, first), seconds / 2))
-            for name, s in (("int8", session), ("float", twin))
-        },
+        {name: (memory(s.path, s.threads), joules(functools.partial(s.run, first), seconds / 2)) for name, s in (("int8", session), ("float", twin))},
     )
 
 

@@ -47,9 +47,7 @@ def patches(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[in
     if kind == "dense":
         return np.ascontiguousarray(x.reshape(-1, x.shape[-1])[at], np.float32)[None]
     n, y, z = np.unravel_index(at, out[:3])
-    rows, columns = (
-        p[:, None] * attrs["strides"][a] - attrs["padding"][a] + np.arange(kernel[a])[None] * attrs["dilation"][a] for a, p in ((0, y), (1, z))
-    )
+    rows, columns = (p[:, None] * attrs["strides"][a] - attrs["padding"][a] + np.arange(kernel[a])[None] * attrs["dilation"][a] for a, p in ((0, y), (1, z)))
     inside = ((rows >= 0) & (rows < x.shape[1]))[:, :, None] & ((columns >= 0) & (columns < x.shape[2]))[:, None, :]
     rows, columns = np.clip(rows, 0, x.shape[1] - 1), np.clip(columns, 0, x.shape[2] - 1)
     found = x[n[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32) * inside[..., None]

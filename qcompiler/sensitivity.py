@@ -81,9 +81,7 @@ def values_of(step: Mapping[str, Any]) -> list[str]:
 _Noise = dict[str, np.ndarray]
 
 
-def _variants(
-    walk: Walk, weights: _Noise, values: _Noise, layers: Collection[str], params: Mapping[str, QParams]
-) -> Iterator[tuple[_Noise, str, np.ndarray]]:
+def _variants(walk: Walk, weights: _Noise, values: _Noise, layers: Collection[str], params: Mapping[str, QParams]) -> Iterator[tuple[_Noise, str, np.ndarray]]:
     """(where it belongs, id, sums of squared errors of the float outputs) of each variant."""
     for new, following in walk.advance():
         for name in new:

@@ -174,9 +174,7 @@ def measure(model: FloatModel, samples: Samples, recipe: Recipe, dump: Dumper, p
     return Measured(model, twin, samples, table, means, recipe, equalization, warnings, ends)
 
 
-def equalized(
-    model: FloatModel, twin: Built, session: Session, samples: Samples, recipe: Recipe, progress: Progress | None
-) -> tuple[FloatModel, Equalization]:
+def equalized(model: FloatModel, twin: Built, session: Session, samples: Samples, recipe: Recipe, progress: Progress | None) -> tuple[FloatModel, Equalization]:
     """The network with its channels equalized, in `twin` and its session too: their code serves any weights."""
     seen = ChannelWatcher(model.module)
     if not seen.streams:

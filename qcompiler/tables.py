@@ -70,9 +70,7 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
         parts.append(table(title, _PARITY_COLUMNS[:-1], [cells[:-1] for cells in _parity_rows(shown)]))
     if report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100 * (report.float_accuracy - report.int8_accuracy)
-        parts.append(
-            f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points"
-        )
+        parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
     parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
     return "\n\n".join(parts)
 
@@ -129,11 +127,7 @@ def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     """What `qcompiler inspect` prints."""
-    plain = {
-        k: v
-        for k, v in manifest.items()
-        if isinstance(v, (str, int, float)) or (isinstance(v, list) and all(isinstance(i, str) for i in v))
-    }
+    plain = {k: v for k, v in manifest.items() if isinstance(v, (str, int, float)) or (isinstance(v, list) and all(isinstance(i, str) for i in v))}
     plain |= {f"{k} of {n}": d for k in ("digests",) if isinstance(manifest.get(k), dict) for n, d in manifest[k].items()}
     general = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in plain.items()]
     steps = step_rows(manifest)

@@ -45,7 +45,7 @@ class Target:
 
     @property
     def architecture(self) -> str:
-        """"x86_64", "aarch64", "armv7a", ..."""
+        """ "x86_64", "aarch64", "armv7a", ..."""
         return self.triple.split("-")[0]
 
     @property

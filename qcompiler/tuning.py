@@ -371,8 +371,10 @@ def check_arguments(target: Target, trials: int, time_limit: float | None, threa
         raise TuningError(f"the time limit is {time_limit:g} s; it must be positive")
     missing = missing_features(target)
     if missing:
-        raise TargetError(f"target '{target.name}' can't be tuned here: candidates are timed on this machine, which lacks {', '.join(missing)}; "
-                          "tune on a machine that has it, and copy the log folder")
+        raise TargetError(
+            f"target '{target.name}' can't be tuned here: candidates are timed on this machine, which lacks {', '.join(missing)}; "
+            "tune on a machine that has it, and copy the log folder"
+        )
     available = len(os.sched_getaffinity(0))
     threads = threads if threads is not None else min(target.cores, available)
     if not 1 <= threads <= available:

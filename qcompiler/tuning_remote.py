@@ -233,8 +233,10 @@ def import_results(results: str | os.PathLike[str], log: str | os.PathLike[str])
     manifest = json.loads(pending.read_text())
     header, lines = _read_results(Path(results))
     if header["set"] != manifest["set"]:
-        raise TuningError(f"{results}: measured candidate set {header['set']}, and {log} waits for set {manifest['set']}; import the file that qc_measure "
-                          "wrote in the folder exported last")
+        raise TuningError(
+            f"{results}: measured candidate set {header['set']}, and {log} waits for set {manifest['set']}; import the file that qc_measure "
+            "wrote in the folder exported last"
+        )
     imported = Imported(header["host"])
     records = list(_records(manifest, header, lines, imported, results))
     if not records and not imported.wrong:

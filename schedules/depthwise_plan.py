@@ -103,11 +103,7 @@ def plan_taps(kernel: Pair, strides: Pair, dilation: Pair, tile: Pair, size: int
                 pixel = (r * strides[0] + ky * dilation[0], s * strides[1] + kx * dilation[1])
                 taps_at.setdefault(pixel, []).append((i, (ky, kx)))
     rows, columns = (sorted({p[axis] for p in taps_at}) for axis in (0, 1))
-    boxes = [
-        [(r, c) for c in columns[at : at + width] for r in band]
-        for band, width in _bands(rows, size, leftover)
-        for at in range(0, len(columns), width)
-    ]
+    boxes = [[(r, c) for c in columns[at : at + width] for r in band] for band, width in _bands(rows, size, leftover) for at in range(0, len(columns), width)]
     patterns: dict[tuple[Pair | None, ...], int] = {}
     bundles = []
     for box in sorted(boxes, key=lambda b: (b[0][1], b[0][0])):

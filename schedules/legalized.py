@@ -1,6 +1,6 @@
 """Operators that stay float: the PrimFunc that TVM's legalization makes, turned into a kernel of our calling convention.
 
-    func(x: Buffer, y: Buffer) with allocations  -->  kernel(task, *pointers[, scratch]) without any
+func(x: Buffer, y: Buffer) with allocations  -->  kernel(task, *pointers[, scratch]) without any
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Row(Protocol):
 
     @property
     def name(self) -> str:
-        """"x86-avx512vnni/conv2d"."""
+        """ "x86-avx512vnni/conv2d"."""
 
     @property
     def isa(self) -> str:

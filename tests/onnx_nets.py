@@ -80,9 +80,7 @@ def execute(module: tvm.IRModule, feeds: dict[str, np.ndarray]) -> dict[str, np.
 
 def samples(model: FloatModel, seed: int = 1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {
-        i.name: (rng.standard_normal(i.shape) * 2 if i.dtype == "float32" else rng.integers(0, 2, i.shape)).astype(i.dtype) for i in model.inputs
-    }
+    return {i.name: (rng.standard_normal(i.shape) * 2 if i.dtype == "float32" else rng.integers(0, 2, i.shape)).astype(i.dtype) for i in model.inputs}
 
 
 def agrees(path: Path, input_shapes: dict[str, Sequence[int]] | None = None, tolerance: float = 1e-5) -> FloatModel:

@@ -76,9 +76,7 @@ def residual_net(seed: int = 0) -> tvm.IRModule:
     return net.done(net.add("logits", op.add(net.add("product", op.matmul(x, net.random(288, 10, spread=0.06))), net.random(10))))
 
 
-def evaluate(
-    module: tvm.IRModule, inputs: dict[str, np.ndarray], keep: Sequence[str], given: Mapping[str, np.ndarray] | None = None
-) -> dict[str, np.ndarray]:
+def evaluate(module: tvm.IRModule, inputs: dict[str, np.ndarray], keep: Sequence[str], given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Values `keep` of a module without qc.* calls, computed by TVM. Readers of a value in `given` see the given array instead of the
     computed one."""
     graph, given = Graph.of(module), given or {}

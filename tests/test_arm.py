@@ -151,8 +151,9 @@ def test_mobilenet_v2_is_byte_identical_everywhere(real_data: Path, root: Path, 
 # -- the wrong machine ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "cpu", "feature"), [("arm64-i8mm", "cortex-a72", "asimddp"), ("arm64-i8mm", "neoverse-n1", "i8mm"),
-                                                      ("arm64-dotprod", "cortex-a53", "asimddp")])
+@pytest.mark.parametrize(
+    ("name", "cpu", "feature"), [("arm64-i8mm", "cortex-a72", "asimddp"), ("arm64-i8mm", "neoverse-n1", "i8mm"), ("arm64-dotprod", "cortex-a53", "asimddp")]
+)
 def test_a_cpu_without_the_instructions_is_an_error_not_a_crash(name: str, cpu: str, feature: str, digits: Compilation, image: Values, folder: Path) -> None:
     target = find_target(name)
     require(target)

@@ -38,9 +38,7 @@ def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def test_networks_are_found_made_or_left_out(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_networks_are_found_made_or_left_out(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     networks = script("networks")
     data, cache = tmp_path / "data", tmp_path / "cache"
     (data / "models").mkdir(parents=True)

@@ -160,9 +160,7 @@ def test_run_writes_the_outputs(calls: list[Any], tmp_path: Path, capsys: pytest
         ("bench m.so --against onnxruntime", "--against needs --model"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(
-    calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     np.save("x.npy", np.array([[1, 2]], np.float32))
     Path("text.npy").write_text("hello")
     assert main(words.split()) == 2
@@ -226,9 +224,7 @@ def test_bench_against_nothing_prints_times_and_layers(calls: list[Any], capsys:
     assert document["seconds"]["int8"]["rounds"] == 10 and document["footprint"] == {}
 
 
-def test_bench_footprint(
-    calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_footprint(calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(footprint, "memory", lambda path, threads: footprint.Memory(4000, 1000 * threads, 9000))
     monkeypatch.setattr(footprint, "joules", lambda call, seconds: None)
     assert main("bench m.so --seconds 0 --footprint --threads 2".split()) == 0
@@ -266,9 +262,7 @@ def test_a_target_that_is_missed_is_exit_1(calls: list[Any], tmp_path: Path, mon
     assert json.loads(capsys.readouterr().out)["mixed_precision"]["goal"] == "--min-sqnr 25"
 
 
-def test_inspect_says_why_an_operator_is_not_int8(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_says_why_an_operator_is_not_int8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import qcompiler.artifact
 
     monkeypatch.setattr(qcompiler.artifact, "read_manifest", lambda path: MANIFEST)

@@ -153,9 +153,7 @@ def test_sums_of_unlike_scales_stay_float(residual: bool) -> None:
 def test_plan_without_parameters_is_refused() -> None:
     net = Net()
     module = net.done(net.add("soft", op.nn.softmax(net.add("y", op.sigmoid(net.input("x", 1, 4))))))
-    with pytest.raises(
-        PlanError, match="^unary 'y': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float$"
-    ):
+    with pytest.raises(PlanError, match="^unary 'y': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float$"):
         insert_qdq(module, planned(module, parameters={"y": None}))
     with pytest.raises(PlanError, match="^unary 'y' is planned in 8 bits, but its input 'x' has no 8-bit parameters"):
         insert_qdq(module, planned(module, parameters={"x": None}))

@@ -92,8 +92,12 @@ def test_each_weight_meets_its_input_once() -> None:
     """`Chunks`: the bytes that the chunks read, with the weights that they hold, are the window and the kernel, and nothing else."""
     for inputs, kernel, dilation in [(3, (7, 7), 1), (20, (5, 5), 1), (67, (1, 1), 1), (130, (3, 3), 1), (24, (3, 3), 2), (4, (1, 9), 1)]:
         pitch = -(-inputs // 4) * 4
-        op = OpCall("qc.conv2d", [Layout((1, 20, 20, inputs), "uint8", pitch=pitch), np.zeros((1, *kernel, inputs), np.int8)],
-                    Case((1, 20, 20, inputs), 1, kernel, dilation=(dilation,) * 2).attributes(), Layout((1, 4, 4, 1), "uint8"))
+        op = OpCall(
+            "qc.conv2d",
+            [Layout((1, 20, 20, inputs), "uint8", pitch=pitch), np.zeros((1, *kernel, inputs), np.int8)],
+            Case((1, 20, 20, inputs), 1, kernel, dilation=(dilation,) * 2).attributes(),
+            Layout((1, 4, 4, 1), "uint8"),
+        )
         chunks = Chunks.of(CONV.geometry(op)[0])
         weight = np.arange(1, np.prod(kernel) * inputs + 1).reshape(1, *kernel, inputs)
         cut = chunks.cut(weight, pitch)[0].reshape(chunks.spans, chunks.count, chunks.size)

@@ -154,8 +154,12 @@ def test_points_of_the_space_are_exact(seed: int, target: Target) -> None:
     shape = [(3, 3), (5, 5), (3, 5), (2, 3)][seed % 4]
     case = Case(int(rng.choice([20, 64, 136, 200])), (int(rng.integers(5, 10)), int(rng.integers(5, 13))), shape, ((1, 1), (2, 2))[seed % 2])
     case.zero = int(rng.integers(-128, 128))
-    op = OpCall("qc.conv2d", [Layout((1, *case.size, case.channels), "uint8"), np.zeros((case.channels, *shape, 1), np.int8)], case.geometry(),
-                Layout(case.shape(), "uint8"))
+    op = OpCall(
+        "qc.conv2d",
+        [Layout((1, *case.size, case.channels), "uint8"), np.zeros((case.channels, *shape, 1), np.int8)],
+        case.geometry(),
+        Layout(case.shape(), "uint8"),
+    )
     space = row_of("qc.conv2d", target).space(op, target)
     for _ in range(10):
         try:
@@ -212,8 +216,12 @@ def test_code_does_not_depend_on_constants() -> None:
         rng = np.random.default_rng(seed)
         attrs = Case(64).geometry() | {"x_zero_point": x_zero, "zero_point": zero, "low": -128, "high": 127, "out_dtype": "int8"}
         w = rng.integers(-127, 128, (64, 3, 3, 1)).astype(np.int8)
-        op = OpCall("qc.conv2d", [Layout((1, 8, 8, 64), "uint8", (1, 1, 1, 1)), w, np.zeros(64, np.int32), np.full(64, 1e-3, np.float32)], attrs,
-                    Layout((1, 8, 8, 64), "uint8"))
+        op = OpCall(
+            "qc.conv2d",
+            [Layout((1, 8, 8, 64), "uint8", (1, 1, 1, 1)), w, np.zeros(64, np.int32), np.full(64, 1e-3, np.float32)],
+            attrs,
+            Layout((1, 8, 8, 64), "uint8"),
+        )
         kernel = row.build(op, row.default(op, AVX512VNNI), AVX512VNNI)
         keys.add(kernel.key)
     assert len(keys) == 1
@@ -226,8 +234,12 @@ def test_code_does_not_depend_on_constants() -> None:
 def test_refuses_what_is_not_depthwise(groups: int, channels: int, outputs: int, reason: str) -> None:
     w = np.zeros((outputs, 3, 3, channels // groups), np.int8)
     attrs = {"strides": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": groups, "out_dtype": "int8"}
-    op = OpCall("qc.conv2d", [Layout((1, 8, 8, channels), "uint8"), w, np.zeros(outputs, np.int32), np.ones(outputs, np.float32)], attrs,
-                Layout((1, 8, 8, outputs), "uint8"))
+    op = OpCall(
+        "qc.conv2d",
+        [Layout((1, 8, 8, channels), "uint8"), w, np.zeros(outputs, np.int32), np.ones(outputs, np.float32)],
+        attrs,
+        Layout((1, 8, 8, outputs), "uint8"),
+    )
     assert reason in (row_of("qc.conv2d", AVX512VNNI).refuse(op, AVX512VNNI) or "")
 
 
@@ -245,8 +257,12 @@ def test_vex_encoded_where_the_target_has_no_avx512() -> None:
     for target, wanted in ((AVXVNNI, "{vex}\tvpdpbusd"), (AVX2, "vpmaddwd")):
         row = row_of("qc.conv2d", target)
         attrs = Case(64).geometry() | {"x_zero_point": 0, "zero_point": -128, "low": -128, "high": 127, "out_dtype": "int8"}
-        op = OpCall("qc.conv2d", [Layout((1, 8, 8, 64), "uint8", (1, 1, 1, 1)), np.ones((64, 3, 3, 1), np.int8), np.zeros(64, np.int32),
-                                  np.full(64, 1e-3, np.float32)], attrs, Layout((1, 8, 8, 64), "uint8"))
+        op = OpCall(
+            "qc.conv2d",
+            [Layout((1, 8, 8, 64), "uint8", (1, 1, 1, 1)), np.ones((64, 3, 3, 1), np.int8), np.zeros(64, np.int32), np.full(64, 1e-3, np.float32)],
+            attrs,
+            Layout((1, 8, 8, 64), "uint8"),
+        )
         kernel = row.build(op, row.default(op, target), target)
         asm = tvm.tirx.build(module_of(kernel, 2 + len(kernel.constants)), target=tvm.target.Target(target.tvm)).inspect_source("asm")
         assert wanted in asm and "%zmm" not in asm and "vpmaddubsw" not in asm

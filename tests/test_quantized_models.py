@@ -46,9 +46,7 @@ class Net:
     def tensor(self, array: Any, kind: int | None = None) -> str:
         name = f"t{next(self.count)}"
         array = np.asarray(array)
-        self.tensors.append(
-            numpy_helper.from_array(array, name) if kind is None else helper.make_tensor(name, kind, array.shape, array.reshape(-1).tolist())
-        )
+        self.tensors.append(numpy_helper.from_array(array, name) if kind is None else helper.make_tensor(name, kind, array.shape, array.reshape(-1).tolist()))
         return name
 
     def node(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:

@@ -40,9 +40,7 @@ def agrees(module: tvm.IRModule, mostly: float = 0.97, **options: Any) -> tuple[
     qdq, integer, plan = compiled(module, **options)
     got = run(integer, plan.inputs, keep="all")
     quantized = [n for n, e in Graph.of(qdq).bindings if relax_op(e) == "relax.quantize"]
-    twins = {
-        n: next((v for k in (n, n.removesuffix("~q")) if (v := got.get(k)) is not None and v.dtype == np.int8), None) for n in quantized
-    }
+    twins = {n: next((v for k in (n, n.removesuffix("~q")) if (v := got.get(k)) is not None and v.dtype == np.int8), None) for n in quantized}
     given = {n: v for n, v in twins.items() if v is not None}
     assert len(given) >= 2, "nothing to compare"
     wanted = evaluate(qdq, plan.inputs, list(given), given)
@@ -120,9 +118,7 @@ OPERATORS = {
 def test_operator(name: str) -> None:
     module = one_op(OPERATORS[name])
     last = next(g for g in find_groups(module) if g.id == "soft").inputs[0]  # "y", or its bias add
-    got, integer = agrees(
-        module, 0.85 if "linear" in name else 0.97
-    )  # interpolated integers are often exact ties, which float noise breaks either way
+    got, integer = agrees(module, 0.85 if "linear" in name else 0.97)  # interpolated integers are often exact ties, which float noise breaks either way
     assert names(integer)[last].startswith("qc.") and got[last].dtype == np.int8
     assert set(Graph.of(integer).attrs["qc.float_ops"]) == {"soft"}, "only the softmax is float"
 
@@ -302,9 +298,7 @@ def test_skipped_convolutions_keep_float_weights() -> None:
 def test_accumulator_beyond_int32_names_the_operator() -> None:
     with pytest.raises(ModelError, match=r"^dense 'b': its accumulator can reach \d+, beyond int32; keep this operator in float$"):
         realize(dense_of_constants(140000, 1.0))
-    with pytest.raises(
-        ModelError, match=r"^dense 'b': a bias is 5e\+09 units of x_scale \* weight_scale, beyond int32; keep this operator"
-    ):
+    with pytest.raises(ModelError, match=r"^dense 'b': a bias is 5e\+09 units of x_scale \* weight_scale, beyond int32; keep this operator"):
         realize(dense_of_constants(8, 1e-9))
 
 
@@ -315,9 +309,7 @@ def dense_of_constants(width: int, weight_scale: float) -> tvm.IRModule:
     x = builder.emit("dq", op.dequantize(q, scale, zero))
     w = builder.emit(
         "w",
-        op.dequantize(
-            const(np.full((1, width), 127, np.int8)), const(np.full(1, weight_scale, np.float32)), const(np.zeros(1, np.int8)), axis=0
-        ),
+        op.dequantize(const(np.full((1, width), 127, np.int8)), const(np.full(1, weight_scale, np.float32)), const(np.zeros(1, np.int8)), axis=0),
     )
     y = builder.emit("y", op.matmul(x, builder.emit("wt", op.permute_dims(w, [1, 0]))))
     y = builder.emit("b", op.add(y, const(np.full((1, 1), 0.5, np.float32))))

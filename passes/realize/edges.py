@@ -36,9 +36,7 @@ def _fuse(expr: Any, exprs: dict[str, Any], uses: dict[str, list[str]]) -> Any |
     if inner is None or len(uses[inner_name]) != 1:
         return None
     kinds = (outer[0], inner[0])
-    if kinds in (("transpose", "qc.quantize"), ("qc.dequantize", "transpose")) or (
-        kinds in (("qc.quantize", "transpose"), ("transpose", "qc.dequantize"))
-    ):
+    if kinds in (("transpose", "qc.quantize"), ("qc.dequantize", "transpose")) or (kinds in (("qc.quantize", "transpose"), ("transpose", "qc.dequantize"))):
         edge, transpose = (inner, outer) if outer[0] == "transpose" else (outer, inner)
         if "axes" in edge[2]:
             return None

@@ -177,8 +177,12 @@ def resize(node: Node) -> list[Value]:
         method = {"nearest": "nearest_neighbor", "linear": "linear"}[mode]
         return [
             relax.op.image.resize2d(
-                node.tensor(0), relax.ShapeExpr(sizes[2:]), layout="NCHW", method=method,
-                coordinate_transformation_mode=coordinates, rounding_method=rounding if mode == "nearest" else "round",
+                node.tensor(0),
+                relax.ShapeExpr(sizes[2:]),
+                layout="NCHW",
+                method=method,
+                coordinate_transformation_mode=coordinates,
+                rounding_method=rounding if mode == "nearest" else "round",
             )
         ]
     x, beyond = node.tensor(0), np.zeros(1, np.bool_)

@@ -32,9 +32,7 @@ def _power(node: Node) -> list[Value] | None:
     """TVM raises floats only; integers go through float32 (exact up to 2^24)."""
     if node.dtype(0) == "float32" and node.dtype(1) == "float32":
         return None
-    base, exponent = (
-        node.tensor(i) if node.dtype(i) == "float32" else node.emit("float", relax.op.astype(node.tensor(i), "float32")) for i in (0, 1)
-    )
+    base, exponent = (node.tensor(i) if node.dtype(i) == "float32" else node.emit("float", relax.op.astype(node.tensor(i), "float32")) for i in (0, 1))
     power = relax.op.power(base, exponent)
     return [power if node.dtype(0) == "float32" else relax.op.astype(node.emit("power", power), node.dtype(0))]
 

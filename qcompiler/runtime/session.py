@@ -142,7 +142,8 @@ class Session:
         if missing:
             raise IncompatibleDevice(
                 f"{self.path}: compiled for {self.manifest['target']}, which needs the CPU features {', '.join(missing)}, and this CPU lacks them; "
-                "compile again with --target native on this machine, or for a more portable target")
+                "compile again with --target native on this machine, or for a more portable target"
+            )
 
     # -- running --------------------------------------------------------------------------------------------------------------------
 

@@ -266,4 +266,3 @@ class Gemm:
                 inside = channel < self.g.outputs
                 with T.If(T.And(pixel < self.g.pixels, inside)), T.Then():
                     end(sums, table, pixel, self.group, channel)
-

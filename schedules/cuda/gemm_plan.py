@@ -305,4 +305,3 @@ def best_tile(g: Geometry, unit: Unit, arch: str) -> Tile:
     if estimate(best)[0] <= FIXED + GATHER:
         return best
     return min([best, *(split for tile in tiles(unit) for split in shared(tile))], key=estimate)
-

@@ -1,6 +1,6 @@
 """Operators that stay float, on a GPU: every loop nest of TVM's legalization becomes a kernel, a thread per element of what it computes.
 
-    func(x: Buffer, y: Buffer) with allocations, nests  -->  a kernel(*pointers[, scratch]) per nest
+func(x: Buffer, y: Buffer) with allocations, nests  -->  a kernel(*pointers[, scratch]) per nest
 """
 
 from __future__ import annotations

@@ -138,9 +138,7 @@ def resize2d(op: OpCall, target: Target, row: str) -> Kernel:
 
             if end:
                 wy, wx = T.bind(tables["wy"][oh]), T.bind(tables["wx"][ow])
-                corners = [
-                    (corner(y, x), T.bind(v * u)) for y, v in (("iy0", ONE - wy), ("iy1", wy)) for x, u in (("ix0", ONE - wx), ("ix1", wx))
-                ]
+                corners = [(corner(y, x), T.bind(v * u)) for y, v in (("iy0", ONE - wy), ("iy1", wy)) for x, u in (("ix0", ONE - wx), ("ix1", wx))]
                 values = []
                 for i in range(run):
                     acc = T.bind(sum((c[i] * weight for c, weight in corners[1:]), corners[0][0][i] * corners[0][1]))

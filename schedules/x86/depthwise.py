@@ -148,9 +148,7 @@ class ByteKernel(DepthwiseNest):
 
     def build(self, row: str, target: Target) -> Kernel:
         c = self.constants
-        return make_kernel(
-            row, self.op, target, self.emit, tasks=self.tasks.count, arrays=[c.weights, c.bias, c.multiplier], macs=self.g.macs
-        )
+        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=[c.weights, c.bias, c.multiplier], macs=self.g.macs)
 
     def prepare(self) -> None:
         a, k, self.dtype = self.op.attrs, self.k, self.op.output.dtype
