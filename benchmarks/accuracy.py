@@ -98,7 +98,7 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
     import onnxruntime
 
     from qcompiler.data import load_labels, open_samples
-    from qcompiler.model import TensorInfo
+    from qcompiler.tensor import TensorInfo
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = THREADS
@@ -149,8 +149,8 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    from qcompiler.tables import number, percent, size
-    from qcompiler.tables import table as text
+    from qcompiler.text import number, percent, size
+    from qcompiler.text import table as text
 
     rows = [
         [

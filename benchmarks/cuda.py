@@ -30,7 +30,8 @@ import networks
 from cuda_prepare import prepare
 
 from qcompiler.cuda_driver import Gpu, find_gpu
-from qcompiler.targets import Target, find_target, host_architecture, load_targets
+from qcompiler.host import host_architecture
+from qcompiler.targets import Target, find_target, load_targets
 
 HERE = Path(__file__).resolve().parent
 
@@ -144,7 +145,7 @@ def network_sections(report: Report, folder: Path, network: dict[str, Any], opti
 
 def text_of(network: dict[str, Any], kind: str) -> str:
     """What a section found, to read."""
-    from qcompiler.tables import table
+    from qcompiler.text import table
 
     title, found = f"{network['network']}, batch {network['batch']}", network[kind]
     if kind == "exact":

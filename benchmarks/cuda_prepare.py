@@ -75,9 +75,9 @@ def rows_program(cases: dict[str, Any], target: Target) -> Any:
 
 def prepare_rows(folder: Path, target: Target) -> list[dict[str, Any]]:
     """Write rows.so and rows.npz; a description of each case."""
+    from qcompiler.build import Built
     from qcompiler.codegen import object_code
     from qcompiler.schedules.harness import fetch
-    from qcompiler.stages import Built
 
     cases = row_cases(target)
     program = rows_program(cases, target)
@@ -103,11 +103,11 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     import onnx
 
     import qcompiler
+    from qcompiler.build import build
     from qcompiler.data import open_samples
     from qcompiler.debug import Dumper
     from qcompiler.model import load
     from qcompiler.pipeline import quantize
-    from qcompiler.stages import build
     from qcompiler.targets import find_target
 
     port = onnx.load(str(network.model), load_external_data=False).graph.input[0]

@@ -69,9 +69,9 @@ def once(arguments: list[str]) -> dict[str, float]:
 
 def prepare(network: networks.Network, folder: Path, threads: int) -> dict[str, list[str]]:
     """{candidate: arguments of its process}: compiles, quantizes, and lets OpenVINO fill its cache and export its blob."""
+    from qcompiler.build import build
     from qcompiler.debug import Dumper
     from qcompiler.pipeline import quantize
-    from qcompiler.stages import build
     from qcompiler.targets import find_target
 
     target = find_target("native")
@@ -105,8 +105,8 @@ def measure(candidates: dict[str, list[str]], rounds: int) -> dict[str, dict[str
 
 def table(network: str, times: dict[str, dict[str, list[float]]]) -> str:
     """Minimum and median of each phase, and the ratio of "load + run" to ours."""
-    from qcompiler.tables import milliseconds
-    from qcompiler.tables import table as text
+    from qcompiler.text import milliseconds
+    from qcompiler.text import table as text
 
     ours = min(times["ours"]["load + run"])
     rows = []

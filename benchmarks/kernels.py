@@ -124,7 +124,7 @@ def search(item: Ready, target: Target, count: int, peak: tuple[roofline.Call, i
 
 def table(title: str, rows: list[tuple[Ready, dict[str, Any], float | None]]) -> str:
     """One line per kernel (with the gain of a search where one was made), and their sum, each as often as its network has it."""
-    from qcompiler.tables import table as text
+    from qcompiler.text import table as text
 
     lines = []
     for item, m, gain in rows:

@@ -41,7 +41,7 @@ def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) ->
     """The workloads of this network, and the records of `log` that make its steps faster by more than `GAIN` says: with the ratios found here."""
     import dataclasses
 
-    from qcompiler.stages import build
+    from qcompiler.build import build
     from qcompiler.tuning_log import Tuned, key_of, workload_of
 
     tuned = Tuned(target, log, None)

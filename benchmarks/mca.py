@@ -16,8 +16,8 @@ import tvm
 
 from qcompiler.schedules.harness import module_of
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.tables import table
 from qcompiler.targets import Target
+from qcompiler.text import table
 
 ITERATIONS = 200
 

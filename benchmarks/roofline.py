@@ -129,7 +129,7 @@ def bandwidth(target_name: str, size: int, write: bool = False, threads: int = 1
 
 def describe(target: Target, threads: list[int]) -> str:
     """The table that this script prints."""
-    from qcompiler.tables import size, table
+    from qcompiler.text import size, table
 
     rows: list[list[str]] = []
     for count in threads:

@@ -40,9 +40,10 @@ class Prepared:
     def __init__(
         self, network: networks.Network, target: Any, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any
     ) -> None:
+        from qcompiler.build import build
         from qcompiler.debug import Dumper
-        from qcompiler.pipeline import compile_float, quantize
-        from qcompiler.stages import build
+        from qcompiler.pipeline import quantize
+        from qcompiler.stages import compile_float
         from qcompiler.tuning_log import Tuned
 
         self.network, self.target, self.tflite = network, target, tflite
@@ -91,7 +92,7 @@ class Prepared:
 
     @property
     def macs(self) -> int:
-        from qcompiler.artifact import read_manifest
+        from qcompiler.library import read_manifest
 
         return sum(step["macs"] for step in read_manifest(next(iter(self.libraries.values())))["steps"])
 
@@ -150,8 +151,8 @@ def mean_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Every network, thread count and candidate; then the geometric means."""
-    from qcompiler.tables import milliseconds
-    from qcompiler.tables import table as text
+    from qcompiler.text import milliseconds
+    from qcompiler.text import table as text
 
     alone = {(r["network"], name): row["minimum"] for r in results if r["threads"] == 1 for name, row in r["candidates"].items()}
     rows = []
@@ -173,7 +174,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def layer_table(layers: dict[str, Any], count: int) -> str:
     """The `count` steps of a network that lose most time against the peak."""
-    from qcompiler.tables import table as text
+    from qcompiler.text import table as text
 
     steps, peak = layers["steps"], layers["peak"]
     total = sum(s["seconds"] for s in steps)

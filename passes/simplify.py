@@ -20,10 +20,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.importers.arithmetic import clamped
 from qcompiler.passes.graph import const, const_value, dtype_of, is_const, plain, relax_op, shape_of
 from qcompiler.passes.rewrite import Rewrite
-from qcompiler.passes.unary import clamp, join_clamps
+from qcompiler.passes.unary import clamp, clamped, join_clamps
 
 _COMMUTE = {"relax.add": relax.op.add, "relax.multiply": relax.op.multiply, "relax.maximum": relax.op.maximum, "relax.minimum": relax.op.minimum}
 

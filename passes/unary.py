@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import relax
 
 from qcompiler.passes.graph import const_value, is_const, plain, relax_op
 
+LOWEST, HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
 Expression = Any  # "x" | float | tuple[str, Expression, ...]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -162,6 +164,19 @@ def clamp(expr: Any) -> tuple[Any, float | None, float | None] | None:
         bound, tensor = operands if isinstance(operands[0], float) else operands[::-1]
         return (tensor, bound, None) if name == "maximum" else (tensor, None, bound)
     return None
+
+
+def clamped(x: Any, low: float | None, high: float | None) -> Any:
+    """`min(max(x, low), high)` in its canonical form; None is no bound."""
+    if low is None and high is None:
+        return x
+    dtype = str(x.ty.dtype)
+    if dtype != "float32":
+        limits = np.iinfo(dtype)
+        return relax.op.clip(x, int(limits.min if low is None else low), int(limits.max if high is None else high))
+    if low == 0 and high is None:
+        return relax.op.nn.relu(x)
+    return relax.op.clip(x, LOWEST if low is None else float(low), HIGHEST if high is None else float(high))
 
 
 def join_clamps(first: tuple[float | None, float | None], second: tuple[float | None, float | None]) -> tuple[float | None, float | None]:

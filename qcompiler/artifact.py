@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 import zlib
@@ -18,20 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompiler.elf import read_section
-from qcompiler.errors import ArtifactError, TargetError
+from qcompiler.errors import TargetError
 from qcompiler.files import replacing
-from qcompiler.targets import Target, host_architecture
+from qcompiler.host import host_architecture
+from qcompiler.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
+from qcompiler.targets import Target
 
 if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
     from qcompiler.lowering import Port, Program
 
-FORMAT_VERSION = 1
 NUMERICS_VERSION = 1
-MANIFEST_SECTION = ".qc.manifest"
 CONSTANTS_SECTION = ".qc.constants"
 CODE_SECTION = ".qc.code"  # zlib: the object file before linking, of which `bundle --static` makes an archive; not loaded with the library
-CHECKSUM_MAGIC = b"qc.sum1\n"
 
 # Weights and manifest enter the library as they are; .incbin keeps them out of the compiler. Read-only data is mapped, not copied, at load.
 _DATA = """
@@ -160,28 +157,6 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
     return json.dumps({"digest": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}, sort_keys=True, separators=(",", ":")).encode()
 
 
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of the library at `path`, without executing it; the file may be for any architecture.
-
-    Raises ArtifactError when the file is not one of ours, is damaged, or has another format version.
-    """
-    path = Path(path)
-    raw, _ = read_section(path, MANIFEST_SECTION)
-    try:
-        document = json.loads(raw.rstrip(b"\0").decode())
-        manifest, digest = document["manifest"], document["digest"]
-        body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: the manifest is damaged (not readable as JSON: {error}); compile the model again") from error
-    if not isinstance(manifest, dict) or hashlib.sha256(body.encode()).hexdigest() != digest:
-        raise ArtifactError(f"{path}: the manifest is damaged (its digest does not match); compile the model again")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: artifact format {manifest.get('format')}, this version of qcompiler reads format {FORMAT_VERSION}; compile the model again"
-        )
-    return manifest
-
-
 def find_compiler(target: Target) -> str:
     """The first of the target's C++ compilers that is installed. Raises TargetError naming what to install."""
     for name in target.compiler:
@@ -238,25 +213,6 @@ def _model_header(manifest: dict[str, Any]) -> str:
     lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_CONSTANTS {manifest['constants']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
-
-
-def checksum(body: bytes) -> bytes:
-    """16 bytes: a = the sum of the little-endian 32-bit words of `body`, b = the sum of a's values after each word; both modulo 2^64."""
-    a = b = 0
-    words = np.frombuffer(body, "<u4")
-    for start in range(0, words.size, 1 << 18):
-        block = words[start : start + (1 << 18)].astype(np.uint64)
-        b += a * block.size + int((block * np.arange(block.size, 0, -1, dtype=np.uint64)).sum())  # uint64 wraps modulo 2^64
-        a += int(block.sum())
-    return struct.pack("<QQ", a % 2**64, b % 2**64)
-
-
-def check_complete(path: Path) -> None:
-    """Raise ArtifactError when the library at `path` is not, byte for byte, what `link` wrote."""
-    data = path.read_bytes()
-    body, magic, sums = data[:-24], data[-24:-16], data[-16:]
-    if magic != CHECKSUM_MAGIC or len(body) % 4 or checksum(body) != sums:
-        raise ArtifactError(f"{path}: damaged, cut short or stripped (its checksum does not match); compile the model again, or copy the library again")
 
 
 def _with_checksum(library: bytes) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.data import InputInfo
 from qcompiler.errors import DataError
 from qcompiler.progress import Progress
+from qcompiler.tensor import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def ratios(timings: Sequence[Timing], base: str) -> dict[str, float]:
     return {t.name: t.minimum / reference for t in timings}
 
 
-def random_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> dict[str, np.ndarray]:
+def random_inputs(inputs: Sequence[TensorInfo], seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs to measure with: standard normal numbers for float inputs, zeros for others (any index is valid then)."""
     generator = np.random.default_rng(seed)
     return {i.name: generator.standard_normal(i.shape).astype(i.dtype) if np.dtype(i.dtype).kind == "f" else np.zeros(i.shape, i.dtype) for i in inputs}

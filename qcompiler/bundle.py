@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.artifact import MANIFEST_SECTION, check_complete, find_compiler, read_manifest
+from qcompiler.artifact import find_compiler
 from qcompiler.elf import read_section
 from qcompiler.errors import OutputError, TargetError
 from qcompiler.files import new_folder
+from qcompiler.library import MANIFEST_SECTION, check_complete, read_manifest
 from qcompiler.static_library import identifier, write_static
 from qcompiler.targets import Target, find_target, load_targets
 

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcompiler.data import InputInfo, check_sample
+from qcompiler.data import check_sample
 from qcompiler.errors import DataError
 from qcompiler.files import replacing
 from qcompiler.histogram import BINS, Histogram, channel_statistics
 from qcompiler.progress import Progress
+from qcompiler.tensor import TensorInfo
 
 FORMAT = 1
 Visit = Callable[[str, np.ndarray], None]
@@ -31,7 +32,7 @@ class Executor(Protocol):
     Arrays are valid during the call only."""
 
     @property
-    def inputs(self) -> Sequence[InputInfo]: ...
+    def inputs(self) -> Sequence[TensorInfo]: ...
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> Mapping[str, np.ndarray]: ...
 
 

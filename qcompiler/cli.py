@@ -210,7 +210,8 @@ def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from qcompiler.tables import mixed_text, size
+    from qcompiler.tables import mixed_text
+    from qcompiler.text import size
     from qcompiler.weight_only import heading
 
     output = check_writable(options.output)
@@ -249,7 +250,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from qcompiler.tables import parity_text
+    from qcompiler.parity import parity_text
 
     if options.report:
         return cli_report.verify(options, _show)
@@ -338,7 +339,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from qcompiler.artifact import read_manifest
+    from qcompiler.library import read_manifest
     from qcompiler.tables import manifest_text, step_rows
 
     manifest = read_manifest(options.library)
@@ -349,8 +350,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _targets(options: argparse.Namespace) -> int:
     from qcompiler.cuda_driver import Gpu, find_gpu
-    from qcompiler.tables import table
-    from qcompiler.targets import find_target, host_architecture, load_targets, missing_features
+    from qcompiler.host import host_architecture
+    from qcompiler.targets import find_target, load_targets, missing_features
+    from qcompiler.text import table
 
     targets = list(load_targets().values())
     missing = {t.name: missing_features(t) for t in targets}

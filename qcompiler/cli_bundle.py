@@ -24,7 +24,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
 
 def _bundle(options: argparse.Namespace) -> int:
     from qcompiler.bundle import make_bundle
-    from qcompiler.tables import size, table
+    from qcompiler.text import size, table
 
     bundle = make_bundle(options.library, options.output, options.static)
     if options.json:

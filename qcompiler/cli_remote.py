@@ -25,7 +25,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def export_round(options: argparse.Namespace, show: Show) -> int:
-    from qcompiler.tables import size
+    from qcompiler.text import size
     from qcompiler.tuning_remote import CANDIDATES, export_candidates
 
     with terminal_progress() as progress:
@@ -53,7 +53,7 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
 
 
 def import_round(options: argparse.Namespace, show: Show) -> int:
-    from qcompiler.tables import table
+    from qcompiler.text import table
     from qcompiler.tuning_log import workload_text
     from qcompiler.tuning_remote import import_results
 

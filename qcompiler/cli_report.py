@@ -146,7 +146,7 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
 
 def _export(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.export_onnx import export_onnx
-    from qcompiler.tables import size
+    from qcompiler.text import size
 
     with terminal_progress() as progress:
         export = export_onnx(options.model, options.output, options.calibration, options.target, **_arguments(options), progress=progress)
@@ -160,9 +160,8 @@ def _export(options: argparse.Namespace, show: Show) -> int:
 
 def verify(options: argparse.Namespace, show: Show) -> int:
     """`verify` with --report: the same result and exit status, and the page."""
-    from qcompiler.parity import Thresholds
+    from qcompiler.parity import Thresholds, parity_text
     from qcompiler.report import verify_report
-    from qcompiler.tables import parity_text
 
     with terminal_progress() as progress:
         report = verify_report(

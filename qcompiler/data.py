@@ -20,19 +20,9 @@ import numpy as np
 
 from qcompiler.errors import DataError, closest
 from qcompiler.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
+from qcompiler.tensor import TensorInfo
 
 Sample = dict[str, np.ndarray]
-
-
-class InputInfo(Protocol):
-    """What a model says about an input; `shape` includes the batch axis."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 class Samples(Protocol):
@@ -45,7 +35,7 @@ class Samples(Protocol):
     def count(self) -> int | None: ...
 
 
-def open_samples(source: Any, inputs: Sequence[InputInfo], preprocess: str | Path | Preprocess | None = None) -> Samples:
+def open_samples(source: Any, inputs: Sequence[TensorInfo], preprocess: str | Path | Preprocess | None = None) -> Samples:
     """The samples of `source` (a path, an iterable of `{name: array}`, or what this function returned before), checked against `inputs`.
 
     `preprocess` (a YAML path or a `Preprocess`) is required for a folder of images, and refused for anything else.
@@ -70,11 +60,11 @@ def open_samples(source: Any, inputs: Sequence[InputInfo], preprocess: str | Pat
     return ArraySamples(path, inputs)
 
 
-def describe(inputs: Sequence[InputInfo]) -> str:
+def describe(inputs: Sequence[TensorInfo]) -> str:
     return "; ".join(f"'{i.name}' {i.dtype}{list(i.shape)}" for i in inputs)
 
 
-def check_names(names: Iterable[str], inputs: Sequence[InputInfo], where: str) -> None:
+def check_names(names: Iterable[str], inputs: Sequence[TensorInfo], where: str) -> None:
     """Raises DataError unless `names` are exactly the inputs' names."""
     wanted, given = [i.name for i in inputs], list(names)
     for name in given:
@@ -85,7 +75,7 @@ def check_names(names: Iterable[str], inputs: Sequence[InputInfo], where: str) -
         raise DataError(f"{where}: missing input {', '.join(repr(n) for n in missing)}. The model has: {describe(inputs)}")
 
 
-def check_sample(sample: Any, inputs: Sequence[InputInfo], where: str) -> Sample:
+def check_sample(sample: Any, inputs: Sequence[TensorInfo], where: str) -> Sample:
     """`sample` when it is one full set of inputs: right names, shapes and dtypes, every number finite. Raises DataError."""
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}")
@@ -116,7 +106,7 @@ class CheckedSamples:
 
     names: Sequence[str] = ()
 
-    def __init__(self, source: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[InputInfo]) -> None:
+    def __init__(self, source: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[TensorInfo]) -> None:
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise DataError(
                 f"samples are an iterable of {{input name: array}}, or a path; got {type(source).__name__}. For one sample pass a list of one mapping"
@@ -169,7 +159,7 @@ class ArraySamples:
 
     names: Sequence[str] = ()
 
-    def __init__(self, path: Path, inputs: Sequence[InputInfo]) -> None:
+    def __init__(self, path: Path, inputs: Sequence[TensorInfo]) -> None:
         self._path = path
         if path.suffix == ".npz":
             headers = self._read_headers()
@@ -212,7 +202,7 @@ class ArraySamples:
             raise DataError(f"{self._path}: stored in Fortran order; save numpy.ascontiguousarray(x) instead")
         return shape, dtype
 
-    def _column(self, info: InputInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Column:
+    def _column(self, info: TensorInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Column:
         where, wanted = str(self._path), tuple(info.shape)
         if str(dtype) != info.dtype:
             raise DataError(f"{where}: input '{info.name}' has dtype {dtype}, the model wants {info.dtype}; save x.astype('{info.dtype}')")
@@ -250,7 +240,7 @@ class ArraySamples:
 class ImageSamples:
     """Samples from the images below a folder, sorted by relative path; one image per sample. Needs Pillow (the extra `images`)."""
 
-    def __init__(self, folder: Path, inputs: Sequence[InputInfo], preprocess: Preprocess | None) -> None:
+    def __init__(self, folder: Path, inputs: Sequence[TensorInfo], preprocess: Preprocess | None) -> None:
         if preprocess is None:
             raise DataError(f"{folder}: a folder of images needs a preprocessing file (--preprocess FILE.yaml)")
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)

@@ -61,7 +61,7 @@ def demo(output: Path, *, seconds: float = 2.0, progress: Progress | None = None
 
 def demo_text(result: dict[str, Any]) -> str:
     """The summary table of `demo`'s result."""
-    from qcompiler.tables import milliseconds, number, percent, size, table
+    from qcompiler.text import milliseconds, number, percent, size, table
 
     report, timings = result["parity"], {t.name: t for t in result["timings"]}
     int8, float32 = timings["int8"], timings["float"]

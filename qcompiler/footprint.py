@@ -50,7 +50,8 @@ def _resident(field: str) -> int | None:
 
 def _growth(library: str, threads: int) -> int | None:
     from qcompiler.bench import random_inputs
-    from qcompiler.runtime.session import Session, TensorInfo
+    from qcompiler.runtime.session import Session
+    from qcompiler.tensor import TensorInfo
 
     random_inputs([TensorInfo("x", (1,), "float32")])  # what it imports is not the library's
     with contextlib.suppress(OSError):

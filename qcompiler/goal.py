@@ -8,13 +8,15 @@ its interval is stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from qcompiler.errors import DataError
 from qcompiler.metrics import wilson
+from qcompiler.tensor import TensorInfo
 
 HELD_OUT = 4  # every fourth sample is held out ...
 FEWEST = 8  # ... when there are at least as many as this
@@ -126,6 +128,28 @@ def student95(freedom: int) -> float:
 def held_out(count: int) -> list[int]:
     """The samples that calibration shall not see: evenly spread; none where there are fewer than `FEWEST`."""
     return list(range(HELD_OUT - 1, count, HELD_OUT)) if count >= FEWEST else []
+
+
+def classifying(outputs: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """The outputs of shape [batch, classes]."""
+    return [o for o in outputs if len(o.shape) == 2 and o.shape[1] > 1]
+
+
+def check_labels(labels: np.ndarray, rows: int, output: TensorInfo) -> None:
+    """Raises DataError unless there is one label for each of `rows`, all of them classes of `output`."""
+    if len(labels) != rows:
+        raise DataError(f"{len(labels)} labels for {rows} samples")
+    if labels.min() < 0 or labels.max() >= output.shape[1]:
+        raise DataError(f"labels lie in [{labels.min()}, {labels.max()}], but output '{output.name}' has {output.shape[1]} classes, counted from 0")
+
+
+def check_thresholds(thresholds: Any, classified: Sequence[Any], labelled: bool) -> None:
+    """Raises DataError for limits that can't be checked: without labels, or without an output that `classifying` finds. thresholds: anything with
+    `max_accuracy_drop` and `min_agreement`."""
+    if thresholds.max_accuracy_drop is not None and not labelled:
+        raise DataError("an accuracy threshold needs labels (--labels)")
+    if not classified and (labelled or thresholds.min_agreement is not None):
+        raise DataError("labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR")
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,7 @@ from qcompiler.importers.onnx import import_onnx
 from qcompiler.passes.canonicalize import canonicalize
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
 from qcompiler.passes.layout import to_channels_last
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """An input or output as the user sees it: `shape` in the model file's own layout, `dtype` as numpy spells it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+from qcompiler.tensor import TensorInfo
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from qcompiler.channels import stored_form
-from qcompiler.data import InputInfo, Samples, load_labels, open_samples
+from qcompiler.data import Samples, load_labels, open_samples
 from qcompiler.debug import plain_json
 from qcompiler.errors import ArtifactError, DataError
+from qcompiler.goal import check_labels, check_thresholds, classifying
 from qcompiler.metrics import Accumulator, Metrics
 from qcompiler.progress import Progress
+from qcompiler.tensor import TensorInfo
+from qcompiler.text import number, percent, table
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""
@@ -33,9 +36,9 @@ class Runner(Protocol):
     manifest: dict[str, Any]
 
     @property
-    def inputs(self) -> Sequence[InputInfo]: ...
+    def inputs(self) -> Sequence[TensorInfo]: ...
     @property
-    def outputs(self) -> Sequence[InputInfo]: ...
+    def outputs(self) -> Sequence[TensorInfo]: ...
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> dict[str, np.ndarray]: ...
 
@@ -101,9 +104,34 @@ class ParityReport:
         return sorted(self.layers, key=lambda row: (not np.isnan(row.metrics.sqnr_db), row.metrics.sqnr_db))[:count]
 
     def __str__(self) -> str:
-        from qcompiler.tables import parity_text
-
         return parity_text(self)
+
+
+_PARITY_COLUMNS = ("value", "dtype", "SQNR dB|", "max|", "median|", "mean|", "cosine|", "channel bias, steps|", "top-1 agreement|")
+
+
+def _parity_rows(rows: Sequence[Row]) -> list[list[str]]:
+    cells = []
+    for row in rows:
+        m = row.metrics
+        bias = "" if m.channel_bias is None else f"{m.channel_bias:+.2f} in {m.channel}"
+        errors = [number(e, ".3g") for e in (m.max_error, m.median_error, m.mean_error)]
+        cells.append([row.name, row.dtype, number(m.sqnr_db), *errors, number(m.cosine, ".5f"), bias, percent(row.agreement)])
+    return cells
+
+
+def parity_text(report: ParityReport, layers: int = 10) -> str:
+    """The outputs, the `layers` worst layers (negative: all, in order), accuracy and the verdict."""
+    parts = [table(f"Outputs, {report.samples} samples", _PARITY_COLUMNS, _parity_rows(report.outputs))]
+    if report.layers and layers:
+        shown = report.layers if layers < 0 else report.worst_layers(layers)
+        title = f"Layers, {report.layer_samples} samples" + ("" if layers < 0 else f": the worst {len(shown)} of {len(report.layers)}")
+        parts.append(table(title, _PARITY_COLUMNS[:-1], [cells[:-1] for cells in _parity_rows(shown)]))
+    if report.float_accuracy is not None and report.int8_accuracy is not None:
+        drop = 100 * (report.float_accuracy - report.int8_accuracy)
+        parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
+    parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
+    return "\n\n".join(parts)
 
 
 def verify(
@@ -147,8 +175,8 @@ def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) 
 
     Raises ArtifactError when the network's inputs or outputs are not those of `like`.
     """
-    from qcompiler.pipeline import compile_float
     from qcompiler.runtime.session import Session
+    from qcompiler.stages import compile_float
 
     shapes = {i.name: tuple(i.shape) for i in like.inputs}
     target = "native" if like.manifest["triple"].startswith("nvptx64") else like.manifest["target"]
@@ -248,28 +276,6 @@ def compare(
     report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy)
     report.failures.extend(_failures(report))
     return report
-
-
-def classifying(outputs: Iterable[InputInfo]) -> list[InputInfo]:
-    """The outputs of shape [batch, classes]."""
-    return [o for o in outputs if len(o.shape) == 2 and o.shape[1] > 1]
-
-
-def check_labels(labels: np.ndarray, rows: int, output: InputInfo) -> None:
-    """Raises DataError unless there is one label for each of `rows`, all of them classes of `output`."""
-    if len(labels) != rows:
-        raise DataError(f"{len(labels)} labels for {rows} samples")
-    if labels.min() < 0 or labels.max() >= output.shape[1]:
-        raise DataError(f"labels lie in [{labels.min()}, {labels.max()}], but output '{output.name}' has {output.shape[1]} classes, counted from 0")
-
-
-def check_thresholds(thresholds: Any, classified: Sequence[Any], labelled: bool) -> None:
-    """Raises DataError for limits that can't be checked: without labels, or without an output that `classifying` finds. thresholds: anything with
-    `max_accuracy_drop` and `min_agreement`."""
-    if thresholds.max_accuracy_drop is not None and not labelled:
-        raise DataError("an accuracy threshold needs labels (--labels)")
-    if not classified and (labelled or thresholds.min_agreement is not None):
-        raise DataError("labels and agreement need an output of shape [batch, classes], and this model has none; use a threshold on the SQNR")
 
 
 def _failures(report: ParityReport) -> list[str]:

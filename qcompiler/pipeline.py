@@ -15,6 +15,7 @@ import qcompiler
 from qcompiler import artifact as artifacts
 from qcompiler.accuracy_target import compile_to
 from qcompiler.artifact import Artifact
+from qcompiler.build import build
 from qcompiler.cuda import toolkit_versions
 from qcompiler.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.debug import Dumper
@@ -27,7 +28,7 @@ from qcompiler.passes.trained import Trained
 from qcompiler.plan import named_groups
 from qcompiler.progress import Progress
 from qcompiler.recipes import Recipe, recipe
-from qcompiler.stages import Compilation, Measured, Quantized, build, finish, measure, planned
+from qcompiler.stages import Compilation, Measured, Quantized, finish, measure, planned
 from qcompiler.survey import worth_keeping
 from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
@@ -193,12 +194,3 @@ def compile_weights(model: str | os.PathLike[str], target: str = "native", calib
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
         digests={"model": float_model.digest, "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest()},
     )
-
-
-def compile_float(
-    model: str | os.PathLike[str], target: str = "native", input_shapes: Mapping[str, Sequence[int]] | None = None, progress: Progress | None = None
-) -> Artifact:
-    """The float twin of a network: float32 kernels of the same templates, for comparison and calibration. Arguments as `compile`."""
-    float_model = load(Path(model), input_shapes)
-    built = build(select_float(float_model.module), find_target(target), "generate float code", progress=progress)
-    return built.link(model=float_model.name, digests={"model": float_model.digest})

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompiler.report_svg import FLOAT, INT8, pareto_chart
 from qcompiler.report_table import html_table
-from qcompiler.tables import float_layers, milliseconds, number, percent, size
+from qcompiler.text import float_layers, milliseconds, number, percent, size
 
 _LAYERS = 15  # most sensitive ones with a row
 

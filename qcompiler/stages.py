@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,17 @@ from typing import Any
 import tvm
 
 import qcompiler
-from qcompiler import artifact as artifacts
 from qcompiler.analytic import mean_of_rounding
 from qcompiler.artifact import Artifact
+from qcompiler.build import Built, build, session_of
 from qcompiler.calibration import CalibrationTable, calibrate
-from qcompiler.codegen import object_code
 from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.cuda import toolkit_versions
 from qcompiler.data import Samples
 from qcompiler.debug import Dumper
 from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
-from qcompiler.lowering import Params, Program, lower
-from qcompiler.model import FloatModel
+from qcompiler.lowering import Program
+from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
@@ -44,37 +41,6 @@ from qcompiler.runtime.session import Session
 from qcompiler.suspicion import doubts
 from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
-
-
-@dataclass
-class Built:
-    """A program with its object code: linked again with other constants, no code is generated anew."""
-
-    program: Program
-    code: bytes
-
-    def link(self, **manifest: Any) -> Artifact:
-        described = artifacts.program_manifest(self.program) | {"values": {}, "float_ops": []} | manifest
-        described |= artifacts.port_parameters(self.program, described["values"])
-        return artifacts.link(self.code, self.program.constants, described, self.program.target)
-
-
-def build(module: tvm.IRModule, target: Target, stage: str, params: Params | None = None, *, progress: Progress | None = None) -> Built:
-    """Lower a module, with tuned `params` where there are some, and generate its code."""
-    program = lower(module, target, params)
-    if progress is not None:
-        progress(stage, 0, 1)
-    code = object_code(program)
-    if progress is not None:
-        progress(stage, 1, 1)
-    return Built(program, code)
-
-
-@contextlib.contextmanager
-def session_of(artifact: Artifact) -> Iterator[Session]:
-    """A session, on all cores of this process, of an artifact that has no file yet."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        yield Session(artifact.save(Path(folder) / "model.so"), len(os.sched_getaffinity(0)))
 
 
 @dataclass
@@ -151,6 +117,15 @@ class Compilation:
 
 def float_twin(model: FloatModel, progress: Progress | None) -> Built:
     return build(select_float(model.module), find_target("native"), "generate float code", progress=progress)
+
+
+def compile_float(
+    model: str | os.PathLike[str], target: str = "native", input_shapes: Mapping[str, Sequence[int]] | None = None, progress: Progress | None = None
+) -> Artifact:
+    """The float twin of a network: float32 kernels of the same templates, for comparison and calibration. Arguments as `compile`."""
+    float_model = load(Path(model), input_shapes)
+    built = build(select_float(float_model.module), find_target(target), "generate float code", progress=progress)
+    return built.link(model=float_model.name, digests={"model": float_model.digest})
 
 
 def measure(model: FloatModel, samples: Samples, recipe: Recipe, dump: Dumper, progress: Progress | None) -> Measured:

@@ -14,6 +14,7 @@ import numpy as np
 import tvm
 
 from qcompiler.analytic import bias_for, shapes_of
+from qcompiler.build import Built, session_of
 from qcompiler.correction import integer_layers
 from qcompiler.goal import decibel
 from qcompiler.lowering import Program
@@ -25,7 +26,7 @@ from qcompiler.progress import Progress
 from qcompiler.quant_plan import Derived
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
-from qcompiler.stages import Built, Measured, Quantized, session_of
+from qcompiler.stages import Measured, Quantized
 from qcompiler.targets import Target
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware

@@ -2,77 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from qcompiler.bench import Timing, ratios
+from qcompiler.text import float_layers, milliseconds, number, percent, size, table
 from qcompiler.weight_only import heading
 
 if TYPE_CHECKING:
     from qcompiler.footprint import Memory
-    from qcompiler.parity import ParityReport, Row
     from qcompiler.survey import LayerNoise
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 140) -> str:
-    """A plain-text table; a column whose name ends in "|" is aligned right. Long cells wrap; `width` is in characters."""
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="", title_style="")
-    for column in columns:
-        grid.add_column(column.removesuffix("|"), justify="right" if column.endswith("|") else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    stream = io.StringIO()
-    Console(file=stream, width=width, no_color=True, highlight=False, markup=False, emoji=False).print(grid)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "" if value is None else str(value) if not math.isfinite(value) else format(value, form)
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f}"
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    return f"{count} B" if count < 1000 else f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
-
-
-def _parity_rows(rows: Sequence[Row]) -> list[list[str]]:
-    cells = []
-    for row in rows:
-        m = row.metrics
-        bias = "" if m.channel_bias is None else f"{m.channel_bias:+.2f} in {m.channel}"
-        errors = [number(e, ".3g") for e in (m.max_error, m.median_error, m.mean_error)]
-        cells.append([row.name, row.dtype, number(m.sqnr_db), *errors, number(m.cosine, ".5f"), bias, percent(row.agreement)])
-    return cells
-
-
-_PARITY_COLUMNS = ("value", "dtype", "SQNR dB|", "max|", "median|", "mean|", "cosine|", "channel bias, steps|", "top-1 agreement|")
-
-
-def parity_text(report: ParityReport, layers: int = 10) -> str:
-    """The outputs, the `layers` worst layers (negative: all, in order), accuracy and the verdict."""
-    parts = [table(f"Outputs, {report.samples} samples", _PARITY_COLUMNS, _parity_rows(report.outputs))]
-    if report.layers and layers:
-        shown = report.layers if layers < 0 else report.worst_layers(layers)
-        title = f"Layers, {report.layer_samples} samples" + ("" if layers < 0 else f": the worst {len(shown)} of {len(report.layers)}")
-        parts.append(table(title, _PARITY_COLUMNS[:-1], [cells[:-1] for cells in _parity_rows(shown)]))
-    if report.float_accuracy is not None and report.int8_accuracy is not None:
-        drop = 100 * (report.float_accuracy - report.int8_accuracy)
-        parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
-    parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
-    return "\n\n".join(parts)
 
 
 def timing_text(timings: Sequence[Timing], base: str) -> str:
@@ -151,10 +90,6 @@ def noise_text(samples: int, estimate: float, rows: Sequence[LayerNoise]) -> str
     title = f"Sensitivity on {samples} samples; SQNR of the whole plan about {number(estimate)} dB, were all roundings independent"
     cells = [[r.id, r.kind, number(r.sqnr_db), number(r.gain_db, "+.2f")] for r in rows]
     return table(title, ("layer", "operator", "SQNR dB, it alone in int8|", "dB gained when it stays float|"), cells)
-
-
-def float_layers(count: int) -> str:
-    return f"{count} layer{'' if count == 1 else 's'} in float"
 
 
 def weights_text(account: Mapping[str, Any]) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import yaml
 
 from qcompiler.cuda_driver import find_gpu
 from qcompiler.errors import TargetError, closest
+from qcompiler.host import host_architecture, host_features, request_tiles
 
 _KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
@@ -101,39 +99,6 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
     return rows
 
 
-@functools.cache
-def host_features() -> frozenset[str]:
-    """CPU features of this machine as the kernel reports them ("flags" on x86, "Features" on ARM), less the AMX tiles that it gives to no process."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            features = frozenset(value.split())
-            return features if "amx_tile" not in features or _tiles_are_given() else features - {"amx_tile"}
-    return frozenset()
-
-
-_ARCH_PRCTL, _GET_SUPPORTED, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1021, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h, the state component
-
-
-def _arch_prctl(code: int, argument: Any) -> int:
-    """What Linux says of a request about this x86 process: 0, or the number of the error."""
-    return ctypes.get_errno() if ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, code, argument) else 0
-
-
-def _tiles_are_given() -> bool:
-    supported = ctypes.c_uint64()
-    return _arch_prctl(_GET_SUPPORTED, ctypes.byref(supported)) == 0 and bool(supported.value >> _TILE_DATA & 1)
-
-
-def host_architecture() -> str:
-    machine = platform.machine()
-    return {"amd64": "x86_64", "arm64": "aarch64", "armv7l": "armv7a"}.get(machine.lower(), machine)
-
-
 def missing_features(target: Target) -> list[str]:
     """CPU features that `target` needs and this machine lacks (all of them on another architecture); for a GPU, what the machine lacks to run it."""
     if target.gpu:
@@ -152,7 +117,7 @@ def permit(target: Target) -> None:
     """Let this process run kernels of `target` outside a library, whose sessions do that: Linux gives AMX tiles on request. Raises TargetError if refused."""
     if "amx_tile" not in target.features:
         return
-    error = _arch_prctl(_REQUEST_PERMISSION, _TILE_DATA)  # as in runtime/cpp/qc_threads.c
+    error = request_tiles()
     if error:
         raise TargetError(f"Linux refuses AMX tiles to this process ({os.strerror(error)}); kernels of '{target.name}' can't run here")
 

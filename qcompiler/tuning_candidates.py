@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.artifact import checksum
+from qcompiler.library import checksum
 from qcompiler.lowering import Place, Program, Step, Value
 from qcompiler.memory import round_up
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
@@ -62,8 +62,8 @@ def candidate_program(row: Row, op: OpCall, target: Target, points: Sequence[Map
 
 def candidate_library(row: Row, op: OpCall, target: Target, points: Sequence[Mapping[str, Any]]) -> bytes:
     """The shared library of `candidate_program`."""
+    from qcompiler.build import Built
     from qcompiler.codegen import object_code
-    from qcompiler.stages import Built
 
     program = candidate_program(row, op, target, points)
     return Built(program, object_code(program)).link().library

@@ -15,10 +15,11 @@ import pytest
 from tvm import relax
 
 from qcompiler import artifact as artifacts
-from qcompiler.artifact import Artifact, read_manifest
+from qcompiler.artifact import Artifact
 from qcompiler.codegen import object_code
 from qcompiler.elf import read_section
 from qcompiler.errors import ArtifactError, DataError, IncompatibleDevice, OutputError, TargetError
+from qcompiler.library import read_manifest
 from qcompiler.lowering import Program, lower
 from qcompiler.passes.graph import GraphBuilder, const
 from qcompiler.runtime.session import Session

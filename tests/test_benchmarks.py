@@ -24,10 +24,11 @@ from qcompiler.metrics import sqnr_db
 from qcompiler.numerics import OPERATORS
 from qcompiler.pipeline import compile_stages
 from qcompiler.preprocess import Preprocess
-from qcompiler.runtime.session import Session, TensorInfo
+from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel
 from qcompiler.schedules.table import Layout
 from qcompiler.targets import find_target
+from qcompiler.tensor import TensorInfo
 from qcompiler.tuning_log import SHIPPED, read_log
 
 

@@ -19,9 +19,10 @@ from qcompiler.bundle import Bundle, make_bundle
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import ArtifactError, OutputError, TargetError
+from qcompiler.host import host_architecture
 from qcompiler.runtime.session import Session
 from qcompiler.static_library import identifier
-from qcompiler.targets import find_target, host_architecture
+from qcompiler.targets import find_target
 
 FILES = {
     "README.md",

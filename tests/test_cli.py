@@ -21,7 +21,7 @@ from qcompiler.errors import DataError, ModelError, OutputError
 from qcompiler.files import replacing
 from qcompiler.metrics import Accumulator
 from qcompiler.parity import ParityReport, Row, Thresholds
-from qcompiler.runtime.session import TensorInfo
+from qcompiler.tensor import TensorInfo
 
 MANIFEST: dict[str, Any] = {
     "format": 1,

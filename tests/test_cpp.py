@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from emulated import require, require_tool
 
-from qcompiler.artifact import _model_header, _with_checksum, check_complete
+from qcompiler.artifact import _model_header, _with_checksum
 from qcompiler.demo import demo_data
 from qcompiler.errors import ArtifactError
+from qcompiler.host import host_architecture
+from qcompiler.library import check_complete
 from qcompiler.runtime.session import Session
-from qcompiler.targets import Target, find_target, host_architecture, missing_features
+from qcompiler.targets import Target, find_target, missing_features
 
 CPP = Path(__file__).resolve().parent.parent / "qcompiler" / "runtime" / "cpp"
 SOURCES = Path(__file__).resolve().parent / "cpp"

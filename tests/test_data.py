@@ -12,7 +12,7 @@ import pytest
 from qcompiler.data import load_labels, open_samples
 from qcompiler.errors import DataError
 from qcompiler.preprocess import Preprocess, load_preprocess
-from qcompiler.runtime.session import TensorInfo
+from qcompiler.tensor import TensorInfo
 
 IMAGE = [TensorInfo("image", (1, 3, 4, 5), "float32")]
 TWO = [TensorInfo("a", (1, 2), "float32"), TensorInfo("b", (1, 3), "int64")]

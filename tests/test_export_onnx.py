@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import OnnxNet
 
 import qcompiler
+from qcompiler.build import session_of
 from qcompiler.cli import main
 from qcompiler.correction import integer_layers
 from qcompiler.data import CheckedSamples
@@ -22,7 +23,7 @@ from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.pipeline import compile_stages
-from qcompiler.stages import Compilation, session_of
+from qcompiler.stages import Compilation
 
 Feeds = dict[str, np.ndarray]
 

@@ -13,12 +13,12 @@ from small_nets import Net, TinyPlan, op
 from x86_emulation import HOST, runs_here
 
 from qcompiler import interpreter
+from qcompiler.build import build
 from qcompiler.lowering import Program, lower
 from qcompiler.parity import bit_parity
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.runtime.session import Session
-from qcompiler.stages import build
 from qcompiler.targets import find_target
 
 pytestmark = runs_here

@@ -13,6 +13,7 @@ from small_nets import Net, op, random_inputs, scalar
 
 import qcompiler
 from qcompiler import interpreter
+from qcompiler.build import session_of
 from qcompiler.data import CheckedSamples
 from qcompiler.debug import Dumper
 from qcompiler.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
@@ -22,7 +23,7 @@ from qcompiler.passes.graph import const
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.recipes import recipe
-from qcompiler.stages import measure, session_of
+from qcompiler.stages import measure
 
 TOKENS, WIDTH, HEADS = 8, 32, 4
 OUTLIERS, RAISED = (3, 20), 9

@@ -13,7 +13,7 @@ import pytest
 from qcompiler.errors import ArtifactError, DataError
 from qcompiler.metrics import Accumulator, sqnr_db
 from qcompiler.parity import ParityReport, Thresholds, bit_parity, compare, verify
-from qcompiler.runtime.session import TensorInfo
+from qcompiler.tensor import TensorInfo
 
 Visit = Callable[[str, np.ndarray], None]
 SCALES = {"hidden": (0.05, -20), "last": (0.1, -100)}

@@ -17,9 +17,9 @@ from qcompiler.errors import DataError, PlanError
 from qcompiler.interpreter import run
 from qcompiler.metrics import sqnr_db
 from qcompiler.parity import bit_parity
-from qcompiler.pipeline import compile_float, compile_stages
+from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation
+from qcompiler.stages import Compilation, compile_float
 from qcompiler.targets import load_targets, missing_features
 
 X86 = [t.name for t in load_targets().values() if t.architecture == "x86_64" and not missing_features(t)]

@@ -19,15 +19,16 @@ from qcompiler.bench import Timing
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.errors import OutputError
+from qcompiler.evidence import Evidence, StepTime, distribution, step_times
 from qcompiler.footprint import Memory
 from qcompiler.metrics import Accumulator, wilson
 from qcompiler.parity import ParityReport, Row, Thresholds
-from qcompiler.report import Evidence, StepTime, distribution, step_times, verify_report
+from qcompiler.report import verify_report
 from qcompiler.report_html import page
 from qcompiler.report_mixed import section as mixed_section
 from qcompiler.report_svg import histogram, pareto_chart, sqnr_chart
 from qcompiler.spec import QParams
-from qcompiler.tables import milliseconds, number, percent, size
+from qcompiler.text import milliseconds, number, percent, size
 
 VOID = {"meta", "br"}
 TIMES = {"latency", "steps", "speedup", "footprint"}  # ids of what may differ from run to run

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from qcompiler.errors import TargetError
-from qcompiler.targets import find_target, host_architecture, load_targets, missing_features
+from qcompiler.host import host_architecture
+from qcompiler.targets import find_target, load_targets, missing_features
 
 
 def test_every_row_is_complete() -> None:

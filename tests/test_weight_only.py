@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler import numerics, schedules
-from qcompiler.artifact import read_manifest
 from qcompiler.cli import main
 from qcompiler.errors import ModelError, PlanError
+from qcompiler.library import read_manifest
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.portable.weight_only import pack_weights

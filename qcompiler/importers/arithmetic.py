@@ -10,8 +10,7 @@ from tvm import relax
 
 from qcompiler.importers.nodes import Node, Refused, Value, real
 from qcompiler.passes.graph import const
-
-LOWEST, HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
+from qcompiler.passes.unary import clamped
 
 
 def identity(node: Node) -> list[Value]:
@@ -35,19 +34,6 @@ def clip(node: Node) -> list[Value]:
         return [x if bounds[1] is None else relax.op.minimum(x, node.tensor(2))]
     low, high = (None if b is None or np.isnan(b) or np.isinf(b) else np.ravel(np.asarray(b))[0] for b in bounds)
     return [clamped(node.tensor(0), low, high)]
-
-
-def clamped(x: Any, low: float | None, high: float | None) -> Any:
-    """`min(max(x, low), high)` in its canonical form; None is no bound."""
-    if low is None and high is None:
-        return x
-    dtype = str(x.ty.dtype)
-    if dtype != "float32":
-        limits = np.iinfo(dtype)
-        return relax.op.clip(x, int(limits.min if low is None else low), int(limits.max if high is None else high))
-    if low == 0 and high is None:
-        return relax.op.nn.relu(x)
-    return relax.op.clip(x, LOWEST if low is None else float(low), HIGHEST if high is None else float(high))
 
 
 def hard_sigmoid(node: Node) -> list[Value]:

@@ -9,27 +9,18 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qcompiler.artifact import check_complete, read_manifest
 from qcompiler.elf import read_section
 from qcompiler.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, closest
-from qcompiler.targets import host_architecture, host_features
+from qcompiler.host import host_architecture, host_features
+from qcompiler.library import check_complete, read_manifest
+from qcompiler.tensor import TensorInfo
 
 _ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Name, static shape and numpy dtype name of a network input or output."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class Context:

@@ -1,0 +1,52 @@
+"""A module becomes a program, object code, and a library that is linked as often as constants change."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from qcompiler import artifact as artifacts
+from qcompiler.artifact import Artifact
+from qcompiler.codegen import object_code
+from qcompiler.lowering import Params, Program, lower
+from qcompiler.progress import Progress
+from qcompiler.runtime.session import Session
+from qcompiler.targets import Target
+
+
+@dataclass
+class Built:
+    """A program with its object code: linked again with other constants, no code is generated anew."""
+
+    program: Program
+    code: bytes
+
+    def link(self, **manifest: Any) -> Artifact:
+        described = artifacts.program_manifest(self.program) | {"values": {}, "float_ops": []} | manifest
+        described |= artifacts.port_parameters(self.program, described["values"])
+        return artifacts.link(self.code, self.program.constants, described, self.program.target)
+
+
+def build(module: tvm.IRModule, target: Target, stage: str, params: Params | None = None, *, progress: Progress | None = None) -> Built:
+    """Lower a module, with tuned `params` where there are some, and generate its code."""
+    program = lower(module, target, params)
+    if progress is not None:
+        progress(stage, 0, 1)
+    code = object_code(program)
+    if progress is not None:
+        progress(stage, 1, 1)
+    return Built(program, code)
+
+
+@contextlib.contextmanager
+def session_of(artifact: Artifact) -> Iterator[Session]:
+    """A session, on all cores of this process, of an artifact that has no file yet."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        yield Session(artifact.save(Path(folder) / "model.so"), len(os.sched_getaffinity(0)))

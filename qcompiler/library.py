@@ -1,0 +1,60 @@
+"""The reading half of an artifact: the manifest of a library and whether its file is whole, without executing it. Needs numpy alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompiler.elf import read_section
+from qcompiler.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST_SECTION = ".qc.manifest"
+CHECKSUM_MAGIC = b"qc.sum1\n"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of the library at `path`, without executing it; the file may be for any architecture.
+
+    Raises ArtifactError when the file is not one of ours, is damaged, or has another format version.
+    """
+    path = Path(path)
+    raw, _ = read_section(path, MANIFEST_SECTION)
+    try:
+        document = json.loads(raw.rstrip(b"\0").decode())
+        manifest, digest = document["manifest"], document["digest"]
+        body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: the manifest is damaged (not readable as JSON: {error}); compile the model again") from error
+    if not isinstance(manifest, dict) or hashlib.sha256(body.encode()).hexdigest() != digest:
+        raise ArtifactError(f"{path}: the manifest is damaged (its digest does not match); compile the model again")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: artifact format {manifest.get('format')}, this version of qcompiler reads format {FORMAT_VERSION}; compile the model again"
+        )
+    return manifest
+
+
+def checksum(body: bytes) -> bytes:
+    """16 bytes: a = the sum of the little-endian 32-bit words of `body`, b = the sum of a's values after each word; both modulo 2^64."""
+    a = b = 0
+    words = np.frombuffer(body, "<u4")
+    for start in range(0, words.size, 1 << 18):
+        block = words[start : start + (1 << 18)].astype(np.uint64)
+        b += a * block.size + int((block * np.arange(block.size, 0, -1, dtype=np.uint64)).sum())  # uint64 wraps modulo 2^64
+        a += int(block.sum())
+    return struct.pack("<QQ", a % 2**64, b % 2**64)
+
+
+def check_complete(path: Path) -> None:
+    """Raise ArtifactError when the library at `path` is not, byte for byte, what `link` wrote."""
+    data = path.read_bytes()
+    body, magic, sums = data[:-24], data[-24:-16], data[-16:]
+    if magic != CHECKSUM_MAGIC or len(body) % 4 or checksum(body) != sums:
+        raise ArtifactError(f"{path}: damaged, cut short or stripped (its checksum does not match); compile the model again, or copy the library again")
