@@ -41,9 +41,9 @@ class Recipe:
 def measure(network: networks.Network, target: str, recipe: Recipe, images: int | None, keep: Path | None) -> dict[str, Any]:
     """Compile one network for `target` and compare it with its float twin on `images` evaluation images (None: all), evenly spread."""
     import qcompiler
+    from qcompiler.base.progress import terminal_progress
     from qcompiler.data import load_labels, open_samples
     from qcompiler.parity import Thresholds, compare, float_session
-    from qcompiler.progress import terminal_progress
 
     with terminal_progress() as progress, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -97,8 +97,8 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
         return None
     import onnxruntime
 
+    from qcompiler.base.tensor import TensorInfo
     from qcompiler.data import load_labels, open_samples
-    from qcompiler.tensor import TensorInfo
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = THREADS
@@ -149,8 +149,8 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    from qcompiler.text import number, percent, size
-    from qcompiler.text import table as text
+    from qcompiler.base.text import number, percent, size
+    from qcompiler.base.text import table as text
 
     rows = [
         [

@@ -33,14 +33,14 @@ import numpy as np
 from tflite_model import tflite_model
 
 from qcompiler.artifact import find_compiler
+from qcompiler.base.targets import find_target
+from qcompiler.base.text import table
 from qcompiler.build import build, session_of
 from qcompiler.bundle import SOURCES
 from qcompiler.data import open_samples
 from qcompiler.model import load
 from qcompiler.pipeline import compile_stages
 from qcompiler.stages import Compilation
-from qcompiler.targets import find_target
-from qcompiler.text import table
 
 HERE = Path(__file__).resolve().parent / "instructions"
 CALIBRATION_IMAGES = 16  # counts do not depend on the values

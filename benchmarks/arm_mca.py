@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from mca import Estimate, Layer, analyse, assembly_of, loops, mnemonic, report
 
 from qcompiler import schedules
+from qcompiler.base.targets import find_target
 from qcompiler.schedules.table import select
-from qcompiler.targets import find_target
 
 MACS = {"smmla": 32, "sdot": 16, "smull": 8, "smull2": 8, "smlal": 8, "smlal2": 8, "fmla": 4, "vmull.s8": 8, "vmlal.s8": 8}
 PEAKS = {  # row -> independent instructions, {0} to {23} accumulators

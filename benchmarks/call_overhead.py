@@ -25,9 +25,9 @@ from pathlib import Path
 
 import qcompiler
 from qcompiler.artifact import find_compiler
+from qcompiler.base.targets import find_target
 from qcompiler.bundle import SOURCES
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.targets import find_target
 
 LIMIT_NS = 2000.0
 

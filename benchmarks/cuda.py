@@ -29,9 +29,9 @@ import cuda_sections as sections
 import networks
 from cuda_prepare import prepare
 
-from qcompiler.cuda_driver import Gpu, find_gpu
-from qcompiler.host import host_architecture
-from qcompiler.targets import Target, find_target, load_targets
+from qcompiler.base.cuda_driver import Gpu, find_gpu
+from qcompiler.base.host import host_architecture
+from qcompiler.base.targets import Target, find_target, load_targets
 
 HERE = Path(__file__).resolve().parent
 
@@ -145,7 +145,7 @@ def network_sections(report: Report, folder: Path, network: dict[str, Any], opti
 
 def text_of(network: dict[str, Any], kind: str) -> str:
     """What a section found, to read."""
-    from qcompiler.text import table
+    from qcompiler.base.text import table
 
     title, found = f"{network['network']}, batch {network['batch']}", network[kind]
     if kind == "exact":
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, target = options.prepare or Path(name), find_target(options.target) if options.target else target_of(gpu)  # type: ignore[arg-type]
         found = [networks.find(n, options.data, networks.default_cache()) for n in options.network or networks.NAMES if n != "none"]
         chosen = [n for n in found if n]
-        from qcompiler.progress import terminal_progress
+        from qcompiler.base.progress import terminal_progress
 
         with terminal_progress() as progress:
             plan = prepare(folder, target, chosen, options.batch, "rows" not in options.without, "tensorrt" not in options.without, progress)

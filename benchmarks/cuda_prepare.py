@@ -21,7 +21,7 @@ from typing import Any
 import networks
 import numpy as np
 
-from qcompiler.targets import Target
+from qcompiler.base.targets import Target
 
 HERE = Path(__file__).resolve().parent
 GUARD, IMAGES = 4096, 8
@@ -103,12 +103,12 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     import onnx
 
     import qcompiler
+    from qcompiler.base.debug import Dumper
+    from qcompiler.base.targets import find_target
     from qcompiler.build import build
     from qcompiler.data import open_samples
-    from qcompiler.debug import Dumper
     from qcompiler.model import load
     from qcompiler.pipeline import quantize
-    from qcompiler.targets import find_target
 
     port = onnx.load(str(network.model), load_external_data=False).graph.input[0]
     shape = (batch, *(d.dim_value for d in port.type.tensor_type.shape.dim[1:]))

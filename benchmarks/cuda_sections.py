@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from cuda_prepare import batch_of
 
-from qcompiler.cuda_driver import Gpu
+from qcompiler.base.cuda_driver import Gpu
 from qcompiler.runtime.session import Session
 
 Call = Callable[[], object]

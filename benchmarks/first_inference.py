@@ -69,10 +69,10 @@ def once(arguments: list[str]) -> dict[str, float]:
 
 def prepare(network: networks.Network, folder: Path, threads: int) -> dict[str, list[str]]:
     """{candidate: arguments of its process}: compiles, quantizes, and lets OpenVINO fill its cache and export its blob."""
+    from qcompiler.base.debug import Dumper
+    from qcompiler.base.targets import find_target
     from qcompiler.build import build
-    from qcompiler.debug import Dumper
     from qcompiler.pipeline import quantize
-    from qcompiler.targets import find_target
 
     target = find_target("native")
     stages = quantize(network.model, target, network.calibration(), Dumper(), preprocess=network.preprocess, preset="fast")
@@ -105,8 +105,8 @@ def measure(candidates: dict[str, list[str]], rounds: int) -> dict[str, dict[str
 
 def table(network: str, times: dict[str, dict[str, list[float]]]) -> str:
     """Minimum and median of each phase, and the ratio of "load + run" to ours."""
-    from qcompiler.text import milliseconds
-    from qcompiler.text import table as text
+    from qcompiler.base.text import milliseconds
+    from qcompiler.base.text import table as text
 
     ours = min(times["ours"]["load + run"])
     rows = []

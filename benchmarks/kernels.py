@@ -24,9 +24,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler import schedules
+from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.harness import aligned, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row, select
-from qcompiler.targets import Target, find_target, missing_features
 
 FAMILIES = ("resnet50", "mobilenet_v2", "depthwise", "others")
 
@@ -124,7 +124,7 @@ def search(item: Ready, target: Target, count: int, peak: tuple[roofline.Call, i
 
 def table(title: str, rows: list[tuple[Ready, dict[str, Any], float | None]]) -> str:
     """One line per kernel (with the gain of a search where one was made), and their sum, each as often as its network has it."""
-    from qcompiler.text import table as text
+    from qcompiler.base.text import table as text
 
     lines = []
     for item, m, gain in rows:

@@ -77,9 +77,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="default: qcompiler/shipped_log of the checkout")
     options = parser.parse_args()
 
-    from qcompiler.debug import Dumper
+    from qcompiler.base.debug import Dumper
+    from qcompiler.base.targets import find_target
     from qcompiler.pipeline import quantize
-    from qcompiler.targets import find_target
     from qcompiler.tuning import check_arguments, tune_module
     from qcompiler.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import tvm
 
+from qcompiler.base.targets import Target
+from qcompiler.base.text import table
 from qcompiler.schedules.harness import module_of
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
-from qcompiler.text import table
 
 ITERATIONS = 200
 

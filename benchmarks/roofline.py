@@ -23,11 +23,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler import schedules
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.harness import aligned
 from qcompiler.schedules.isa import Isa, load, save
 from qcompiler.schedules.table import KERNELS
-from qcompiler.targets import Target, find_target
 
 Call = Callable[[], object]
 os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # else TVM's pool has half as many threads
@@ -129,7 +129,7 @@ def bandwidth(target_name: str, size: int, write: bool = False, threads: int = 1
 
 def describe(target: Target, threads: list[int]) -> str:
     """The table that this script prints."""
-    from qcompiler.text import size, table
+    from qcompiler.base.text import size, table
 
     rows: list[list[str]] = []
     for count in threads:

@@ -40,8 +40,8 @@ class Prepared:
     def __init__(
         self, network: networks.Network, target: Any, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any
     ) -> None:
+        from qcompiler.base.debug import Dumper
         from qcompiler.build import build
-        from qcompiler.debug import Dumper
         from qcompiler.pipeline import quantize
         from qcompiler.stages import compile_float
         from qcompiler.tuning_log import Tuned
@@ -151,8 +151,8 @@ def mean_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Every network, thread count and candidate; then the geometric means."""
-    from qcompiler.text import milliseconds
-    from qcompiler.text import table as text
+    from qcompiler.base.text import milliseconds
+    from qcompiler.base.text import table as text
 
     alone = {(r["network"], name): row["minimum"] for r in results if r["threads"] == 1 for name, row in r["candidates"].items()}
     rows = []
@@ -174,7 +174,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def layer_table(layers: dict[str, Any], count: int) -> str:
     """The `count` steps of a network that lose most time against the peak."""
-    from qcompiler.text import table as text
+    from qcompiler.base.text import table as text
 
     steps, peak = layers["steps"], layers["peak"]
     total = sum(s["seconds"] for s in steps)
@@ -215,8 +215,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="print our N steps that lose most time, on one thread")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
-    from qcompiler.progress import terminal_progress
-    from qcompiler.targets import find_target, missing_features
+    from qcompiler.base.progress import terminal_progress
+    from qcompiler.base.targets import find_target, missing_features
 
     target = find_target(options.target)
     if missing := missing_features(target):

@@ -22,11 +22,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler.artifact import Artifact
+from qcompiler.base.text import number, size, table
 from qcompiler.bench import interleave, onnxruntime_call, random_inputs, ratios
 from qcompiler.metrics import sqnr_db
 from qcompiler.runtime.session import Session
 from qcompiler.stages import compile_float
-from qcompiler.text import number, size, table
 
 HIDDEN, INNER, LAYERS = 768, 3072, 4  # the linear layers of a BERT-like encoder: query, key, value, output, two of the MLP
 

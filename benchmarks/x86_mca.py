@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from mca import Estimate, Layer, analyse, assembly_of, loops, mnemonic, report
 
 from qcompiler import schedules
+from qcompiler.base.targets import find_target
 from qcompiler.schedules.table import select
-from qcompiler.targets import find_target
 
 BYTES = ("vpmaddubsw %{0}mm15, %{0}mm14, %{0}mm13", "vpmaddwd %{0}mm12, %{0}mm13, %{0}mm13", "vpaddd %{0}mm13, %{0}mm{1}, %{0}mm{1}")
 ROWS = {  # row -> cores, register letter, instructions of a dot step into accumulator {1}

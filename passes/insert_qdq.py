@@ -22,7 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.errors import PlanError
+from qcompiler.base.errors import PlanError
 from qcompiler.passes.constants import dequantized, relax_form
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups

@@ -20,21 +20,21 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.debug import Dumper
+from qcompiler.base.errors import DataError
+from qcompiler.base.progress import Progress
+from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.bench import interleave
 from qcompiler.build import build
 from qcompiler.data import CheckedSamples, Samples, load_labels, take
-from qcompiler.debug import Dumper
-from qcompiler.errors import DataError
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.mixed import Network, Point, first_below
 from qcompiler.model import FloatModel
-from qcompiler.progress import Progress
 from qcompiler.recipes import Recipe
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.stages import Compilation, describe, finish, measure, planned
 from qcompiler.survey import Survey
-from qcompiler.targets import Target, find_target, missing_features
 from qcompiler.tuning_log import Tuned
 
 BUDGET = 600.0  # seconds, when none is given

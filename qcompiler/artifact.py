@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompiler.errors import TargetError
-from qcompiler.files import replacing
-from qcompiler.host import host_architecture
+from qcompiler.base.errors import TargetError
+from qcompiler.base.files import replacing
+from qcompiler.base.host import host_architecture
+from qcompiler.base.targets import Target
 from qcompiler.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
-from qcompiler.targets import Target
 
 if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
     from qcompiler.lowering import Port, Program

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import DataError
-from qcompiler.progress import Progress
-from qcompiler.tensor import TensorInfo
+from qcompiler.base.errors import DataError
+from qcompiler.base.progress import Progress
+from qcompiler.base.tensor import TensorInfo
 
 
 @dataclass(frozen=True)

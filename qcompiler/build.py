@@ -14,11 +14,11 @@ import tvm
 
 from qcompiler import artifact as artifacts
 from qcompiler.artifact import Artifact
+from qcompiler.base.progress import Progress
+from qcompiler.base.targets import Target
 from qcompiler.codegen import object_code
 from qcompiler.lowering import Params, Program, lower
-from qcompiler.progress import Progress
 from qcompiler.runtime.session import Session
-from qcompiler.targets import Target
 
 
 @dataclass

@@ -15,12 +15,12 @@ from typing import Any
 
 import qcompiler
 from qcompiler.artifact import find_compiler
+from qcompiler.base.errors import OutputError, TargetError
+from qcompiler.base.files import new_folder
+from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.elf import read_section
-from qcompiler.errors import OutputError, TargetError
-from qcompiler.files import new_folder
 from qcompiler.library import MANIFEST_SECTION, check_complete, read_manifest
 from qcompiler.static_library import identifier, write_static
-from qcompiler.targets import Target, find_target, load_targets
 
 SOURCES = Path(__file__).resolve().parent / "runtime" / "cpp"
 HEADERS = ("qcompiler.h", "loader.h", "qcompiler.hpp")

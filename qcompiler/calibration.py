@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qcompiler.base.errors import DataError
+from qcompiler.base.files import replacing
+from qcompiler.base.progress import Progress
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.data import check_sample
-from qcompiler.errors import DataError
-from qcompiler.files import replacing
 from qcompiler.histogram import BINS, Histogram, channel_statistics
-from qcompiler.progress import Progress
-from qcompiler.tensor import TensorInfo
 
 FORMAT = 1
 Visit = Callable[[str, np.ndarray], None]

@@ -17,11 +17,11 @@ from typing import Any
 
 import qcompiler
 from qcompiler import cli_bundle, cli_report
+from qcompiler.base.debug import SWITCHES, plain_json, switch
+from qcompiler.base.errors import DataError, QCompilerError
+from qcompiler.base.files import check_writable, replacing
+from qcompiler.base.progress import terminal_progress
 from qcompiler.cli_tuning import add_verbs
-from qcompiler.debug import SWITCHES, plain_json, switch
-from qcompiler.errors import DataError, QCompilerError
-from qcompiler.files import check_writable, replacing
-from qcompiler.progress import terminal_progress
 
 DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with --preprocess"
 SHAPE_HELP = "shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs"
@@ -210,8 +210,8 @@ def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -
 
 
 def _compile(options: argparse.Namespace) -> int:
+    from qcompiler.base.text import size
     from qcompiler.tables import mixed_text
-    from qcompiler.text import size
     from qcompiler.weight_only import heading
 
     output = check_writable(options.output)
@@ -349,10 +349,10 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _targets(options: argparse.Namespace) -> int:
-    from qcompiler.cuda_driver import Gpu, find_gpu
-    from qcompiler.host import host_architecture
-    from qcompiler.targets import find_target, load_targets, missing_features
-    from qcompiler.text import table
+    from qcompiler.base.cuda_driver import Gpu, find_gpu
+    from qcompiler.base.host import host_architecture
+    from qcompiler.base.targets import find_target, load_targets, missing_features
+    from qcompiler.base.text import table
 
     targets = list(load_targets().values())
     missing = {t.name: missing_features(t) for t in targets}

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from qcompiler.errors import TuningError
-from qcompiler.progress import terminal_progress
+from qcompiler.base.errors import TuningError
+from qcompiler.base.progress import terminal_progress
 
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 
@@ -25,7 +25,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def export_round(options: argparse.Namespace, show: Show) -> int:
-    from qcompiler.text import size
+    from qcompiler.base.text import size
     from qcompiler.tuning_remote import CANDIDATES, export_candidates
 
     with terminal_progress() as progress:
@@ -53,7 +53,7 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
 
 
 def import_round(options: argparse.Namespace, show: Show) -> int:
-    from qcompiler.text import table
+    from qcompiler.base.text import table
     from qcompiler.tuning_log import workload_text
     from qcompiler.tuning_remote import import_results
 

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qcompiler.base.errors import DataError
+from qcompiler.base.progress import terminal_progress
 from qcompiler.cli_tuning import duration
-from qcompiler.errors import DataError
-from qcompiler.progress import terminal_progress
 from qcompiler.recipes import PRESETS, STEPS
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -106,13 +106,13 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 def _explain(options: argparse.Namespace, show: Show) -> int:
     import json
 
-    from qcompiler.debug import Dumper
+    from qcompiler.base.debug import Dumper
+    from qcompiler.base.targets import find_target
     from qcompiler.passes.graph import Graph
     from qcompiler.passes.groups import find_groups
     from qcompiler.pipeline import quantize, quantize_weights
     from qcompiler.survey import layer_noise
     from qcompiler.tables import noise_text, weights_text
-    from qcompiler.targets import find_target
 
     if options.weights is not None:
         if options.sensitivity:
@@ -145,8 +145,8 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
 
 
 def _export(options: argparse.Namespace, show: Show) -> int:
+    from qcompiler.base.text import size
     from qcompiler.export_onnx import export_onnx
-    from qcompiler.text import size
 
     with terminal_progress() as progress:
         export = export_onnx(options.model, options.output, options.calibration, options.target, **_arguments(options), progress=progress)

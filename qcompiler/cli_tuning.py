@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qcompiler.progress import terminal_progress
+from qcompiler.base.progress import terminal_progress
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -139,7 +139,7 @@ def _cells(task: Any) -> list[str]:
 
 
 def result_text(state: Any, log: str) -> str:
-    from qcompiler.text import table
+    from qcompiler.base.text import table
 
     rows = [_cells(t) for t in sorted(state.tasks, key=lambda t: -t.default_seconds)]
     busy = f"; in {state.busy} of {state.turns} turns other processes kept the cores busy, and one thread judged" if state.busy else ""
@@ -228,7 +228,7 @@ def _show_log(options: argparse.Namespace, show: Show) -> int:
 
 
 def log_text(name: str, count: int, rows: Sequence[Mapping[str, Any]]) -> str:
-    from qcompiler.text import table
+    from qcompiler.base.text import table
 
     def cells(r: Mapping[str, Any]) -> list[str]:
         measured = [f"{r['ratio']:.3f}", " / ".join(f"{s * 1e6:.1f}" for s in r["seconds"]), str(r["threads"])] if r["ratio"] else ["", "", ""]

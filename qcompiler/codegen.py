@@ -15,8 +15,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.errors import QCompilerError
 from qcompiler.cuda import gpu_object_code
-from qcompiler.errors import QCompilerError
 from qcompiler.lowering import Program, Step
 
 ENTRY = "qc_run"

@@ -10,9 +10,9 @@ import tvm_ffi
 from tvm import tirx
 
 from qcompiler import schedules
-from qcompiler.errors import QCompilerError
+from qcompiler.base.errors import QCompilerError
+from qcompiler.base.targets import Target
 from qcompiler.schedules.table import Kernel
-from qcompiler.targets import Target
 
 DEVICE_KERNEL = 2  # calling convention: launched from the host
 

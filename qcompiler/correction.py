@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import tvm
 
-from qcompiler.errors import DataError
+from qcompiler.base.errors import DataError
+from qcompiler.base.progress import Progress
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.progress import Progress
 from qcompiler.spec import conv_accumulator_bound
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together

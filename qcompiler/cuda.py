@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qcompiler.artifact import RUNTIME, find_compiler
+from qcompiler.base.errors import TargetError, closest
+from qcompiler.base.targets import Target
 from qcompiler.codegen_cuda import cuda_source
-from qcompiler.errors import TargetError, closest
 from qcompiler.lowering import Program, Step
-from qcompiler.targets import Target
 
 _DEVICE_CODE = r"""
 __asm__(

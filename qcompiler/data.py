@@ -18,9 +18,9 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from qcompiler.errors import DataError, closest
+from qcompiler.base.errors import DataError, closest
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
-from qcompiler.tensor import TensorInfo
 
 Sample = dict[str, np.ndarray]
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 import qcompiler
+from qcompiler.base.progress import Progress
 from qcompiler.bench import Timing, interleave, ratios
 from qcompiler.data import open_samples
 from qcompiler.parity import Thresholds, compare, float_session
-from qcompiler.progress import Progress
 
 FOLDER = Path(__file__).resolve().parent / "demo_data"
 MODEL = FOLDER / "digits.onnx"
@@ -61,7 +61,7 @@ def demo(output: Path, *, seconds: float = 2.0, progress: Progress | None = None
 
 def demo_text(result: dict[str, Any]) -> str:
     """The summary table of `demo`'s result."""
-    from qcompiler.text import milliseconds, number, percent, size, table
+    from qcompiler.base.text import milliseconds, number, percent, size, table
 
     report, timings = result["parity"], {t.name: t for t in result["timings"]}
     int8, float32 = timings["int8"], timings["float"]

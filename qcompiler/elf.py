@@ -7,7 +7,7 @@ import os
 import struct
 from pathlib import Path
 
-from qcompiler.errors import ArtifactError
+from qcompiler.base.errors import ArtifactError
 
 MACHINES = {62: "x86_64", 183: "aarch64", 40: "armv7a"}  # e_machine (System V ABI)
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 import qcompiler
+from qcompiler.base.progress import Progress
 from qcompiler.bench import Timing, interleave
 from qcompiler.channels import stored_form
 from qcompiler.data import Samples
 from qcompiler.footprint import Memory, joules, memory
 from qcompiler.metrics import Accumulator
 from qcompiler.parity import ParityReport
-from qcompiler.progress import Progress
 from qcompiler.spec import QParams
 
 WORST = 10  # layers whose distributions are shown

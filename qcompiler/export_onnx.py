@@ -22,9 +22,9 @@ import onnx
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler.base.errors import ModelError
+from qcompiler.base.files import check_writable, replacing
 from qcompiler.correction import Layer, integer_layers
-from qcompiler.errors import ModelError
-from qcompiler.files import check_writable, replacing
 from qcompiler.importers.onnx_file import default_opset, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.passes.graph import Graph, relax_op, shape_of

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import DataError
+from qcompiler.base.errors import DataError
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.metrics import wilson
-from qcompiler.tensor import TensorInfo
 
 HELD_OUT = 4  # every fourth sample is held out ...
 FEWEST = 8  # ... when there are at least as many as this

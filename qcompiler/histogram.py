@@ -19,8 +19,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.errors import TargetError
-from qcompiler.targets import find_target
+from qcompiler.base.errors import TargetError
+from qcompiler.base.targets import find_target
 
 BINS = 4096  # 2048 to 4096 of them cover [min(low, 0), max(high, 0)]: at least 8 bins per step of an 8-bit quantization of the full range
 _LANES = 16

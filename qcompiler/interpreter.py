@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.errors import DataError
+from qcompiler.base.errors import DataError
 from qcompiler.numerics import OPERATORS, scatter
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, plain, relax_op, shape_of
 

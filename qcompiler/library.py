@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.errors import ArtifactError
 from qcompiler.elf import read_section
-from qcompiler.errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST_SECTION = ".qc.manifest"

@@ -18,13 +18,13 @@ import tvm
 from tvm import relax
 
 from qcompiler import schedules
-from qcompiler.errors import ModelError
+from qcompiler.base.errors import ModelError
+from qcompiler.base.memory import Request, plan_memory, round_up
+from qcompiler.base.targets import Target
 from qcompiler.in_place import join_in_place
-from qcompiler.memory import Request, plan_memory, round_up
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.schedules.legalized import legalized_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
-from qcompiler.targets import Target
 
 Params = Callable[[Row, OpCall], Mapping[str, Any] | None]  # tuned parameters for an operator, None for the row's own default
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import tvm
 
-from qcompiler.errors import ModelError
+from qcompiler.base.errors import ModelError
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.importers.onnx import import_onnx
 from qcompiler.passes.canonicalize import canonicalize
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
 from qcompiler.passes.layout import to_channels_last
-from qcompiler.tensor import TensorInfo
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,15 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qcompiler.base.debug import plain_json
+from qcompiler.base.errors import ArtifactError, DataError
+from qcompiler.base.progress import Progress
+from qcompiler.base.tensor import TensorInfo
+from qcompiler.base.text import number, percent, table
 from qcompiler.channels import stored_form
 from qcompiler.data import Samples, load_labels, open_samples
-from qcompiler.debug import plain_json
-from qcompiler.errors import ArtifactError, DataError
 from qcompiler.goal import check_labels, check_thresholds, classifying
 from qcompiler.metrics import Accumulator, Metrics
-from qcompiler.progress import Progress
-from qcompiler.tensor import TensorInfo
-from qcompiler.text import number, percent, table
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""

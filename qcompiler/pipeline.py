@@ -15,22 +15,22 @@ import qcompiler
 from qcompiler import artifact as artifacts
 from qcompiler.accuracy_target import compile_to
 from qcompiler.artifact import Artifact
+from qcompiler.base.debug import Dumper
+from qcompiler.base.errors import DataError, PlanError, closest
+from qcompiler.base.progress import Progress
+from qcompiler.base.targets import Target, find_target
 from qcompiler.build import build
 from qcompiler.cuda import toolkit_versions
 from qcompiler.data import NO_SAMPLES, Samples, open_samples
-from qcompiler.debug import Dumper
-from qcompiler.errors import DataError, PlanError, closest
 from qcompiler.goal import Goal
 from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.trained import Trained
 from qcompiler.plan import named_groups
-from qcompiler.progress import Progress
 from qcompiler.recipes import Recipe, recipe
 from qcompiler.stages import Compilation, Measured, Quantized, finish, measure, planned
 from qcompiler.survey import worth_keeping
-from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
 from qcompiler.weight_only import WeightScheme
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import tvm
 
 from qcompiler import schedules
+from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, dtype_of
 from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.schedules.table import KERNELS
-from qcompiler.targets import Target
 
 _LIGHT = ("add", "sub", "mul", "unary")  # computed in float where their operands are float anyway
 _TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see

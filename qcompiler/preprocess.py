@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qcompiler.errors import DataError, closest
+from qcompiler.base.errors import DataError, closest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _CHOICES = {"interpolation": ("nearest", "bilinear", "bicubic"), "color": ("RGB", "BGR", "GRAY"), "layout": ("NCHW", "NHWC")}

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import tvm
 
-from qcompiler.errors import PlanError
-from qcompiler.files import replacing
+from qcompiler.base.errors import PlanError
+from qcompiler.base.files import replacing
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import ACCUMULATING, SAME_QUANTIZATION, Group, find_groups
 from qcompiler.spec import QParams

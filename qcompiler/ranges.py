@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from qcompiler.progress import Progress
+from qcompiler.base.progress import Progress
 from qcompiler.quant_plan import Judged, Proposals
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Walk, values_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from qcompiler.errors import PlanError, closest
+from qcompiler.base.errors import PlanError, closest
 from qcompiler.weights import RATIOS
 
 STEPS = {

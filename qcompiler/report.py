@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.files import check_writable, replacing
+from qcompiler.base.progress import Progress
 from qcompiler.data import load_labels, open_samples
 from qcompiler.evidence import HashedSamples, gather
-from qcompiler.files import check_writable, replacing
 from qcompiler.parity import ParityReport, Thresholds, compare, float_session
-from qcompiler.progress import Progress
 
 
 def verify_report(

@@ -9,6 +9,7 @@ import html
 import math
 from typing import Any
 
+from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.evidence import WORST, Evidence, StepTime
 from qcompiler.footprint import Memory
 from qcompiler.metrics import wilson
@@ -16,7 +17,6 @@ from qcompiler.parity import Row
 from qcompiler.report_mixed import section as mixed_section
 from qcompiler.report_svg import FLOAT, INT8, bar, histogram, sqnr_chart
 from qcompiler.report_table import html_table
-from qcompiler.text import milliseconds, number, percent, size
 
 _SLOWEST = 20  # steps with a row of their own
 _STYLE = """

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import tvm
 
+from qcompiler.base.progress import Progress
 from qcompiler.passes.graph import GraphBuilder, make_op
-from qcompiler.progress import Progress
 from qcompiler.runtime.session import Session
 from qcompiler.spec import QParams
 

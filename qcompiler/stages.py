@@ -16,12 +16,14 @@ import tvm
 import qcompiler
 from qcompiler.analytic import mean_of_rounding
 from qcompiler.artifact import Artifact
+from qcompiler.base.debug import Dumper
+from qcompiler.base.progress import Progress
+from qcompiler.base.targets import Target, find_target
 from qcompiler.build import Built, build, session_of
 from qcompiler.calibration import CalibrationTable, calibrate
 from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.cuda import toolkit_versions
 from qcompiler.data import Samples
-from qcompiler.debug import Dumper
 from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.lowering import Program
 from qcompiler.model import FloatModel, load
@@ -31,7 +33,6 @@ from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
 from qcompiler.plan import decide, observed_ids
-from qcompiler.progress import Progress
 from qcompiler.quant_plan import Proposals, QuantPlan
 from qcompiler.quant_plan import Quantized as QuantizedEdge
 from qcompiler.ranges import SampleEnds, choose, output_noise
@@ -39,7 +40,6 @@ from qcompiler.recipes import STEPS, Recipe
 from qcompiler.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
 from qcompiler.suspicion import doubts
-from qcompiler.targets import Target, find_target
 from qcompiler.tuning_log import Tuned
 
 

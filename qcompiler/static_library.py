@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, find_compiler, write_sources
+from qcompiler.base.errors import ArtifactError, TargetError
+from qcompiler.base.targets import Target
 from qcompiler.elf import read_section
-from qcompiler.errors import ArtifactError, TargetError
 from qcompiler.library import MANIFEST_SECTION
-from qcompiler.targets import Target
 
 _ENTRY = """#include "qcompiler/loader.h"
 

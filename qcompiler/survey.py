@@ -14,6 +14,8 @@ import numpy as np
 import tvm
 
 from qcompiler.analytic import bias_for, shapes_of
+from qcompiler.base.progress import Progress
+from qcompiler.base.targets import Target
 from qcompiler.build import Built, session_of
 from qcompiler.correction import integer_layers
 from qcompiler.goal import decibel
@@ -22,12 +24,10 @@ from qcompiler.mixed import Edge, Layer, Network
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
 from qcompiler.placement import Placer, operands
-from qcompiler.progress import Progress
 from qcompiler.quant_plan import Derived
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
 from qcompiler.stages import Measured, Quantized
-from qcompiler.targets import Target
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
 _ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qcompiler.base.text import float_layers, milliseconds, number, percent, size, table
 from qcompiler.bench import Timing, ratios
-from qcompiler.text import float_layers, milliseconds, number, percent, size, table
 from qcompiler.weight_only import heading
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from qcompiler.debug import Dumper
-from qcompiler.errors import TargetError, TuningError
+from qcompiler.base.debug import Dumper
+from qcompiler.base.errors import TargetError, TuningError
+from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.table import OpCall, Row
-from qcompiler.targets import Target, find_target, missing_features
 from qcompiler.tuning_bench import FREE
 from qcompiler.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.tuning_model import CostModel, Point, Space, features, key, propose, sizes

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.targets import Target, permit
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
-from qcompiler.targets import Target, permit
 
 ROTATED = 4 << 20  # bytes of weights that pass between two uses of the same copy
 SAMPLE = 2e-4  # seconds of the default's that one timing takes at least

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.memory import round_up
+from qcompiler.base.targets import Target
 from qcompiler.library import checksum
 from qcompiler.lowering import Place, Program, Step, Value
-from qcompiler.memory import round_up
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
-from qcompiler.targets import Target
 
 GUARD, MAX_INPUTS = 4096, 8  # bytes around the output, and streams per case, as in qc_measure.c
 CASES = 2  # random, extremes

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompiler.errors import OutputError, TuningError
-from qcompiler.files import replacing
+from qcompiler.base.errors import OutputError, TuningError
+from qcompiler.base.files import replacing
+from qcompiler.base.targets import Target
 from qcompiler.schedules.table import Layout, OpCall, Row
-from qcompiler.targets import Target
 
 SCHEMA = 1
 SHIPPED = Path(__file__).resolve().parent / "shipped_log"

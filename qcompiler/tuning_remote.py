@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 import tvm_ffi
 
 from qcompiler.artifact import RUNTIME, find_compiler
-from qcompiler.debug import Dumper
-from qcompiler.errors import TargetError, TuningError
-from qcompiler.files import new_folder, replacing
+from qcompiler.base.debug import Dumper
+from qcompiler.base.errors import TargetError, TuningError
+from qcompiler.base.files import new_folder, replacing
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.table import Kernel
-from qcompiler.targets import Target, find_target
 from qcompiler.tuning import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
 from qcompiler.tuning_bench import MARGIN, ratio_of
 from qcompiler.tuning_candidates import measurable, plan_lines

@@ -18,9 +18,9 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from qcompiler.errors import QCompilerError
+from qcompiler.base.errors import QCompilerError
+from qcompiler.base.targets import Target
 from qcompiler.schedules.table import OpCall, Row
-from qcompiler.targets import Target
 from qcompiler.tuning_bench import Bench, Duplicate, WrongResult, speedup
 from qcompiler.tuning_candidates import candidate_library
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import ModelError, PlanError
+from qcompiler.base.errors import ModelError, PlanError
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZE = 64

@@ -18,9 +18,9 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules import avx2
 from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key
-from qcompiler.targets import Target
 
 GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
 BLOCK = 256  # GPU threads per block

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.conv_kernel import FLOAT_MAX, ConvKernel, Epilogue, Parameters, subgroups_of
 from qcompiler.schedules.conv_steps import sort_steps
 from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
-from qcompiler.targets import Target
 
 
 @dataclass

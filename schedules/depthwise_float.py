@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load
 from qcompiler.schedules.table import Kernel, Need, OpCall
-from qcompiler.targets import Target
 
 MACS_PER_TASK = 200_000
 

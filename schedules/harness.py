@@ -11,8 +11,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target, permit
 from qcompiler.schedules.table import Kernel, Layout
-from qcompiler.targets import Target, permit
 
 SPARE = ("any/quantize",)  # kernels that write the channel padding too
 

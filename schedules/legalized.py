@@ -13,7 +13,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-from qcompiler.memory import round_up
+from qcompiler.base.memory import round_up
 from qcompiler.schedules.table import Kernel, Layout, kernel_key
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcompiler.targets import Target
+from qcompiler.base.targets import Target
 
 
 @dataclass(frozen=True)

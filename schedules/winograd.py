@@ -17,6 +17,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.builder import when
 from qcompiler.schedules.conv import ConvRow, wrap
@@ -24,7 +25,6 @@ from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, subgroups_of
 from qcompiler.schedules.isa import Isa, call, load, save, scalar
 from qcompiler.schedules.table import Kernel, Need, OpCall, kernel_key
 from qcompiler.schedules.winograd_forms import FORMS, both_ways
-from qcompiler.targets import Target
 
 L2_BYTES = 288 << 10  # of transformed patches: they, the transformed weights and the products share a level 2 cache of 512 KB
 MAX_TASKS = 4  # every task has scratch of its own, and those that share patches transform them again

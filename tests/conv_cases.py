@@ -9,10 +9,10 @@ import numpy as np
 from x86_emulation import build
 
 from qcompiler import numerics
+from qcompiler.base.targets import Target
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 
 def row_of(name: str, target: Target) -> ConvRow:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from qcompiler import numerics, schedules
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
-from qcompiler.targets import Target, find_target
 
 TARGET = find_target("cuda-sm80")
 schedules.load(TARGET)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qcompiler.base.targets import Target
 from qcompiler.codegen_cuda import cuda_source
 from qcompiler.lowering import Program, Step
 from qcompiler.schedules.harness import aligned, fetch
 from qcompiler.schedules.table import Kernel, Layout
-from qcompiler.targets import Target
 
 HEADERS = Path(__file__).parent / "cuda_emulation"
 FLAGS = ["-O0", "-std=c++17", "-fPIC", "-shared", "-w", "-fwrapv", "-fno-strict-aliasing"]  # compiling takes longer than running

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from qcompiler.artifact import Artifact
-from qcompiler.host import host_architecture
-from qcompiler.targets import Target
+from qcompiler.base.host import host_architecture
+from qcompiler.base.targets import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 ARM = ("arm64-neon", "arm64-dotprod", "arm64-i8mm", "armv7-neon")

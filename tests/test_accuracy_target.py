@@ -14,10 +14,12 @@ from onnx_nets import OnnxNet
 
 import qcompiler
 from qcompiler import accuracy_target
+from qcompiler.base.errors import DataError
+from qcompiler.base.targets import find_target
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.cli import main
 from qcompiler.data import CheckedSamples, open_samples, take
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import DataError
 from qcompiler.interpreter import run
 from qcompiler.model import load
 from qcompiler.parity import bit_parity, verify
@@ -28,8 +30,6 @@ from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import measure_sensitivity
 from qcompiler.stages import Compilation
 from qcompiler.survey import constants_with, layer_noise, rounded_layers
-from qcompiler.targets import find_target
-from qcompiler.tensor import TensorInfo
 
 Twins = tuple[Session, Session, dict[str, tuple[np.ndarray, np.ndarray]]]
 

@@ -14,15 +14,15 @@ from emulated import ARM, Host, require
 
 from qcompiler import artifact, interpreter
 from qcompiler.artifact import Artifact
+from qcompiler.base.errors import IncompatibleDevice, TargetError
+from qcompiler.base.host import host_architecture
+from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.build import build
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import IncompatibleDevice, TargetError
-from qcompiler.host import host_architecture
 from qcompiler.pipeline import compile, compile_stages
 from qcompiler.plan import decide
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation, describe
-from qcompiler.targets import find_target, load_targets, missing_features
 
 X86 = ("x86-avx2", "x86-avxvnni", "x86-avx512vnni")
 Values = dict[str, np.ndarray]

@@ -15,11 +15,13 @@ import pytest
 import qcompiler
 from qcompiler import schedules
 from qcompiler.artifact import find_compiler
+from qcompiler.base.errors import DataError
+from qcompiler.base.targets import find_target
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.bench import onnxruntime_call
 from qcompiler.bundle import SOURCES
 from qcompiler.data import ImageSamples, load_labels, open_samples
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import DataError
 from qcompiler.metrics import sqnr_db
 from qcompiler.numerics import OPERATORS
 from qcompiler.pipeline import compile_stages
@@ -27,8 +29,6 @@ from qcompiler.preprocess import Preprocess
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel
 from qcompiler.schedules.table import Layout
-from qcompiler.targets import find_target
-from qcompiler.tensor import TensorInfo
 from qcompiler.tuning_log import SHIPPED, read_log
 
 

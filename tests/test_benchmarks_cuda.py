@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from fake_cuda import FakeGpu, require_nvcc
 
+from qcompiler.base.targets import find_target
 from qcompiler.demo import MODEL
-from qcompiler.targets import find_target
 
 
 @pytest.fixture(scope="module")

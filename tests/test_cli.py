@@ -14,14 +14,14 @@ import pytest
 
 import qcompiler
 from qcompiler import footprint
+from qcompiler.base.debug import Dumper, plain_json
+from qcompiler.base.errors import DataError, ModelError, OutputError
+from qcompiler.base.files import replacing
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.bench import interleave, random_inputs, ratios
 from qcompiler.cli import main
-from qcompiler.debug import Dumper, plain_json
-from qcompiler.errors import DataError, ModelError, OutputError
-from qcompiler.files import replacing
 from qcompiler.metrics import Accumulator
 from qcompiler.parity import ParityReport, Row, Thresholds
-from qcompiler.tensor import TensorInfo
 
 MANIFEST: dict[str, Any] = {
     "format": 1,

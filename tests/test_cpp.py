@@ -15,12 +15,12 @@ import pytest
 from emulated import require, require_tool
 
 from qcompiler.artifact import _model_header, _with_checksum
+from qcompiler.base.errors import ArtifactError
+from qcompiler.base.host import host_architecture
+from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.demo import demo_data
-from qcompiler.errors import ArtifactError
-from qcompiler.host import host_architecture
 from qcompiler.library import check_complete
 from qcompiler.runtime.session import Session
-from qcompiler.targets import Target, find_target, missing_features
 
 CPP = Path(__file__).resolve().parent.parent / "qcompiler" / "runtime" / "cpp"
 SOURCES = Path(__file__).resolve().parent / "cpp"

@@ -19,16 +19,16 @@ from test_cpp import CPP, STRICT, run
 
 from qcompiler import cuda, numerics
 from qcompiler.artifact import Artifact
+from qcompiler.base.errors import IncompatibleDevice, TargetError
+from qcompiler.base.targets import Target, find_target
 from qcompiler.build import Built, build
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.elf import read_section
-from qcompiler.errors import IncompatibleDevice, TargetError
 from qcompiler.interpreter import run as interpret
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation
-from qcompiler.targets import Target, find_target
 
 SHAPE = (1, 5, 7, 3)
 TABLE = ((np.arange(256) * 37 + 11) % 256 - 128).astype(np.int8)

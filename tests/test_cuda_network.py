@@ -12,6 +12,7 @@ import tvm
 from cuda_emulated import EmulatedProgram
 from small_nets import TinyPlan, op, random_inputs, residual_net
 
+from qcompiler.base.targets import find_target
 from qcompiler.interpreter import run
 from qcompiler.lowering import lower
 from qcompiler.passes.graph import Graph, GraphBuilder, const, substitute
@@ -20,7 +21,6 @@ from qcompiler.passes.realize import realize
 from qcompiler.schedules.cuda.conv import GemmRow
 from qcompiler.schedules.cuda.gemm_plan import Geometry, Tile
 from qcompiler.schedules.table import OpCall, Row
-from qcompiler.targets import find_target
 
 
 def network() -> tvm.IRModule:

@@ -16,10 +16,10 @@ import pytest
 from fake_cuda import require_nvcc
 
 from qcompiler import schedules
+from qcompiler.base.targets import Target, find_target
 from qcompiler.codegen_cuda import cuda_source
 from qcompiler.cuda import find_nvcc
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
-from qcompiler.targets import Target, find_target
 
 
 def disassembler() -> str:

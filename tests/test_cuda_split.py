@@ -12,10 +12,10 @@ from cuda_emulated import FLAGS, HEADERS
 from fake_cuda import FakeGpu, require_nvcc
 
 from qcompiler import numerics
+from qcompiler.base.targets import find_target
 from qcompiler.build import build
 from qcompiler.codegen_cuda import device_header
 from qcompiler.passes.graph import GraphBuilder, const, make_op
-from qcompiler.targets import find_target
 
 SHARED = """
 import sys, numpy as np

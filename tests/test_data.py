@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcompiler.base.errors import DataError
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.data import load_labels, open_samples
-from qcompiler.errors import DataError
 from qcompiler.preprocess import Preprocess, load_preprocess
-from qcompiler.tensor import TensorInfo
 
 IMAGE = [TensorInfo("image", (1, 3, 4, 5), "float32")]
 TWO = [TensorInfo("a", (1, 2), "float32"), TensorInfo("b", (1, 3), "int64")]

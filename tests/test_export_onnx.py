@@ -13,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import OnnxNet
 
 import qcompiler
+from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.build import session_of
 from qcompiler.cli import main
 from qcompiler.correction import integer_layers
 from qcompiler.data import CheckedSamples
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import DataError, ModelError, OutputError
 from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.metrics import sqnr_db
 from qcompiler.passes.graph import Graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcompiler.errors import DataError
+from qcompiler.base.errors import DataError
 from qcompiler.goal import FEWEST, Goal, Scores, decibel, held_out, judge, student95
 
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.errors import ModelError
+from qcompiler.base.errors import ModelError
 from qcompiler.model import load
 from qcompiler.passes.graph import Graph, relax_op
 from tests.onnx_nets import OnnxNet, agrees, execute, operators, samples

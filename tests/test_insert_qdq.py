@@ -7,7 +7,7 @@ import pytest
 import tvm
 from small_nets import NHWC, NHWC_T, Net, TinyPlan, evaluate, op, random_inputs, residual_net, scalar
 
-from qcompiler.errors import PlanError
+from qcompiler.base.errors import PlanError
 from qcompiler.passes.graph import Graph, const_value, is_const, relax_op
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import BIAS_LIMIT, fit_bias, insert_qdq, quantized_bias

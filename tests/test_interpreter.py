@@ -11,7 +11,7 @@ from small_nets import NHWC_T, Net, TinyPlan, evaluate, one_op, op, random_input
 from tvm import relax
 
 from qcompiler import numerics
-from qcompiler.errors import DataError
+from qcompiler.base.errors import DataError
 from qcompiler.interpreter import run
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, match_op, relax_op, shape_of
 from qcompiler.passes.insert_qdq import insert_qdq

@@ -14,12 +14,12 @@ from conv_cases import CASES, Case
 from x86_emulation import AMX, build, is_emulated, runs_here, tiles
 
 from qcompiler import numerics, schedules
-from qcompiler.errors import TargetError
+from qcompiler.base.errors import TargetError
+from qcompiler.base.targets import find_target, missing_features, permit
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 from qcompiler.schedules.x86 import amx
 from qcompiler.schedules.x86.amx import AmxRow, Chunks
-from qcompiler.targets import find_target, missing_features, permit
 
 pytestmark = runs_here
 schedules.load(AMX)

@@ -11,12 +11,12 @@ import pytest
 from emulated import ARM, Host, require
 
 from qcompiler import numerics, schedules
+from qcompiler.base.targets import Target, find_target
 from qcompiler.build import Built
 from qcompiler.codegen import object_code
 from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
 from qcompiler.schedules.harness import check_padding, fetch, store
 from qcompiler.schedules.table import Layout, OpCall, Row, select
-from qcompiler.targets import Target, find_target
 
 BIG = 3.4028234663852886e38
 GUARD = 256  # bytes around every buffer that nothing may write

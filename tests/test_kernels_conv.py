@@ -11,11 +11,11 @@ from conv_cases import CASES, Case, row_of
 from x86_emulation import TARGETS, build, is_emulated, runs_here, sampled
 
 from qcompiler import numerics, schedules
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.conv_steps import step_classes
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import Layout, OpCall
 from qcompiler.schedules.x86.isa import AVX2 as AVX2_ISA
-from qcompiler.targets import Target, find_target
 
 AVX2, AVXVNNI = find_target("x86-avx2"), find_target("x86-avxvnni")
 BIG = 3.4028234663852886e38

@@ -13,9 +13,9 @@ from cuda_cases import HALO, Case, data
 from cuda_emulated import Emulated
 
 from qcompiler import numerics, schedules
+from qcompiler.base.targets import find_target
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
-from qcompiler.targets import find_target
 
 TARGETS = {plan.MMA: find_target("cuda-sm80"), plan.DP4A: find_target("cuda-sm75")}
 UNITS = list(TARGETS)

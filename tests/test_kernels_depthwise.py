@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from x86_emulation import TARGETS, build, runs_here, sampled
 
 from qcompiler import numerics, schedules
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, Row, select
-from qcompiler.targets import Target, find_target
 
 AVX512VNNI, AVX512, AVX2, AVXVNNI = (find_target(f"x86-{n}") for n in ("avx512vnni", "avx512", "avx2", "avxvnni"))
 schedules.load(AVX2)

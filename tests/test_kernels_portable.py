@@ -11,9 +11,9 @@ import pytest
 from binary_cases import ADD, MUL
 
 from qcompiler import numerics, schedules, spec
+from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
-from qcompiler.targets import Target, find_target, missing_features
 
 TARGETS = list({t.name: t for t in (find_target("x86-avx2"), find_target("native")) if not missing_features(t)}.values())
 BASELINE = dataclasses.replace(TARGETS[0], name="baseline", tvm={"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"}, features=())

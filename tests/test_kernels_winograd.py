@@ -10,12 +10,12 @@ import tvm
 from x86_emulation import HOST, build, runs_here, sampled
 
 from qcompiler import numerics, schedules
+from qcompiler.base.targets import Target
 from qcompiler.schedules.conv_plan import geometry_of
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, select
 from qcompiler.schedules.winograd import WinogradRow
 from qcompiler.schedules.winograd_forms import FORMS, INVERSE_OF_9
-from qcompiler.targets import Target
 from qcompiler.tuning_bench import Bench
 
 pytestmark = runs_here

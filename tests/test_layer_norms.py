@@ -13,9 +13,9 @@ from small_nets import Net, op, random_inputs, scalar
 
 import qcompiler
 from qcompiler import interpreter
+from qcompiler.base.debug import Dumper
 from qcompiler.build import session_of
 from qcompiler.data import CheckedSamples
-from qcompiler.debug import Dumper
 from qcompiler.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.metrics import sqnr_db
 from qcompiler.model import load

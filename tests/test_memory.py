@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from qcompiler.memory import ALIGNMENT, Request, plan_memory, round_up
+from qcompiler.base.memory import ALIGNMENT, Request, plan_memory, round_up
 
 
 def overlap(a: Request, b: Request) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 places = {name: str(Path(importlib.import_module(name).__file__).resolve()) for name in sys.argv[2:]}
 wrong = {n: p for n, p in places.items() if not p.startswith(sys.argv[1])}
 assert not wrong, wrong
-from qcompiler.targets import load_targets
+from qcompiler.base.targets import load_targets
 assert "x86-avx2" in load_targets()
 for name in ("passes", "schedules"):
     try:

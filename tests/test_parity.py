@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.errors import ArtifactError, DataError
+from qcompiler.base.errors import ArtifactError, DataError
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.metrics import Accumulator, sqnr_db
 from qcompiler.parity import ParityReport, Thresholds, bit_parity, compare, verify
-from qcompiler.tensor import TensorInfo
 
 Visit = Callable[[str, np.ndarray], None]
 SCALES = {"hidden": (0.05, -20), "last": (0.1, -100)}

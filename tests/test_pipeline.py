@@ -12,15 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
+from qcompiler.base.errors import DataError, PlanError
+from qcompiler.base.targets import load_targets, missing_features
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import DataError, PlanError
 from qcompiler.interpreter import run
 from qcompiler.metrics import sqnr_db
 from qcompiler.parity import bit_parity
 from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation, compile_float
-from qcompiler.targets import load_targets, missing_features
 
 X86 = [t.name for t in load_targets().values() if t.architecture == "x86_64" and not missing_features(t)]
 

@@ -10,6 +10,7 @@ import pytest
 from calibrated import table_of
 from small_nets import evaluate, random_inputs, residual_net
 
+from qcompiler.base.targets import find_target
 from qcompiler.calibration import CalibrationTable
 from qcompiler.interpreter import run
 from qcompiler.lowering import lower
@@ -19,7 +20,6 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.placement import Placer
 from qcompiler.plan import decide
-from qcompiler.targets import find_target
 
 TARGET = find_target("x86-avx2")
 

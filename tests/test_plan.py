@@ -15,9 +15,10 @@ import pytest
 from calibrated import sketched_table
 from small_nets import Net, op, residual_net, scalar
 
+from qcompiler.base.errors import PlanError
+from qcompiler.base.targets import find_target
 from qcompiler.calibration import CalibrationTable
 from qcompiler.demo import MODEL
-from qcompiler.errors import PlanError
 from qcompiler.histogram import Histogram
 from qcompiler.model import load
 from qcompiler.observers import relative_error
@@ -28,7 +29,6 @@ from qcompiler.plan import choose_params, decide, named_groups, observed_ids, pr
 from qcompiler.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
 from qcompiler.recipes import PRESETS, recipe
 from qcompiler.spec import QParams
-from qcompiler.targets import find_target
 from qcompiler.weights import RATIOS, choose_scales, quantize_weight, squared_errors
 
 TARGET = find_target("x86-avx2")

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import qcompiler
+from qcompiler.base.errors import PlanError
 from qcompiler.cli import main
 from qcompiler.data import open_samples
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import PlanError
 from qcompiler.export_onnx import qdq_model
 from qcompiler.importers.qdq import take_out
 from qcompiler.model import load

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcompiler.debug import Dumper
+from qcompiler.base.debug import Dumper
+from qcompiler.base.targets import find_target
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
 from qcompiler.passes.select_float import select_float
@@ -21,7 +22,6 @@ from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Walk
 from qcompiler.spec import QParams
 from qcompiler.stages import Compilation, Quantized
-from qcompiler.targets import find_target
 
 
 def samples(count: int) -> list[dict[str, np.ndarray]]:

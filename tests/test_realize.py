@@ -10,7 +10,7 @@ import tvm
 from small_nets import NHWC, NHWC_T, Net, TinyPlan, evaluate, one_op, op, random_inputs, residual_net, scalar
 from tvm import relax
 
-from qcompiler.errors import ModelError
+from qcompiler.base.errors import ModelError
 from qcompiler.interpreter import run
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, match_op, relax_op
 from qcompiler.passes.groups import find_groups

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcompiler.base.errors import OutputError
+from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.bench import Timing
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import OutputError
 from qcompiler.evidence import Evidence, StepTime, distribution, step_times
 from qcompiler.footprint import Memory
 from qcompiler.metrics import Accumulator, wilson
@@ -28,7 +29,6 @@ from qcompiler.report_html import page
 from qcompiler.report_mixed import section as mixed_section
 from qcompiler.report_svg import histogram, pareto_chart, sqnr_chart
 from qcompiler.spec import QParams
-from qcompiler.text import milliseconds, number, percent, size
 
 VOID = {"meta", "br"}
 TIMES = {"latency", "steps", "speedup", "footprint"}  # ids of what may differ from run to run

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler.errors import TargetError
-from qcompiler.host import host_architecture
-from qcompiler.targets import find_target, load_targets, missing_features
+from qcompiler.base.errors import TargetError
+from qcompiler.base.host import host_architecture
+from qcompiler.base.targets import find_target, load_targets, missing_features
 
 
 def test_every_row_is_complete() -> None:

@@ -22,16 +22,16 @@ from tuning_rows import FaultyRow, copy_op
 
 import qcompiler
 from qcompiler import schedules
+from qcompiler.base.errors import TargetError, TuningError
+from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.cli import main
 from qcompiler.cli_tuning import duration, live_table
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import TargetError, TuningError
 from qcompiler.interpreter import run
 from qcompiler.parity import bit_parity
 from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
-from qcompiler.targets import find_target, load_targets, missing_features
 from qcompiler.tuning import Task, Tuner, Tuning, check_arguments
 from qcompiler.tuning_bench import Bench, Candidate
 from qcompiler.tuning_log import best_of, isa_of, opened, read_log, workload_of

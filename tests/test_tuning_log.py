@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from qcompiler import schedules
-from qcompiler.errors import OutputError, TuningError
+from qcompiler.base.errors import OutputError, TuningError
+from qcompiler.base.targets import Target, load_targets
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
-from qcompiler.targets import Target, load_targets
 from qcompiler.tuning_log import (
     SCHEMA,
     SHIPPED,

@@ -15,14 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler import numerics, schedules
+from qcompiler.base.errors import ModelError, PlanError
+from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.cli import main
-from qcompiler.errors import ModelError, PlanError
 from qcompiler.library import read_manifest
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.portable.weight_only import pack_weights
 from qcompiler.schedules.table import Layout, OpCall, select
-from qcompiler.targets import Target, find_target, missing_features
 from qcompiler.weight_only import WeightScheme, quantize_weight
 
 BIG = 3.4028234663852886e38

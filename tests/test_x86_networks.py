@@ -10,12 +10,12 @@ import pytest
 from x86_emulation import ALL, AMX, build_network, runs_here
 
 from qcompiler import artifact, interpreter
+from qcompiler.base.errors import IncompatibleDevice
+from qcompiler.base.targets import Target, missing_features
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.errors import IncompatibleDevice
 from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation
-from qcompiler.targets import Target, missing_features
 
 pytestmark = runs_here
 Values = dict[str, np.ndarray]

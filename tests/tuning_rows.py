@@ -11,9 +11,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall
-from qcompiler.targets import Target
 
 KINDS = ["copy", "backwards", "wrong", "outside", "crash at build", "hang at build", "hang at run", "impossible", "error"]
 

@@ -22,12 +22,12 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target, find_target, load_targets, missing_features
 from qcompiler.build import Built
 from qcompiler.codegen import object_code
 from qcompiler.lowering import lower
 from qcompiler.schedules.isa import scalar, shuffle
 from qcompiler.schedules.table import Kernel, OpCall, Row
-from qcompiler.targets import Target, find_target, load_targets, missing_features
 
 ALL = [t for t in load_targets().values() if t.architecture == "x86_64"]
 AMX = find_target("x86-amx")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import ModelError
+from qcompiler.base.errors import ModelError
 from qcompiler.passes.graph import const
 from qcompiler.passes.insert_qdq import INT32, quantized_bias
 from qcompiler.passes.realize.site import Site

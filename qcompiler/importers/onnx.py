@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
-from qcompiler.errors import ModelError, closest
+from qcompiler.base.errors import ModelError, closest
 from qcompiler.importers import onnx_file
 from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, real
 from qcompiler.importers.operators import CONVERTERS

@@ -11,7 +11,7 @@ import onnx.inliner
 import onnx.version_converter
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from qcompiler.errors import ModelError
+from qcompiler.base.errors import ModelError
 
 OLDEST, UPGRADED = 7, 13  # operator sets: older files are converted to UPGRADED first
 

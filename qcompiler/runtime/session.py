@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, closest
+from qcompiler.base.host import host_architecture, host_features
+from qcompiler.base.tensor import TensorInfo
 from qcompiler.elf import read_section
-from qcompiler.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, closest
-from qcompiler.host import host_architecture, host_features
 from qcompiler.library import check_complete, read_manifest
-from qcompiler.tensor import TensorInfo
 
 _ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import View
 from qcompiler.schedules.portable.base import PortableRow
 from qcompiler.schedules.portable.threads import in_words, quarter, unpack, words
 from qcompiler.schedules.table import Kernel, OpCall, register
-from qcompiler.targets import Target
 
 Make = Callable[[OpCall, Target, str], Kernel]
 

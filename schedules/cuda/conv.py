@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
@@ -17,7 +18,6 @@ from qcompiler.schedules.cuda.gemm import Gemm
 from qcompiler.schedules.depthwise_plan import refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
-from qcompiler.targets import Target
 
 
 @dataclass

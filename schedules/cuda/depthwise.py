@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda.base import local
@@ -28,7 +29,6 @@ from qcompiler.schedules.depthwise_plan import Geometry, refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
 from qcompiler.schedules.portable.threads import each, quarter, words
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
-from qcompiler.targets import Target
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, loops, make_kernel, view
 from qcompiler.schedules.cuda.base import gpu_row, local
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.portable.conv import Geometry, check_operands
 from qcompiler.schedules.portable.threads import each, quarter, unpack, unravel, words
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 
 def convolution(op: OpCall, target: Target, row: str) -> Kernel:

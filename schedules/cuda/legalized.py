@@ -14,7 +14,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-from qcompiler.memory import round_up
+from qcompiler.base.memory import round_up
 from qcompiler.schedules.builder import BLOCK
 from qcompiler.schedules.table import Kernel, kernel_key
 

@@ -6,13 +6,13 @@ import math
 
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, Requantize, clamp, make_kernel, view
 from qcompiler.schedules.cuda.base import Reader, gpu_row, local, run_length
 from qcompiler.schedules.cuda.pool import write
 from qcompiler.schedules.portable.elementwise import constants_of
 from qcompiler.schedules.portable.threads import each
 from qcompiler.schedules.table import Kernel, OpCall
-from qcompiler.targets import Target
 
 
 def matmul(op: OpCall, target: Target, row: str) -> Kernel:

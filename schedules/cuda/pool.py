@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import BLOCK, Emitter, Requantize, loops, make_kernel, view
 from qcompiler.schedules.cuda.base import Reader, gpu_row, local, run_length
 from qcompiler.schedules.portable.elementwise import constants_of
@@ -15,7 +16,6 @@ from qcompiler.schedules.portable.pool import Window, average_tables, check_mean
 from qcompiler.schedules.portable.resize import ONE
 from qcompiler.schedules.portable.threads import each, pack, quarter, unravel, words
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 
 def write(view_: Any, index: Any, values: list[Any]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
-from qcompiler.targets import Target
 
 
 def _accept(op: OpCall) -> str | None:

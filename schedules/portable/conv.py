@@ -17,6 +17,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
@@ -40,7 +41,6 @@ from qcompiler.schedules.builder import (
 )
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 MACS_PER_TASK = 500_000
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules import avx2
 from qcompiler.schedules.builder import (
     Emitter,
@@ -26,7 +27,6 @@ from qcompiler.schedules.builder import (
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.nest import elementwise
 from qcompiler.schedules.table import Kernel, OpCall
-from qcompiler.targets import Target
 
 
 def tasks_of(op: OpCall, grain: int = 50_000) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules import avx2
 from qcompiler.schedules.builder import (
     Emitter,
@@ -32,7 +33,6 @@ from qcompiler.schedules.builder import (
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.elementwise import constants_of
 from qcompiler.schedules.table import Kernel, OpCall
-from qcompiler.targets import Target
 
 
 def matmul(op: OpCall, target: Target, row: str) -> Kernel:

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, offset_of, recode, splat, task_count, view
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.elementwise import constants_of, tasks_of
 from qcompiler.schedules.portable.nest import elementwise
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 GRAIN = 100_000
 

@@ -12,6 +12,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
@@ -34,7 +35,6 @@ from qcompiler.schedules.builder import (
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.elementwise import constants_of
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
@@ -28,7 +29,6 @@ from qcompiler.schedules.builder import (
 )
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.table import Kernel, OpCall
-from qcompiler.targets import Target
 
 ONE = 1 << 10  # weights are multiples of 2^-10
 

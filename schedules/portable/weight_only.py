@@ -16,11 +16,11 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, accumulator, cast, clamp, load, loops, make_kernel, share, splat, store, task_count, vector, vector_bytes, view
 from qcompiler.schedules.isa import call
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.targets import Target
 
 STEPS = 8  # k's per turn of the inner loop
 MACS_PER_TASK = 500_000

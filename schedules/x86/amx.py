@@ -30,13 +30,13 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue
 from qcompiler.schedules.isa import load
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
 from qcompiler.schedules.x86 import isa
-from qcompiler.targets import Target
 
 ROWS, BYTES, REGISTERS = 16, 64, 8
 LEAST_PIXELS = 4  # a tile multiplication takes 16 cycles whatever its rows; from 4 rows on that is more than two VPDPBUSD a cycle

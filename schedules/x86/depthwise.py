@@ -26,6 +26,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
@@ -34,7 +35,6 @@ from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
 from qcompiler.schedules.x86.isa import multiply_add
 from qcompiler.spec import RESIDUAL_LIMIT
-from qcompiler.targets import Target
 
 MAX_STEP = 450  # vector instructions of one tile that the heuristic allows, and those that `build` does: LLVM takes about 1 ms for each
 LARGEST_STEP = 1500

@@ -1,6 +1,6 @@
 """The one table of debug switches, and dumps of what every stage made.
 
-No switch changes a result. `python -m qcompiler.debug` prints the table.
+No switch changes a result. `python -m qcompiler.base.debug` prints the table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import OutputError
+from qcompiler.base.errors import OutputError
 
 SWITCHES = {
     "QCOMPILER_DUMP_DIR": "write the module or value that each stage of a compilation makes into this directory (as --dump-dir does)",

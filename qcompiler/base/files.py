@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qcompiler.errors import OutputError
+from qcompiler.base.errors import OutputError
 
 
 def check_writable(path: str | Path) -> Path:

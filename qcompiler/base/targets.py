@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from qcompiler.cuda_driver import find_gpu
-from qcompiler.errors import TargetError, closest
-from qcompiler.host import host_architecture, host_features, request_tiles
+from qcompiler.base.cuda_driver import find_gpu
+from qcompiler.base.errors import TargetError, closest
+from qcompiler.base.host import host_architecture, host_features, request_tiles
 
 _KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
@@ -69,7 +69,7 @@ class Target:
 
 def default_file() -> Path:
     """targets.yaml of the checkout, or the copy inside the installed package."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent  # the package
     return here / "targets.yaml" if (here / "targets.yaml").is_file() else here.parent / "targets.yaml"
 
 
