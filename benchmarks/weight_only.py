@@ -24,7 +24,7 @@ import qcompiler
 from qcompiler.artifact import Artifact
 from qcompiler.base.text import number, size, table
 from qcompiler.bench import interleave, onnxruntime_call, random_inputs, ratios
-from qcompiler.metrics import sqnr_db
+from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.runtime.session import Session
 from qcompiler.stages import compile_float
 

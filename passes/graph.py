@@ -4,7 +4,7 @@ A module here is one Relax function `main` with a single dataflow block and no c
 *value id*: the name of the tensor in the source model that holds the same value (see docs/architecture.md). Passes read a `Graph`, and write a
 new module with a `GraphBuilder`; a rewrite that keeps a value keeps its name.
 
-Our own operators are `R.call_pure_packed("qc.<op>", tensors..., attributes)`; what each means is defined by `qcompiler.numerics`.
+Our own operators are `R.call_pure_packed("qc.<op>", tensors..., attributes)`; what each means is defined by `qcompiler.numerics.operators`.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ import tvm
 from tvm import relax
 
 from qcompiler.base.errors import PlanError
+from qcompiler.numerics.spec import QParams, add_parameters, conv_accumulator_bound, residual_parameters
 from qcompiler.passes.constants import dequantized, relax_form
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
-from qcompiler.spec import QParams, add_parameters, conv_accumulator_bound, residual_parameters
 
 BIAS_LIMIT = 2**29  # int32 biases beyond it leave too little room for the products
 INT32 = 2**31 - 1

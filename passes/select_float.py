@@ -19,10 +19,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompiler.numerics.weight_only import WeightScheme, quantize_weight, weight_account, weight_row
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
-from qcompiler.weight_only import WeightScheme, quantize_weight, weight_account, weight_row
 
 NO_LIMIT = float(np.finfo(np.float32).max)
 

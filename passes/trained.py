@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.spec import QParams
+from qcompiler.numerics.spec import QParams
 
 ATTRIBUTE = "qc.trained"
 

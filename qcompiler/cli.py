@@ -211,8 +211,8 @@ def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -
 
 def _compile(options: argparse.Namespace) -> int:
     from qcompiler.base.text import size
+    from qcompiler.numerics.weight_only import heading
     from qcompiler.tables import mixed_text
-    from qcompiler.weight_only import heading
 
     output = check_writable(options.output)
     shapes = dict(options.input_shape)

@@ -21,9 +21,9 @@ import tvm
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
+from qcompiler.numerics.spec import conv_accumulator_bound
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.spec import conv_accumulator_bound
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
 _INT32 = 2**31 - 1

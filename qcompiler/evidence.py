@@ -22,9 +22,9 @@ from qcompiler.bench import Timing, interleave
 from qcompiler.channels import stored_form
 from qcompiler.data import Samples
 from qcompiler.footprint import Memory, joules, memory
-from qcompiler.metrics import Accumulator
+from qcompiler.numerics.metrics import Accumulator
+from qcompiler.numerics.spec import QParams
 from qcompiler.parity import ParityReport
-from qcompiler.spec import QParams
 
 WORST = 10  # layers whose distributions are shown
 _BINS = 96  # of a distribution, at most

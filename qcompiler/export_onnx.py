@@ -27,11 +27,11 @@ from qcompiler.base.files import check_writable, replacing
 from qcompiler.correction import Layer, integer_layers
 from qcompiler.importers.onnx_file import default_opset, read
 from qcompiler.importers.qdq import take_out
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline import Options, compile_stages
-from qcompiler.spec import QParams
 from qcompiler.stages import Compilation
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted

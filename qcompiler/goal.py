@@ -16,7 +16,7 @@ import numpy as np
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.metrics import wilson
+from qcompiler.numerics.metrics import wilson
 
 HELD_OUT = 4  # every fourth sample is held out ...
 FEWEST = 8  # ... when there are at least as many as this

@@ -1,6 +1,6 @@
 """Walks a module with the reference arithmetic: the oracle for whole networks.
 
-`qc.*` operators are computed by `qcompiler.numerics`. Relax operators that stayed float (and the quantize/dequantize of a QDQ module) run as TVM
+`qc.*` operators are computed by `qcompiler.numerics.operators`. Relax operators that stayed float (and the quantize/dequantize of a QDQ module) run as TVM
 legalizes them, one operator at a time, on this machine; transposed convolutions in NHWC, which it can't legalize, are computed here in float64.
 """
 
@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.base.errors import DataError
-from qcompiler.numerics import OPERATORS, scatter
+from qcompiler.numerics.operators import OPERATORS, scatter
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, plain, relax_op, shape_of
 
 

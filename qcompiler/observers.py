@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qcompiler.histogram import BINS, Histogram
-from qcompiler.spec import QParams
+from qcompiler.numerics.spec import QParams
 
 Range = tuple[float, float]
 Observer = Callable[[Histogram], Range]

@@ -24,6 +24,7 @@ from qcompiler.cuda import toolkit_versions
 from qcompiler.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.goal import Goal
 from qcompiler.model import FloatModel, load
+from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.trained import Trained
@@ -32,7 +33,6 @@ from qcompiler.recipes import Recipe, recipe
 from qcompiler.stages import Compilation, Measured, Quantized, finish, measure, planned
 from qcompiler.survey import worth_keeping
 from qcompiler.tuning_log import Tuned
-from qcompiler.weight_only import WeightScheme
 
 
 class Options(TypedDict, total=False):

@@ -26,6 +26,7 @@ from qcompiler.base.errors import PlanError, closest
 from qcompiler.base.targets import Target
 from qcompiler.calibration import CalibrationTable
 from qcompiler.histogram import Histogram
+from qcompiler.numerics.spec import QParams
 from qcompiler.observers import OBSERVERS, relative_error
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
@@ -33,7 +34,6 @@ from qcompiler.passes.trained import Trained
 from qcompiler.placement import Placer, operands
 from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
 from qcompiler.recipes import Recipe, recipe
-from qcompiler.spec import QParams
 from qcompiler.weights import choose_scales
 
 _WEIGHTED = ("conv2d", "conv2d_transpose", "dense")

@@ -19,9 +19,9 @@ import tvm
 
 from qcompiler.base.errors import PlanError
 from qcompiler.base.files import replacing
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import ACCUMULATING, SAME_QUANTIZATION, Group, find_groups
-from qcompiler.spec import QParams
 from qcompiler.weights import quantize_weight
 
 FORMAT = 1

@@ -23,10 +23,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from qcompiler.base.progress import Progress
+from qcompiler.numerics.spec import QParams
 from qcompiler.quant_plan import Judged, Proposals
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Walk, values_of
-from qcompiler.spec import QParams
 
 REACH = 2.0
 PREMIUM = 0.02

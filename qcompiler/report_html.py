@@ -12,7 +12,7 @@ from typing import Any
 from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.evidence import WORST, Evidence, StepTime
 from qcompiler.footprint import Memory
-from qcompiler.metrics import wilson
+from qcompiler.numerics.metrics import wilson
 from qcompiler.parity import Row
 from qcompiler.report_mixed import section as mixed_section
 from qcompiler.report_svg import FLOAT, INT8, bar, histogram, sqnr_chart

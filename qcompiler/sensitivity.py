@@ -21,9 +21,9 @@ import numpy as np
 import tvm
 
 from qcompiler.base.progress import Progress
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, make_op
 from qcompiler.runtime.session import Session
-from qcompiler.spec import QParams
 
 _CONVERTED = 1 << 18  # elements of the conversion that is timed
 _ITERATIONS = 20  # of each step, for its least time

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.base.text import float_layers, milliseconds, number, percent, size, table
 from qcompiler.bench import Timing, ratios
-from qcompiler.weight_only import heading
+from qcompiler.numerics.weight_only import heading
 
 if TYPE_CHECKING:
     from qcompiler.footprint import Memory

@@ -195,7 +195,7 @@ def ratio_of(this: Sequence[float], other: Sequence[float]) -> float:
 
 def make_cases(op: OpCall) -> list[Case]:
     """Random inputs, extreme ones, and (where weights are int8) extreme inputs with extreme weights; with what `numerics` says of each."""
-    from qcompiler.numerics import OPERATORS
+    from qcompiler.numerics.operators import OPERATORS
     from qcompiler.schedules.harness import store
 
     rng = np.random.default_rng(0)

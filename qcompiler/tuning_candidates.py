@@ -97,7 +97,7 @@ def recipe_input(layout: Layout, case: int, number: int) -> np.ndarray:
 
 def output_sums(op: OpCall, case: int) -> tuple[int, int]:
     """What the valid elements of the right output sum up to, as stored, in the order of their indices: see `artifact.checksum`."""
-    from qcompiler.numerics import OPERATORS
+    from qcompiler.numerics.operators import OPERATORS
 
     numbers = iter(range(MAX_INPUTS))
     arrays = [recipe_input(o, case, next(numbers)) if isinstance(o, Layout) else o for o in op.operands]

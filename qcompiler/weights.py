@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompiler.spec import MIN_SCALE
+from qcompiler.numerics.spec import MIN_SCALE
 
 RATIOS = {
     "fast": (1.0,),

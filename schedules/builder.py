@@ -243,7 +243,7 @@ class Requantize:
 
     @staticmethod
     def of(k: Emitter, attrs: Mapping[str, Any], limit: float = math.inf) -> Requantize:
-        """From the attributes zero_point, low and high, with the defaults of `qcompiler.numerics`. `limit`: no |x| is greater."""
+        """From the attributes zero_point, low and high, with the defaults of `qcompiler.numerics.operators`. `limit`: no |x| is greater."""
         dtype, zero_point = k.op.output.dtype, attrs.get("zero_point", 0)
         low, high, offset = attrs.get("low", -128), attrs.get("high", 127), offset_of(dtype)
         zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset)))

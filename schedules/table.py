@@ -79,7 +79,7 @@ class Need:
 class OpCall:
     """One operator to be compiled: `qc.*` name, tensor operands with their layouts, constant operands as arrays, attributes.
 
-    Operands keep the order of the operator's signature in `qcompiler.numerics`: `operands[i]` is a `Layout` for a tensor computed at run time, and
+    Operands keep the order of the operator's signature in `qcompiler.numerics.operators`: `operands[i]` is a `Layout` for a tensor computed at run time, and
     a numpy array for a constant; `output` is the layout to write.
     """
 

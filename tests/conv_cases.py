@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from x86_emulation import build
 
-from qcompiler import numerics
 from qcompiler.base.targets import Target
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 

@@ -10,10 +10,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, shape_of, substitute
 from qcompiler.passes.groups import ACCUMULATING, SAME_QUANTIZATION, Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
-from qcompiler.spec import QParams
 
 NHWC = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
 NHWC_T = {"data_layout": "NHWC", "kernel_layout": "IHWO", "out_layout": "NHWC"}

@@ -22,8 +22,8 @@ from qcompiler.bench import onnxruntime_call
 from qcompiler.bundle import SOURCES
 from qcompiler.data import ImageSamples, load_labels, open_samples
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.metrics import sqnr_db
-from qcompiler.numerics import OPERATORS
+from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.numerics.operators import OPERATORS
 from qcompiler.pipeline import compile_stages
 from qcompiler.preprocess import Preprocess
 from qcompiler.runtime.session import Session

@@ -20,7 +20,7 @@ from qcompiler.base.files import replacing
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.bench import interleave, random_inputs, ratios
 from qcompiler.cli import main
-from qcompiler.metrics import Accumulator
+from qcompiler.numerics.metrics import Accumulator
 from qcompiler.parity import ParityReport, Row, Thresholds
 
 MANIFEST: dict[str, Any] = {

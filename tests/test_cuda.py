@@ -17,7 +17,7 @@ from emulated import require
 from fake_cuda import FakeGpu, require_nvcc, without_driver
 from test_cpp import CPP, STRICT, run
 
-from qcompiler import cuda, numerics
+from qcompiler import cuda
 from qcompiler.artifact import Artifact
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.targets import Target, find_target
@@ -25,6 +25,7 @@ from qcompiler.build import Built, build
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.elf import read_section
 from qcompiler.interpreter import run as interpret
+from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session

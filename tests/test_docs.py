@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler.numerics import OPERATORS
+from qcompiler.numerics.operators import OPERATORS
 
 
 @pytest.fixture(scope="module")

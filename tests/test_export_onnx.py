@@ -20,7 +20,7 @@ from qcompiler.correction import integer_layers
 from qcompiler.data import CheckedSamples
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
-from qcompiler.metrics import sqnr_db
+from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.pipeline import compile_stages
 from qcompiler.stages import Compilation

@@ -8,10 +8,10 @@ import tvm
 from small_nets import NHWC, NHWC_T, Net, TinyPlan, evaluate, op, random_inputs, residual_net, scalar
 
 from qcompiler.base.errors import PlanError
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, const_value, is_const, relax_op
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import BIAS_LIMIT, fit_bias, insert_qdq, quantized_bias
-from qcompiler.spec import QParams
 
 
 def planned(module: tvm.IRModule, **options: object) -> TinyPlan:

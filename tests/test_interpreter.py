@@ -10,9 +10,9 @@ import tvm
 from small_nets import NHWC_T, Net, TinyPlan, evaluate, one_op, op, random_inputs, residual_net
 from tvm import relax
 
-from qcompiler import numerics
 from qcompiler.base.errors import DataError
 from qcompiler.interpreter import run
+from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, match_op, relax_op, shape_of
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize

@@ -13,9 +13,10 @@ import tvm
 from conv_cases import CASES, Case
 from x86_emulation import AMX, build, is_emulated, runs_here, tiles
 
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.errors import TargetError
 from qcompiler.base.targets import find_target, missing_features, permit
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 from qcompiler.schedules.x86 import amx

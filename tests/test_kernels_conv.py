@@ -10,8 +10,9 @@ import tvm
 from conv_cases import CASES, Case, row_of
 from x86_emulation import TARGETS, build, is_emulated, runs_here, sampled
 
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.conv_steps import step_classes
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import Layout, OpCall

@@ -14,7 +14,7 @@ from binary_cases import ADD, MUL
 from cuda_cases import HALO, TARGET, Case, data
 from cuda_emulated import FLAGS, HEADERS, Emulated
 
-from qcompiler import numerics
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Layout, OpCall, select
 

@@ -12,8 +12,9 @@ import pytest
 from cuda_cases import HALO, Case, data
 from cuda_emulated import Emulated
 
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.targets import find_target
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from x86_emulation import TARGETS, build, runs_here, sampled
 
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, Row, select
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from binary_cases import ADD, MUL
 
-from qcompiler import numerics, schedules, spec
+from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.numerics import operators as numerics
+from qcompiler.numerics import spec
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
 

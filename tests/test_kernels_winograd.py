@@ -9,8 +9,9 @@ import pytest
 import tvm
 from x86_emulation import HOST, build, runs_here, sampled
 
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.targets import Target
+from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.conv_plan import geometry_of
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, select

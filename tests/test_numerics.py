@@ -14,8 +14,8 @@ from exact import clip, conv_accumulators, each, fixed, float32, reference, requ
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qcompiler import numerics
-from qcompiler.spec import resize_indices
+from qcompiler.numerics import operators as numerics
+from qcompiler.numerics.spec import resize_indices
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 BYTE = st.integers(-128, 127)

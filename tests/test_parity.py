@@ -12,7 +12,7 @@ import pytest
 
 from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.metrics import Accumulator, sqnr_db
+from qcompiler.numerics.metrics import Accumulator, sqnr_db
 from qcompiler.parity import ParityReport, Thresholds, bit_parity, compare, verify
 
 Visit = Callable[[str, np.ndarray], None]

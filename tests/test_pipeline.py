@@ -16,7 +16,7 @@ from qcompiler.base.errors import DataError, PlanError
 from qcompiler.base.targets import load_targets, missing_features
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
-from qcompiler.metrics import sqnr_db
+from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.parity import bit_parity
 from qcompiler.pipeline import compile_stages
 from qcompiler.runtime.session import Session

@@ -14,7 +14,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.calibration import CalibrationTable
 from qcompiler.interpreter import run
 from qcompiler.lowering import lower
-from qcompiler.metrics import sqnr_db
+from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize

@@ -21,6 +21,7 @@ from qcompiler.calibration import CalibrationTable
 from qcompiler.demo import MODEL
 from qcompiler.histogram import Histogram
 from qcompiler.model import load
+from qcompiler.numerics.spec import QParams
 from qcompiler.observers import relative_error
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
@@ -28,7 +29,6 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.plan import choose_params, decide, named_groups, observed_ids, propose
 from qcompiler.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
 from qcompiler.recipes import PRESETS, recipe
-from qcompiler.spec import QParams
 from qcompiler.weights import RATIOS, choose_scales, quantize_weight, squared_errors
 
 TARGET = find_target("x86-avx2")

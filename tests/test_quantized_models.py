@@ -22,12 +22,12 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import qdq_model
 from qcompiler.importers.qdq import take_out
 from qcompiler.model import load
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline import compile_stages
 from qcompiler.quant_plan import Derived, Fixed
-from qcompiler.spec import QParams
 from qcompiler.stages import Compilation
 
 RNG = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from qcompiler.base.debug import Dumper
 from qcompiler.base.targets import find_target
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline import compile_stages, quantize
 from qcompiler.quant_plan import Proposals
@@ -20,7 +21,6 @@ from qcompiler.quant_plan import Quantized as Edge
 from qcompiler.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Walk
-from qcompiler.spec import QParams
 from qcompiler.stages import Compilation, Quantized
 
 

@@ -12,12 +12,12 @@ from tvm import relax
 
 from qcompiler.base.errors import ModelError
 from qcompiler.interpreter import run
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, match_op, relax_op
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.select_float import NO_LIMIT, select_float
-from qcompiler.spec import QParams
 
 
 def names(module: tvm.IRModule) -> dict[str, str]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_correction import SAMPLES, Stepper, quantized
 
-from qcompiler import numerics
 from qcompiler.correction import Correction, correct, integer_layers, with_operands
+from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph
 from qcompiler.rounding import DataRounder, Gram, choose, cost, least_error, patches, round_weight
 

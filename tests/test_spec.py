@@ -13,8 +13,8 @@ from exact import fixed, float32, reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompiler import numerics
-from qcompiler.spec import (
+from qcompiler.numerics import operators as numerics
+from qcompiler.numerics.spec import (
     INT32_MAX,
     MAX_SCALE,
     MIN_SCALE,

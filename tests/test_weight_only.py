@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
-from qcompiler import numerics, schedules
+from qcompiler import schedules
 from qcompiler.base.errors import ModelError, PlanError
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.cli import main
 from qcompiler.library import read_manifest
+from qcompiler.numerics import operators as numerics
+from qcompiler.numerics.weight_only import WeightScheme, quantize_weight
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.portable.weight_only import pack_weights
 from qcompiler.schedules.table import Layout, OpCall, select
-from qcompiler.weight_only import WeightScheme, quantize_weight
 
 BIG = 3.4028234663852886e38
 TARGETS = [t for t in map(find_target, ("x86-avx512vnni", "x86-avx2")) if not missing_features(t)]

@@ -23,6 +23,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.constants import constant_of
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
 from qcompiler.passes.groups import ACCUMULATING, Group, find_groups
@@ -31,7 +32,6 @@ from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resiz
 from qcompiler.passes.realize.edges import fuse_edges
 from qcompiler.passes.realize.site import Site, Tensor
 from qcompiler.passes.select_float import scheduled, sliced
-from qcompiler.spec import QParams
 
 RULES: dict[str, Callable[[Site], Any]] = {
     **dict.fromkeys(("conv2d", "conv2d_transpose", "dense"), conv.weighted),

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import ModelError
+from qcompiler.numerics.spec import conv_accumulator_bound, conv_multiplier, residual_parameters
 from qcompiler.passes.graph import const
 from qcompiler.passes.insert_qdq import INT32, quantized_bias
 from qcompiler.passes.realize.site import Site
-from qcompiler.spec import conv_accumulator_bound, conv_multiplier, residual_parameters
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.numerics.spec import QParams, add_parameters
 from qcompiler.passes.graph import const
 from qcompiler.passes.realize.site import Site, Tensor
-from qcompiler.spec import QParams, add_parameters
 
 
 def _operands(site: Site) -> tuple[Tensor, Tensor]:

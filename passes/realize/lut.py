@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.numerics.spec import QParams, lut
 from qcompiler.passes.graph import const, make_op, shape_of
 from qcompiler.passes.realize.site import Site, Tensor
-from qcompiler.spec import QParams, lut
 
 
 def unary(site: Site) -> Any:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompiler.numerics.spec import resize_indices
 from qcompiler.passes.graph import shape_of
 from qcompiler.passes.realize.site import Site
-from qcompiler.spec import resize_indices
 
 
 def resize2d(site: Site) -> Any:

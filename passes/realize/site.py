@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import make_op
 from qcompiler.passes.groups import Group
-from qcompiler.spec import QParams
 
 
 @dataclass(frozen=True)

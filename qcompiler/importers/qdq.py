@@ -24,8 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.importers.onnx_file import default_opset
 from qcompiler.importers.qlinear import expand
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.trained import Trained
-from qcompiler.spec import QParams
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 MOVES = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Dropout", "Expand", "Tile",

@@ -19,6 +19,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.spec import RESIDUAL_LIMIT
 from qcompiler.schedules.arm.isa import DOTPROD, FLOAT, I8MM, NEON, NEON32, Arm
 from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
@@ -26,7 +27,6 @@ from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
-from qcompiler.spec import RESIDUAL_LIMIT
 
 WIDTH = 8  # channels of a vector
 MAX_STEP = 450  # vector instructions of one tile: bounds code size and the time LLVM takes for it

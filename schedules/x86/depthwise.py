@@ -27,6 +27,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.spec import RESIDUAL_LIMIT
 from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
@@ -34,7 +35,6 @@ from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_o
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
 from qcompiler.schedules.x86.isa import multiply_add
-from qcompiler.spec import RESIDUAL_LIMIT
 
 MAX_STEP = 450  # vector instructions of one tile that the heuristic allows, and those that `build` does: LLVM takes about 1 ms for each
 LARGEST_STEP = 1500

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.spec import RESIDUAL_LIMIT, RESIZE_BITS
+from qcompiler.numerics.spec import RESIDUAL_LIMIT, RESIZE_BITS
 
 Array = np.ndarray
 F32 = np.float32

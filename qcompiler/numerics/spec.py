@@ -1,6 +1,6 @@
 """Quantization parameters, and the integer constants that compiled operators use (numpy only).
 
-`real = scale * (q - zero_point)` with int8 `q`. docs/numerics.md is normative; the constants made here and the arithmetic of `qcompiler.numerics`
+`real = scale * (q - zero_point)` with int8 `q`. docs/numerics.md is normative; the constants made here and the arithmetic of `qcompiler.numerics.operators`
 are all of it. Everything is computed in float64 or integers and is a pure function of its arguments, so every machine makes the same constants.
 """
 

@@ -1,0 +1,1 @@
+"""What every `qc.*` operator means, in numpy alone."""
