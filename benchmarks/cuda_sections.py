@@ -104,7 +104,7 @@ def measure_steps(folder: Path, network: dict[str, Any], gpu: Gpu) -> dict[str, 
 
 def measure_speed(folder: Path, network: dict[str, Any], seconds: float, without: set[str]) -> dict[str, Any]:
     """{base, candidates: {name: {minimum, median, ratio}}, left_out: {name: why}}. Seconds; ratios to PyTorch's where it was measured, else to ours."""
-    from qcompiler.bench import interleave, ratios
+    from qcompiler.runtime.bench import interleave, ratios
 
     calls, left_out = candidates(folder, network, without)
     timings = interleave(calls, seconds=seconds, min_rounds=10 if seconds else 1)

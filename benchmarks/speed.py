@@ -76,7 +76,7 @@ class Prepared:
 
     def calls(self, threads: int) -> dict[str, peers.Call]:
         import qcompiler
-        from qcompiler.bench import onnxruntime_call
+        from qcompiler.runtime.bench import onnxruntime_call
 
         inputs = self.samples[0]
         sessions = {name: qcompiler.load(library, threads=threads) for name, library in self.libraries.items()}
@@ -92,7 +92,7 @@ class Prepared:
 
     @property
     def macs(self) -> int:
-        from qcompiler.library import read_manifest
+        from qcompiler.runtime.library import read_manifest
 
         return sum(step["macs"] for step in read_manifest(next(iter(self.libraries.values())))["steps"])
 
@@ -102,7 +102,7 @@ def measure(prepared: Prepared, threads: list[int], seconds: float, progress: An
 
     {network, target, threads, base, macs, peak: multiply-accumulates per second, candidates: {name: {minimum, median, rounds, ratio, of_peak}}}
     """
-    from qcompiler.bench import interleave, ratios
+    from qcompiler.runtime.bench import interleave, ratios
 
     results = []
     for count in threads:

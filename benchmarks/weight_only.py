@@ -23,8 +23,8 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler.artifact import Artifact
 from qcompiler.base.text import number, size, table
-from qcompiler.bench import interleave, onnxruntime_call, random_inputs, ratios
 from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
 from qcompiler.runtime.session import Session
 from qcompiler.stages import compile_float
 

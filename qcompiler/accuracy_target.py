@@ -24,13 +24,13 @@ from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target, missing_features
-from qcompiler.bench import interleave
 from qcompiler.build import build
 from qcompiler.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.mixed import Network, Point, first_below
 from qcompiler.model import FloatModel
 from qcompiler.recipes import Recipe
+from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session
 from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.stages import Compilation, describe, finish, measure, planned

@@ -21,7 +21,7 @@ from qcompiler.base.errors import TargetError
 from qcompiler.base.files import replacing
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target
-from qcompiler.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
+from qcompiler.runtime.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
 
 if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
     from qcompiler.lowering import Port, Program

@@ -18,8 +18,8 @@ from qcompiler.artifact import find_compiler
 from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
 from qcompiler.base.targets import Target, find_target, load_targets
-from qcompiler.elf import read_section
-from qcompiler.library import MANIFEST_SECTION, check_complete, read_manifest
+from qcompiler.runtime.elf import read_section
+from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
 from qcompiler.static_library import identifier, write_static
 
 SOURCES = Path(__file__).resolve().parent / "runtime" / "cpp"

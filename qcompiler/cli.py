@@ -276,9 +276,9 @@ def _verify(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     import tempfile
 
-    from qcompiler.bench import interleave, onnxruntime_call, random_inputs, ratios
     from qcompiler.footprint import joules, memory
     from qcompiler.parity import float_session
+    from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
     from qcompiler.tables import footprint_text, profile_text, timing_text
 
     if options.against and not options.model:
@@ -339,7 +339,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from qcompiler.library import read_manifest
+    from qcompiler.runtime.library import read_manifest
     from qcompiler.tables import manifest_text, step_rows
 
     manifest = read_manifest(options.library)

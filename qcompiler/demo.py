@@ -15,9 +15,9 @@ import numpy as np
 
 import qcompiler
 from qcompiler.base.progress import Progress
-from qcompiler.bench import Timing, interleave, ratios
 from qcompiler.data import open_samples
 from qcompiler.parity import Thresholds, compare, float_session
+from qcompiler.runtime.bench import Timing, interleave, ratios
 
 FOLDER = Path(__file__).resolve().parent / "demo_data"
 MODEL = FOLDER / "digits.onnx"

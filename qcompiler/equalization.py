@@ -31,11 +31,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import tvm
 
-from qcompiler.channels import Channels
 from qcompiler.histogram import channel_statistics
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
+from qcompiler.runtime.channels import Channels
 
 CAP = 16.0  # a scale lies within this factor of the widest channel's: channels that hardly ever speak are not worth more
 EXPONENTS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 0.5), (0.75, 0.25), (1.0, 1.0))

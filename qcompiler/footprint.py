@@ -50,7 +50,7 @@ def _resident(field: str) -> int | None:
 
 def _growth(library: str, threads: int) -> int | None:
     from qcompiler.base.tensor import TensorInfo
-    from qcompiler.bench import random_inputs
+    from qcompiler.runtime.bench import random_inputs
     from qcompiler.runtime.session import Session
 
     random_inputs([TensorInfo("x", (1,), "float32")])  # what it imports is not the library's

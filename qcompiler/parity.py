@@ -19,10 +19,10 @@ from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
-from qcompiler.channels import stored_form
 from qcompiler.data import Samples, load_labels, open_samples
 from qcompiler.goal import check_labels, check_thresholds, classifying
 from qcompiler.numerics.metrics import Accumulator, Metrics
+from qcompiler.runtime.channels import stored_form
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""

@@ -16,8 +16,8 @@ from typing import Any
 from qcompiler.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, find_compiler, write_sources
 from qcompiler.base.errors import ArtifactError, TargetError
 from qcompiler.base.targets import Target
-from qcompiler.elf import read_section
-from qcompiler.library import MANIFEST_SECTION
+from qcompiler.runtime.elf import read_section
+from qcompiler.runtime.library import MANIFEST_SECTION
 
 _ENTRY = """#include "qcompiler/loader.h"
 

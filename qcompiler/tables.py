@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.base.text import float_layers, milliseconds, number, percent, size, table
-from qcompiler.bench import Timing, ratios
 from qcompiler.numerics.weight_only import heading
+from qcompiler.runtime.bench import Timing, ratios
 
 if TYPE_CHECKING:
     from qcompiler.footprint import Memory

@@ -13,8 +13,8 @@ import numpy as np
 
 from qcompiler.base.memory import round_up
 from qcompiler.base.targets import Target
-from qcompiler.library import checksum
 from qcompiler.lowering import Place, Program, Step, Value
+from qcompiler.runtime.library import checksum
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
 
 GUARD, MAX_INPUTS = 4096, 8  # bytes around the output, and streams per case, as in qc_measure.c

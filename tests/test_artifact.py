@@ -19,10 +19,10 @@ from qcompiler.artifact import Artifact
 from qcompiler.base.errors import ArtifactError, DataError, IncompatibleDevice, OutputError, TargetError
 from qcompiler.base.targets import find_target
 from qcompiler.codegen import object_code
-from qcompiler.elf import read_section
-from qcompiler.library import read_manifest
 from qcompiler.lowering import Program, lower
 from qcompiler.passes.graph import GraphBuilder, const
+from qcompiler.runtime.elf import read_section
+from qcompiler.runtime.library import read_manifest
 from qcompiler.runtime.session import Session
 
 WEIGHT = np.arange(40, dtype=np.float32).reshape(8, 5) / 40

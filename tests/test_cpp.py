@@ -19,7 +19,7 @@ from qcompiler.base.errors import ArtifactError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.demo import demo_data
-from qcompiler.library import check_complete
+from qcompiler.runtime.library import check_complete
 from qcompiler.runtime.session import Session
 
 CPP = Path(__file__).resolve().parent.parent / "qcompiler" / "runtime" / "cpp"

@@ -23,11 +23,11 @@ from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.targets import Target, find_target
 from qcompiler.build import Built, build
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.elf import read_section
 from qcompiler.interpreter import run as interpret
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 from qcompiler.pipeline import compile_stages
+from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation
 

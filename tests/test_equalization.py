@@ -13,7 +13,6 @@ from qcompiler import interpreter
 from qcompiler.analytic import mean_of_rounding
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import calibrate
-from qcompiler.channels import Channels, stored_form
 from qcompiler.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.passes.graph import Graph, const
 from qcompiler.passes.groups import find_groups
@@ -21,6 +20,7 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.plan import decide, observed_ids
+from qcompiler.runtime.channels import Channels, stored_form
 
 COUNT = 12
 

@@ -17,7 +17,6 @@ import pytest
 
 from qcompiler.base.errors import OutputError
 from qcompiler.base.text import milliseconds, number, percent, size
-from qcompiler.bench import Timing
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.evidence import Evidence, StepTime, distribution, step_times
@@ -29,6 +28,7 @@ from qcompiler.report import verify_report
 from qcompiler.report_html import page
 from qcompiler.report_mixed import section as mixed_section
 from qcompiler.report_svg import histogram, pareto_chart, sqnr_chart
+from qcompiler.runtime.bench import Timing
 
 VOID = {"meta", "br"}
 TIMES = {"latency", "steps", "speedup", "footprint"}  # ids of what may differ from run to run

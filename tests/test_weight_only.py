@@ -18,9 +18,9 @@ from qcompiler import schedules
 from qcompiler.base.errors import ModelError, PlanError
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.cli import main
-from qcompiler.library import read_manifest
 from qcompiler.numerics import operators as numerics
 from qcompiler.numerics.weight_only import WeightScheme, quantize_weight
+from qcompiler.runtime.library import read_manifest
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.portable.weight_only import pack_weights

@@ -17,8 +17,8 @@ import numpy as np
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, closest
 from qcompiler.base.host import host_architecture, host_features
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.elf import read_section
-from qcompiler.library import check_complete, read_manifest
+from qcompiler.runtime.elf import read_section
+from qcompiler.runtime.library import check_complete, read_manifest
 
 _ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
 

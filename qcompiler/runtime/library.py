@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import ArtifactError
-from qcompiler.elf import read_section
+from qcompiler.runtime.elf import read_section
 
 FORMAT_VERSION = 1
 MANIFEST_SECTION = ".qc.manifest"
