@@ -42,7 +42,7 @@ def measure(network: networks.Network, target: str, recipe: Recipe, images: int 
     """Compile one network for `target` and compare it with its float twin on `images` evaluation images (None: all), evenly spread."""
     import qcompiler
     from qcompiler.base.progress import terminal_progress
-    from qcompiler.data import load_labels, open_samples
+    from qcompiler.calibrate.data import load_labels, open_samples
     from qcompiler.parity import Thresholds, compare, float_session
 
     with terminal_progress() as progress, tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
     import onnxruntime
 
     from qcompiler.base.tensor import TensorInfo
-    from qcompiler.data import load_labels, open_samples
+    from qcompiler.calibrate.data import load_labels, open_samples
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = THREADS

@@ -106,7 +106,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
     from qcompiler.build import build
-    from qcompiler.data import open_samples
+    from qcompiler.calibrate.data import open_samples
     from qcompiler.model import load
     from qcompiler.pipeline import quantize
 

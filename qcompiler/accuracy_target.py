@@ -25,7 +25,7 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.build import build
-from qcompiler.data import CheckedSamples, Samples, load_labels, take
+from qcompiler.calibrate.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.mixed import Network, Point, first_below
 from qcompiler.model import FloatModel

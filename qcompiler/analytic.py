@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import tvm
 
-from qcompiler.calibration import CalibrationTable
+from qcompiler.calibrate.calibration import CalibrationTable
 from qcompiler.correction import pre_activation, reach
 from qcompiler.passes.graph import Graph, shape_of
 from qcompiler.passes.groups import Group, find_groups

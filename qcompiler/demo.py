@@ -15,7 +15,7 @@ import numpy as np
 
 import qcompiler
 from qcompiler.base.progress import Progress
-from qcompiler.data import open_samples
+from qcompiler.calibrate.data import open_samples
 from qcompiler.parity import Thresholds, compare, float_session
 from qcompiler.runtime.bench import Timing, interleave, ratios
 

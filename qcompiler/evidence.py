@@ -18,7 +18,7 @@ import numpy as np
 
 import qcompiler
 from qcompiler.base.progress import Progress
-from qcompiler.data import Samples
+from qcompiler.calibrate.data import Samples
 from qcompiler.footprint import Memory, joules, memory
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.numerics.spec import QParams

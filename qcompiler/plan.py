@@ -24,10 +24,10 @@ import tvm
 
 from qcompiler.base.errors import PlanError, closest
 from qcompiler.base.targets import Target
-from qcompiler.calibration import CalibrationTable
-from qcompiler.histogram import Histogram
+from qcompiler.calibrate.calibration import CalibrationTable
+from qcompiler.calibrate.histogram import Histogram
+from qcompiler.calibrate.observers import OBSERVERS, relative_error
 from qcompiler.numerics.spec import QParams
-from qcompiler.observers import OBSERVERS, relative_error
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
 from qcompiler.passes.trained import Trained

@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.progress import Progress
-from qcompiler.data import load_labels, open_samples
+from qcompiler.calibrate.data import load_labels, open_samples
 from qcompiler.evidence import HashedSamples, gather
 from qcompiler.parity import ParityReport, Thresholds, compare, float_session
 

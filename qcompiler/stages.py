@@ -20,10 +20,11 @@ from qcompiler.base.debug import Dumper
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target
 from qcompiler.build import Built, build, session_of
-from qcompiler.calibration import CalibrationTable, calibrate
+from qcompiler.calibrate.calibration import CalibrationTable, calibrate
+from qcompiler.calibrate.data import Samples
+from qcompiler.calibrate.suspicion import doubts
 from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.cuda import toolkit_versions
-from qcompiler.data import Samples
 from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.lowering import Program
 from qcompiler.model import FloatModel, load
@@ -39,7 +40,6 @@ from qcompiler.ranges import SampleEnds, choose, output_noise
 from qcompiler.recipes import STEPS, Recipe
 from qcompiler.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
-from qcompiler.suspicion import doubts
 from qcompiler.tuning_log import Tuned
 
 

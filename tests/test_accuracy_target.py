@@ -17,8 +17,8 @@ from qcompiler import accuracy_target
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
+from qcompiler.calibrate.data import CheckedSamples, open_samples, take
 from qcompiler.cli import main
-from qcompiler.data import CheckedSamples, open_samples, take
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
 from qcompiler.model import load

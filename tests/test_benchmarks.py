@@ -19,12 +19,12 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.bundle import SOURCES
-from qcompiler.data import ImageSamples, load_labels, open_samples
+from qcompiler.calibrate.data import ImageSamples, load_labels, open_samples
+from qcompiler.calibrate.preprocess import Preprocess
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS
 from qcompiler.pipeline import compile_stages
-from qcompiler.preprocess import Preprocess
 from qcompiler.runtime.bench import onnxruntime_call
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel

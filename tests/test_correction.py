@@ -14,7 +14,7 @@ from small_nets import Net, op, residual_net
 from qcompiler import interpreter
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
-from qcompiler.calibration import calibrate
+from qcompiler.calibrate.calibration import calibrate
 from qcompiler.correction import FloatMeans, correct, integer_layers, pre_activation, reach, steady, tap_means, with_biases
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph, const_value, is_const, match_op

@@ -12,7 +12,7 @@ from small_nets import Net, evaluate, op, random_inputs, residual_net
 from qcompiler import interpreter
 from qcompiler.analytic import mean_of_rounding
 from qcompiler.base.targets import find_target
-from qcompiler.calibration import calibrate
+from qcompiler.calibrate.calibration import calibrate
 from qcompiler.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.passes.graph import Graph, const
 from qcompiler.passes.groups import find_groups

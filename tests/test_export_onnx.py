@@ -15,9 +15,9 @@ from onnx_nets import OnnxNet
 import qcompiler
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.build import session_of
+from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.cli import main
 from qcompiler.correction import integer_layers
-from qcompiler.data import CheckedSamples
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.numerics.metrics import sqnr_db

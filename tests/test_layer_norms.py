@@ -15,7 +15,7 @@ import qcompiler
 from qcompiler import interpreter
 from qcompiler.base.debug import Dumper
 from qcompiler.build import session_of
-from qcompiler.data import CheckedSamples
+from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.model import load
 from qcompiler.numerics.metrics import sqnr_db

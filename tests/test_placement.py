@@ -11,7 +11,7 @@ from calibrated import table_of
 from small_nets import evaluate, random_inputs, residual_net
 
 from qcompiler.base.targets import find_target
-from qcompiler.calibration import CalibrationTable
+from qcompiler.calibrate.calibration import CalibrationTable
 from qcompiler.interpreter import run
 from qcompiler.lowering import lower
 from qcompiler.numerics.metrics import sqnr_db

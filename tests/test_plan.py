@@ -17,12 +17,12 @@ from small_nets import Net, op, residual_net, scalar
 
 from qcompiler.base.errors import PlanError
 from qcompiler.base.targets import find_target
-from qcompiler.calibration import CalibrationTable
+from qcompiler.calibrate.calibration import CalibrationTable
+from qcompiler.calibrate.histogram import Histogram
+from qcompiler.calibrate.observers import relative_error
 from qcompiler.demo import MODEL
-from qcompiler.histogram import Histogram
 from qcompiler.model import load
 from qcompiler.numerics.spec import QParams
-from qcompiler.observers import relative_error
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq

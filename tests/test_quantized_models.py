@@ -16,8 +16,8 @@ from onnx.reference import ReferenceEvaluator
 
 import qcompiler
 from qcompiler.base.errors import PlanError
+from qcompiler.calibrate.data import open_samples
 from qcompiler.cli import main
-from qcompiler.data import open_samples
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import qdq_model
 from qcompiler.importers.qdq import take_out

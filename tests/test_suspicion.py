@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcompiler.calibration import CalibrationTable, Statistics
+from qcompiler.calibrate.calibration import CalibrationTable, Statistics
+from qcompiler.calibrate.suspicion import doubts
 from qcompiler.cli import main
 from qcompiler.demo import MODEL
-from qcompiler.suspicion import doubts
 
 
 def table(array: np.ndarray) -> CalibrationTable:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qcompiler.histogram import BINS, Histogram
+from qcompiler.calibrate.histogram import BINS, Histogram
 from qcompiler.numerics.spec import QParams
 
 Range = tuple[float, float]
