@@ -38,7 +38,7 @@ from qcompiler.base.text import table
 from qcompiler.build import build, session_of
 from qcompiler.bundle import SOURCES
 from qcompiler.calibrate.data import open_samples
-from qcompiler.model import load
+from qcompiler.importers.model import load
 from qcompiler.pipeline import compile_stages
 from qcompiler.stages import Compilation
 

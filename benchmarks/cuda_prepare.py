@@ -107,7 +107,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     from qcompiler.base.targets import find_target
     from qcompiler.build import build
     from qcompiler.calibrate.data import open_samples
-    from qcompiler.model import load
+    from qcompiler.importers.model import load
     from qcompiler.pipeline import quantize
 
     port = onnx.load(str(network.model), load_external_data=False).graph.input[0]

@@ -27,8 +27,8 @@ from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.build import build
 from qcompiler.calibrate.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
+from qcompiler.importers.model import FloatModel
 from qcompiler.mixed import Network, Point, first_below
-from qcompiler.model import FloatModel
 from qcompiler.recipes import Recipe
 from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session

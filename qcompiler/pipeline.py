@@ -23,7 +23,7 @@ from qcompiler.build import build
 from qcompiler.calibrate.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.cuda import toolkit_versions
 from qcompiler.goal import Goal
-from qcompiler.model import FloatModel, load
+from qcompiler.importers.model import FloatModel, load
 from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.select_float import select_float

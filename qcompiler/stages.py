@@ -26,8 +26,8 @@ from qcompiler.calibrate.suspicion import doubts
 from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.cuda import toolkit_versions
 from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
+from qcompiler.importers.model import FloatModel, load
 from qcompiler.lowering import Program
-from qcompiler.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize

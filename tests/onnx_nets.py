@@ -13,7 +13,7 @@ import tvm
 from onnx import helper, numpy_helper
 from tvm import relax
 
-from qcompiler.model import FloatModel, load
+from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph, dtype_of, relax_op, shape_of
 from qcompiler.passes.legal_layouts import legal_layouts
 

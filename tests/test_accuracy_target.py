@@ -20,8 +20,8 @@ from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibrate.data import CheckedSamples, open_samples, take
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
+from qcompiler.importers.model import load
 from qcompiler.interpreter import run
-from qcompiler.model import load
 from qcompiler.parity import bit_parity, verify
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.select_float import select_float

@@ -123,7 +123,7 @@ def test_parameters_are_the_librarys(digits: tuple[Compilation, Export]) -> None
 
 
 def samples_of(path: Path, count: int = 4) -> CheckedSamples:
-    from qcompiler.model import load
+    from qcompiler.importers.model import load
 
     inputs = load(path).inputs
     rng = np.random.default_rng(5)

@@ -1,4 +1,4 @@
-"""qcompiler.model.load: every operator family against ONNX Runtime, shapes, names, and bad files."""
+"""qcompiler.importers.model.load: every operator family against ONNX Runtime, shapes, names, and bad files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.errors import ModelError
-from qcompiler.model import load
+from qcompiler.importers.model import load
 from qcompiler.passes.graph import Graph, relax_op
 from tests.onnx_nets import OnnxNet, agrees, execute, operators, samples
 

@@ -17,7 +17,7 @@ from qcompiler.base.debug import Dumper
 from qcompiler.build import session_of
 from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
-from qcompiler.model import load
+from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.layer_norms import layer_norms

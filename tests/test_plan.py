@@ -21,7 +21,7 @@ from qcompiler.calibrate.calibration import CalibrationTable
 from qcompiler.calibrate.histogram import Histogram
 from qcompiler.calibrate.observers import relative_error
 from qcompiler.demo import MODEL
-from qcompiler.model import load
+from qcompiler.importers.model import load
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups

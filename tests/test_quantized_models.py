@@ -20,8 +20,8 @@ from qcompiler.calibrate.data import open_samples
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import qdq_model
+from qcompiler.importers.model import load
 from qcompiler.importers.qdq import take_out
-from qcompiler.model import load
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
