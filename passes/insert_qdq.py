@@ -39,7 +39,7 @@ _CARRIERS = {
 
 
 class Plan(Protocol):
-    """What this pass asks of a `qcompiler.plan.QuantPlan`."""
+    """What this pass asks of a `qcompiler.plan.planner.QuantPlan`."""
 
     def params(self, value_id: str) -> QParams | None:
         """How a value is stored in 8 bits; None when it stays float32."""

@@ -28,11 +28,11 @@ from qcompiler.build import build
 from qcompiler.calibrate.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.importers.model import FloatModel
-from qcompiler.mixed import Network, Point, first_below
-from qcompiler.recipes import Recipe
+from qcompiler.plan.mixed import Network, Point, first_below
+from qcompiler.plan.recipes import Recipe
+from qcompiler.plan.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.stages import Compilation, describe, finish, measure, planned
 from qcompiler.survey import Survey
 from qcompiler.tuning_log import Tuned

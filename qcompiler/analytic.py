@@ -18,7 +18,7 @@ from qcompiler.calibrate.calibration import CalibrationTable
 from qcompiler.correction import pre_activation, reach
 from qcompiler.passes.graph import Graph, shape_of
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.quant_plan import QuantPlan
+from qcompiler.plan.quant_plan import QuantPlan
 
 _KINDS = ("conv2d", "dense")
 

@@ -9,7 +9,7 @@ from typing import Any
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import terminal_progress
 from qcompiler.cli_tuning import duration
-from qcompiler.recipes import PRESETS, STEPS
+from qcompiler.plan.recipes import PRESETS, STEPS
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]

@@ -28,8 +28,8 @@ from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.trained import Trained
-from qcompiler.plan import named_groups
-from qcompiler.recipes import Recipe, recipe
+from qcompiler.plan.planner import named_groups
+from qcompiler.plan.recipes import Recipe, recipe
 from qcompiler.stages import Compilation, Measured, Quantized, finish, measure, planned
 from qcompiler.survey import worth_keeping
 from qcompiler.tuning_log import Tuned

@@ -33,11 +33,11 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
-from qcompiler.plan import decide, observed_ids
-from qcompiler.quant_plan import Proposals, QuantPlan
-from qcompiler.quant_plan import Quantized as QuantizedEdge
-from qcompiler.ranges import SampleEnds, choose, output_noise
-from qcompiler.recipes import STEPS, Recipe
+from qcompiler.plan.planner import decide, observed_ids
+from qcompiler.plan.quant_plan import Proposals, QuantPlan
+from qcompiler.plan.quant_plan import Quantized as QuantizedEdge
+from qcompiler.plan.ranges import SampleEnds, choose, output_noise
+from qcompiler.plan.recipes import STEPS, Recipe
 from qcompiler.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
 from qcompiler.tuning_log import Tuned

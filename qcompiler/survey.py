@@ -20,13 +20,13 @@ from qcompiler.build import Built, session_of
 from qcompiler.correction import integer_layers
 from qcompiler.goal import decibel
 from qcompiler.lowering import Program
-from qcompiler.mixed import Edge, Layer, Network
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
-from qcompiler.placement import Placer, operands
-from qcompiler.quant_plan import Derived
+from qcompiler.plan.mixed import Edge, Layer, Network
+from qcompiler.plan.placement import Placer, operands
+from qcompiler.plan.quant_plan import Derived
+from qcompiler.plan.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
 from qcompiler.stages import Measured, Quantized
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware

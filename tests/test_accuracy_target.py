@@ -26,8 +26,8 @@ from qcompiler.parity import bit_parity, verify
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline import compile_stages
+from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import measure_sensitivity
 from qcompiler.stages import Compilation
 from qcompiler.survey import constants_with, layer_noise, rounded_layers
 

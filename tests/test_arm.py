@@ -20,7 +20,7 @@ from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.build import build
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.pipeline import compile, compile_stages
-from qcompiler.plan import decide
+from qcompiler.plan.planner import decide
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation, describe
 

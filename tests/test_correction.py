@@ -20,7 +20,7 @@ from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph, const_value, is_const, match_op
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
-from qcompiler.plan import decide, observed_ids
+from qcompiler.plan.planner import decide, observed_ids
 
 SAMPLES = 6
 

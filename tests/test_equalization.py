@@ -19,7 +19,7 @@ from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
-from qcompiler.plan import decide, observed_ids
+from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.runtime.channels import Channels, stored_form
 
 COUNT = 12

@@ -22,7 +22,7 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.passes.replace_weights import replace_weights
-from qcompiler.recipes import recipe
+from qcompiler.plan.recipes import recipe
 from qcompiler.stages import measure
 
 TOKENS, WIDTH, HEADS = 8, 32, 4

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from qcompiler.mixed import Edge, Layer, Network, first_below
-from qcompiler.placement import Placement
+from qcompiler.plan.mixed import Edge, Layer, Network, first_below
+from qcompiler.plan.placement import Placement
 
 FREE = frozenset[str]()
 

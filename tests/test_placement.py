@@ -18,8 +18,8 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
-from qcompiler.placement import Placer
-from qcompiler.plan import decide
+from qcompiler.plan.placement import Placer
+from qcompiler.plan.planner import decide
 
 TARGET = find_target("x86-avx2")
 

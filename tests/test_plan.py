@@ -26,10 +26,10 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.plan import choose_params, decide, named_groups, observed_ids, propose
-from qcompiler.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
-from qcompiler.recipes import PRESETS, recipe
-from qcompiler.weights import RATIOS, choose_scales, quantize_weight, squared_errors
+from qcompiler.plan.planner import choose_params, decide, named_groups, observed_ids, propose
+from qcompiler.plan.quant_plan import Derived, Fixed, Float, Quantized, QuantPlan, Shared
+from qcompiler.plan.recipes import PRESETS, recipe
+from qcompiler.plan.weights import RATIOS, choose_scales, quantize_weight, squared_errors
 
 TARGET = find_target("x86-avx2")
 

@@ -27,7 +27,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline import compile_stages
-from qcompiler.quant_plan import Derived, Fixed
+from qcompiler.plan.quant_plan import Derived, Fixed
 from qcompiler.stages import Compilation
 
 RNG = np.random.default_rng(0)

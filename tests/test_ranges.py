@@ -16,11 +16,11 @@ from qcompiler.interpreter import run
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline import compile_stages, quantize
-from qcompiler.quant_plan import Proposals
-from qcompiler.quant_plan import Quantized as Edge
-from qcompiler.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
+from qcompiler.plan.quant_plan import Proposals
+from qcompiler.plan.quant_plan import Quantized as Edge
+from qcompiler.plan.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
+from qcompiler.plan.sensitivity import Walk
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import Walk
 from qcompiler.stages import Compilation, Quantized
 
 

@@ -1,6 +1,6 @@
 """`QuantPlan`: for every value how it is stored, for every operator whether it is computed in 8 bits, and why. Saved, printed, compared.
 
-Decisions only: `qcompiler.plan` makes them, `passes/insert_qdq.py` carries them out.
+Decisions only: `qcompiler.plan.planner` makes them, `passes/insert_qdq.py` carries them out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qcompiler.base.files import replacing
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import ACCUMULATING, SAME_QUANTIZATION, Group, find_groups
-from qcompiler.weights import quantize_weight
+from qcompiler.plan.weights import quantize_weight
 
 FORMAT = 1
 

@@ -24,9 +24,9 @@ import numpy as np
 
 from qcompiler.base.progress import Progress
 from qcompiler.numerics.spec import QParams
-from qcompiler.quant_plan import Judged, Proposals
+from qcompiler.plan.quant_plan import Judged, Proposals
+from qcompiler.plan.sensitivity import Walk, values_of
 from qcompiler.runtime.session import Session
-from qcompiler.sensitivity import Walk, values_of
 
 REACH = 2.0
 PREMIUM = 0.02

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qcompiler.placement import Placement
+from qcompiler.plan.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from qcompiler.base.errors import PlanError, closest
-from qcompiler.weights import RATIOS
+from qcompiler.plan.weights import RATIOS
 
 STEPS = {
     "equalize": "scale channels against each other so that they share an 8-bit scale with less loss",

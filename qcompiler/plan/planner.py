@@ -31,10 +31,10 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
 from qcompiler.passes.trained import Trained
-from qcompiler.placement import Placer, operands
-from qcompiler.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
-from qcompiler.recipes import Recipe, recipe
-from qcompiler.weights import choose_scales
+from qcompiler.plan.placement import Placer, operands
+from qcompiler.plan.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
+from qcompiler.plan.recipes import Recipe, recipe
+from qcompiler.plan.weights import choose_scales
 
 _WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
 _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is common; [-1, 1) in steps of 1/128, with 0 exact

@@ -1,0 +1,1 @@
+"""Decides how every value is stored: `decide(...) -> QuantPlan`."""
