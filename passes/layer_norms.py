@@ -1,4 +1,4 @@
-"""Layer normalizations with other scales and offsets: how channel equalization (`qcompiler/equalization.py`) changes what matrix products read.
+"""Layer normalizations with other scales and offsets: how channel equalization (`qcompiler/refine/equalization.py`) changes what matrix products read.
 
     layer_norm(x, gamma, beta)      -->      layer_norm(x, gamma', beta')
 

@@ -1,4 +1,4 @@
-"""Convolutions, dense layers and layer normalizations with other constants: how channel equalization (`qcompiler/equalization.py`) changes a network.
+"""Convolutions, dense layers and layer normalizations with other constants: how channel equalization (`qcompiler/refine/equalization.py`) changes a network.
 
     conv2d(x, w) + b -> clip      -->      conv2d(x, w') + b' -> clip
     conv2d(x, w) -> clip          -->      conv2d(x, w') + b' -> clip

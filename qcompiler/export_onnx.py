@@ -24,7 +24,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import check_writable, replacing
-from qcompiler.correction import Layer, integer_layers
 from qcompiler.importers.onnx_file import default_opset, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
@@ -32,6 +31,7 @@ from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline import Options, compile_stages
+from qcompiler.refine.correction import Layer, integer_layers
 from qcompiler.stages import Compilation
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted

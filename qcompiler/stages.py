@@ -14,7 +14,6 @@ from typing import Any
 import tvm
 
 import qcompiler
-from qcompiler.analytic import mean_of_rounding
 from qcompiler.artifact import Artifact
 from qcompiler.base.debug import Dumper
 from qcompiler.base.progress import Progress
@@ -23,9 +22,7 @@ from qcompiler.build import Built, build, session_of
 from qcompiler.calibrate.calibration import CalibrationTable, calibrate
 from qcompiler.calibrate.data import Samples
 from qcompiler.calibrate.suspicion import doubts
-from qcompiler.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
 from qcompiler.cuda import toolkit_versions
-from qcompiler.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.lowering import Program
 from qcompiler.passes.graph import Graph
@@ -38,7 +35,10 @@ from qcompiler.plan.quant_plan import Proposals, QuantPlan
 from qcompiler.plan.quant_plan import Quantized as QuantizedEdge
 from qcompiler.plan.ranges import SampleEnds, choose, output_noise
 from qcompiler.plan.recipes import STEPS, Recipe
-from qcompiler.rounding import NARROW, DataRounder
+from qcompiler.refine.analytic import mean_of_rounding
+from qcompiler.refine.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
+from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
+from qcompiler.refine.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
 from qcompiler.tuning_log import Tuned
 

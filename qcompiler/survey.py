@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import tvm
 
-from qcompiler.analytic import bias_for, shapes_of
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
 from qcompiler.build import Built, session_of
-from qcompiler.correction import integer_layers
 from qcompiler.goal import decibel
 from qcompiler.lowering import Program
 from qcompiler.passes.graph import Graph
@@ -26,6 +24,8 @@ from qcompiler.plan.mixed import Edge, Layer, Network
 from qcompiler.plan.placement import Placer, operands
 from qcompiler.plan.quant_plan import Derived
 from qcompiler.plan.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
+from qcompiler.refine.analytic import bias_for, shapes_of
+from qcompiler.refine.correction import integer_layers
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Measured, Quantized
 

@@ -10,16 +10,16 @@ from calibrated import ModuleExecutor, random_samples
 from small_nets import Net, evaluate, op, random_inputs, residual_net
 
 from qcompiler import interpreter
-from qcompiler.analytic import mean_of_rounding
 from qcompiler.base.targets import find_target
 from qcompiler.calibrate.calibration import calibrate
-from qcompiler.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.passes.graph import Graph, const
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.plan.planner import decide, observed_ids
+from qcompiler.refine.analytic import mean_of_rounding
+from qcompiler.refine.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.runtime.channels import Channels, stored_form
 
 COUNT = 12

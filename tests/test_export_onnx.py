@@ -17,12 +17,12 @@ from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.build import session_of
 from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.cli import main
-from qcompiler.correction import integer_layers
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.pipeline import compile_stages
+from qcompiler.refine.correction import integer_layers
 from qcompiler.stages import Compilation
 
 Feeds = dict[str, np.ndarray]

@@ -16,13 +16,13 @@ from qcompiler import interpreter
 from qcompiler.base.debug import Dumper
 from qcompiler.build import session_of
 from qcompiler.calibrate.data import CheckedSamples
-from qcompiler.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.plan.recipes import recipe
+from qcompiler.refine.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.stages import measure
 
 TOKENS, WIDTH, HEADS = 8, 32, 4

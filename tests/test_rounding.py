@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_correction import SAMPLES, Stepper, quantized
 
-from qcompiler.correction import Correction, correct, integer_layers, with_operands
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph
-from qcompiler.rounding import DataRounder, Gram, choose, cost, least_error, patches, round_weight
+from qcompiler.refine.correction import Correction, correct, integer_layers, with_operands
+from qcompiler.refine.rounding import DataRounder, Gram, choose, cost, least_error, patches, round_weight
 
 GEOMETRY = [
     {"strides": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 1},
@@ -80,7 +80,7 @@ def test_saturation_is_part_of_the_error() -> None:
 
 
 def test_wide_layers_are_cut_and_silent_inputs_keep_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcompiler.rounding.WIDEST", 5)
+    monkeypatch.setattr("qcompiler.refine.rounding.WIDEST", 5)
     gram = Gram(1, 12)
     assert gram.blocks == 3
     gram.add(np.zeros((1, 10, 12), np.float32))

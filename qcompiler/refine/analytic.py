@@ -15,10 +15,10 @@ import numpy as np
 import tvm
 
 from qcompiler.calibrate.calibration import CalibrationTable
-from qcompiler.correction import pre_activation, reach
 from qcompiler.passes.graph import Graph, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.plan.quant_plan import QuantPlan
+from qcompiler.refine.correction import pre_activation, reach
 
 _KINDS = ("conv2d", "dense")
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.correction import Context, Layer
 from qcompiler.passes.groups import Group
+from qcompiler.refine.correction import Context, Layer
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
 SWEEPS = 1  # of coordinate descent

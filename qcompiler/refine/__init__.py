@@ -1,0 +1,1 @@
+"""Makes the network lose less: equalization, bias correction, rounding of weights."""
