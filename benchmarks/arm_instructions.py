@@ -32,11 +32,11 @@ import networks
 import numpy as np
 from tflite_model import tflite_model
 
-from qcompiler.artifact import find_compiler
+from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.build import build, session_of
+from qcompiler.backend.bundle import SOURCES
 from qcompiler.base.targets import find_target
 from qcompiler.base.text import table
-from qcompiler.build import build, session_of
-from qcompiler.bundle import SOURCES
 from qcompiler.calibrate.data import open_samples
 from qcompiler.importers.model import load
 from qcompiler.pipeline import compile_stages

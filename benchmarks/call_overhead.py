@@ -24,9 +24,9 @@ import tempfile
 from pathlib import Path
 
 import qcompiler
-from qcompiler.artifact import find_compiler
+from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.bundle import SOURCES
 from qcompiler.base.targets import find_target
-from qcompiler.bundle import SOURCES
 from qcompiler.demo import MODEL, demo_data
 
 LIMIT_NS = 2000.0

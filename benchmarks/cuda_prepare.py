@@ -54,7 +54,7 @@ def row_cases(target: Target) -> dict[str, Any]:
 
 def rows_program(cases: dict[str, Any], target: Target) -> Any:
     """One step per case, every tensor at a place of its own between guards."""
-    from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
+    from qcompiler.backend.lowering import Place, Program, Step, Value, _pack_constants
     from qcompiler.schedules.table import Layout
 
     values: dict[str, Any] = {}
@@ -75,8 +75,8 @@ def rows_program(cases: dict[str, Any], target: Target) -> Any:
 
 def prepare_rows(folder: Path, target: Target) -> list[dict[str, Any]]:
     """Write rows.so and rows.npz; a description of each case."""
-    from qcompiler.build import Built
-    from qcompiler.codegen import object_code
+    from qcompiler.backend.build import Built
+    from qcompiler.backend.codegen import object_code
     from qcompiler.schedules.harness import fetch
 
     cases = row_cases(target)
@@ -103,9 +103,9 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     import onnx
 
     import qcompiler
+    from qcompiler.backend.build import build
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
-    from qcompiler.build import build
     from qcompiler.calibrate.data import open_samples
     from qcompiler.importers.model import load
     from qcompiler.pipeline import quantize

@@ -69,9 +69,9 @@ def once(arguments: list[str]) -> dict[str, float]:
 
 def prepare(network: networks.Network, folder: Path, threads: int) -> dict[str, list[str]]:
     """{candidate: arguments of its process}: compiles, quantizes, and lets OpenVINO fill its cache and export its blob."""
+    from qcompiler.backend.build import build
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
-    from qcompiler.build import build
     from qcompiler.pipeline import quantize
 
     target = find_target("native")

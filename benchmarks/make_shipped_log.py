@@ -1,4 +1,4 @@
-"""Makes qcompiler/shipped_log: tuned kernels for the shapes of public networks, which every compilation uses.
+"""Makes qcompiler/backend/shipped_log: tuned kernels for the shapes of public networks, which every compilation uses.
 
     python benchmarks/make_shipped_log.py --data ../shared/data --log LOG [--network resnet50]... [--time-limit 1800]
 
@@ -41,8 +41,8 @@ def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) ->
     """The workloads of this network, and the records of `log` that make its steps faster by more than `GAIN` says: with the ratios found here."""
     import dataclasses
 
-    from qcompiler.build import build
-    from qcompiler.tuning_log import Tuned, key_of, workload_of
+    from qcompiler.backend.build import build
+    from qcompiler.backend.tuning_log import Tuned, key_of, workload_of
 
     tuned = Tuned(target, log, None)
     plain, fast = build(stages.integer, target, "default"), build(stages.integer, target, "tuned", tuned)
@@ -74,14 +74,14 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float, default=1800.0, help="seconds of tuning per network; 0: none")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=30, help="of timing each library")
-    parser.add_argument("--output", type=Path, help="default: qcompiler/shipped_log of the checkout")
+    parser.add_argument("--output", type=Path, help="default: qcompiler/backend/shipped_log of the checkout")
     options = parser.parse_args()
 
+    from qcompiler.backend.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
     from qcompiler.pipeline import quantize
     from qcompiler.tuning import check_arguments, tune_module
-    from qcompiler.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
 
     target = find_target(options.target)
     check_arguments(target, 1, None, options.threads)

@@ -40,11 +40,11 @@ class Prepared:
     def __init__(
         self, network: networks.Network, target: Any, folder: Path, without: set[str], tuning_log: Path | None, tflite: Path | None, progress: Any
     ) -> None:
+        from qcompiler.backend.build import build
+        from qcompiler.backend.tuning_log import Tuned
         from qcompiler.base.debug import Dumper
-        from qcompiler.build import build
         from qcompiler.pipeline import quantize
         from qcompiler.stages import compile_float
-        from qcompiler.tuning_log import Tuned
 
         self.network, self.target, self.tflite = network, target, tflite
         wanted = [c for c in CANDIDATES if c not in without]

@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
-from qcompiler.artifact import Artifact
+from qcompiler.backend.artifact import Artifact
 from qcompiler.base.text import number, size, table
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios

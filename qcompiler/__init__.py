@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from qcompiler.artifact import Artifact
+    from qcompiler.backend.artifact import Artifact
     from qcompiler.parity import verify
     from qcompiler.pipeline import compile
     from qcompiler.runtime.session import Session
@@ -23,7 +23,7 @@ __all__ = ["Artifact", "Session", "compile", "load", "tune", "verify"]
 
 # Imported on first use: running a library needs numpy alone, and listing targets needs no compiler.
 _LAZY = {
-    "Artifact": ("qcompiler.artifact", "Artifact"),
+    "Artifact": ("qcompiler.backend.artifact", "Artifact"),
     "Session": ("qcompiler.runtime.session", "Session"),
     "compile": ("qcompiler.pipeline", "compile"),
     "load": ("qcompiler.runtime.session", "Session"),

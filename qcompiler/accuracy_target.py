@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.backend.build import build
+from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target, missing_features
-from qcompiler.build import build
 from qcompiler.calibrate.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.importers.model import FloatModel
@@ -35,7 +36,6 @@ from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session
 from qcompiler.stages import Compilation, describe, finish, measure, planned
 from qcompiler.survey import Survey
-from qcompiler.tuning_log import Tuned
 
 BUDGET = 600.0  # seconds, when none is given
 _MOST = 8  # plans that are compiled

@@ -23,8 +23,8 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
 
 
 def _bundle(options: argparse.Namespace) -> int:
+    from qcompiler.backend.bundle import make_bundle
     from qcompiler.base.text import size, table
-    from qcompiler.bundle import make_bundle
 
     bundle = make_bundle(options.library, options.output, options.static)
     if options.json:

@@ -53,8 +53,8 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
 
 
 def import_round(options: argparse.Namespace, show: Show) -> int:
+    from qcompiler.backend.tuning_log import workload_text
     from qcompiler.base.text import table
-    from qcompiler.tuning_log import workload_text
     from qcompiler.tuning_remote import import_results
 
     found = import_results(options.import_results, options.log)

@@ -210,7 +210,7 @@ def clock(seconds: float) -> str:
 
 
 def _show_log(options: argparse.Namespace, show: Show) -> int:
-    from qcompiler.tuning_log import Record, best_of, read_log, workload_text
+    from qcompiler.backend.tuning_log import Record, best_of, read_log, workload_text
 
     records = read_log(options.log)
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -241,7 +241,7 @@ def log_text(name: str, count: int, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _merge(options: argparse.Namespace, show: Show) -> int:
-    from qcompiler.tuning_log import merge
+    from qcompiler.backend.tuning_log import merge
 
     counts = merge(options.logs, options.output)
     show(options, {"output": options.output, "records": counts}, lambda: f"{options.output}: " + ", ".join(f"{n} records of {i}" for i, n in counts.items()))

@@ -12,16 +12,17 @@ from typing import Any, TypedDict, Unpack
 import tvm
 
 import qcompiler
-from qcompiler import artifact as artifacts
 from qcompiler.accuracy_target import compile_to
-from qcompiler.artifact import Artifact
+from qcompiler.backend import artifact as artifacts
+from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.build import build
+from qcompiler.backend.cuda import toolkit_versions
+from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError, PlanError, closest
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target
-from qcompiler.build import build
 from qcompiler.calibrate.data import NO_SAMPLES, Samples, open_samples
-from qcompiler.cuda import toolkit_versions
 from qcompiler.goal import Goal
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.numerics.weight_only import WeightScheme
@@ -32,7 +33,6 @@ from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
 from qcompiler.stages import Compilation, Measured, Quantized, finish, measure, planned
 from qcompiler.survey import worth_keeping
-from qcompiler.tuning_log import Tuned
 
 
 class Options(TypedDict, total=False):

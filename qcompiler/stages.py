@@ -14,17 +14,18 @@ from typing import Any
 import tvm
 
 import qcompiler
-from qcompiler.artifact import Artifact
+from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.build import Built, build, session_of
+from qcompiler.backend.cuda import toolkit_versions
+from qcompiler.backend.lowering import Program
+from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target
-from qcompiler.build import Built, build, session_of
 from qcompiler.calibrate.calibration import CalibrationTable, calibrate
 from qcompiler.calibrate.data import Samples
 from qcompiler.calibrate.suspicion import doubts
-from qcompiler.cuda import toolkit_versions
 from qcompiler.importers.model import FloatModel, load
-from qcompiler.lowering import Program
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
@@ -40,7 +41,6 @@ from qcompiler.refine.correction import Correction, FloatMeans, SessionExecutor,
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.refine.rounding import NARROW, DataRounder
 from qcompiler.runtime.session import Session
-from qcompiler.tuning_log import Tuned
 
 
 @dataclass

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import tvm
 
+from qcompiler.backend.build import Built, session_of
+from qcompiler.backend.lowering import Program
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
-from qcompiler.build import Built, session_of
 from qcompiler.goal import decibel
-from qcompiler.lowering import Program
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
 from qcompiler.plan.mixed import Edge, Layer, Network

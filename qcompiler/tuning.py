@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.tuning_bench import FREE
-from qcompiler.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.tuning_model import CostModel, Point, Space, features, key, propose, sizes
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
 
@@ -394,7 +394,7 @@ def tune_module(
     limits: Limits | None = None,
 ) -> Tuning:
     """The search itself, on a module as `lower` takes it; arguments as `tune`. Raises TuningError when no operator has anything to tune."""
-    from qcompiler.lowering import lower
+    from qcompiler.backend.lowering import lower
 
     program = lower(module, target)
     tasks = tasks_of(program.steps, target)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.backend.lowering import Place, Program, Step, Value
 from qcompiler.base.memory import round_up
 from qcompiler.base.targets import Target
-from qcompiler.lowering import Place, Program, Step, Value
 from qcompiler.runtime.library import checksum
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
 
@@ -62,8 +62,8 @@ def candidate_program(row: Row, op: OpCall, target: Target, points: Sequence[Map
 
 def candidate_library(row: Row, op: OpCall, target: Target, points: Sequence[Mapping[str, Any]]) -> bytes:
     """The shared library of `candidate_program`."""
-    from qcompiler.build import Built
-    from qcompiler.codegen import object_code
+    from qcompiler.backend.build import Built
+    from qcompiler.backend.codegen import object_code
 
     program = candidate_program(row, op, target, points)
     return Built(program, object_code(program)).link().library

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import tvm_ffi
 
-from qcompiler.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.tuning_log import LogWriter, Record, isa_of, opened, read_file
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.files import new_folder, replacing
@@ -31,7 +32,6 @@ from qcompiler.schedules.table import Kernel
 from qcompiler.tuning import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
 from qcompiler.tuning_bench import MARGIN, ratio_of
 from qcompiler.tuning_candidates import measurable, plan_lines
-from qcompiler.tuning_log import LogWriter, Record, isa_of, opened, read_file
 from qcompiler.tuning_model import Point, key
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
 
@@ -82,7 +82,7 @@ def export_candidates(
 
     Raises TuningError (nothing to tune, nothing new to try), TargetError (a compiler is missing), OutputError, and what `compile` raises.
     """
-    from qcompiler.lowering import lower
+    from qcompiler.backend.lowering import lower
     from qcompiler.pipeline import quantize
 
     row = find_target(target, options.get("targets_file"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from qcompiler.backend.codegen_cuda import cuda_source
+from qcompiler.backend.lowering import Program, Step
 from qcompiler.base.targets import Target
-from qcompiler.codegen_cuda import cuda_source
-from qcompiler.lowering import Program, Step
 from qcompiler.schedules.harness import aligned, fetch
 from qcompiler.schedules.table import Kernel, Layout
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.artifact import Artifact
+from qcompiler.backend.artifact import Artifact
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target
 

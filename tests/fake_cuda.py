@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from cuda_emulated import HEADERS, compile_emulated
 
+from qcompiler.backend.codegen_cuda import cuda_source
+from qcompiler.backend.cuda import find_nvcc
+from qcompiler.backend.lowering import Program
 from qcompiler.base.errors import TargetError
 from qcompiler.base.targets import find_target
-from qcompiler.codegen_cuda import cuda_source
-from qcompiler.cuda import find_nvcc
-from qcompiler.lowering import Program
 
 
 def require_nvcc() -> None:

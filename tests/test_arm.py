@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from emulated import ARM, Host, require
 
-from qcompiler import artifact, interpreter
-from qcompiler.artifact import Artifact
+from qcompiler import interpreter
+from qcompiler.backend import artifact
+from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.build import build
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target, load_targets, missing_features
-from qcompiler.build import build
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.pipeline import compile, compile_stages
 from qcompiler.plan.planner import decide

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from qcompiler import artifact as artifacts
-from qcompiler.artifact import Artifact
+from qcompiler.backend import artifact as artifacts
+from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.codegen import object_code
+from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.errors import ArtifactError, DataError, IncompatibleDevice, OutputError, TargetError
 from qcompiler.base.targets import find_target
-from qcompiler.codegen import object_code
-from qcompiler.lowering import Program, lower
 from qcompiler.passes.graph import GraphBuilder, const
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.library import read_manifest

@@ -14,11 +14,12 @@ import pytest
 
 import qcompiler
 from qcompiler import schedules
-from qcompiler.artifact import find_compiler
+from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.bundle import SOURCES
+from qcompiler.backend.tuning_log import SHIPPED, read_log
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.bundle import SOURCES
 from qcompiler.calibrate.data import ImageSamples, load_labels, open_samples
 from qcompiler.calibrate.preprocess import Preprocess
 from qcompiler.demo import MODEL, demo_data
@@ -29,7 +30,6 @@ from qcompiler.runtime.bench import onnxruntime_call
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel
 from qcompiler.schedules.table import Layout
-from qcompiler.tuning_log import SHIPPED, read_log
 
 
 @pytest.fixture()

@@ -14,15 +14,15 @@ import pytest
 from emulated import require, require_tool
 
 import qcompiler
-from qcompiler.artifact import _with_checksum
+from qcompiler.backend.artifact import _with_checksum
+from qcompiler.backend.bundle import Bundle, make_bundle
+from qcompiler.backend.static_library import identifier
 from qcompiler.base.errors import ArtifactError, OutputError, TargetError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target
-from qcompiler.bundle import Bundle, make_bundle
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.runtime.session import Session
-from qcompiler.static_library import identifier
 
 FILES = {
     "README.md",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from emulated import require, require_tool
 
-from qcompiler.artifact import _model_header, _with_checksum
+from qcompiler.backend.artifact import _model_header, _with_checksum
 from qcompiler.base.errors import ArtifactError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target, missing_features

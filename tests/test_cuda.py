@@ -17,11 +17,11 @@ from emulated import require
 from fake_cuda import FakeGpu, require_nvcc, without_driver
 from test_cpp import CPP, STRICT, run
 
-from qcompiler import cuda
-from qcompiler.artifact import Artifact
+from qcompiler.backend import cuda
+from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.build import Built, build
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.targets import Target, find_target
-from qcompiler.build import Built, build
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run as interpret
 from qcompiler.numerics import operators as numerics

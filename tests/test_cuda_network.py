@@ -12,9 +12,9 @@ import tvm
 from cuda_emulated import EmulatedProgram
 from small_nets import TinyPlan, op, random_inputs, residual_net
 
+from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
 from qcompiler.interpreter import run
-from qcompiler.lowering import lower
 from qcompiler.passes.graph import Graph, GraphBuilder, const, substitute
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize

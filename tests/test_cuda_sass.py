@@ -16,9 +16,9 @@ import pytest
 from fake_cuda import require_nvcc
 
 from qcompiler import schedules
+from qcompiler.backend.codegen_cuda import cuda_source
+from qcompiler.backend.cuda import find_nvcc
 from qcompiler.base.targets import Target, find_target
-from qcompiler.codegen_cuda import cuda_source
-from qcompiler.cuda import find_nvcc
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
 

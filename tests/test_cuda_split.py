@@ -11,9 +11,9 @@ import pytest
 from cuda_emulated import FLAGS, HEADERS
 from fake_cuda import FakeGpu, require_nvcc
 
+from qcompiler.backend.build import build
+from qcompiler.backend.codegen_cuda import device_header
 from qcompiler.base.targets import find_target
-from qcompiler.build import build
-from qcompiler.codegen_cuda import device_header
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 

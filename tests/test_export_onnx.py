@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import OnnxNet
 
 import qcompiler
+from qcompiler.backend.build import session_of
 from qcompiler.base.errors import DataError, ModelError, OutputError
-from qcompiler.build import session_of
 from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data

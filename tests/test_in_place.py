@@ -13,9 +13,9 @@ from small_nets import Net, TinyPlan, op
 from x86_emulation import HOST, runs_here
 
 from qcompiler import interpreter
+from qcompiler.backend.build import build
+from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.targets import find_target
-from qcompiler.build import build
-from qcompiler.lowering import Program, lower
 from qcompiler.parity import bit_parity
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize

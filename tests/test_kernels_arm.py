@@ -11,10 +11,10 @@ import pytest
 from emulated import ARM, Host, require
 
 from qcompiler import schedules
+from qcompiler.backend.build import Built
+from qcompiler.backend.codegen import object_code
+from qcompiler.backend.lowering import Place, Program, Step, Value, _pack_constants
 from qcompiler.base.targets import Target, find_target
-from qcompiler.build import Built
-from qcompiler.codegen import object_code
-from qcompiler.lowering import Place, Program, Step, Value, _pack_constants
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import check_padding, fetch, store
 from qcompiler.schedules.table import Layout, OpCall, Row, select

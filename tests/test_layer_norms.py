@@ -13,8 +13,8 @@ from small_nets import Net, op, random_inputs, scalar
 
 import qcompiler
 from qcompiler import interpreter
+from qcompiler.backend.build import session_of
 from qcompiler.base.debug import Dumper
-from qcompiler.build import session_of
 from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db

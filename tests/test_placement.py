@@ -10,10 +10,10 @@ import pytest
 from calibrated import table_of
 from small_nets import evaluate, random_inputs, residual_net
 
+from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
 from qcompiler.calibrate.calibration import CalibrationTable
 from qcompiler.interpreter import run
-from qcompiler.lowering import lower
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq

@@ -22,6 +22,7 @@ from tuning_rows import FaultyRow, copy_op
 
 import qcompiler
 from qcompiler import schedules
+from qcompiler.backend.tuning_log import best_of, isa_of, opened, read_log, workload_of
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.cli import main
@@ -34,7 +35,6 @@ from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
 from qcompiler.tuning import Task, Tuner, Tuning, check_arguments
 from qcompiler.tuning_bench import Bench, Candidate
-from qcompiler.tuning_log import best_of, isa_of, opened, read_log, workload_of
 from qcompiler.tuning_model import CostModel, Space, features, key, propose
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
 

@@ -15,10 +15,10 @@ import pytest
 from fake_cuda import FakeGpu, require_nvcc, without_driver
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
 from qcompiler.cli import main
 from qcompiler.runtime.elf import read_section
-from qcompiler.tuning_log import read_log
 from qcompiler.tuning_remote import PENDING, SIZE_LIMIT, import_results
 
 

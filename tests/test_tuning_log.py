@@ -16,10 +16,7 @@ import numpy as np
 import pytest
 
 from qcompiler import schedules
-from qcompiler.base.errors import OutputError, TuningError
-from qcompiler.base.targets import Target, load_targets
-from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
-from qcompiler.tuning_log import (
+from qcompiler.backend.tuning_log import (
     SCHEMA,
     SHIPPED,
     Record,
@@ -35,6 +32,9 @@ from qcompiler.tuning_log import (
     workload_text,
     write_log,
 )
+from qcompiler.base.errors import OutputError, TuningError
+from qcompiler.base.targets import Target, load_targets
+from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
 
 TARGET = load_targets()["x86-avx2"]
 ISA = "x86-avx2"
@@ -172,7 +172,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from qcompiler.tuning_log import opened\n"
+    code = "import sys, time; from pathlib import Path; from qcompiler.backend.tuning_log import opened\n"
     code += f"with opened(Path(sys.argv[1]), {ISA!r}): print('locked', flush=True); time.sleep(60)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)

@@ -18,7 +18,8 @@ from tuning_rows import FaultyRow, copy_op
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler import tuning_remote
-from qcompiler.artifact import find_compiler
+from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target
@@ -26,7 +27,6 @@ from qcompiler.cli import main
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 from qcompiler.tuning_candidates import candidate_library, output_sums, plan_lines, recipe_input
-from qcompiler.tuning_log import read_log
 from qcompiler.tuning_remote import PENDING, SIZE_LIMIT, _build_program, import_results
 
 # -- the measuring program ------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from x86_emulation import ALL, AMX, build_network, runs_here
 
-from qcompiler import artifact, interpreter
+from qcompiler import interpreter
+from qcompiler.backend import artifact
 from qcompiler.base.errors import IncompatibleDevice
 from qcompiler.base.targets import Target, missing_features
 from qcompiler.demo import MODEL, demo_data

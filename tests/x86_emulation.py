@@ -22,10 +22,10 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.backend.build import Built
+from qcompiler.backend.codegen import object_code
+from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import Target, find_target, load_targets, missing_features
-from qcompiler.build import Built
-from qcompiler.codegen import object_code
-from qcompiler.lowering import lower
 from qcompiler.schedules.isa import scalar, shuffle
 from qcompiler.schedules.table import Kernel, OpCall, Row
 

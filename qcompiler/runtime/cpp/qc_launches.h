@@ -1,4 +1,4 @@
-/* A program for a GPU as data: what the compiler writes (qcompiler/cuda.py) and qc_cuda.c interprets. */
+/* A program for a GPU as data: what the compiler writes (qcompiler/backend/cuda.py) and qc_cuda.c interprets. */
 #ifndef QC_LAUNCHES_H
 #define QC_LAUNCHES_H
 

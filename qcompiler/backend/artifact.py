@@ -24,7 +24,7 @@ from qcompiler.base.targets import Target
 from qcompiler.runtime.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
 
 if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
-    from qcompiler.lowering import Port, Program
+    from qcompiler.backend.lowering import Port, Program
 
 NUMERICS_VERSION = 1
 CONSTANTS_SECTION = ".qc.constants"
@@ -61,7 +61,7 @@ _CODE = """
 # Only the C interface is visible: two libraries in one process never see each other's symbols.
 _EXPORTS = "{ global: qc_*; local: *; };\n"
 
-RUNTIME = Path(__file__).resolve().parent / "runtime" / "cpp"
+RUNTIME = Path(__file__).resolve().parent.parent / "runtime" / "cpp"
 COMPILE = ("-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{RUNTIME / 'include'}")
 _DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import tvm
 
-from qcompiler import artifact as artifacts
-from qcompiler.artifact import Artifact
+from qcompiler.backend import artifact as artifacts
+from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.codegen import object_code
+from qcompiler.backend.lowering import Params, Program, lower
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
-from qcompiler.codegen import object_code
-from qcompiler.lowering import Params, Program, lower
 from qcompiler.runtime.session import Session
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.artifact import find_compiler
+from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.static_library import identifier, write_static
 from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
 from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
-from qcompiler.static_library import identifier, write_static
 
-SOURCES = Path(__file__).resolve().parent / "runtime" / "cpp"
+SOURCES = Path(__file__).resolve().parent.parent / "runtime" / "cpp"
 HEADERS = ("qcompiler.h", "loader.h", "qcompiler.hpp")
 
 # How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).

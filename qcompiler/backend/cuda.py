@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qcompiler.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.codegen_cuda import cuda_source
+from qcompiler.backend.lowering import Program, Step
 from qcompiler.base.errors import TargetError, closest
 from qcompiler.base.targets import Target
-from qcompiler.codegen_cuda import cuda_source
-from qcompiler.lowering import Program, Step
 
 _DEVICE_CODE = r"""
 __asm__(

@@ -15,9 +15,9 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.backend.cuda import gpu_object_code
+from qcompiler.backend.lowering import Program, Step
 from qcompiler.base.errors import QCompilerError
-from qcompiler.cuda import gpu_object_code
-from qcompiler.lowering import Program, Step
 
 ENTRY = "qc_run"
 

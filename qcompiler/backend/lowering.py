@@ -18,10 +18,10 @@ import tvm
 from tvm import relax
 
 from qcompiler import schedules
+from qcompiler.backend.in_place import join_in_place
 from qcompiler.base.errors import ModelError
 from qcompiler.base.memory import Request, plan_memory, round_up
 from qcompiler.base.targets import Target
-from qcompiler.in_place import join_in_place
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.schedules.legalized import legalized_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from qcompiler.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, find_compiler, write_sources
+from qcompiler.backend.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, find_compiler, write_sources
 from qcompiler.base.errors import ArtifactError, TargetError
 from qcompiler.base.targets import Target
 from qcompiler.runtime.elf import read_section

@@ -1,0 +1,1 @@
+"""Integer module -> Program -> Artifact, and what a device needs of it."""
