@@ -39,8 +39,8 @@ from qcompiler.base.targets import find_target
 from qcompiler.base.text import table
 from qcompiler.calibrate.data import open_samples
 from qcompiler.importers.model import load
-from qcompiler.pipeline import compile_stages
-from qcompiler.stages import Compilation
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
 
 HERE = Path(__file__).resolve().parent / "instructions"
 CALIBRATION_IMAGES = 16  # counts do not depend on the values

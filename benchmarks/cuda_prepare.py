@@ -108,7 +108,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     from qcompiler.base.targets import find_target
     from qcompiler.calibrate.data import open_samples
     from qcompiler.importers.model import load
-    from qcompiler.pipeline import quantize
+    from qcompiler.pipeline.compile import quantize
 
     port = onnx.load(str(network.model), load_external_data=False).graph.input[0]
     shape = (batch, *(d.dim_value for d in port.type.tensor_type.shape.dim[1:]))

@@ -72,7 +72,7 @@ def prepare(network: networks.Network, folder: Path, threads: int) -> dict[str, 
     from qcompiler.backend.build import build
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
-    from qcompiler.pipeline import quantize
+    from qcompiler.pipeline.compile import quantize
 
     target = find_target("native")
     stages = quantize(network.model, target, network.calibration(), Dumper(), preprocess=network.preprocess, preset="fast")

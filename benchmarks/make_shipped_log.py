@@ -80,7 +80,7 @@ def main() -> int:
     from qcompiler.backend.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
-    from qcompiler.pipeline import quantize
+    from qcompiler.pipeline.compile import quantize
     from qcompiler.tuning import check_arguments, tune_module
 
     target = find_target(options.target)

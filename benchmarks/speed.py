@@ -43,8 +43,8 @@ class Prepared:
         from qcompiler.backend.build import build
         from qcompiler.backend.tuning_log import Tuned
         from qcompiler.base.debug import Dumper
-        from qcompiler.pipeline import quantize
-        from qcompiler.stages import compile_float
+        from qcompiler.pipeline.compile import quantize
+        from qcompiler.pipeline.stages import compile_float
 
         self.network, self.target, self.tflite = network, target, tflite
         wanted = [c for c in CANDIDATES if c not in without]

@@ -7,7 +7,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from qcompiler.backend.artifact import Artifact
     from qcompiler.parity import verify
-    from qcompiler.pipeline import compile
+    from qcompiler.pipeline.compile import compile
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
     from qcompiler.tuning import tune
@@ -25,7 +25,7 @@ __all__ = ["Artifact", "Session", "compile", "load", "tune", "verify"]
 _LAZY = {
     "Artifact": ("qcompiler.backend.artifact", "Artifact"),
     "Session": ("qcompiler.runtime.session", "Session"),
-    "compile": ("qcompiler.pipeline", "compile"),
+    "compile": ("qcompiler.pipeline.compile", "compile"),
     "load": ("qcompiler.runtime.session", "Session"),
     "tune": ("qcompiler.tuning", "tune"),
     "verify": ("qcompiler.parity", "verify"),

@@ -110,8 +110,8 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.base.targets import find_target
     from qcompiler.passes.graph import Graph
     from qcompiler.passes.groups import find_groups
-    from qcompiler.pipeline import quantize, quantize_weights
-    from qcompiler.survey import layer_noise
+    from qcompiler.pipeline.compile import quantize, quantize_weights
+    from qcompiler.pipeline.survey import layer_noise
     from qcompiler.tables import noise_text, weights_text
 
     if options.weights is not None:

@@ -30,9 +30,9 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
-from qcompiler.pipeline import Options, compile_stages
+from qcompiler.pipeline.compile import Options, compile_stages
+from qcompiler.pipeline.stages import Compilation
 from qcompiler.refine.correction import Layer, integer_layers
-from qcompiler.stages import Compilation
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted
 _WEIGHTED = ("conv2d", "conv2d_transpose", "dense")

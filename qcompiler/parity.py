@@ -20,8 +20,8 @@ from qcompiler.base.progress import Progress
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibrate.data import Samples, load_labels, open_samples
-from qcompiler.goal import check_labels, check_thresholds, classifying
 from qcompiler.numerics.metrics import Accumulator, Metrics
+from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
 
 DEFAULT_MIN_SQNR = 10.0
@@ -175,8 +175,8 @@ def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) 
 
     Raises ArtifactError when the network's inputs or outputs are not those of `like`.
     """
+    from qcompiler.pipeline.stages import compile_float
     from qcompiler.runtime.session import Session
-    from qcompiler.stages import compile_float
 
     shapes = {i.name: tuple(i.shape) for i in like.inputs}
     target = "native" if like.manifest["triple"].startswith("nvptx64") else like.manifest["target"]

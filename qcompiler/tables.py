@@ -11,7 +11,7 @@ from qcompiler.runtime.bench import Timing, ratios
 
 if TYPE_CHECKING:
     from qcompiler.footprint import Memory
-    from qcompiler.survey import LayerNoise
+    from qcompiler.pipeline.survey import LayerNoise
 
 
 def timing_text(timings: Sequence[Timing], base: str) -> str:

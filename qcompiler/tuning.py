@@ -30,7 +30,7 @@ from qcompiler.tuning_model import CostModel, Point, Space, features, key, propo
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
-    from qcompiler.pipeline import Options
+    from qcompiler.pipeline.compile import Options
 
 BATCH = 8  # measured candidates of a turn
 OPTIMISM = 0.2  # the gain that a first turn is expected to bring
@@ -353,7 +353,7 @@ def tune(
     Raises TuningError (nothing to tune, no trials, another run on `log`), TargetError (`target` is not this machine), OutputError (`log` can't be
     written), and what `compile` raises. KeyboardInterrupt leaves a log that the same call continues.
     """
-    from qcompiler.pipeline import quantize
+    from qcompiler.pipeline.compile import quantize
 
     row = find_target(target, options.get("targets_file"))
     threads = check_arguments(row, trials, time_limit, threads)

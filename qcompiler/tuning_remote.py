@@ -36,7 +36,7 @@ from qcompiler.tuning_model import Point, key
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
-    from qcompiler.pipeline import Options
+    from qcompiler.pipeline.compile import Options
 
 FORMAT = 1
 SIZE_LIMIT = 58 << 20  # bytes of an exported folder
@@ -83,7 +83,7 @@ def export_candidates(
     Raises TuningError (nothing to tune, nothing new to try), TargetError (a compiler is missing), OutputError, and what `compile` raises.
     """
     from qcompiler.backend.lowering import lower
-    from qcompiler.pipeline import quantize
+    from qcompiler.pipeline.compile import quantize
 
     row = find_target(target, options.get("targets_file"))
     compiler, progress = find_compiler(row), options.get("progress")

@@ -13,7 +13,6 @@ import pytest
 from onnx_nets import OnnxNet
 
 import qcompiler
-from qcompiler import accuracy_target
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
@@ -25,11 +24,12 @@ from qcompiler.interpreter import run
 from qcompiler.parity import bit_parity, verify
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.select_float import select_float
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline import accuracy_target
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.survey import constants_with, layer_noise, rounded_layers
 from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation
-from qcompiler.survey import constants_with, layer_noise, rounded_layers
 
 Twins = tuple[Session, Session, dict[str, tuple[np.ndarray, np.ndarray]]]
 

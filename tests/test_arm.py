@@ -20,10 +20,10 @@ from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.pipeline import compile, compile_stages
+from qcompiler.pipeline.compile import compile, compile_stages
+from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.plan.planner import decide
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation, describe
 
 X86 = ("x86-avx2", "x86-avxvnni", "x86-avx512vnni")
 Values = dict[str, np.ndarray]

@@ -25,7 +25,7 @@ from qcompiler.calibrate.preprocess import Preprocess
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.bench import onnxruntime_call
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel

@@ -26,10 +26,10 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run as interpret
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation
 
 SHAPE = (1, 5, 7, 3)
 TABLE = ((np.arange(256) * 37 + 11) % 256 - 128).astype(np.int8)

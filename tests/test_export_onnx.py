@@ -21,9 +21,9 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
 from qcompiler.refine.correction import integer_layers
-from qcompiler.stages import Compilation
 
 Feeds = dict[str, np.ndarray]
 
@@ -236,7 +236,7 @@ def test_the_command(tmp_path: Path, calibration: str, capsys: pytest.CaptureFix
 
 def test_explain(calibration: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["explain", str(MODEL), "--preset", "fast", "--calibration", calibration]
-    monkeypatch.setattr(qcompiler.pipeline, "compile_stages", None)  # the plan needs no compilation
+    monkeypatch.setattr(qcompiler.pipeline.compile, "compile_stages", None)  # the plan needs no compilation
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "13 of 13 operators in int8" in text

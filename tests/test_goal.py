@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcompiler.base.errors import DataError
-from qcompiler.goal import FEWEST, Goal, Scores, decibel, held_out, judge, student95
+from qcompiler.pipeline.goal import FEWEST, Goal, Scores, decibel, held_out, judge, student95
 
 
 def scores(count: int, noise: float = 1e-3, right: int | None = None) -> Scores:

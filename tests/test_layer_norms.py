@@ -21,9 +21,9 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.passes.replace_weights import replace_weights
+from qcompiler.pipeline.stages import measure
 from qcompiler.plan.recipes import recipe
 from qcompiler.refine.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
-from qcompiler.stages import measure
 
 TOKENS, WIDTH, HEADS = 8, 32, 4
 OUTLIERS, RAISED = (3, 20), 9

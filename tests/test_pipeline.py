@@ -18,9 +18,9 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.parity import bit_parity
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation, compile_float
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation, compile_float
 
 X86 = [t.name for t in load_targets().values() if t.architecture == "x86_64" and not missing_features(t)]
 

@@ -26,9 +26,9 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.trained import Trained
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
 from qcompiler.plan.quant_plan import Derived, Fixed
-from qcompiler.stages import Compilation
 
 RNG = np.random.default_rng(0)
 X, Y = (1, 4, 6, 6), (0.05, 128)  # of the small nets: shape of their input, and its quantization (uint8)

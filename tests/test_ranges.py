@@ -15,13 +15,13 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.select_float import select_float
-from qcompiler.pipeline import compile_stages, quantize
+from qcompiler.pipeline.compile import compile_stages, quantize
+from qcompiler.pipeline.stages import Compilation, Quantized
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
 from qcompiler.plan.sensitivity import Walk
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation, Quantized
 
 
 def samples(count: int) -> list[dict[str, np.ndarray]]:

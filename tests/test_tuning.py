@@ -30,7 +30,7 @@ from qcompiler.cli_tuning import duration, live_table
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.interpreter import run
 from qcompiler.parity import bit_parity
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
 from qcompiler.tuning import Task, Tuner, Tuning, check_arguments

@@ -14,9 +14,9 @@ from qcompiler.backend import artifact
 from qcompiler.base.errors import IncompatibleDevice
 from qcompiler.base.targets import Target, missing_features
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.pipeline import compile_stages
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation
 
 pytestmark = runs_here
 Values = dict[str, np.ndarray]

@@ -12,7 +12,6 @@ from typing import Any, TypedDict, Unpack
 import tvm
 
 import qcompiler
-from qcompiler.accuracy_target import compile_to
 from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import build
@@ -23,16 +22,17 @@ from qcompiler.base.errors import DataError, PlanError, closest
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target
 from qcompiler.calibrate.data import NO_SAMPLES, Samples, open_samples
-from qcompiler.goal import Goal
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.trained import Trained
+from qcompiler.pipeline.accuracy_target import compile_to
+from qcompiler.pipeline.goal import Goal
+from qcompiler.pipeline.stages import Compilation, Measured, Quantized, finish, measure, planned
+from qcompiler.pipeline.survey import worth_keeping
 from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
-from qcompiler.stages import Compilation, Measured, Quantized, finish, measure, planned
-from qcompiler.survey import worth_keeping
 
 
 class Options(TypedDict, total=False):

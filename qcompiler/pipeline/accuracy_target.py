@@ -27,15 +27,15 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.calibrate.data import CheckedSamples, Samples, load_labels, take
-from qcompiler.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.importers.model import FloatModel
+from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
+from qcompiler.pipeline.stages import Compilation, describe, finish, measure, planned
+from qcompiler.pipeline.survey import Survey
 from qcompiler.plan.mixed import Network, Point, first_below
 from qcompiler.plan.recipes import Recipe
 from qcompiler.plan.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Compilation, describe, finish, measure, planned
-from qcompiler.survey import Survey
 
 BUDGET = 600.0  # seconds, when none is given
 _MOST = 8  # plans that are compiled

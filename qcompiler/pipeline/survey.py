@@ -17,9 +17,10 @@ from qcompiler.backend.build import Built, session_of
 from qcompiler.backend.lowering import Program
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
-from qcompiler.goal import decibel
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
+from qcompiler.pipeline.goal import decibel
+from qcompiler.pipeline.stages import Measured, Quantized
 from qcompiler.plan.mixed import Edge, Layer, Network
 from qcompiler.plan.placement import Placer, operands
 from qcompiler.plan.quant_plan import Derived
@@ -27,7 +28,6 @@ from qcompiler.plan.sensitivity import Sensitivity, layer_seconds, measure_sensi
 from qcompiler.refine.analytic import bias_for, shapes_of
 from qcompiler.refine.correction import integer_layers
 from qcompiler.runtime.session import Session
-from qcompiler.stages import Measured, Quantized
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
 _ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it

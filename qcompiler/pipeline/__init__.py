@@ -1,0 +1,1 @@
+"""`compile`, and the searches that run stages again."""
