@@ -43,7 +43,7 @@ def measure(network: networks.Network, target: str, recipe: Recipe, images: int 
     import qcompiler
     from qcompiler.base.progress import terminal_progress
     from qcompiler.calibrate.data import load_labels, open_samples
-    from qcompiler.parity import Thresholds, compare, float_session
+    from qcompiler.verify.parity import Thresholds, compare, float_session
 
     with terminal_progress() as progress, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

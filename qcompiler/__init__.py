@@ -6,11 +6,11 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from qcompiler.backend.artifact import Artifact
-    from qcompiler.parity import verify
     from qcompiler.pipeline.compile import compile
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
     from qcompiler.tuning import tune
+    from qcompiler.verify.parity import verify
 
 # In a checkout, passes/ and schedules/ lie beside this package; installed, they lie inside it.
 _ROOT = _Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ _LAZY = {
     "compile": ("qcompiler.pipeline.compile", "compile"),
     "load": ("qcompiler.runtime.session", "Session"),
     "tune": ("qcompiler.tuning", "tune"),
-    "verify": ("qcompiler.parity", "verify"),
+    "verify": ("qcompiler.verify.parity", "verify"),
 }
 
 

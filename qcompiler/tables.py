@@ -10,8 +10,8 @@ from qcompiler.numerics.weight_only import heading
 from qcompiler.runtime.bench import Timing, ratios
 
 if TYPE_CHECKING:
-    from qcompiler.footprint import Memory
     from qcompiler.pipeline.survey import LayerNoise
+    from qcompiler.verify.footprint import Memory
 
 
 def timing_text(timings: Sequence[Timing], base: str) -> str:

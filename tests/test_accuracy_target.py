@@ -20,8 +20,6 @@ from qcompiler.calibrate.data import CheckedSamples, open_samples, take
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
 from qcompiler.importers.model import load
-from qcompiler.interpreter import run
-from qcompiler.parity import bit_parity, verify
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline import accuracy_target
@@ -30,6 +28,8 @@ from qcompiler.pipeline.stages import Compilation
 from qcompiler.pipeline.survey import constants_with, layer_noise, rounded_layers
 from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session
+from qcompiler.verify.interpreter import run
+from qcompiler.verify.parity import bit_parity, verify
 
 Twins = tuple[Session, Session, dict[str, tuple[np.ndarray, np.ndarray]]]
 

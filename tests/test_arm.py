@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from emulated import ARM, Host, require
 
-from qcompiler import interpreter
 from qcompiler.backend import artifact
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import build
@@ -24,6 +23,7 @@ from qcompiler.pipeline.compile import compile, compile_stages
 from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.plan.planner import decide
 from qcompiler.runtime.session import Session
+from qcompiler.verify import interpreter
 
 X86 = ("x86-avx2", "x86-avxvnni", "x86-avx512vnni")
 Values = dict[str, np.ndarray]

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 import qcompiler
-from qcompiler import footprint
 from qcompiler.base.debug import Dumper, plain_json
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.base.files import replacing
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.cli import main
 from qcompiler.numerics.metrics import Accumulator
-from qcompiler.parity import ParityReport, Row, Thresholds
 from qcompiler.runtime.bench import interleave, random_inputs, ratios
+from qcompiler.verify import footprint
+from qcompiler.verify.parity import ParityReport, Row, Thresholds
 
 MANIFEST: dict[str, Any] = {
     "format": 1,

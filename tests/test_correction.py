@@ -11,7 +11,6 @@ import pytest
 from calibrated import ModuleExecutor, random_samples
 from small_nets import Net, op, residual_net
 
-from qcompiler import interpreter
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.calibrate.calibration import calibrate
@@ -21,6 +20,7 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.refine.correction import FloatMeans, correct, integer_layers, pre_activation, reach, steady, tap_means, with_biases
+from qcompiler.verify import interpreter
 
 SAMPLES = 6
 

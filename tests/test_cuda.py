@@ -23,13 +23,13 @@ from qcompiler.backend.build import Built, build
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.targets import Target, find_target
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.interpreter import run as interpret
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.session import Session
+from qcompiler.verify.interpreter import run as interpret
 
 SHAPE = (1, 5, 7, 3)
 TABLE = ((np.arange(256) * 37 + 11) % 256 - 128).astype(np.int8)

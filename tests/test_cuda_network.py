@@ -14,13 +14,13 @@ from small_nets import TinyPlan, op, random_inputs, residual_net
 
 from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
-from qcompiler.interpreter import run
 from qcompiler.passes.graph import Graph, GraphBuilder, const, substitute
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.schedules.cuda.conv import GemmRow
 from qcompiler.schedules.cuda.gemm_plan import Geometry, Tile
 from qcompiler.schedules.table import OpCall, Row
+from qcompiler.verify.interpreter import run
 
 
 def network() -> tvm.IRModule:

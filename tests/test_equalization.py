@@ -9,7 +9,6 @@ import pytest
 from calibrated import ModuleExecutor, random_samples
 from small_nets import Net, evaluate, op, random_inputs, residual_net
 
-from qcompiler import interpreter
 from qcompiler.base.targets import find_target
 from qcompiler.calibrate.calibration import calibrate
 from qcompiler.passes.graph import Graph, const
@@ -21,6 +20,7 @@ from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.refine.analytic import mean_of_rounding
 from qcompiler.refine.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.runtime.channels import Channels, stored_form
+from qcompiler.verify import interpreter
 
 COUNT = 12
 

@@ -12,14 +12,14 @@ import tvm
 from small_nets import Net, TinyPlan, op
 from x86_emulation import HOST, runs_here
 
-from qcompiler import interpreter
 from qcompiler.backend.build import build
 from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.targets import find_target
-from qcompiler.parity import bit_parity
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.runtime.session import Session
+from qcompiler.verify import interpreter
+from qcompiler.verify.parity import bit_parity
 
 pytestmark = runs_here
 SHAPE = (2, 7, 9, 8)

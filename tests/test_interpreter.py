@@ -11,11 +11,11 @@ from small_nets import NHWC_T, Net, TinyPlan, evaluate, one_op, op, random_input
 from tvm import relax
 
 from qcompiler.base.errors import DataError
-from qcompiler.interpreter import run
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, match_op, relax_op, shape_of
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
+from qcompiler.verify.interpreter import run
 
 
 def hand_made() -> tvm.IRModule:

@@ -12,7 +12,6 @@ from onnx_nets import OnnxNet, agrees, operators
 from small_nets import Net, op, random_inputs, scalar
 
 import qcompiler
-from qcompiler import interpreter
 from qcompiler.backend.build import session_of
 from qcompiler.base.debug import Dumper
 from qcompiler.calibrate.data import CheckedSamples
@@ -24,6 +23,7 @@ from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.pipeline.stages import measure
 from qcompiler.plan.recipes import recipe
 from qcompiler.refine.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
+from qcompiler.verify import interpreter
 
 TOKENS, WIDTH, HEADS = 8, 32, 4
 OUTLIERS, RAISED = (3, 20), 9

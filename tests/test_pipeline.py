@@ -15,12 +15,12 @@ import qcompiler
 from qcompiler.base.errors import DataError, PlanError
 from qcompiler.base.targets import load_targets, missing_features
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.interpreter import run
 from qcompiler.numerics.metrics import sqnr_db
-from qcompiler.parity import bit_parity
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation, compile_float
 from qcompiler.runtime.session import Session
+from qcompiler.verify.interpreter import run
+from qcompiler.verify.parity import bit_parity
 
 X86 = [t.name for t in load_targets().values() if t.architecture == "x86_64" and not missing_features(t)]
 

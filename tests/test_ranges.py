@@ -12,7 +12,6 @@ import pytest
 from qcompiler.base.debug import Dumper
 from qcompiler.base.targets import find_target
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.interpreter import run
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline.compile import compile_stages, quantize
@@ -22,6 +21,7 @@ from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
 from qcompiler.plan.sensitivity import Walk
 from qcompiler.runtime.session import Session
+from qcompiler.verify.interpreter import run
 
 
 def samples(count: int) -> list[dict[str, np.ndarray]]:

@@ -11,13 +11,13 @@ from small_nets import NHWC, NHWC_T, Net, TinyPlan, evaluate, one_op, op, random
 from tvm import relax
 
 from qcompiler.base.errors import ModelError
-from qcompiler.interpreter import run
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, match_op, relax_op
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.select_float import NO_LIMIT, select_float
+from qcompiler.verify.interpreter import run
 
 
 def names(module: tvm.IRModule) -> dict[str, str]:

@@ -19,16 +19,16 @@ from qcompiler.base.errors import OutputError
 from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.evidence import Evidence, StepTime, distribution, step_times
-from qcompiler.footprint import Memory
 from qcompiler.numerics.metrics import Accumulator, wilson
 from qcompiler.numerics.spec import QParams
-from qcompiler.parity import ParityReport, Row, Thresholds
-from qcompiler.report import verify_report
-from qcompiler.report_html import page
-from qcompiler.report_mixed import section as mixed_section
-from qcompiler.report_svg import histogram, pareto_chart, sqnr_chart
 from qcompiler.runtime.bench import Timing
+from qcompiler.verify.evidence import Evidence, StepTime, distribution, step_times
+from qcompiler.verify.footprint import Memory
+from qcompiler.verify.page import page
+from qcompiler.verify.page_mixed import section as mixed_section
+from qcompiler.verify.parity import ParityReport, Row, Thresholds
+from qcompiler.verify.report import verify_report
+from qcompiler.verify.svg import histogram, pareto_chart, sqnr_chart
 
 VOID = {"meta", "br"}
 TIMES = {"latency", "steps", "speedup", "footprint"}  # ids of what may differ from run to run

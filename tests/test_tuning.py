@@ -28,8 +28,6 @@ from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.cli import main
 from qcompiler.cli_tuning import duration, live_table
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.interpreter import run
-from qcompiler.parity import bit_parity
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
@@ -37,6 +35,8 @@ from qcompiler.tuning import Task, Tuner, Tuning, check_arguments
 from qcompiler.tuning_bench import Bench, Candidate
 from qcompiler.tuning_model import CostModel, Space, features, key, propose
 from qcompiler.tuning_worker import Limits, Worker, WorkerLost
+from qcompiler.verify.interpreter import run
+from qcompiler.verify.parity import bit_parity
 
 NATIVE = find_target("native")
 SPACE = Space.of(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from x86_emulation import ALL, AMX, build_network, runs_here
 
-from qcompiler import interpreter
 from qcompiler.backend import artifact
 from qcompiler.base.errors import IncompatibleDevice
 from qcompiler.base.targets import Target, missing_features
@@ -17,6 +16,7 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.session import Session
+from qcompiler.verify import interpreter
 
 pytestmark = runs_here
 Values = dict[str, np.ndarray]

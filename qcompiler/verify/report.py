@@ -12,8 +12,8 @@ import numpy as np
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.progress import Progress
 from qcompiler.calibrate.data import load_labels, open_samples
-from qcompiler.evidence import HashedSamples, gather
-from qcompiler.parity import ParityReport, Thresholds, compare, float_session
+from qcompiler.verify.evidence import HashedSamples, gather
+from qcompiler.verify.parity import ParityReport, Thresholds, compare, float_session
 
 
 def verify_report(
@@ -34,8 +34,8 @@ def verify_report(
 
     Raises OutputError, before any work, when `output` can't be written; else what `verify` raises.
     """
-    from qcompiler.report_html import page
     from qcompiler.runtime.session import Session
+    from qcompiler.verify.page import page
 
     path = check_writable(output)
     session = Session(library, threads=threads)

@@ -318,7 +318,7 @@ class Mismatch:
 
 
 def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray]) -> list[Mismatch]:
-    """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.interpreter.run`), in order.
+    """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.verify.interpreter.run`), in order.
 
     Only int8 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
     """

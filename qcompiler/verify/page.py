@@ -10,13 +10,13 @@ import math
 from typing import Any
 
 from qcompiler.base.text import milliseconds, number, percent, size
-from qcompiler.evidence import WORST, Evidence, StepTime
-from qcompiler.footprint import Memory
 from qcompiler.numerics.metrics import wilson
-from qcompiler.parity import Row
-from qcompiler.report_mixed import section as mixed_section
-from qcompiler.report_svg import FLOAT, INT8, bar, histogram, sqnr_chart
-from qcompiler.report_table import html_table
+from qcompiler.verify.evidence import WORST, Evidence, StepTime
+from qcompiler.verify.footprint import Memory
+from qcompiler.verify.page_mixed import section as mixed_section
+from qcompiler.verify.page_table import html_table
+from qcompiler.verify.parity import Row
+from qcompiler.verify.svg import FLOAT, INT8, bar, histogram, sqnr_chart
 
 _SLOWEST = 20  # steps with a row of their own
 _STYLE = """

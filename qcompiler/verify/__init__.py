@@ -1,0 +1,1 @@
+"""`verify`, and the page for a sign-off."""
