@@ -81,7 +81,7 @@ def main() -> int:
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
     from qcompiler.pipeline.compile import quantize
-    from qcompiler.tuning import check_arguments, tune_module
+    from qcompiler.tuning.search import check_arguments, tune_module
 
     target = find_target(options.target)
     check_arguments(target, 1, None, options.threads)

@@ -9,7 +9,7 @@ if _TYPE_CHECKING:
     from qcompiler.pipeline.compile import compile
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
-    from qcompiler.tuning import tune
+    from qcompiler.tuning.search import tune
     from qcompiler.verify.parity import verify
 
 # In a checkout, passes/ and schedules/ lie beside this package; installed, they lie inside it.
@@ -27,7 +27,7 @@ _LAZY = {
     "Session": ("qcompiler.runtime.session", "Session"),
     "compile": ("qcompiler.pipeline.compile", "compile"),
     "load": ("qcompiler.runtime.session", "Session"),
-    "tune": ("qcompiler.tuning", "tune"),
+    "tune": ("qcompiler.tuning.search", "tune"),
     "verify": ("qcompiler.verify.parity", "verify"),
 }
 

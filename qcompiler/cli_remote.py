@@ -26,7 +26,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def export_round(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.base.text import size
-    from qcompiler.tuning_remote import CANDIDATES, export_candidates
+    from qcompiler.tuning.remote import CANDIDATES, export_candidates
 
     with terminal_progress() as progress:
         made = export_candidates(
@@ -55,7 +55,7 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
 def import_round(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.backend.tuning_log import workload_text
     from qcompiler.base.text import table
-    from qcompiler.tuning_remote import import_results
+    from qcompiler.tuning.remote import import_results
 
     found = import_results(options.import_results, options.log)
     best = [{"row": row, "workload": workload, "ratio": ratio, "params": point} for row, workload, ratio, point in found.best]

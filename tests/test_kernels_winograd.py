@@ -17,7 +17,7 @@ from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall, select
 from qcompiler.schedules.winograd import WinogradRow
 from qcompiler.schedules.winograd_forms import FORMS, INVERSE_OF_9
-from qcompiler.tuning_bench import Bench
+from qcompiler.tuning.bench import Bench
 
 pytestmark = runs_here
 schedules.load(HOST)

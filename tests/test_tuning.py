@@ -31,10 +31,10 @@ from qcompiler.demo import MODEL, demo_data
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
-from qcompiler.tuning import Task, Tuner, Tuning, check_arguments
-from qcompiler.tuning_bench import Bench, Candidate
-from qcompiler.tuning_model import CostModel, Space, features, key, propose
-from qcompiler.tuning_worker import Limits, Worker, WorkerLost
+from qcompiler.tuning.bench import Bench, Candidate
+from qcompiler.tuning.model import CostModel, Space, features, key, propose
+from qcompiler.tuning.search import Task, Tuner, Tuning, check_arguments
+from qcompiler.tuning.worker import Limits, Worker, WorkerLost
 from qcompiler.verify.interpreter import run
 from qcompiler.verify.parity import bit_parity
 

@@ -19,7 +19,7 @@ from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
 from qcompiler.cli import main
 from qcompiler.runtime.elf import read_section
-from qcompiler.tuning_remote import PENDING, SIZE_LIMIT, import_results
+from qcompiler.tuning.remote import PENDING, SIZE_LIMIT, import_results
 
 
 def network(path: Path) -> None:

@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 from tuning_rows import FaultyRow, copy_op
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler import tuning_remote
 from qcompiler.backend.artifact import find_compiler
 from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
@@ -26,8 +25,9 @@ from qcompiler.base.targets import Target, find_target
 from qcompiler.cli import main
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.table import Kernel, Layout, OpCall
-from qcompiler.tuning_candidates import candidate_library, output_sums, plan_lines, recipe_input
-from qcompiler.tuning_remote import PENDING, SIZE_LIMIT, _build_program, import_results
+from qcompiler.tuning import remote as tuning_remote
+from qcompiler.tuning.candidates import candidate_library, output_sums, plan_lines, recipe_input
+from qcompiler.tuning.remote import PENDING, SIZE_LIMIT, _build_program, import_results
 
 # -- the measuring program ------------------------------------------------------------------------------------------------------------------
 

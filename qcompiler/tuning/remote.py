@@ -29,11 +29,11 @@ from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.files import new_folder, replacing
 from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.table import Kernel
-from qcompiler.tuning import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
-from qcompiler.tuning_bench import MARGIN, ratio_of
-from qcompiler.tuning_candidates import measurable, plan_lines
-from qcompiler.tuning_model import Point, key
-from qcompiler.tuning_worker import Limits, Worker, WorkerLost
+from qcompiler.tuning.bench import MARGIN, ratio_of
+from qcompiler.tuning.candidates import measurable, plan_lines
+from qcompiler.tuning.model import Point, key
+from qcompiler.tuning.search import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
+from qcompiler.tuning.worker import Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
     from qcompiler.pipeline.compile import Options

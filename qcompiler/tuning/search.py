@@ -25,9 +25,9 @@ from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.table import OpCall, Row
-from qcompiler.tuning_bench import FREE
-from qcompiler.tuning_model import CostModel, Point, Space, features, key, propose, sizes
-from qcompiler.tuning_worker import Limits, Worker, WorkerLost
+from qcompiler.tuning.bench import FREE
+from qcompiler.tuning.model import CostModel, Point, Space, features, key, propose, sizes
+from qcompiler.tuning.worker import Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
     from qcompiler.pipeline.compile import Options

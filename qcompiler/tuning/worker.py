@@ -21,8 +21,8 @@ from typing import Any
 from qcompiler.base.errors import QCompilerError
 from qcompiler.base.targets import Target
 from qcompiler.schedules.table import OpCall, Row
-from qcompiler.tuning_bench import Bench, Duplicate, WrongResult, speedup
-from qcompiler.tuning_candidates import candidate_library
+from qcompiler.tuning.bench import Bench, Duplicate, WrongResult, speedup
+from qcompiler.tuning.candidates import candidate_library
 
 CACHE = 512 << 20  # bytes of tasks kept ready
 
@@ -96,10 +96,10 @@ class Worker:
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        package = str(Path(__file__).resolve().parent.parent)
+        package = str(Path(__file__).resolve().parents[2])
         paths = [package, *(p for p in sys.path if p)]  # rows arrive pickled: whatever module they are of must be found
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": str(self.threads), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "qcompiler.tuning_worker", str(theirs.fileno())]
+        command = [sys.executable, "-m", "qcompiler.tuning.worker", str(theirs.fileno())]
         self._process = subprocess.Popen(
             command,
             env=environment | {"OPENBLAS_NUM_THREADS": "1", "TVM_BIND_THREADS": "0"},

@@ -1,0 +1,1 @@
+"""`tune`: faster kernels, found on the hardware."""
