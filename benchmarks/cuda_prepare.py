@@ -124,7 +124,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     np.savez_compressed(folder / f"{name}.npz", images=images, **outputs)
     (folder / "cpu.so").unlink()
     if peers:
-        from qcompiler.export_onnx import export_onnx
+        from qcompiler.exporters.export_onnx import export_onnx
 
         shutil.copy(network.model, folder / f"{network.name}.onnx")
         export_onnx(network.model, folder / f"{name}-qdq.onnx", samples, preset="fast", input_shapes=shapes)

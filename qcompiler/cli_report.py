@@ -146,7 +146,7 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
 
 def _export(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.base.text import size
-    from qcompiler.export_onnx import export_onnx
+    from qcompiler.exporters.export_onnx import export_onnx
 
     with terminal_progress() as progress:
         export = export_onnx(options.model, options.output, options.calibration, options.target, **_arguments(options), progress=progress)

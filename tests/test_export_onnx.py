@@ -18,7 +18,7 @@ from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.calibrate.data import CheckedSamples
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.export_onnx import Export, _source, export_onnx, qdq_model
+from qcompiler.exporters.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.pipeline.compile import compile_stages

@@ -19,7 +19,7 @@ from qcompiler.base.errors import PlanError
 from qcompiler.calibrate.data import open_samples
 from qcompiler.cli import main
 from qcompiler.demo import MODEL, demo_data
-from qcompiler.export_onnx import qdq_model
+from qcompiler.exporters.export_onnx import qdq_model
 from qcompiler.importers.model import load
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
