@@ -27,7 +27,7 @@ import qcompiler
 from qcompiler.backend.artifact import find_compiler
 from qcompiler.backend.bundle import SOURCES
 from qcompiler.base.targets import find_target
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 
 LIMIT_NS = 2000.0
 

@@ -1,4 +1,4 @@
-"""Trains the example network of `qcompiler demo`, in plain numpy, and writes qcompiler/demo_data/digits.{onnx,npz}.
+"""Trains the example network of `qcompiler demo`, in plain numpy, and writes qcompiler/cli/demo_data/digits.{onnx,npz}.
 
     pip install scikit-learn onnx && python examples/train_digits.py
 
@@ -326,7 +326,7 @@ def enlarge(images: Array) -> Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "qcompiler" / "demo_data")
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "qcompiler" / "cli" / "demo_data")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-from qcompiler.cli import main
+from qcompiler.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

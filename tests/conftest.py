@@ -30,7 +30,7 @@ def real_data() -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """digits("x86-avx2"): the example network compiled for a target; compiled once."""
     import qcompiler
-    from qcompiler.demo import MODEL, demo_data
+    from qcompiler.cli.demo import MODEL, demo_data
 
     folder = tmp_path_factory.mktemp("digits")
 

@@ -17,8 +17,8 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibrate.data import CheckedSamples, open_samples, take
-from qcompiler.cli import main
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
 from qcompiler.importers.model import load
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.select_float import select_float

@@ -18,7 +18,7 @@ from qcompiler.backend.build import build
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target, load_targets, missing_features
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.pipeline.compile import compile, compile_stages
 from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.plan.planner import decide

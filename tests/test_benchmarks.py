@@ -22,7 +22,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibrate.data import ImageSamples, load_labels, open_samples
 from qcompiler.calibrate.preprocess import Preprocess
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS
 from qcompiler.pipeline.compile import compile_stages

@@ -17,7 +17,7 @@ import pytest
 from fake_cuda import FakeGpu, require_nvcc
 
 from qcompiler.base.targets import find_target
-from qcompiler.demo import MODEL
+from qcompiler.cli.demo import MODEL
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from qcompiler.backend.static_library import identifier
 from qcompiler.base.errors import ArtifactError, OutputError, TargetError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target
-from qcompiler.cli import main
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
 from qcompiler.runtime.session import Session
 
 FILES = {

@@ -17,7 +17,7 @@ from qcompiler.base.debug import Dumper, plain_json
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.base.files import replacing
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.cli import main
+from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.runtime.bench import interleave, random_inputs, ratios
 from qcompiler.verify import footprint

@@ -18,7 +18,7 @@ from qcompiler.backend.artifact import _model_header, _with_checksum
 from qcompiler.base.errors import ArtifactError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target, missing_features
-from qcompiler.demo import demo_data
+from qcompiler.cli.demo import demo_data
 from qcompiler.runtime.library import check_complete
 from qcompiler.runtime.session import Session
 

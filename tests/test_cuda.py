@@ -22,7 +22,7 @@ from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.targets import Target, find_target
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 from qcompiler.pipeline.compile import compile_stages
@@ -233,7 +233,7 @@ def test_the_least_compute_capability_is_enough(gpu: FakeGpu, library: Path, fil
 
 LOAD = """
 import sys
-from qcompiler.cli import main
+from qcompiler.cli.main import main
 library, array, output = sys.argv[1:]
 sys.exit(main(["run", library, "--input", f"x={array}", "--input", f"y={array}", "--output", output]))
 """

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.cli import main
-from qcompiler.demo import MODEL, THRESHOLDS, demo, demo_data, demo_text
+from qcompiler.cli.demo import MODEL, THRESHOLDS, demo, demo_data, demo_text
+from qcompiler.cli.main import main
 
 
 @pytest.fixture(scope="module")

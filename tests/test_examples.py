@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import qcompiler
 from qcompiler.backend.build import session_of
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.calibrate.data import CheckedSamples
-from qcompiler.cli import main
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
 from qcompiler.exporters.export_onnx import Export, _source, export_onnx, qdq_model
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph

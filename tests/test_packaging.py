@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("qcompiler.passes.graph", "qcompiler.schedules.table", "qcompiler.cli", "qcompiler.runtime")
+MODULES = ("qcompiler.passes.graph", "qcompiler.schedules.table", "qcompiler.cli.main", "qcompiler.runtime")
 CHECK = """
 import importlib, sys
 from pathlib import Path
@@ -27,7 +27,7 @@ for name in ("passes", "schedules"):
     except ImportError:
         continue
     raise AssertionError(f"{name} is importable at the top level")
-from qcompiler.demo import FOLDER
+from qcompiler.cli.demo import FOLDER
 assert (FOLDER / "digits.onnx").is_file() and (FOLDER / "digits.npz").is_file(), FOLDER
 """
 
@@ -72,10 +72,10 @@ def test_wheel_holds_one_package_and_everything_in_it(wheel: Path, sources: Path
     paths = {p.relative_to(sources).as_posix() for p in found if p.suffix != ".pyc" and ".egg-info" not in str(p)}
     expected = {n if n.startswith("qcompiler/") else f"qcompiler/{n}" for n in paths} | {"qcompiler/targets.yaml"}
     assert expected == set(packaged)
-    assert {"qcompiler/py.typed", "qcompiler/demo_data/digits.onnx", "qcompiler/demo_data/digits.npz"} <= expected
+    assert {"qcompiler/py.typed", "qcompiler/cli/demo_data/digits.onnx", "qcompiler/cli/demo_data/digits.npz"} <= expected
     (entry,) = (n for n in names if n.endswith("entry_points.txt"))
     with zipfile.ZipFile(wheel) as archive:
-        assert "qcompiler = qcompiler.cli:main" in archive.read(entry).decode()
+        assert "qcompiler = qcompiler.cli.main:main" in archive.read(entry).decode()
 
 
 def test_installed_wheel_imports_from_its_own_place(wheel: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_tvm_is_pinned_exactly(root: Path) -> None:
 
 
 def test_demo_data_is_small(root: Path) -> None:
-    assert sum(p.stat().st_size for p in (root / "qcompiler" / "demo_data").iterdir()) < 1_000_000
+    assert sum(p.stat().st_size for p in (root / "qcompiler" / "cli" / "demo_data").iterdir()) < 1_000_000
 
 
 def test_no_source_file_is_huge(root: Path) -> None:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler.base.errors import DataError, PlanError
 from qcompiler.base.targets import load_targets, missing_features
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation, compile_float

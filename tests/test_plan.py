@@ -20,7 +20,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.calibrate.calibration import CalibrationTable
 from qcompiler.calibrate.histogram import Histogram
 from qcompiler.calibrate.observers import relative_error
-from qcompiler.demo import MODEL
+from qcompiler.cli.demo import MODEL
 from qcompiler.importers.model import load
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph

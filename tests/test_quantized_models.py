@@ -17,8 +17,8 @@ from onnx.reference import ReferenceEvaluator
 import qcompiler
 from qcompiler.base.errors import PlanError
 from qcompiler.calibrate.data import open_samples
-from qcompiler.cli import main
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
 from qcompiler.exporters.export_onnx import qdq_model
 from qcompiler.importers.model import load
 from qcompiler.importers.qdq import take_out

@@ -11,7 +11,7 @@ import pytest
 
 from qcompiler.base.debug import Dumper
 from qcompiler.base.targets import find_target
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline.compile import compile_stages, quantize

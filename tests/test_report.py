@@ -17,8 +17,8 @@ import pytest
 
 from qcompiler.base.errors import OutputError
 from qcompiler.base.text import milliseconds, number, percent, size
-from qcompiler.cli import main
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator, wilson
 from qcompiler.numerics.spec import QParams
 from qcompiler.runtime.bench import Timing

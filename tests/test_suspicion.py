@@ -9,8 +9,8 @@ import pytest
 
 from qcompiler.calibrate.calibration import CalibrationTable, Statistics
 from qcompiler.calibrate.suspicion import doubts
-from qcompiler.cli import main
-from qcompiler.demo import MODEL
+from qcompiler.cli.demo import MODEL
+from qcompiler.cli.main import main
 
 
 def table(array: np.ndarray) -> CalibrationTable:

@@ -25,9 +25,9 @@ from qcompiler import schedules
 from qcompiler.backend.tuning_log import best_of, isa_of, opened, read_log, workload_of
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import find_target, load_targets, missing_features
-from qcompiler.cli import main
-from qcompiler.cli_tuning import duration, live_table
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
+from qcompiler.cli.tuning import duration, live_table
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
@@ -274,7 +274,7 @@ def test_a_run_goes_on_where_it_stopped_and_its_log_compiles_to_equal_results(tm
 
 def test_a_killed_run_leaves_a_log_that_the_next_one_continues(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    code = "import itertools, sys; import qcompiler; from qcompiler.demo import MODEL, demo_data\n"
+    code = "import itertools, sys; import qcompiler; from qcompiler.cli.demo import MODEL, demo_data\n"
     code += "qcompiler.tune(MODEL, 'native', list(itertools.islice(demo_data()[0], 8)), log=sys.argv[1], trials=500, preset='fast', threads=1)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     victim = subprocess.Popen([sys.executable, "-c", code, str(log)], env=environment)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
-from qcompiler.cli import main
+from qcompiler.cli.main import main
 from qcompiler.runtime.elf import read_section
 from qcompiler.tuning.remote import PENDING, SIZE_LIMIT, import_results
 

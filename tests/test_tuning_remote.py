@@ -22,7 +22,7 @@ from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target
-from qcompiler.cli import main
+from qcompiler.cli.main import main
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 from qcompiler.tuning import remote as tuning_remote

@@ -17,7 +17,7 @@ import qcompiler
 from qcompiler import schedules
 from qcompiler.base.errors import ModelError, PlanError
 from qcompiler.base.targets import Target, find_target, missing_features
-from qcompiler.cli import main
+from qcompiler.cli.main import main
 from qcompiler.numerics import operators as numerics
 from qcompiler.numerics.weight_only import WeightScheme, quantize_weight
 from qcompiler.runtime.library import read_manifest

@@ -12,7 +12,7 @@ from x86_emulation import ALL, AMX, build_network, runs_here
 from qcompiler.backend import artifact
 from qcompiler.base.errors import IncompatibleDevice
 from qcompiler.base.targets import Target, missing_features
-from qcompiler.demo import MODEL, demo_data
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.session import Session

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import terminal_progress
-from qcompiler.cli_tuning import duration
+from qcompiler.cli.tuning import duration
 from qcompiler.plan.recipes import PRESETS, STEPS
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -108,11 +108,11 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
 
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
+    from qcompiler.cli.tables import noise_text, weights_text
     from qcompiler.passes.graph import Graph
     from qcompiler.passes.groups import find_groups
     from qcompiler.pipeline.compile import quantize, quantize_weights
     from qcompiler.pipeline.survey import layer_noise
-    from qcompiler.tables import noise_text, weights_text
 
     if options.weights is not None:
         if options.sensitivity:

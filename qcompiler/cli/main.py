@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler import cli_bundle, cli_report
 from qcompiler.base.debug import SWITCHES, plain_json, switch
 from qcompiler.base.errors import DataError, QCompilerError
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.progress import terminal_progress
-from qcompiler.cli_tuning import add_verbs
+from qcompiler.cli import bundle as cli_bundle
+from qcompiler.cli import report as cli_report
+from qcompiler.cli.tuning import add_verbs
 
 DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with --preprocess"
 SHAPE_HELP = "shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs"
@@ -211,8 +212,8 @@ def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -
 
 def _compile(options: argparse.Namespace) -> int:
     from qcompiler.base.text import size
+    from qcompiler.cli.tables import mixed_text
     from qcompiler.numerics.weight_only import heading
-    from qcompiler.tables import mixed_text
 
     output = check_writable(options.output)
     shapes = dict(options.input_shape)
@@ -276,8 +277,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     import tempfile
 
+    from qcompiler.cli.tables import footprint_text, profile_text, timing_text
     from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
-    from qcompiler.tables import footprint_text, profile_text, timing_text
     from qcompiler.verify.footprint import joules, memory
     from qcompiler.verify.parity import float_session
 
@@ -339,8 +340,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from qcompiler.cli.tables import manifest_text, step_rows
     from qcompiler.runtime.library import read_manifest
-    from qcompiler.tables import manifest_text, step_rows
 
     manifest = read_manifest(options.library)
     count = Path(options.library).stat().st_size
@@ -384,7 +385,7 @@ def _targets(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from qcompiler.demo import demo, demo_text
+    from qcompiler.cli.demo import demo, demo_text
 
     with terminal_progress() as progress:
         result = demo(check_writable(options.output), progress=progress)

@@ -67,7 +67,7 @@ def add_verbs(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> N
 
 def _tune(options: argparse.Namespace, show: Show) -> int:
     import qcompiler
-    from qcompiler.cli_remote import check_options, export_round, import_round
+    from qcompiler.cli.remote import check_options, export_round, import_round
 
     check_options(options)
     if options.import_results:
