@@ -42,8 +42,8 @@ def measure(network: networks.Network, target: str, recipe: Recipe, images: int 
     """Compile one network for `target` and compare it with its float twin on `images` evaluation images (None: all), evenly spread."""
     import qcompiler
     from qcompiler.base.progress import terminal_progress
-    from qcompiler.calibrate.data import load_labels, open_samples
-    from qcompiler.verify.parity import Thresholds, compare, float_session
+    from qcompiler.calibration.data import load_labels, open_samples
+    from qcompiler.verification.parity import Thresholds, compare, float_session
 
     with terminal_progress() as progress, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -98,7 +98,7 @@ def measure_rival(network: networks.Network, method: str, images: int | None) ->
     import onnxruntime
 
     from qcompiler.base.tensor import TensorInfo
-    from qcompiler.calibrate.data import load_labels, open_samples
+    from qcompiler.calibration.data import load_labels, open_samples
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = THREADS

@@ -37,7 +37,7 @@ from qcompiler.backend.build import build, session_of
 from qcompiler.backend.bundle import SOURCES
 from qcompiler.base.targets import find_target
 from qcompiler.base.text import table
-from qcompiler.calibrate.data import open_samples
+from qcompiler.calibration.data import open_samples
 from qcompiler.importers.model import load
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation

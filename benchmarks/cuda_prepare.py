@@ -106,7 +106,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     from qcompiler.backend.build import build
     from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
-    from qcompiler.calibrate.data import open_samples
+    from qcompiler.calibration.data import open_samples
     from qcompiler.importers.model import load
     from qcompiler.pipeline.compile import quantize
 

@@ -10,7 +10,7 @@ if _TYPE_CHECKING:
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
     from qcompiler.tuning.search import tune
-    from qcompiler.verify.parity import verify
+    from qcompiler.verification.parity import verify
 
 # In a checkout, passes/ and schedules/ lie beside this package; installed, they lie inside it.
 _ROOT = _Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ _LAZY = {
     "compile": ("qcompiler.pipeline.compile", "compile"),
     "load": ("qcompiler.runtime.session", "Session"),
     "tune": ("qcompiler.tuning.search", "tune"),
-    "verify": ("qcompiler.verify.parity", "verify"),
+    "verify": ("qcompiler.verification.parity", "verify"),
 }
 
 

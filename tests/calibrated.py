@@ -9,7 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.calibrate.calibration import CalibrationTable, Statistics, Watcher, calibrate
+from qcompiler.calibration.table import CalibrationTable, Statistics, Watcher, calibrate
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.groups import SAME_QUANTIZATION, find_groups
 from qcompiler.plan.planner import observed_ids

@@ -16,7 +16,7 @@ import qcompiler
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibrate.data import CheckedSamples, open_samples, take
+from qcompiler.calibration.data import CheckedSamples, open_samples, take
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
@@ -28,8 +28,8 @@ from qcompiler.pipeline.stages import Compilation
 from qcompiler.pipeline.survey import constants_with, layer_noise, rounded_layers
 from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session
-from qcompiler.verify.interpreter import run
-from qcompiler.verify.parity import bit_parity, verify
+from qcompiler.verification.interpreter import run
+from qcompiler.verification.parity import bit_parity, verify
 
 Twins = tuple[Session, Session, dict[str, tuple[np.ndarray, np.ndarray]]]
 

@@ -23,7 +23,7 @@ from qcompiler.pipeline.compile import compile, compile_stages
 from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.plan.planner import decide
 from qcompiler.runtime.session import Session
-from qcompiler.verify import interpreter
+from qcompiler.verification import interpreter
 
 X86 = ("x86-avx2", "x86-avxvnni", "x86-avx512vnni")
 Values = dict[str, np.ndarray]

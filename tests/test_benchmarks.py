@@ -20,8 +20,8 @@ from qcompiler.backend.tuning_log import SHIPPED, read_log
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibrate.data import ImageSamples, load_labels, open_samples
-from qcompiler.calibrate.preprocess import Preprocess
+from qcompiler.calibration.data import ImageSamples, load_labels, open_samples
+from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS

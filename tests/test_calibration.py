@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.base.errors import DataError, OutputError
-from qcompiler.calibrate.calibration import CalibrationTable, Statistics, calibrate
-from qcompiler.calibrate.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, grid_exponent
-from qcompiler.calibrate.observers import OBSERVERS, entropy, min_max, percentile, relative_error, squared_error
+from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, grid_exponent
+from qcompiler.calibration.observers import OBSERVERS, entropy, min_max, percentile, relative_error, squared_error
+from qcompiler.calibration.table import CalibrationTable, Statistics, calibrate
 from qcompiler.numerics.spec import QParams
 
 

@@ -13,14 +13,14 @@ from small_nets import Net, op, residual_net
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
-from qcompiler.calibrate.calibration import calibrate
+from qcompiler.calibration.table import calibrate
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph, const_value, is_const, match_op
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.refine.correction import FloatMeans, correct, integer_layers, pre_activation, reach, steady, tap_means, with_biases
-from qcompiler.verify import interpreter
+from qcompiler.verification import interpreter
 
 SAMPLES = 6
 

@@ -29,7 +29,7 @@ from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.session import Session
-from qcompiler.verify.interpreter import run as interpret
+from qcompiler.verification.interpreter import run as interpret
 
 SHAPE = (1, 5, 7, 3)
 TABLE = ((np.arange(256) * 37 + 11) % 256 - 128).astype(np.int8)

@@ -20,7 +20,7 @@ from qcompiler.passes.realize import realize
 from qcompiler.schedules.cuda.conv import GemmRow
 from qcompiler.schedules.cuda.gemm_plan import Geometry, Tile
 from qcompiler.schedules.table import OpCall, Row
-from qcompiler.verify.interpreter import run
+from qcompiler.verification.interpreter import run
 
 
 def network() -> tvm.IRModule:

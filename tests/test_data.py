@@ -11,8 +11,8 @@ import pytest
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibrate.data import load_labels, open_samples
-from qcompiler.calibrate.preprocess import Preprocess, load_preprocess
+from qcompiler.calibration.data import load_labels, open_samples
+from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 
 IMAGE = [TensorInfo("image", (1, 3, 4, 5), "float32")]
 TWO = [TensorInfo("a", (1, 2), "float32"), TensorInfo("b", (1, 3), "int64")]

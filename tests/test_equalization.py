@@ -10,7 +10,7 @@ from calibrated import ModuleExecutor, random_samples
 from small_nets import Net, evaluate, op, random_inputs, residual_net
 
 from qcompiler.base.targets import find_target
-from qcompiler.calibrate.calibration import calibrate
+from qcompiler.calibration.table import calibrate
 from qcompiler.passes.graph import Graph, const
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -20,7 +20,7 @@ from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.refine.analytic import mean_of_rounding
 from qcompiler.refine.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.runtime.channels import Channels, stored_form
-from qcompiler.verify import interpreter
+from qcompiler.verification import interpreter
 
 COUNT = 12
 

@@ -15,7 +15,7 @@ from onnx_nets import OnnxNet
 import qcompiler
 from qcompiler.backend.build import session_of
 from qcompiler.base.errors import DataError, ModelError, OutputError
-from qcompiler.calibrate.data import CheckedSamples
+from qcompiler.calibration.data import CheckedSamples
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.exporters.export_onnx import Export, _source, export_onnx, qdq_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qcompiler.runtime.session import Session
-from qcompiler.verify.footprint import energy_counters, joules, memory
+from qcompiler.verification.footprint import energy_counters, joules, memory
 
 
 def test_memory(digits: Callable[[str], Path]) -> None:

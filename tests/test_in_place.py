@@ -18,8 +18,8 @@ from qcompiler.base.targets import find_target
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.runtime.session import Session
-from qcompiler.verify import interpreter
-from qcompiler.verify.parity import bit_parity
+from qcompiler.verification import interpreter
+from qcompiler.verification.parity import bit_parity
 
 pytestmark = runs_here
 SHAPE = (2, 7, 9, 8)

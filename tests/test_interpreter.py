@@ -15,7 +15,7 @@ from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, match_op, relax_op, shape_of
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
-from qcompiler.verify.interpreter import run
+from qcompiler.verification.interpreter import run
 
 
 def hand_made() -> tvm.IRModule:

@@ -14,7 +14,7 @@ from small_nets import Net, op, random_inputs, scalar
 import qcompiler
 from qcompiler.backend.build import session_of
 from qcompiler.base.debug import Dumper
-from qcompiler.calibrate.data import CheckedSamples
+from qcompiler.calibration.data import CheckedSamples
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
@@ -23,7 +23,7 @@ from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.pipeline.stages import measure
 from qcompiler.plan.recipes import recipe
 from qcompiler.refine.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
-from qcompiler.verify import interpreter
+from qcompiler.verification import interpreter
 
 TOKENS, WIDTH, HEADS = 8, 32, 4
 OUTLIERS, RAISED = (3, 20), 9

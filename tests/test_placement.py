@@ -12,14 +12,14 @@ from small_nets import evaluate, random_inputs, residual_net
 
 from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
-from qcompiler.calibrate.calibration import CalibrationTable
+from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.plan.placement import Placer
 from qcompiler.plan.planner import decide
-from qcompiler.verify.interpreter import run
+from qcompiler.verification.interpreter import run
 
 TARGET = find_target("x86-avx2")
 

@@ -17,9 +17,9 @@ from small_nets import Net, op, residual_net, scalar
 
 from qcompiler.base.errors import PlanError
 from qcompiler.base.targets import find_target
-from qcompiler.calibrate.calibration import CalibrationTable
-from qcompiler.calibrate.histogram import Histogram
-from qcompiler.calibrate.observers import relative_error
+from qcompiler.calibration.histogram import Histogram
+from qcompiler.calibration.observers import relative_error
+from qcompiler.calibration.table import CalibrationTable
 from qcompiler.cli.demo import MODEL
 from qcompiler.importers.model import load
 from qcompiler.numerics.spec import QParams

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 import qcompiler
 from qcompiler.base.errors import PlanError
-from qcompiler.calibrate.data import open_samples
+from qcompiler.calibration.data import open_samples
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.exporters.export_onnx import qdq_model

@@ -21,7 +21,7 @@ from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
 from qcompiler.plan.sensitivity import Walk
 from qcompiler.runtime.session import Session
-from qcompiler.verify.interpreter import run
+from qcompiler.verification.interpreter import run
 
 
 def samples(count: int) -> list[dict[str, np.ndarray]]:

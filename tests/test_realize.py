@@ -17,7 +17,7 @@ from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.realize import realize
 from qcompiler.passes.select_float import NO_LIMIT, select_float
-from qcompiler.verify.interpreter import run
+from qcompiler.verification.interpreter import run
 
 
 def names(module: tvm.IRModule) -> dict[str, str]:

@@ -22,13 +22,13 @@ from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator, wilson
 from qcompiler.numerics.spec import QParams
 from qcompiler.runtime.bench import Timing
-from qcompiler.verify.evidence import Evidence, StepTime, distribution, step_times
-from qcompiler.verify.footprint import Memory
-from qcompiler.verify.page import page
-from qcompiler.verify.page_mixed import section as mixed_section
-from qcompiler.verify.parity import ParityReport, Row, Thresholds
-from qcompiler.verify.report import verify_report
-from qcompiler.verify.svg import histogram, pareto_chart, sqnr_chart
+from qcompiler.verification.evidence import Evidence, StepTime, distribution, step_times
+from qcompiler.verification.footprint import Memory
+from qcompiler.verification.page import page
+from qcompiler.verification.page_mixed import section as mixed_section
+from qcompiler.verification.parity import ParityReport, Row, Thresholds
+from qcompiler.verification.report import verify_report
+from qcompiler.verification.svg import histogram, pareto_chart, sqnr_chart
 
 VOID = {"meta", "br"}
 TIMES = {"latency", "steps", "speedup", "footprint"}  # ids of what may differ from run to run

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcompiler.calibrate.calibration import CalibrationTable, Statistics
-from qcompiler.calibrate.suspicion import doubts
+from qcompiler.calibration.suspicion import doubts
+from qcompiler.calibration.table import CalibrationTable, Statistics
 from qcompiler.cli.demo import MODEL
 from qcompiler.cli.main import main
 

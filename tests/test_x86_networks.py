@@ -16,7 +16,7 @@ from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.session import Session
-from qcompiler.verify import interpreter
+from qcompiler.verification import interpreter
 
 pytestmark = runs_here
 Values = dict[str, np.ndarray]

@@ -15,9 +15,9 @@ import numpy as np
 
 import qcompiler
 from qcompiler.base.progress import Progress
-from qcompiler.calibrate.data import open_samples
+from qcompiler.calibration.data import open_samples
 from qcompiler.runtime.bench import Timing, interleave, ratios
-from qcompiler.verify.parity import Thresholds, compare, float_session
+from qcompiler.verification.parity import Thresholds, compare, float_session
 
 FOLDER = Path(__file__).resolve().parent / "demo_data"
 MODEL = FOLDER / "digits.onnx"

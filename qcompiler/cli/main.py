@@ -251,7 +251,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from qcompiler.verify.parity import parity_text
+    from qcompiler.verification.parity import parity_text
 
     if options.report:
         return cli_report.verify(options, _show)
@@ -279,8 +279,8 @@ def _bench(options: argparse.Namespace) -> int:
 
     from qcompiler.cli.tables import footprint_text, profile_text, timing_text
     from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
-    from qcompiler.verify.footprint import joules, memory
-    from qcompiler.verify.parity import float_session
+    from qcompiler.verification.footprint import joules, memory
+    from qcompiler.verification.parity import float_session
 
     if options.against and not options.model:
         raise DataError("--against needs --model: the other runtime runs the ONNX model")

@@ -160,8 +160,8 @@ def _export(options: argparse.Namespace, show: Show) -> int:
 
 def verify(options: argparse.Namespace, show: Show) -> int:
     """`verify` with --report: the same result and exit status, and the page."""
-    from qcompiler.verify.parity import Thresholds, parity_text
-    from qcompiler.verify.report import verify_report
+    from qcompiler.verification.parity import Thresholds, parity_text
+    from qcompiler.verification.report import verify_report
 
     with terminal_progress() as progress:
         report = verify_report(

@@ -11,7 +11,7 @@ from qcompiler.runtime.bench import Timing, ratios
 
 if TYPE_CHECKING:
     from qcompiler.pipeline.survey import LayerNoise
-    from qcompiler.verify.footprint import Memory
+    from qcompiler.verification.footprint import Memory
 
 
 def timing_text(timings: Sequence[Timing], base: str) -> str:

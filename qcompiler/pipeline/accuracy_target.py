@@ -26,7 +26,7 @@ from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target, missing_features
-from qcompiler.calibrate.data import CheckedSamples, Samples, load_labels, take
+from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.pipeline.stages import Compilation, describe, finish, measure, planned

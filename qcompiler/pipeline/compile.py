@@ -21,7 +21,7 @@ from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError, PlanError, closest
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibrate.data import NO_SAMPLES, Samples, open_samples
+from qcompiler.calibration.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
@@ -149,7 +149,7 @@ def check_names(options: Mapping[str, Any]) -> None:
 def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
     """Compile a float ONNX network into an int8 library for `target`.
 
-    model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.calibrate.data.open_samples`
+    model: path of the ONNX file. target: a row of targets.yaml, a triple, or "native". calibration: samples as `qcompiler.calibration.data.open_samples`
     takes them (a path, or an iterable of {input name: array with the model's shape}); not needed for a model that states all its ranges itself
     (ONNX with QuantizeLinear and DequantizeLinear, from quantization-aware training say). options: see `Options`.
 

@@ -22,9 +22,9 @@ from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibrate.calibration import CalibrationTable, calibrate
-from qcompiler.calibrate.data import Samples
-from qcompiler.calibrate.suspicion import doubts
+from qcompiler.calibration.data import Samples
+from qcompiler.calibration.suspicion import doubts
+from qcompiler.calibration.table import CalibrationTable, calibrate
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq

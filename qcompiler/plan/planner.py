@@ -24,9 +24,9 @@ import tvm
 
 from qcompiler.base.errors import PlanError, closest
 from qcompiler.base.targets import Target
-from qcompiler.calibrate.calibration import CalibrationTable
-from qcompiler.calibrate.histogram import Histogram
-from qcompiler.calibrate.observers import OBSERVERS, relative_error
+from qcompiler.calibration.histogram import Histogram
+from qcompiler.calibration.observers import OBSERVERS, relative_error
+from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups

@@ -40,7 +40,7 @@ class Recipe:
 
     @property
     def observers(self) -> tuple[str, ...]:
-        from qcompiler.calibrate.observers import OBSERVERS  # not above: it needs TVM, and the command line reads the names of steps
+        from qcompiler.calibration.observers import OBSERVERS  # not above: it needs TVM, and the command line reads the names of steps
 
         return tuple(OBSERVERS) if "ranges" in self.steps else ("min-max",)
 

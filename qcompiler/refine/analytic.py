@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import tvm
 
-from qcompiler.calibrate.calibration import CalibrationTable
+from qcompiler.calibration.table import CalibrationTable
 from qcompiler.passes.graph import Graph, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.plan.quant_plan import QuantPlan

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import tvm
 
-from qcompiler.calibrate.histogram import channel_statistics
+from qcompiler.calibration.histogram import channel_statistics
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms

@@ -11,9 +11,9 @@ import numpy as np
 
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.progress import Progress
-from qcompiler.calibrate.data import load_labels, open_samples
-from qcompiler.verify.evidence import HashedSamples, gather
-from qcompiler.verify.parity import ParityReport, Thresholds, compare, float_session
+from qcompiler.calibration.data import load_labels, open_samples
+from qcompiler.verification.evidence import HashedSamples, gather
+from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session
 
 
 def verify_report(
@@ -35,7 +35,7 @@ def verify_report(
     Raises OutputError, before any work, when `output` can't be written; else what `verify` raises.
     """
     from qcompiler.runtime.session import Session
-    from qcompiler.verify.page import page
+    from qcompiler.verification.page import page
 
     path = check_writable(output)
     session = Session(library, threads=threads)

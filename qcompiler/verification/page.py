@@ -11,12 +11,12 @@ from typing import Any
 
 from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.numerics.metrics import wilson
-from qcompiler.verify.evidence import WORST, Evidence, StepTime
-from qcompiler.verify.footprint import Memory
-from qcompiler.verify.page_mixed import section as mixed_section
-from qcompiler.verify.page_table import html_table
-from qcompiler.verify.parity import Row
-from qcompiler.verify.svg import FLOAT, INT8, bar, histogram, sqnr_chart
+from qcompiler.verification.evidence import WORST, Evidence, StepTime
+from qcompiler.verification.footprint import Memory
+from qcompiler.verification.page_mixed import section as mixed_section
+from qcompiler.verification.page_table import html_table
+from qcompiler.verification.parity import Row
+from qcompiler.verification.svg import FLOAT, INT8, bar, histogram, sqnr_chart
 
 _SLOWEST = 20  # steps with a row of their own
 _STYLE = """

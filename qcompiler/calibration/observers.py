@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qcompiler.calibrate.histogram import BINS, Histogram
+from qcompiler.calibration.histogram import BINS, Histogram
 from qcompiler.numerics.spec import QParams
 
 Range = tuple[float, float]

@@ -20,7 +20,7 @@ import numpy as np
 
 from qcompiler.base.errors import DataError, closest
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibrate.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
+from qcompiler.calibration.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
 
 Sample = dict[str, np.ndarray]
 

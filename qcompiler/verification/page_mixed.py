@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompiler.base.text import float_layers, milliseconds, number, percent, size
-from qcompiler.verify.page_table import html_table
-from qcompiler.verify.svg import FLOAT, INT8, pareto_chart
+from qcompiler.verification.page_table import html_table
+from qcompiler.verification.svg import FLOAT, INT8, pareto_chart
 
 _LAYERS = 15  # most sensitive ones with a row
 

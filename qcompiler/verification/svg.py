@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.verify.evidence import Distribution
+from qcompiler.verification.evidence import Distribution
 
 FLOAT, INT8, GRID, INK, BAD = "#3b6ea8", "#d9761a", "#d8dde3", "#37414d", "#b3261e"  # told apart by colour-blind readers too
 

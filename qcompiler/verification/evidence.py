@@ -18,13 +18,13 @@ import numpy as np
 
 import qcompiler
 from qcompiler.base.progress import Progress
-from qcompiler.calibrate.data import Samples
+from qcompiler.calibration.data import Samples
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.numerics.spec import QParams
 from qcompiler.runtime.bench import Timing, interleave
 from qcompiler.runtime.channels import stored_form
-from qcompiler.verify.footprint import Memory, joules, memory
-from qcompiler.verify.parity import ParityReport
+from qcompiler.verification.footprint import Memory, joules, memory
+from qcompiler.verification.parity import ParityReport
 
 WORST = 10  # layers whose distributions are shown
 _BINS = 96  # of a distribution, at most

@@ -19,7 +19,7 @@ from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.progress import Progress
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
-from qcompiler.calibrate.data import Samples, load_labels, open_samples
+from qcompiler.calibration.data import Samples, load_labels, open_samples
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
@@ -152,7 +152,7 @@ def verify(
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
     `library`: path of the `.so`, or a Session. `model`: the ONNX file it was compiled from, or a Session of it in float.
-    `samples`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see `qcompiler.calibrate.data.load_labels`).
+    `samples`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see `qcompiler.calibration.data.load_labels`).
     Layers are compared on the first `layer_samples` samples; 0 skips them.
 
     Raises DataError for bad data, ModelError for a bad model, ArtifactError for a bad library or one of another model.
@@ -318,7 +318,7 @@ class Mismatch:
 
 
 def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray]) -> list[Mismatch]:
-    """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.verify.interpreter.run`), in order.
+    """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.verification.interpreter.run`), in order.
 
     Only int8 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
     """

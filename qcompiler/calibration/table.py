@@ -20,8 +20,8 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.files import replacing
 from qcompiler.base.progress import Progress
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibrate.data import check_sample
-from qcompiler.calibrate.histogram import BINS, Histogram, channel_statistics
+from qcompiler.calibration.data import check_sample
+from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics
 
 FORMAT = 1
 Visit = Callable[[str, np.ndarray], None]

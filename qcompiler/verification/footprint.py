@@ -1,6 +1,6 @@
 """What a library takes beside time: memory, and energy where the machine can tell.
 
-Run as a program (`python -m qcompiler.verify.footprint LIBRARY THREADS`) it measures the memory of its own, fresh process: only numpy and the library are
+Run as a program (`python -m qcompiler.verification.footprint LIBRARY THREADS`) it measures the memory of its own, fresh process: only numpy and the library are
 in it.
 """
 
@@ -35,7 +35,7 @@ def memory(library: Path, threads: int = 1) -> Memory:
     from qcompiler.runtime.session import Session
 
     manifest = Session(library, threads).manifest
-    done = subprocess.run([sys.executable, "-m", "qcompiler.verify.footprint", str(library), str(threads)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "qcompiler.verification.footprint", str(library), str(threads)], capture_output=True, text=True, check=True)
     return Memory(int(manifest["constants"]), int(manifest["workspace"]), json.loads(done.stdout))
 
 

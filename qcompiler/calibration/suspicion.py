@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from qcompiler.calibrate.calibration import CalibrationTable
+from qcompiler.calibration.table import CalibrationTable
 
 LEAST_CHANGE = 0.04
 """Of an output's mean square, the part that differs between samples. Photographs give classifiers 0.8 to 0.9, noise gives them 0.01 to 0.03."""
