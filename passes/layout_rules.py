@@ -1,4 +1,4 @@
-"""How each Relax operator works on values held in another order of axes (see layout.py): one rule per family.
+"""How each Relax operator works on values held in another order of axes (see `layout.py`): one rule per family.
 
 A rule returns True after binding the operator, False to leave it to the file's order.
 """
@@ -6,18 +6,16 @@ A rule returns True after binding the operator, False to leave it to the file's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tvm import relax
 
 from qcompiler.passes.axes import N1WC, NHWC, Held, Order, complete, matched, renamed, together, transposed
 from qcompiler.passes.graph import const, const_value, is_const, plain, relax_op, shape_of
+from qcompiler.passes.held_values import HeldValues
 
-if TYPE_CHECKING:
-    from qcompiler.passes.layout import _Layout
-
-Rule = Callable[["_Layout", str, Any], bool]
+Rule = Callable[[HeldValues, str, Any], bool]
 
 
 # -- images -----------------------------------------------------------------------------------------------------------------------------
@@ -30,7 +28,7 @@ def _spatial(held_rank: int) -> tuple[Order, Callable[[Any, int], list[int]]]:
     return N1WC, lambda values, unit: [unit, values[0]] if len(values) == 1 else [unit, values[0], unit, values[1]]
 
 
-def _weight(layout: _Layout, weight: Any, rank: int) -> Any:
+def _weight(layout: HeldValues, weight: Any, rank: int) -> Any:
     """[O, I, H, W] as [O, H, W, I], or [I, O, H, W] as [I, H, W, O]; [O, I, W] gets a height of 1."""
     if not is_const(weight):
         return layout.ordered(layout.of(weight), NHWC if rank == 4 else N1WC)
@@ -39,7 +37,7 @@ def _weight(layout: _Layout, weight: Any, rank: int) -> Any:
     return const(np.ascontiguousarray(value.transpose(0, 2, 3, 1)))
 
 
-def _conv(layout: _Layout, name: str, expr: Any) -> bool:
+def _conv(layout: HeldValues, name: str, expr: Any) -> bool:
     a, rank = expr.attrs, len(shape_of(expr))
     order, two = _spatial(rank)
     x = expr.args[0]
@@ -55,7 +53,7 @@ def _conv(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, call, order, shape_of(expr))
 
 
-def _pool(layout: _Layout, name: str, expr: Any) -> bool:
+def _pool(layout: HeldValues, name: str, expr: Any) -> bool:
     a, rank = expr.attrs, len(shape_of(expr))
     order, two = _spatial(rank)
     op = relax.op.nn.max_pool2d if "max" in str(relax_op(expr)) else relax.op.nn.avg_pool2d
@@ -66,7 +64,7 @@ def _pool(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, call, order, shape_of(expr))
 
 
-def _resize(layout: _Layout, name: str, expr: Any) -> bool:
+def _resize(layout: HeldValues, name: str, expr: Any) -> bool:
     a = expr.attrs
     call = relax.op.image.resize2d(
         layout.ordered(layout.of(expr.args[0]), NHWC), expr.args[1], layout="NHWC", method=str(a.method),
@@ -79,7 +77,7 @@ def _resize(layout: _Layout, name: str, expr: Any) -> bool:
 # -- elementwise ------------------------------------------------------------------------------------------------------------------------
 
 
-def _elementwise(layout: _Layout, name: str, expr: Any) -> bool:
+def _elementwise(layout: HeldValues, name: str, expr: Any) -> bool:
     """Works in the order that moves the fewest elements; of two, the one that isn't the file's."""
     shape = shape_of(expr)
     rank = len(shape)
@@ -123,7 +121,7 @@ def _call(expr: Any, args: Sequence[Any]) -> Any:
     return Call(expr.op, list(args), expr.attrs, expr.ty_args)
 
 
-def _prelu(layout: _Layout, name: str, expr: Any) -> bool:
+def _prelu(layout: HeldValues, name: str, expr: Any) -> bool:
     x = layout.full(layout.of(expr.args[0]))
     axis = int(expr.attrs.axis) % len(x.shape)
     return is_const(expr.args[1]) and layout.bind(name, relax.op.nn.prelu(x.var, expr.args[1], x.order.index(axis)), x.order, x.shape)
@@ -132,7 +130,7 @@ def _prelu(layout: _Layout, name: str, expr: Any) -> bool:
 # -- operators that name axes -----------------------------------------------------------------------------------------------------------
 
 
-def _reduce(layout: _Layout, name: str, expr: Any) -> bool:
+def _reduce(layout: HeldValues, name: str, expr: Any) -> bool:
     x = layout.of(expr.args[0])
     rank, keep = len(x.shape), bool(expr.attrs.keepdims)
     axes = [a % rank for a in (plain(expr.attrs.axis) if expr.attrs.axis is not None else range(rank))]
@@ -143,7 +141,7 @@ def _reduce(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, op(x.var, stored, keep), order, shape_of(expr))
 
 
-def _concat(layout: _Layout, name: str, expr: Any) -> bool:
+def _concat(layout: HeldValues, name: str, expr: Any) -> bool:
 
     fields = list(expr.args[0].fields) if isinstance(expr.args[0], relax.Tuple) else []
     shape = shape_of(expr)
@@ -158,14 +156,14 @@ def _concat(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, relax.op.concat(parts, order.index(axis)), order, shape)
 
 
-def _split(layout: _Layout, name: str, expr: Any) -> bool:
+def _split(layout: HeldValues, name: str, expr: Any) -> bool:
     x = layout.full(layout.of(expr.args[0]))
     axis = int(expr.attrs.axis) % len(x.shape)
     sections = plain(expr.attrs.indices_or_sections)
     return layout.bind(name, relax.op.split(x.var, sections, x.order.index(axis)), x.order, ())
 
 
-def _slice(layout: _Layout, name: str, expr: Any) -> bool:
+def _slice(layout: HeldValues, name: str, expr: Any) -> bool:
     axes, begin, end, *rest = ([int(plain(v)) for v in a.fields] for a in expr.args[1:])
     strides = rest[0] if rest else [1] * len(axes)
     x = layout.full(layout.of(expr.args[0]))
@@ -173,7 +171,7 @@ def _slice(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, relax.op.strided_slice(x.var, stored, begin, end, strides), x.order, shape_of(expr))
 
 
-def _pad(layout: _Layout, name: str, expr: Any) -> bool:
+def _pad(layout: HeldValues, name: str, expr: Any) -> bool:
     a = expr.attrs
     x = layout.full(layout.of(expr.args[0]))
     widths = plain(a.pad_width)
@@ -184,21 +182,21 @@ def _pad(layout: _Layout, name: str, expr: Any) -> bool:
 def _along_axis(make: Callable[[Any, Any, int], Any]) -> Rule:
     """Operators with one axis and one data operand, whose result has the operand's rank."""
 
-    def rule(layout: _Layout, name: str, expr: Any) -> bool:
+    def rule(layout: HeldValues, name: str, expr: Any) -> bool:
         x = layout.full(layout.of(expr.args[0]))
         return layout.bind(name, make(expr, x.var, x.order.index(int(expr.attrs.axis) % len(x.shape))), x.order, shape_of(expr))
 
     return rule
 
 
-def _take(layout: _Layout, name: str, expr: Any) -> bool:
+def _take(layout: HeldValues, name: str, expr: Any) -> bool:
     """Constant indices of rank 1 only: the result has the operand's rank."""
     if not (is_const(expr.args[1]) and const_value(expr.args[1]).ndim == 1 and isinstance(expr.args[0], relax.Var) and expr.attrs.axis is not None):
         return False
     return _along_axis(lambda e, x, axis: relax.op.take(x, e.args[1], axis, str(e.attrs.mode)))(layout, name, expr)
 
 
-def _layer_norm(layout: _Layout, name: str, expr: Any) -> bool:
+def _layer_norm(layout: HeldValues, name: str, expr: Any) -> bool:
     """Over one axis; the scale and shift are vectors, whatever the order."""
     x, a = layout.of(expr.args[0]), expr.attrs
     axes = [v % len(x.shape) for v in plain(a.axes)]
@@ -209,7 +207,7 @@ def _layer_norm(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, call, x.order, x.shape)
 
 
-def _instance_norm(layout: _Layout, name: str, expr: Any) -> bool:
+def _instance_norm(layout: HeldValues, name: str, expr: Any) -> bool:
     x, a = layout.of(expr.args[0]), expr.attrs
     if not all(is_const(v) for v in expr.args[1:]):
         return False
@@ -223,7 +221,7 @@ def _instance_norm(layout: _Layout, name: str, expr: Any) -> bool:
 # -- moving data ------------------------------------------------------------------------------------------------------------------------
 
 
-def _permute(layout: _Layout, name: str, expr: Any) -> bool:
+def _permute(layout: HeldValues, name: str, expr: Any) -> bool:
 
     if not isinstance(expr.args[0], relax.Var):
         return False
@@ -235,7 +233,7 @@ def _permute(layout: _Layout, name: str, expr: Any) -> bool:
     return True
 
 
-def _reshape(layout: _Layout, name: str, expr: Any) -> bool:
+def _reshape(layout: HeldValues, name: str, expr: Any) -> bool:
     """Splits axes wherever they lie; joins axes that lie side by side in the held order, after moving them together when they don't."""
     if not isinstance(expr.args[0], relax.Var):
         return False
@@ -263,7 +261,7 @@ def _reshape(layout: _Layout, name: str, expr: Any) -> bool:
     return layout.bind(name, relax.op.reshape(x.var, [shape[a] for a in order if a is not None]), order, shape)
 
 
-def _flatten_permuted(layout: _Layout, name: str, x: Held, shape: tuple[int, ...], groups: list[tuple[list[int], list[int]]]) -> bool:
+def _flatten_permuted(layout: HeldValues, name: str, x: Held, shape: tuple[int, ...], groups: list[tuple[list[int], list[int]]]) -> bool:
     """Flatten an image to [batch, features] as it lies; the matrices that read it get their rows in that order instead (see `_matmul`)."""
     old, new = groups[-1]
     if len(shape) != 2 or new != [1] or sorted(x.moving[-len(old) :]) != old or x.moving[: -len(old)] != [a for o, _ in groups[:-1] for a in o]:
@@ -275,7 +273,7 @@ def _flatten_permuted(layout: _Layout, name: str, x: Held, shape: tuple[int, ...
     return True
 
 
-def _matmul(layout: _Layout, name: str, expr: Any) -> bool:
+def _matmul(layout: HeldValues, name: str, expr: Any) -> bool:
     """A product with a constant matrix works on the last axis, whatever the order of the others."""
     x, w = expr.args
     if not (isinstance(x, relax.Var) and is_const(w) and len(shape_of(w)) == 2):

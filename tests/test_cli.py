@@ -20,8 +20,8 @@ from qcompiler.base.tensor import TensorInfo
 from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.runtime.bench import interleave, random_inputs, ratios
+from qcompiler.verification import footprint
 from qcompiler.verification.parity import ParityReport, Row, Thresholds
-from qcompiler.verify import footprint
 
 MANIFEST: dict[str, Any] = {
     "format": 1,

@@ -1,4 +1,4 @@
-"""The stages of a compilation that quantizes, and the values between them. `pipeline.py` runs them in order; searches for mixed precision run some again."""
+"""The stages of a compilation that quantizes, and the values between them. `compile.py` runs them in order; searches for mixed precision run some again."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Candidates for a device that can't be reached: a library with one step per candidate of a task, the recipe of its inputs, and the sums of its output.
 
-`runtime/cpp/qc_measure.c` is the other half: it makes the same inputs from the recipe, and compares the same sums.
+`qcompiler/runtime/cpp/qc_measure.c` is the other half: it makes the same inputs from the recipe, and compares the same sums.
 """
 
 from __future__ import annotations

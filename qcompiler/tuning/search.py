@@ -2,7 +2,7 @@
 
 A *task* is a workload, however many layers of the network share it. Each turn goes to the task from which most time is expected to be saved: the
 time it takes in the network now, times the gain of its recent turns, plus an optimism that fades with every turn. A turn is a batch of candidates
-that evolution proposes and the cost model ranks (`tuning_model.py`), built, checked and timed by the worker (`tuning_worker.py`). A candidate
+that evolution proposes and the cost model ranks (`model.py`), built, checked and timed by the worker (`worker.py`). A candidate
 is in the log as soon as it is measured, so a run may be stopped at any moment, and one that is started again goes on.
 
 MetaSchedule's builders and cost models want schedule traces of one TIR function; our kernels are generated anew for every point, so the search is ours.

@@ -1,6 +1,6 @@
 """The process that builds, checks and times candidates, and the handle by which the tuner drives it.
 
-A candidate may keep LLVM busy for minutes, crash, or never return. So all of that (`tuning_bench.py`) happens in a process of its own, which is
+A candidate may keep LLVM busy for minutes, crash, or never return. So all of that (`bench.py`) happens in a process of its own, which is
 killed when a phase exceeds its limit, and started again.
 """
 
