@@ -28,7 +28,7 @@ class HeldValues:
         self.features: dict[str, np.ndarray] = {}  # flattened image -> the feature in the file that each of its columns is
 
     def run(self, rules: Mapping[str, Callable[[HeldValues, str, Any], bool]]) -> tvm.IRModule:
-        """The module with every operator rewritten by the rule of its Relax name. Without one, or where it returns False, operators work in the file's order."""
+        """The module with every operator rewritten by the rule of its Relax name. Without one, or where it returns False, they work in the file's order."""
         for p in self.graph.inputs:
             name, shape = str(p.name), shape_of(p)
             self.used.add(name)
