@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ from qcompiler.cli.demo import FOLDER
 assert (FOLDER / "digits.onnx").is_file() and (FOLDER / "digits.npz").is_file(), FOLDER
 """
 
+LIGHT = """
+import sys
+import numpy as np
+import qcompiler
+session = qcompiler.load(sys.argv[1], threads=2)
+image = np.zeros(session.inputs[0].shape, np.float32)
+(output,) = session.run({session.inputs[0].name: image}).values()
+assert np.isfinite(output).all() and session.profile({session.inputs[0].name: image}, 2)
+from qcompiler.runtime.bench import interleave
+assert interleave({"int8": lambda: session.run({session.inputs[0].name: image})}, seconds=0.01)[0].minimum > 0
+"""
+
 
 def run(*command: str, cwd: Path, path: str = "") -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": path} if path else {})
@@ -46,7 +59,7 @@ def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("qcompiler", "passes", "schedules"):
         shutil.copytree(root / folder, copy / folder, ignore=ignore)
-    for file in ("pyproject.toml", "setup.py", "README.md", "targets.yaml"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "targets.yaml"):
         shutil.copy(root / file, copy)
     return copy
 
@@ -83,6 +96,22 @@ def test_installed_wheel_imports_from_its_own_place(wheel: Path, tmp_path: Path)
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
     assert {p.name for p in site.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin"} == {"qcompiler"}
     run(sys.executable, "-c", CHECK, str(site), *MODULES, cwd=tmp_path, path=str(site))
+
+
+def test_a_library_runs_where_numpy_is_all_there_is(wheel: Path, digits: Callable[[str], Path], tmp_path: Path) -> None:
+    """The light runtime: loading, running and timing a library imports nothing that a board would have to install besides numpy."""
+    import numpy
+
+    site, packages = tmp_path / "site", Path(numpy.__file__).resolve().parent.parent
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
+    for part in ("numpy", "numpy.libs"):
+        if (packages / part).is_dir():
+            (site / part).symlink_to(packages / part)
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    for absent in ("tvm", "onnx", "yaml", "rich", "xgboost"):
+        assert subprocess.run([str(python), "-c", f"import {absent}"], capture_output=True, env={"PYTHONPATH": str(site)}).returncode, absent
+    run(str(python), "-c", LIGHT, str(digits("native")), cwd=tmp_path, path=str(site))
 
 
 def test_editable_install_imports_from_the_sources(wheel: Path, sources: Path, tmp_path: Path) -> None:
