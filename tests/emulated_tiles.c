@@ -41,6 +41,12 @@ int qc_emulated_tilerelease(void) {
   return 0;
 }
 
+int qc_emulated_tilezero(int t) {
+  demand_tile(t);
+  memset(state.tile[t], 0, sizeof state.tile[t]);
+  return 0;
+}
+
 int qc_emulated_tileloadd64(int t, const unsigned char* source, int64_t stride) {
   demand_tile(t);
   memset(state.tile[t], 0, sizeof state.tile[t]);

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tvm
 from conv_cases import CASES, Case
-from x86_emulation import AMX, build, is_emulated, runs_here, tiles
+from x86_emulation import AMX, build, is_emulated, marks, runs_here, tiles
 
 from qcompiler import schedules
 from qcompiler.base.errors import TargetError
@@ -22,7 +22,7 @@ from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 from qcompiler.schedules.x86 import amx
 from qcompiler.schedules.x86.amx import AmxRow, Chunks
 
-pytestmark = runs_here
+pytestmark = [runs_here, *marks(AMX)]
 schedules.load(AMX)
 CONV, DENSE = (next(r for r in KERNELS[f"qc.{kind}"] if isinstance(r, AmxRow)) for kind in ("conv2d", "dense"))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tvm
 from conv_cases import CASES, Case, row_of
-from x86_emulation import TARGETS, build, is_emulated, runs_here, sampled
+from x86_emulation import TARGETS, build, each, is_emulated, runs_here, sampled
 
 from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
@@ -24,7 +24,7 @@ pytestmark = runs_here
 schedules.load(AVX2)
 
 
-@pytest.fixture(params=TARGETS, ids=lambda t: t.name)
+@pytest.fixture(params=each(TARGETS))
 def target(request: pytest.FixtureRequest) -> Target:
     return request.param
 

@@ -10,7 +10,7 @@ import pytest
 import tvm
 from hypothesis import given
 from hypothesis import strategies as st
-from x86_emulation import TARGETS, build, runs_here, sampled
+from x86_emulation import TARGETS, build, each, runs_here, sampled
 
 from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
@@ -22,7 +22,7 @@ AVX512VNNI, AVX512, AVX2, AVXVNNI = (find_target(f"x86-{n}") for n in ("avx512vn
 schedules.load(AVX2)
 
 
-@pytest.fixture(params=TARGETS, ids=lambda t: t.name)
+@pytest.fixture(params=each(TARGETS))
 def target(request: pytest.FixtureRequest) -> Target:
     return request.param
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,29 @@ import pytest
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from x86_emulation import HOST, MODELS, emulating, runs_here, vpack, vpdpbusd, vpmaddubsw, vpmaddwd
+from x86_emulation import (
+    ALL,
+    AMX,
+    AVX512VNNI,
+    AVXVNNI,
+    HOST,
+    MODELS,
+    UnknownInstruction,
+    code_target,
+    emulating,
+    encoding,
+    is_emulated,
+    runs_here,
+    vpack,
+    vpdpbusd,
+    vpmaddubsw,
+    vpmaddwd,
+)
 
 from qcompiler.schedules.isa import call, load, save
-from qcompiler.schedules.x86.isa import AVX512VNNI
+from qcompiler.schedules.x86 import amx
+from qcompiler.schedules.x86.isa import AVX512VNNI as AVX512VNNI_ISA
+from qcompiler.targets import Target, find_target
 
 pytestmark = runs_here
 ROUNDS = 512
@@ -78,7 +98,7 @@ def test_the_model_of_vpdpbusd_is_the_exact_sum() -> None:
 def test_the_model_of_vcvtps2dq_rounds_to_even_and_flags_what_does_not_fit() -> None:
     values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, 2**31, -(2**31), 3e9, -3e9, 0.49999997, 8388609.0, np.nan, -2.5, 1e30], np.float32)
     with emulating():
-        got = executed(AVX512VNNI.to_int, [values], [16], ("int32", 16))
+        got = executed(AVX512VNNI_ISA.to_int, [values], [16], ("int32", 16))
     least = -(2**31)
     want = [0, 2, 2, 0, -2, 10**9, -(10**9), least, least, least, least, 0, 8388609, least, -2, least]
     np.testing.assert_array_equal(got, np.array(want, np.int32))
@@ -87,3 +107,51 @@ def test_the_model_of_vcvtps2dq_rounds_to_even_and_flags_what_does_not_fit() -> 
 def test_every_model_is_of_an_intrinsic_that_llvm_has() -> None:
     for name in MODELS:
         assert tvm.target.codegen.llvm_lookup_intrinsic_id(name) > 0, name
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("llvm.x86.avx512.vpdpwssd.512", lambda acc, x: call("int32x16", "llvm.x86.avx512.vpdpwssd.512", acc, x, x)),
+        ("llvm.x86.avx2.vpdpbssd.256", lambda acc, x: call("int32x8", "llvm.x86.avx2.vpdpbssd.256", acc, x, x)),
+        ("llvm.x86.tdpbssd", lambda *_: amx.emit("tdpbssd", amx.number(0), amx.number(1), amx.number(2))),
+    ],
+    ids=["avx512", "named-like-avx2", "tile"],
+)
+def test_an_instruction_without_a_model_is_named(name: str, make: Callable[..., Any]) -> None:
+    values = np.zeros(16, np.int32)
+    assert tvm.target.codegen.llvm_lookup_intrinsic_id(name) > 0
+    with emulating(), pytest.raises(UnknownInstruction, match=f"{re.escape(name)} is not emulated"):
+        executed(make, [values, values], [16, 16], ("int32", 16))
+    with emulating():
+        np.testing.assert_array_equal(executed(lambda x: x, [values], [16], ("int32", 16)), values)
+
+
+def test_the_switch_emulates_every_row_but_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILER_EMULATE", "1")
+    assert [is_emulated(t) for t in ALL] == [t != HOST for t in ALL]
+    monkeypatch.delenv("QCOMPILER_EMULATE")
+    assert [is_emulated(t) for t in ALL] == [code_target(t) == HOST != t for t in ALL]
+
+
+@pytest.mark.parametrize(
+    ("features", "native"),
+    [
+        ((*HOST.features,), [HOST]),
+        (AVXVNNI.features, [HOST, AVXVNNI]),
+        (AVX512VNNI.features, [HOST, find_target("x86-avx512"), AVX512VNNI]),
+        ((*AVX512VNNI.features, *AVXVNNI.features), [t for t in ALL if t != AMX]),
+        ((*AMX.features, *AVXVNNI.features), ALL),
+    ],
+    ids=["haswell", "alder-lake", "zen-4", "zen-5", "sapphire-rapids"],
+)
+def test_each_machine_runs_what_it_has(features: tuple[str, ...], native: list[Target]) -> None:
+    """And no code is for a feature that the machine lacks."""
+    has = {*features, *HOST.features}
+
+    def missing(target: Target) -> set[str]:
+        return set(target.features) - has
+
+    assert [t for t in ALL if encoding(t, missing) == t] == native
+    assert not any(missing(encoding(t, missing)) for t in ALL)
+    assert (encoding(AVXVNNI, missing) == HOST) == (not {"avx_vnni", "avx512_vnni"} & has)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from x86_emulation import ALL, AMX, build_network, runs_here
+from x86_emulation import ALL, AMX, build_network, each, runs_here
 
 from qcompiler.backend import artifact
 from qcompiler.base.errors import IncompatibleDevice
@@ -44,7 +44,7 @@ def digits() -> Compilation:
     return compile_stages(MODEL, "native", demo_data()[0][:40], preset="fast")
 
 
-@pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("target", each(ALL))
 def test_digits(target: Target, digits: Compilation, tmp_path: Path) -> None:
     image = demo_data()[1][3]
     want = interpreter.run(digits.integer, image, keep="all") | interpreter.run(digits.integer, image)
@@ -54,7 +54,7 @@ def test_digits(target: Target, digits: Compilation, tmp_path: Path) -> None:
     assert target.name in rows and rows <= set(target.rows)
 
 
-@pytest.mark.parametrize("target", [t for t in ALL if t.name in ("x86-avx2", "x86-avx512vnni")], ids=lambda t: t.name)  # the others take minutes each
+@pytest.mark.parametrize("target", each(t for t in ALL if t.name in ("x86-avx2", "x86-avx512vnni")))  # the others take minutes each
 def test_mobilenet_v2(target: Target, real_data: Path, root: Path, tmp_path: Path, mobilenet: tuple[Compilation, Values, Values]) -> None:
     compilation, sample, want = mobilenet
     got, _ = traced(compilation, target, sample, tmp_path)

@@ -2,17 +2,22 @@
 
 A kernel names its instructions as LLVM intrinsics. While one is built here, those beyond AVX2 become vector arithmetic that does what Intel's manual says of
 the instruction, and LLVM compiles 512-bit arithmetic for 256-bit registers. What is emulated is thus the instruction, and all else of the kernel is what ships.
+An instruction that has no model here fails the test with its name.
+
+QCOMPILER_EMULATE=1 emulates every row beyond AVX2 whatever the machine has. `pytest -m switched` runs the tests that then differ on this machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
+import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,20 +39,38 @@ AMX = find_target("x86-amx")
 TARGETS = [t for t in ALL if t != AMX]  # its convolutions have tests of their own, its other kernels are those of x86-avx512vnni
 HOST = find_target("x86-avx2")
 AVXVNNI, AVX512VNNI = find_target("x86-avxvnni"), find_target("x86-avx512vnni")
+OF_HOST = re.compile(r"llvm\.(?!x86\.)|llvm\.x86\.(s?sse\d*|avx2?|fma)\.(?!vpdp)")  # names of what HOST has; LLVM calls AVX-VNNI-INT8 avx2.vpdp*
 runs_here = pytest.mark.skipif(bool(missing_features(HOST)), reason="this machine runs no x86 row, not even emulated")
 
 
 def code_target(target: Target) -> Target:
     """The target to generate code for when kernels of `target` shall run here: itself, its instructions in an encoding that this machine has, or `HOST`."""
-    if not missing_features(target):
+    if os.environ.get("QCOMPILER_EMULATE") == "1":
+        return HOST
+    return encoding(target, missing_features)
+
+
+def encoding(target: Target, missing: Callable[[Target], Collection[str]]) -> Target:
+    """`code_target` of a machine that misses the features which `missing` says of a target."""
+    if not missing(target):
         return target
-    if target == AVXVNNI and not missing_features(AVX512VNNI):  # the 256-bit instruction has both a VEX and an EVEX encoding
-        return dataclasses.replace(target, tvm=AVX512VNNI.tvm)
+    if target == AVXVNNI and not missing(AVX512VNNI):  # the 256-bit instruction has both a VEX and an EVEX encoding
+        return dataclasses.replace(target, tvm=AVX512VNNI.tvm, features=AVX512VNNI.features)
     return HOST
 
 
 def is_emulated(target: Target) -> bool:
     return code_target(target) == HOST != target
+
+
+def marks(target: Target) -> list[pytest.MarkDecorator]:
+    """Of a test of `target`: `switched` where QCOMPILER_EMULATE=1 changes what runs on this machine."""
+    return [pytest.mark.switched] if HOST not in (target, encoding(target, missing_features)) else []
+
+
+def each(targets: Iterable[Target]) -> list[Any]:
+    """Parameters of a test or a fixture: one for a target."""
+    return [pytest.param(t, id=t.name, marks=marks(t)) for t in targets]
 
 
 def build(row: Row, op: OpCall, params: Mapping[str, Any], target: Target) -> tuple[Kernel, Target]:
@@ -61,26 +84,36 @@ def build(row: Row, op: OpCall, params: Mapping[str, Any], target: Target) -> tu
 def sampled(name: str, values: Iterable[Any], sample: Container[Any]) -> pytest.MarkDecorator:
     """Parametrizes `name` and `target`: by all `values` where the machine has the target's instructions, by those in `sample` where they are emulated."""
     pairs = [(value, target) for target in TARGETS for value in values if not is_emulated(target) or value in sample]
-    return pytest.mark.parametrize((name, "target"), pairs, ids=[f"{target.name}-{value}" for value, target in pairs])
+    return pytest.mark.parametrize((name, "target"), [pytest.param(v, t, id=f"{t.name}-{v}", marks=marks(t)) for v, t in pairs])
 
 
-@contextmanager
+class UnknownInstruction(Exception):
+    """A kernel has an instruction that is neither AVX2's nor emulated. LLVM would end the process for it, or for a symbol that nobody defines."""
+
+
+@contextlib.contextmanager
 def emulating() -> Iterator[None]:
-    """While this is active, kernels are built from what AVX2 has."""
-    pure, effect = T.call_llvm_pure_intrin, T.call_llvm_intrin
+    """While this is active, kernels are built from what AVX2 has. They raise UnknownInstruction for what has no model here."""
 
-    def vector(dtype: str, name: str, *args: Any) -> Any:
-        return MODELS[name](dtype, *args) if name.startswith("llvm.x86.avx512") else pure(dtype, name, *args)
+    def emulated(real: Callable[..., Any]) -> Callable[..., Any]:
+        def instruction(dtype: str, name: str, *args: Any) -> Any:
+            symbol = "qc_emulated_" + name.removeprefix("llvm.x86.")
+            if name in MODELS:
+                return MODELS[name](dtype, *args)
+            if OF_HOST.match(name):
+                return real(dtype, name, *args)
+            if not hasattr(tiles(), symbol):
+                raise UnknownInstruction(
+                    f"{name} is not emulated: it needs a model in tests/x86_emulation.py or, for tiles, {symbol} in tests/emulated_tiles.c"
+                )
+            plain = [tirx.const(int(a), "int32") if isinstance(a, tirx.IntImm) and str(a.ty) == "int8" else a for a in args]
+            return T.call_extern("int32", symbol, *plain)
 
-    def tile(dtype: str, name: str, *args: Any) -> Any:
-        instruction = name.removeprefix("llvm.x86.")
-        if not instruction.startswith(("tile", "tdp", "ldtile")):
-            return effect(dtype, name, *args)
-        tiles()
-        plain = [tirx.const(int(a), "int32") if isinstance(a, tirx.IntImm) and str(a.ty) == "int8" else a for a in args]
-        return T.call_extern("int32", f"qc_emulated_{instruction}", *plain)
+        return instruction
 
-    with mock.patch.object(T, "call_llvm_pure_intrin", vector), mock.patch.object(T, "call_llvm_intrin", tile):
+    with contextlib.ExitStack() as stack:
+        for name in ("call_llvm_pure_intrin", "call_llvm_intrin"):
+            stack.enter_context(mock.patch.object(T, name, emulated(getattr(T, name))))
         yield
 
 
@@ -96,11 +129,10 @@ def tiles() -> ctypes.CDLL:
 
 def build_network(integer: tvm.IRModule, target: Target) -> Built:
     """The program of a network for `target`, such that this machine runs it."""
-    if not is_emulated(target):
-        return Built(program := lower(integer, dataclasses.replace(target, tvm=code_target(target).tvm)), object_code(program))
-    with emulating():
+    with emulating() if is_emulated(target) else contextlib.nullcontext():
         program = lower(integer, target)
-    program.target = dataclasses.replace(target, tvm=HOST.tvm, features=HOST.features)
+    code = code_target(target)
+    program.target = dataclasses.replace(target, tvm=code.tvm, features=code.features)
     return Built(program, object_code(program))
 
 
