@@ -31,10 +31,10 @@ from x86_emulation import (
     vpmaddwd,
 )
 
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.isa import call, load, save
 from qcompiler.schedules.x86 import amx
 from qcompiler.schedules.x86.isa import AVX512VNNI as AVX512VNNI_ISA
-from qcompiler.targets import Target, find_target
 
 pytestmark = runs_here
 ROUNDS = 512
