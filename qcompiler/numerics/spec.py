@@ -14,9 +14,10 @@ from fractions import Fraction
 import numpy as np
 
 LOW, HIGH = -128, 127  # int8 activations
+LIMITS = {"int8": (LOW, HIGH), "int16": (-32768, 32767)}  # what a stored value of each type may be
 WEIGHT_HIGH = 127  # weights are symmetric: [-127, 127]
 INT32_MAX = 2**31 - 1
-MAX_RESIDUAL_SHIFT = 16
+MAX_RESIDUAL_SHIFT = {("int8", "int8"): 16, ("int16", "int8"): 20, ("int8", "int16"): 14, ("int16", "int16"): 14}  # by types of residual and output
 MIN_SCALE, MAX_SCALE = 2.0**-125, 2.0**126
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 RESIDUAL_LIMIT = 2**30  # the convolution's share of a residual sum is clipped to this
@@ -25,7 +26,7 @@ RESIZE_BITS = 10  # fixed-point bits of one linear weight
 
 @dataclass(frozen=True)
 class QParams:
-    """Per-tensor asymmetric int8 quantization: `scale` a float32 value in [2^-125, 2^126], `zero_point` in [-128, 127].
+    """Per-tensor quantization: `scale` a float32 value in [2^-125, 2^126]; `zero_point` in [-128, 127] for dtype "int8", 0 for "int16".
 
     Within these bounds no step of the arithmetic depends on subnormal float32 numbers, which some machines replace by 0 (docs/numerics.md).
     Raises ValueError otherwise.
@@ -33,20 +34,25 @@ class QParams:
 
     scale: float
     zero_point: int
+    dtype: str = "int8"
 
     def __post_init__(self) -> None:
         if not MIN_SCALE <= self.scale <= MAX_SCALE:
             raise ValueError(f"scale is {self.scale}; it must lie in [2^-125, 2^126], about [2.4e-38, 8.5e37]")
         if int(self.zero_point) != self.zero_point:
             raise ValueError(f"zero point is {self.zero_point}; it must be an integer")
+        if self.dtype not in LIMITS:
+            raise ValueError(f"dtype is '{self.dtype}'; it must be one of {', '.join(LIMITS)}")
         if not LOW <= self.zero_point <= HIGH:
             raise ValueError(f"zero point is {self.zero_point}; it must lie in [{LOW}, {HIGH}]")
+        if self.dtype == "int16" and self.zero_point:
+            raise ValueError(f"zero point is {self.zero_point}; that of 16-bit numbers must be 0")
         object.__setattr__(self, "scale", float(np.float32(self.scale)))
         object.__setattr__(self, "zero_point", int(self.zero_point))
 
     @staticmethod
-    def from_range(low: float, high: float, symmetric: bool = False) -> QParams:
-        """Parameters whose representable range covers [low, high] and contains 0 exactly.
+    def from_range(low: float, high: float, symmetric: bool = False, dtype: str = "int8") -> QParams:
+        """Parameters whose representable range covers [low, high] and contains 0 exactly; 16 bits are symmetric.
 
         (gemmlowp doc/quantization.md: nudge the zero point to an integer, so that real 0, which padding uses, has no error.)
         An empty range (0, 0) gives scale 1. Raises ValueError for NaN, infinity or low > high.
@@ -54,28 +60,31 @@ class QParams:
         if not (math.isfinite(low) and math.isfinite(high)) or low > high:
             raise ValueError(f"range [{low}, {high}] must be finite and ordered")
         low, high = min(low, 0.0), max(high, 0.0)
+        symmetric = symmetric or dtype == "int16"
         if symmetric:
             low, high = -max(-low, high), max(-low, high)
         if high - low <= 0:
-            return QParams(1.0, 0)
-        scale = float(np.float32(max((high - low) / (HIGH - LOW), MIN_SCALE)))
+            return QParams(1.0, 0, dtype)
+        least, most = LIMITS[dtype]
+        scale = float(np.float32(max((high - low) / (most - least), MIN_SCALE)))
         if symmetric:
-            return QParams(scale, 0)
+            return QParams(scale, 0, dtype)
         zero_point = int(np.clip(np.rint(LOW - low / scale), LOW, HIGH))
         return QParams(scale, zero_point)
 
     def quantize(self, real: np.ndarray) -> np.ndarray:
-        """int8: `clip(rint(real / scale) + zero_point)`, ties to even, in float64 (compile-time constants; kernels follow `numerics.quantize`)."""
-        return np.asarray(np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, LOW, HIGH), np.int8)
+        """Of `dtype`: `clip(rint(real / scale) + zero_point)`, ties to even, in float64 (compile-time constants; kernels follow `operators.quantize`)."""
+        return np.asarray(np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, *LIMITS[self.dtype]), self.dtype)
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
-        """float64 real values of int8 `q`."""
+        """float64 real values of integers `q`."""
         return (np.asarray(q, np.float64) - self.zero_point) * self.scale
 
     @property
     def range(self) -> tuple[float, float]:
         """The least and the greatest representable real value."""
-        return (LOW - self.zero_point) * self.scale, (HIGH - self.zero_point) * self.scale
+        low, high = LIMITS[self.dtype]
+        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
 
 def conv_multiplier(x_scale: float, w_scale: np.ndarray, y_scale: float | None, residual_shift: int | None = None) -> np.ndarray:
@@ -89,28 +98,34 @@ def conv_multiplier(x_scale: float, w_scale: np.ndarray, y_scale: float | None, 
     return np.minimum(exact * 2.0 ** (residual_shift or 0), FLOAT32_MAX).astype(np.float32)
 
 
-def residual_parameters(r_scale: float, y_scale: float) -> tuple[int, int]:
+def magnitude(dtype: str) -> int:
+    """The greatest |q - z| of a value that is stored as "int8", with any zero point, or as "int16"."""
+    return 255 if dtype == "int8" else 2**15
+
+
+def residual_parameters(r_scale: float, y_scale: float, r_dtype: str = "int8", y_dtype: str = "int8") -> tuple[int, int]:
     """(multiplier, shift) of a residual: `r_scale / y_scale ~ multiplier * 2^-shift`.
 
-    shift is at most 16, and such that 255 * multiplier < 2^30: with the convolution's share clipped to 2^30 the int32 sum can't overflow.
+    shift is at most 16 (20 where a 16-bit residual meets an 8-bit output, 14 for 16-bit outputs: the convolution's share reaches across 2^(30 - shift)
+    steps), and such that the residual's share stays below 2^30: with the convolution's clipped to 2^30 the int32 sum can't overflow.
     """
     ratio = float(r_scale) / float(y_scale)
-    for shift in range(MAX_RESIDUAL_SHIFT, -1, -1):
+    for shift in range(MAX_RESIDUAL_SHIFT[r_dtype, y_dtype], -1, -1):
         multiplier = round(ratio * 2**shift)
-        if 255 * multiplier < RESIDUAL_LIMIT:
+        if magnitude(r_dtype) * multiplier < RESIDUAL_LIMIT:
             return multiplier, shift
     raise ValueError(f"residual scale {r_scale} is too large beside the output scale {y_scale}")
 
 
-def add_parameters(a_scale: float, b_scale: float, y_scale: float) -> tuple[int, int, int]:
+def add_parameters(a_scale: float, b_scale: float, y_scale: float, a_dtype: str = "int8", b_dtype: str = "int8") -> tuple[int, int, int]:
     """(A, B, shift) of a sum: `a_scale / y_scale ~ A * 2^-shift`, likewise B.
 
-    The largest shift in [0, 30] with 255 * (A + B) < 2^31, so that int32 can't overflow and each ratio has the most bits.
+    The largest shift in [0, 30] with |a| * A + |b| * B < 2^31 for all operands, so that int32 can't overflow and each ratio has the most bits.
     """
     a_ratio, b_ratio = float(a_scale) / float(y_scale), float(b_scale) / float(y_scale)
     for shift in range(30, -1, -1):
         a, b = round(a_ratio * 2**shift), round(b_ratio * 2**shift)
-        if 255 * (a + b) <= INT32_MAX:
+        if magnitude(a_dtype) * a + magnitude(b_dtype) * b <= INT32_MAX:
             return a, b, shift
     raise ValueError(f"operand scales {a_scale} and {b_scale} are too large beside the output scale {y_scale}")
 

@@ -14,7 +14,8 @@ import tvm
 from tvm import relax
 
 from qcompiler.base.errors import DataError
-from qcompiler.numerics.operators import OPERATORS, scatter
+from qcompiler.numerics.operators import OPERATORS
+from qcompiler.numerics.products import scatter
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, plain, relax_op, shape_of
 
 
