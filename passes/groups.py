@@ -26,21 +26,17 @@ from tvm import relax
 
 from qcompiler.passes.constants import Constant, constant_of, kernel_form
 from qcompiler.passes.graph import Graph, arguments, dtype_of, plain, relax_op, shape_of
+from qcompiler.passes.kinds import KINDS, Kind
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
 from qcompiler.passes.trained import Trained
 from qcompiler.passes.unary import Unary, clamp, elementwise, join_clamps
-
-ACCUMULATING = ("conv2d", "conv2d_transpose", "dense", "matmul")  # may hand out float32 straight from the accumulator
-DATA_MOVEMENT = ("concat", "reshape", "transpose", "slice", "pad")  # fine in any dtype
-SAME_QUANTIZATION = (*DATA_MOVEMENT, "max_pool2d", "resize2d")  # the output takes over the inputs' scale
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """One unit of quantization.
 
-    kind: "conv2d", "conv2d_transpose", "dense", "matmul", "add", "sub", "mul", "unary", "max_pool2d", "avg_pool2d", "mean", "concat",
-        "resize2d", "reshape", "transpose", "slice" (an output of a split too), "pad", "quantize", "dequantize" or "float".
+    kind: a name of the table in `kinds.py`, whose row is `traits`; an output of a split is a "slice".
     id: value id of the output. members: bindings inside, in order. shape: of the output; () for a tuple.
     inputs: value ids of the tensor operands, in order. residual: one more, added after the bias.
     weight: conv2d, conv2d_transpose: [O, KH, KW, I/groups]; dense: [N, K]; add, sub, mul with one constant operand: that operand
@@ -66,6 +62,11 @@ class Group:
     attrs: dict[str, Any] = field(default_factory=dict)
     function: Unary | None = None
     reason: str | None = None
+
+    @property
+    def traits(self) -> Kind:
+        """What is true of its kind."""
+        return KINDS[self.kind]
 
 
 def find_groups(module: tvm.IRModule) -> list[Group]:
@@ -151,7 +152,7 @@ class _Finder:
 
     def extend(self, group: Group) -> Group:
         """Take in what follows: bias and residual (operators with weights), then clamps."""
-        weighted, clamped = group.kind in ("conv2d", "conv2d_transpose", "dense"), False
+        weighted, clamped = group.traits.weighted, False
         members = list(group.members)
         while (name := self.only_consumer(group.id)) is not None:
             expr = self.values[name]
@@ -185,7 +186,7 @@ class _Finder:
     def residual(self, expr: Any, group: Group) -> str | None:
         left, right = expr.args
         other = right if _is(left, group.id) else left
-        allowed = group.kind != "conv2d_transpose" and relax_op(expr) == "relax.add" and not self.is_constant(other)
+        allowed = group.traits.residual and relax_op(expr) == "relax.add" and not self.is_constant(other)
         return str(other.name) if allowed and shape_of(other) == group.shape else None
 
     # -- elementwise --------------------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class _Finder:
         (source,), inside = best
         if inside == {root} and clamp(expr) is not None and source in self.values and self.only_consumer(source) == root:
             op = relax_op(self.values[source])
-            if op in _CLAMPED_BY or (op in _BINARY and self.scalar_function(source, self.values[source]) is None):
+            if op in _CLAMPED or (op in _BINARY and self.scalar_function(source, self.values[source]) is None):
                 return None
         if any(shape_of(o) != shape for n in inside for o in self.operands(n)):
             return None
@@ -271,7 +272,7 @@ class _Finder:
     def single(self, name: str, expr: Any) -> Group:
         op = relax_op(expr)
         if op in ("relax.quantize", "relax.dequantize"):
-            return Group(op.split(".")[1], name, (name,), _names(expr.args[:1]), shape_of(expr))
+            return Group(op.removeprefix("relax."), name, (name,), _names(expr.args[:1]), shape_of(expr))
         if op in _BINARY:
             return self.binary(name, expr, _BINARY[op])
         if isinstance(expr, relax.TupleGetItem):
@@ -297,7 +298,7 @@ class _Finder:
         if dtype_of(expr) != "float32":
             return self.float_group(name, expr, f"there are int8 kernels for float32 tensors only, not {dtype_of(expr)}")
         group = Group(found.kind, name, members, _names(found.operands), shape_of(expr), attrs=found.attrs)
-        return self.extend(group) if found.kind in ("avg_pool2d", "mean") else group
+        return self.extend(group) if group.traits.clamped else group
 
     def float_group(self, name: str, expr: Any, reason: str) -> Group:
         tensors = [a for a in arguments(expr) if isinstance(a, relax.Var)]
@@ -307,8 +308,8 @@ class _Finder:
         return Group("float", name, self.members([*constants, name]), _names(inputs), shape, reason=reason)
 
 
-_BINARY = {"relax.add": "add", "relax.subtract": "sub", "relax.multiply": "mul"}
-_CLAMPED_BY = ("relax.mean", "relax.nn.avg_pool2d", "relax.nn.adaptive_avg_pool2d")
+_BINARY = {op: kind.name for kind in KINDS.values() if kind.elementwise for op in kind.relax}
+_CLAMPED = {op for kind in KINDS.values() if kind.clamped and not (kind.accumulates or kind.elementwise) for op in kind.relax}
 
 
 def _names(variables: Iterable[Any]) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ Refused here, on the actual weights: accumulators that could exceed int32 (the g
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,16 +25,10 @@ from qcompiler.base.errors import PlanError
 from qcompiler.numerics.spec import QParams, add_parameters, conv_accumulator_bound, residual_parameters
 from qcompiler.passes.constants import dequantized, relax_form
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
-from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups
 
 BIAS_LIMIT = 2**29  # int32 biases beyond it leave too little room for the products
 INT32 = 2**31 - 1
-_CARRIERS = {
-    "add": "relax.add",
-    "sub": "relax.subtract",
-    "mul": "relax.multiply",
-    "dense": "relax.matmul",
-}  # the member that holds the constant operand
 
 
 class Plan(Protocol):
@@ -97,14 +90,14 @@ class _Inserter:
         if reason is not None:
             return reason
         output = self.plan.params(group.id)
-        if output is None and group.kind in DATA_MOVEMENT:
+        if output is None and group.traits.moves:
             return "it moves float32 data"
-        if output is None and group.kind not in ACCUMULATING:
+        if output is None and not group.traits.accumulates:
             raise PlanError(f"{group.kind} '{group.id}': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float")
         operands = [self.params(v, group) for v in [*group.inputs, *([group.residual] if group.residual else [])]]
         reason = self.overflow(group)
-        if reason is None and output is not None and (group.residual or group.kind in ("add", "sub")):
-            if group.id in self.weights and group.kind in ("add", "sub"):
+        if reason is None and output is not None and (group.residual or group.traits.sums):
+            if group.id in self.weights and group.traits.sums:
                 operands.append(QParams(float(self.weights[group.id].scale[0]), 0))
             reason = _unsummable(group, operands, output)
         return reason
@@ -119,17 +112,15 @@ class _Inserter:
 
     def overflow(self, group: Group) -> str | None:
         """The sentence for accumulators that can leave int32, or None."""
-        if group.weight is not None and group.kind not in ("add", "sub", "mul"):
+        if group.traits.weighted:
             weight = self.weight(group)
             x = self.params(group.inputs[0], group)
             bound = conv_accumulator_bound(weight.value, quantized_bias(group.bias, x.scale, weight.scale), x.zero_point)
         elif group.weight is not None:
             self.weights[group.id] = _elementwise_constant(group.weight, self.plan.constant(group.id))
             return None
-        elif group.kind == "matmul":
-            bound = 255 * 255 * self.shape(group.inputs[0])[-1]
-        elif group.kind == "mean":
-            bound = 255 * math.prod(self.shape(group.inputs[0])) // max(math.prod(group.shape), 1)
+        elif group.traits.bound is not None:
+            bound = group.traits.bound(self.shape(group.inputs[0]), group.shape)
         else:
             return None
         return f"its accumulator can reach {bound}, beyond int32" if bound > INT32 else None
@@ -158,7 +149,7 @@ class _Inserter:
         for name, expr in self.graph.bindings:
             group = owner[name]
             quantized = group.id in self.quantized
-            if quantized and group.weight is not None and relax_op(expr) == _CARRIERS.get(group.kind, f"relax.nn.{group.kind}"):
+            if quantized and group.weight is not None and relax_op(expr) in group.traits.relax:
                 expr = self.with_weight(group, expr)
             self.raw[name] = self.builder.emit(name, substitute(expr, functools.partial(self.operand, group, quantized)))
         return self.builder.finish([(name, self.seen(str(v.name))) for name, v in self.graph.outputs])

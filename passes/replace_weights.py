@@ -21,8 +21,6 @@ from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_o
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import LAYER_NORM
 
-_ANCHORS = {"conv2d": "relax.nn.conv2d", "dense": "relax.matmul"}
-
 
 def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tvm.IRModule:
     """layers: group id -> (float32 weight like `Group.weight`, bias [O]) of conv2d and dense groups; (gamma, beta) of `layer_norms`."""
@@ -42,7 +40,7 @@ def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray,
         offset = const(bias.astype(np.float32))
         if relax_op(expr) == LAYER_NORM:
             env[name] = builder.emit(name, tvm.ir.Call(expr.op, [env[str(expr.args[0].name)], const(weight), offset], expr.attrs, expr.ty_args))
-        elif relax_op(expr) == _ANCHORS[group.kind]:
+        elif relax_op(expr) in group.traits.relax:
             product = tvm.ir.Call(expr.op, [env[str(expr.args[0].name)], _in_relax_form(weight, group, expr.args[1])], expr.attrs, expr.ty_args)
             if group.bias is not None:
                 env[name] = builder.emit(name, product)

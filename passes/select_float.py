@@ -44,7 +44,7 @@ def select_float(module: tvm.IRModule, weights: WeightScheme | None = None, keep
                 env[name] = builder.emit(name, call)
                 rows.append(row)
             continue
-        if group.kind in ("conv2d", "dense"):
+        if group.traits.float_kernel:
             if name == group.id:
                 env[name] = builder.emit(name, scheduled(group, env.__getitem__))
             continue

@@ -11,7 +11,7 @@ from tvm import relax
 
 from qcompiler.calibration.table import CalibrationTable, Statistics, Watcher, calibrate
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
-from qcompiler.passes.groups import SAME_QUANTIZATION, find_groups
+from qcompiler.passes.groups import find_groups
 from qcompiler.plan.planner import observed_ids
 
 
@@ -74,7 +74,7 @@ def sketched_table(module: tvm.IRModule, size: int = 2000) -> CalibrationTable:
             result = {"add": a + b, "sub": a - b, "mul": a * b}[group.kind]
         elif group.kind == "concat":
             result = np.concatenate(operands)
-        elif group.kind in SAME_QUANTIZATION:
+        elif group.traits.keeps:
             result = operands[0]
         else:
             result = rng.standard_normal(size) if group.reason is None else rng.uniform(0, 1, size)

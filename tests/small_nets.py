@@ -12,7 +12,7 @@ from tvm import relax
 
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, shape_of, substitute
-from qcompiler.passes.groups import ACCUMULATING, SAME_QUANTIZATION, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
 
 NHWC = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
@@ -115,9 +115,9 @@ class TinyPlan:
         readers = Graph.of(self.module).consumers()
         for group in self.groups.values():
             inputs = [self.parameters.get(i) for i in group.inputs]
-            if group.kind in ACCUMULATING and set(readers[group.id]) == {"<output>"}:
+            if group.traits.accumulates and set(readers[group.id]) == {"<output>"}:
                 self.parameters[group.id] = None
-            elif group.kind in SAME_QUANTIZATION and len(inputs) == 1:
+            elif group.traits.keeps and len(inputs) == 1:
                 self.parameters[group.id] = inputs[0]
             elif group.id in ranges:
                 self.parameters[group.id] = QParams.from_range(*ranges[group.id])

@@ -26,7 +26,7 @@ from tvm import relax
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.constants import constant_of
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
-from qcompiler.passes.groups import ACCUMULATING, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
 from qcompiler.passes.realize.edges import fuse_edges
@@ -155,7 +155,7 @@ class _Realizer:
         found = [t for t in inputs if t is not None]
         if len(found) < len(inputs) or (group.residual and residual is None) or (group.weight is not None and group.weight_scale is None):
             return None
-        if output is None and group.kind not in ACCUMULATING:
+        if output is None and not group.traits.accumulates:
             return None
         return Site(group, found, residual, output, lambda t, p: self.requantized(t, p, f"{group.id}~requantized"))
 
@@ -189,7 +189,7 @@ class _Realizer:
 
     def stay_float(self, group: Group) -> None:
         self.float_ops.setdefault(group.id, group.reason or "its operands or its output are float32")
-        if group.kind in ("conv2d", "dense"):
+        if group.traits.float_kernel:
             self.values[group.id] = _Value(real=self.builder.emit(group.id, scheduled(group, self.real)))
             return
         if group.kind == "slice" and isinstance(self.exprs[group.id], relax.TupleGetItem):

@@ -15,6 +15,6 @@ from qcompiler.passes.realize.site import Site
 
 def move(site: Site) -> Any:
     attrs = dict(site.group.attrs)
-    if site.group.kind == "pad":
+    if site.group.traits.pads:
         attrs["value"] = int(site.quantized.quantize(np.array(attrs["value"])))
     return site.call(f"qc.{site.group.kind}", [site.requantized(x, site.quantized).expr for x in site.inputs], attrs)

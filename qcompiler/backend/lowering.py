@@ -23,12 +23,13 @@ from qcompiler.base.errors import ModelError
 from qcompiler.base.memory import Request, plan_memory, round_up
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
+from qcompiler.passes.kinds import KINDS
 from qcompiler.schedules.legalized import legalized_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
 
 Params = Callable[[Row, OpCall], Mapping[str, Any] | None]  # tuned parameters for an operator, None for the row's own default
 
-VIEWS = {"relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten"}
+VIEWS = {op for kind in KINDS.values() if kind.views for op in kind.relax}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from qcompiler.pipeline.stages import Compilation
 from qcompiler.refine.correction import Layer, integer_layers
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted
-_WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
 _ANCHORS = {"Conv": "conv2d", "ConvTranspose": "conv2d_transpose", "Gemm": "dense", "MatMul": "dense"}
 _ABSORBED = {"BatchNormalization", "Add", "Sub", "Mul", "Div", "Relu", "Clip", "Identity", "Dropout"}  # between an anchor and its group's end
 _LAYOUTS = ("nhwc", "nchw", "moved", "ranked")  # suffixes of values that hold a tensor of the file in another order (passes/layout.py)
@@ -128,7 +127,7 @@ class _Exporter:
         for group in self.groups:
             if group.id in self.float_ops:
                 self.kept[group.id] = self.float_ops[group.id]
-            elif group.id in self.producer and group.kind in _WEIGHTED:
+            elif group.id in self.producer and group.traits.weighted:
                 nodes = self.weighted_nodes(group)
                 if isinstance(nodes, str):
                     self.kept[group.id] = nodes
@@ -160,7 +159,7 @@ class _Exporter:
                 continue
             seen.add(id(node))
             found.nodes.append(node)
-            if group.kind in _WEIGHTED and _ANCHORS.get(node.op_type) == group.kind:
+            if group.traits.weighted and _ANCHORS.get(node.op_type) == group.kind:
                 found.anchor = node if found.anchor is None else None
                 continue
             queue += [i for i in node.input if i and i not in self.fixed and i not in self.ends]
@@ -173,7 +172,7 @@ class _Exporter:
         if not any(v in self.equalized for v in (group.id, group.inputs[0] if group.inputs else "", group.residual or "")):
             return []
         nodes: list[onnx.NodeProto] | str = []
-        if group.kind in _WEIGHTED:
+        if group.traits.weighted:
             nodes = self.weighted_nodes(group, rounded=False)
         elif group.id in self.norms:
             nodes = self.normalization(group)

@@ -18,7 +18,7 @@ from qcompiler.backend.lowering import Program
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import DATA_MOVEMENT, SAME_QUANTIZATION
+from qcompiler.passes.kinds import KINDS
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, Quantized
 from qcompiler.plan.mixed import Edge, Layer, Network
@@ -49,7 +49,7 @@ class Survey:
     def sensitivity(self, twin: Session, progress: Progress | None, most: int = 16, seconds: float = math.inf) -> Sensitivity:
         """twin: the float network. Samples are those of the calibration; `most` and `seconds` as in `measure_sensitivity`."""
         measured, plan = self._stages.measured, self._stages.plan
-        copies = {g.id for g in self._placer.groups if g.kind in SAME_QUANTIZATION and g.id not in self._placement.reasons}
+        copies = {g.id for g in self._placer.groups if g.traits.keeps and g.id not in self._placement.reasons}
         values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
         params = {v: p for v in values if (p := plan.params(v)) is not None}
         layers = rounded_layers(self._integer, measured)
@@ -78,7 +78,7 @@ class Survey:
         layers, model = {}, self._stages.measured.model
         for g in self._placer.groups:
             size = 0 if g.weight is None else g.weight.size
-            movable = g.id not in self._placement.reasons and g.kind not in DATA_MOVEMENT
+            movable = g.id not in self._placement.reasons and not g.traits.moves
             times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
             layers[g.id] = Layer(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
         elements = {**{i.name: math.prod(i.shape) for i in model.inputs}, **{g.id: math.prod(g.shape) for g in self._placer.groups}}
@@ -124,7 +124,8 @@ def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple
     """group id -> (the float32 weights that the int8 weights of an integer module stand for, the float32 bias with which they keep the layer's mean), of
     layers whose operands the float twin has as constants. The integer module's own biases also undo what the layers before did, which is not there here.
     """
-    known = {s.writes for s in measured.twin.program.steps if s.name in ("qc.f32.conv2d", "qc.f32.dense")}
+    ours = {f"qc.f32.{kind.name}" for kind in KINDS.values() if kind.float_kernel}
+    known = {s.writes for s in measured.twin.program.steps if s.name in ours}
     shapes, found = shapes_of(measured.model.module), {}
     for layer in integer_layers(integer):
         if layer.group in known:

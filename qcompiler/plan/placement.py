@@ -21,11 +21,10 @@ import tvm
 from qcompiler import schedules
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, dtype_of
-from qcompiler.passes.groups import ACCUMULATING, DATA_MOVEMENT, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.schedules.table import KERNELS
 
-_LIGHT = ("add", "sub", "mul", "unary")  # computed in float where their operands are float anyway
 _TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see
 
 
@@ -69,12 +68,12 @@ class Placer:
         floating = {value for value, dtype in self._dtypes.items() if value in wanted or dtype != "float32"}  # values at hand in float
         for group in self.groups:
             at_hand = [v in floating for v in operands(group)]
-            if group.id in reasons or (group.kind in ACCUMULATING and group.id in wanted):
+            if group.id in reasons or (group.traits.accumulates and group.id in wanted):
                 floating.add(group.id)
-            elif group.kind in DATA_MOVEMENT and group.id in wanted and any(at_hand):
+            elif group.traits.moves and group.id in wanted and any(at_hand):
                 reasons[group.id] = "it carries float32 values to float32 operators or outputs"
                 floating.add(group.id)
-            elif group.kind in _LIGHT and all(at_hand):
+            elif group.traits.light and all(at_hand):
                 reasons[group.id] = "its operands are float32"
                 floating.add(group.id)
         return Placement(reasons, tuple(v for v in self.readers if self._is_stored(v, reasons)))
@@ -82,7 +81,7 @@ class Placer:
     def _is_stored(self, value: str, reasons: Mapping[str, str]) -> bool:
         """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
         maker = self.made_by.get(value)
-        made = maker is not None and maker.id not in reasons and (maker.kind not in ACCUMULATING or value in self._trained)
+        made = maker is not None and maker.id not in reasons and (not maker.traits.accumulates or value in self._trained)
         return made or any(g.id not in reasons for g in self.readers[value])
 
 
@@ -90,15 +89,14 @@ def _impossible(group: Group, target: Target) -> str | None:
     """Why a group can't be int8: no such operator, or no kernel on this target."""
     if group.reason:
         return group.reason
-    if group.kind in ("quantize", "dequantize"):
+    if group.traits.edge:
         return "the model itself quantizes here"
-    operator = {"add": "qc.add", "sub": "qc.add", "unary": "qc.lut"}.get(group.kind, f"qc.{group.kind}")
-    allowed = {*target.rows, "any"}
-    if group.kind == "float" or any(row.isa in allowed for row in KERNELS.get(operator, [])):
+    operator, allowed = group.traits.operator, {*target.rows, "any"}
+    if operator is None or any(row.isa in allowed for row in KERNELS.get(operator, [])):
         return None
     return f"no kernel row implements {operator} on target {target.name}"
 
 
 def _carries(group: Group) -> bool:
     """May `group` stay float when its output is wanted in float?"""
-    return group.kind in DATA_MOVEMENT or (group.kind in _LIGHT and math.prod(group.shape) <= _TAIL_ELEMENTS)
+    return group.traits.moves or (group.traits.light and math.prod(group.shape) <= _TAIL_ELEMENTS)

@@ -29,14 +29,13 @@ from qcompiler.calibration.observers import OBSERVERS, relative_error
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
-from qcompiler.passes.groups import SAME_QUANTIZATION, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.plan.placement import Placer, operands
 from qcompiler.plan.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
 from qcompiler.plan.recipes import Recipe, recipe
 from qcompiler.plan.weights import choose_scales
 
-_WEIGHTED = ("conv2d", "conv2d_transpose", "dense")
 _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is common; [-1, 1) in steps of 1/128, with 0 exact
     "sigmoid": (QParams(1 / 256, -128), "a sigmoid lies in [0, 1)"),
     "softmax": (QParams(1 / 256, -128), "a softmax lies in [0, 1)"),
@@ -89,7 +88,7 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
 def observed_ids(model: Any) -> list[str]:
     """The values whose statistics a plan may need: what groups with an int8 form read and write."""
     module = model if isinstance(model, tvm.IRModule) else model.module
-    wanted = {v: None for g in find_groups(module) if g.kind != "float" for v in (*operands(g), g.id)}
+    wanted = {v: None for g in find_groups(module) if g.reason is None for v in (*operands(g), g.id)}
     return list(wanted)
 
 
@@ -156,7 +155,7 @@ class _Planner:
                 done |= self.classes[value]
                 self.quantize_class(self.classes[value])
         for group in self.groups:
-            if group.kind in _WEIGHTED and group.id not in self.plan.reasons:
+            if group.traits.weighted and group.id not in self.plan.reasons:
                 assert group.weight is not None
                 self.plan.scales[group.id], self.plan.weights[group.id] = self.weight_scales(group), group.weight
             elif group.weight is not None and group.id not in self.plan.reasons:
@@ -196,12 +195,12 @@ class _Planner:
 
     def unite(self, stored: Sequence[str]) -> None:
         self.classes = {v: {v} for v in stored}
-        same = [g for g in self.groups if g.kind in SAME_QUANTIZATION and g.id not in self.plan.reasons]
+        same = [g for g in self.groups if self.copies(g)]
         for group in same:
-            if group.kind != "concat":
+            if not group.traits.joins:
                 self.join(group.id, group.inputs[0])
         for group in same:
-            if group.kind == "concat":
+            if group.traits.joins:
                 for value in dict.fromkeys(group.inputs):
                     if self.gains(value, group):
                         self.join(group.id, value)
@@ -234,7 +233,7 @@ class _Planner:
         return [v for v in self.readers if v in members and (v not in self.made_by or not self.copies(self.made_by[v]))]
 
     def copies(self, group: Group) -> bool:
-        return group.kind in SAME_QUANTIZATION and group.id not in self.plan.reasons
+        return group.traits.keeps and group.id not in self.plan.reasons
 
     def statistics(self, value: str) -> Histogram:
         if value not in self.table.values:
@@ -244,7 +243,7 @@ class _Planner:
     def histogram(self, members: set[str]) -> Histogram:
         """All values of a class: those of its roots, and of concatenations whose operands keep scales of their own."""
         parts = self.roots(members)
-        parts += [v for v in members if v in self.made_by and self.made_by[v].kind == "concat" and not set(self.made_by[v].inputs) <= members]
+        parts += [v for v in members if v in self.made_by and self.made_by[v].traits.joins and not set(self.made_by[v].inputs) <= members]
         joint = Histogram()
         for value in parts:
             joint = joint.merged(self.statistics(value))
@@ -254,13 +253,13 @@ class _Planner:
 
     def quantize_class(self, members: set[str]) -> None:
         """Rows for all members: the leader has parameters, the others name where theirs come from."""
-        concats = [v for v in self.readers if v in members and v in self.made_by and self.made_by[v].kind == "concat" and self.copies(self.made_by[v])]
+        concats = [v for v in self.readers if v in members and v in self.made_by and self.made_by[v].traits.joins and self.copies(self.made_by[v])]
         roots = self.roots(members)
         leader = concats[-1] if concats else roots[0]
         self.plan.edges[leader] = self.leading_edge(leader, roots, members)
         for value in members - {leader}:
             group = self.made_by.get(value)
-            if group is None or not self.copies(group) or group.kind == "concat":
+            if group is None or not self.copies(group) or group.traits.joins:
                 self.plan.edges[value] = Shared(leader, f"concatenated in '{leader}'")
             else:
                 self.plan.edges[value] = Derived(group.inputs[0], f"{group.kind} keeps its input's quantization")
@@ -303,7 +302,7 @@ class _Planner:
         group = self.made_by.get(value)
         if group is None:
             return None
-        if group.kind == "unary" and group.function is not None:
+        if group.reason is None and group.function is not None:
             return group.function.name if group.function.name in _FIXED else None
         return "softmax" if relax_op(self.exprs[value]) == "relax.nn.softmax" else None
 
@@ -311,9 +310,7 @@ class _Planner:
         """Widen the range to the constants that pads put among the values, where they are of the values' magnitude. Others (the least
         float before a maximum, say) saturate at the end of the range."""
         low, high = params.range
-        values = [
-            float(self.made_by[v].attrs["value"]) for v in members if v in self.made_by and self.made_by[v].kind == "pad" and self.copies(self.made_by[v])
-        ]
+        values = [float(self.made_by[v].attrs["value"]) for v in members if v in self.made_by and self.made_by[v].traits.pads and self.copies(self.made_by[v])]
         near = sorted({v for v in values if low - (high - low) <= v <= high + (high - low) and not low <= v <= high})
         if not near:
             return params, ""

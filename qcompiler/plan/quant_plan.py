@@ -21,7 +21,7 @@ from qcompiler.base.errors import PlanError
 from qcompiler.base.files import replacing
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import ACCUMULATING, SAME_QUANTIZATION, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.plan.weights import quantize_weight
 
 FORMAT = 1
@@ -223,17 +223,17 @@ class QuantPlan:
     def _validate_int8(self, group: Group) -> None:
         where = f"{group.kind} '{group.id}' is planned in 8 bits, but"
         output = self.params(group.id)
-        if output is None and group.kind not in ACCUMULATING:
+        if output is None and not group.traits.accumulates:
             raise PlanError(f"{where} its output stays float32; give it parameters, or a reason to keep the operator in float")
         for value in [*group.inputs, *([group.residual] if group.residual else [])]:
             params = self.params(value)
             if params is None:
                 raise PlanError(f"{where} its input '{value}' stays float32; give it parameters, or a reason to keep the operator in float")
-            if group.kind in SAME_QUANTIZATION and group.kind != "concat" and params != output:
+            if group.traits.keeps and not group.traits.joins and params != output:
                 raise PlanError(
                     f"{where} its input '{value}' has scale {params.scale} and zero point {params.zero_point}, unlike its output; {group.kind} keeps them"
                 )
-        if group.kind in ("conv2d", "conv2d_transpose", "dense"):
+        if group.traits.weighted:
             assert group.weight is not None
             scale = self.scales.get(group.id)
             if scale is None or scale.shape != group.weight.shape[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):

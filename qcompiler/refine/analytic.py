@@ -20,14 +20,12 @@ from qcompiler.passes.groups import Group, find_groups
 from qcompiler.plan.quant_plan import QuantPlan
 from qcompiler.refine.correction import pre_activation, reach
 
-_KINDS = ("conv2d", "dense")
-
 
 def mean_of_rounding(module: tvm.IRModule, plan: QuantPlan, table: CalibrationTable) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{group id: (its float32 weight, corrected bias float64[O])} of every 8-bit convolution and dense group whose input has statistics."""
     shapes, corrected = shapes_of(module), {}
     for group in find_groups(module):
-        if group.kind not in _KINDS or group.id not in plan.scales or group.weight is None:
+        if not group.traits.gathers or group.id not in plan.scales or group.weight is None:
             continue
         rounded, scale = plan.weight(group.id)
         bias = bias_for(group, rounded * scale.reshape(-1, *[1] * (group.weight.ndim - 1)), table, shapes)
@@ -47,7 +45,7 @@ def bias_for(group: Group, weight: np.ndarray, table: CalibrationTable, shapes: 
     statistics of its input don't say."""
     assert group.weight is not None
     x = group.inputs[0]
-    if group.kind not in _KINDS or x not in table.values:
+    if not group.traits.gathers or x not in table.values:
         return None
     mean = table.values[x].channel_mean
     if len(mean) != shapes[x][-1]:
@@ -60,7 +58,7 @@ def bias_for(group: Group, weight: np.ndarray, table: CalibrationTable, shapes: 
 
 def _coverage(group: Group, shape: tuple[int, ...]) -> np.ndarray:
     """float64[KH, KW]: per tap, the fraction of output positions at which it lies inside the image."""
-    if group.kind == "dense":
+    if not group.traits.window:
         return np.ones((1, 1))
     assert group.weight is not None
     rows, columns = (

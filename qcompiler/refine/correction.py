@@ -24,10 +24,11 @@ from qcompiler.base.progress import Progress
 from qcompiler.numerics.spec import conv_accumulator_bound
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.kinds import KINDS
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
 _INT32 = 2**31 - 1
-_CONVOLUTIONS = ("conv2d", "conv2d_transpose")
+_LAYERS = {kind.operator for kind in KINDS.values() if kind.weighted}
 
 
 # -- means of a tensor under each kernel tap ------------------------------------------------------------------------------------------------
@@ -49,14 +50,13 @@ def tap_means(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[
 
     x: float32 NHWC (dense: [..., K]). attrs: geometry as in the operator table. out: the operator's output shape.
     """
-    if kind not in _CONVOLUTIONS:
+    if not KINDS[kind].window:
         x = x.reshape(1, -1, 1, x.shape[-1])
         rows, columns = np.ones((1, x.shape[1]), np.float32), np.ones((1, 1), np.float32)
         positions = x.shape[1]
     else:
         rows, columns = (
-            reach(x.shape[1 + a], out[1 + a], kernel[a], attrs["strides"][a], attrs["padding"][a], attrs["dilation"][a], kind == "conv2d_transpose")
-            for a in (0, 1)
+            reach(x.shape[1 + a], out[1 + a], kernel[a], attrs["strides"][a], attrs["padding"][a], attrs["dilation"][a], KINDS[kind].scatters) for a in (0, 1)
         )
         positions = x.shape[0] * out[1] * out[2]
     w, c = x.shape[2:]
@@ -99,7 +99,7 @@ class FloatMeans:
 
     def __init__(self, module: tvm.IRModule, limit: int) -> None:
         groups = find_groups(module)
-        self.groups: dict[str, Group] = {g.id: g for g in groups if g.kind in (*_CONVOLUTIONS, "dense")}
+        self.groups: dict[str, Group] = {g.id: g for g in groups if g.traits.weighted}
         self.limit = limit
         self.outputs: list[dict[str, np.ndarray]] = []
         self._means: dict[str, list[np.ndarray]] = {k: [] for k in self.groups}
@@ -111,7 +111,7 @@ class FloatMeans:
             for value, means in ((group.inputs[0], self._means), (group.residual, self._residuals)):
                 if value is not None:
                     source = value
-                    while source in made_by and made_by[source].kind == "reshape":  # may be a view, which no step computes
+                    while source in made_by and made_by[source].traits.views:  # may be a view, which no step computes
                         source = made_by[source].inputs[0]
                     self._readers.setdefault(source, []).append((group, means, shapes.get(value)))
 
@@ -227,7 +227,7 @@ def integer_layers(module: tvm.IRModule) -> list[Layer]:
     layers = []
     for name, expr in graph.bindings:
         op = match_op(expr)
-        if op is None or op[0] not in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense"):
+        if op is None or op[0] not in _LAYERS:
             continue
         kind, tensors, attrs = op[0].removeprefix("qc."), op[1], op[2]
         weight, bias, multiplier = (const_value(t) for t in tensors[1:4])

@@ -41,8 +41,6 @@ CAP = 16.0  # a scale lies within this factor of the widest channel's: channels 
 EXPONENTS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 0.5), (0.75, 0.25), (1.0, 1.0))
 """The grid of (a, b)."""
 MIN_GAIN = 0.05  # of the estimated noise; below it a value is left alone
-_WEIGHTED = ("conv2d", "dense")
-_PASSING = ("add", "max_pool2d", "avg_pool2d", "mean", "reshape", "transpose", "slice")  # each channel of the output is made from that channel of the operands
 _OCTAVE = 8  # scales are 2^(n / 8)
 
 
@@ -145,7 +143,7 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
     frozen = {str(p.name) for p in graph.inputs} | {str(v.name) for _, v in graph.outputs}
     for group in groups:
         operands = [*group.inputs, *([group.residual] if group.residual else [])]
-        if group.kind in _WEIGHTED:
+        if group.traits.gathers:
             joined = [group.residual] if group.residual else []
         elif passes(group, shapes):
             joined = list(group.inputs)
@@ -164,8 +162,8 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
     streams = []
     for values in members.values():
         inside = set(values)
-        readers = tuple(g for g in groups if g.kind in _WEIGHTED and g.inputs[0] in inside)
-        writers = tuple(g for g in groups if (g.kind in _WEIGHTED or g.id in norms) and g.id in inside)
+        readers = tuple(g for g in groups if g.traits.gathers and g.inputs[0] in inside)
+        writers = tuple(g for g in groups if (g.traits.gathers or g.id in norms) and g.id in inside)
         limits = [g.high for g in groups if g.id in inside and g.high is not None]
         if readers and writers:
             streams.append(Stream(tuple(values), writers, readers, min(limits, default=None)))
@@ -174,7 +172,7 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
 
 def passes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Does `group` make each channel of its output from that channel of its operands, whatever positive factor the channel has?"""
-    if group.kind not in _PASSING or group.weight is not None or any(v not in shapes for v in group.inputs):
+    if not group.traits.per_channel or group.weight is not None or any(v not in shapes for v in group.inputs):
         return False
     if group.kind == "mean":
         axes = [a % len(shapes[group.inputs[0]]) for a in group.attrs["axes"]]
@@ -192,7 +190,7 @@ def shiftable(stream: Stream, groups: Sequence[Group]) -> set[str]:
     """The values of a stream that may be shifted: written with a bias, read by layers without padding or as the residual of layers."""
     allowed = {g.id for g in stream.writers}
     for group in groups:
-        padded = any(group.attrs.get("padding", [])) or group.kind not in _WEIGHTED
+        padded = any(group.attrs.get("padding", [])) or not group.traits.gathers
         allowed -= set(group.inputs) if padded else set()
     return allowed
 
@@ -332,7 +330,7 @@ def equalized_layers(module: tvm.IRModule, channels: Mapping[str, Channels]) -> 
     changed, norms = {}, layer_norms(module)
     for group in find_groups(module):
         touched = [v for v in (group.id, group.inputs[0] if group.inputs else "", group.residual or "") if v in channels]
-        if not touched or not (group.kind in _WEIGHTED or group.id in norms):
+        if not touched or not (group.traits.gathers or group.id in norms):
             continue
         given, offset = norms.get(group.id, (group.weight, group.bias))
         assert given is not None

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.passes.groups import Group
+from qcompiler.passes.kinds import KINDS
 from qcompiler.refine.correction import Context, Layer
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
@@ -44,7 +45,7 @@ def patches(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[in
 
     x: NHWC (dense: [..., K], G = 1), zero point subtracted; padding is 0. The last axis is ordered as a weight [O, KH, KW, C/G].
     """
-    if kind == "dense":
+    if not KINDS[kind].window:
         return np.ascontiguousarray(x.reshape(-1, x.shape[-1])[at], np.float32)[None]
     n, y, z = np.unravel_index(at, out[:3])
     rows, columns = (p[:, None] * attrs["strides"][a] - attrs["padding"][a] + np.arange(kernel[a])[None] * attrs["dilation"][a] for a, p in ((0, y), (1, z)))
@@ -148,7 +149,7 @@ class DataRounder:
 
     def weight(self, layer: Layer, group: Group, fitted: Sequence[Context], judges: Sequence[Context]) -> np.ndarray | str:
         """int8 weights for a layer that is about to run in all contexts, or why it keeps its own. Moments are of `fitted`; the choice is by `judges`."""
-        if layer.kind == "conv2d_transpose":
+        if KINDS[layer.kind].scatters:
             return "weights of transposed convolutions are rounded to nearest"
         weight = group.weight
         assert weight is not None

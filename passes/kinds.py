@@ -1,0 +1,109 @@
+"""The kinds of groups and what is true of each: the one table that passes, plans, refinements and exporters ask.
+
+A new operator is a row here. Code that treats one kind unlike all others (its realization, its geometry) lies with that kind and names it; a list of kinds
+that have something in common is a column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of group.
+
+    name: as `Group.kind` has it. relax: the Relax operators that a group of this kind starts from. operator: the integer operator that computes it; None
+        where there is none.
+    weighted: a convolution or dense layer: int8 weights with a scale per output channel, int32 bias. window: its weights are a kernel that slides over an
+        image. scatters: each input is spread over several outputs, instead of each output gathered from several inputs.
+    elementwise: of two operands that broadcast, one of which may be a constant. sums: brings both operands to one unit by integer factors.
+    accumulates: can hand out float32 straight from its int32 accumulator. bound: the greatest accumulator for operands of given shapes, (first operand,
+        result) -> int, for kinds without weights whose sums are long.
+    clamped: takes in the clamps behind it. residual: takes in one addition of a tensor behind it.
+    moves: moves data, whatever its type. views: moves nothing at all: the same bytes under another shape. pads: puts the constant `attrs["value"]` among
+        the values. joins: several operands, those of other parameters through a table. keeps: the result has its operands' quantization.
+    light: computed in float where its operands are float anyway.
+    per_channel: each channel of the result is made from that channel of the operands, whatever positive factor the channel has.
+    edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
+    float_kernel: has a float kernel of ours, `qc.f32.<name>`, that takes in the whole group.
+    """
+
+    name: str
+    relax: tuple[str, ...] = ()
+    operator: str | None = None
+    weighted: bool = False
+    window: bool = False
+    scatters: bool = False
+    elementwise: bool = False
+    sums: bool = False
+    accumulates: bool = False
+    bound: Callable[[Shape, Shape], int] | None = None
+    clamped: bool = False
+    residual: bool = False
+    moves: bool = False
+    views: bool = False
+    pads: bool = False
+    joins: bool = False
+    keeps: bool = False
+    light: bool = False
+    per_channel: bool = False
+    edge: bool = False
+    float_kernel: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.window or self.scatters or self.residual or self.float_kernel) or self.weighted, self
+        assert not (self.views or self.pads or self.joins) or self.moves, self
+        assert not self.moves or self.keeps, self
+        assert not (self.sums and not self.elementwise), self
+
+    @property
+    def gathers(self) -> bool:
+        """Is each output a sum of weighted inputs, so that factors and means of the input's channels carry over to the weights?"""
+        return self.weighted and not self.scatters
+
+
+def _product(x: Shape, y: Shape) -> int:
+    """255 * 255 for each of the K products of a sum."""
+    return 255 * 255 * x[-1]
+
+
+def _total(x: Shape, y: Shape) -> int:
+    """255 for each element that a sum takes in."""
+    return 255 * math.prod(x) // max(math.prod(y), 1)
+
+
+_RESHAPES = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
+_MEANS = ("relax.mean", "relax.nn.adaptive_avg_pool2d")
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("conv2d", ("relax.nn.conv2d",), "qc.conv2d", weighted=True, window=True, accumulates=True, clamped=True, residual=True, float_kernel=True),
+        Kind(
+            "conv2d_transpose", ("relax.nn.conv2d_transpose",), "qc.conv2d_transpose", weighted=True, window=True, scatters=True, accumulates=True, clamped=True
+        ),
+        Kind("dense", ("relax.matmul",), "qc.dense", weighted=True, accumulates=True, clamped=True, residual=True, float_kernel=True),
+        Kind("matmul", ("relax.matmul",), "qc.matmul", accumulates=True, bound=_product, clamped=True),
+        Kind("add", ("relax.add",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, per_channel=True),
+        Kind("sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True),
+        Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True),
+        Kind("unary", (), "qc.lut", light=True),
+        Kind("max_pool2d", ("relax.nn.max_pool2d",), "qc.max_pool2d", keeps=True, per_channel=True),
+        Kind("avg_pool2d", ("relax.nn.avg_pool2d",), "qc.avg_pool2d", clamped=True, per_channel=True),
+        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=True),
+        Kind("resize2d", ("relax.image.resize2d",), "qc.resize2d", keeps=True),
+        Kind("concat", ("relax.concat",), "qc.concat", moves=True, joins=True, keeps=True),
+        Kind("reshape", _RESHAPES, "qc.reshape", moves=True, views=True, keeps=True, per_channel=True),
+        Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=True),
+        Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=True),
+        Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True),
+        Kind("quantize", ("relax.quantize",), edge=True),
+        Kind("dequantize", ("relax.dequantize",), edge=True),
+        Kind("float"),
+    )
+}
