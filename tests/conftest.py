@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import faulthandler
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
+pytest_plugins = ["tools"]
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let Python's handler of crashes have the last word, which says what ran: TVM installs its own when it is imported."""
+    if faulthandler.is_enabled():
+        faulthandler.disable()
+        faulthandler.enable(session.config.stash[fault_handler_stderr_fd_key])
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +29,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The directory with real networks and images; the test is skipped where there is none."""
-    folder = Path(os.environ.get("QCOMPILER_DATA") or ROOT.parent / "shared" / "data")
-    if not (folder / "models").is_dir():
-        pytest.skip("no real networks here (set QCOMPILER_DATA)")
-    return folder
+    from tools import require_real_data
+
+    return require_real_data(ROOT.parent / "shared" / "data")
 
 
 @pytest.fixture(scope="session")

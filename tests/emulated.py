@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from qcompiler.backend.artifact import Artifact
 from qcompiler.base.host import host_architecture
@@ -20,27 +17,6 @@ from qcompiler.base.targets import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 ARM = ("arm64-neon", "arm64-dotprod", "arm64-i8mm", "armv7-neon")
-
-
-def require(target: Target) -> None:
-    """Skip, loudly, where a target can neither be linked nor run; fail instead when QCOMPILER_REQUIRE_QEMU is 1."""
-    tools = [t for t in (*target.compiler[:1], *([] if target.architecture == host_architecture() else target.emulator[:1])) if not shutil.which(t)]
-    if not tools:
-        return
-    reason = f"{target.name} IS NOT TESTED: {', '.join(tools)} not found (apt-get install g++-aarch64-linux-gnu g++-arm-linux-gnueabihf qemu-user-static)"
-    if os.environ.get("QCOMPILER_REQUIRE_QEMU") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def require_tool(name: str) -> None:
-    """Skip, loudly, where a tool is missing; fail instead when QCOMPILER_REQUIRE_QEMU is 1."""
-    if shutil.which(name):
-        return
-    reason = f"NOT TESTED: {name} not found (apt-get install {name})"
-    if os.environ.get("QCOMPILER_REQUIRE_QEMU") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,7 @@ from cuda_emulated import HEADERS, compile_emulated
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.cuda import find_nvcc
 from qcompiler.backend.lowering import Program
-from qcompiler.base.errors import TargetError
 from qcompiler.base.targets import find_target
-
-
-def require_nvcc() -> None:
-    """Skip, loudly, without nvcc; fail instead when QCOMPILER_REQUIRE_NVCC is 1."""
-    try:
-        find_nvcc(find_target("cuda-sm80"))
-    except TargetError as error:
-        if os.environ.get("QCOMPILER_REQUIRE_NVCC") == "1":
-            pytest.fail(f"CUDA LIBRARIES ARE NOT TESTED: {error}")
-        pytest.skip(f"CUDA LIBRARIES ARE NOT TESTED: {error}")
 
 
 def compile_driver(folder: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import ARM, Host, require
+from emulated import ARM, Host
+from tools import NotTested, require_slow, require_target
 
 from qcompiler.backend import artifact
 from qcompiler.backend.artifact import Artifact
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ARM)
 def test_digits_on_arm_equal_the_reference(name: str, digits: Compilation, image: Values, reference: Values, folder: Path) -> None:
     target = find_target(name)
-    require(target)
+    require_target(target)
     library = artifact_for(digits, name)
     outputs, values = Host.build(target, folder).run(library, image, folder / name)
     assert assert_same(values | outputs, reference, name) >= 10
@@ -97,7 +97,7 @@ def partly_float() -> Compilation:
 def test_layers_in_float_have_the_same_bits(name: str, partly_float: Compilation, image: Values, folder: Path) -> None:
     """Sums in the same order, fused multiplication and addition: as on x86. Armv7's NEON doesn't fuse, so there floats differ in the last bits."""
     target = find_target(name)
-    require(target)
+    require_target(target)
     here = traced(artifact_for(partly_float, "x86-avx2"), image, folder / f"float-x86-{name}")
     outputs, values = Host.build(target, folder).run(artifact_for(partly_float, name), image, folder / f"float-{name}")
     got = values | outputs
@@ -119,7 +119,7 @@ def test_one_calibration_gives_one_plan_for_every_target(digits: Compilation) ->
 def test_cross_compiling_by_the_public_entry(digits: Compilation, image: Values, reference: Values, folder: Path) -> None:
     """Bias correction runs on this machine and reaches the library for the other one."""
     target = find_target("aarch64-linux-gnu+asimddp")
-    require(target)
+    require_target(target)
     library = compile(MODEL, target.triple + "+asimddp", demo_data()[0])
     assert library.manifest["target"] == "arm64-dotprod"
     assert library.manifest["digests"]["plan"] == digits.artifact.manifest["digests"]["plan"]
@@ -133,10 +133,9 @@ def test_cross_compiling_by_the_public_entry(digits: Compilation, image: Values,
 
 def test_mobilenet_v2_is_byte_identical_everywhere(real_data: Path, root: Path, folder: Path) -> None:
     """The 53 8-bit values of MobileNetV2, on every target, from one calibration. Takes a minute."""
-    if os.environ.get("QCOMPILER_SLOW") != "1":
-        pytest.skip("MobileNetV2 IS NOT TESTED on ARM: set QCOMPILER_SLOW=1")
+    require_slow("MobileNetV2 on ARM")
     for name in ARM:
-        require(find_target(name))
+        require_target(find_target(name))
     pictures, preprocess = real_data / "imagenet" / "calibration", root / "benchmarks" / "preprocess" / "mobilenet_v2.yaml"
     compilation = compile_stages(real_data / "models" / "mobilenet_v2.onnx", "native", pictures, preprocess=preprocess, preset="fast")
     (sample,) = itertools.islice(compilation.quantized.measured.samples, 1)
@@ -159,7 +158,7 @@ def test_mobilenet_v2_is_byte_identical_everywhere(real_data: Path, root: Path, 
 )
 def test_a_cpu_without_the_instructions_is_an_error_not_a_crash(name: str, cpu: str, feature: str, digits: Compilation, image: Values, folder: Path) -> None:
     target = find_target(name)
-    require(target)
+    require_target(target)
     place = folder / f"{name}-{cpu}"
     place.mkdir()
     library = artifact_for(digits, name).save(place / "model.so")
@@ -173,7 +172,7 @@ def test_a_cpu_without_the_instructions_is_an_error_not_a_crash(name: str, cpu: 
 
 def test_a_library_for_another_architecture_is_refused(digits: Compilation, tmp_path: Path) -> None:
     target = find_target("arm64-neon" if host_architecture() != "aarch64" else "armv7-neon")
-    require(target)
+    require_target(target)
     library = artifact_for(digits, target.name).save(tmp_path / "model.so")
     with pytest.raises(IncompatibleDevice, match=f"compiled for {target.architecture} \\({target.name}\\), this machine is {host_architecture()}"):
         Session(library)
@@ -196,10 +195,10 @@ def test_a_feature_that_nothing_can_test_is_refused(tmp_path: Path) -> None:
         artifact._feature_test(find_target("odd", tmp_path / "targets.yaml"))
 
 
-@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("0", pytest.skip.Exception)])
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("0", NotTested)])
 def test_a_missing_emulator_skips_loudly_or_fails(required: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     absent: Callable[[str], None] = lambda name: None  # noqa: E731
     monkeypatch.setattr(shutil, "which", absent)
-    monkeypatch.setenv("QCOMPILER_REQUIRE_QEMU", required)
-    with pytest.raises(outcome, match="arm64-i8mm IS NOT TESTED: .*qemu-aarch64-static"):
-        require(find_target("arm64-i8mm"))
+    monkeypatch.setenv("QCOMPILER_REQUIRE_TOOLS", required)
+    with pytest.raises(outcome, match="arm64-i8mm NOT TESTED: no .*qemu-aarch64-static .apt-get install g..-aarch64-linux-gnu qemu-user-static.$"):
+        require_target(find_target("arm64-i8mm"))

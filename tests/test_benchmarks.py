@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from tools import require_module
 
 import qcompiler
 from qcompiler import schedules
@@ -69,7 +70,7 @@ def test_accuracy_table(script: Any) -> None:
 def test_rivals_are_measured_on_the_same_images(method: str, script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With NNCF both forms of its bias correction, which must find the biases."""
     for module in ("onnxruntime", "PIL", *(["nncf", "openvino"] if method == "NNCF" else [])):
-        pytest.importorskip(module)
+        require_module(module)
     from PIL import Image
 
     rng, names = np.random.default_rng(0), [f"{i}.png" for i in range(6)]

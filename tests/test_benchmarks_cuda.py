@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeGpu, require_nvcc
+from fake_cuda import FakeGpu
+from tools import require_nvcc
 
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import require, require_tool
+from tools import require_programs, require_target
 
 import qcompiler
 from qcompiler.backend.artifact import _with_checksum
@@ -116,7 +116,7 @@ def test_example_with_the_compiler_alone(bundle: Bundle, library: Path, tmp_path
 
 
 def test_example_with_cmake(bundle: Bundle, library: Path, tmp_path: Path) -> None:
-    require_tool("cmake")
+    require_programs("bundles with CMake", "cmake")
     run("cmake", "-S", bundle.folder / "example", "-B", tmp_path)
     run("cmake", "--build", tmp_path)
     check_example(run(tmp_path / "example", bundle.folder / "lib" / f"lib{library.name}"), library, library.stem)
@@ -124,7 +124,7 @@ def test_example_with_cmake(bundle: Bundle, library: Path, tmp_path: Path) -> No
 
 
 def test_cmake_refuses_another_architecture(bundle: Bundle, tmp_path: Path) -> None:
-    require_tool("cmake")
+    require_programs("bundles with CMake", "cmake")
     options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64")
     printed = run("cmake", "-S", bundle.folder / "example", "-B", tmp_path, *options, ok=1)
     assert f"this bundle is for {host_architecture()}" in " ".join(printed.split())
@@ -134,8 +134,8 @@ def test_cmake_refuses_another_architecture(bundle: Bundle, tmp_path: Path) -> N
 def test_bundle_for_arm(digits: Callable[[str], Path], library: Path, tmp_path: Path, name: str) -> None:
     """The bundle of a library for another architecture, with a cross compiler and CMake, under an emulator: the bytes of this machine."""
     target = find_target(name)
-    require(target)
-    require_tool("cmake")
+    require_target(target)
+    require_programs("bundles with CMake", "cmake")
     made = make_bundle(digits(name), tmp_path / "device", static=True)
     model = made.folder / "lib" / f"lib{name}.so"
     emulator = [*target.emulator[:1], "-cpu", "max", *target.emulator[1:]]
@@ -196,7 +196,7 @@ def test_two_static_networks_in_one_static_program(library: Path, tmp_path: Path
 
 
 def test_static_bundle(library: Path, bundle: Bundle, tmp_path: Path) -> None:
-    require_tool("cmake")
+    require_programs("bundles with CMake", "cmake")
     name = identifier(library.stem)
     made, again = (make_bundle(library, tmp_path / folder, static=True) for folder in ("a", "b"))
     extra = {f"lib/lib{library.stem}.a", f"include/qcompiler/model/{name}.h", f"lib/cmake/qcompiler_{name}/qcompiler_{name}-config.cmake"}

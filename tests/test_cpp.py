@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import require, require_tool
+from tools import require_programs, require_target
 
 from qcompiler.backend.artifact import _model_header, _with_checksum
 from qcompiler.base.errors import ArtifactError
@@ -116,7 +116,7 @@ def test_python_refuses_a_changed_library(native: Path, tmp_path: Path) -> None:
 
 def test_c_client_without_leaks(digits: Callable[[str], Path], native: Path, files: Path, tmp_path: Path) -> None:
     """valgrind knows no AVX-512: there the library for AVX2 runs, and one for AVX-512 is refused in words."""
-    require_tool("valgrind")
+    require_programs("the C interface under valgrind", "valgrind")
     client = build(tmp_path, "client.c")
     kinds = "definite,indirect,possible"
     valgrind = ("valgrind", "--quiet", "--leak-check=full", f"--show-leak-kinds={kinds}", f"--errors-for-leak-kinds={kinds}", "--error-exitcode=9")
@@ -276,7 +276,7 @@ def emulated(target: Target, program: Path, *arguments: str | Path, ok: int = 0,
 @pytest.mark.parametrize("name", ["arm64-dotprod", "armv7-neon"])
 def test_c_client_on_arm(digits: Callable[[str], Path], native: Path, files: Path, tmp_path: Path, name: str) -> None:
     target = find_target(name)
-    require(target)
+    require_target(target)
     assert missing_features(target)
     client = tmp_path / "client"
     run(target.compiler[0], "-x", "c", "-std=gnu11", "-O1", *STRICT, SOURCES / "client.c", "-o", client, "-lpthread", "-ldl")
@@ -290,7 +290,7 @@ def test_c_client_on_arm(digits: Callable[[str], Path], native: Path, files: Pat
 
 def test_an_arm_cpu_that_lacks_a_feature(digits: Callable[[str], Path], files: Path, tmp_path: Path) -> None:
     target = find_target("arm64-dotprod")
-    require(target)
+    require_target(target)
     client = tmp_path / "client"
     run(target.compiler[0], "-x", "c", "-std=gnu11", "-O1", *STRICT, SOURCES / "client.c", "-o", client, "-lpthread", "-ldl")
     refused = emulated(target, client, digits(target.name), files / "input.raw", tmp_path / "out.raw", ok=7, cpu="cortex-a72")

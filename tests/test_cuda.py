@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import require
-from fake_cuda import FakeGpu, require_nvcc, without_driver
+from fake_cuda import FakeGpu, without_driver
 from test_cpp import CPP, STRICT, run
+from tools import require_nvcc, require_target
 
 from qcompiler.backend import cuda
 from qcompiler.backend.artifact import Artifact
@@ -114,7 +114,7 @@ def test_it_holds_machine_code_and_portable_code(library: Path) -> None:
 def test_a_library_for_an_arm_host(built: Built, tmp_path: Path) -> None:
     """The same device code in a library that an Arm CPU loads."""
     target = find_target("cuda-sm87-arm64")
-    require(replace(target, emulator=()))
+    require_target(replace(target, emulator=()))
     code = struct.pack("<I", 0xBA55ED50)
     program = replace(built.program, target=target)
     library = Built(program, cuda.gpu_object_code(program)).link().save(tmp_path / "arm.so")

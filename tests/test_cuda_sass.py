@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import require_nvcc
+from tools import require_nvcc, require_nvdisasm
 
 from qcompiler import schedules
 from qcompiler.backend.codegen_cuda import cuda_source
@@ -22,27 +19,12 @@ from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
 
-def disassembler() -> str:
-    """nvdisasm of a toolkit or of the Python package; without it the test is skipped, loudly, or fails where QCOMPILER_REQUIRE_NVCC is 1."""
-    places = [Path(p) for p in (shutil.which("nvdisasm") or "", "/usr/local/cuda/bin/nvdisasm") if p]
-    package = importlib.util.find_spec("nvidia")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        places += sorted(Path(folder).glob("*/bin/nvdisasm"))
-    found = next((p for p in places if p.is_file()), None)
-    if found is None:
-        reason = "THE MACHINE CODE OF GPU KERNELS IS NOT TESTED: no nvdisasm (pip install nvidia-cuda-nvdisasm)"
-        if os.environ.get("QCOMPILER_REQUIRE_NVCC") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return str(found)
-
-
 def instructions(kernels: dict[str, Kernel], target: Target, folder: Path) -> dict[str, collections.Counter[str]]:
     """How often each kernel has each instruction."""
     (folder / "kernels.cu").write_text(cuda_source(kernels, target))
     arch = str(target.tvm["arch"])
     subprocess.run([str(find_nvcc(target)), "-std=c++17", "-w", f"-arch={arch}", "-cubin", "kernels.cu", "-o", "kernels.cubin"], cwd=folder, check=True)
-    listing = subprocess.run([disassembler(), "-c", "kernels.cubin"], cwd=folder, check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run([require_nvdisasm(), "-c", "kernels.cubin"], cwd=folder, check=True, capture_output=True, text=True).stdout
     found: dict[str, collections.Counter[str]] = {}
     for line in listing.splitlines():
         if begin := re.match(r"\.text\.(\w+):", line):

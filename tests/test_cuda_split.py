@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_emulated import FLAGS, HEADERS
-from fake_cuda import FakeGpu, require_nvcc
+from fake_cuda import FakeGpu
+from tools import require_nvcc
 
 from qcompiler.backend.build import build
 from qcompiler.backend.codegen_cuda import device_header

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated import ARM, Host, require
+from emulated import ARM, Host
+from tools import require_target
 
 from qcompiler import schedules
 from qcompiler.backend.build import Built
@@ -233,7 +234,7 @@ def run_cases(cases: dict[str, Case], target: Target, folder: Path) -> None:
 @pytest.fixture(params=ARM)
 def target(request: pytest.FixtureRequest) -> Target:
     row = find_target(request.param)
-    require(row)
+    require_target(row)
     return row
 
 
@@ -268,7 +269,7 @@ def test_every_sampled_schedule_is_exact(target: Target, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["arm64-neon", "armv7-neon"])
 def test_float(name: str, tmp_path: Path) -> None:
     target = find_target(name)
-    require(target)
+    require_target(target)
     cases = FLOAT if target.architecture == "aarch64" else {k: c for k, c in FLOAT.items() if k != "depthwise"}
     run_cases(cases, target, tmp_path)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools import require_browser
 
 from qcompiler.base.errors import OutputError
 from qcompiler.base.text import milliseconds, number, percent, size
@@ -281,10 +280,7 @@ def test_the_command(files: Path, digits: Callable[[str], Path], capsys: pytest.
 
 def test_a_browser_shows_it(made: tuple[ParityReport, str], tmp_path: Path) -> None:
     """Rendered 1200 pixels wide: it fits, and all of its colours are there."""
-    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
-    if browser is None:
-        assert not os.environ.get("QCOMPILER_REQUIRE_BROWSER"), "QCOMPILER_REQUIRE_BROWSER is set and there is no Chromium"
-        pytest.skip("NO BROWSER: install chromium to check that the report renders")
+    browser = require_browser()
     image = pytest.importorskip("PIL.Image")
     document = made[1].replace('<div class="facts">', mixed_section(account()) + '<div class="facts">')
     (tmp_path / "r.html").write_text(document, encoding="utf-8")

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from fake_cuda import FakeGpu, require_nvcc, without_driver
+from fake_cuda import FakeGpu, without_driver
 from onnx import TensorProto, helper, numpy_helper
+from tools import require_nvcc
 
 from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError

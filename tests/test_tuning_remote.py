@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from emulated import require
 from onnx import TensorProto, helper, numpy_helper
+from tools import require_target
 from tuning_rows import FaultyRow, copy_op
 from tvm.script.ir_builder import tirx as T
 
@@ -51,7 +51,7 @@ class CrashingRow(FaultyRow):
 def test_the_device_finds_what_is_wrong(name: str, tmp_path: Path) -> None:
     """Right candidates are timed; wrong results, bytes changed outside the output, and crashes are told apart, and cost nobody else."""
     target = find_target(name)
-    require(target)
+    require_target(target)
     op, row = copy_op(2, 3, 5, 7), CrashingRow()
     points = [{"kind": kind, "tasks": 1} for kind in ("copy", "wrong", "crash", "backwards", "outside")]
     (tmp_path / "task000.so").write_bytes(candidate_library(row, op, target, points))

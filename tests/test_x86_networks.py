@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tools import require_slow
 from x86_emulation import ALL, AMX, build_network, each, runs_here
 
 from qcompiler.backend import artifact
@@ -63,8 +63,7 @@ def test_mobilenet_v2(target: Target, real_data: Path, root: Path, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def mobilenet(real_data: Path, root: Path) -> tuple[Compilation, Values, Values]:
-    if os.environ.get("QCOMPILER_SLOW") != "1":
-        pytest.skip("MobileNetV2 IS NOT TESTED on emulated x86 rows: set QCOMPILER_SLOW=1")
+    require_slow("MobileNetV2 on emulated x86 rows")
     pictures, preprocess = real_data / "imagenet" / "calibration", root / "benchmarks" / "preprocess" / "mobilenet_v2.yaml"
     compilation = compile_stages(real_data / "models" / "mobilenet_v2.onnx", "native", pictures, preprocess=preprocess, preset="fast")
     sample = next(iter(compilation.quantized.measured.samples))
