@@ -111,7 +111,7 @@ def test_python_refuses_a_changed_library(native: Path, tmp_path: Path) -> None:
     (tmp_path / "changed.so").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     with pytest.raises(ArtifactError, match="its checksum does not match"):
         Session(tmp_path / "changed.so")
-    check_complete(native)
+    check_complete(native.read_bytes(), native)
 
 
 def test_c_client_without_leaks(digits: Callable[[str], Path], native: Path, files: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qcompiler.backend.static_library import identifier, write_static
 from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
 from qcompiler.base.targets import Target, find_target, load_targets
-from qcompiler.runtime.elf import read_section
+from qcompiler.runtime.elf import mapped, read_section
 from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
 
 SOURCES = Path(__file__).resolve().parent.parent / "runtime" / "cpp"
@@ -56,7 +56,7 @@ def make_bundle(library: str | os.PathLike[str], output: str | os.PathLike[str],
     """
     library, output = Path(library), Path(output)
     manifest = read_manifest(library)
-    check_complete(library)
+    check_complete(mapped(library), library)
     if _stem(library) in _OF_THE_SYSTEM:
         raise OutputError(f"{library}: in a bundle this would be lib{_stem(library)}.so, a name of the system's own; rename the file, to network.so, say")
     target = _target_of(manifest)

@@ -36,6 +36,10 @@ class DeviceFailure(ArtifactError):
     """The machine ran out of memory (a GPU of its own), or a GPU failed during a run."""
 
 
+class SessionBusy(QCompilerError):
+    """A call of a session can't begin and waiting would never end: it comes from inside another call, or in a child of a process that was inside one."""
+
+
 class OutputError(QCompilerError):
     """A result can't be written where the user asked."""
 

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from qcompiler.base.errors import OutputError
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """`path` opened for reading. Raises OSError where it can't be, or is a pipe or a device, which may wait or go on without end."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(file).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(file, "rb")
+    os.close(file)
+    raise OSError(errno.EINVAL, "is a folder; a file is expected" if stat.S_ISDIR(mode) else "is a pipe or a device; a regular file is expected")
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The contents of a file, as `open_regular` opens it."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def check_writable(path: str | Path) -> Path:

@@ -8,25 +8,30 @@ import struct
 from pathlib import Path
 
 from qcompiler.base.errors import ArtifactError
+from qcompiler.base.files import open_regular
 
 MACHINES = {62: "x86_64", 183: "aarch64", 40: "armv7a"}  # e_machine (System V ABI)
 
 
-def _mapped(path: Path) -> mmap.mmap | bytes:
-    """The file's bytes, read only where they are looked at: a library is mostly weights."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+def mapped(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes, read only where they are looked at: a library is mostly weights. Raises ArtifactError when it can't be read."""
+    try:
+        with open_regular(path) as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+    except OSError as error:
+        raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
 def read_section(path: Path, section: str) -> tuple[bytes, str]:
     """(contents of `section`, architecture) of the little-endian ELF file at `path`.
 
-    Raises ArtifactError when the file is not ELF, is cut short, or has no such section.
+    Raises ArtifactError when the file can't be read, is not ELF, is cut short, or has no such section.
     """
-    try:
-        data = _mapped(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
+    return find_section(mapped(path), path, section)
+
+
+def find_section(data: mmap.mmap | bytes, path: Path, section: str) -> tuple[bytes, str]:
+    """`read_section` of the file's contents `data`; `path` names it in errors."""
     if data[:4] != b"\x7fELF":
         raise ArtifactError(f"{path}: not a compiled library (no ELF header). Make one with 'qcompiler compile MODEL --output FILE.so'")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import ArtifactError
-from qcompiler.runtime.elf import read_section
+from qcompiler.runtime.elf import find_section, mapped
 
 FORMAT_VERSION = 1
 MANIFEST_SECTION = ".qc.manifest"
@@ -25,7 +26,12 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises ArtifactError when the file is not one of ours, is damaged, or has another format version.
     """
     path = Path(path)
-    raw, _ = read_section(path, MANIFEST_SECTION)
+    return manifest_in(mapped(path), path)[0]
+
+
+def manifest_in(data: mmap.mmap | bytes, path: Path) -> tuple[dict[str, Any], str]:
+    """(manifest, architecture) of the library that `data` is the contents of; `path` names it in errors. Raises as `read_manifest`."""
+    raw, architecture = find_section(data, path, MANIFEST_SECTION)
     try:
         document = json.loads(raw.rstrip(b"\0").decode())
         manifest, digest = document["manifest"], document["digest"]
@@ -38,10 +44,10 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}: artifact format {manifest.get('format')}, this version of qcompiler reads format {FORMAT_VERSION}; compile the model again"
         )
-    return manifest
+    return manifest, architecture
 
 
-def checksum(body: bytes) -> bytes:
+def checksum(body: bytes | memoryview) -> bytes:
     """16 bytes: a = the sum of the little-endian 32-bit words of `body`, b = the sum of a's values after each word; both modulo 2^64."""
     a = b = 0
     words = np.frombuffer(body, "<u4")
@@ -52,9 +58,9 @@ def checksum(body: bytes) -> bytes:
     return struct.pack("<QQ", a % 2**64, b % 2**64)
 
 
-def check_complete(path: Path) -> None:
-    """Raise ArtifactError when the library at `path` is not, byte for byte, what `link` wrote."""
-    data = path.read_bytes()
-    body, magic, sums = data[:-24], data[-24:-16], data[-16:]
-    if magic != CHECKSUM_MAGIC or len(body) % 4 or checksum(body) != sums:
+def check_complete(data: mmap.mmap | bytes, path: Path) -> None:
+    """Raise ArtifactError when `data`, the contents of the library at `path`, is not, byte for byte, what `link` wrote."""
+    with memoryview(data) as whole, whole[:-24] as body:
+        complete = len(body) % 4 == 0 and whole[-24:-16] == CHECKSUM_MAGIC and checksum(body) == whole[-16:]
+    if not complete:
         raise ArtifactError(f"{path}: damaged, cut short or stripped (its checksum does not match); compile the model again, or copy the library again")

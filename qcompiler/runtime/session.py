@@ -6,19 +6,19 @@ import copy
 import ctypes
 import math
 import os
-import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, closest
+from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.runtime.elf import read_section
-from qcompiler.runtime.library import check_complete, read_manifest
+from qcompiler.runtime.library import check_complete, manifest_in
+from qcompiler.runtime.private_copy import PrivateCopy
 
 _ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
 
@@ -84,10 +84,50 @@ class Context:
         return {o.name: a for o, a in zip(self._session.outputs, self._outputs, strict=True)}
 
 
+class _Turn:
+    """Lets one call at a time into a session: other threads wait. Raises SessionBusy where waiting would never end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._lost = False
+        _TURNS.add(self)
+
+    def __enter__(self) -> None:
+        if self._thread == threading.get_ident():
+            raise SessionBusy("a call from inside a call of the same session (a callback of trace); load the library a second time for it")
+        if self._lost:
+            raise SessionBusy("another thread was inside this session when the process was forked, so its memory is half-written; load the library again")
+        self._lock.acquire()
+        self._thread = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._thread = None
+        self._lock.release()
+
+    def forked(self) -> None:
+        """In a child process: a call of a thread that the child does not have never ends."""
+        self._lost = self._lock.locked() and self._thread != threading.get_ident()
+
+
+_TURNS: weakref.WeakSet[_Turn] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for turn in _TURNS:
+        turn.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Session:
-    """A loaded library. One call at a time per session; any number of sessions in any threads.
+    """A loaded library. One call at a time per session, other threads wait; any number of sessions in any threads.
 
     `threads` bounds the threads of one call; it has no meaning for a GPU. Inputs may have any alignment and strides; outputs are fresh arrays.
+    The file is copied into memory when it is loaded, once for all sessions of equal contents: it may be replaced, overwritten or removed afterwards.
+    A session can't be copied or pickled.
+    A child made by fork may use it, but for one on a GPU, and unless another thread was inside it at that moment.
 
     Raises ArtifactError for a file that is damaged or not ours, IncompatibleDevice when this machine lacks an instruction set, driver or GPU that it needs,
     DeviceFailure when memory runs out (the GPU's, for a library for one).
@@ -98,11 +138,13 @@ class Session:
         if threads < 1:
             raise DataError(f"threads is {threads}; at least 1 is needed")
         self.threads = threads
-        self.manifest: dict[str, Any] = read_manifest(self.path)
-        self._check_device()
-        check_complete(self.path)
+        copied = PrivateCopy(self.path)
+        self.manifest, architecture = manifest_in(copied.data, self.path)
+        self._check_device(architecture)
+        check_complete(copied.data, self.path)
         try:
-            self._library = _declare(_open(self.path))
+            self._copy = copied.load()
+            self._library = _declare(self._copy.library)
         except (OSError, AttributeError) as error:
             raise ArtifactError(f"{self.path}: can't be loaded: {error}") from error
         handle = ctypes.c_void_p()
@@ -112,7 +154,7 @@ class Session:
         self.outputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["outputs"]]
         self._workspace = _aligned(self.manifest["workspace"] + 64)
         self._mutable: np.ndarray | None = None
-        self._lock = threading.Lock()
+        self._turn = _Turn()
 
     def _check(self, status: int) -> None:
         if status:
@@ -123,8 +165,10 @@ class Session:
         if getattr(self, "_handle", None):
             self._library.qc_session_destroy(self._handle)
 
-    def _check_device(self) -> None:
-        architecture = read_section(self.path, ".qc.manifest")[1]
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"a Session holds code and memory of its process and can't be copied or pickled; load {self.path} again where another is needed")
+
+    def _check_device(self, architecture: str) -> None:
         if architecture != host_architecture():
             raise IncompatibleDevice(f"{self.path}: compiled for {architecture} ({self.manifest['target']}), this machine is {host_architecture()}")
         if self.manifest["triple"].startswith("nvptx64"):
@@ -143,7 +187,7 @@ class Session:
 
         Raises DataError for a missing or unknown name, a wrong shape or a wrong dtype, DeviceFailure when a GPU fails.
         """
-        with self._lock:
+        with self._turn:
             context = Context(self, inputs, self._workspace)
             context.run(0, len(self.manifest["steps"]))
         return context.outputs()
@@ -153,7 +197,7 @@ class Session:
 
         Arrays are float32, or canonical int8, in NHWC, and valid only during the call. Network inputs are visited first. Returns the outputs.
         """
-        with self._lock:
+        with self._turn:
             context = Context(self, inputs, self._workspace)
             for name, array in context.inputs().items():
                 visit(name, array)
@@ -167,7 +211,7 @@ class Session:
         """(value id, operator, kernel, least seconds) per step, over `iterations` runs; by the GPU's clock on one."""
         steps = self.manifest["steps"]
         best = [math.inf] * len(steps)
-        with self._lock:
+        with self._turn:
             context = Context(self, inputs, self._workspace)
             for _ in range(iterations):
                 best = [min(pair) for pair in zip(best, context.profile(), strict=True)]
@@ -223,15 +267,7 @@ class Session:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    """dlopen, under a name that no library had before: by its own path, a library that replaced a loaded one would be taken for the old one."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        link = Path(folder) / path.name
-        link.symlink_to(path.resolve())
-        return ctypes.CDLL(str(link))
-
-
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declare(library: Any) -> Any:
     """Argument types of the C functions used here (runtime/cpp/include/qcompiler/qcompiler.h)."""
     pointer, pointers = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
     library.qc_session_create.argtypes = [ctypes.c_int32, pointers]

@@ -21,7 +21,7 @@ _RUNS = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. constants: weights and tables, shared by all processes that run the library. workspace: of each concurrent run. resident: by how much
+    """Bytes. constants: weights and tables, shared by all sessions of a process. workspace: of each concurrent run. resident: by how much
     the resident memory of a fresh process grew, at most, while it loaded the library and ran it (code and constants that were touched, workspace,
     inputs and outputs); None where /proc can't tell."""
 

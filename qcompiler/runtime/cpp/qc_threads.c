@@ -171,17 +171,28 @@ static void end_run(engine* e) {
 
 /* ---- the engine ------------------------------------------------------------------------------------------------------------------ */
 
+/* Zeroed, aligned to 64 bytes; what malloc gave is noted before it. Not posix_memalign: glibc before 2.38 may not find its freed blocks again, and a
+ * process that makes and destroys sessions would grow by a workspace each time. */
+static void* allocate(size_t bytes) {
+  char* block = malloc(bytes + 64 + sizeof block);
+  if (!block) return 0;
+  void* memory = (void*)(((uintptr_t)block + sizeof block + 63) & ~(uintptr_t)63);
+  ((char**)memory)[-1] = block;
+  return memset(memory, 0, bytes);
+}
+
+static void release(void* memory) {
+  if (memory) free(((char**)memory)[-1]);
+}
+
 void* engine_allocate(engine* e, size_t bytes) {
   (void)e;
-  void* memory = 0;
-  if (posix_memalign(&memory, 64, bytes + 128)) return 0; /* vector loads may read past the end */
-  memset(memory, 0, bytes + 128);
-  return memory;
+  return allocate(bytes + 128); /* vector loads may read past the end */
 }
 
 void engine_free(engine* e, void* memory) {
   (void)e;
-  free(memory);
+  release(memory);
 }
 
 void engine_destroy(engine* e) {
@@ -193,8 +204,8 @@ void engine_destroy(engine* e) {
     for (int32_t i = 0; i < e->started; ++i) pthread_join(e->workers[i], 0);
   }
   free(e->workers);
-  free(e->workspace);
-  free(e);
+  release(e->workspace);
+  release(e);
 }
 
 #if QC_TILES
@@ -214,9 +225,8 @@ qc_status engine_create(int32_t threads, engine** made) {
   qc_status granted = request_tiles();
   if (granted) return granted;
 #endif
-  engine* e = 0;
-  if (posix_memalign((void**)&e, 64, sizeof *e)) return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
-  memset(e, 0, sizeof *e);
+  engine* e = allocate(sizeof *e);
+  if (!e) return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   e->threads = threads;
   e->lasted = LONG_NS; /* unknown yet */
   atomic_init(&e->ticket, CLOSED);
