@@ -263,9 +263,9 @@ def test_a_target_that_is_missed_is_exit_1(calls: list[Any], tmp_path: Path, mon
 
 
 def test_inspect_says_why_an_operator_is_not_int8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import qcompiler.backend.artifact
+    import qcompiler.runtime.library
 
-    monkeypatch.setattr(qcompiler.backend.artifact, "read_manifest", lambda path: MANIFEST)
+    monkeypatch.setattr(qcompiler.runtime.library, "read_manifest", lambda path: MANIFEST)
     (tmp_path / "m.so").write_bytes(b"x" * 1000)
     assert main(["inspect", str(tmp_path / "m.so")]) == 0
     out = capsys.readouterr().out
