@@ -28,6 +28,10 @@ class ConvRow:
     def __post_init__(self) -> None:
         self.name = f"{self.isa}/{self.operator.removeprefix('qc.')}"
 
+    @property
+    def own_channels(self) -> bool:
+        return self.operator.endswith("conv2d")
+
     def refuse(self, op: OpCall, target: Target) -> str | None:
         constants = 3 if self.unit.is_float else 4
         x, weight = op.operands[0], op.operands[1]

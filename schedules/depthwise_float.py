@@ -77,6 +77,7 @@ class FloatDepthwiseRow:
     name: str
     isa: str
     widths: tuple[int, ...]
+    own_channels = True
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         return refuse_depthwise(op)

@@ -12,9 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target, permit
-from qcompiler.schedules.table import Kernel, Layout
-
-SPARE = ("any/quantize",)  # kernels that write the channel padding too
+from qcompiler.schedules.table import KERNELS, Kernel, Layout
 
 
 def entry_function(kernel: Kernel, callee: Any, arity: int, symbol: str = "run") -> Any:
@@ -84,8 +82,8 @@ def fetch(flat: np.ndarray, layout: Layout) -> np.ndarray:
 def run_kernel(kernel: Kernel, inputs: Sequence[np.ndarray], output: Layout, target: Target, canary: int = 0xA5) -> np.ndarray:
     """Run a kernel on stored inputs (see `store`) and return the flat stored output.
 
-    Raises AssertionError when the kernel writes outside its output: around it, or, but for those of `SPARE`, into the channels behind a pixel's own, which may
-    be another value's (`in_place`).
+    Raises AssertionError when the kernel writes outside its output: around it, or into the channels behind a pixel's own where its row says that it
+    doesn't.
     """
     import ctypes
 
@@ -103,8 +101,8 @@ def run_kernel(kernel: Kernel, inputs: Sequence[np.ndarray], output: Layout, tar
 
 
 def check_padding(flat: np.ndarray, output: Layout, kernel: Kernel, canary: int) -> None:
-    """Raises AssertionError when a kernel has written into the channels behind a pixel's own, which held bytes `canary`."""
-    if output.dense or kernel.row in SPARE:
+    """Raises AssertionError when a kernel whose row has `own_channels` has written into the channels behind a pixel's own, which held bytes `canary`."""
+    if output.dense or not any(row.own_channels for rows in KERNELS.values() for row in rows if row.name == kernel.row):
         return
     top, left, _, _ = output.halo
     n, height, width, channels = output.shape

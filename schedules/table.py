@@ -130,6 +130,10 @@ class Row(Protocol):
     def isa(self) -> str:
         """Matches a name in a target's `rows`; "any" for rows that every target may use."""
 
+    @property
+    def own_channels(self) -> bool:
+        """Does every kernel of it leave the channels behind a pixel's own (`Layout.pitch`) alone? They may be another value's (`in_place.py`)."""
+
     def refuse(self, op: OpCall, target: Target) -> str | None:
         """Why this row can't take `op` (a full sentence), or None when it can. Layouts are not decided yet: only shapes and dtypes count."""
 

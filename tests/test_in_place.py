@@ -78,6 +78,12 @@ def of_an_input(net: Net, x: Any) -> Any:
     return net.conv("end", join(net, "cat", net.conv("a", x, 8, 1), x), 8, 1)
 
 
+def moved_data(net: Net, x: Any) -> Any:
+    """Whatever row leaves the channels behind its own alone may write there: slices, padding and transposed convolutions too."""
+    a, b = net.conv("a", x, 8), net.conv("b", x, 8, padding=(0, 0, 0, 0))
+    return net.conv("end", join(net, "cat", net.add("cut", op.strided_slice(a, [3], [2], [7])), net.add("wide", op.nn.pad(b, [0, 0, 1, 1, 1, 1, 0, 0]))), 8, 1)
+
+
 def along_rows(net: Net, x: Any) -> Any:
     """Only channels lie side by side in every pixel."""
     a, b = net.conv("a", x, 8, 1), net.conv("b", x, 8, 1)
@@ -92,6 +98,7 @@ CASES: dict[Callable[[Net, Any], Any], dict[str, list[int]]] = {
     listed: {"cat2": [0, 1], "cat3": [0, 1, 2], "cat4": [0, 1, 2, 3]},
     twice: {"cat": [0]},
     of_an_input: {"cat": [0, 1]},
+    moved_data: {"cat": [0, 1]},
     along_rows: {},
 }
 

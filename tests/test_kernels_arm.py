@@ -18,7 +18,7 @@ from qcompiler.backend.lowering import Place, Program, Step, Value, _pack_consta
 from qcompiler.base.targets import Target, find_target
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import check_padding, fetch, store
-from qcompiler.schedules.table import Layout, OpCall, Row, select
+from qcompiler.schedules.table import KERNELS, Layout, OpCall, Row, select
 
 BIG = 3.4028234663852886e38
 GUARD = 256  # bytes around every buffer that nothing may write
@@ -44,6 +44,7 @@ class Case:
     params: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0  # of the multipliers: large ones saturate nearly everything
     extreme: bool = False  # inputs -128 and 127, weights -127 and 127
+    row: Row | None = None  # None: the best
 
     @property
     def name(self) -> str:
@@ -162,7 +163,7 @@ class Prepared:
 
 def row_for(op: OpCall, target: Target, case: Case) -> Row:
     """The best row, which must be one of the target's own, and for a depthwise case a depthwise one."""
-    row = select(op, target)
+    row = select(op, target) if case.row is None else case.row
     assert row.isa in target.rows, f"{row.name} is not a row of {target.name}"
     assert ("depthwise" in row.name) == (1 < case.groups == case.outputs), row.name
     return row
@@ -244,6 +245,20 @@ def test_conv2d_and_dense(target: Target, tmp_path: Path) -> None:
 
 def test_depthwise(target: Target, tmp_path: Path) -> None:
     run_cases(DEPTHWISE, target, tmp_path)
+
+
+def test_rows_leave_channels_behind_their_own_alone(target: Target, tmp_path: Path) -> None:
+    """Each row of the target that says so, not only the best, into outputs with a pitch."""
+    schedules.load(target)
+    cases = {}
+    for name, floats in (("qc.conv2d", False), ("qc.f32.conv2d", True)):
+        for row in (r for r in KERNELS[name] if r.isa in target.rows and r.own_channels):
+            kinds = [("deep", Case((1, 12, 13, 64), 75, (3, 3))), ("depthwise", Case((1, 9, 11, 21), 21, (3, 3), groups=21))]
+            base = dict(kinds)["depthwise" if "depthwise" in row.name else "deep"]
+            for pitch in (base.outputs + 1, base.outputs + 40):
+                cases[f"{row.name}-{pitch}"] = replace(base, pad=(1, 1, 1, 1), floats=floats, out={"halo": (1, 0, 2, 1), "pitch": pitch}, row=row)
+    assert cases
+    run_cases(cases, target, tmp_path)
 
 
 def test_every_sampled_schedule_is_exact(target: Target, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class FaultyRow:
     default_kind: str = "copy"
     name: str = "test/copy"
     isa: str = "test"
+    own_channels = True
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         return None

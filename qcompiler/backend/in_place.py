@@ -12,10 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcompiler.schedules.table import Layout
-
-WRITERS = ("qc.conv2d", "qc.f32.conv2d", "qc.add", "qc.mul", "qc.lut", "qc.max_pool2d", "qc.avg_pool2d", "qc.resize2d", "qc.concat")
-"""Operators whose kernels write no channel behind a pixel's own."""
+from qcompiler.schedules.table import Layout, Row
 
 
 class Node(Protocol):
@@ -25,6 +22,7 @@ class Node(Protocol):
     name: str
     operands: list[Any]  # value ids and constants
     attrs: dict[str, Any]
+    row: Row | None
 
 
 class Value(Protocol):
@@ -42,14 +40,14 @@ def join_in_place(nodes: Iterable[Node], values: Mapping[str, Value], fits: Call
     first, so that all the others lie in its memory too.
     """
     nodes = list(nodes)
-    makers = {n.id: n.name for n in nodes}
+    owners = {n.id for n in nodes if n.row is not None and n.row.own_channels}
 
     def move(id: str, root: str, shift: int, like: Layout) -> bool:
         """Put a value into the memory of another one, if it has memory of its own and no border that somebody must fill; does it lie there now?"""
         value = values[id]
         layout = replace(value.layout, halo=like.halo, pitch=like.channel_pitch)
         alone = value.root == id and not any(value.layout.halo)
-        if alone and makers.get(id) in WRITERS and layout.dtype == like.dtype and fits(id, layout):
+        if alone and id in owners and layout.dtype == like.dtype and fits(id, layout):
             value.root, value.shift, value.layout = root, shift, layout
         return (value.root, value.shift, value.layout) == (root, shift, layout)
 

@@ -178,6 +178,7 @@ class DepthwiseRow:
     isa: str
     unit: Arm
     kernel: type[ByteKernel]
+    own_channels = True
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         reason = refuse_depthwise(op)

@@ -27,6 +27,7 @@ class GemmRow:
     operator: str
     unit: plan.Unit
     name: str = field(init=False)
+    own_channels = False
 
     def __post_init__(self) -> None:
         self.name = f"{self.unit.name}/{self.operator.removeprefix('qc.')}"

@@ -113,6 +113,7 @@ class DepthwiseRow:
 
     name: str = "cuda-dp4a/depthwise"
     isa: str = "cuda-dp4a"
+    own_channels = False
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         x = op.operands[0]

@@ -16,13 +16,14 @@ def _accept(op: OpCall) -> str | None:
 
 @dataclass
 class PortableRow:
-    """A row for every target. `make(op, target, row name)` builds the kernel; `check(op)` says why it can't, or None."""
+    """A row for every target. `make(op, target, row name)` builds the kernel; `check(op)` says why it can't, or None. own_channels: see `Row`."""
 
     name: str
     make: Callable[[OpCall, Target, str], Kernel]
     check: Callable[[OpCall], str | None] = _accept
     dense: bool = False  # inputs without halo and channel padding
     isa: str = "any"
+    own_channels: bool = False
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         return self.check(op)
@@ -40,6 +41,13 @@ class PortableRow:
         return self.make(op, target, self.name)
 
 
-def portable(operator: str, make: Callable[[OpCall, Target, str], Kernel], *, check: Callable[[OpCall], str | None] = _accept, dense: bool = False) -> None:
+def portable(
+    operator: str,
+    make: Callable[[OpCall, Target, str], Kernel],
+    *,
+    check: Callable[[OpCall], str | None] = _accept,
+    dense: bool = False,
+    own_channels: bool = False,
+) -> None:
     """Register `make` as the portable row of `operator` ("qc.add" -> "any/add")."""
-    register(operator, PortableRow(f"any/{operator.removeprefix('qc.')}", make, check, dense))
+    register(operator, PortableRow(f"any/{operator.removeprefix('qc.')}", make, check, dense, own_channels=own_channels))

@@ -227,4 +227,4 @@ def check_operands(op: OpCall) -> str | None:
 
 
 for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.dense"):
-    portable(_name, convolution, check=check_operands)
+    portable(_name, convolution, check=check_operands, own_channels=not _name.endswith("dense"))

@@ -153,7 +153,7 @@ def lut(op: OpCall, target: Target, row: str) -> Kernel:
 
 
 portable("qc.quantize", quantize)
-portable("qc.dequantize", dequantize)
-portable("qc.add", add)
-portable("qc.mul", mul)
-portable("qc.lut", lut)
+portable("qc.dequantize", dequantize, own_channels=True)
+portable("qc.add", add, own_channels=True)
+portable("qc.mul", mul, own_channels=True)
+portable("qc.lut", lut, own_channels=True)

@@ -132,10 +132,10 @@ def concat(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op))
 
 
-portable("qc.copy", copy)
+portable("qc.copy", copy, own_channels=True)
 portable("qc.fill_halo", fill_halo)
 portable("qc.reshape", reshape, dense=True)
-portable("qc.transpose", transpose)
-portable("qc.slice", slice_)
-portable("qc.pad", pad)
-portable("qc.concat", concat)
+portable("qc.transpose", transpose, own_channels=True)
+portable("qc.slice", slice_, own_channels=True)
+portable("qc.pad", pad, own_channels=True)
+portable("qc.concat", concat, own_channels=True)

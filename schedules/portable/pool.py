@@ -251,6 +251,6 @@ def check_mean(op: OpCall) -> str | None:
     return f"the mean of {count} elements may overflow int32; at most {2**23} are supported." if count > 2**23 else None
 
 
-portable("qc.max_pool2d", max_pool2d, check=check_window)
-portable("qc.avg_pool2d", avg_pool2d)
-portable("qc.mean", mean, check=check_mean)
+portable("qc.max_pool2d", max_pool2d, check=check_window, own_channels=True)
+portable("qc.avg_pool2d", avg_pool2d, own_channels=True)
+portable("qc.mean", mean, check=check_mean, own_channels=True)

@@ -118,4 +118,4 @@ def resize2d(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=[np.asarray(a[name], np.int32) for name in names])
 
 
-portable("qc.resize2d", resize2d)
+portable("qc.resize2d", resize2d, own_channels=True)

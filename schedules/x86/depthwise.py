@@ -246,6 +246,7 @@ class DepthwiseRow:
     name: str
     isa: str
     unit: ByteIsa
+    own_channels = True
 
     def refuse(self, op: OpCall, target: Target) -> str | None:
         reason = refuse_depthwise(op)
