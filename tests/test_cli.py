@@ -198,8 +198,8 @@ def test_errors_of_the_compiler_leave_nothing_behind(
     assert main(words) == 2
     assert capsys.readouterr().err == "error: m.onnx: not an ONNX file\n"
     monkeypatch.setenv("QCOMPILER_TRACEBACK", "1")
-    with pytest.raises(ModelError):
-        main(words)
+    assert main(words) == 2
+    assert "Traceback" in capsys.readouterr().err
 
     for interruption in (KeyboardInterrupt, RuntimeError):  # TVM's passes turn a Ctrl-C into a RuntimeError without text
 

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompiler.base.errors import TargetError
-from qcompiler.base.files import replacing
+from qcompiler.base.files import replacing, temporary_folder
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target
 from qcompiler.runtime.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
@@ -228,8 +227,7 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
     """
     manifest = {"format": FORMAT_VERSION, "numerics": NUMERICS_VERSION, **manifest}
     compiler = find_compiler(target)
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         sources = write_sources(folder, code, constants.tobytes(), encode_manifest(manifest), manifest, target)
         (folder / "code.z").write_bytes(zlib.compress(code, 9))
         with (folder / "data.s").open("a") as file:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -16,6 +14,7 @@ from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.codegen import object_code
 from qcompiler.backend.lowering import Params, Program, lower
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
 from qcompiler.runtime.session import Session
@@ -48,5 +47,5 @@ def build(module: tvm.IRModule, target: Target, stage: str, params: Params | Non
 @contextlib.contextmanager
 def session_of(artifact: Artifact) -> Iterator[Session]:
     """A session, on all cores of this process, of an artifact that has no file yet."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        yield Session(artifact.save(Path(folder) / "model.so"), len(os.sched_getaffinity(0)))
+    with temporary_folder() as folder:
+        yield Session(artifact.save(folder / "model.so"), len(os.sched_getaffinity(0)))

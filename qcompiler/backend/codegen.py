@@ -6,8 +6,6 @@ its kernel's tasks, parallel when there are several; kernels are private functio
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -18,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.backend.cuda import gpu_object_code
 from qcompiler.backend.lowering import Program, Step
 from qcompiler.base.errors import QCompilerError
+from qcompiler.base.files import temporary_folder
 
 ENTRY = "qc_run"
 
@@ -74,8 +73,8 @@ def object_code(program: Program) -> bytes:
         return gpu_object_code(program)
     try:
         library = tvm.tirx.build(program_module(program), target=tvm.target.Target(program.target.tvm))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "code.o"
+        with temporary_folder() as folder:
+            path = folder / "code.o"
             library.write_to_file(str(path), "o")
             return path.read_bytes()
     except (RuntimeError, ValueError, TypeError) as error:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.lowering import Program, Step
 from qcompiler.base.errors import TargetError, closest
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
 
 _DEVICE_CODE = r"""
@@ -93,13 +93,13 @@ def fat_binary(source: str, target: Target) -> bytes:
     """
     nvcc, architecture = check_toolkit(target), str(target.tvm["arch"])
     virtual = architecture.replace("sm_", "compute_")
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
-        (Path(temporary) / "kernels.cu").write_text(source)
+    with temporary_folder() as folder:
+        (folder / "kernels.cu").write_text(source)
         command = [str(nvcc), "-std=c++17", "-O3", "-fatbin", f"-gencode=arch={virtual},code=[{architecture},{virtual}]", "-o", "kernels.fatbin", "kernels.cu"]
-        done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise TargetError(f"compiling for '{target.name}' with {nvcc} failed: {done.stderr.strip()[:600]}")
-        return (Path(temporary) / "kernels.fatbin").read_bytes()
+        return (folder / "kernels.fatbin").read_bytes()
 
 
 def launch_table(program: Program) -> str:
@@ -150,8 +150,7 @@ def gpu_object_code(program: Program) -> bytes:
     """
     code = fat_binary(cuda_source(program.kernels(), program.target), program.target)
     compiler = find_compiler(program.target)
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         (folder / "kernels.fatbin").write_bytes(code)
         (folder / "launches.c").write_text(launch_table(program))
         command = [compiler, "-c", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", f"-I{RUNTIME}", "-x", "c", "launches.c", "-o", "launches.o"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 from qcompiler.backend.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, find_compiler, write_sources
 from qcompiler.base.errors import ArtifactError, TargetError
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.library import MANIFEST_SECTION
@@ -42,8 +42,7 @@ def write_static(library: Path, manifest: dict[str, Any], target: Target, name: 
     except (ArtifactError, zlib.error) as error:
         raise ArtifactError(f"{library}: holds no object code to make a static archive of; compile the model again with this version of qcompiler") from error
     compiler, symbol = find_compiler(target), f"qc_library_{identifier(name)}"
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         sources = write_sources(folder, code, constants, encoded, manifest, target)
         (folder / "entry.c").write_text(_ENTRY.format(symbol=symbol))
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qcompiler.base.cuda_driver import find_gpu
 from qcompiler.base.errors import TargetError, closest
 from qcompiler.base.host import host_architecture, host_features, request_tiles
+from qcompiler.base.yaml_file import read_yaml
 
 _KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
@@ -77,9 +76,9 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
     """All rows of a targets file, in order. Raises TargetError for a malformed one, naming the row and the key."""
     path = path or default_file()
     try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise TargetError(f"{path}: can't be read as YAML: {error}") from error
+        document = read_yaml(path)
+    except ValueError as error:
+        raise TargetError(f"{path}: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("targets"), dict):
         raise TargetError(f"{path}: expected a mapping with the key 'targets'")
     rows = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import stat
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
@@ -19,7 +21,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from qcompiler.base.errors import DataError, closest
+from qcompiler.base.files import about, open_regular, read_regular
 from qcompiler.base.tensor import TensorInfo
+from qcompiler.calibration.arrays import Header, damage, read_array, read_header, read_headers, read_rows, skip_header
 from qcompiler.calibration.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
 
 Sample = dict[str, np.ndarray]
@@ -49,9 +53,13 @@ def open_samples(source: Any, inputs: Sequence[TensorInfo], preprocess: str | Pa
             raise DataError("preprocessing applies to a folder of images only; the samples given are arrays already")
         return CheckedSamples(source, inputs)
     path = Path(source)
-    if path.is_dir():
+    try:
+        there = about(path)
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror}") from error
+    if there is not None and stat.S_ISDIR(there.st_mode):
         return ImageSamples(path, inputs, settings)
-    if not path.exists():
+    if there is None:
         raise DataError(f"{path}: no such file or folder. Data is an .npz, an .npy, or a folder of images with a preprocessing file")
     if settings is not None:
         raise DataError(f"{path}: preprocessing applies to a folder of images only")
@@ -143,11 +151,11 @@ NO_SAMPLES = _NoSamples()
 
 @dataclass(frozen=True)
 class _Column:
-    """One array file, read `rows` rows at a time; a `shape`d sample each."""
+    """One array file, read a `shape`d sample at a time."""
 
     name: str
+    header: Header
     shape: tuple[int, ...]
-    rows: int
     count: int  # samples
 
 
@@ -162,13 +170,13 @@ class ArraySamples:
     def __init__(self, path: Path, inputs: Sequence[TensorInfo]) -> None:
         self._path = path
         if path.suffix == ".npz":
-            headers = self._read_headers()
+            headers = read_headers(path)
             check_names(headers, inputs, str(path))
         else:
             if len(inputs) != 1:
                 raise DataError(f"{path}: an .npy serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
-            headers = {inputs[0].name: self._header(path.open("rb"))}
-        self._columns = [self._column(info, *headers[info.name]) for info in inputs]
+            headers = {inputs[0].name: read_header(path)}
+        self._columns = [self._column(info, headers[info.name]) for info in inputs]
         counts = {c.name: c.count for c in self._columns}
         if len(set(counts.values())) > 1:
             raise DataError(f"{path}: the inputs have different numbers of samples: {counts}")
@@ -177,64 +185,45 @@ class ArraySamples:
     def count(self) -> int | None:
         return self._columns[0].count
 
-    def _read_headers(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        try:
-            with zipfile.ZipFile(self._path) as archive:
-                return {n.removesuffix(".npy"): self._header(archive.open(n)) for n in archive.namelist()}
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"{self._path}: can't be read as .npz: {error}") from error
-
-    def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        with stream:
-            return self._enter(stream)
-
-    def _enter(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """(shape, dtype) of the array whose data `stream` stands at afterwards."""
-        try:
-            version = np.lib.format.read_magic(stream)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = reader(stream)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{self._path}: not a numpy array file: {error}") from error
-        if dtype.hasobject:
-            raise DataError(f"{self._path}: holds Python objects, not numbers")
-        if fortran and len(shape) > 1:
-            raise DataError(f"{self._path}: stored in Fortran order; save numpy.ascontiguousarray(x) instead")
-        return shape, dtype
-
-    def _column(self, info: TensorInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Column:
-        where, wanted = str(self._path), tuple(info.shape)
+    def _column(self, info: TensorInfo, header: Header) -> _Column:
+        where, wanted, shape, dtype = str(self._path), tuple(info.shape), header.shape, header.dtype
         if str(dtype) != info.dtype:
             raise DataError(f"{where}: input '{info.name}' has dtype {dtype}, the model wants {info.dtype}; save x.astype('{info.dtype}')")
         if not shape or shape[0] == 0:
             raise DataError(f"{where}: input '{info.name}' is empty: at least one sample is needed")
         if shape[1:] == wanted:
-            return _Column(info.name, wanted, 1, shape[0])
+            return _Column(info.name, header, wanted, shape[0])
         if wanted and shape[1:] == wanted[1:]:
             if shape[0] % wanted[0]:
                 raise DataError(f"{where}: input '{info.name}' has {shape[0]} rows, not a multiple of the model's batch {wanted[0]}")
-            return _Column(info.name, wanted, wanted[0], shape[0] // wanted[0])
+            return _Column(info.name, header, wanted, shape[0] // wanted[0])
         form = "[samples" + "".join(f", {d}" for d in wanted[1:]) + "]"
         raise DataError(f"{where}: input '{info.name}' has shape {list(shape)}, expected {form} for the model's input {list(wanted)}")
 
     def __iter__(self) -> Iterator[Sample]:
+        packed = self._path.suffix == ".npz"
         with ExitStack() as stack:
-            streams = []
+            streams: list[IO[bytes]] = []
             for column in self._columns:
-                archive = stack.enter_context(zipfile.ZipFile(self._path)) if self._path.suffix == ".npz" else None
-                stream = stack.enter_context(archive.open(f"{column.name}.npy") if archive else self._path.open("rb"))
-                _, dtype = self._enter(stream)
-                streams.append((column, stream, dtype))
+                file = stack.enter_context(open_regular(self._path))
+                with damage(self._path, self._path.suffix):
+                    streams.append(stack.enter_context(zipfile.ZipFile(file).open(column.header.member)) if packed else file)
+                    skip_header(streams[-1])
             for index in range(self._columns[0].count):
                 sample = {}
-                for column, stream, dtype in streams:
-                    size = math.prod(column.shape) * dtype.itemsize
-                    data = stream.read(size)
-                    if len(data) < size:
-                        raise DataError(f"{self._path}: input '{column.name}' ends at sample {index}: the file is truncated")
-                    sample[column.name] = np.frombuffer(data, dtype).reshape(column.shape)
+                for column, stream in zip(self._columns, streams, strict=True):
+                    with damage(self._path, self._path.suffix, f"input '{column.name}', sample {index}"):
+                        sample[column.name] = read_rows(stream, column.header, math.prod(column.shape)).reshape(column.shape)
                     check_finite(sample[column.name], column.name, f"{self._path}: sample {index}")
                 yield sample
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder can't be read: {error.strerror}") from error
+
+    for inside, _, names in os.walk(folder, onerror=unreadable):
+        yield from (Path(inside) / name for name in names)
 
 
 class ImageSamples:
@@ -243,7 +232,7 @@ class ImageSamples:
     def __init__(self, folder: Path, inputs: Sequence[TensorInfo], preprocess: Preprocess | None) -> None:
         if preprocess is None:
             raise DataError(f"{folder}: a folder of images needs a preprocessing file (--preprocess FILE.yaml)")
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(p for p in _below(folder) if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
         if len(inputs) != 1:
@@ -302,37 +291,44 @@ def take(samples: Samples, indices: Sequence[int]) -> Samples:
     return samples.take(indices) if isinstance(samples, ImageSamples) else _Taken(samples, indices)
 
 
-def load_labels(path: str | Path, samples: Samples) -> np.ndarray:
-    """Class indices, int64, one per sample.
+def load_labels(labels: str | Path | Iterable[int], samples: Samples) -> np.ndarray:
+    """Class indices, int64, one per sample: given as such, or a file of them.
 
     A `.npy` holds them in the order of the samples. Anything else is text, tab-separated: the columns `file` and `class_index` (or,
     without a header, the first two) joined with the image files by relative path, or by bare file name. Raises DataError.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such label file")
+    if not isinstance(labels, (str, Path)):
+        return class_indices(labels)
+    path = Path(labels)
     if path.suffix == ".npy":
-        try:
-            labels = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{path}: can't be read as .npy: {error}") from error
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise DataError(f"{path}: labels are a vector of integers, this is {labels.dtype}{list(labels.shape)}")
-        return np.asarray(labels, np.int64)
+        return class_indices(read_array(path), str(path))
     table = _read_label_table(path)
     if not samples.names:
         raise DataError(f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample")
     lost = [n for n in samples.names if n not in table and Path(n).name not in table]
     if lost:
         raise DataError(f"{path}: no label for {len(lost)} of {len(samples.names)} images, '{lost[0]}' the first")
-    return np.array([table[n] if n in table else table[Path(n).name] for n in samples.names], np.int64)
+    return class_indices([table[n] if n in table else table[Path(n).name] for n in samples.names], str(path))
+
+
+def class_indices(labels: object, where: str = "labels") -> np.ndarray:
+    """Labels as int64 [samples]. Raises DataError for what is no vector of integers from 0 on."""
+    try:
+        array = np.asarray(labels if isinstance(labels, (np.ndarray, Sequence)) else list(labels))  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where}: labels are a vector of integers, one per sample: {error}") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"{where}: labels are a vector of integers, this is {array.dtype}{list(array.shape)}")
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int64).max):
+        raise DataError(f"{where}: a label is {array.min() if array.min() < 0 else array.max()}; class indices count from 0")
+    return array.astype(np.int64)
 
 
 def _read_label_table(path: Path) -> dict[str, int]:
     try:
-        lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.split("\t") for line in read_regular(path).decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read as text: {error}") from error
+        raise DataError(f"{path}: can't be read as text: {getattr(error, 'strerror', None) or error}") from error
     if not lines:
         raise DataError(f"{path}: holds no labels")
     header = lines[0]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
+
+from qcompiler.cli.process import show
 
 
 def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]) -> None:
@@ -27,9 +28,7 @@ def _bundle(options: argparse.Namespace) -> int:
     from qcompiler.base.text import size, table
 
     bundle = make_bundle(options.library, options.output, options.static)
-    if options.json:
-        print(json.dumps({"output": str(bundle.folder), "target": bundle.target, "bytes": bundle.size, "files": dict(bundle.files)}, indent=1))
-    else:
-        title = f"{bundle.folder}: {size(bundle.size)} for {bundle.target}"
-        print(table(title, ("file", "size|"), [[name, size(count)] for name, count in bundle.files.items()]))
+    document = {"output": str(bundle.folder), "target": bundle.target, "bytes": bundle.size, "files": dict(bundle.files)}
+    title = f"{bundle.folder}: {size(bundle.size)} for {bundle.target}"
+    show(options, document, lambda: table(title, ("file", "size|"), [[name, size(count)] for name, count in bundle.files.items()]))
     return 0

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import qcompiler
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.calibration.data import open_samples
 from qcompiler.runtime.bench import Timing, interleave, ratios
@@ -42,8 +42,8 @@ def demo(output: Path, *, seconds: float = 2.0, progress: Progress | None = None
     compile_seconds = time.perf_counter() - start
     artifact.save(output)
     session = qcompiler.load(output)
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        twin = float_session(MODEL, session, Path(folder))
+    with temporary_folder() as folder:
+        twin = float_session(MODEL, session, folder)
         samples = open_samples(evaluation, session.inputs)
         report = compare(session, twin, samples, labels=labels, thresholds=THRESHOLDS, progress=progress)
         sample = evaluation[0]

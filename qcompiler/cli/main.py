@@ -1,57 +1,39 @@
 """The command line: one verb per stage. Results go to standard output, progress and errors to standard error.
 
-Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted.
+Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.base.debug import SWITCHES, plain_json, switch
-from qcompiler.base.errors import DataError, QCompilerError
-from qcompiler.base.files import check_writable, replacing
+from qcompiler.base.debug import SWITCHES
+from qcompiler.base.errors import DataError
+from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import terminal_progress
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import report as cli_report
+from qcompiler.cli.process import complain, guarded, show
 from qcompiler.cli.tuning import add_verbs
 
 DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with --preprocess"
 SHAPE_HELP = "shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs"
 PREPROCESS_HELP = (
     "YAML file for a folder of images; keys: resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), "
-    "color (RGB, BGR, GRAY), scale, mean, std: y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC)"
+    "color (RGB, BGR, GRAY), scale, mean, std: y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC), "
+    "background (pixel value behind transparent pixels, default 255)"
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Prints a `QCompilerError` on one line."""
     options = build_parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-        return status
-    except QCompilerError as error:
-        if switch("QCOMPILER_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if str(error) or type(error) not in (KeyboardInterrupt, RuntimeError):  # a RuntimeError without text is how TVM's passes report a Ctrl-C
-            raise
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    return guarded(lambda: int(options.run(options)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qcompiler",
         description="Compile a trained float ONNX network into a small, fast int8 library, and prove what it computes.",
-        epilog=f"exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted\n\nenvironment:\n{table}",
+        epilog="exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted, 143 terminated\n\n"
+        f"environment:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qcompiler {qcompiler.__version__}")
@@ -103,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
 
     texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
-    add_verbs(verb, _show, texts, _shape)
-    cli_report.add(verb, _show, texts, _shape)
+    add_verbs(verb, show, texts, _shape)
+    cli_report.add(verb, show, texts, _shape)
 
     p = verb(
         "verify",
@@ -206,8 +189,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -> None:
-    print(json.dumps(plain_json(document), indent=1) if options.json else text())
+def _inputs(options: argparse.Namespace) -> Iterator[str | Path]:
+    """The files and folders that a command reads."""
+    from qcompiler.importers.onnx_file import files_of
+
+    for name in ("model", "library", "calibration", "data", "preprocess", "labels", "tuning_log"):
+        if given := getattr(options, name, None):
+            yield from files_of(Path(given)) if name == "model" else [given]
+    yield from (path for _, path in getattr(options, "input", ()))
 
 
 def _compile(options: argparse.Namespace) -> int:
@@ -215,7 +204,7 @@ def _compile(options: argparse.Namespace) -> int:
     from qcompiler.cli.tables import mixed_text
     from qcompiler.numerics.weight_only import heading
 
-    output = check_writable(options.output)
+    output = check_writable(options.output, _inputs(options))
     shapes = dict(options.input_shape)
     with terminal_progress() as progress:
         artifact = qcompiler.compile(
@@ -235,7 +224,7 @@ def _compile(options: argparse.Namespace) -> int:
     artifact.save(output)
     manifest = artifact.manifest
     for warning in manifest.get("warnings", []):
-        print(f"warning: {warning}", file=sys.stderr)
+        complain(f"warning: {warning}")
     reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
     document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"]}
     account = manifest.get("mixed_precision")
@@ -246,7 +235,7 @@ def _compile(options: argparse.Namespace) -> int:
     if "weights" in manifest:
         document["weights"] = manifest["weights"]
         lines.append(heading(manifest["weights"]))
-    _show(options, document, lambda: "\n".join(lines))
+    show(options, document, lambda: "\n".join(lines))
     return 0 if account is None or account["met"] else 1
 
 
@@ -254,7 +243,7 @@ def _verify(options: argparse.Namespace) -> int:
     from qcompiler.verification.parity import parity_text
 
     if options.report:
-        return cli_report.verify(options, _show)
+        return cli_report.verify(options, show)
     with terminal_progress() as progress:
         report = qcompiler.verify(
             options.library,
@@ -270,12 +259,11 @@ def _verify(options: argparse.Namespace) -> int:
             threads=options.threads,
             progress=progress,
         )
-    _show(options, report, lambda: parity_text(report, options.layers))
+    show(options, report, lambda: parity_text(report, options.layers))
     return 0 if report.passed else 1
 
 
 def _bench(options: argparse.Namespace) -> int:
-    import tempfile
 
     from qcompiler.cli.tables import footprint_text, profile_text, timing_text
     from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
@@ -288,9 +276,9 @@ def _bench(options: argparse.Namespace) -> int:
     inputs = random_inputs(session.inputs)
     candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
     float_twin = None
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder, terminal_progress() as progress:
+    with temporary_folder() as folder, terminal_progress() as progress:
         if options.model:
-            float_twin = float_session(options.model, session, Path(folder), options.threads)
+            float_twin = float_session(options.model, session, folder, options.threads)
             candidates["float"] = functools.partial(float_twin.run, inputs)
         for runtime in options.against:
             candidates[runtime] = onnxruntime_call(options.model, inputs, options.threads)
@@ -309,14 +297,16 @@ def _bench(options: argparse.Namespace) -> int:
         "footprint": {name: {**vars(used), "joules": energy} for name, (used, energy) in measured.items()},
     }
     parts = [timing_text(timings, base)] + ([profile_text(steps)] if steps else []) + ([footprint_text(measured)] if measured else [])
-    _show(options, document, lambda: "\n\n".join(parts))
+    show(options, document, lambda: "\n\n".join(parts))
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
     import numpy as np
 
-    output = check_writable(options.output)
+    from qcompiler.calibration.arrays import read_array
+
+    output = check_writable(options.output, _inputs(options))
     if output.suffix != ".npz":
         raise DataError(f"{output}: outputs are written as .npz; name a file that ends so")
     session = qcompiler.load(options.library, threads=options.threads)
@@ -324,18 +314,13 @@ def _run(options: argparse.Namespace) -> int:
     for name, path in options.input:
         if name in inputs:
             raise DataError(f"--input {name} is given twice")
-        try:
-            inputs[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: can't be read as .npy: {getattr(error, 'strerror', None) or error}") from error
-        if not isinstance(inputs[name], np.ndarray):
-            raise DataError(f"{path}: holds several arrays; --input wants an .npy with one")
+        inputs[name] = read_array(path)
     outputs: dict[str, Any] = dict(session.run(inputs))
     with replacing(output) as temporary:
         np.savez(temporary, **outputs)
     described = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in outputs.items()}
     lines = [f"{output}: " + ", ".join(f"{n} {d['dtype']}{d['shape']}" for n, d in described.items())]
-    _show(options, {"output": str(output), "arrays": described}, lambda: "\n".join(lines))
+    show(options, {"output": str(output), "arrays": described}, lambda: "\n".join(lines))
     return 0
 
 
@@ -345,7 +330,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     manifest = read_manifest(options.library)
     count = Path(options.library).stat().st_size
-    _show(options, {"bytes": count, "operators": step_rows(manifest), "manifest": manifest}, lambda: manifest_text(manifest, count))
+    show(options, {"bytes": count, "operators": step_rows(manifest), "manifest": manifest}, lambda: manifest_text(manifest, count))
     return 0
 
 
@@ -380,7 +365,7 @@ def _targets(options: argparse.Namespace) -> int:
     }
     title = f"This machine: {host_architecture()}, native = {native or 'none of these'}; GPU: {graphics}"
     columns = ("target", "triple", "features", "kernel rows", "storage", "note", "here")
-    _show(options, document, lambda: table(title, columns, rows, width=180))
+    show(options, document, lambda: table(title, columns, rows, width=180))
     return 0
 
 
@@ -389,5 +374,5 @@ def _demo(options: argparse.Namespace) -> int:
 
     with terminal_progress() as progress:
         result = demo(check_writable(options.output), progress=progress)
-    _show(options, result, lambda: demo_text(result))
+    show(options, result, lambda: demo_text(result))
     return 0 if result["parity"].passed else 1

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import check_writable, replacing
-from qcompiler.importers.onnx_file import default_opset, read
+from qcompiler.importers.onnx_file import default_opset, files_of, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
@@ -56,7 +56,7 @@ def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str], c
 
     Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
     """
-    path = check_writable(Path(output))
+    path = check_writable(Path(output), [*files_of(Path(model)), calibration, options.get("preprocess"), options.get("labels")])
     source = _source(Path(model))
     export = qdq_model(source, compile_stages(model, target, calibration, **options))
     with replacing(path) as temporary:

@@ -12,6 +12,7 @@ import onnx.version_converter
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from qcompiler.base.errors import ModelError
+from qcompiler.base.files import open_regular, read_regular
 
 OLDEST, UPGRADED = 7, 13  # operator sets: older files are converted to UPGRADED first
 
@@ -22,7 +23,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     Raises ModelError for a file that can't be read, is no ONNX model, is truncated, or whose external data is missing or too short.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise ModelError(f"{path}: can't read the model: {error.strerror or error}") from error
     model = onnx.ModelProto()
@@ -40,6 +41,17 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     for location in sorted(loaded):
         digest.update(location.encode() + b"\0" + loaded[location])
     return _modern(path, model), digest.hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file of a model and those of its external data, as far as they can be told."""
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(read_regular(path))
+    except Exception:  # whoever compiles it will say what is wrong
+        return [path]
+    located = {e.value for t in tensors(model) if uses_external_data(t) for e in t.external_data if e.key == "location"}
+    return [path, *(path.parent / name for name in sorted(located))]
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -72,7 +84,7 @@ def _load_external(path: Path, tensor: onnx.TensorProto, loaded: dict[str, bytes
     try:
         inside = file.resolve().is_relative_to(path.parent.resolve())
         if location not in loaded and inside:
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 loaded[location] = hashlib.file_digest(stream, "sha256").digest()
     except (OSError, ValueError) as error:
         raise ModelError(f"{where}, which can't be read: {getattr(error, 'strerror', None) or error}. Put that file beside the model") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from qcompiler.backend.build import build
 from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, take
@@ -88,7 +88,7 @@ def compile_to(
     if samples.count is None:
         samples = CheckedSamples(list(samples), model.inputs)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompiler-")))
+        folder = stack.enter_context(temporary_folder())
         search = _Search(goal, model, samples, _classes(labels, samples, model, goal), clock, target, tuned, recipe, kept, dump, folder)
         return search.run()
 
@@ -101,7 +101,7 @@ def _classes(labels: Any, samples: Samples, model: FloatModel, goal: Goal) -> np
         raise DataError("an accuracy target needs an output of float32 numbers, and this model has none")
     if labels is None:
         return None
-    found = load_labels(labels, samples) if isinstance(labels, (str, Path)) else np.asarray(labels, np.int64)
+    found = load_labels(labels, samples)
     assert samples.count is not None
     check_labels(found, samples.count * classified[0].shape[0], classified[0])
     return found.reshape(samples.count, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import tvm
 
 from qcompiler.backend.build import Built, session_of
 from qcompiler.backend.lowering import Program
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph
@@ -98,8 +98,8 @@ class Kept:
 def worth_keeping(stages: Quantized, target: Target, kept: Mapping[str, str], progress: Progress | None) -> Kept:
     """The layers whose 8-bit roundings cost the outputs most for the work that float32 takes, within `_ALLOWANCE` and until `_ENOUGH`. kept: stay float
     anyway. The same whatever the machine: work is counted, not timed."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name, session_of(stages.measured.twin.link()) as twin:
-        survey = Survey(stages, stages.integer, target, Path(name))
+    with temporary_folder() as folder, session_of(stages.measured.twin.link()) as twin:
+        survey = Survey(stages, stages.integer, target, folder)
         found = survey.sensitivity(twin, progress, most=_SAMPLES)
     network = survey.network(found, *survey.work(), (_ELEMENT, _ELEMENT))
     path = network.path(frozenset(kept))
@@ -167,9 +167,9 @@ class LayerNoise:
 
 def layer_noise(stages: Quantized, target: Target, progress: Progress | None = None, seconds: float = 60.0) -> tuple[int, float, list[LayerNoise]]:
     """(samples looked at, SQNR of the plan in dB were all roundings independent, the layers that could stay float, most sensitive first)."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
-        survey = Survey(stages, stages.integer, target, Path(name))
-        twin = Session(stages.measured.twin.link().save(Path(name) / "float.so"), len(os.sched_getaffinity(0)))
+    with temporary_folder() as folder:
+        survey = Survey(stages, stages.integer, target, folder)
+        twin = Session(stages.measured.twin.link().save(folder / "float.so"), len(os.sched_getaffinity(0)))
         found = survey.sensitivity(twin, progress, seconds=seconds)
     network = survey.network(found)
     plan = network.predict(frozenset())

@@ -14,7 +14,6 @@ import itertools
 import mmap
 import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from qcompiler.base.errors import ArtifactError
-from qcompiler.base.files import open_regular
+from qcompiler.base.files import open_regular, temporary_folder
 
 _EXECUTABLE = 0x10  # MFD_EXEC (Linux 6.3): wanted where the system makes other memory files unfit for code; older kernels don't know it
 _numbers = itertools.count(1)
@@ -67,8 +66,8 @@ class PrivateCopy:
         if os.access(name, os.X_OK):
             yield name
             return
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-            copy = Path(folder) / self.path.name
+        with temporary_folder() as folder:
+            copy = folder / self.path.name
             copy.write_bytes(self.data)
             yield str(copy)
 

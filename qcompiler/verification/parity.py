@@ -6,7 +6,6 @@ int8 value is compared as the real number it stands for, `scale * (q - zero_poin
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
@@ -161,13 +161,13 @@ def verify(
 
     actual = Session(library, threads=threads) if isinstance(library, (str, Path)) else library
     data = open_samples(samples, actual.inputs, preprocess)
-    classes = load_labels(labels, data) if isinstance(labels, (str, Path)) else None if labels is None else np.asarray(labels, np.int64)
+    classes = None if labels is None else load_labels(labels, data)
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias)
     options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress}
     if not isinstance(model, (str, Path)):
         return compare(actual, model, data, **options)
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        return compare(actual, float_session(model, actual, Path(folder), threads), data, **options)
+    with temporary_folder() as folder:
+        return compare(actual, float_session(model, actual, folder, threads), data, **options)
 
 
 def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qcompiler.base.files import check_writable, replacing
+from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.calibration.data import load_labels, open_samples
+from qcompiler.importers.onnx_file import files_of
 from qcompiler.verification.evidence import HashedSamples, gather
 from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session
 
@@ -37,12 +35,12 @@ def verify_report(
     from qcompiler.runtime.session import Session
     from qcompiler.verification.page import page
 
-    path = check_writable(output)
+    path = check_writable(output, [library, *files_of(Path(model)), data, labels, preprocess])
     session = Session(library, threads=threads)
     samples = HashedSamples(open_samples(data, session.inputs, preprocess))
-    classes = load_labels(labels, samples) if isinstance(labels, (str, Path)) else None if labels is None else np.asarray(labels, np.int64)
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        twin = float_session(model, session, Path(folder), threads)
+    classes = None if labels is None else load_labels(labels, samples)
+    with temporary_folder() as folder:
+        twin = float_session(model, session, folder, threads)
         parity = compare(session, twin, samples, labels=classes, thresholds=thresholds, layer_samples=layer_samples, progress=progress)
         evidence = gather(session, twin, samples, parity, Path(model), classes, seconds, progress)
     given = {"evaluation data": data, "labels": labels, "preprocessing": preprocess}
