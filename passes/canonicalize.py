@@ -7,11 +7,10 @@ import tvm
 from qcompiler.passes.fold_batch_norm import fold_batch_norm
 from qcompiler.passes.fold_constants import fold_constants
 from qcompiler.passes.merge_pad import merge_pad
-from qcompiler.passes.recognise_activations import recognise_activations
-from qcompiler.passes.recognise_layer_norms import recognise_layer_norms
+from qcompiler.passes.recognise import recognise
 from qcompiler.passes.simplify import simplify
 
-PASSES = (fold_constants, simplify, recognise_activations, recognise_layer_norms, fold_batch_norm, merge_pad)
+PASSES = (fold_constants, simplify, recognise, simplify, fold_batch_norm, merge_pad)  # what is recognized is spelled with views of its own
 
 
 def canonicalize(module: tvm.IRModule) -> tvm.IRModule:

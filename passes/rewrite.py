@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, const_value, dtype_of, is_const, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const_value, dtype_of, is_const, relax_op, shape_of, substitute
 from qcompiler.passes.trained import Trained
 
 
@@ -31,6 +31,7 @@ class Rewrite:
         self.order = {name: i for i, (name, _) in enumerate(self.graph.bindings)}
         self.trained = Trained.of(self.graph.attrs).values
         self.values: dict[str, Any] = {}
+        self.made: dict[Any, Any] = {}  # of `once`
         self.env: dict[str, Any] = {str(p.name): self.builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in self.graph.inputs}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -52,6 +53,14 @@ class Rewrite:
         name = self.builder.fresh(name)
         self.values[name] = expr
         return self.builder.emit(name, expr)
+
+    def once(self, name: str, expr: Any) -> Any:
+        """`interior` for values that several rewrites need: the same expression under the same name is bound once."""
+        operands = tuple(str(a.name) if isinstance(a, relax.Var) else const_value(a).tobytes() if is_const(a) else str(a) for a in expr.args)
+        key = (name, str(relax_op(expr)), operands)
+        if key not in self.made:
+            self.made[key] = self.interior(name, expr)
+        return self.made[key]
 
     def replace(self, name: str, by: Any) -> None:
         """Readers of `name` read `by` (a variable or constant) instead."""

@@ -2,6 +2,8 @@
 
     x * 1, x + 0, reshape to the same shape, identity permutation, no-op cast     -->  x
     reshape(reshape(x)), permute_dims(permute_dims(x))                           -->  one
+    reshape(permute_dims(reshape(x))) that moves axes of x as they are           -->  permute_dims(x)
+    take and gather_nd of every element, in order                                -->  reshape
     x / c                                                                        -->  x * (1 / c)
     x - c                                                                        -->  x + (-c)
     c + x, c * x                                                                 -->  x + c, x * c
@@ -13,6 +15,7 @@ Follows fold_constants.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +95,41 @@ def _reshape(rewrite: Rewrite, expr: Any) -> Any:
     if not is_const(x) and shape_of(x) == shape_of(expr):
         return x
     inner = rewrite.value(x)
+    if relax_op(inner) == "relax.permute_dims":
+        return _permuted_axes(rewrite, inner, shape_of(expr))
     return relax.op.reshape(inner.args[0], shape_of(expr)) if relax_op(inner) == "relax.reshape" else None
+
+
+def _permuted_axes(rewrite: Rewrite, permuted: Any, shape: tuple[int, ...]) -> Any:
+    """permute_dims(x) where a reshape of x joined axes, a permutation moved them, and a reshape to `shape` splits them again; else None."""
+    joined = rewrite.value(permuted.args[0])
+    if relax_op(joined) != "relax.reshape" or is_const(joined.args[0]):
+        return None
+    old, rest, parts = shape_of(joined.args[0]), list(range(len(shape_of(joined.args[0])))), []
+    for extent in shape_of(joined):
+        part = [rest.pop(0)] if rest else []
+        while rest and math.prod(old[a] for a in part) < extent:
+            part.append(rest.pop(0))
+        if math.prod(old[a] for a in part) != extent:
+            return None
+        parts.append(part)
+    axes = [a for moved in _axes(permuted) for a in parts[moved]]
+    return relax.op.permute_dims(joined.args[0], axes) if not rest and tuple(old[a] for a in axes) == shape else None
+
+
+def _gather(rewrite: Rewrite, expr: Any) -> Any:
+    """Exporters of masks write a broadcast index for each element; where that is the element's own, nothing is gathered."""
+    x, indices = expr.args
+    if is_const(x) or not is_const(indices) or math.prod(shape_of(x)) != math.prod(shape_of(expr)):
+        return None
+    index, shape = const_value(indices), shape_of(x)
+    if relax_op(expr) == "relax.gather_nd":
+        if int(expr.attrs.batch_dims) or index.shape[-1] != len(shape) or (index < 0).any() or (index >= np.asarray(shape)).any():
+            return None
+        index = np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), shape)
+    elif expr.attrs.axis is None or int(expr.attrs.axis) % len(shape) or shape[0] != index.size:
+        return None
+    return relax.op.reshape(x, shape_of(expr)) if (index.reshape(-1) == np.arange(index.size)).all() else None
 
 
 def _permute(rewrite: Rewrite, expr: Any) -> Any:
@@ -134,5 +171,6 @@ _RULES: dict[str, Callable[[Rewrite, Any], Any]] = {
     "relax.reshape": _reshape,
     "relax.permute_dims": _permute,
     "relax.astype": _astype,
+    **dict.fromkeys(["relax.take", "relax.gather_nd"], _gather),
     "relax.nn.pad": _pad,
 }

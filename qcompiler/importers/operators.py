@@ -8,6 +8,7 @@ import numpy as np
 from tvm import relax
 
 from qcompiler.importers import arithmetic, images, shapes
+from qcompiler.importers.attention import attention
 from qcompiler.importers.nodes import Node, Refused, Undefined, Value
 from qcompiler.passes.graph import const
 
@@ -54,6 +55,7 @@ def _data_dependent(node: Node) -> list[Value]:
 Converter = Callable[[Node], list[Value] | None]  # None: leave this node to Relax's importer
 
 CONVERTERS: dict[str, Converter] = {
+    "Attention": attention,
     "AveragePool": images.average_pool,
     "BatchNormalization": images.batch_normalization,
     "Cast": shapes.cast,

@@ -1,11 +1,11 @@
-"""Gives activations that exporters spell out the name Relax has for them.
+"""Activations that exporters spell out.
 
     x * sigmoid(x)                                     -->  silu(x)
     0.5 * x * (1 + erf(x / sqrt(2))), in any order      -->  gelu(x)
     prelu(x, one slope)                                -->  leakyrelu(x, slope)
     x * (clip(x + 3, 0, 6) / 6), in any order           -->  x * clip(x * (1/6) + 0.5, 0, 1)
 
-An expression is recognized by its values (`unary.Unary`), not by its spelling. Follows simplify.
+An expression is recognized by its values (`unary.Unary`), not by its spelling.
 """
 
 from __future__ import annotations
@@ -14,31 +14,26 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import const, const_value, is_const, relax_op, shape_of
 from qcompiler.passes.rewrite import Rewrite
 from qcompiler.passes.unary import Unary, elementwise
 
-_DEPTH = 8  # operators from the end of a spelled-out activation back to its operand
+_DEPTH = 12  # operators from the end of a spelled-out activation back to its operand
 
 
-def recognise_activations(module: tvm.IRModule) -> tvm.IRModule:
-    rewrite = Rewrite(module)
-    for name, expr in rewrite:
-        op = relax_op(expr)
-        if op == "relax.nn.prelu" and is_const(expr.args[1]) and len(np.unique(slopes := const_value(expr.args[1]))) == 1:
-            rewrite.keep(name, relax.op.nn.leakyrelu(expr.args[0], float(slopes.reshape(-1)[0])))
-        elif op == "relax.multiply" and (found := _spelled_out(rewrite, name, expr)) is not None:
-            rewrite.keep(name, found)
-        else:
-            rewrite.keep(name, expr)
-    return rewrite.done()
+def constant_slope(rewrite: Rewrite, name: str, expr: Any) -> Any:
+    """The leaky rectifier that a prelu with one slope for all channels is."""
+    if relax_op(expr) != "relax.nn.prelu" or not is_const(expr.args[1]) or len(slopes := np.unique(const_value(expr.args[1]))) != 1:
+        return None
+    return relax.op.nn.leakyrelu(expr.args[0], float(slopes[0]))
 
 
-def _spelled_out(rewrite: Rewrite, name: str, expr: Any) -> Any:
+def spelled_out(rewrite: Rewrite, name: str, expr: Any) -> Any:
     """The named form of the smallest expression ending in the product `expr` that has one."""
+    if relax_op(expr) != "relax.multiply":
+        return None
     values, inside = rewrite.old, {name}
     source = values[name]
     for _ in range(_DEPTH):

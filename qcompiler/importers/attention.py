@@ -1,0 +1,71 @@
+"""ONNX Attention (operator sets 23 and 24) as `relax.nn.attention`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from qcompiler.importers.nodes import Node, Refused, Undefined, Value
+from qcompiler.passes.graph import const, shape_of
+
+_IN_ROWS = [0, 2, 1, 3]
+
+
+def attention(node: Node) -> list[Value]:
+    """Operands [B, S, heads * D] or [B, heads, S, D]; several query heads may share a key head. A cache, lengths per sequence, a soft cap and the logits as a
+    second result are left to the operator's definition."""
+    if any(node.outputs[1:]) or any(node.has(i) for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
+        raise Undefined
+    packed = len(node.shape()) == 3
+    counts = [int(node.attrs[name]) if packed else node.shape(i)[1] for i, name in ((0, "q_num_heads"), (1, "kv_num_heads"), (1, "kv_num_heads"))]
+    if counts[0] % counts[1]:
+        raise Refused(f"{counts[0]} query heads can't share {counts[1]} key heads")
+    q, k, v = (_rows(node, i, what, count, counts[0]) for i, (what, count) in enumerate(zip("qkv", counts, strict=True)))
+    (batch, rows, heads, depth), columns = shape_of(q), shape_of(k)[1]
+    scale = float(node.attrs.get("scale", 1 / math.sqrt(depth)))
+    bias = _bias(node, (batch, heads, rows, columns))
+    call = relax.op.nn.attention(q, k, v, bias, scale=scale)
+    if packed:
+        return [relax.op.reshape(node.emit("rows", call), (batch, rows, heads * shape_of(v)[3]))]
+    return [relax.op.permute_dims(node.emit("rows", call), _IN_ROWS)]
+
+
+def _rows(node: Node, index: int, what: str, heads: int, wanted: int) -> Any:
+    """Operand `index` as [batch, row, head, channel] with `wanted` heads."""
+    shape, x = node.shape(index), node.tensor(index)
+    if len(shape) == 3:
+        if shape[2] % heads:
+            raise Refused(f"a width of {shape[2]} can't be divided into {heads} heads")
+        x = node.emit(f"{what}~heads", relax.op.reshape(x, (*shape[:2], heads, shape[2] // heads)))
+    else:
+        x = node.emit(f"{what}~rows", relax.op.permute_dims(x, _IN_ROWS))
+    if heads == wanted:
+        return x
+    batch, rows, _, depth = shape_of(x)
+    x = node.emit(f"{what}~group", relax.op.reshape(x, (batch, rows, heads, 1, depth)))
+    x = node.emit(f"{what}~shared", relax.op.broadcast_to(x, (batch, rows, heads, wanted // heads, depth)))
+    return node.emit(f"{what}~all", relax.op.reshape(x, (batch, rows, wanted, depth)))
+
+
+def _bias(node: Node, shape: tuple[int, int, int, int]) -> Any:
+    """What the mask and `is_causal` add to logits of `shape`, or None. A mask may have fewer columns: keys behind them are masked."""
+    causal = None
+    if int(node.attrs.get("is_causal", 0)):
+        causal = const(np.where(np.tri(*shape[2:], dtype=np.bool_), np.float32(0), np.float32(-np.inf))[None, None])
+    if not node.has(3):
+        return causal
+    mask, own = node.tensor(3), node.shape(3)
+    if node.dtype(3) == "bool":
+        mask = node.emit("mask", relax.op.where(mask, const(np.float32(0)), const(np.float32(-np.inf))))
+    elif node.dtype(3) != "float32":
+        raise Refused(f"its mask is {node.dtype(3)}; supported: floating types and bool")
+    if len(own) < 4:
+        mask = node.emit("mask", relax.op.reshape(mask, (1,) * (4 - len(own)) + own))
+    if own[-1] not in (1, shape[3]):
+        mask = node.emit("mask", relax.op.nn.pad(mask, [0, 0, 0, 0, 0, 0, 0, shape[3] - own[-1]], "constant", -math.inf))
+    elif own[-1] != shape[3]:
+        mask = node.emit("mask", relax.op.broadcast_to(mask, (*shape_of(mask)[:3], shape[3])))
+    return mask if causal is None else node.emit("mask", relax.op.add(mask, causal))
