@@ -8,6 +8,7 @@ values:
     add, sub, mul, matmul, mean, avg_pool2d:  operator -> relu / clip
     unary:  any expression of one tensor and scalars (hard-swish, x * sigmoid(x), ...)
     data movement and max_pool2d:  the operator alone
+    attention, layer_norm, rms_norm, softmax, take:  the operator alone, float so far
     quantize, dequantize:  in QDQ modules; group boundaries
 
 Edges inside a group have one use, are not network outputs, and are not rounded to 8 bits by the model file (`trained.py`). Every binding belongs to
@@ -24,9 +25,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompiler.passes.alone import describe_alone
 from qcompiler.passes.constants import Constant, constant_of, kernel_form
 from qcompiler.passes.graph import Graph, arguments, dtype_of, plain, relax_op, shape_of
 from qcompiler.passes.kinds import KINDS, Kind
+from qcompiler.passes.recognise.miss import NEAR_MISSES
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
 from qcompiler.passes.trained import Trained
 from qcompiler.passes.unary import Unary, clamp, elementwise, join_clamps
@@ -39,12 +42,14 @@ class Group:
     kind: a name of the table in `kinds.py`, whose row is `traits`; an output of a split is a "slice".
     id: value id of the output. members: bindings inside, in order. shape: of the output; () for a tuple.
     inputs: value ids of the tensor operands, in order. residual: one more, added after the bias.
+    inputs of attention: q [B, S, H, D], k [B, T, H, D], v [B, T, H, Dv], and a bias that broadcasts to [B, H, S, T] where it is computed; of take: the indices.
     weight: conv2d, conv2d_transpose: [O, KH, KW, I/groups]; dense: [N, K]; add, sub, mul with one constant operand: that operand
         (`attrs["constant"]` is its position, 0 or 1). float32; in a QDQ module int8, `real = weight_scale * (weight - weight_zero_point)`
-        with one scale per output channel, or a single one for a constant operand.
-    bias: float64 [O]. low, high: the activation as bounds of the real output, None for none.
+        with one scale per output channel, or a single one for a constant operand. layer_norm, rms_norm: gamma [C]; take: the table; attention: a constant
+        bias [B or 1, H or 1, S or 1, T].
+    bias: float64 [O]; layer_norm: beta [C]. low, high: the activation as bounds of the real output, None for none.
     attrs: geometry by the names of the operator table. function: of a unary group.
-    reason: why kind is "float", as a sentence without full stop.
+    reason: why it has no int8 form, as a sentence without full stop; None for groups that have one.
     """
 
     kind: str
@@ -81,6 +86,7 @@ class _Finder:
         self.order = {name: i for i, (name, _) in enumerate(graph.bindings)}
         self.uses = graph.consumers()
         self.trained = Trained.of(graph.attrs)
+        self.misses: dict[str, str] = graph.attrs.get(NEAR_MISSES, {})
         self.claimed: set[str] = set()
         self.groups: list[Group] = []
 
@@ -286,6 +292,8 @@ class _Finder:
             and dtype_of(expr.args[0]) == "float32"
         ):
             return self.single(first, self.values[first])
+        if (found := describe_alone(expr)) is not None:
+            return replace(self.float_group(name, expr, f"operator '{found['kind']}' has no int8 kernel"), **found)
         return self.described(name, expr, describe(expr), (name,))
 
     def described(self, name: str, expr: Any, found: Described | str | None, members: tuple[str, ...]) -> Group:
@@ -305,6 +313,7 @@ class _Finder:
         constants = [m for a in tensors if (c := constant_of(a, self.values, evaluate=False)) is not None for m in c.members]
         inputs = [a for a in tensors if str(a.name) not in constants]
         shape = shape_of(expr) if hasattr(expr.ty, "shape") else ()
+        reason = f"{reason} ({self.misses[name]})" if name in self.misses else reason
         return Group("float", name, self.members([*constants, name]), _names(inputs), shape, reason=reason)
 
 

@@ -29,6 +29,7 @@ class Kind:
         the values. joins: several operands, those of other parameters through a table. keeps: the result has its operands' quantization.
     light: computed in float where its operands are float anyway.
     per_channel: each channel of the result is made from that channel of the operands, whatever positive factor the channel has.
+    alone: one operator by itself, with constants of its own (`alone.py`).
     edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
     float_kernel: has a float kernel of ours, `qc.f32.<name>`, that takes in the whole group.
     """
@@ -52,6 +53,7 @@ class Kind:
     keeps: bool = False
     light: bool = False
     per_channel: bool = False
+    alone: bool = False
     edge: bool = False
     float_kernel: bool = False
 
@@ -102,6 +104,11 @@ KINDS: dict[str, Kind] = {
         Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=True),
         Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=True),
         Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True),
+        Kind("attention", ("relax.nn.attention", "relax.nn.attention_bias"), alone=True),
+        Kind("layer_norm", ("relax.nn.layer_norm",), alone=True),
+        Kind("rms_norm", ("relax.nn.rms_norm",), alone=True),
+        Kind("softmax", ("relax.nn.softmax",), alone=True),
+        Kind("take", ("relax.take",), alone=True),
         Kind("quantize", ("relax.quantize",), edge=True),
         Kind("dequantize", ("relax.dequantize",), edge=True),
         Kind("float"),

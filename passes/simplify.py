@@ -4,6 +4,7 @@
     reshape(reshape(x)), permute_dims(permute_dims(x))                           -->  one
     reshape(permute_dims(reshape(x))) that moves axes of x as they are           -->  permute_dims(x)
     take and gather_nd of every element, in order                                -->  reshape
+    where(a constant that is true, or false, everywhere, x, y)                   -->  x, or y
     x / c                                                                        -->  x * (1 / c)
     x - c                                                                        -->  x + (-c)
     c + x, c * x                                                                 -->  x + c, x * c
@@ -132,6 +133,14 @@ def _gather(rewrite: Rewrite, expr: Any) -> Any:
     return relax.op.reshape(x, shape_of(expr)) if (index.reshape(-1) == np.arange(index.size)).all() else None
 
 
+def _where(rewrite: Rewrite, expr: Any) -> Any:
+    condition, x, y = expr.args
+    if not is_const(condition) or len(found := np.unique(const_value(condition))) != 1:
+        return None
+    chosen = x if found[0] else y
+    return chosen if not is_const(chosen) and shape_of(chosen) == shape_of(expr) else None
+
+
 def _permute(rewrite: Rewrite, expr: Any) -> Any:
     axes = _axes(expr)
     if axes == sorted(axes):
@@ -171,6 +180,7 @@ _RULES: dict[str, Callable[[Rewrite, Any], Any]] = {
     "relax.reshape": _reshape,
     "relax.permute_dims": _permute,
     "relax.astype": _astype,
+    "relax.where": _where,
     **dict.fromkeys(["relax.take", "relax.gather_nd"], _gather),
     "relax.nn.pad": _pad,
 }

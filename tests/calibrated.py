@@ -12,6 +12,7 @@ from tvm import relax
 from qcompiler.calibration.table import CalibrationTable, Statistics, Watcher, calibrate
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.groups import find_groups
+from qcompiler.passes.legalize import legalize
 from qcompiler.plan.planner import observed_ids
 
 
@@ -35,7 +36,7 @@ class ModuleExecutor:
         env = {p.name: builder.input(p.name, p.shape, p.dtype) for p in self.inputs}
         for name, expr in graph.bindings:
             env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
-        legal = relax.transform.LegalizeOps()(builder.finish([(n, env[n]) for n in self._ids]))
+        legal = legalize(builder.finish([(n, env[n]) for n in self._ids]))
         with tvm.transform.PassContext(opt_level=0):
             library = relax.build(legal, "llvm")
         self._main = relax.VirtualMachine(library, tvm.cpu())["main"]

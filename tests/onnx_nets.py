@@ -16,6 +16,7 @@ from tvm import relax
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph, dtype_of, relax_op, shape_of
 from qcompiler.passes.legal_layouts import legal_layouts
+from qcompiler.passes.legalize import legalize
 
 
 class OnnxNet:
@@ -72,7 +73,7 @@ class OnnxNet:
 def execute(module: tvm.IRModule, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs of a float module by name, computed by TVM's own kernels."""
     graph = Graph.of(module)
-    built = relax.build(relax.transform.LegalizeOps()(legal_layouts(module)), "llvm")
+    built = relax.build(legalize(legal_layouts(module)), "llvm")
     arrays = [np.asarray(feeds[str(p.name)], dtype_of(p), order="C") for p in graph.inputs]
     results = relax.VirtualMachine(built, tvm.cpu())["main"](*[tvm.runtime.tensor(a) for a in arrays])
     return {name: r.numpy() for (name, _), r in zip(graph.outputs, results, strict=True)}

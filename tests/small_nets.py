@@ -14,6 +14,7 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
+from qcompiler.passes.legalize import legalize
 
 NHWC = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
 NHWC_T = {"data_layout": "NHWC", "kernel_layout": "IHWO", "out_layout": "NHWC"}
@@ -90,7 +91,7 @@ def evaluate(module: tvm.IRModule, inputs: dict[str, np.ndarray], keep: Sequence
             env[name] = builder.input(f"{name}~given", given[name].shape, str(given[name].dtype))
             feed.append(given[name])
     wanted = [k for k in keep if k not in inputs]
-    legal = relax.transform.LegalizeOps()(legal_layouts(builder.finish([(k, computed[k]) for k in wanted])))
+    legal = legalize(legal_layouts(builder.finish([(k, computed[k]) for k in wanted])))
     machine = relax.VirtualMachine(relax.build(legal, "llvm"), tvm.cpu())
     results = machine["main"](*[tvm.runtime.tensor(np.ascontiguousarray(a)) for a in feed])
     return {**inputs, **{k: r.numpy() for k, r in zip(wanted, results, strict=True)}}

@@ -16,7 +16,7 @@ from qcompiler.passes.fold_batch_norm import fold_batch_norm
 from qcompiler.passes.fold_constants import fold_constants
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, is_const, plain, relax_op
 from qcompiler.passes.merge_pad import merge_pad
-from qcompiler.passes.recognise_activations import recognise_activations
+from qcompiler.passes.recognise import recognise
 from qcompiler.passes.simplify import simplify
 from tests.onnx_nets import OnnxNet, agrees, execute, operators
 
@@ -276,7 +276,7 @@ def leaky(e: Any, x: Any) -> Any:
 )  # fmt: skip
 def test_spelled_out_activations(make: Callable[..., Any], expected: list[str]) -> None:
     before = module_of(make, 1, 4, 8, 8)
-    after = recognise_activations(simplify(before))
+    after = recognise(simplify(before))
     assert operators(after) == expected
     assert Graph.of(after).outputs[0][1].name == "y"
     same(before, after, tolerance=1e-4)  # TVM's erf and tanh are polynomials
@@ -289,4 +289,4 @@ def test_look_alikes_stay() -> None:
         return [e("y", op.multiply(x, e("s", op.sigmoid(other)))), e("z", op.nn.prelu(x, randoms(4), 1)), other]
 
     before = module_of(make, 1, 4, 8, 8)
-    assert operators(recognise_activations(before)) == operators(before)
+    assert operators(recognise(before)) == operators(before)

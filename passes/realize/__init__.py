@@ -147,7 +147,7 @@ class _Realizer:
 
     def site(self, group: Group) -> Site | None:
         """What a rule needs, or None for a group that stays float."""
-        if group.kind == "float" or group.id in self.float_ops:
+        if group.reason is not None or group.id in self.float_ops:
             return None
         inputs = [self.values[i].int8 for i in group.inputs]
         residual = self.values[group.residual].int8 if group.residual else None

@@ -21,11 +21,11 @@ import numpy as np
 from tvm import relax
 
 from qcompiler.passes.graph import const, const_value, dtype_of, is_const, plain, relax_op, shape_of
+from qcompiler.passes.kinds import KINDS
 from qcompiler.passes.recognise.masks import Mask, filled, joined
 from qcompiler.passes.recognise.miss import Miss
 from qcompiler.passes.rewrite import Rewrite
 
-ATTENTION = ("relax.nn.attention", "relax.nn.attention_bias")
 _IN_ROWS = [0, 2, 1, 3]
 _DEPTH = 12  # operators between a softmax and the product that makes its logits
 
@@ -75,7 +75,7 @@ def attention_in_rows(rewrite: Rewrite, name: str, expr: Any) -> Any:
     if relax_op(inner) != "relax.permute_dims" or plain(inner.attrs.axes) != _IN_ROWS or plain(expr.attrs.axes) != _IN_ROWS:
         return None
     found = rewrite.value(inner.args[0])
-    return found if relax_op(found) in ATTENTION else None
+    return found if relax_op(found) in KINDS["attention"].relax else None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,11 @@ def _behind(rewrite: Rewrite, variable: Any) -> Any:
 
 def _keeps_rows(expr: Any) -> bool:
     """A reshape that keeps the last two axes."""
-    return relax_op(expr) == "relax.reshape" and shape_of(expr)[-2:] == shape_of(expr.args[0])[-2:] and min(map(len, (shape_of(expr), shape_of(expr.args[0])))) >= 2
+    return (
+        relax_op(expr) == "relax.reshape"
+        and shape_of(expr)[-2:] == shape_of(expr.args[0])[-2:]
+        and min(map(len, (shape_of(expr), shape_of(expr.args[0])))) >= 2
+    )
 
 
 def _softmax(rewrite: Rewrite, variable: Any) -> tuple[str, Any, str | None, Any] | None:
@@ -97,7 +101,10 @@ def _softmax(rewrite: Rewrite, variable: Any) -> tuple[str, Any, str | None, Any
     from; None when there is none."""
     between = guard = None
     for _ in range(4):
-        expr = _behind(rewrite, variable)
+        if not isinstance(variable, relax.Var):
+            return None
+        expr: Any = rewrite.old.get(str(variable.name))
+        between = "a rounding to 8 bits, which the file asks for," if str(variable.name) in rewrite.trained else between
         if relax_op(expr) == "relax.nn.softmax":
             return str(variable.name), expr, between, guard
         if expr is None or relax_op(expr) is None:
@@ -186,9 +193,9 @@ def _plus(rewrite: Rewrite, expr: Any, depth: int) -> _Logits | str:
 
 
 def _unscaled(rewrite: Rewrite, variable: Any, depth: int = 6) -> tuple[Any, float, list[Any]]:
-    """(x, factor, views) with `variable` = views(factor * x): x of the old module, and reshapes and permutations, innermost first. Views without a factor behind
-    them stay as they are."""
-    expr = _behind(rewrite, variable) if depth else None
+    """(x, factor, views) with `variable` = views(factor * x): x of the old module, and reshapes and permutations, innermost first. Views without a factor
+    behind them stay as they are."""
+    expr: Any = _behind(rewrite, variable) if depth else None
     if relax_op(expr) == "relax.multiply" and is_const(expr.args[1]) and const_value(expr.args[1]).size == 1 and shape_of(expr.args[0]) == shape_of(expr):
         x, factor, views = _unscaled(rewrite, expr.args[0], depth - 1)
         return x, factor * float(const_value(expr.args[1]).reshape(-1)[0]), views
@@ -203,7 +210,7 @@ def _unscaled(rewrite: Rewrite, variable: Any, depth: int = 6) -> tuple[Any, flo
 
 
 def _heads(rewrite: Rewrite, found: _Logits, v: Any) -> tuple[int, int]:
-    """(batch, heads) for leading axes of any number: as a view of the logits or the operands has them; an axis of its own is heads where a permutation made it."""
+    """(batch, heads) for leading axes of any number: as a view of the logits or the operands has them; a lone axis is heads where a permutation made it."""
     leads = list(found.leads)
     for operand in (found.q, found.k, v):
         expr = _behind(rewrite, operand)

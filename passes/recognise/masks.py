@@ -31,8 +31,8 @@ _POINTWISE = frozenset(
 
 @dataclass(frozen=True)
 class Mask:
-    """`factor * value`, added to logits of shape `view`; value: a variable or constant of the old module. With `fill`, `value` is a boolean instead, and what is
-    added is `fill` where it holds, else 0; or the other way round with `inverted`."""
+    """`factor * value`, added to logits of shape `view`; value: a variable or constant of the old module. With `fill`, `value` is a boolean instead, and what
+    is added is `fill` where it holds, else 0; or the other way round with `inverted`."""
 
     value: Any
     view: tuple[int, ...]

@@ -109,7 +109,7 @@ def _divided_by_norm(rewrite: Rewrite, expr: Any) -> _Norm | None:
 def _centered(rewrite: Rewrite, expr: Any) -> _Norm | None:
     """The same of x - mean(x) over the same axes."""
     found = _divided_by_norm(rewrite, expr)
-    centered = _behind(rewrite, found.x) if found is not None else None
+    centered: Any = _behind(rewrite, found.x) if found is not None else None
     if found is None or relax_op(centered) != "relax.subtract":
         return None
     mean = _mean(rewrite, centered.args[1])

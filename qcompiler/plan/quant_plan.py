@@ -215,7 +215,7 @@ class QuantPlan:
         for unknown in set(self.scales) - {g.id for g in groups}:
             raise PlanError(f"the plan has weight scales for operator '{unknown}', which the model does not have; it was made for another model")
         for group in groups:
-            if group.kind == "float" and group.id not in self.reasons:
+            if group.reason is not None and group.id not in self.reasons:
                 raise PlanError(f"operator '{group.id}' is planned in 8 bits, but {group.reason}; it can only stay float")
             if group.id not in self.reasons:
                 self._validate_int8(group)

@@ -17,6 +17,7 @@ from qcompiler.base.errors import DataError
 from qcompiler.numerics.operators import OPERATORS
 from qcompiler.numerics.products import scatter
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, plain, relax_op, shape_of
+from qcompiler.passes.legalize import legalize
 
 
 def run(module: tvm.IRModule, inputs: Mapping[str, np.ndarray], keep: str = "outputs") -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def _legalized(expr: Any, operands: list[np.ndarray]) -> Any:
     module = builder.get()
     key = str(module.script())
     if key not in _CACHE:
-        executable = relax.build(relax.transform.LegalizeOps()(module), tvm.target.Target("llvm"))
+        executable = relax.build(legalize(module), tvm.target.Target("llvm"))
         _CACHE[key] = relax.VirtualMachine(executable, tvm.cpu())
     result = _CACHE[key]["main"](*[tvm.runtime.tensor(np.ascontiguousarray(a).reshape(a.shape)) for a in operands])
     return [r.numpy() for r in result] if isinstance(expr.ty, relax.TupleType) else result.numpy()
