@@ -337,6 +337,6 @@ def test_verify_and_bench(digits_on_gpu: tuple[Compilation, Path, FakeGpu], tmp_
     passes(done)
     report = json.loads(done.stdout)
     assert report["passed"] and len(report["layers"]) > 8
-    done = gpu.run(sys.executable, "-m", "qcompiler", "bench", library, "--layers", "--seconds", "0.1", "--json")
+    done = gpu.run(sys.executable, "-m", "qcompiler", "bench", library, "--layers", "--seconds", "0.1", "--json", switches="skip-repeats")
     passes(done)
     assert all(step["seconds"] > 0 for step in json.loads(done.stdout)["steps"])
