@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
+
+if TYPE_CHECKING:
+    from qcompiler.pipeline.stages import Compilation
 
 pytest_plugins = ["tools"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,16 +42,30 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """digits("x86-avx2"): the example network compiled for a target; compiled once."""
+    """digits("x86-avx2"): the example network compiled for a target; compiled once, for all processes of this run. Not to be changed."""
     import qcompiler
+    from qcompiler.base.targets import find_target
     from qcompiler.cli.demo import MODEL, demo_data
 
-    folder = tmp_path_factory.mktemp("digits")
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digits"  # a worker's folder lies in that of the run
+    folder.mkdir(exist_ok=True)
 
     def compiled(target: str) -> Path:
-        path = folder / f"{target}.so"
-        if not path.exists():
-            qcompiler.compile(MODEL, target=target, calibration=demo_data()[0][:40], preset="fast").save(path)
+        path = folder / f"{find_target(target).name}.so"
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                qcompiler.compile(MODEL, target=target, calibration=demo_data()[0][:40], preset="fast").save(path)
         return path
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def digits_compilation() -> Compilation:
+    """The same for this machine, with all that led to it. Not to be changed."""
+    from qcompiler.cli.demo import MODEL, demo_data
+    from qcompiler.pipeline.compile import compile_stages
+
+    return compile_stages(MODEL, "native", demo_data()[0][:40], preset="fast")

@@ -26,7 +26,7 @@ from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS
-from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.bench import onnxruntime_call
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel
@@ -289,14 +289,13 @@ def test_float_reference_is_as_good_as_published(script: Any, real_data: Path, r
         assert (top == labels).mean() >= floor, name
 
 
-def test_the_integer_network_runs_in_litert(script: Any, tmp_path: Path) -> None:
+def test_the_integer_network_runs_in_litert(script: Any, digits_compilation: Compilation, tmp_path: Path) -> None:
     """The twin that instructions are compared with is the same network: its answers differ by the roundings of its format only."""
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
-    calibration, evaluation, _ = demo_data()
-    compilation = compile_stages(MODEL, "native", calibration[:40], preset="fast")
-    session = Session(compilation.artifact.save(tmp_path / "digits.so"))
+    evaluation = demo_data()[1]
+    session = Session(digits_compilation.artifact.save(tmp_path / "digits.so"))
     ours = np.concatenate([session.run(sample)["logits"] for sample in evaluation[:30]])
-    twin = script("tflite_model").tflite_model(compilation.integer, float(np.abs(ours).max()) / 127)
+    twin = script("tflite_model").tflite_model(digits_compilation.integer, float(np.abs(ours).max()) / 127)
     litert = interpreter.Interpreter(model_content=twin, num_threads=1)
     litert.allocate_tensors()
     (x,), (y,) = litert.get_input_details(), litert.get_output_details()

@@ -14,6 +14,7 @@ import pytest
 from tools import require_programs, require_target
 
 import qcompiler
+from qcompiler.backend import bundle as bundle_module
 from qcompiler.backend.artifact import _with_checksum
 from qcompiler.backend.bundle import Bundle, make_bundle
 from qcompiler.backend.static_library import identifier
@@ -51,6 +52,12 @@ def library(digits: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def bundle(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(library, tmp_path_factory.mktemp("bundle") / "device files")
+
+
+@pytest.fixture
+def ready_runner(bundle: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles made here get the `bin/qc_run` of `bundle` instead of building their own."""
+    monkeypatch.setattr(bundle_module, "_build_runner", lambda path, target, compiler: shutil.copy(bundle.folder / "bin" / "qc_run", path))
 
 
 def pattern_answer(library: Path) -> np.ndarray:
@@ -177,6 +184,7 @@ int main(void) { return answer(qc_library_first(), "first.raw") || answer(qc_lib
 """
 
 
+@pytest.mark.usefixtures("ready_runner")
 def test_two_static_networks_in_one_static_program(library: Path, tmp_path: Path) -> None:
     """Two archives define one name each, and a program without any shared library gives the bytes of both networks."""
     shutil.copy(library, tmp_path / "first.so")
@@ -195,6 +203,7 @@ def test_two_static_networks_in_one_static_program(library: Path, tmp_path: Path
     assert answers[0] != answers[1]
 
 
+@pytest.mark.usefixtures("ready_runner")
 def test_static_bundle(library: Path, bundle: Bundle, tmp_path: Path) -> None:
     require_programs("bundles with CMake", "cmake")
     name = identifier(library.stem)

@@ -10,9 +10,10 @@ from tools import require_slow
 from x86_emulation import ALL, AMX, build_network, each, runs_here
 
 from qcompiler.backend import artifact
+from qcompiler.backend.build import Built, build
 from qcompiler.base.errors import IncompatibleDevice
 from qcompiler.base.targets import Target, missing_features
-from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.demo import demo_data
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.runtime.session import Session
@@ -39,16 +40,11 @@ def equal_bytes(got: Values, want: Values, target: Target) -> int:
     return len(common)
 
 
-@pytest.fixture(scope="module")
-def digits() -> Compilation:
-    return compile_stages(MODEL, "native", demo_data()[0][:40], preset="fast")
-
-
 @pytest.mark.parametrize("target", each(ALL))
-def test_digits(target: Target, digits: Compilation, tmp_path: Path) -> None:
+def test_digits(target: Target, digits_compilation: Compilation, tmp_path: Path) -> None:
     image = demo_data()[1][3]
-    want = interpreter.run(digits.integer, image, keep="all") | interpreter.run(digits.integer, image)
-    got, rows = traced(digits, target, image, tmp_path)
+    want = interpreter.run(digits_compilation.integer, image, keep="all") | interpreter.run(digits_compilation.integer, image)
+    got, rows = traced(digits_compilation, target, image, tmp_path)
     assert equal_bytes(got, want, target) >= 10
     np.testing.assert_array_equal(got["logits"], want["logits"])
     assert target.name in rows and rows <= set(target.rows)
@@ -73,11 +69,16 @@ def mobilenet(real_data: Path, root: Path) -> tuple[Compilation, Values, Values]
 # -- tiles in a library ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_library_with_tiles_asks_for_them(digits: Compilation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def portable(digits_compilation: Compilation) -> Built:
+    return build_network(digits_compilation.integer, ALL[0])
+
+
+def test_a_library_with_tiles_asks_for_them(portable: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime of an AMX library, around code that any machine runs: where Linux refuses tiles, no session comes to be."""
-    built, header = build_network(digits.integer, ALL[0]), artifact._model_header
+    header = artifact._model_header
     monkeypatch.setattr(artifact, "_model_header", lambda manifest: header(manifest).replace("#define QC_TILES 0", "#define QC_TILES 1"))
-    path = built.link().save(tmp_path / "model.so")
+    path = portable.link().save(tmp_path / "model.so")
     if missing_features(AMX):
         with pytest.raises(IncompatibleDevice, match="compiled for x86-avx2, and Linux refuses it AMX tiles .* they need version 5.16 or later"):
             Session(path)
@@ -85,11 +86,10 @@ def test_a_library_with_tiles_asks_for_them(digits: Compilation, tmp_path: Path,
         Session(path)
 
 
-def test_a_library_for_tiles_names_the_feature_that_is_missing(digits: Compilation, tmp_path: Path) -> None:
+def test_a_library_for_tiles_names_the_feature_that_is_missing(digits_compilation: Compilation, portable: Built, tmp_path: Path) -> None:
     missing = missing_features(AMX)
     if not missing:
         pytest.skip("this machine has tiles")
-    assert "#define QC_TILES 1" in artifact._model_header(build_network(digits.integer, ALL[0]).link().manifest | {"features": list(AMX.features)})
-    compilation = compile_stages(MODEL, "x86-amx", demo_data()[0][:40], preset="fast")
+    assert "#define QC_TILES 1" in artifact._model_header(portable.link().manifest | {"features": list(AMX.features)})
     with pytest.raises(IncompatibleDevice, match=f"compiled for x86-amx, which needs the CPU features? {missing[0]}"):
-        Session(compilation.artifact.save(tmp_path / "model.so"))
+        Session(build(digits_compilation.integer, AMX, "generate code").link().save(tmp_path / "model.so"))
