@@ -19,6 +19,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules import avx2
 from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key
 
@@ -30,7 +31,8 @@ BLOCK = 256  # GPU threads per block
 
 @dataclass
 class Emitter:
-    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes; `avx2`: the target has AVX2.
+    """A kernel while it is written. `inputs` and `arrays` (constants) are flat buffers; `width` is the vector width in bytes; `avx2`: the target has AVX2;
+    `armv7`: it is a 32-bit Arm.
 
     On a GPU `task` is the number of a thread, `tasks` counts all threads of the launch, `group` and `thread` are the indices of the block and of
     the thread in it, and code is scalar (`width` is 1).
@@ -47,6 +49,7 @@ class Emitter:
     group: Any = None
     thread: Any = None
     avx2: bool = False
+    armv7: bool = False
     scratch: Any = None  # int32 words
     counters: Any = None  # int32 words
     values: list[int] = field(default_factory=list)
@@ -115,7 +118,9 @@ def make_kernel(
             output = flat(out, op.output.elements, op.output.dtype)
             with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
                 numbers, width = flat(scalars, 64, "int32"), vector_bytes(target)
-                emitter = Emitter(op, number, tasks, inputs, packed, output, width, numbers, group, thread, has_avx2(target), memory, zeros)
+                emitter = Emitter(
+                    op, number, tasks, inputs, packed, output, width, numbers, group, thread, has_avx2(target), target.architecture == "armv7a", memory, zeros
+                )
                 emit(emitter)
     func = builder.get()
     used = np.array(emitter.values or [0], np.int32)
@@ -199,6 +204,11 @@ def offset_of(dtype: str) -> int:
     return 128 if dtype == "uint8" else 0
 
 
+def canonical(dtype: str) -> str:
+    """The type of the numbers that are stored as `dtype`."""
+    return "int8" if dtype == "uint8" else dtype
+
+
 def recode(value: Any, source: str, target: str, lanes: int) -> Any:
     """An 8-bit vector stored as `source`, as `target` stores it: int8 and uint8 storage differ in the top bit."""
     if source == target:
@@ -209,8 +219,10 @@ def recode(value: Any, source: str, target: str, lanes: int) -> Any:
 def centered(value: Any, zero: Any, lanes: int) -> Any:
     """int32 of `stored - zero`, `zero` an int32 scalar that includes the storage offset.
 
-    |stored - zero| <= 255, so the difference is taken in int16: LLVM then knows that products of two of them fit its 16-bit multipliers.
+    Of 8-bit values |stored - zero| <= 255, so the difference is taken in int16: LLVM then knows that products of two of them fit its 16-bit multipliers.
     """
+    if str(value.ty).startswith("int16"):
+        return cast("int32", value, lanes) - splat(zero, lanes)
     return cast("int32", cast("int16", value, lanes) - splat(T.Cast("int16", zero), lanes), lanes)
 
 
@@ -230,6 +242,37 @@ def clamp(value: Any, low: Any, high: Any, lanes: int) -> Any:
     return value if low is None else T.max(value, splat(low, lanes))
 
 
+def to_int(k: Emitter, value: Any, low: float, high: float, lanes: int) -> Any:
+    """int32 of rint(clip(value, low, high)), ties to even; within 2^31 every machine converts alike."""
+    clipped = clamp(value, tirx.const(float(low), "float32"), tirx.const(float(high), "float32"), lanes)
+    return T.call_pure_extern("int32", "__float2int_rn", clipped) if k.gpu else cast("int32", T.nearbyint(clipped), lanes)
+
+
+def float_of_int64(k: Emitter, value: Any) -> Any:
+    """float32 of an int64 scalar >= 0, rounded once.
+
+    Armv7 has no instruction for it, and LLVM expects the result of GCC's __floatdisf in a register where that does not return it. There the number is
+    shifted to 31 bits, the last of which says whether any bit was lost, so that the conversion of int32 rounds as one of all bits would.
+    """
+    if not k.armv7:
+        return T.bind(T.Cast("float32", value))
+    bits = T.bind(T.max(T.int32(33) - T.Cast("int32", tirx.clz(value)), T.int32(0)))
+    kept = T.bind(T.shift_right(value, T.Cast("int64", bits)))
+    lost = T.Select(T.shift_left(kept, T.Cast("int64", bits)) == value, T.int32(0), T.int32(1))
+    power = T.reinterpret("float32", T.shift_left(bits + 127, T.int32(23)))
+    return T.bind(T.Cast("float32", T.bind(T.bitwise_or(T.Cast("int32", kept), lost))) * power)
+
+
+def quotient(k: Emitter, a: Any, b: Any) -> Any:
+    """a / b of float32 scalars, correctly rounded."""
+    return T.bind(T.call_pure_extern("float32", "__fdiv_rn", a, b) if k.gpu else a / b)
+
+
+def root(k: Emitter, a: Any) -> Any:
+    """The square root of a float32 scalar, correctly rounded."""
+    return T.bind(T.call_pure_extern("float32", "__fsqrt_rn", a) if k.gpu else T.sqrt(a))
+
+
 @dataclass(frozen=True)
 class Requantize:
     """The end of an integer kernel: `clip(x, low - z, high - z)`, rounded, plus z, in the output's storage."""
@@ -244,15 +287,15 @@ class Requantize:
     @staticmethod
     def of(k: Emitter, attrs: Mapping[str, Any], limit: float = math.inf) -> Requantize:
         """From the attributes zero_point, low and high, with the defaults of `qcompiler.numerics.operators`. `limit`: no |x| is greater."""
-        dtype, zero_point = k.op.output.dtype, attrs.get("zero_point", 0)
-        low, high, offset = attrs.get("low", -128), attrs.get("high", 127), offset_of(dtype)
+        dtype, zero_point, offset = k.op.output.dtype, attrs.get("zero_point", 0), offset_of(k.op.output.dtype)
+        low, high = limits(canonical(dtype), attrs.get("low"), attrs.get("high"))
         zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset)))
-        special = k.width == avx2.BYTES  # wider vectors have an instruction for it
+        special = k.width == avx2.BYTES and dtype != "int16"  # wider vectors have an instruction for it
         bounds = tuple(T.bind(T.Cast(dtype, k.i32(int(b) + offset))) for b in (low, high)) if special and limit < 2**30 else None
         return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype, special, bounds)
 
     def store_value(self, scaled: Any, lanes: int) -> Any:
-        """The stored vector for a float32 vector that is already multiplied. Bytes wrap; the sum is in range by the clamp."""
+        """The stored vector for a float32 vector that is already multiplied. Bytes (or 16 bits) wrap; the sum is in range by the clamp."""
         if self.avx2 and lanes in (8, 16, 32):
             scaled = T.bind(scaled if self.bounds else clamp(scaled, self.low, self.high, lanes))
             value = avx2.to_bytes(scaled, T.Cast("int16", self.zero), self.dtype, lanes)

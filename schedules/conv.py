@@ -47,6 +47,8 @@ class ConvRow:
                 return f"the residual must be computed at run time and stored as {self.unit.input_dtype}."
             if op.output.dtype == "float32" != self.unit.input_dtype:
                 return "a residual needs an 8-bit output."
+        if op.output.dtype not in ("float32", self.unit.input_dtype):
+            return f"the output is stored as {op.output.dtype}; supported: {self.unit.input_dtype}, float32."
         geometry, _ = self.geometry(op)
         return self.unit.refuse(geometry.pixels[1] * geometry.pixels[2], geometry.inputs, weight)
 

@@ -53,7 +53,7 @@ def refuse_depthwise(op: OpCall) -> str | None:
     groups, channels, outputs = op.attrs["groups"], op.operands[0].shape[3], op.output.shape[3]
     if groups == 1 or not groups == channels == outputs:
         return f"groups ({groups}), input channels ({channels}) and output channels ({outputs}) must be equal, and more than 1."
-    return None
+    return "16-bit numbers are not supported." if "int16" in (op.output.dtype, *(t.dtype for t in op.tensors)) else None
 
 
 # -- bundles ------------------------------------------------------------------------------------------------------------------------------

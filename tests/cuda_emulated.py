@@ -12,10 +12,11 @@ import numpy as np
 
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.lowering import Program, Step
-from qcompiler.base.targets import Target
+from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.harness import aligned, fetch
 from qcompiler.schedules.table import Kernel, Layout
 
+TARGET = find_target("cuda-sm80")
 HEADERS = Path(__file__).parent / "cuda_emulation"
 FLAGS = ["-O0", "-std=c++17", "-fPIC", "-shared", "-w", "-fwrapv", "-fno-strict-aliasing"]  # compiling takes longer than running
 

@@ -8,21 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated import ARM, Host
+from emulated import ARM
+from emulated_kernels import Prepared, run_prepared
 from tools import require_target
 
 from qcompiler import schedules
-from qcompiler.backend.build import Built
-from qcompiler.backend.codegen import object_code
-from qcompiler.backend.lowering import Place, Program, Step, Value, _pack_constants
+from qcompiler.backend.lowering import Step
 from qcompiler.base.targets import Target, find_target
 from qcompiler.numerics import operators as numerics
-from qcompiler.schedules.harness import check_padding, fetch, store
+from qcompiler.schedules.harness import store
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, Row, select
 
 BIG = 3.4028234663852886e38
-GUARD = 256  # bytes around every buffer that nothing may write
-CANARY = 0xA5
 
 
 @dataclass
@@ -147,18 +144,7 @@ FLOAT = {
 }
 
 
-# -- many kernels as one library -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Prepared:
-    """A case in place: its step, its operands, what it must give, and how far off a float may be."""
-
-    step: Step
-    inputs: dict[str, tuple[Layout, np.ndarray]]  # value id -> layout, stored bytes
-    output: Layout
-    want: np.ndarray
-    bound: np.ndarray | None
+# -- cases as steps of a library ----------------------------------------------------------------------------------------------------------------
 
 
 def row_for(op: OpCall, target: Target, case: Case) -> Row:
@@ -198,38 +184,8 @@ def prepare(name: str, case: Case, target: Target, seed: int) -> Prepared:
 
 
 def run_cases(cases: dict[str, Case], target: Target, folder: Path) -> None:
-    """Compile all cases into one library, run it emulated once, compare all outputs and the bytes around them."""
     schedules.load(target)
-    prepared = [prepare(name, case, target, seed) for seed, (name, case) in enumerate(cases.items())]
-    values, at = {}, GUARD
-    for p in prepared:
-        for name, layout in [*((n, layout) for n, (layout, _) in p.inputs.items()), (p.step.writes, p.output)]:
-            values[name] = Value(name, layout, name, Place("workspace", at))
-            at += -(-layout.bytes // 64) * 64 + GUARD
-    steps = [p.step for p in prepared]
-    program = Program(target, steps, values, [], [], at, _pack_constants(steps))
-    library = Built(program, object_code(program)).link().save(folder / "kernels.so")
-    workspace = np.full(at, CANARY, np.uint8)
-    for p in prepared:
-        for name, (layout, stored) in p.inputs.items():
-            place = values[name].place
-            assert place is not None
-            workspace[place.offset : place.offset + layout.bytes] = stored[: layout.elements].view(np.uint8)
-    after = Host.build(target, folder).run_workspace(library, workspace, folder)
-    for p in prepared:
-        place = values[p.step.writes].place
-        assert place is not None
-        end = place.offset + p.output.bytes
-        stored = after[place.offset : end].copy().view(p.output.dtype)
-        check_padding(stored, p.output, p.step.kernel, CANARY)
-        got = fetch(stored, p.output)
-        if p.bound is None:
-            assert got.dtype == p.want.dtype
-            np.testing.assert_array_equal(got, p.want, err_msg=f"{target.name}: {p.step.kernel.row}: {p.step.writes} {p.step.params}")
-        else:
-            assert (np.abs(got - p.want) <= p.bound).all(), f"{target.name}: {p.step.writes}"
-        workspace[place.offset : end] = after[place.offset : end]
-    np.testing.assert_array_equal(after, workspace, err_msg=f"{target.name}: a kernel wrote outside its output")
+    run_prepared([prepare(name, case, target, seed) for seed, (name, case) in enumerate(cases.items())], target, folder)
 
 
 @pytest.fixture(params=ARM)

@@ -11,8 +11,8 @@ import binary_cases
 import numpy as np
 import pytest
 from binary_cases import ADD, MUL
-from cuda_cases import HALO, TARGET, Case, data
-from cuda_emulated import FLAGS, HEADERS, Emulated
+from cuda_emulated import FLAGS, HEADERS, TARGET, Emulated
+from kernel_cases import HALO, Case, data
 
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, store
@@ -217,7 +217,7 @@ CASES = binary() | converting() | pooling() | movement() | matmul() | convolutio
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated({f"k_{name}": case.prepare() for name, case in CASES.items()}, TARGET, tmp_path_factory.mktemp("cuda"))
+    return Emulated({f"k_{name}": case.prepare(TARGET) for name, case in CASES.items()}, TARGET, tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 import pytest
-from cuda_cases import HALO, TARGET, Case
-from cuda_emulated import Emulated
+from cuda_emulated import TARGET, Emulated
+from kernel_cases import HALO, Case
 from test_kernels_cuda_gemm import Conv
 
 from qcompiler.schedules.cuda import depthwise
@@ -36,7 +36,7 @@ CONVS = {
 
 def geometry(conv: Conv) -> Geometry:
     case = conv.case()
-    case.prepare()
+    case.prepare(TARGET)
     return Geometry.of(OpCall(case.name, [Layout(conv.image, "int8"), *case.operands[1:4]], case.attrs, case.output))
 
 
@@ -48,7 +48,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[t
         case = conv.case()
         for tile in depthwise.space(geometry(conv)):
             mine, symbol = copy.copy(case), f"{name}_{tile.rows}_{tile.cols}"
-            kernels[symbol] = mine.prepare({"rows": tile.rows, "cols": tile.cols})
+            kernels[symbol] = mine.prepare(TARGET, {"rows": tile.rows, "cols": tile.cols})
             cases.setdefault(name, []).append((symbol, mine))
     return cases, Emulated(kernels, TARGET, tmp_path_factory.mktemp("depthwise"))
 
@@ -77,7 +77,7 @@ def test_large_images_get_large_tiles() -> None:
 def test_a_tile_that_cannot_be_is_refused() -> None:
     case = CONVS["three"].case()
     with pytest.raises(ValueError, match="outputs of a thread"):
-        case.prepare({"rows": 4, "cols": 4})
+        case.prepare(TARGET, {"rows": 4, "cols": 4})
     x = Layout((1, 4, 4, 8), "int8")
     op = OpCall("qc.conv2d", [x, *case.operands[1:4]], case.attrs | {"groups": 2}, x)
     assert "must be equal" in str(DepthwiseRow().refuse(op, TARGET))

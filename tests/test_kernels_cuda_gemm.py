@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import HALO, Case, data
 from cuda_emulated import Emulated
+from kernel_cases import HALO, Case, data
 
 from qcompiler import schedules
 from qcompiler.base.targets import find_target
@@ -109,14 +109,14 @@ def kernels(unit: plan.Unit) -> dict[str, tuple[Case, Any]]:
     rng, found = random.Random(unit.name), {}
     for name, conv in CONVS.items():
         case = conv.case()
-        found[f"{name}_0"] = (case, case.prepare(None, TARGETS[unit]))
+        found[f"{name}_0"] = (case, case.prepare(TARGETS[unit]))
         g, tilings = plan.Geometry.of(case.op), [rng.choice(plan.tiles(unit))]
         short = [t for t in plan.tiles(unit) if t.bk < g.depth]
         if short:
             tilings.append(split(rng.choice(short), g, rng))
         for i, tile in enumerate(tilings, 1):
             mine = copy.copy(case)
-            found[f"{name}_{i}"] = (mine, mine.prepare(tile.params(), TARGETS[unit]))
+            found[f"{name}_{i}"] = (mine, mine.prepare(TARGETS[unit], tile.params()))
     return found
 
 

@@ -10,7 +10,7 @@ Array = np.ndarray
 F32 = np.float32
 
 
-def bounds(dtype: str, low: int | None, high: int | None) -> tuple[int, int]:
+def limits(dtype: str, low: int | None, high: int | None) -> tuple[int, int]:
     """`low` and `high`, or the ends of what "int8" or "int16" holds where they are None."""
     least, most = LIMITS[dtype]
     return least if low is None else low, most if high is None else high
@@ -29,6 +29,6 @@ def requantize(
     One conversion, one multiplication, both rounded to nearest even; clipping while still float, because conversion of out-of-range floats differs
     between machines; rint to even. acc: integers in int32; multiplier: float32, broadcast.
     """
-    least, most = bounds(dtype, low, high)
+    least, most = limits(dtype, low, high)
     scaled = np.asarray(acc).astype(np.int32).astype(F32) * np.asarray(multiplier, F32)
     return (to_int(scaled, least - zero_point, most - zero_point) + np.int32(zero_point)).astype(dtype)

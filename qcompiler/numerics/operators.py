@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.numerics.arithmetic import F32, Array, bounds, requantize
+from qcompiler.numerics.arithmetic import F32, Array, limits, requantize
 from qcompiler.numerics.products import conv2d, conv2d_transpose, convolve, dense, matmul
 from qcompiler.numerics.spec import RESIZE_BITS
 from qcompiler.numerics.transformers import attention, layer_norm, rms_norm, softmax
@@ -29,7 +29,7 @@ def quantize(
     out_dtype: str = "int8",
 ) -> Array:
     """float32 -> int8 or int16. `clip(x * float32(1 / scale))`, rint to even, plus zero point; NaN becomes `high`. Then transposed by `axes`."""
-    least, most = bounds(out_dtype, low, high)
+    least, most = limits(out_dtype, low, high)
     scaled = np.asarray(x, F32) * F32(1.0 / float(F32(scale)))
     top, bottom = F32(most - zero_point), F32(least - zero_point)
     scaled = np.where(scaled < top, scaled, top)  # in this order, NaN ends at the top: what min and max instructions do

@@ -11,6 +11,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules.builder import Emitter, clamp, round_word
 from qcompiler.schedules.portable.threads import pack, quarter, unpack, words
 from qcompiler.schedules.table import Layout, OpCall
@@ -51,10 +52,10 @@ class Epilogue:
         tensors = k.op.tensors
         self.residual: Layout | None = tensors[1] if len(tensors) > 1 else None
         self.integer = self.multipliers is not None
-        self.narrow = self.layout.dtype == "int8"
-        if self.narrow:
-            zero = int(a.get("zero_point", 0))
-            self.zero, self.low, self.high = k.i32(zero), k.f32(a.get("low", -128) - zero), k.f32(a.get("high", 127) - zero)
+        self.rounded = self.layout.dtype != "float32"
+        if self.rounded:
+            zero, (low, high) = int(a.get("zero_point", 0)), limits(self.layout.dtype, a.get("low"), a.get("high"))
+            self.zero, self.low, self.high = k.i32(zero), k.f32(low - zero), k.f32(high - zero)
             if self.residual:
                 self.residual_zero, self.factor = k.i32(a["residual_zero_point"]), k.i32(a["residual_multiplier"])
                 self.scale = k.f32(2.0 ** -a["residual_shift"])
@@ -64,13 +65,15 @@ class Epilogue:
         # Elements behind the last channel may be read and written where the pixels have room for them.
         room = min(v.channel_pitch for v in (self.layout, self.residual) if v)
         self.whole = self.outputs % self.run == 0 or (self.groups == 1 and room >= -(-self.outputs // self.run) * self.run)
-        self.out_step = self._step(self.layout) if self.narrow else 1
-        self.residual_step = self._step(self.residual) if self.residual and self.narrow else 1
+        self.out_step = self._step(self.layout)
+        self.residual_step = self._step(self.residual) if self.residual else 1
         self.out_words = words(k.output) if self.out_step >= 4 else None
         self.residual_words = words(k.inputs[1]) if self.residual_step >= 4 else None
 
     def _step(self, layout: Layout) -> int:
-        """Bytes that can be read or written at once: the alignment of every run."""
+        """Bytes that can be read or written at once: the alignment of every run. 1: elements of 2 or 4 bytes are, one by one."""
+        if np.dtype(layout.dtype).itemsize > 1:
+            return 1
         parts = [self.run, layout.channel_pitch] + ([self.outputs] if self.groups > 1 else [])
         return math.gcd(*parts)
 
@@ -105,7 +108,7 @@ class Epilogue:
         return [element(quads[i // 4], i % 4) for i in wanted]
 
     def _values(self, accs: Sequence[Any], table: Any, source: Any, only: int | None) -> list[Any]:
-        """Results of all accumulators, or of one: int32 with the byte to store at the bottom, or float32."""
+        """Results of all accumulators, or of one: int32 with what is to be stored at the bottom, or float32."""
         wanted = list(range(self.run)) if only is None else [only]
         bias = self._constant(self.bias, table, wanted)
         values = [accs[i] + b for i, b in zip(wanted, bias, strict=True)]
@@ -123,7 +126,7 @@ class Epilogue:
         return [unpack(loaded[i // 4], i % 4, "int8") for i in wanted]
 
     def _finish(self, value: Any, extra: Any) -> Any:
-        if not self.narrow:
+        if not self.rounded:
             return clamp(value if extra is None else value + extra, self.low, self.high, 1)
         if extra is not None:
             limit = tirx.const(LIMIT, "float32")
@@ -144,4 +147,4 @@ class Epilogue:
             T.buffer_store(self.out_words, value, [place if lanes == 1 else T.ramp(place, 1, lanes)])
 
     def _store(self, index: Any, value: Any) -> None:
-        T.buffer_store(self.k.output, T.Cast("int8", value) if self.narrow else value, [index])
+        T.buffer_store(self.k.output, T.Cast(self.layout.dtype, value) if self.rounded else value, [index])

@@ -73,7 +73,8 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
     parts = min(BLOCK // 32, 1 << max(0, (count // 4).bit_length() - 1)) if rank - 1 not in axes else 32
     each_block = BLOCK // parts
 
-    run = 4 if rank - 1 in kept and x.channel_pitch % 4 == layout.channel_pitch % 4 == x.shape[-1] % 4 == 0 else 1
+    bytes_only = np.dtype(x.dtype).itemsize == np.dtype(layout.dtype).itemsize == 1
+    run = 4 if bytes_only and rank - 1 in kept and x.channel_pitch % 4 == layout.channel_pitch % 4 == x.shape[-1] % 4 == 0 else 1
     work = [x.shape[d] // (run if d == rank - 1 else 1) for d in kept]
     blocks = -(-math.prod(work) // each_block)
 

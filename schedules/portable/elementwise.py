@@ -1,4 +1,4 @@
-"""Elementwise operators: quantize, dequantize, add, mul, lut."""
+"""Elementwise operators: quantize, dequantize, requantize, add, mul, lut, lut16."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.spec import magnitude
 from qcompiler.schedules import avx2
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
     View,
+    canonical,
     cast,
     centered,
     has_avx2,
@@ -39,7 +41,7 @@ def constants_of(op: OpCall) -> list[np.ndarray]:
 
 
 def quantize(op: OpCall, target: Target, row: str) -> Kernel:
-    """float32 -> 8 bits, transposed by `axes` when given; the source may have any alignment."""
+    """float32 -> 8 or 16 bits, transposed by `axes` when given; the source may have any alignment."""
     a = op.attrs
     channels = op.output.shape[-1] if op.output.shape else 1
 
@@ -56,13 +58,13 @@ def quantize(op: OpCall, target: Target, row: str) -> Kernel:
         def words(x: list[Any], n: int) -> Any:
             return end.store_word(x[0] * splat(inverse, n), n)
 
-        elementwise(k, [source], view(k.output, op.output), compute, spare=spare, words=words)
+        elementwise(k, [source], view(k.output, op.output), compute, spare=spare, words=words if op.output.dtype != "int16" else None)
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
 
 
 def dequantize(op: OpCall, target: Target, row: str) -> Kernel:
-    """8 bits -> float32, transposed by `axes` when given."""
+    """8 or 16 bits -> float32, transposed by `axes` when given."""
     a = op.attrs
 
     def emit(k: Emitter) -> None:
@@ -88,9 +90,11 @@ def _binary(op: OpCall, target: Target, row: str, product: bool) -> Kernel:
         scale = k.f32(a["multiplier"] if product else 2.0 ** -a["shift"])
         multipliers = [] if product else [a["a_multiplier"], a["b_multiplier"]]
         factors = [k.i32(m) for m in multipliers]
-        limit = 255.0 * 255.0 * a["multiplier"] if product else 255.0 * sum(map(abs, multipliers)) * 2.0 ** -a["shift"]
+        most = [float(magnitude(canonical(v.dtype))) for v in (left, right)]
+        sums = sum(m * abs(f) for m, f in zip(most, multipliers, strict=False))
+        limit = math.prod(most) * a["multiplier"] if product else sums * 2.0 ** -a["shift"]
         end = Requantize.of(k, a, limit)
-        # AVX2 widens bytes to int32 as it loads them. The zero points of a sum are one constant there; as 255 (|A| + |B|) < 2^31, no part of it overflows
+        # AVX2 widens bytes to int32 as it loads them. The zero points of a sum are one constant there; as the shares are below 2^31, no part of it overflows
         start = k.i32(-sum(z * m for z, m in zip(zeros, multipliers, strict=True))) if k.avx2 and not product else None
 
         def compute(x: list[Any], n: int) -> Any:
@@ -152,8 +156,46 @@ def lut(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=[*constant, entries, *tables])
 
 
+def requantize(op: OpCall, target: Target, row: str) -> Kernel:
+    """`requantize(x - zx, multiplier)`, the multiplier a constant, one or one per channel of the last axis."""
+
+    def emit(k: Emitter) -> None:
+        source, multiplier = (v.broadcast(op.output.shape) for v in k.operands())
+        zero, end = k.i32(op.attrs["x_zero_point"] + offset_of(source.dtype)), Requantize.of(k, op.attrs)
+        elementwise(k, [source, multiplier], view(k.output, op.output), lambda x, n: end(centered(x[0], zero, n), x[1], n))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
+def lut16(op: OpCall, target: Target, row: str) -> Kernel:
+    """`requantize(table[i] * (W - f) + table[i + 1] * f, 2^-shift)`, with i and f the quotient and the remainder of (x + 2^15) / W."""
+    table = op.operands[1]
+    assert isinstance(table, np.ndarray)
+    bits = 17 - table.size.bit_length()  # of W
+
+    def emit(k: Emitter) -> None:
+        entries, end, scale = k.arrays[-1], Requantize.of(k, op.attrs), k.f32(2.0 ** -op.attrs["shift"])
+
+        def compute(x: list[Any], n: int) -> Any:
+            place = T.bind(cast("int32", x[0], n) + splat(T.int32(1 << 15), n))
+            index, part = T.bind(T.shift_right(place, splat(T.int32(bits), n))), T.bind(T.bitwise_and(place, splat(T.int32((1 << bits) - 1), n)))
+            before, after = (cast("int32", entries[index + splat(T.int32(i), n)], n) for i in (0, 1))
+            return end(before * (splat(T.int32(1 << bits), n) - part) + after * part, splat(scale, n), n)
+
+        k.width = min(k.width, 32)  # entries are loaded one by one
+        elementwise(k, [k.operands()[0]], view(k.output, op.output), compute)
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=constants_of(op))
+
+
+def _constant_second(op: OpCall) -> str | None:
+    return None if isinstance(op.operands[1], np.ndarray) else "the second operand must be a constant."
+
+
 portable("qc.quantize", quantize)
 portable("qc.dequantize", dequantize, own_channels=True)
+portable("qc.requantize", requantize, check=_constant_second)
 portable("qc.add", add, own_channels=True)
 portable("qc.mul", mul, own_channels=True)
 portable("qc.lut", lut, own_channels=True)
+portable("qc.lut16", lut16, check=_constant_second)

@@ -13,10 +13,12 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.spec import magnitude
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
     accumulator,
+    canonical,
     cast,
     load,
     loops,
@@ -203,7 +205,7 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
     def emit(k: Emitter) -> None:
         source = k.operands()[0]
         out = view(k.output, op.output if len(op.output.shape) == rank else Layout(full, op.output.dtype))
-        end = Requantize.of(k, a, 255.0 * a["ratio"])
+        end = Requantize.of(k, a, magnitude(canonical(source.dtype)) * a["ratio"])
         multiplier = k.f32(np.float64(a["ratio"]) / count)
         zero = k.i32(-count * (a["x_zero_point"] + offset_of(source.dtype)))
 
@@ -248,7 +250,8 @@ def mean(op: OpCall, target: Target, row: str) -> Kernel:
 def check_mean(op: OpCall) -> str | None:
     x = op.operands[0]
     count = math.prod(x.shape[d] for d in op.attrs["axes"])
-    return f"the mean of {count} elements may overflow int32; at most {2**23} are supported." if count > 2**23 else None
+    most = 2**15 if x.dtype == "int16" else 2**23
+    return f"the mean of {count} elements may overflow int32; at most {most} are supported." if count > most else None
 
 
 portable("qc.max_pool2d", max_pool2d, check=check_window, own_channels=True)

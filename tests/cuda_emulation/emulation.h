@@ -265,6 +265,8 @@ inline T __ldcg(const T* from) {
   return *from;
 }
 
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float value) { return std::sqrt(value); }
 inline int __float2int_rn(float value) {  // saturates; NaN becomes 0
   if (std::isnan(value)) return 0;
   if (value >= 2147483648.0f) return INT32_MAX;

@@ -1,4 +1,4 @@
-"""One operator on a GPU and what numerics.py says of it."""
+"""One operator on any target, and what the reference arithmetic says of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from qcompiler import schedules
-from qcompiler.base.targets import Target, find_target
+from qcompiler.base.targets import Target
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
-TARGET = find_target("cuda-sm80")
-schedules.load(TARGET)
 HALO = (1, 2, 3, 1)
 GARBAGE = -77  # in halos: no kernel may read them
 
@@ -48,12 +46,17 @@ class Case:
             assert result.dtype == self.expected.dtype
             np.testing.assert_array_equal(result, self.expected)
 
-    def prepare(self, params: dict[str, Any] | None = None, target: Target = TARGET) -> Kernel:
+    def prepare(self, target: Target, params: dict[str, Any] | None = None) -> Kernel:
         """The kernel of the row that is selected, or with `params` a point of its design space; inputs as it needs them, and what to expect."""
+        schedules.load(target)
         with np.errstate(over="ignore"):
             self.expected = np.asarray(numerics.OPERATORS[self.name](*self.operands, **self.attrs))
-        layouts = [Layout(np.shape(o), str(o.dtype), **self.layouts.get(i, {})) for i, o in enumerate(self.operands)]
-        self.output = Layout(self.expected.shape, str(self.expected.dtype), **self.out)
+
+        def layout(array: np.ndarray, changes: dict[str, Any]) -> Layout:
+            return Layout(np.shape(array), target.storage if array.dtype == np.int8 else str(array.dtype), **changes)
+
+        layouts = [layout(o, self.layouts.get(i, {})) for i, o in enumerate(self.operands)]
+        self.output = layout(self.expected, self.out)
         stored = [o if i in self.constants else layouts[i] for i, o in enumerate(self.operands)]
         self.op = op = OpCall(self.name, stored, self.attrs, self.output, "node")
         row = select(op, target)

@@ -1,0 +1,102 @@
+"""Operators over rows of the last axis on a GPU: a block has a row, its threads every `ROW_THREADS`-th element of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.base.targets import Target
+from qcompiler.schedules.builder import Emitter, make_kernel
+from qcompiler.schedules.cuda.base import gpu_row, local
+from qcompiler.schedules.portable.elementwise import constants_of
+from qcompiler.schedules.portable.normalization import LEAST, Normalization, Softmax, check_normalize, check_softmax, softmax_arrays
+from qcompiler.schedules.portable.threads import unravel
+from qcompiler.schedules.table import Kernel, OpCall
+
+ROW_THREADS = 128
+
+
+def along(k: Emitter, extent: int, body: Callable[[Any], None]) -> None:
+    """`body(i)` for this thread's part of a row's elements."""
+    with T.serial(0, -(-extent // ROW_THREADS)) as step:
+        i = T.bind(step * ROW_THREADS + k.thread)
+        with T.If(i < extent), T.Then():
+            body(i)
+
+
+class Fold:
+    """A sum or a maximum of what the threads of a block `add`. All of them must ask for the `result`."""
+
+    def __init__(self, k: Emitter, dtype: str, start: int, largest: bool = False) -> None:
+        self.k, self.largest, self.mine = k, largest, local(1, dtype)
+        self.shared = T.alloc_buffer((ROW_THREADS,), dtype, scope="shared")
+        T.buffer_store(self.mine, tirx.const(start, dtype), [0])
+
+    def joined(self, a: Any, b: Any) -> Any:
+        return T.max(a, b) if self.largest else a + b
+
+    def add(self, value: Any) -> None:
+        T.buffer_store(self.mine, self.joined(self.mine[0], value), [0])
+
+    def result(self) -> Any:
+        k, size = self.k, ROW_THREADS // 2
+        T.buffer_store(self.shared, self.mine[0], [k.thread])
+        barrier()
+        while size:
+            with T.If(k.thread < size), T.Then():
+                T.buffer_store(self.shared, self.joined(self.shared[k.thread], self.shared[k.thread + size]), [k.thread])
+            barrier()
+            size //= 2
+        return T.bind(self.shared[0])
+
+
+def barrier() -> None:
+    """What a block's threads wrote before it, to shared or to global memory, all of them see after it."""
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def normalize(op: OpCall, target: Target, row: str) -> Kernel:
+    """`qc.layer_norm` and `qc.rms_norm`."""
+    outer = op.output.shape[:-1]
+
+    def emit(k: Emitter) -> None:
+        norm, index = Normalization(k), unravel(k.group, outer)
+        total, squares = Fold(k, "int32", 0), Fold(k, "int64", 0)
+
+        def count(c: Any) -> None:
+            x = norm.number(index, c, 1)
+            total.add(x)
+            squares.add(T.Cast("int64", x * x))
+
+        along(k, norm.channels, count)
+        s = total.result()
+        r = norm.inverse(s, squares.result())
+        along(k, norm.channels, lambda c: norm.write(index, c, s, r, 1))
+
+    return make_kernel(row, op, target, emit, arrays=constants_of(op), threads=math.prod(outer) * ROW_THREADS, block=ROW_THREADS)
+
+
+def softmax(op: OpCall, target: Target, row: str) -> Kernel:
+    """`qc.softmax`: a thread reads only those exponentials that it wrote."""
+    *outer, classes = op.output.shape
+
+    def emit(k: Emitter) -> None:
+        s, index, line = Softmax(k), unravel(k.group, outer), T.bind(k.group * classes)
+        largest, total = Fold(k, "int32", LEAST, largest=True), Fold(k, "int32", 0)
+        along(k, classes, lambda c: largest.add(s.number(index, c, 1)))
+        top = largest.result()
+        along(k, classes, lambda c: total.add(s.exponential(index, c, top, line, 1)))
+        factor = s.factor(total.result())
+        along(k, classes, lambda c: s.write(index, c, factor, line, 1))
+
+    rows = math.prod(outer)
+    return make_kernel(row, op, target, emit, arrays=softmax_arrays(op), threads=rows * ROW_THREADS, block=ROW_THREADS, scratch=4 * rows * classes)
+
+
+gpu_row("qc.layer_norm", normalize, check_normalize)
+gpu_row("qc.rms_norm", normalize, check_normalize)
+gpu_row("qc.softmax", softmax, check_softmax)
