@@ -72,7 +72,7 @@ def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:
         along = [1] * (len(chain.shape) - chain.axis)
         along[0] = -1
         bias = shift.astype(np.float32).reshape(along if relax_op(chain.anchor) == "relax.matmul" else [1] * chain.axis + along)
-        rewrite.keep(name, relax.op.add(rewrite.interior(f"{name}~conv" if len(along) > 1 else f"{name}~matmul", product), const(bias)))
+        rewrite.keep(name, relax.op.add(rewrite.interior(name, "conv" if len(along) > 1 else "matmul", product), const(bias)))
     return rewrite.done()
 
 

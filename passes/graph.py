@@ -17,6 +17,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompiler.base.value_ids import Naming
+
 _CALL_PURE_PACKED = tvm.ir.Op.get("relax.call_pure_packed")
 
 
@@ -105,6 +107,10 @@ class Graph:
         names = attrs.pop("qc.outputs", [str(r.name) for r in results])
         return Graph(list(function.params), bindings, list(zip(names, results, strict=True)), attrs)
 
+    @property
+    def naming(self) -> Naming:
+        return Naming.of(self.attrs)
+
     def values(self) -> dict[str, Any]:
         """value id -> expression, for bindings (not for inputs)."""
         return dict(self.bindings)
@@ -147,6 +153,7 @@ class GraphBuilder:
         self._names: set[str] = set()
         self._reserved: set[str] = set()
         self._attrs = dict(attrs or {})
+        self.naming = Naming.of(self._attrs)
         self._normalizer = relax.BlockBuilder()
 
     def input(self, name: str, shape: Iterable[int], dtype: str) -> Any:
@@ -161,12 +168,16 @@ class GraphBuilder:
         self._reserved |= set(names)
 
     def fresh(self, name: str) -> str:
-        """`name`, or `name` with the first free suffix: for values that the source model does not have."""
+        """`name`, or the first free name beside it."""
         candidate, count = name, 0
         while candidate in self._names or candidate in self._reserved:
             count += 1
-            candidate = f"{name}~{count}"
+            candidate = self.naming.made(name, count)
         return candidate
+
+    def made(self, id: str, what: str) -> str:
+        """The first free name for `what` beside the value `id`."""
+        return self.fresh(self.naming.made(id, what))
 
     def emit(self, name: str, expr: Any) -> Any:
         """Bind `expr` to the value id `name` and return its variable."""

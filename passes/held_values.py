@@ -138,18 +138,18 @@ class HeldValues:
         source = [a for a in present if a in kept] + [a for a in kept if a not in present]
         arranged = tuple(held.shape[a] for a in source)
         if shape_of(var) != arranged:
-            var = self.builder.emit(self.builder.fresh(f"{held.id}~ranked"), relax.op.reshape(var, arranged))
+            var = self.builder.emit(self.builder.made(held.id, "ranked"), relax.op.reshape(var, arranged))
         axes = [source.index(a) for a in kept]
         permuted = relax.op.permute_dims(var, axes)
         if len(kept) == len(order):
             return self._emit(held, order, permuted)
-        return self._emit(held, order, relax.op.reshape(self.builder.emit(self.builder.fresh(f"{held.id}~moved"), permuted), shape))
+        return self._emit(held, order, relax.op.reshape(self.builder.emit(self.builder.made(held.id, "moved"), permuted), shape))
 
     def _emit(self, held: Held, order: Order, expr: Any) -> Any:
         """A value in the file's order takes its id if nothing has it; others are `<id>~nhwc`, `<id>~nchw` or `<id>~moved`."""
         name = held.id
         if order != tuple(range(len(held.shape))) or name in self.used:
             suffix = {NHWC: "nhwc", N1WC: "nhwc", (0, 1, 2, 3): "nchw"}.get(order, "moved")
-            name = self.builder.fresh(f"{held.id}~{suffix}")
+            name = self.builder.made(held.id, suffix)
         self.used.add(name)
         return self.builder.emit(name, expr)

@@ -173,17 +173,17 @@ class _Inserter:
             params = self.plan.params(name)
             assert params is not None
             scale, zero = const(np.float32(params.scale)), const(np.int8(params.zero_point))
-            q = self.builder.emit(self.builder.fresh(f"{name}~q"), relax.op.quantize(self.raw[name], scale, zero, out_dtype="int8"))
-            self.rounded[name] = self.builder.emit(self.builder.fresh(f"{name}~dq"), relax.op.dequantize(q, scale, zero))
+            q = self.builder.emit(self.builder.made(name, "q"), relax.op.quantize(self.raw[name], scale, zero, out_dtype="int8"))
+            self.rounded[name] = self.builder.emit(self.builder.made(name, "dq"), relax.op.dequantize(q, scale, zero))
         return self.rounded[name]
 
     def with_weight(self, group: Group, expr: Any) -> Any:
         """The group's operator with its constant operand replaced by dequantized int8."""
         position = int(group.attrs.get("constant", 1))
         weight = self.weights[group.id]
-        variable = self.builder.emit(self.builder.fresh(f"{group.id}~weight"), dequantized(weight.value, weight.scale, weight.zero_point))
+        variable = self.builder.emit(self.builder.made(group.id, "weight"), dequantized(weight.value, weight.scale, weight.zero_point))
         for step in relax_form(variable, group.kind, int(group.attrs.get("groups", 1)), shape_of(expr.args[position])):
-            variable = self.builder.emit(self.builder.fresh(f"{group.id}~weight"), step(variable))
+            variable = self.builder.emit(self.builder.made(group.id, "weight"), step(variable))
         args = list(expr.args)
         args[position] = variable
         return tvm.ir.Call(expr.op, args, expr.attrs, expr.ty_args)

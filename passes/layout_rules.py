@@ -268,7 +268,7 @@ def _flatten_permuted(layout: HeldValues, name: str, x: Held, shape: tuple[int, 
         return False
     features = np.arange(shape[1]).reshape([x.shape[a] for a in old])
     layout.features[name] = features.transpose([old.index(a) for a in x.moving[-len(old) :]]).reshape(-1)
-    flat = layout.builder.emit(layout.builder.fresh(f"{name}~nhwc"), relax.op.reshape(x.var, shape))
+    flat = layout.builder.emit(layout.builder.made(name, "nhwc"), relax.op.reshape(x.var, shape))
     layout.hold(name, flat, (0, 1), shape)
     return True
 

@@ -43,8 +43,8 @@ def _rewritten(builder: GraphBuilder, name: str, expr: Any) -> Any:
         spread[:, :, :: dilation[0], :: dilation[1]] = value
         weight, dilation = const(spread), [1, 1]
     else:
-        weight = builder.emit(builder.fresh(f"{name}~weight"), relax.op.permute_dims(weight, [0, 3, 1, 2]))
-    image = builder.emit(builder.fresh(f"{name}~nchw"), relax.op.permute_dims(x, [0, 3, 1, 2]))
+        weight = builder.emit(builder.made(name, "weight"), relax.op.permute_dims(weight, [0, 3, 1, 2]))
+    image = builder.emit(builder.made(name, "nchw"), relax.op.permute_dims(x, [0, 3, 1, 2]))
     geometry = {k: plain(getattr(attrs, k)) for k in ("strides", "padding", "output_padding", "groups")}
-    result = builder.emit(builder.fresh(f"{name}~transposed"), relax.op.nn.conv2d_transpose(image, weight, dilation=dilation, **geometry))
+    result = builder.emit(builder.made(name, "transposed"), relax.op.nn.conv2d_transpose(image, weight, dilation=dilation, **geometry))
     return builder.emit(name, relax.op.permute_dims(result, [0, 2, 3, 1]))

@@ -45,7 +45,7 @@ def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray,
             if group.bias is not None:
                 env[name] = builder.emit(name, product)
                 continue
-            variable = builder.emit(builder.fresh(f"{name}~unbiased"), product)
+            variable = builder.emit(builder.made(name, "unbiased"), product)
             env[name] = builder.emit(name, relax.op.add(variable, offset))
         elif (data := _beside_constant(expr, values)) is not None:
             env[name] = builder.emit(name, relax.op.add(env[str(data.name)], offset)) if name == last[group.id] else env[str(data.name)]

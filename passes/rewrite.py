@@ -48,18 +48,18 @@ class Rewrite:
         self.env[name] = self.builder.emit(name, expr)
         return self.env[name]
 
-    def interior(self, name: str, expr: Any) -> Any:
-        """Bind a value that the old module doesn't have, under the first free name."""
-        name = self.builder.fresh(name)
+    def interior(self, id: str, what: str, expr: Any) -> Any:
+        """Bind a value that the old module doesn't have, under the first free name for `what` beside the value `id`."""
+        name = self.builder.made(id, what)
         self.values[name] = expr
         return self.builder.emit(name, expr)
 
-    def once(self, name: str, expr: Any) -> Any:
+    def once(self, id: str, what: str, expr: Any) -> Any:
         """`interior` for values that several rewrites need: the same expression under the same name is bound once."""
         operands = tuple(str(a.name) if isinstance(a, relax.Var) else const_value(a).tobytes() if is_const(a) else str(a) for a in expr.args)
-        key = (name, str(relax_op(expr)), operands)
+        key = (id, what, str(relax_op(expr)), operands)
         if key not in self.made:
-            self.made[key] = self.interior(name, expr)
+            self.made[key] = self.interior(id, what, expr)
         return self.made[key]
 
     def replace(self, name: str, by: Any) -> None:

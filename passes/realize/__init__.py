@@ -33,6 +33,7 @@ from qcompiler.passes.realize.edges import fuse_edges
 from qcompiler.passes.realize.site import Site, Tensor
 from qcompiler.passes.select_float import scheduled, sliced
 
+ACCUMULATED = "accumulated"  # what the integer part of a group is called whose rest is float: `<id>~accumulated`
 RULES: dict[str, Callable[[Site], Any]] = {
     **dict.fromkeys(("conv2d", "conv2d_transpose", "dense"), conv.weighted),
     "matmul": matmul.matmul,
@@ -157,7 +158,7 @@ class _Realizer:
             return None
         if output is None and not group.traits.accumulates:
             return None
-        return Site(group, found, residual, output, lambda t, p: self.requantized(t, p, f"{group.id}~requantized"))
+        return Site(group, found, residual, output, lambda t, p: self.requantized(t, p, self.builder.naming.made(group.id, "requantized")))
 
     def output_params(self, group: Group) -> QParams | None:
         """Parameters under which every consumer wants the output; None when one wants float32."""
@@ -177,14 +178,14 @@ class _Realizer:
         if not clamps and not rest:
             self.values[group.id] = _Value(real=self.builder.emit(group.id, call))
             return
-        variable = self.builder.emit(self.builder.fresh(f"{group.id}~accumulated"), call)  # float32 from here on, as float operators
+        variable = self.builder.emit(self.builder.made(group.id, ACCUMULATED), call)  # float32 from here on, as float operators
         if group.residual:
-            variable = self.builder.emit(self.builder.fresh(f"{group.id}~added"), relax.op.add(variable, self.real(group.residual)))
+            variable = self.builder.emit(self.builder.made(group.id, "added"), relax.op.add(variable, self.real(group.residual)))
         low, high = (-math.inf if group.low is None else group.low), (math.inf if group.high is None else group.high)
         if not math.isinf(low):
-            variable = self.builder.emit(self.builder.fresh(f"{group.id}~low"), relax.op.maximum(variable, const(np.float32(low))))
+            variable = self.builder.emit(self.builder.made(group.id, "low"), relax.op.maximum(variable, const(np.float32(low))))
         if not math.isinf(high):
-            variable = self.builder.emit(self.builder.fresh(f"{group.id}~high"), relax.op.minimum(variable, const(np.float32(high))))
+            variable = self.builder.emit(self.builder.made(group.id, "high"), relax.op.minimum(variable, const(np.float32(high))))
         self.values[group.id] = _Value(real=variable)
 
     def stay_float(self, group: Group) -> None:

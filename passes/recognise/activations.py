@@ -68,9 +68,9 @@ def _expression(values: dict[str, Any], name: str, inside: set[str]) -> Any:
 def _hard_swish(rewrite: Rewrite, name: str, x: Any) -> Any:
     if any(relax_op(rewrite.value(a)) == "relax.clip" and rewrite.value(a).args[2].value == 1.0 for a in rewrite.old[name].args):
         return rewrite.current(name)  # spelled so already
-    scaled = rewrite.interior(f"{name}~scaled", relax.op.multiply(x, const(np.float32(1 / 6))))
-    shifted = rewrite.interior(f"{name}~shifted", relax.op.add(scaled, const(np.float32(0.5))))
-    return relax.op.multiply(x, rewrite.interior(f"{name}~gate", relax.op.clip(shifted, 0.0, 1.0)))
+    scaled = rewrite.interior(name, "scaled", relax.op.multiply(x, const(np.float32(1 / 6))))
+    shifted = rewrite.interior(name, "shifted", relax.op.add(scaled, const(np.float32(0.5))))
+    return relax.op.multiply(x, rewrite.interior(name, "gate", relax.op.clip(shifted, 0.0, 1.0)))
 
 
 _NAMED: dict[str, Callable[[Rewrite, str, Any], Any]] = {

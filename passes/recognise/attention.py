@@ -243,29 +243,29 @@ def _emit(rewrite: Rewrite, name: str, at: str, found: _Logits, v: Any) -> Any:
         value = rewrite.env.get(str(x.name), x) if isinstance(x, relax.Var) else x
         for view in views:
             moved = relax.op.reshape(value, shape_of(view)) if relax_op(view) == "relax.reshape" else relax.op.permute_dims(value, plain(view.attrs.axes))
-            value = rewrite.interior(f"{name}~{what}", moved)
-        operands.append(_in_order(rewrite, f"{name}~{what}", value, lead, (batch, heads), order))
+            value = rewrite.interior(name, what, moved)
+        operands.append(_in_order(rewrite, (name, what), value, lead, (batch, heads), order))
     if found.factor is not None:
         if math.prod(found.factor.shape[:-2]) != heads or found.factor.shape[-3] != heads:
             return Miss(at, "no attention: its logits are multiplied by a constant that differs between batches")
-        operands[0] = rewrite.interior(f"{name}~scaled", relax.op.multiply(operands[0], const(found.factor.reshape(1, 1, heads, 1).astype(np.float32))))
+        operands[0] = rewrite.interior(name, "scaled", relax.op.multiply(operands[0], const(found.factor.reshape(1, 1, heads, 1).astype(np.float32))))
     bias = joined(rewrite, name, found.masks, (batch, heads, rows, columns))
     if isinstance(bias, str):
         return Miss(at, f"no attention: {bias}")
-    call = rewrite.interior(f"{name}~rows", relax.op.nn.attention(*operands, bias, scale=scale))
+    call = rewrite.interior(name, "rows", relax.op.nn.attention(*operands, bias, scale=scale))
     swapped = relax.op.permute_dims(call, _IN_ROWS)
     shape = (*found.leads[-1], rows, out)
-    return swapped if shape == (batch, heads, rows, out) else relax.op.reshape(rewrite.interior(f"{name}~heads", swapped), shape)
+    return swapped if shape == (batch, heads, rows, out) else relax.op.reshape(rewrite.interior(name, "heads", swapped), shape)
 
 
-def _in_order(rewrite: Rewrite, name: str, x: Any, lead: tuple[int, ...], heads: tuple[int, int], order: list[int]) -> Any:
-    """[..., R, C], whose leading axes broadcast to `lead`, as [batch, head, R, C] with its axes in `order`."""
+def _in_order(rewrite: Rewrite, name: tuple[str, str], x: Any, lead: tuple[int, ...], heads: tuple[int, int], order: list[int]) -> Any:
+    """[..., R, C], whose leading axes broadcast to `lead`, as [batch, head, R, C] with its axes in `order`. name: as of `interior`."""
     shape = shape_of(x)
     full = (*lead, *shape[-2:])
     if is_const(x):
         return const(np.ascontiguousarray(np.broadcast_to(const_value(x), full).reshape(*heads, *shape[-2:]).transpose(order)))
     if math.prod(shape) != math.prod(full):
-        x = rewrite.interior(name, relax.op.broadcast_to(x, full))
+        x = rewrite.interior(*name, relax.op.broadcast_to(x, full))
     if shape_of(x) != (*heads, *shape[-2:]):
-        x = rewrite.interior(name, relax.op.reshape(x, (*heads, *shape[-2:])))
-    return rewrite.interior(name, relax.op.permute_dims(x, order))
+        x = rewrite.interior(*name, relax.op.reshape(x, (*heads, *shape[-2:])))
+    return rewrite.interior(*name, relax.op.permute_dims(x, order))

@@ -71,12 +71,12 @@ def joined(rewrite: Rewrite, name: str, masks: tuple[Mask, ...], shape: tuple[in
             variables.append(_variable(rewrite, mask, shape))
     bias: Any = None
     for variable in variables:
-        bias = variable if bias is None else rewrite.interior(f"{name}~bias", relax.op.add(bias, variable))
+        bias = variable if bias is None else rewrite.interior(name, "bias", relax.op.add(bias, variable))
     if constant.any():
         array = np.broadcast_to(constant, (*constant.shape[:3], shape[3]))
-        bias = const(np.ascontiguousarray(array)) if bias is None else rewrite.interior(f"{name}~bias", relax.op.add(bias, const(constant)))
+        bias = const(np.ascontiguousarray(array)) if bias is None else rewrite.interior(name, "bias", relax.op.add(bias, const(constant)))
     if isinstance(bias, relax.Var) and shape_of(bias)[-1] != shape[3]:
-        bias = rewrite.interior(f"{name}~bias", relax.op.broadcast_to(bias, (*shape_of(bias)[:3], shape[3])))
+        bias = rewrite.interior(name, "bias", relax.op.broadcast_to(bias, (*shape_of(bias)[:3], shape[3])))
     return bias
 
 
@@ -97,7 +97,7 @@ def _variable(rewrite: Rewrite, mask: Mask, shape: tuple[int, int, int, int]) ->
     if mask.fill is not None:
         x = _select(rewrite, x, mask.fill, mask.inverted)
     elif mask.factor != 1.0:
-        x = rewrite.once(f"{x.name}~mask", relax.op.multiply(x, const(np.float32(mask.factor))))
+        x = rewrite.once(str(x.name), "mask", relax.op.multiply(x, const(np.float32(mask.factor))))
     rows = shape_of(x)[-2:] if len(shape_of(x)) > 1 else (1, *shape_of(x)) if shape_of(x) else (1, 1)
     lead = (1,) * (len(mask.view) - len(shape_of(x))) + shape_of(x)
     lead = lead[: len(mask.view) - 2]
@@ -105,14 +105,14 @@ def _variable(rewrite: Rewrite, mask: Mask, shape: tuple[int, int, int, int]) ->
         wanted = (1, 1, *rows)
     else:
         if mask.view != shape and lead != mask.view[:-2]:
-            x = rewrite.once(f"{x.name}~mask", relax.op.broadcast_to(x, (*mask.view[:-2], *rows)))
+            x = rewrite.once(str(x.name), "mask", relax.op.broadcast_to(x, (*mask.view[:-2], *rows)))
         wanted = (*(lead if mask.view == shape else shape[:2]), *rows)
-    return x if shape_of(x) == wanted else rewrite.once(f"{x.name}~mask", relax.op.reshape(x, wanted))
+    return x if shape_of(x) == wanted else rewrite.once(str(x.name), "mask", relax.op.reshape(x, wanted))
 
 
 def _select(rewrite: Rewrite, condition: Any, fill: float, inverted: bool) -> Any:
     low, zero = const(np.float32(fill)), const(np.float32(0))
-    return rewrite.once(f"{condition.name}~mask", relax.op.where(condition, *((zero, low) if inverted else (low, zero))))
+    return rewrite.once(str(condition.name), "mask", relax.op.where(condition, *((zero, low) if inverted else (low, zero))))
 
 
 def _narrow(rewrite: Rewrite, variable: Any) -> Any:
@@ -134,4 +134,4 @@ def _narrow(rewrite: Rewrite, variable: Any) -> Any:
     if math.prod(np.broadcast_shapes(*shapes)) == math.prod(shape_of(old)):
         return rewrite.env[str(variable.name)]
     args = [small[str(a.name)] if isinstance(a, relax.Var) else const(const_value(a).reshape(-1)[0]) if is_const(a) else a for a in old.args]
-    return rewrite.once(f"{variable.name}~narrow", Call(old.op, args, old.attrs, old.ty_args))
+    return rewrite.once(str(variable.name), "narrow", Call(old.op, args, old.attrs, old.ty_args))

@@ -145,6 +145,7 @@ class _Node:
     outputs: list[str]
     function: Any = None  # PrimFunc of a legalized operator
     row: Row | None = None
+    auxiliary: bool = False
 
 
 class _Lowering:
@@ -196,7 +197,7 @@ class _Lowering:
                     self.values[name] = Value(name, Layout(tuple(int(d) for d in types[0].shape), str(types[0].dtype)), name)
                 else:
                     parts = list(types[0].fields) if len(types) == 1 else list(types)
-                    outputs = [fields.get((name, i), f"{name}~{i}") for i in range(len(parts))]
+                    outputs = [fields.get((name, i), self.graph.naming.made(name, i)) for i in range(len(parts))]
                     for output, ty in zip(outputs, parts, strict=True):
                         self.values[output] = Value(output, Layout(tuple(int(d) for d in ty.shape), str(ty.dtype)), output)
                     tuples[name] = outputs
@@ -247,9 +248,9 @@ class _Lowering:
             if value not in rigid and not any(n.dense for n, _ in asked):
                 self.values[value].layout = layout
                 continue
-            copy = f"{value}~padded"
+            copy = self.graph.naming.made(value, "padded")
             self.values[copy] = Value(copy, layout, copy)
-            node = _Node(copy, "qc.copy", [value], {}, [copy])
+            node = _Node(copy, "qc.copy", [value], {}, [copy], auxiliary=True)
             node.row = select(self.op_call(node), self.target)
             late.setdefault(value, []).append(node)
             for need, consumer in asked:
@@ -298,7 +299,7 @@ class _Lowering:
 
         kernels, scratch = legalized_kernels(node.function, constants)
         if scratch:
-            name = f"{first}~scratch"
+            name = self.graph.naming.made(first, "scratch")
             self.values[name] = Value(name, Layout((scratch,), "uint8"), name)
             more = [*more, name]
         steps = [Step(first, None, "float", kernel, reads, more=more, auxiliary=True) for kernel in kernels]
@@ -311,7 +312,7 @@ class _Lowering:
         tuned = self.params(node.row, op)
         params = dict(tuned if tuned is not None else node.row.default(op, self.target))
         kernel = node.row.build(op, params, self.target)
-        return Step(node.id, op, node.name, kernel, reads, node.row, params, auxiliary=node.id.endswith("~padded"))
+        return Step(node.id, op, node.name, kernel, reads, node.row, params, auxiliary=node.auxiliary)
 
     def halo_values(self) -> dict[str, float]:
         """What the halo of each value holds: the zero point by which its consumers read it."""
@@ -335,16 +336,14 @@ class _Lowering:
         if self.values[value].root == value and value not in taken:
             taken.add(value)
             return value
-        copy, count = f"{value}~output", 0
+        copy, count = self.graph.naming.made(value, "output"), 0
         while copy in self.values:
             count += 1
-            copy = f"{value}~output{count}"
+            copy = self.graph.naming.made(value, f"output{count}")
         self.values[copy] = Value(copy, self.values[value].layout, copy)
-        node = _Node(copy, "qc.copy", [value], {}, [copy])
+        node = _Node(copy, "qc.copy", [value], {}, [copy], auxiliary=True)
         node.row = select(self.op_call(node), self.target)
-        step = self.step(node, [value])
-        step.auxiliary = True
-        steps.append(step)
+        steps.append(self.step(node, [value]))
         taken.add(copy)
         return copy
 

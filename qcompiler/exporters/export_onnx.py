@@ -110,7 +110,9 @@ class _Exporter:
                 self.fixed |= set(node.output)
         self.producer = {o: n for n in self.graph.node for o in n.output if o}
         self.stored = {g.id for g in self.groups if g.id in self.producer and g.id not in self.float_ops and self.plan.params(g.id)}
-        self.ends = {_base(g.id) for g in self.groups} | {i.name for i in self.graph.input}
+        self.naming = stages.model.naming
+        self.made = self.naming.made  # names of what the file doesn't have
+        self.ends = {self.base(g.id) for g in self.groups} | {i.name for i in self.graph.input}
         self.norms = layer_norms(stages.model.module)
         self.equalized = stages.measured.equalization.channels
         self.before: dict[str, list[onnx.NodeProto]] = {}  # tensor -> nodes to put in place of, or behind, its producer
@@ -148,6 +150,13 @@ class _Exporter:
         self.finish(nodes)
         return Export(self.model, self.values, self.weighted, self.kept)
 
+    def base(self, value: str) -> str:
+        """The tensor of the file that a value holds, when it holds one in another order of its axes."""
+        head, what = self.naming.split(value)
+        if what.isdigit():
+            head, what = self.naming.split(head)
+        return head if what in _LAYOUTS else value
+
     # -- groups in the source -----------------------------------------------------------------------------------------------------------
 
     def chain(self, group: Group) -> _Chain:
@@ -184,18 +193,22 @@ class _Exporter:
     def normalization(self, group: Group) -> list[onnx.NodeProto] | str:
         """A layer normalization with other constants; one that the source spells out in other operators is scaled behind them."""
         name = group.id
-        node = self.producer.get(_base(name))
+        node = self.producer.get(self.base(name))
         if node is not None and node.op_type == "LayerNormalization":
-            node.input[:] = [node.input[0], *(self.constant(f"{name}~{i}", a) for i, a in enumerate(self.norms[name]))]
+            node.input[:] = [node.input[0], *(self.constant(self.made(name, i), a) for i, a in enumerate(self.norms[name]))]
             return []
         if node is None or name not in self.producer or len(group.shape) == 4:  # an image's channels may lie on another axis there
             return "the source has no LayerNormalization there"
-        channels, plain = self.equalized[name], f"{name}~plain"
+        channels, plain = self.equalized[name], self.made(name, "plain")
         maker = onnx.NodeProto()
         maker.CopyFrom(node)
         maker.output[list(node.output).index(name)] = plain
-        scale, shift = self.constant(f"{name}~scale", channels.scale), self.constant(f"{name}~shift", channels.shift)
-        return [maker, helper.make_node("Sub", [plain, shift], [f"{name}~centered"]), helper.make_node("Mul", [f"{name}~centered", scale], [name])]
+        scale, shift = self.constant(self.made(name, "scale"), channels.scale), self.constant(self.made(name, "shift"), channels.shift)
+        return [
+            maker,
+            helper.make_node("Sub", [plain, shift], [self.made(name, "centered")]),
+            helper.make_node("Mul", [self.made(name, "centered"), scale], [name]),
+        ]
 
     def weighted_nodes(self, group: Group, rounded: bool = True) -> list[onnx.NodeProto] | str:
         """The group anew: anchor with int8 weights and int32 bias (or, not `rounded`, both in float32), residual, clamp; or why it can't be so."""
@@ -220,21 +233,21 @@ class _Exporter:
             return constants
         if rounded:
             data = self.operand(data, self.params(group.inputs[0]))
-        nodes, name, last = constants, group.id, f"{group.id}~accumulator"
+        nodes, name, last = constants, group.id, self.made(group.id, "accumulator")
         if anchor.op_type == "MatMul":
-            nodes.append(helper.make_node("MatMul", [data, f"{name}~weight"], [f"{name}~product"], name=anchor.name))
-            nodes.append(helper.make_node("Add", [f"{name}~product", f"{name}~bias"], [last]))
+            nodes.append(helper.make_node("MatMul", [data, self.made(name, "weight")], [self.made(name, "product")], name=anchor.name))
+            nodes.append(helper.make_node("Add", [self.made(name, "product"), self.made(name, "bias")], [last]))
         elif anchor.op_type == "Gemm":
-            nodes.append(helper.make_node("Gemm", [data, f"{name}~weight", f"{name}~bias"], [last], name=anchor.name, transB=1))
+            nodes.append(helper.make_node("Gemm", [data, self.made(name, "weight"), self.made(name, "bias")], [last], name=anchor.name, transB=1))
         else:
-            node = helper.make_node(anchor.op_type, [data, f"{name}~weight", f"{name}~bias"], [last], name=anchor.name)
+            node = helper.make_node(anchor.op_type, [data, self.made(name, "weight"), self.made(name, "bias")], [last], name=anchor.name)
             node.attribute.extend(anchor.attribute)
             nodes.append(node)
         if residual is not None:
-            nodes.append(helper.make_node("Add", [last, residual], [f"{name}~sum"]))
-            last = f"{name}~sum"
+            nodes.append(helper.make_node("Add", [last, residual], [self.made(name, "sum")]))
+            last = self.made(name, "sum")
         if group.low is not None or group.high is not None:
-            nodes.append(self.clamp(group, last, f"{name}~clamped"))
+            nodes.append(self.clamp(group, last, self.made(name, "clamped")))
         nodes[-1].output[0] = name
         return nodes
 
@@ -245,8 +258,8 @@ class _Exporter:
         if scale is None or isinstance(weight, str):
             return weight if isinstance(weight, str) else "its weights have no scale"
         axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0, "MatMul": 1}[anchor.op_type]
-        nodes = self.dequantized(f"{group.id}~weight", weight, scale.astype(np.float32), axis)
-        return nodes + self.dequantized(f"{group.id}~bias", layer.bias.astype(np.int32), (np.float64(x.scale) * scale).astype(np.float32), 0)
+        nodes = self.dequantized(self.made(group.id, "weight"), weight, scale.astype(np.float32), axis)
+        return nodes + self.dequantized(self.made(group.id, "bias"), layer.bias.astype(np.int32), (np.float64(x.scale) * scale).astype(np.float32), 0)
 
     def float_constants(self, group: Group, anchor: onnx.NodeProto) -> list[onnx.NodeProto] | str:
         """<id>~weight and <id>~bias of the float network; they need no nodes."""
@@ -254,15 +267,15 @@ class _Exporter:
         weight = self.file_weight(group, anchor, group.weight)
         if isinstance(weight, str):
             return weight
-        self.constant(f"{group.id}~weight", weight)
-        self.constant(f"{group.id}~bias", np.asarray(np.zeros(len(group.weight)) if group.bias is None else group.bias, np.float32))
+        self.constant(self.made(group.id, "weight"), weight)
+        self.constant(self.made(group.id, "bias"), np.asarray(np.zeros(len(group.weight)) if group.bias is None else group.bias, np.float32))
         return []
 
     def clamp(self, group: Group, x: str, y: str) -> onnx.NodeProto:
         if group.low == 0 and group.high is None:
             return helper.make_node("Relu", [x], [y])
         bounds = [
-            self.constant(f"{group.id}~{side}", np.array(value, np.float32)) if value is not None else ""
+            self.constant(self.made(group.id, side), np.array(value, np.float32)) if value is not None else ""
             for side, value in (("low", group.low), ("high", group.high))
         ]
         return helper.make_node("Clip", [x, *bounds], [y])
@@ -288,7 +301,7 @@ class _Exporter:
     def features(self, value: str, count: int) -> np.ndarray:
         """int64[K]: the feature in the file that each column of a dense group reads. Differs from 0, 1, ... behind a flattened NHWC image."""
         expr: Any = self.bindings.get(value)
-        if "~" in value and relax_op(expr) == "relax.reshape":
+        if self.naming.split(value)[1] and relax_op(expr) == "relax.reshape":
             shape = shape_of(expr.args[0])
             if len(shape) == 4 and int(np.prod(shape[1:])) == count:
                 height, width, channels = shape[1:]
@@ -307,7 +320,7 @@ class _Exporter:
         if tensor in self.stored and self.plan.params(tensor) == params:
             return tensor
         if (tensor, params) not in self.copies:
-            name = f"{tensor}~dq" + (f"{len(self.copies)}" if any(t == tensor for t, _ in self.copies) else "")
+            name = self.made(tensor, "dq") + (f"{len(self.copies)}" if any(t == tensor for t, _ in self.copies) else "")
             self.copies[tensor, params] = name
             self.values.setdefault(tensor, params)
             pair = self.pair(tensor, name, params)
@@ -319,7 +332,7 @@ class _Exporter:
 
     def quantize_operands(self, group: Group, chain: _Chain) -> None:
         """Operators that keep their nodes: float operands and constants are rounded on the way in."""
-        known = {_base(v): self.plan.params(v) for v in group.inputs}
+        known = {self.base(v): self.plan.params(v) for v in group.inputs}
         for node in chain.nodes:
             for index, name in enumerate(node.input):
                 params = known.get(name)
@@ -337,27 +350,27 @@ class _Exporter:
         quantized = params.quantize(numpy_helper.to_array(self.constants[name]))
         if not np.array_equal(np.sort(quantized, axis=None), np.sort(twin.weight, axis=None)):
             return name
-        copy = f"{group.id}~constant"
+        copy = self.made(group.id, "constant")
         scale, zero = self.scale_and_zero(params)
         self.inputs.append(helper.make_node("DequantizeLinear", [self.constant(f"{copy}_int8", quantized), scale, zero], [copy]))
         return copy
 
     def round_output(self, name: str, maker: onnx.NodeProto) -> list[onnx.NodeProto]:
-        raw, params = f"{name}~float", self.params(name)
+        raw, params = self.made(name, "float"), self.params(name)
         maker.output[list(maker.output).index(name)] = raw
         self.values[name] = params
         return self.pair(raw, name, params)
 
     def pair(self, x: str, y: str, params: QParams) -> list[onnx.NodeProto]:
         parameters = list(self.scale_and_zero(params))
-        quantize = helper.make_node("QuantizeLinear", [x, *parameters], [f"{y}~q"])
-        return [quantize, helper.make_node("DequantizeLinear", [f"{y}~q", *parameters], [y])]
+        quantize = helper.make_node("QuantizeLinear", [x, *parameters], [self.made(y, "q")])
+        return [quantize, helper.make_node("DequantizeLinear", [self.made(y, "q"), *parameters], [y])]
 
     def scale_and_zero(self, params: QParams) -> tuple[str, str]:
         if params not in self.parameters:
             index = len(self.parameters)
-            scale = self.constant(f"~scale{index}", np.float32(params.scale))
-            self.parameters[params] = scale, self.constant(f"~zero{index}", np.int8(params.zero_point))
+            scale = self.constant(self.made("", f"scale{index}"), np.float32(params.scale))
+            self.parameters[params] = scale, self.constant(self.made("", f"zero{index}"), np.int8(params.zero_point))
         return self.parameters[params]
 
     def dequantized(self, name: str, value: np.ndarray, scale: np.ndarray, axis: int) -> list[onnx.NodeProto]:
@@ -390,14 +403,6 @@ class _Exporter:
         self.model.producer_name = "qcompiler"
         self.model.ir_version = max(self.model.ir_version, 7)  # the version of operator set 13
         onnx.checker.check_model(self.model, full_check=self.model.ByteSize() < 2**31)
-
-
-def _base(value: str) -> str:
-    """The tensor of the file that a value holds, when it holds one in another order of its axes."""
-    head, _, tail = value.rpartition("~")
-    if tail.isdigit() and head:
-        head, _, tail = head.rpartition("~")
-    return head if head and tail in _LAYOUTS else value
 
 
 def _read_by(node: onnx.NodeProto) -> Iterable[str]:

@@ -39,15 +39,15 @@ def _rows(node: Node, index: int, what: str, heads: int, wanted: int) -> Any:
     if len(shape) == 3:
         if shape[2] % heads:
             raise Refused(f"a width of {shape[2]} can't be divided into {heads} heads")
-        x = node.emit(f"{what}~heads", relax.op.reshape(x, (*shape[:2], heads, shape[2] // heads)))
+        x = node.emit(f"{what}-heads", relax.op.reshape(x, (*shape[:2], heads, shape[2] // heads)))
     else:
-        x = node.emit(f"{what}~rows", relax.op.permute_dims(x, _IN_ROWS))
+        x = node.emit(f"{what}-rows", relax.op.permute_dims(x, _IN_ROWS))
     if heads == wanted:
         return x
     batch, rows, _, depth = shape_of(x)
-    x = node.emit(f"{what}~group", relax.op.reshape(x, (batch, rows, heads, 1, depth)))
-    x = node.emit(f"{what}~shared", relax.op.broadcast_to(x, (batch, rows, heads, wanted // heads, depth)))
-    return node.emit(f"{what}~all", relax.op.reshape(x, (batch, rows, wanted, depth)))
+    x = node.emit(f"{what}-group", relax.op.reshape(x, (batch, rows, heads, 1, depth)))
+    x = node.emit(f"{what}-shared", relax.op.broadcast_to(x, (batch, rows, heads, wanted // heads, depth)))
+    return node.emit(f"{what}-all", relax.op.reshape(x, (batch, rows, wanted, depth)))
 
 
 def _bias(node: Node, shape: tuple[int, int, int, int]) -> Any:

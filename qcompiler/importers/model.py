@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import tvm
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.tensor import TensorInfo
+from qcompiler.base.value_ids import Naming
 from qcompiler.importers.onnx import import_onnx
 from qcompiler.passes.canonicalize import canonicalize
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
@@ -34,11 +36,15 @@ class FloatModel:
     sources: dict[str, tuple[str, str]]
     readers: dict[str, list[str]]
 
+    @functools.cached_property
+    def naming(self) -> Naming:
+        """How its value ids are made and read."""
+        return Graph.of(self.module).naming
+
     def source(self, value_id: str) -> tuple[str, str]:
         """(node name, operator type) behind a value id; a value made by the compiler (`<id>~<what>`) has the source of `<id>`."""
-        while value_id not in self.sources and "~" in value_id:
-            value_id = value_id.rpartition("~")[0]
-        return self.sources.get(value_id, (value_id, "Input"))
+        found = self.naming.nearest(value_id, self.sources)
+        return self.sources.get(found, (found, "Input"))
 
 
 def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = None) -> FloatModel:

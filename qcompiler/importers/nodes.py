@@ -107,7 +107,7 @@ class Node:
 
     def emit(self, what: str, expr: Any) -> Any:
         """Bind an interior value, named `<id>~<what>`, and return its variable."""
-        return self.builder.emit(self.builder.fresh(f"{self.id}~{what}"), expr)
+        return self.builder.emit(self.builder.made(self.id, what), expr)
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
         """`x` in another static shape: an array for an array, the same variable when nothing changes."""

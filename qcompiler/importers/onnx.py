@@ -20,6 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
 from qcompiler.base.errors import ModelError, closest
+from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, real
 from qcompiler.importers.operators import CONVERTERS
@@ -44,10 +45,10 @@ class Imported:
 def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]]) -> Imported:
     """Raises ModelError for whatever the file holds that can't be compiled."""
     model, digest = onnx_file.read(path)
+    naming = Naming.beside(onnx_file.names(model))
     model, trained = take_out(model)
     importer = _Importer(path, onnx_file.default_opset(model))
-    if trained:
-        importer.builder = GraphBuilder({ATTRIBUTE: trained.attribute()})
+    importer.builder = GraphBuilder(naming.attributes() | ({ATTRIBUTE: trained.attribute()} if trained else {}))
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
     importer.constants(model.graph)
     importer.inputs(model.graph, input_shapes)
@@ -255,7 +256,7 @@ class _Importer:
         graph: onnx.GraphProto = node.attrs["then_branch" if condition is not None and condition.all() else "else_branch"]
         outer = dict(self.values)
         local = {name for n in graph.node for name in n.output if name} | {t.name for t in graph.initializer}
-        renamed = {name: f"{node.id}~{name}" for name in local if name in outer}
+        renamed = {name: self.builder.naming.made(node.id, name) for name in local if name in outer}
         self.constants(graph, renamed)
         for proto in graph.node:
             self.node(_renamed(proto, renamed))

@@ -54,6 +54,18 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(path.parent / name for name in sorted(located))]
 
 
+def names(model: onnx.ModelProto) -> Iterator[str]:
+    """The names of every tensor and node of a model, in subgraphs too."""
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        yield from (named.name for named in (*graph.input, *graph.output, *graph.initializer, *graph.node))
+        yield from (sparse.values.name for sparse in graph.sparse_initializer)
+        for node in graph.node:
+            yield from (*node.input, *node.output)
+            graphs += [a.g for a in node.attribute if a.HasField("g")] + [g for a in node.attribute for g in a.graphs]
+
+
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor that a model stores: initializers and attributes, in subgraphs and functions too."""
     nodes = [n for function in model.functions for n in function.node]

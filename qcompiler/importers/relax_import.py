@@ -125,7 +125,7 @@ def definition(node: Node) -> list[onnx.NodeProto] | None:
         for tensors in (proto.input, proto.output):
             for i, name in enumerate(tensors):
                 if name:
-                    tensors[i] = names.setdefault(name, f"{node.id}~{name}")
+                    tensors[i] = names.setdefault(name, node.builder.naming.made(node.id, name))
     return list(inlined.graph.node)
 
 

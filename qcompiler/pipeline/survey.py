@@ -62,7 +62,7 @@ class Survey:
 
     def seconds(self, session: Session, sample: Mapping[str, np.ndarray]) -> dict[str, float]:
         """group id -> seconds in a network, conversions left out."""
-        return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members})
+        return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members}, self._stages.measured.model.naming)
 
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
         """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""

@@ -21,6 +21,7 @@ import numpy as np
 import tvm
 
 from qcompiler.base.progress import Progress
+from qcompiler.base.value_ids import Naming
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, make_op
 from qcompiler.runtime.session import Session
@@ -151,12 +152,11 @@ class Walk:
 # -- time -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def layer_seconds(session: Session, inputs: Mapping[str, np.ndarray], owner: Mapping[str, str]) -> dict[str, float]:
+def layer_seconds(session: Session, inputs: Mapping[str, np.ndarray], owner: Mapping[str, str], naming: Naming) -> dict[str, float]:
     """Least seconds per layer, conversions left out. owner: value id -> layer; what lowering adds to a value ("<id>~padded") belongs to its layer."""
     spent: dict[str, float] = {}
     for name, op, _, seconds in session.profile(inputs, _ITERATIONS):
-        while name not in owner and "~" in name:
-            name = name.rpartition("~")[0]
+        name = naming.nearest(name, owner)
         if name in owner and op not in ("qc.quantize", "qc.dequantize"):
             spent[owner[name]] = spent.get(owner[name], 0.0) + seconds
     return spent

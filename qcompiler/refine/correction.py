@@ -25,6 +25,7 @@ from qcompiler.numerics.spec import conv_accumulator_bound
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.kinds import KINDS
+from qcompiler.passes.realize import ACCUMULATED
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
 _INT32 = 2**31 - 1
@@ -197,11 +198,13 @@ class SessionExecutor:
 class Layer:
     """A convolution or dense call of the integer module. unit: real value of one accumulator step, float64[O].
 
+    group: of the float module, to which it belongs; the call "<id>~accumulated" is the part of one before a float activation.
     residual: (value id, zero point, real value of one step), where the call has one. x_scale: real value of one step of the input.
     is_last: no other layer is behind it.
     """
 
     id: str
+    group: str
     kind: str
     x: str
     x_scale: float
@@ -212,11 +215,6 @@ class Layer:
     shape: tuple[int, ...]
     is_last: bool
     residual: tuple[str, int, float] | None = None
-
-    @property
-    def group(self) -> str:
-        """The group of the float module that this call belongs to; "<id>~accumulated" is the part of it before a float activation."""
-        return self.id.removesuffix("~accumulated")
 
 
 def integer_layers(module: tvm.IRModule) -> list[Layer]:
@@ -238,7 +236,9 @@ def integer_layers(module: tvm.IRModule) -> list[Layer]:
             residual = (str(tensors[4].name), int(attrs["residual_zero_point"]), attrs["residual_multiplier"] * step)
         unit = multiplier.astype(np.float64) * step
         x = str(tensors[0].name)
-        layers.append(Layer(name, kind, x, float(scales[x][0]), weight, bias, unit, attrs, shape_of(expr), name not in fronts, residual))
+        source, what = graph.naming.split(name)
+        group = source if what == ACCUMULATED else name
+        layers.append(Layer(name, group, kind, x, float(scales[x][0]), weight, bias, unit, attrs, shape_of(expr), name not in fronts, residual))
     return layers
 
 
