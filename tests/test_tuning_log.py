@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from qcompiler.backend.tuning_log import (
     SHIPPED,
     Record,
     Tuned,
+    allowed,
     best_of,
     isa_of,
     key_of,
@@ -112,6 +114,67 @@ def test_binary_garbage_is_skipped(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         assert read_log(tmp_path) == [record()]
     assert len(caught) == 4
+
+
+NO_RECORDS = [
+    {"ratio": "fast"}, {"ratio": True}, {"ratio": float("inf")}, {"ratio": float("nan")}, {"ratio": -1}, {"ratio": 1e400},
+    {"seconds": 3}, {"seconds": ["1"]}, {"seconds": [0.0]}, {"threads": 0}, {"threads": "2"}, {"threads": float("inf")},
+    {"isa": 5}, {"row": ["x"]}, {"host": None}, {"params": []}, {"params": {"size": [1]}}, {"params": {"size": {"a": 1}}},
+    {"params": {"size": float("nan")}}, {"params": {"size": 10**40}}, {"workload": []}, {"workload": {}}, {"workload": "op"},
+    *({"workload": workload_of(convolution()) | change} for change in (
+        {"op": 3}, {"operands": 5}, {"operands": []}, {"operands": [[1, "int8"]]}, {"operands": [[["a"], "int8"]]}, {"operands": [[[1.5], "int8"]]},
+        {"output": [[1]]}, {"output": None}, {"attrs": []}, {"attrs": {"strides": 2}}, {"attrs": {"groups": "two"}}, {"attrs": {"x": float("nan")}},
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NO_RECORDS, ids=str)
+def test_json_that_is_no_record_is_skipped(tmp_path: Path, change: dict[str, Any]) -> None:
+    """As a line, and in everything that reads logs."""
+    bad = json.dumps(json.loads(record(0.5).line()) | change)
+    (tmp_path / f"{ISA}.jsonl").write_text(f"{bad}\n{record().line()}")
+    with pytest.warns(UserWarning, match="line 1 is not a whole record"):
+        assert read_log(tmp_path) == [record()]
+
+
+def test_a_line_nested_too_deeply_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / f"{ISA}.jsonl").write_text("[" * 100_000 + "\n" + record().line())
+    with pytest.warns(UserWarning, match="line 1 is not a whole record"):
+        assert read_log(tmp_path) == [record()]
+
+
+def test_a_number_of_another_type_is_another_point(tmp_path: Path) -> None:
+    """1.0 is not 1: a template given it would build other code, or none."""
+    assert allowed({"n": 1, "order": "a"}, {"n": [1, 2], "order": ["a"]}, {"n": 4, "order": "b"})
+    assert allowed({"n": 4, "order": "b"}, {"n": [1, 2], "order": ["a"]}, {"n": 4, "order": "b"})
+    for n in (1.0, True, 4.0, "1", 3):
+        assert not allowed({"n": n, "order": "a"}, {"n": [1, 2], "order": ["a"]}, {"n": 4, "order": "b"})
+
+
+def test_pipes_in_place_of_a_log(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{ISA}.jsonl")
+    with pytest.raises(TuningError, match="is a pipe or a device"):
+        read_log(tmp_path)
+    with pytest.raises(OutputError, match="is a pipe or a device"), opened(tmp_path, ISA):
+        pass
+    (tmp_path / "lock").unlink()
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(OutputError, match="is a pipe or a device"), opened(tmp_path, ISA):
+        pass
+
+
+def test_a_full_disk_when_a_log_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock needs no room; a log's first record does."""
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with opened(tmp_path, ISA) as writer:
+        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "ftruncate", full)
+        with pytest.raises(OutputError, match="can't be written: No space left on device; everything before is safe"):
+            writer.append(record())
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:

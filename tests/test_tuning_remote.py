@@ -204,6 +204,26 @@ def test_results_that_are_refused(tmp_path: Path, lines: list[str], head: str, m
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "3", "[" * 100_000, '{"tasks": 3}', '{"tasks": [3], "set": "abc", "isa": "x"}', '{"tasks": [{"points": []}], "set": "abc", "isa": "x"}',
+        '{"tasks": [], "set": 3, "isa": "x"}', '{"tasks": [], "isa": "x"}',
+    ],
+)  # fmt: skip
+def test_a_damaged_candidate_set(tmp_path: Path, text: str) -> None:
+    log = waiting(tmp_path)
+    (log / "candidates.json").write_text(text)
+    with pytest.raises(TuningError, match=r"candidates\.json: damaged \(.*\); export candidates again"):
+        import_results(results(tmp_path, line(0, seconds=1.0)), log)
+
+
+@pytest.mark.parametrize("bad", ["[1]", "3", "null", '{"task": 1e400, "step": 0}', '{"task": 0, "step": 0, "status": "ok", "seconds": 3}', "[" * 100_000])
+def test_a_damaged_result(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(TuningError, match="damaged"):
+        import_results(results(tmp_path, line(0, seconds=1.0), bad), waiting(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--log", "l"], "MODEL.onnx and --calibration are needed"),

@@ -12,11 +12,14 @@ with a single write.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.base.errors import OutputError, TuningError
-from qcompiler.base.files import replacing
+from qcompiler.base.files import about, parse_json, read_regular, replacing
 from qcompiler.base.targets import Target
 from qcompiler.schedules.table import Layout, OpCall, Row
 
@@ -114,16 +117,47 @@ class Record:
     def of_line(text: str) -> Record:
         """Raises ValueError for what is not a complete record, TuningError for a record of another schema version."""
         try:
-            f = json.loads(text)
+            f = parse_json(text)
             if f["schema"] != SCHEMA:
                 raise TuningError(f"schema version {f['schema']}, this version of qcompiler reads version {SCHEMA}; tune again into another folder")
             failed = str(f.get("failed", ""))
-            ratio, seconds = (math.inf, []) if failed else (float(f["ratio"]), f["seconds"])
-            if not (ratio > 0 and isinstance(f["params"], dict) and {"op", "operands", "output", "attrs"} <= set(f["workload"])):
+            ratio, seconds = (math.inf, []) if failed else (f["ratio"], f["seconds"])
+            names, threads = (f["isa"], f["row"], f["host"]), f["threads"]
+            times = isinstance(seconds, list) and all(_number(s) and s > 0 for s in seconds)
+            if not (times and (failed or (_number(ratio) and ratio > 0)) and _number(threads) and threads >= 1 and all(isinstance(n, str) for n in names)):
                 raise ValueError("a field has the wrong form")
-            return Record(f["isa"], f["row"], f["workload"], f["params"], ratio, tuple(map(float, seconds)), int(f["threads"]), str(f["host"]), failed)
-        except (KeyError, TypeError) as error:
+            check_workload(f["workload"])
+            check_point(f["params"])
+            return Record(f["isa"], f["row"], f["workload"], f["params"], float(ratio), tuple(map(float, seconds)), int(threads), f["host"], failed)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"missing or malformed: {error}") from error
+
+
+def _number(value: Any) -> bool:
+    """Whether a value is a number as measurements and shapes have them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1 << 53
+
+
+def check_workload(workload: Any) -> None:
+    """Raises ValueError for what `workload_of` can't have made."""
+
+    def extents(value: Any) -> bool:
+        return isinstance(value, list) and all(_number(v) and isinstance(v, int) for v in value)
+
+    def tensor(value: Any) -> bool:
+        return isinstance(value, list) and len(value) >= 2 and extents(value[0]) and isinstance(value[1], str)
+
+    operands, attrs = workload["operands"], workload["attrs"]
+    geometry = isinstance(attrs, dict) and extents(attrs.get("strides", [1, 1])) and extents([attrs.get("groups", 1)])
+    if not (geometry and isinstance(workload["op"], str) and isinstance(operands, list) and operands and all(map(tensor, [*operands, workload["output"]]))):
+        raise ValueError("the workload has the wrong form")
+    _canonical(workload)
+
+
+def check_point(params: Any) -> None:
+    """Raises ValueError for what can be no point of a design space: tunables are numbers and words."""
+    if not isinstance(params, dict) or not all(isinstance(v, (str, bool)) or _number(v) for v in params.values()):
+        raise ValueError("the tunables have the wrong form")
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------------------------
@@ -135,7 +169,7 @@ def read_file(path: Path) -> list[Record]:
     Raises TuningError when the file can't be read or is of another schema version.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path).split(b"\n")
     except OSError as error:
         raise TuningError(f"{path}: the tuning log can't be read: {error.strerror}") from error
     records = []
@@ -161,9 +195,11 @@ def read_log(folder: str | os.PathLike[str], isa: str | None = None) -> list[Rec
     Raises TuningError when the folder is missing, unreadable, holds no log, no log of `isa`, or one of another schema version.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise TuningError(f"{folder}: is not a tuning log: {'a file' if folder.exists() else 'missing'}; `qcompiler tune --log DIR` makes the folder")
-    files = sorted(folder.glob(f"*{SUFFIX}"))
+    try:
+        files = _files(folder)
+    except OSError as error:
+        why = {errno.ENOENT: "missing", errno.ENOTDIR: "a file"}.get(error.errno or 0, error.strerror)
+        raise TuningError(f"{folder}: is not a tuning log: {why}; `qcompiler tune --log DIR` makes the folder") from error
     if not files:
         raise TuningError(f"{folder}: no tuning log in this folder (no *{SUFFIX} file); `qcompiler tune --log DIR` makes one")
     if isa is not None:
@@ -172,6 +208,11 @@ def read_log(folder: str | os.PathLike[str], isa: str | None = None) -> list[Rec
             present = ", ".join(f.name.removesuffix(SUFFIX) for f in found)
             raise TuningError(f"{folder}: the tuning log is for {present}, and {isa} is wanted; times of one ISA say nothing about another. Tune for {isa}")
     return [record for file in files for record in read_file(file)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Raises OSError."""
+    return sorted(folder / name for name in os.listdir(folder) if name.endswith(SUFFIX))
 
 
 def best_of(records: Iterable[Record]) -> dict[str, Record]:
@@ -188,12 +229,16 @@ class LogWriter:
     def __init__(self, folder: Path, isa: str) -> None:
         self.path = folder / f"{isa}{SUFFIX}"
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = _opened(self.path, os.O_APPEND)
         except OSError as error:
             raise OutputError(f"{self.path}: the tuning log can't be written: {error.strerror}") from error
         size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":  # end the torn line, so that the next one is whole
-            self._write(b"\n")
+        try:
+            if size and os.pread(self._file, 1, size - 1) != b"\n":  # end the torn line, so that the next one is whole
+                self._write(b"\n")
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, record: Record) -> None:
         """Raises OutputError when the disk is full; the file then ends where it did before."""
@@ -206,11 +251,21 @@ class LogWriter:
             if written != len(data):
                 raise OSError(28, os.strerror(28))
         except OSError as error:
-            os.ftruncate(self._file, size)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, size)
             raise OutputError(f"{self.path}: the tuning log can't be written: {error.strerror}; everything before is safe, run again to go on") from error
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _opened(path: Path, flags: int = 0) -> int:
+    """A regular file for reading and writing, made when missing. Raises OSError."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o644)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "is a pipe or a device")
+    return file
 
 
 @contextmanager
@@ -223,7 +278,7 @@ def opened(folder: str | os.PathLike[str], isa: str) -> Iterator[LogWriter]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = _opened(folder / LOCK)
     except OSError as error:
         raise OutputError(f"{folder}: can't be used as a tuning log: {error.strerror}; name a folder that can be written") from error
     try:
@@ -232,8 +287,9 @@ def opened(folder: str | os.PathLike[str], isa: str) -> Iterator[LogWriter]:
         except OSError as error:
             owner = os.pread(lock, 64, 0).decode(errors="replace").strip()
             raise TuningError(f"{folder}: another run (process {owner or 'unknown'}) is tuning into this log; wait for it, or use another folder") from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk whoever finds the log locked misses the owner's number; the first record will tell
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         writer = LogWriter(folder, isa)
         try:
             yield writer
@@ -249,7 +305,11 @@ def merge(sources: Iterable[str | os.PathLike[str]], output: str | os.PathLike[s
     Raises TuningError for a source that is no log, OutputError when `output` can't be written or holds a log already.
     """
     output = Path(output)
-    if output.is_dir() and any(output.glob(f"*{SUFFIX}")):
+    try:
+        taken = about(output) is not None and bool(_files(output))
+    except OSError as error:
+        raise OutputError(f"{output}: can't be made: {error.strerror}") from error
+    if taken:
         raise OutputError(f"{output}: holds a tuning log already; name a new folder")
     merged: dict[str, dict[tuple[str, str, int], Record]] = {}
     for source in sources:
@@ -327,5 +387,7 @@ def _ranked(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def allowed(params: Mapping[str, Any], space: Mapping[str, list[Any]], default: Mapping[str, Any]) -> bool:
-    """Whether a point lies in a row's space (the default's own values count as part of it)."""
-    return params.keys() == space.keys() and all(params[k] in space[k] or params[k] == default[k] for k in space)
+    """Whether a point lies in a row's space (the default's own values count as part of it). A number of another type, 1.0 for 1, does not."""
+    return params.keys() == space.keys() and all(
+        any(type(v) is type(params[k]) and v == params[k] for v in (*values, default[k])) for k, values in space.items()
+    )

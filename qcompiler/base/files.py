@@ -10,6 +10,7 @@ import errno
 import fcntl
 import functools
 import io
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from qcompiler.base.errors import OutputError
 
@@ -41,6 +43,14 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     """The contents of a file, as `open_regular` opens it."""
     with open_regular(path) as file:
         return file.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`; ValueError for what is nested too deeply, too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def about(path: str | os.PathLike[str]) -> os.stat_result | None:

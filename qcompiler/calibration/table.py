@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qcompiler.base.errors import DataError
-from qcompiler.base.files import replacing
+from qcompiler.base.files import parse_json, read_regular, replacing
 from qcompiler.base.progress import Progress
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import check_sample
@@ -120,18 +120,18 @@ class CalibrationTable:
     def from_json(text: str, where: str = "calibration table") -> CalibrationTable:
         """Raises DataError, naming `where`, for text that `to_json` did not write."""
         try:
-            document = json.loads(text)
+            document = parse_json(text)
             if document["format"] != FORMAT:
                 raise DataError(f"{where}: format {document['format']} is not supported (this version reads {FORMAT}); calibrate again")
             return CalibrationTable(int(document["samples"]), {name: _decode(row) for name, row in document["values"].items()})
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise DataError(f"{where}: not a calibration table ({type(error).__name__}: {error}); calibrate again") from error
 
     @staticmethod
     def load(path: str | Path) -> CalibrationTable:
         """Raises DataError when the file is missing, unreadable or malformed."""
         try:
-            text = Path(path).read_text()
+            text = read_regular(path).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: can't be read as a calibration table: {error}") from error
         return CalibrationTable.from_json(text, str(path))

@@ -18,7 +18,7 @@ import numpy as np
 import tvm
 
 from qcompiler.base.errors import PlanError
-from qcompiler.base.files import replacing
+from qcompiler.base.files import parse_json, read_regular, replacing
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
@@ -179,7 +179,7 @@ class QuantPlan:
         Raises PlanError for a file that is missing, malformed, or of another model.
         """
         try:
-            document = json.loads(Path(path).read_text())
+            document = parse_json(read_regular(path))
             if document["format"] != FORMAT:
                 raise PlanError(f"{path}: format {document['format']} is not supported (this version reads {FORMAT}); make the plan again")
             plan = QuantPlan(
@@ -191,7 +191,7 @@ class QuantPlan:
                 [str(n) for n in document["notes"]],
                 {str(k): QParams(float(s), int(z)) for k, (s, z) in document.get("constants", {}).items()},
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{path}: can't be read as a quantization plan ({type(error).__name__}: {error})") from error
         if module is not None:
             groups = find_groups(module)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import ArtifactError
+from qcompiler.base.files import parse_json
 from qcompiler.runtime.elf import find_section, mapped
 
 FORMAT_VERSION = 1
@@ -33,7 +34,7 @@ def manifest_in(data: mmap.mmap | bytes, path: Path) -> tuple[dict[str, Any], st
     """(manifest, architecture) of the library that `data` is the contents of; `path` names it in errors. Raises as `read_manifest`."""
     raw, architecture = find_section(data, path, MANIFEST_SECTION)
     try:
-        document = json.loads(raw.rstrip(b"\0").decode())
+        document = parse_json(raw.rstrip(b"\0").decode())
         manifest, digest = document["manifest"], document["digest"]
         body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     except (ValueError, KeyError, TypeError) as error:

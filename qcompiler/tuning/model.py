@@ -67,7 +67,7 @@ class Space:
         def near(name: str) -> Any:
             value, values = point.get(name), self.values[name]
             if value in values:
-                return value
+                return values[values.index(value)]  # 1 where a log has 1.0
             if isinstance(value, (int, float)) and all(isinstance(v, (int, float)) for v in values):
                 return min(values, key=lambda v: abs(v - value))
             return self.default[name]

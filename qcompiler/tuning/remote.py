@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import tvm_ffi
 
 from qcompiler.backend.artifact import RUNTIME, find_compiler
-from qcompiler.backend.tuning_log import LogWriter, Record, isa_of, opened, read_file
+from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, opened, read_file
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
-from qcompiler.base.files import new_folder, replacing
+from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.table import Kernel
 from qcompiler.tuning.bench import MARGIN, ratio_of
@@ -228,9 +228,7 @@ def import_results(results: str | os.PathLike[str], log: str | os.PathLike[str])
     Raises TuningError: no such file, no round under way, results of another candidate set, a damaged file, or one without a single result.
     """
     pending = Path(log) / PENDING
-    if not pending.is_file():
-        raise TuningError(f"{log}: no candidates wait for results here (imported already, or never exported: `qcompiler tune --export-candidates` does)")
-    manifest = json.loads(pending.read_text())
+    manifest = _read_pending(pending)
     header, lines = _read_results(Path(results))
     if header["set"] != manifest["set"]:
         raise TuningError(
@@ -252,22 +250,42 @@ def _append(writer: LogWriter, records: Sequence[Record]) -> None:
         writer.append(record)
 
 
+def _read_pending(path: Path) -> dict[str, Any]:
+    """The candidate set that a log waits for. Raises TuningError."""
+    try:
+        manifest = parse_json(read_regular(path))
+        for task in manifest["tasks"]:
+            check_workload(task["workload"])
+            for point in task["points"]:
+                check_point(point)
+        if not all(isinstance(text, str) for text in (manifest["set"], manifest["isa"], *(task["row"] for task in manifest["tasks"]))):
+            raise ValueError("a field has the wrong form")
+    except FileNotFoundError as error:
+        why = "imported already, or never exported: `qcompiler tune --export-candidates` does"
+        raise TuningError(f"{path.parent}: no candidates wait for results here ({why})") from error
+    except OSError as error:
+        raise TuningError(f"{path}: can't be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise TuningError(f"{path}: damaged ({error}); export candidates again") from error
+    return dict(manifest)
+
+
 def _read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(header, results); a half-written last line, as a stopped measurement leaves it, is dropped."""
     try:
-        text = path.read_text()
+        text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TuningError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     lines = text.split("\n")[:-1]
     if not lines:
         raise TuningError(f"{path}: empty, or cut short before its first line ends; copy it again, or run qc_measure again")
     try:
-        documents = [json.loads(line) for line in lines]
+        documents = [parse_json(line) for line in lines]
         header = documents[0]
         if header["results"] != FORMAT:
             raise TuningError(f"{path}: results of format {header['results']}, this version of qcompiler reads format {FORMAT}")
         header["host"], header["set"], header["threads"] = str(header["host"]), str(header["set"]), int(header["threads"])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise TuningError(f"{path}: not a results file of qc_measure, or damaged ({error})") from error
     return header, documents[1:]
 
@@ -277,7 +295,7 @@ def _records(
 ) -> Iterator[Record]:
     try:
         found = {(int(line["task"]), int(line["step"])): (str(line["status"]), [float(s) for s in line.get("seconds", [])]) for line in lines}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TuningError(f"{path}: damaged ({error})") from error
     for number, task in enumerate(manifest["tasks"]):
         points: list[Point] = task["points"]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
+from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, allowed, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import Target, find_target, missing_features
@@ -161,8 +161,7 @@ class Search:
 
     def recall(self, task: Task, records: Sequence[Record]) -> None:
         """Take up where earlier runs stopped."""
-        names = task.space.values.keys()
-        same = [r for r in records if r.params.keys() == names]
+        same = [r for r in records if allowed(r.params, task.space.values, task.space.default)]
         task.trials, task.tried = len(same), {key(r.params) for r in same}
         measured = [r for r in same if not r.failed]
         task.points = [(r.ratio, r.params) for r in measured]
