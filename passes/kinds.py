@@ -95,6 +95,7 @@ KINDS: dict[str, Kind] = {
         Kind("sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True),
         Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True),
         Kind("unary", (), "qc.lut", light=True),
+        Kind("prelu", ("relax.nn.prelu",), "qc.prelu", clamped=True, light=True, per_channel=True),
         Kind("max_pool2d", ("relax.nn.max_pool2d",), "qc.max_pool2d", keeps=True, per_channel=True),
         Kind("avg_pool2d", ("relax.nn.avg_pool2d",), "qc.avg_pool2d", clamped=True, per_channel=True),
         Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=True),

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
-from qcompiler.passes.graph import arguments, plain, relax_op, shape_of
+from qcompiler.passes.graph import arguments, const_value, is_const, plain, relax_op, shape_of
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ def _adaptive_mean(expr: Any) -> Described | str:
     return Described("mean", [expr.args[0]], {"axes": [1, 2], "keepdims": True})
 
 
+def _prelu(expr: Any) -> Described | str:
+    x, slope = expr.args
+    if not is_const(slope) or int(expr.attrs.axis) % len(x.ty.shape) != len(x.ty.shape) - 1:
+        return "prelu has an int8 kernel for constant slopes per channel only"
+    slopes = np.broadcast_to(const_value(slope), shape_of(x)[-1:])
+    return Described("prelu", [x], {"slopes": slopes.tolist()}) if np.isfinite(slopes).all() else "a slope is not finite"
+
+
 def _concat(expr: Any) -> Described | str:
     operands = arguments(expr)
     if not all(isinstance(o, relax.Var) for o in operands):
@@ -145,6 +154,7 @@ _TABLE: dict[str | None, Callable[[Any], Described | str]] = {
     "relax.nn.avg_pool2d": _pool,
     "relax.nn.adaptive_avg_pool2d": _adaptive_mean,
     "relax.mean": _mean,
+    "relax.nn.prelu": _prelu,
     "relax.concat": _concat,
     **dict.fromkeys(("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten"), _reshape),
     "relax.permute_dims": _transpose,

@@ -66,6 +66,10 @@ def converting() -> dict[str, Case]:
         cases[f"dequantize_{i}"] = Case("qc.dequantize", [data(2, *shape)], attrs, {0: layout})
     table = data(3, 256)
     cases["lut_every"] = Case("qc.lut", [np.arange(-128, 128, dtype=np.int8), table], {}, constants=(1,))
+    negative = np.linspace(-0.3, 0.9, 24, dtype=np.float32)
+    attrs = {"multiplier": 0.7, "x_zero_point": -3, "zero_point": 2, "low": -100, "high": 90}
+    cases["prelu"] = Case("qc.prelu", [data(1, 2, 5, 6, 24), negative], attrs, constants=(1,))
+    cases["prelu_padded"] = Case("qc.prelu", [data(1, 2, 5, 6, 7), negative[:7]], attrs, {0: {"pitch": 9}}, constants=(1,), out={"halo": HALO, "pitch": 8})
     cases["lut_padded"] = Case("qc.lut", [data(1, 2, 5, 6, 7), table], {}, constants=(1,), out={"halo": HALO, "pitch": 8})
     return cases
 

@@ -155,6 +155,18 @@ def test_lut(target: Target, storage: str) -> None:
         check(target, "qc.lut", [data(length, 1, 2, 3, length), table], {}, constants=(1,), layouts={0: {"pitch": length + 5}}, storage=storage)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 6, 33), (2, 3, 4, 5), (7, 64), (40,)])
+@pytest.mark.parametrize("target, storage", [*MODES, (BASELINE, "int8")], ids=lambda v: getattr(v, "name", v))
+def test_prelu(target: Target, shape: tuple[int, ...], storage: str) -> None:
+    """Every input meets slopes below and above 1, negative ones, zero, ties, and some that overflow."""
+    negative = np.resize(np.array([0.25, -0.5, 0.0, 1.5, 1e30, -1e30, 0.013], np.float32), shape[-1])
+    layouts: dict[str, Any] = {"layouts": {0: {"halo": HALO, "pitch": shape[-1] + 3}}, "out": {"halo": HALO, "pitch": shape[-1] + 2}} if len(shape) == 4 else {}
+    attrs = {"multiplier": 0.5, "x_zero_point": -3, "zero_point": 2, "low": -100, "high": 90}
+    check(target, "qc.prelu", [data(1, *shape), negative], attrs, constants=(1,), storage=storage, **layouts)
+    every = np.broadcast_to(np.arange(-128, 128, dtype=np.int8)[:, None], (256, len(negative)))
+    check(target, "qc.prelu", [every, negative], attrs, constants=(1,), storage=storage)
+
+
 @pytest.mark.parametrize("target, storage", MODES, ids=lambda v: getattr(v, "name", v))
 def test_every_pair_of_operands(target: Target, storage: str) -> None:
     """All 65536 pairs: the greatest multipliers, sums and products that clip far outside, and so far that a conversion to int32 overflows."""
@@ -547,6 +559,7 @@ def test_every_operator_has_a_portable_row() -> None:
         "add",
         "mul",
         "lut",
+        "prelu",
         "max_pool2d",
         "avg_pool2d",
         "mean",

@@ -56,6 +56,7 @@ CASES: dict[str, list[tuple[list[Any], dict[str, Any]]]] = {  # operands: shapes
     "qc.dequantize": [([X8], {"scale": 0.1, "zero_point": 3})],
     "qc.add": [([X8, X8], {"a_zero_point": 3, "a_multiplier": 900, "b_zero_point": -4, "b_multiplier": 700, "shift": 11, **QUANT})],
     "qc.mul": [([X8, (1, 1, 1, 21)], {"a_zero_point": 3, "b_zero_point": -4, "multiplier": 0.01, **QUANT})],
+    "qc.prelu": [([X8, np.linspace(-0.3, 0.9, 21, dtype=np.float32)], {"multiplier": 0.7, "x_zero_point": -7, **QUANT})],
     "qc.lut": [([X8, np.arange(127, -129, -1).astype(np.int8)], {})],
     "qc.max_pool2d": [([X8], {**POOL, "dilation": [1, 1]})],
     "qc.avg_pool2d": [([X8], {**POOL, "count_include_pad": False, **AVERAGE})],

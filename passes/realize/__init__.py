@@ -40,6 +40,7 @@ RULES: dict[str, Callable[[Site], Any]] = {
     **dict.fromkeys(("add", "sub"), elementwise.add),
     "mul": elementwise.mul,
     "unary": lut.unary,
+    "prelu": elementwise.prelu,
     "max_pool2d": pool.max_pool2d,
     **dict.fromkeys(("avg_pool2d", "mean"), pool.average),
     **dict.fromkeys(("concat", "reshape", "transpose", "slice", "pad"), shape.move),

@@ -1,8 +1,9 @@
-"""add, sub, mul of two tensors, or of a tensor and an int8 constant.
+"""add, sub, mul of two tensors, or of a tensor and an int8 constant; prelu.
 
 q(relu(dq(a) + dq(b)))   -->   qc.add: integer factors A, B bring both operands to a unit 2^shift finer than the output's
 q(dq(a) - dq(b))         -->   qc.add with -B
 q(dq(a) * dq(b))         -->   qc.mul: the product of the centred integers, exact in int32
+q(prelu(dq(x), slopes))  -->   qc.prelu: one requantization, whose multiplier is the channel's own below zero
 """
 
 from __future__ import annotations
@@ -40,3 +41,11 @@ def mul(site: Site) -> Any:
     y = site.quantized
     attrs = {"a_zero_point": a.params.zero_point, "b_zero_point": b.params.zero_point, "zero_point": y.zero_point, **site.bounds()}
     return site.call("qc.mul", [a.expr, b.expr], {**attrs, "multiplier": float(np.float32(a.params.scale * b.params.scale / y.scale))})
+
+
+def prelu(site: Site) -> Any:
+    x, y = site.inputs[0], site.quantized
+    ratio = x.params.scale / y.scale
+    negative = np.array(site.group.attrs["slopes"], np.float64) * ratio
+    attrs = {"multiplier": float(np.float32(ratio)), "x_zero_point": x.params.zero_point, "zero_point": y.zero_point, **site.bounds()}
+    return site.call("qc.prelu", [x.expr, const(negative.astype(np.float32))], attrs)

@@ -94,6 +94,21 @@ def lut(x: Array, table: Array) -> Array:
     return table[x.astype(np.int32) + 128]
 
 
+def prelu(
+    x: Array,
+    negative: Array,
+    *,
+    multiplier: float,
+    x_zero_point: int,
+    zero_point: int,
+    low: int | None = None,
+    high: int | None = None,
+) -> Array:
+    """`requantize(d, d < 0 ? negative : multiplier)` where `d = x - x_zero_point`; negative float32 [C], one multiplier per channel of the last axis."""
+    acc = x.astype(np.int32) - x_zero_point
+    return requantize(acc, np.where(acc < 0, negative, F32(multiplier)), zero_point, low, high)
+
+
 def lut16(x: Array, table: Array, *, shift: int, zero_point: int, low: int | None = None, high: int | None = None, out_dtype: str = "int8") -> Array:
     """x int16, table int16 [2^bits + 1] (`constants.lut16`): the entries on both sides of x, weighted by its distances from them."""
     width = 2**16 // (table.size - 1)
@@ -286,6 +301,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.add": add,
     "qc.mul": mul,
     "qc.lut": lut,
+    "qc.prelu": prelu,
     "qc.lut16": lut16,
     "qc.max_pool2d": max_pool2d,
     "qc.avg_pool2d": avg_pool2d,

@@ -1,4 +1,4 @@
-"""Elementwise operators: quantize, dequantize, requantize, add, mul, lut, lut16."""
+"""Elementwise operators: quantize, dequantize, requantize, add, mul, prelu, lut, lut16."""
 
 from __future__ import annotations
 
@@ -124,6 +124,24 @@ def mul(op: OpCall, target: Target, row: str) -> Kernel:
     return _binary(op, target, row, product=True)
 
 
+def prelu(op: OpCall, target: Target, row: str) -> Kernel:
+    """`requantize(x - zx, multiplier)` with the multiplier of the channel where the difference is negative."""
+    a = op.attrs
+
+    def emit(k: Emitter) -> None:
+        x, negative = (v.broadcast(op.output.shape) for v in k.operands())
+        zero, multiplier = k.i32(a["x_zero_point"] + offset_of(x.dtype)), k.f32(a["multiplier"])
+        end = Requantize.of(k, a)
+
+        def compute(v: list[Any], n: int) -> Any:
+            acc = T.bind(centered(v[0], zero, n))
+            return end(acc, T.Select(acc < splat(T.int32(0), n), v[1], splat(multiplier, n)), n)
+
+        elementwise(k, [x, negative], view(k.output, op.output), compute)
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
 def lut(op: OpCall, target: Target, row: str) -> Kernel:
     """`table[x + 128]`. The table in memory is indexed by, and holds, stored bytes."""
     x, table = op.operands
@@ -197,5 +215,6 @@ portable("qc.dequantize", dequantize, own_channels=True)
 portable("qc.requantize", requantize, check=_constant_second)
 portable("qc.add", add, own_channels=True)
 portable("qc.mul", mul, own_channels=True)
+portable("qc.prelu", prelu, own_channels=True)
 portable("qc.lut", lut, own_channels=True)
 portable("qc.lut16", lut16, check=_constant_second)
