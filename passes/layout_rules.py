@@ -218,6 +218,17 @@ def _instance_norm(layout: HeldValues, name: str, expr: Any) -> bool:
     return layout.bind(name, call, x.order, x.shape)
 
 
+def _group_norm(layout: HeldValues, name: str, expr: Any) -> bool:
+    """Groups are of channels that follow each other, wherever their axis lies; the scale and shift are vectors."""
+    x, a = layout.of(expr.args[0]), expr.attrs
+    if not all(is_const(v) for v in expr.args[1:]):
+        return False
+    x = layout.full(x)
+    channel, *axes = (x.order.index(v % len(x.shape)) for v in (int(a.channel_axis), *plain(a.axes)))
+    call = relax.op.nn.group_norm(x.var, *expr.args[1:], int(a.num_groups), channel, sorted(axes), float(a.epsilon), bool(a.center), bool(a.scale))
+    return layout.bind(name, call, x.order, x.shape)
+
+
 # -- moving data ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +308,7 @@ _BINARY = (
     "logical_or logical_xor bitwise_and bitwise_or bitwise_xor where left_shift right_shift"
 )
 AGNOSTIC = {f"relax.{op}" for op in (_UNARY + _BINARY).split()}
-KEEPS_AXES = AGNOSTIC | {f"relax.{op}" for op in "concat strided_slice flip nn.pad nn.prelu nn.softmax nn.instance_norm".split()}
+KEEPS_AXES = AGNOSTIC | {f"relax.{op}" for op in "concat strided_slice flip nn.pad nn.prelu nn.softmax nn.instance_norm nn.group_norm".split()}
 IMAGE: dict[str, Rule] = {
     "relax.nn.conv1d": _conv,
     "relax.nn.conv2d": _conv,
@@ -324,6 +335,7 @@ RULES: dict[str, Rule] = {
     "relax.take": _take,
     "relax.nn.layer_norm": _layer_norm,
     "relax.nn.instance_norm": _instance_norm,
+    "relax.nn.group_norm": _group_norm,
     "relax.permute_dims": _permute,
     "relax.reshape": _reshape,
     "relax.matmul": _matmul,

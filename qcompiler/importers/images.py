@@ -141,6 +141,24 @@ def batch_normalization(node: Node) -> list[Value] | None:
     return [relax.op.add(scaled, const(offset.astype(np.float32).reshape(shape)))]
 
 
+def group_normalization(node: Node) -> list[Value]:
+    """Scale and bias are one per group in operator set 18, one per channel since 21. Raises ValueError for what no definition can mean."""
+    shape, groups = node.shape(), int(node.attrs["num_groups"])
+    channels = shape[1] if len(shape) > 1 else 0
+    if groups < 1 or not channels or channels % groups:
+        raise ValueError(f"{channels} channels of a tensor of shape {list(shape)} can't be divided into {groups} groups")
+    operands, wanted = [], (groups,) if node.opset < 21 else (channels,)
+    for index, what in ((1, "scale"), (2, "bias")):
+        if node.shape(index) != wanted:
+            raise ValueError(f"its {what} has shape {list(node.shape(index))}; operator set {node.opset} has {wanted[0]} of them for {groups} groups")
+        value, repeats = node.inputs[index], channels // wanted[0]
+        if isinstance(value, np.ndarray):
+            operands.append(const(real(np.repeat(value, repeats))))
+        else:
+            operands.append(value if repeats == 1 else node.emit(what, relax.op.repeat(value, repeats, 0)))
+    return [relax.op.nn.group_norm(node.tensor(0), *operands, groups, 1, list(range(2, len(shape))), float(node.attrs.get("epsilon", 1e-5)))]
+
+
 def resize(node: Node) -> list[Value]:
     """Resize since 10, and Upsample: `relax.image.resize2d` where that means the same; else gathers (nearest) or products with weight matrices."""
     shape, rank = node.shape(), len(node.shape())

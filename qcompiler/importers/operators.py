@@ -73,6 +73,7 @@ CONVERTERS: dict[str, Converter] = {
     "Gemm": arithmetic.gemm,
     "GlobalAveragePool": images.global_pool(relax.op.mean),
     "GlobalMaxPool": images.global_pool(relax.op.max),
+    "GroupNormalization": images.group_normalization,
     "HardSigmoid": arithmetic.hard_sigmoid,
     "HardSwish": arithmetic.hard_swish,
     "Identity": arithmetic.identity,
