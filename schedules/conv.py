@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules import conv_plan as plan
+from qcompiler.schedules.builder import canonical, offset_of
 from qcompiler.schedules.conv_kernel import FLOAT_MAX, ConvKernel, Epilogue, Parameters, subgroups_of
 from qcompiler.schedules.conv_steps import sort_steps
 from qcompiler.schedules.isa import Isa
@@ -43,12 +45,13 @@ class ConvRow:
         if self.operator.endswith("conv2d") and (len(x.shape) != 4 or weight.ndim != 4):
             return f"the input has rank {len(x.shape)} and the weight rank {weight.ndim}; supported: 4 and 4."
         for residual in op.operands[constants:]:
-            if not isinstance(residual, Layout) or residual.dtype != self.unit.input_dtype:
-                return f"the residual must be computed at run time and stored as {self.unit.input_dtype}."
+            supported = [self.unit.input_dtype, *(["int16"] if op.output.dtype == "int16" else [])]
+            if not isinstance(residual, Layout) or residual.dtype not in supported:
+                return f"the residual must be computed at run time and stored as {' or '.join(supported)}."
             if op.output.dtype == "float32" != self.unit.input_dtype:
                 return "a residual needs an 8-bit output."
-        if op.output.dtype not in ("float32", self.unit.input_dtype):
-            return f"the output is stored as {op.output.dtype}; supported: {self.unit.input_dtype}, float32."
+        if op.output.dtype == "int16" and (self.unit.is_float or op.attrs.get("zero_point", 0)):
+            return "a 16-bit output must have the zero point 0."
         geometry, _ = self.geometry(op)
         return self.unit.refuse(geometry.pixels[1] * geometry.pixels[2], geometry.inputs, weight)
 
@@ -118,6 +121,8 @@ class ConvRow:
         weight, bias, multiplier = (np.abs(np.asarray(o, np.float64)) for o in op.operands[1:4])
         largest = (bias + 255 * weight.reshape(weight.shape[0], -1).sum(axis=1)) * multiplier
         exact = bool((largest < 2**30).all())
+        if op.output.dtype == "int16":
+            return Epilogue("int16", residual, True, True, exact)
         return Epilogue(op.output.dtype, residual, attrs.get("low", -128) > -128, attrs.get("high", 127) < 127, exact)
 
     def parameters(self, op: OpCall) -> np.ndarray:
@@ -128,12 +133,15 @@ class ConvRow:
         if op.output.dtype == "float32":
             low, high = a.get("float_low"), a.get("float_high")
             return made.array(bounds=(-FLOAT_MAX if low is None else low, FLOAT_MAX if high is None else high))
-        offset = 128 if op.output.dtype == "uint8" else 0
-        clamp = (int(a.get("zero_point", 0)) + offset, int(a.get("low", -128)) + offset, int(a.get("high", 127)) + offset)
-        if len(op.tensors) == 1:
-            return made.array(clamp)
-        factor, zero = int(a["residual_multiplier"]), int(a.get("residual_zero_point", 0))
-        return made.array(clamp, residual=(factor, wrap(-(zero + self.unit.storage_offset) * factor), 2.0 ** -int(a.get("residual_shift", 0))))
+        residual = (0, 0, 0.0)
+        if len(op.tensors) > 1:
+            factor, zero = int(a["residual_multiplier"]), int(a.get("residual_zero_point", 0)) + offset_of(op.tensors[1].dtype)
+            residual = (factor, wrap(-zero * factor), 2.0 ** -int(a.get("residual_shift", 0)))
+        low, high = limits(canonical(op.output.dtype), a.get("low"), a.get("high"))
+        if op.output.dtype == "int16":
+            return made.array(residual=residual, bounds=(low, high))
+        offset = offset_of(op.output.dtype)
+        return made.array((int(a.get("zero_point", 0)) + offset, low + offset, high + offset), residual)
 
 
 def wrap(value: Any) -> Any:

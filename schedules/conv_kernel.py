@@ -30,9 +30,9 @@ FLOAT_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows the accumulator. `output`: "uint8", "int8" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven.
+    """What follows the accumulator. `output`: "uint8", "int8", "int16" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven.
 
-    A clamp is emitted only where flagged: without one, 8-bit outputs still saturate when they are packed.
+    A clamp is emitted only where flagged: without one, 8-bit outputs still saturate when they are packed; those of 16 bits are always clamped.
     """
 
     output: str
@@ -43,14 +43,14 @@ class Epilogue:
 
     @property
     def packed(self) -> bool:
-        return self.output != "float32"
+        return self.output in ("uint8", "int8")
 
 
 class Parameters:
     """The constant with what layers of equal code differ in, as int32 words: vectors, which serve as memory operands, then scalars.
 
     Vectors: the offset added before the 8-bit saturation (int16 lanes), the clamp's low and high in storage (byte lanes). Scalars: the
-    residual's multiplier and constant (int32), its 2^-shift, and the bounds of a float output (float32); then two zeros.
+    residual's multiplier and constant (int32), its 2^-shift, and the bounds of a float or 16-bit output (float32); then two zeros.
     """
 
     def __init__(self, isa: Isa) -> None:
@@ -229,7 +229,7 @@ class ConvKernel:
             sums = [[T.bind(v) for v in isa.untie([load(acc, 0, isa.lanes) for acc in tied])] for tied in line]
             values += [list(pixel) for pixel in zip(*sums, strict=True)]
         values = values[: len(self.offsets)]
-        store = self.finish_packed if self.epilogue.packed else self.finish_float
+        store = self.finish_packed if self.epilogue.packed else self.finish_wide
         out = T.bind(g.out.index(image, row, col, channel))
         residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
         store(values, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
@@ -312,8 +312,8 @@ class ConvKernel:
         lanes = self.isa.lanes
         return T.Cast(f"float32x{lanes}", value) * load(self.multiplier, (vector + b) * lanes, lanes)
 
-    def finish_float(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
-        """float32 output: natural channel order."""
+    def finish_wide(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
+        """float32 or int16 output: natural channel order."""
         g, isa, e = self.g, self.isa, self.epilogue
         for (r, c), line in zip(self.offsets, values, strict=True):
             for b, value in enumerate(line):
@@ -321,11 +321,14 @@ class ConvKernel:
                 y = value if isa.is_float else self.scaled(value, vector, b)
                 if g.residual:
                     place = (r * g.residual.rows[1] + c) * g.residual.channel_pitch + b * isa.lanes
-                    y = y + load(self.residual, residual + place, isa.lanes)
+                    added = load(self.residual, residual + place, isa.lanes)
+                    y = y + added if isa.is_float else self.rescaled(self.convertible(y, True), T.Cast(f"int32x{isa.lanes}", added))
                 if e.clamp_low:
                     y = T.max(y, self.params.word("low"))
                 if e.clamp_high:
                     y = T.min(y, self.params.word("high"))
+                if e.output == "int16":
+                    y = T.Cast(f"int16x{isa.lanes}", isa.to_int(y))
                 place = (r * g.out.rows[1] + c) * g.out.channel_pitch + b * isa.lanes
                 self.save_part(out + place, T.bind(y), isa.lanes, 0, here)
 
@@ -361,16 +364,23 @@ class ConvKernel:
     def requantize(self, value: Any, vector: Any, b: int, added: Any, slot: int) -> Any:
         """rint(clip(float32(acc) * multiplier)) as int32 lanes, then the residual and its rescaling. The zero point comes later."""
         isa = self.isa
-        y = self.scaled(value, vector, b)
-        if not self.epilogue.exact_range:  # to_int gives INT32_MIN for any excess: right below, wrong above
-            y = T.min(y, scalar(float(2**30), "float32", isa.lanes))
-            if added is not None:
-                y = T.max(y, scalar(float(-(2**30)), "float32", isa.lanes))
-        result = isa.to_int(y)
-        if added is not None:  # (q - zr) * m = u * m + constant, for storage u = q + offset, in wrapping int32
-            total = result + (isa.unpack(added, slot) * self.params.word("multiplier") + self.params.word("constant"))
-            result = isa.to_int(T.Cast(f"float32x{isa.lanes}", total) * self.params.word("scale"))
-        return T.bind(result)
+        y = self.convertible(self.scaled(value, vector, b), added is not None)
+        if added is not None:
+            y = self.rescaled(y, isa.unpack(added, slot))
+        return T.bind(isa.to_int(y))
+
+    def convertible(self, y: Any, residual: bool) -> Any:
+        """`to_int` gives INT32_MIN for any excess: right below, unless a residual follows, and wrong above."""
+        if self.epilogue.exact_range:
+            return y
+        y = T.min(y, scalar(float(2**30), "float32", self.isa.lanes))
+        return T.max(y, scalar(float(-(2**30)), "float32", self.isa.lanes)) if residual else y
+
+    def rescaled(self, y: Any, added: Any) -> Any:
+        """(rint(y) + (q - zr) * m) * scale as float32, `added` the int32 lanes of a residual as stored: (q - zr) * m = u * m + constant, for storage
+        u = q + offset, in wrapping int32."""
+        total = self.isa.to_int(y) + (added * self.params.word("multiplier") + self.params.word("constant"))
+        return T.Cast(f"float32x{self.isa.lanes}", total) * self.params.word("scale")
 
     def gather(self, places: list[Any], run: int) -> Any:
         """Residual bytes of `4 // run` pixels, in the order `Isa.pack` gives: the inverse of the permutation before the store."""

@@ -207,7 +207,7 @@ class WinogradKernel(ConvKernel):
     def finish(self, base: Any, first: Any, vector: Any, blocks: int, ragged: bool) -> None:
         """A^T m A, the scale taken back, the bias, and the epilogue."""
         g, lanes, t, n = self.g, self.isa.lanes, self.winograd, self.form.inputs
-        store = self.finish_packed if self.epilogue.packed else self.finish_float
+        store = self.finish_packed if self.epilogue.packed else self.finish_wide
         with T.serial(0, t.block_tiles) as i:
             image, row, col = self.place(T.bind(first + i))
             m = T.bind(base + (self.m + i * self.width))

@@ -10,6 +10,7 @@ from x86_emulation import build
 
 from qcompiler.base.targets import Target
 from qcompiler.numerics import operators as numerics
+from qcompiler.numerics.spec import LIMITS
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
@@ -37,6 +38,7 @@ class Case:
     scale: float = 1.0  # of the multipliers: large ones saturate nearly everything
     spare: tuple[int, int, int, int] = (0, 0, 0, 0)  # halo of the input beyond what the row needs, as another consumer may ask for
     extreme: bool = False  # inputs -128 and 127, weights -127 and 127
+    residual_dtype: str = "int8"
     spread: float = 0  # weights have this standard deviation, as trained ones do, instead of being uniform
 
     def attributes(self) -> dict[str, Any]:
@@ -70,12 +72,13 @@ class Case:
         typical = 70 * 74 * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
         multiplier = (self.scale * rng.uniform(20, 90, self.outputs) / typical).astype(np.float32)
         acc_shape = self.shape(w)
-        dtype = "float32" if attrs["out_dtype"] == "float32" else self.storage
+        dtype = self.storage if attrs["out_dtype"] == "int8" else attrs["out_dtype"]
         output = Layout(acc_shape, dtype, **self.out)
         operands: list[Any] = [Layout(self.image, "uint8"), w, bias, multiplier]
-        residual = rng.integers(-128, 128, acc_shape).astype(np.int8) if self.residual else None
+        low, high = LIMITS[self.residual_dtype]
+        residual = rng.integers(low, high, acc_shape, endpoint=True).astype(self.residual_dtype) if self.residual else None
         if residual is not None:
-            operands.append(Layout(acc_shape, "uint8", **self.out))
+            operands.append(Layout(acc_shape, "uint8" if self.residual_dtype == "int8" else self.residual_dtype, **self.out))
         op, row = OpCall("qc.conv2d", operands, attrs, output), row or row_of("qc.conv2d", target)
         assert row.refuse(op, target) is None
         need = row.needs(op, target)[0]
@@ -92,6 +95,8 @@ class Case:
         return kernel
 
 
+WIDE = {"out_dtype": "int16", "zero_point": 0, "low": -32768, "high": 32767}
+STREAM = WIDE | {"residual_zero_point": 0, "residual_multiplier": 9000, "residual_shift": 14}
 CASES = {
     "pointwise": Case((1, 8, 8, 32), 32),
     "pointwise-batch": Case((3, 5, 7, 16), 48),
@@ -123,6 +128,14 @@ CASES = {
     "extreme-zero": Case((1, 6, 8, 64), 17, extreme=True, attrs={"x_zero_point": 127, "zero_point": -128}),
     "float-out": Case((1, 5, 9, 20), 27, (3, 3), pad=1, attrs={"out_dtype": "float32"}),
     "float-out-clamped": Case((1, 5, 9, 20), 27, attrs={"out_dtype": "float32", "float_low": -3.0, "float_high": 11.5}),
+    "int16": Case((1, 7, 9, 32), 48, (3, 3), pad=1, attrs=WIDE, scale=250),
+    "int16-clamped": Case((1, 5, 9, 20), 27, attrs=WIDE | {"low": -900, "high": 20000}, scale=1e9),
+    "int16-residual": Case((1, 9, 9, 24), 64, residual=True, residual_dtype="int16", attrs=STREAM, scale=2000),
+    "int16-ragged": Case(
+        (2, 7, 6, 12), 37, (3, 3), pad=1, residual=True, residual_dtype="int16", attrs=STREAM, scale=2000, out={"halo": (0, 1, 1, 0), "pitch": 40}
+    ),
+    "int16-overflow": Case((1, 4, 7, 16), 32, residual=True, residual_dtype="int16", attrs=STREAM, scale=1e12),
+    "int16-bytes": Case((1, 7, 7, 16), 40, residual=True, attrs=WIDE | {"residual_multiplier": 1400000}, scale=250),
     "grouped": Case((1, 9, 8, 64), 96, (3, 3), pad=1, groups=2),
     "grouped-narrow": Case((1, 9, 8, 24), 36, (3, 3), (2, 2), 1, groups=6),
     "grouped-ragged": Case((1, 5, 8, 10), 34, pad=0, groups=2),

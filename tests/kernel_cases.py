@@ -14,7 +14,7 @@ from qcompiler.schedules.harness import fetch, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
 HALO = (1, 2, 3, 1)
-GARBAGE = -77  # in halos: no kernel may read them
+GARBAGE = -77  # in halos that no kernel may read
 
 
 def data(seed: int, *shape: int) -> np.ndarray:
@@ -64,8 +64,10 @@ class Case:
         self.inputs = []
         for i, operand in enumerate(self.operands):
             if i not in self.constants:
-                pitch = next(needs).pitch
-                layouts[i] = replace(layouts[i], pitch=-(-layouts[i].channel_pitch // pitch) * pitch) if pitch > 1 else layouts[i]
+                need = next(needs)
+                if len(layouts[i].shape) == 4:
+                    halo = tuple(max(pair) for pair in zip(need.halo, layouts[i].halo, strict=True))
+                    layouts[i] = replace(layouts[i], halo=halo, pitch=-(-layouts[i].channel_pitch // need.pitch) * need.pitch)
                 op.operands[i] = layouts[i]
-                self.inputs.append(store(operand, layouts[i], zero_point=GARBAGE))
+                self.inputs.append(store(operand, layouts[i], zero_point=self.attrs["x_zero_point"] if any(need.halo) else GARBAGE))
         return row.build(op, row.default(op, target) | (params or {}), target)

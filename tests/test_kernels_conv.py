@@ -31,7 +31,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 SAMPLE = {
     "three-channels", "ragged-5-24", "asymmetric", "halo-out", "residual-ragged", "residual-overflow", "signed-storage", "bell-ragged", "extreme",
-    "extreme-zero", "float-out-clamped", "grouped-narrow",
+    "extreme-zero", "float-out-clamped", "grouped-narrow", "int16-ragged",
 }  # fmt: skip
 
 

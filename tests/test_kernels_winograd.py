@@ -41,7 +41,7 @@ def operator(image: tuple[int, ...], outputs: int, pad: Any = 1, seed: int = 0, 
     attributes: dict[str, Any] = {"strides": [1, 1], "padding": pads, "dilation": [1, 1], "groups": 1, "x_zero_point": -7, "zero_point": 5}
     attributes |= {"low": -128, "high": 127, "out_dtype": "int8"} | attrs
     shape = (image[0], image[1] + pads[0] + pads[2] - 2, image[2] + pads[1] + pads[3] - 2, outputs)
-    output = Layout(shape, "float32" if attributes["out_dtype"] == "float32" else "uint8", **(out or {}))
+    output = Layout(shape, "uint8" if attributes["out_dtype"] == "int8" else attributes["out_dtype"], **(out or {}))
     arrays = [x, w, bias, multiplier]
     operands: list[Any] = [Layout(image, "uint8"), w, bias, multiplier]
     if "residual_shift" in attributes:
@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
     "halo-out": {"image": (1, 13, 13, 32), "outputs": 36, "out": {"halo": (1, 2, 1, 3), "pitch": 40}, **RESIDUAL},
     "clamped": {"image": (1, 8, 8, 64), "outputs": 32, "low": -20, "high": 33},
     "float": {"image": (1, 8, 8, 64), "outputs": 35, "out_dtype": "float32"},
+    "int16": {"image": (1, 9, 9, 32), "outputs": 40, "out_dtype": "int16", "zero_point": 0, "low": -9000, "high": 32767, **RESIDUAL},
     "several-tasks": {"image": (1, 28, 28, 64), "outputs": 64},
     "alike": {"image": (1, 8, 8, 512), "outputs": 16, "extreme": "alike", "x_zero_point": -128},
     "signs": {"image": (1, 8, 8, 320), "outputs": 16, "extreme": "signs", "x_zero_point": 127},

@@ -123,7 +123,7 @@ def test_interpolated_gelu_is_nearly_as_good_as_rounding(limit: float, dtype: st
     y = QParams.from_range(-0.17, limit, dtype=dtype)
     table, attributes = constants.lut16(gelu, p.scale, y)
     got = y.dequantize(numerics.lut16(q, table, **attributes))
-    assert sqnr_db(gelu(real), got) > sqnr_db(gelu(real), y.dequantize(y.quantize(gelu(real)))) - least
+    assert sqnr_db(got, gelu(real)) > sqnr_db(y.dequantize(y.quantize(gelu(real))), gelu(real)) - least
 
 
 def test_a_table_of_16_bits_saturates_and_replaces_nan() -> None:
@@ -201,7 +201,7 @@ def test_normalization_is_as_good_as_rounding(kind: str, per_channel: bool, dtyp
     gain, shift, epsilon = make(gamma, beta, 1e-12, p.scale, out)
     extra = {} if kind == "layer" else {"x_zero_point": 0}
     got = numerics.OPERATORS[f"qc.{kind}_norm"](q, gain, shift, epsilon=epsilon, out_dtype=dtype, **extra)
-    assert sqnr_db(want, got * out) > sqnr_db(want, np.clip(np.rint(want / out), -high - 1, high) * out) - most
+    assert sqnr_db(got * out, want) > sqnr_db(np.clip(np.rint(want / out), -high - 1, high) * out, want) - most
 
 
 # -- exponentials -----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_softmax_is_close(n: int, spread: float) -> None:
         np.abs(narrow.dequantize(numerics.softmax(p.quantize(logits), **constants.softmax_parameters(p.scale, narrow))) - np.minimum(want, 255 / 256)).max()
         < 0.8 / 256
     )
-    assert sqnr_db(want, wide.dequantize(numerics.softmax(p.quantize(logits), **constants.softmax_parameters(p.scale, wide)))) > 40
+    assert sqnr_db(wide.dequantize(numerics.softmax(p.quantize(logits), **constants.softmax_parameters(p.scale, wide))), want) > 40
 
 
 # -- attention --------------------------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_attention_weights(keys: int, spread: float, least: float) -> None:
             out_dtype="int16",
         )
         got.append(y[0] * step)
-    assert sqnr_db(want, np.concatenate(got, 1)) > least
+    assert sqnr_db(np.concatenate(got, 1), want) > least
 
 
 def test_attention_of_real_numbers_with_masks() -> None:
@@ -374,7 +374,7 @@ def test_attention_of_real_numbers_with_masks() -> None:
     m, c = constants.attention_multipliers(1 / math.sqrt(size), *(p.scale for p in params), out, heads)
     shape: dict[str, Any] = {"heads": heads, "kv_heads": heads, "size": size, "value_size": size, "columns": (0, 0, 0), "zero_points": (0, 0, 0)}
     got = numerics.attention(q, k, v, m, c, lengths, extra=["lengths"], **shape) * out
-    assert sqnr_db(want[0], got[0]) > 30 and np.abs(want[1] - got[1]).max() <= 0.51 * out
+    assert sqnr_db(got[0], want[0]) > 30 and np.abs(want[1] - got[1]).max() <= 0.51 * out
     mask = np.arange(n) < np.array([30, 17])[:, None]
     want = float_attention(*exact, np.where(mask, 0.0, -1e4)[:, None, None])
     for extra, tensor in (
@@ -383,7 +383,7 @@ def test_attention_of_real_numbers_with_masks() -> None:
         ("lengths", np.array([30, 17])),
     ):
         got = numerics.attention(q, k, v, m, c, tensor, extra=[extra], bias_multipliers=[1], **shape) * out
-        assert sqnr_db(want.reshape(b, n, -1), got) > 28
+        assert sqnr_db(got, want.reshape(b, n, -1)) > 28
 
 
 def test_biases_in_units_of_the_logits() -> None:

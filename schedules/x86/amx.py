@@ -214,7 +214,7 @@ class TileKernel(ConvKernel):
 
     def finish(self, results: list[Any], block: Any, out: Any, residual: Any, row: int, col: int, valid: int) -> None:
         """The epilogue of one A tile, a few pixels at a time; the last ones are moved back over pixels that are done."""
-        store = self.finish_packed if self.epilogue.packed else self.finish_float
+        store = self.finish_packed if self.epilogue.packed else self.finish_wide
         bias = [T.bind(load(self.bias, (block + b) * ROWS, ROWS)) for b in range(len(results))]
 
         def place(start: Any, layout: Any, pixel: Any) -> Any:
