@@ -9,7 +9,7 @@ Scales are combined in float64 and rounded to float32 once. Works on ONNX's layo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class _Chain:
     shift: np.ndarray
     links: int = 0
     scalings: int = 0
+    members: list[str] = field(default_factory=list)
 
     def add(self, expr: Any, left: bool) -> bool:
         """Take in one operator whose operand on the `left` (or right) is the chain; False when it isn't per-channel."""
@@ -63,6 +64,7 @@ def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:
             rewrite.keep(name, expr)
             continue
         chain = ends[name]
+        rewrite.trained = rewrite.trained.folded(chain.members, np.broadcast_to(chain.scale, (chain.shape[chain.axis],)))
         start = substitute(chain.start, lambda v: rewrite.env.get(str(v.name), v))
         product = _scaled(start, chain) if chain.anchor is not None else _depthwise(start, chain)
         shift = np.broadcast_to(chain.shift, (chain.shape[chain.axis],))
@@ -82,19 +84,22 @@ def _chains(rewrite: Rewrite, old: dict[str, Any]) -> tuple[dict[str, _Chain], s
     inside: set[str] = set()
     taken: set[str] = set()
     for name, expr in rewrite.graph.bindings:
-        if name in taken:
+        if name in taken or name in rewrite.trained.exact:
             continue
         chain, members = _start(name, expr)
         if chain is None:
             continue
         while (uses := rewrite.uses[members[-1]]) and len(uses) == 1 and uses[0] != "<output>":
             reader = old[uses[0]]
-            if relax_op(reader) not in _AFFINE or not chain.add(reader, isinstance(reader.args[0], relax.Var) and str(reader.args[0].name) == members[-1]):
+            left = isinstance(reader.args[0], relax.Var) and str(reader.args[0].name) == members[-1]
+            stated = rewrite.is_stated(members[-1]) or rewrite.is_stated(uses[0])
+            if stated or relax_op(reader) not in _AFFINE or not chain.add(reader, left):
                 break
             members.append(uses[0])
         worth = chain.scalings or chain.links > 1 if chain.anchor is not None else chain.links > 1 and chain.scalings and chain.scale.size > 1
         if worth:
             ends[members[-1]] = chain
+            chain.members = members
             inside |= set(members[:-1])
             taken |= set(members)
     return ends, inside

@@ -179,6 +179,14 @@ class GraphBuilder:
         """The first free name for `what` beside the value `id`."""
         return self.fresh(self.naming.made(id, what))
 
+    def state(self, attribute: str, value: Any) -> None:
+        """Set an attribute of the module."""
+        self._attrs[attribute] = value
+
+    def annotate(self, attribute: str, part: str, name: str, text: str) -> None:
+        """Say something of a value: the module's `attribute`, a dictionary, gets {part: {name: text}}."""
+        self._attrs.setdefault(attribute, {}).setdefault(part, {})[name] = text
+
     def emit(self, name: str, expr: Any) -> Any:
         """Bind `expr` to the value id `name` and return its variable."""
         assert name not in self._names, f"value id {name!r} is taken"

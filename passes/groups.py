@@ -31,7 +31,7 @@ from qcompiler.passes.graph import Graph, arguments, dtype_of, plain, relax_op, 
 from qcompiler.passes.kinds import KINDS, Kind
 from qcompiler.passes.recognise.miss import NEAR_MISSES
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
-from qcompiler.passes.trained import Trained
+from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.passes.unary import Unary, clamp, elementwise, join_clamps
 
 
@@ -87,11 +87,15 @@ class _Finder:
         self.uses = graph.consumers()
         self.trained = Trained.of(graph.attrs)
         self.misses: dict[str, str] = graph.attrs.get(NEAR_MISSES, {})
+        self.stated = in_eight_bits(graph) if self.trained.keeps_float else None
         self.claimed: set[str] = set()
         self.groups: list[Group] = []
 
     def run(self) -> list[Group]:
-        backwards = [(n, e) for n, e in reversed(self.graph.bindings)]
+        for name, expr in self.graph.bindings:
+            if name in self.trained.exact:
+                self.claim(self.float_group(name, expr, self.trained.exact[name]))
+        backwards = [(n, e) for n, e in reversed(self.graph.bindings) if n not in self.claimed]
         for name, expr in backwards:  # of two convolutions that meet in an add, the later takes it
             if relax_op(expr) in _ANCHORS:
                 self.claim(self.anchor(name, expr))
@@ -193,6 +197,7 @@ class _Finder:
         left, right = expr.args
         other = right if _is(left, group.id) else left
         allowed = group.traits.residual and relax_op(expr) == "relax.add" and not self.is_constant(other)
+        allowed = allowed and (self.stated is None or self.stated.get(str(other.name)) is not None)  # a float one stays what it is, and the sum with it
         return str(other.name) if allowed and shape_of(other) == group.shape else None
 
     # -- elementwise --------------------------------------------------------------------------------------------------------------------
@@ -234,6 +239,7 @@ class _Finder:
             name not in self.values
             or name in self.claimed
             or name in self.trained.values
+            or name in self.trained.calibrated
             or elementwise(self.values[name]) is None
             or shape_of(self.values[name]) != shape
         ):

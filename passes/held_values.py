@@ -11,6 +11,7 @@ from tvm import relax
 
 from qcompiler.passes.axes import N1WC, NHWC, Held, Order, complete
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
+from qcompiler.passes.trained import ATTRIBUTE, Trained
 
 
 class HeldValues:
@@ -44,7 +45,11 @@ class HeldValues:
                 self.bind(name, relax.TupleGetItem(whole.var, expr.index), whole.order or tuple(range(len(shape_of(expr)))), shape_of(expr))
             elif rule is None or not rule(self, name, expr):
                 self.plain(name, expr)
-        return self.builder.finish([(name, self.ordered(self.held[str(v.name)])) for name, v in self.graph.outputs])
+        results = [(name, self.ordered(self.held[str(v.name)])) for name, v in self.graph.outputs]
+        if trained := Trained.of(self.graph.attrs):  # what became another order of axes takes along what the file states of it
+            moved = {name: str(held.var.name) for name, held in self.held.items() if name in trained.names() and name not in self.used}
+            self.builder.state(ATTRIBUTE, trained.renamed(moved).attribute())
+        return self.builder.finish(results)
 
     # -- for rules ----------------------------------------------------------------------------------------------------------------------
 

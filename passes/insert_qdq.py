@@ -26,6 +26,7 @@ from qcompiler.numerics.spec import QParams, add_parameters, conv_accumulator_bo
 from qcompiler.passes.constants import dequantized, relax_form
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.trained import Trained
 
 BIAS_LIMIT = 2**29  # int32 biases beyond it leave too little room for the products
 INT32 = 2**31 - 1
@@ -69,14 +70,15 @@ class _Inserter:
         self.weights: dict[str, _Weight] = {}
         self.float_ops: dict[str, str] = {}
         self.quantized: set[str] = set()  # groups computed in int8
-        self.int8: set[str] = set()  # values that are stored in int8 by the group that makes them
+        trained = Trained.of(self.graph.attrs)
+        self.int8 = set(trained.values)  # values that everybody reads in int8: the file rounds them, or the group that makes them does
         for group in self.groups:
             reason = self.refusal(group)
             if reason is not None:
                 self.float_ops[group.id] = reason
                 continue
             self.quantized.add(group.id)
-            if plan.params(group.id) is not None:
+            if plan.params(group.id) is not None and not (trained.keeps_float and group.traits.accumulates):
                 self.int8.add(group.id)
         self.builder = GraphBuilder({**self.graph.attrs, "qc.float_ops": self.float_ops})
         self.raw: dict[str, Any] = {}

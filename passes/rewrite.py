@@ -16,7 +16,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const_value, dtype_of, is_const, relax_op, shape_of, substitute
-from qcompiler.passes.trained import Trained
+from qcompiler.passes.trained import ATTRIBUTE, Trained
 
 
 class Rewrite:
@@ -29,7 +29,8 @@ class Rewrite:
         self.uses = self.graph.consumers()
         self.old = self.graph.values()
         self.order = {name: i for i, (name, _) in enumerate(self.graph.bindings)}
-        self.trained = Trained.of(self.graph.attrs).values
+        self.trained = Trained.of(self.graph.attrs)
+        self.renamed: dict[str, str] = {}  # rounded value that vanished -> the one that holds its elements
         self.values: dict[str, Any] = {}
         self.made: dict[Any, Any] = {}  # of `once`
         self.env: dict[str, Any] = {str(p.name): self.builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in self.graph.inputs}
@@ -65,15 +66,24 @@ class Rewrite:
     def replace(self, name: str, by: Any) -> None:
         """Readers of `name` read `by` (a variable or constant) instead."""
         self.env[name] = by
+        if isinstance(by, relax.Var):
+            self.renamed[name] = str(by.name)
+        else:
+            self.trained = self.trained.without({name})
 
     def value(self, expr: Any) -> Any:
-        """The new expression behind a variable; None for inputs, constants and everything else."""
-        return self.values.get(str(expr.name)) if isinstance(expr, relax.Var) else None
+        """The new expression behind a variable; None for inputs, constants, everything else, and values that the model file states something of: what
+        computes those is nobody else's."""
+        return self.values.get(str(expr.name)) if isinstance(expr, relax.Var) and not self.is_stated(str(expr.name)) else None
+
+    def is_stated(self, name: str) -> bool:
+        """Does the model file round this value, or compute it for its own rounding?"""
+        return name in self.trained.values or name in self.trained.exact
 
     def single_use(self, expr: Any) -> bool:
         """May the value of variable `expr` vanish into its reader: one binding reads it once, and it is neither an output of the network nor a value that
         the model file rounds to 8 bits?"""
-        uses = self.uses.get(str(expr.name), []) if isinstance(expr, relax.Var) and str(expr.name) not in self.trained else []
+        uses = self.uses.get(str(expr.name), []) if isinstance(expr, relax.Var) and not self.is_stated(str(expr.name)) else []
         return len(uses) == 1 and uses[0] != "<output>"
 
     def done(self) -> tvm.IRModule:
@@ -81,6 +91,9 @@ class Rewrite:
         for name, var in self.graph.outputs:
             new = self.env.get(str(var.name), var)
             results.append((name, self.builder.emit(self.builder.fresh(str(var.name)), new) if is_const(new) else new))
+        if self.trained:
+            gone = {n: by for n, by in self.renamed.items() if n in self.trained.names()}
+            self.builder.state(ATTRIBUTE, self.trained.renamed(gone).attribute())
         return self.builder.finish(results)
 
 

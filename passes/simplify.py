@@ -34,6 +34,9 @@ _COMMUTE = {"relax.add": relax.op.add, "relax.multiply": relax.op.multiply, "rel
 def simplify(module: tvm.IRModule) -> tvm.IRModule:
     rewrite = Rewrite(module)
     for name, expr in rewrite:
+        if name in rewrite.trained.exact:  # to the bit: x / s is not x * (1 / s)
+            rewrite.keep(name, expr)
+            continue
         for _ in range(4):  # a rule's result may be another rule's operand
             typed = expr if isinstance(expr, relax.Var) else relax.BlockBuilder().normalize(expr)
             rule = _RULES.get(str(relax_op(typed)))

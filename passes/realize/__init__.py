@@ -32,6 +32,7 @@ from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resiz
 from qcompiler.passes.realize.edges import fuse_edges
 from qcompiler.passes.realize.site import Site, Tensor
 from qcompiler.passes.select_float import scheduled, sliced
+from qcompiler.passes.unary import clamp
 
 ACCUMULATED = "accumulated"  # what the integer part of a group is called whose rest is float: `<id>~accumulated`
 RULES: dict[str, Callable[[Site], Any]] = {
@@ -99,14 +100,18 @@ class _Realizer:
         have = self.values[source].int8
         if have is not None:
             return self.requantized(have, params, group.id)
-        call = make_op(
-            "qc.quantize",
-            [self.real(source)],
-            {"scale": params.scale, "zero_point": params.zero_point, "low": -128, "high": 127},
-            group.shape,
-            "int8",
-        )
-        return self.int8(group.id, call, params)
+        source, low, high = self.unclamped(source, params)
+        attrs = {"scale": params.scale, "zero_point": params.zero_point, "low": low, "high": high}
+        return self.int8(group.id, make_op("qc.quantize", [self.real(source)], attrs, group.shape, "int8"), params)
+
+    def unclamped(self, source: str, params: QParams) -> tuple[str, int, int]:
+        """(value, low, high): a clamp of a float value is one of its int8 form, for rounding is monotone."""
+        found = clamp(self.exprs.get(source))
+        name = str(found[0].name) if found is not None and isinstance(found[0], relax.Var) else ""
+        if found is None or name not in self.values or self.values[name].int8 is not None:
+            return source, -128, 127
+        low, high = (bound if b is None else int(params.quantize(np.array(b))) for b, bound in zip(found[1:], (-128, 127), strict=True))
+        return name, low, high
 
     def dequantized(self, group: Group) -> _Value:
         """A `relax.dequantize` of an int8 value costs nothing until a float operator reads it."""

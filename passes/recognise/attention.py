@@ -83,7 +83,7 @@ def attention_in_rows(rewrite: Rewrite, name: str, expr: Any) -> Any:
 
 def _behind(rewrite: Rewrite, variable: Any) -> Any:
     """The old expression of a variable that the model file doesn't round to 8 bits; None for everything else."""
-    known = isinstance(variable, relax.Var) and str(variable.name) not in rewrite.trained
+    known = isinstance(variable, relax.Var) and not rewrite.is_stated(str(variable.name))
     return rewrite.old.get(str(variable.name)) if known else None
 
 
@@ -104,7 +104,7 @@ def _softmax(rewrite: Rewrite, variable: Any) -> tuple[str, Any, str | None, Any
         if not isinstance(variable, relax.Var):
             return None
         expr: Any = rewrite.old.get(str(variable.name))
-        between = "a rounding to 8 bits, which the file asks for," if str(variable.name) in rewrite.trained else between
+        between = "a rounding to 8 bits, which the file asks for," if rewrite.is_stated(str(variable.name)) else between
         if relax_op(expr) == "relax.nn.softmax":
             return str(variable.name), expr, between, guard
         if expr is None or relax_op(expr) is None:

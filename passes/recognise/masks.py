@@ -121,7 +121,7 @@ def _narrow(rewrite: Rewrite, variable: Any) -> Any:
     op = relax_op(old)
     if op == "relax.broadcast_to" and isinstance(old.args[0], relax.Var):
         return _narrow(rewrite, old.args[0])
-    if op not in _POINTWISE or str(variable.name) in rewrite.trained:
+    if op not in _POINTWISE or rewrite.is_stated(str(variable.name)):
         return rewrite.env[str(variable.name)]
     tensors = [a for a in old.args if isinstance(a, relax.Var)]
     constants = [const_value(a) for a in old.args if is_const(a)]

@@ -68,7 +68,7 @@ def _with_constant(rewrite: Rewrite, expr: Any, op: str) -> tuple[Any, Any]:
 
 def _behind(rewrite: Rewrite, variable: Any) -> Any:
     """The old expression of a variable that the model file doesn't round to 8 bits; None for everything else."""
-    known = isinstance(variable, relax.Var) and str(variable.name) not in rewrite.trained
+    known = isinstance(variable, relax.Var) and not rewrite.is_stated(str(variable.name))
     return rewrite.old.get(str(variable.name)) if known else None
 
 

@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
     cli_report.add_recipe(p)
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=cli_report.KEEP_FLOAT_HELP)
+    p.add_argument("--requantize", action="store_true", help=cli_report.REQUANTIZE_HELP)
     cli_report.add_goal(p)
     cli_report.add_weights(p)
     p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
@@ -214,6 +215,7 @@ def _compile(options: argparse.Namespace) -> int:
             input_shapes=shapes or None,
             **cli_report.recipe_arguments(options),
             keep_float=options.keep_float,
+            requantize=options.requantize,
             tuning_log=options.tuning_log,
             preprocess=options.preprocess,
             dump_dir=options.dump_dir,
@@ -225,10 +227,11 @@ def _compile(options: argparse.Namespace) -> int:
     manifest = artifact.manifest
     for warning in manifest.get("warnings", []):
         complain(f"warning: {warning}")
+    notes = manifest.get("notes", [])
     reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
-    document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"]}
+    document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"], "notes": notes}
     account = manifest.get("mixed_precision")
-    lines = [f"{output}: {size(artifact.size)} for {manifest['target']}", *reasons]
+    lines = [f"{output}: {size(artifact.size)} for {manifest['target']}", *(f"note: {n}" for n in notes), *reasons]
     if account is not None:
         document["mixed_precision"] = account
         lines += ["", mixed_text(account)]

@@ -14,6 +14,7 @@ from qcompiler.plan.recipes import PRESETS, STEPS
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 KEEP_FLOAT_HELP = "do not quantize this layer, named by its node or its output in the model file; repeat for more layers"
+REQUANTIZE_HELP = "of a model that is quantized already, quantize also what its file leaves in float or in 16 bits"
 GOAL = ("min_sqnr", "min_agreement", "max_accuracy_drop", "labels", "time_budget")
 
 
@@ -78,6 +79,7 @@ def _quantization(p: argparse.ArgumentParser, texts: Mapping[str, str], shape: A
     p.add_argument("--target", default="native", metavar="T", help="the target to quantize for (default native)")
     add_recipe(p)
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=KEEP_FLOAT_HELP)
+    p.add_argument("--requantize", action="store_true", help=REQUANTIZE_HELP)
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
     p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
 
@@ -100,7 +102,10 @@ def recipe_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {"input_shapes": dict(options.input_shape) or None, **recipe_arguments(options), "keep_float": options.keep_float, "preprocess": options.preprocess}
+    return {
+        "input_shapes": dict(options.input_shape) or None, **recipe_arguments(options), "keep_float": options.keep_float,
+        "requantize": options.requantize, "preprocess": options.preprocess,
+    }  # fmt: skip
 
 
 def _explain(options: argparse.Namespace, show: Show) -> int:

@@ -57,7 +57,7 @@ def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str], c
     Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
     """
     path = check_writable(Path(output), [*files_of(Path(model)), calibration, options.get("preprocess"), options.get("labels")])
-    source = _source(Path(model))
+    source = _source(Path(model), bool(options.get("requantize")))
     export = qdq_model(source, compile_stages(model, target, calibration, **options))
     with replacing(path) as temporary:
         temporary.write_bytes(export.model.SerializeToString(deterministic=True))
@@ -69,8 +69,8 @@ def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
     return _Exporter(source, compilation).run()
 
 
-def _source(path: Path) -> onnx.ModelProto:
-    model, _ = take_out(read(path)[0])
+def _source(path: Path, requantize: bool = False) -> onnx.ModelProto:
+    model, _ = take_out(read(path)[0], requantize)
     kinds = {t.data_type for t in model.graph.initializer} | {i.type.tensor_type.elem_type for i in model.graph.input}
     for kind in sorted(kinds & _INEXACT):
         raise ModelError(

@@ -17,6 +17,7 @@ from qcompiler.importers.onnx import import_onnx
 from qcompiler.passes.canonicalize import canonicalize
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
 from qcompiler.passes.layout import to_channels_last
+from qcompiler.passes.trained import checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,18 +48,19 @@ class FloatModel:
         return self.sources.get(found, (found, "Input"))
 
 
-def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = None) -> FloatModel:
+def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = None, requantize: bool = False) -> FloatModel:
     """Read a model file and bring it into canonical form.
 
     A symbolic batch dimension is 1 unless `input_shapes` says otherwise; any other symbolic dimension must be in `input_shapes`
-    ({input name: whole shape}). Raises ModelError when the file can't be read, is not ONNX, is damaged, or holds what can't be compiled at all.
+    ({input name: whole shape}). requantize: of a file that is quantized in part, the rest may be quantized too.
+    Raises ModelError when the file can't be read, is not ONNX, is damaged, or holds what can't be compiled at all.
     """
     path = Path(path)
-    imported = import_onnx(path, input_shapes or {})
+    imported = import_onnx(path, input_shapes or {}, requantize)
     graph = Graph.of(imported.module)
     if not graph.inputs:
         raise ModelError(f"{path}: the model has no inputs: all of its outputs are constants")
     inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
-    module = to_channels_last(canonicalize(imported.module))
+    module = checked(to_channels_last, canonicalize(imported.module))
     digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}".encode()).hexdigest()
     return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers())

@@ -27,7 +27,7 @@ from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
 from qcompiler.importers.relax_import import check_static, convert_with_relax, definition, known_to_relax, single_node_model
 from qcompiler.passes.graph import GraphBuilder, const, relax_op
-from qcompiler.passes.trained import ATTRIBUTE
+from qcompiler.passes.trained import ATTRIBUTE, settled
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _STANDARD = ("", "ai.onnx")
@@ -42,11 +42,14 @@ class Imported:
     digest: str
 
 
-def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]]) -> Imported:
-    """Raises ModelError for whatever the file holds that can't be compiled."""
+def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]], requantize: bool = False) -> Imported:
+    """requantize: as in `Trained`. Raises ModelError for whatever the file holds that can't be compiled."""
     model, digest = onnx_file.read(path)
     naming = Naming.beside(onnx_file.names(model))
-    model, trained = take_out(model)
+    try:
+        model, trained = take_out(model, requantize)
+    except Refused as reason:
+        raise ModelError(f"{path}: {reason}") from reason
     importer = _Importer(path, onnx_file.default_opset(model))
     importer.builder = GraphBuilder(naming.attributes() | ({ATTRIBUTE: trained.attribute()} if trained else {}))
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
@@ -55,7 +58,8 @@ def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]]) -> Import
     importer.check_supported(model.graph.node)
     for proto in model.graph.node:
         importer.node(proto)
-    return Imported(importer.finish(model.graph.output), importer.sources, digest)
+    variables = {name: str(v.name) for name, v in importer.values.items() if isinstance(v, relax.Var)}
+    return Imported(settled(importer.finish(model.graph.output), variables), importer.sources, digest)
 
 
 def resolve_shape(where: str, value: onnx.ValueInfoProto, given: Sequence[int] | None, bound: dict[str, int]) -> tuple[int, ...]:

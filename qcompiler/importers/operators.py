@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from tvm import relax
 
-from qcompiler.importers import arithmetic, images, shapes
+from qcompiler.importers import arithmetic, images, integers, shapes
 from qcompiler.importers.attention import attention
 from qcompiler.importers.nodes import Node, Refused, Undefined, Value
 from qcompiler.passes.graph import const
@@ -62,10 +62,13 @@ CONVERTERS: dict[str, Converter] = {
     "Clip": arithmetic.clip,
     "Concat": shapes.concat,
     "Conv": images.conv,
+    "ConvInteger": integers.conv_integer,
     "ConvTranspose": images.conv_transpose,
     "CumSum": shapes.cumsum,
     "DepthToSpace": images.depth_to_space,
+    "DequantizeLinear": integers.dequantize_linear,
     "Dropout": arithmetic.dropout,
+    "DynamicQuantizeLinear": integers.dynamic_quantize_linear,
     "Einsum": shapes.einsum,
     "Expand": shapes.expand,
     "Flatten": shapes.flatten,
@@ -79,6 +82,7 @@ CONVERTERS: dict[str, Converter] = {
     "Identity": arithmetic.identity,
     "IsInf": _infinite,
     "LayerNormalization": _only_first_result,
+    "MatMulInteger": integers.matmul_integer,
     "Max": arithmetic.chain(relax.op.maximum),
     "MaxPool": images.max_pool,
     "Mean": arithmetic.chain(relax.op.add, mean=True),
@@ -87,6 +91,7 @@ CONVERTERS: dict[str, Converter] = {
     "NonMaxSuppression": _data_dependent,
     "Pad": shapes.pad,
     "Pow": _power,
+    "QuantizeLinear": integers.quantize_linear,
     "RMSNormalization": _by_definition,
     "ReduceMax": shapes.reduction(relax.op.max),
     "ReduceMean": shapes.reduction(relax.op.mean),

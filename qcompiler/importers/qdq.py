@@ -1,29 +1,34 @@
-"""QuantizeLinear and DequantizeLinear in a file: taken out of the graph, their parameters kept (`passes/trained.py`).
+"""QuantizeLinear and DequantizeLinear in a file: taken out of the graph where 8-bit kernels can say the same, their parameters kept (`passes/trained.py`).
 
     conv -> QuantizeLinear -> DequantizeLinear -> ...    -->    conv -> Clip to what 8 bits can say -> ...
     int8 constant -> DequantizeLinear -> conv            -->    float constant -> conv
     float constant -> QuantizeLinear -> DequantizeLinear -->    the same, rounded
 
-So the float network is what the file computes but for the rounding of activations. The Clip is needed: quantizers remove a ReLU where saturation does
-its work. It is left out behind operators that only move data of the same quantization, and at network inputs, where it could not do anything.
+So the float network is what the file computes but for the rounding of such activations. The Clip is needed: quantizers remove a ReLU where saturation does
+its work; and the rounded value is one of its own, so that whoever reads the unrounded one in the file reads that. It is left out behind operators that only
+move data of the same quantization, and at network inputs that are read in no other way, where it could not do anything.
 Integer tensors that only move between two of these nodes, and operators that take and yield integers (QLinearConv, ...), are written as
-DequantizeLinear, float operator, QuantizeLinear first (`qlinear.py`).
+DequantizeLinear, float operator, QuantizeLinear first (`qlinear.py`); what dynamic quantization wrote becomes the product that it was (`dynamic.py`).
 
-Parameters that this compiler's int8 arithmetic can't honour are left out, with a note; the plan then chooses others.
+Every other node stays, and is computed as ONNX defines it, in float32 (`integers.py`): integers that someone reads as integers, types of more than 8 bits,
+several scales per tensor, scales that are computed when the network runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
+from qcompiler.importers.dynamic import take_back
+from qcompiler.importers.nodes import Refused
 from qcompiler.importers.onnx_file import default_opset
 from qcompiler.importers.qlinear import expand
+from qcompiler.importers.stated import BITS, Parameters, Rounded, check_scale, weight_scales
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.trained import Trained
 
@@ -31,79 +36,23 @@ PAIR = ("QuantizeLinear", "DequantizeLinear")
 MOVES = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Dropout", "Expand", "Tile",
          "DepthToSpace", "SpaceToDepth", "GlobalMaxPool"}  # fmt: skip
 """Operators whose results are elements of their first operand: they keep its quantization."""
-_SHIFT = {"int8": 0, "int4": 0, "uint8": 128, "uint4": 8}  # of a symmetric weight's zero point
-_WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1}
-_BITS = {"int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127), "uint8": (0, 255), "int16": (-(1 << 15), (1 << 15) - 1), "uint16": (0, (1 << 16) - 1)}
+_REARRANGES = MOVES - {"MaxPool", "GlobalMaxPool", "Dropout"}
+_SMALL = 4096  # elements of the operands of what is computed here: scales, shapes
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Of one Q or DQ node: real = scale * (q - zero_point). axis: of several scales; block: elements of the axis per scale, 0: not blocked."""
-
-    scale: np.ndarray
-    zero_point: np.ndarray
-    dtype: str
-    axis: int
-    block: int
-
-    def along(self, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
-        """`scale` or `zero_point` so that it broadcasts against a tensor of `shape`."""
-        if array.size == 1:
-            return array.reshape(())
-        axis = self.axis % len(shape)
-        if self.block:
-            spread: np.ndarray = np.repeat(array, self.block, axis=axis)
-            return spread[tuple(slice(0, d) for d in shape)]
-        return array.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-
-    def dequantize(self, q: np.ndarray) -> np.ndarray:
-        """float32, as ONNX defines it."""
-        centred = (q.astype(np.int64) - self.along(q.shape, self.zero_point)).astype(np.float32)
-        return np.asarray(centred * self.along(q.shape, self.scale), np.float32)
-
-    def quantize(self, real: np.ndarray) -> np.ndarray:
-        """int64, as ONNX defines it: round half to even, saturate."""
-        scaled = np.rint(real.astype(np.float32) / self.along(real.shape, self.scale)).astype(np.float64)
-        low, high = _BITS[self.dtype]
-        return np.asarray(np.clip(scaled + self.along(real.shape, self.zero_point), low, high), np.int64)
-
-    def of_activation(self) -> QParams | str:
-        """Parameters of a canonical int8 activation; or why there are none."""
-        if self.dtype not in ("int8", "uint8"):
-            return f"{self.dtype} activations have no kernel"
-        if self.scale.size != 1 or self.block:
-            return "an activation has one scale here, not one per channel or block"
-        try:
-            return QParams(float(self.scale.reshape(())), int(self.zero_point.reshape(())) - _SHIFT[self.dtype])
-        except ValueError as error:
-            return str(error)
-
-    @property
-    def range(self) -> tuple[float, float] | None:
-        """What the type can say, for one scale and an integer type."""
-        if self.scale.size != 1 or self.dtype not in _BITS:
-            return None
-        low, high = (float(np.float32(self.scale.reshape(())) * np.float32(b - int(self.zero_point.reshape(())))) for b in _BITS[self.dtype])
-        return low, high
-
-
-@dataclass
-class Rounded:
-    """A constant that is stated in integers: `value` is int64, its float form is `parameters.dequantize(value)`."""
-
-    value: np.ndarray
-    parameters: Parameters
-
-
-def take_out(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Trained]:
-    """(the float network, what was found). A model without quantized arithmetic is returned as it is."""
+def take_out(model: onnx.ModelProto, requantize: bool = False) -> tuple[onnx.ModelProto, Trained]:
+    """(the float network, what was found). A model without quantized arithmetic is returned as it is. Raises Refused for scales that can't be."""
+    model, dynamic = take_back(model)
     model = expand(model)
-    return _Rewriter(model).run() if any(n.op_type in PAIR for n in model.graph.node) else (model, Trained())
+    if not any(n.op_type in PAIR for n in model.graph.node):
+        return model, Trained()
+    return _Rewriter(model, dynamic, trained=Trained(requantize=requantize)).run()
 
 
 @dataclass
 class _Rewriter:
     source: onnx.ModelProto
+    dynamic: dict[str, str]  # result of a product whose activations are rounded under a scale of their own -> what the file had
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     trained: Trained = field(default_factory=Trained)
 
@@ -118,30 +67,33 @@ class _Rewriter:
         for node in graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-            if node.op_type == "Constant":
-                for attribute in node.attribute:
-                    if attribute.name == "value":
-                        self.tensors[node.output[0]] = attribute.t
         self.alias: dict[str, str] = {}  # tensor of the file -> what its readers read now
-        self.integer: dict[str, tuple[str, Parameters, onnx.NodeProto]] = {}  # result of a Q node -> what it rounds, how, and the node
+        self.integer: dict[str, tuple[str, Parameters]] = {}  # result of a Q node -> what it rounds, and how
         self.rounded: dict[str, Rounded] = {}  # constants
-        self.stored: dict[str, tuple[str, QParams]] = {}  # float tensor -> (its rounded form, parameters)
-        self.made: dict[str, np.ndarray] = {}  # new float constants
+        self.forms: dict[str, list[tuple[QParams, str]]] = {}  # float tensor -> its rounded forms
+        self.held: dict[str, QParams] = {}  # rounded float tensors, and those that hold elements of one
+        self.made: dict[str, np.ndarray] = {}  # new constants
 
     def run(self) -> tuple[onnx.ModelProto, Trained]:
         for node in self.source.graph.node:
-            if node.op_type == "QuantizeLinear":
-                self.quantize(node)
-            elif node.op_type == "DequantizeLinear":
-                self.dequantize(node)
-            else:
-                self.keep(node)
+            try:
+                if node.op_type == "QuantizeLinear":
+                    self.quantize(node)
+                elif node.op_type == "DequantizeLinear":
+                    self.dequantize(node)
+                else:
+                    self.keep(node)
+            except Refused as reason:
+                raise Refused(f"node '{node.name or node.output[0]}' ({node.op_type}): {reason}") from reason
         return self.finished(), self.trained
 
-    def note(self, node: onnx.NodeProto, reason: str) -> None:
-        self.trained.notes.append(f"node '{node.name or node.output[0]}' ({node.op_type}): {reason}; chosen anew")
+    def note(self, node: onnx.NodeProto, text: str) -> None:
+        self.trained.notes.append(f"node '{node.name or node.output[0]}' ({node.op_type}): {text}")
 
     def array(self, name: str) -> np.ndarray | None:
+        """The value of a tensor that is known now."""
+        if name in self.made:
+            return self.made[name]
         return numpy_helper.to_array(self.tensors[name]) if name in self.tensors else None
 
     def parameters(self, node: onnx.NodeProto) -> Parameters | None:
@@ -157,14 +109,16 @@ class _Rewriter:
             dtype = TensorProto.DataType.Name(kind).lower() if kind else "uint8"
         elif zero is None:
             dtype = self.integer[node.input[0]][1].dtype if node.input[0] in self.integer else str(self.constant_type(node.input[0]))
-        if dtype not in (*_BITS, "int32"):
+        if dtype not in (*BITS, "int32"):
             return None
+        scale = scale.astype(np.float32)
+        check_scale(scale, node.input[1], divides=node.op_type == "QuantizeLinear")
         zero = np.zeros(scale.shape, np.int64) if zero is None else zero.astype(np.int64)
-        return Parameters(scale.astype(np.float32), zero, dtype, int(attributes.get("axis", 1)), int(attributes.get("block_size", 0)))
+        return Parameters(scale, zero, dtype, int(attributes.get("axis", 1)), int(attributes.get("block_size", 0)))
 
     def constant_type(self, name: str) -> str:
         if name in self.rounded:
-            return self.rounded[name].parameters.dtype
+            return self.rounded[name].dtype
         if name in self.tensors:
             return str(np.dtype(helper.tensor_dtype_to_np_dtype(self.tensors[name].data_type)))
         kind = self.inputs[name].type.tensor_type.elem_type if name in self.inputs else 0
@@ -173,96 +127,97 @@ class _Rewriter:
     # -- the two nodes ------------------------------------------------------------------------------------------------------------------
 
     def quantize(self, node: onnx.NodeProto) -> None:
-        found, x = self.parameters(node), self.alias.get(node.input[0], node.input[0])
-        constant = self.made.get(x) if x in self.made else self.array(x)
+        found, x, q = self.parameters(node), self.alias.get(node.input[0], node.input[0]), node.output[0]
         if found is None:
             return self.keep(node)
-        if constant is not None and constant.dtype.kind == "f" and found.dtype in _BITS:
-            self.rounded[node.output[0]] = Rounded(found.quantize(constant), found)
-        elif node.output[0] in self.outputs and isinstance(params := found.of_activation(), QParams):
-            self.real_output(x, node.output[0], found, params)
-        else:
-            self.integer[node.output[0]] = (x, found, node)
-            if node.output[0] in self.outputs or any(n.op_type != "DequantizeLinear" for n in self.readers.get(node.output[0], [])):
-                self.keep(node)  # someone reads the integers themselves
-                params = found.of_activation()
-                if isinstance(params, QParams):
-                    self.trained.values.setdefault(x, params)
+        constant = self.array(x)
+        if constant is not None:
+            value = found.quantize(constant)
+            self.rounded[q] = Rounded.of(value, found)
+            self.made[q] = value.astype(found.dtype if found.dtype in ("int8", "uint8", "int16", "uint16") else "int8")
+            return
+        self.integer[q] = (x, found)
+        reason = self.unpaired(found)
+        if reason is not None and q in self.readers:
+            self.note(node, f"{reason}; it is rounded in float32, as the file says")
+        if reason is not None or not self.only_paired(node, found):
+            self.keep(node)  # someone reads the integers themselves
 
-    def real_output(self, x: str, y: str, found: Parameters, params: QParams) -> None:
-        """An output in integers is handed out as what they stand for."""
-        self.trained.notes.append(f"output '{y}' is {found.dtype} in the model file; it is handed out dequantized, in float32")
-        self.clip(x, y, found.range)
-        self.trained.values[y] = params
-        self.stored[y] = (y, params)
-        self.integer[y] = (y, found, self.nodes[-1])
+    def only_paired(self, node: onnx.NodeProto, found: Parameters) -> bool:
+        """Are the integers that a QuantizeLinear yields read by nothing but DequantizeLinear under the same parameters?"""
+        q = node.output[0]
+        return q not in self.outputs and all(r.op_type == "DequantizeLinear" and self.parameters(r) == found for r in self.readers.get(q, []))
+
+    def unpaired(self, found: Parameters) -> str | None:
+        """Why these parameters are left to float arithmetic, if they are."""
+        params = found.of_activation()
+        return params if isinstance(params, str) and not (self.trained.requantize and found.scale.size == 1) else None
 
     def dequantize(self, node: onnx.NodeProto) -> None:
         q, y, found = node.input[0], node.output[0], self.parameters(node)
+        constant = self.rounded[q].value if q in self.rounded else self.array(q)
         if found is None:
             return self.keep(node)
-        constant = self.array(q) if q not in self.rounded else self.rounded[q].value
         if constant is not None:
-            self.rounded[y] = Rounded(constant.astype(np.int64), found)
+            self.rounded[y] = Rounded.of(constant.astype(np.int64), found)
             self.made[y] = found.dequantize(self.rounded[y].value)
-        elif q in self.integer:
-            x, before, _ = self.integer[q]
-            if (before.scale != found.scale).any() or (before.zero_point != found.zero_point).any() or before.dtype != found.dtype:
-                return self.keep_integer(node, q)
-            self.pair(node, x, y, found)
+            if not np.isfinite(self.made[y]).all():
+                raise Refused(f"with the scale '{node.input[1]}', constants are beyond float32. Export the model again")
+        elif q in self.integer and self.integer[q][1] == found and self.unpaired(found) is None:
+            self.pair(node, self.integer[q][0], y, found)
         else:
-            params = found.of_activation()
-            if isinstance(params, QParams):
-                self.trained.values[y] = params
             self.keep(node)
-
-    def keep_integer(self, node: onnx.NodeProto, q: str) -> None:
-        """A DQ that reads a Q's integers under other parameters: both stay."""
-        if self.integer[q][2] not in self.nodes:
-            self.keep(self.integer[q][2])
-        self.keep(node)
+            params = found.of_activation() if found.is_positive else ""
+            if isinstance(params, QParams):
+                self.state(y, params)
 
     def pair(self, node: onnx.NodeProto, x: str, y: str, found: Parameters) -> None:
+        """Both nodes together: `y` is `x`, rounded."""
         params = found.of_activation()
         if isinstance(params, str):
-            self.note(node, params)
-            self.clip(x, y, found.range)
-        elif x in self.stored and self.stored[x][1] == params:
-            self.alias[y] = self.stored[x][0]
-        elif x in self.stored:
-            self.clip(self.stored[x][0], y, found.range)
-            self.trained.values[y] = params
-            self.stored[y] = (y, params)
+            self.note(node, f"{params}; chosen anew")
+            self.clip(x, y, found)
+        elif (form := next((f for p, f in self.forms.get(x, []) if p == params), None)) is not None:
+            self.alias[y] = form
+        elif self.held.get(x) == params or (self.clips_nothing(x, found, params) and self.only_rounded(x, found)):
+            self.alias[y] = x
+            self.state(x, params)
         else:
-            self.clip(x, y, None if self.moved(x, params) else found.range)
-            held = self.alias.get(y, y)
-            self.trained.values[held] = params
-            self.stored[x] = self.stored[held] = (held, params)
-            if held != x and x not in self.outputs:
-                self.alias[x] = held  # a reader of the unrounded value reads the rounded one: there is one form of it
+            self.clip(x, y, found)
+            self.state(y, params)
+            self.forms.setdefault(x, []).append((params, y))
+            if self.trained.requantize and x not in self.outputs:
+                self.alias[x] = y  # who reads the unrounded value reads the rounded one: there is one form of it
         if y in self.outputs and y in self.alias:
             self.emit(helper.make_node("Identity", [self.alias.pop(y)], [y]))
 
-    def moved(self, x: str, params: QParams) -> bool:
-        """Does `x` hold nothing that these parameters could clip: a network input, or elements of a value with the same parameters?"""
-        maker = self.made_by.get(x)
-        if maker is None or maker.op_type == "Concat":
-            return True  # a concatenation's operands are requantized one by one
-        if maker.op_type not in MOVES:
-            return False
-        before = self.trained.values.get(maker.input[0])
-        return before is None or before == params
+    def state(self, name: str, params: QParams) -> None:
+        self.trained.values[name] = self.held[name] = params
 
-    def clip(self, x: str, y: str, bounds: tuple[float, float] | None) -> None:
-        """`y` is `x` within bounds; without bounds it is `x`."""
-        if bounds is None:
-            self.alias[y] = x
-        elif self.opset < 11:
-            self.emit(helper.make_node("Clip", [x], [y], min=bounds[0], max=bounds[1]))
-        else:
-            names = [f"{y}~low", f"{y}~high"]
-            self.made |= {n: np.array(b, np.float32) for n, b in zip(names, bounds, strict=True)}
-            self.emit(helper.make_node("Clip", [x, *names], [y]))
+    def clips_nothing(self, x: str, found: Parameters, params: QParams) -> bool:
+        """Does rounding `x` to int8 saturate where the file does, because nothing but the rounding itself computes it?"""
+        maker = self.made_by.get(x)
+        if maker is None:
+            return x in self.inputs and found.fills_int8
+        if maker.op_type in ("Resize", "Upsample"):  # between the operand's elements, but for cubic
+            mode = next((helper.get_attribute_value(a) for a in maker.attribute if a.name == "mode"), b"nearest")
+            return bool(mode != b"cubic") and self.held.get(maker.input[0]) == params
+        return maker.op_type == "Concat" and len(maker.input) > 1 and found.fills_int8  # its operands are requantized one by one
+
+    def only_rounded(self, x: str, found: Parameters) -> bool:
+        """Is `x` read by nothing but nodes that round it so?"""
+        readers = self.readers.get(x, [])
+        return x not in self.outputs and all(r.op_type == "QuantizeLinear" and self.parameters(r) == found and self.only_paired(r, found) for r in readers)
+
+    def clip(self, x: str, y: str, found: Parameters) -> None:
+        """`y` is `x` within what the type can say."""
+        low, high = found.range
+        if self.opset < 11:
+            self.emit(helper.make_node("Clip", [x], [y], min=float(low), max=float(high)))
+            return
+        names = [f"{y}~low", f"{y}~high"]
+        self.made |= dict(zip(names, (low, high), strict=True))
+        self.emit(helper.make_node("Clip", [x, *names], [y]))
 
     # -- every other node ---------------------------------------------------------------------------------------------------------------
 
@@ -271,9 +226,11 @@ class _Rewriter:
         copy.CopyFrom(node)
         for i, name in enumerate(copy.input):
             copy.input[i] = self.alias.get(name, name)
-        if copy.op_type in ("Identity", "Transpose") and copy.input[0] in self.rounded and copy.input[0] in self.made:
-            return self.moved_constant(copy)
+        if self.known(copy):
+            return
         self.emit(copy)
+        if copy.op_type in MOVES and copy.input[0] in self.held:
+            self.held |= dict.fromkeys(copy.output, self.held[copy.input[0]])
         if copy.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             self.weighted(copy)
         elif copy.op_type in ("Add", "Sub", "Mul"):
@@ -283,49 +240,68 @@ class _Rewriter:
         self.nodes.append(node)
         self.made_by |= dict.fromkeys(node.output, node)
 
-    def moved_constant(self, node: onnx.NodeProto) -> None:
-        """A rounded constant, transposed: still one."""
-        rounded, y = self.rounded[node.input[0]], node.output[0]
-        value, parameters = rounded.value, rounded.parameters
-        if node.op_type == "Transpose":
-            axes = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(value.ndim))[::-1])
-            value = value.transpose(axes)
-            if parameters.scale.size > 1:
-                parameters = replace(parameters, axis=axes.index(parameters.axis % len(axes)))
-                if parameters.block:
-                    parameters = replace(parameters, scale=parameters.scale.transpose(axes), zero_point=parameters.zero_point.transpose(axes))
-        self.rounded[y] = Rounded(value, parameters)
-        self.made[y] = parameters.dequantize(value)
+    def known(self, node: onnx.NodeProto) -> bool:
+        """Compute the node here, if it rearranges a constant, or computes a scale. A rounded constant, rearranged, is still one."""
+        arrays = [self.array(i) if i else None for i in node.input]
+        if any(i and a is None for i, a in zip(node.input, arrays, strict=True)) or any(a.HasField("g") for a in node.attribute):
+            return False
+        moves = node.op_type in _REARRANGES or node.op_type == "Cast"
+        if node.op_type in PAIR or not (moves or sum(a.size for a in arrays if a is not None) <= _SMALL):
+            return False
+        results = self.evaluated(node, arrays)
+        if results is None:
+            return False
+        self.made |= dict(zip(node.output, results, strict=True))
+        if moves and node.input[0] in self.rounded and results[0].dtype.kind == "f":
+            before, one = self.rounded[node.input[0]], node.op_type == "Cast"
+            parts = [[a] * len(results) if one else self.evaluated(node, [a, *arrays[1:]]) for a in (before.value, before.scale, before.zero_point)]
+            for name, value, scale, zero in zip(node.output, *(p or [] for p in parts), strict=True):
+                self.rounded[name] = replace(before, value=value, scale=scale, zero_point=zero)
+        return True
+
+    def evaluated(self, node: onnx.NodeProto, arrays: list[np.ndarray | None]) -> list[np.ndarray] | None:
+        """A node's results from its operands; None where the reference implementation doesn't know them."""
+        ports = [[helper.make_empty_tensor_value_info(n) for n in dict.fromkeys(names) if n] for names in (node.input, node.output)]
+        model = helper.make_model(helper.make_graph([node], "node", *ports), opset_imports=self.source.opset_import)
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                results = ReferenceEvaluator(model).run(None, {n: a for n, a in zip(node.input, arrays, strict=True) if n})
+        except Exception:  # it raises whatever its operators raise
+            return None
+        return [np.asarray(r) for r in results] if all(isinstance(r, (np.ndarray, np.generic)) for r in results) else None
 
     def weighted(self, node: onnx.NodeProto) -> None:
         """The weights and bias of a convolution or product, where they are stated in integers."""
         y, attributes = node.output[0], {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        weight = self.rounded.get(node.input[1])
+        weight, x = self.rounded.get(node.input[1]), node.input[0]
         if weight is None:
             return
+        if y in self.dynamic and x not in self.held:
+            self.trained.calibrated.add(x)
+            self.note(node, f"taken back to a product of reals from {self.dynamic[y]}: the range of '{x}', which the file looks up in every run, is calibrated")
         scales = weight_scales(node.op_type, attributes, weight)
+        self.trained.integer.add(y)
         if isinstance(scales, str):
-            return self.note(node, scales)
+            if x in self.held or x in self.trained.calibrated:
+                self.note(node, f"{scales}; they are quantized anew")
+            return
         self.trained.weights[y] = scales
-        lowest = int((weight.value - _SHIFT[weight.parameters.dtype] == -128).sum())
+        lowest = int((weight.value - weight.zero_point == -128).sum())
         if lowest:
-            self.trained.notes.append(f"node '{node.name or y}' ({node.op_type}): {lowest} of its weights are -128; they become -127, the least here")
-        bias = self.rounded.get(node.input[2]) if len(node.input) > 2 else None
-        x = self.trained.values.get(node.input[0])
-        if bias is not None and x is not None and (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) == (1.0, 1.0):
-            unit = np.float64(x.scale) * scales  # what a bias's scale states in float32
-            stated = bias.parameters.along(bias.value.shape, bias.parameters.scale)
-            if bias.value.shape == unit.shape and (unit.astype(np.float32) == stated).all() and not bias.parameters.zero_point.any():
+            self.note(node, f"{lowest} of its weights are -128; they become -127, the least here")
+        bias, held = self.rounded.get(node.input[2]) if len(node.input) > 2 else None, self.held.get(x)
+        if bias is not None and held is not None and (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) == (1.0, 1.0):
+            unit = np.float64(held.scale) * scales  # what a bias's scale states in float32
+            if bias.value.shape == unit.shape and (unit.astype(np.float32) == bias.scale).all() and not bias.zero_point.any():
                 self.trained.biases[y] = bias.value * unit
 
     def constant_operand(self, node: onnx.NodeProto) -> None:
-        constants = [self.rounded[i] for i in node.input if i in self.rounded]
-        if len(constants) == 1:
-            params = constants[0].parameters.of_activation()
-            if isinstance(params, QParams):
-                self.trained.constants[node.output[0]] = params
-            else:
-                self.note(node, f"its constant operand: {params}")
+        constants = [self.rounded[i].params for i in node.input if i in self.rounded]
+        if len(constants) == 1 and isinstance(constants[0], QParams):
+            self.trained.constants[node.output[0]] = constants[0]
+        elif len(constants) == 1:
+            self.note(node, f"its constant operand: {constants[0]}; computed in float32")
 
     # -- the end ------------------------------------------------------------------------------------------------------------------------
 
@@ -334,34 +310,12 @@ class _Rewriter:
         model.CopyFrom(self.source)
         graph = model.graph
         for output in graph.output:
-            if output.name in self.stored:
-                output.type.tensor_type.elem_type = TensorProto.FLOAT
             if output.name in self.alias and output.name not in self.made_by:
                 self.emit(helper.make_node("Identity", [self.alias[output.name]], [output.name]))
         used = {name for node in self.nodes for name in node.input} | self.outputs
-        tensors = [t for t in graph.initializer if t.name in used]
+        tensors = [t for t in graph.initializer if t.name in used and t.name not in self.made]
         del graph.node[:], graph.initializer[:]
         graph.node.extend(self.nodes)
         graph.initializer.extend(tensors)
         graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(v).reshape(np.shape(v)), k) for k, v in self.made.items() if k in used)
         return model
-
-
-def weight_scales(op: str, attributes: dict[str, Any], weight: Rounded) -> np.ndarray | str:
-    """float64 scales per output channel of a weight; or why it has none."""
-    p, value = weight.parameters, weight.value
-    if p.dtype not in _SHIFT:
-        return f"{p.dtype} weights have no kernel"
-    if p.block:
-        return "weights with several scales along an output channel (blocks) have no kernel"
-    if (p.zero_point != _SHIFT[p.dtype]).any():
-        return "weights with a zero point have no kernel"
-    axis = _WEIGHT_AXIS.get(op, value.ndim - 1)
-    if op == "Gemm":
-        axis = 0 if attributes.get("transB") else 1
-        if attributes.get("alpha", 1.0) != 1.0:
-            return "the product has a factor alpha"
-    if p.scale.size > 1 and p.axis % value.ndim != axis:
-        return "weights with several scales along an output channel have no kernel"
-    scales = np.broadcast_to(p.scale.astype(np.float64).reshape(-1), (value.shape[axis],))
-    return np.tile(scales, int(attributes.get("group", 1))) if op == "ConvTranspose" else scales.copy()

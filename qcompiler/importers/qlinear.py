@@ -44,6 +44,9 @@ class _Expander:
 
     def __post_init__(self) -> None:
         self.tensors = {t.name: t for t in self.source.graph.initializer}
+        for node in self.source.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.tensors[node.output[0]] = node.attribute[0].t
         self.outputs = {o.name for o in self.source.graph.output}
         self.integers: dict[str, tuple[str, str, str, str]] = {}  # integer tensor of the file -> (its name now, its float form, scale, zero point)
         self.added: list[onnx.TensorProto] = []
@@ -86,7 +89,7 @@ class _Expander:
             self.emit(node, _UNARY[op], [self.real(node, 0)], inputs[3], inputs[4] if len(inputs) > 4 else "")
         elif op == "QLinearConcat":
             self.emit(node, "Concat", [self.real(node, i) for i in range(2, len(inputs), 3)], inputs[0], inputs[1])
-        elif op in MOVES and inputs[0] in self.integers and len(node.output) == 1:
+        elif op in MOVES and inputs[0] in self.integers and len(node.output) == 1 and self.one(self.integers[inputs[0]][2]):
             _, _, scale, zero = self.integers[inputs[0]]
             self.emit(node, op, [self.form(node, inputs[0], scale, zero), *inputs[1:]], scale, zero)
         else:
@@ -124,11 +127,18 @@ class _Expander:
     def bias(self, node: onnx.NodeProto, name: str, x_scale: str, w_scale: str) -> str:
         """int32 in units of both scales' product."""
         scale = f"{node.name or node.output[0]}~bias-scale"
-        product: np.ndarray = numpy_helper.to_array(self.tensors[x_scale]) * numpy_helper.to_array(self.tensors[w_scale])
-        self.added.append(numpy_helper.from_array(np.asarray(product, np.float32), scale))
+        if x_scale in self.tensors and w_scale in self.tensors:
+            product: np.ndarray = numpy_helper.to_array(self.tensors[x_scale]) * numpy_helper.to_array(self.tensors[w_scale])
+            self.added.append(numpy_helper.from_array(np.asarray(product, np.float32), scale))
+        else:
+            self.nodes.append(helper.make_node("Mul", [x_scale, w_scale], [scale], name=scale))
         result = f"{node.name or node.output[0]}~bias"
         self.nodes.append(helper.make_node("DequantizeLinear", [name, scale], [result], axis=0))
         return result
+
+    def one(self, scale: str) -> bool:
+        """Is this one scale, known now? It is the scale of moved elements too."""
+        return scale in self.tensors and int(np.prod(self.tensors[scale].dims)) == 1
 
     def same(self, a: str, b: str) -> bool:
         if a == b:

@@ -40,7 +40,8 @@ class Options(TypedDict, total=False):
 
     input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
     preset, enable, disable: the recipe of quantization, and steps to switch on and off in it, by the names in `recipes.STEPS`. keep_float: layers
-    that stay float32, by the names that their nodes or values have in the model file. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop
+    that stay float32, by the names that their nodes or values have in the model file. requantize: a model that is quantized already keeps in float what
+    its file leaves in float; quantize that too. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop
     (points; needs labels: class indices of the calibration samples, or a file of them): keep those layers in float that reach this at the least
     measured time (`accuracy_target.py`), within time_budget seconds; whether it was reached is in the manifest. tuning_log: a folder that `tune`
     wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
@@ -57,6 +58,7 @@ class Options(TypedDict, total=False):
     enable: Sequence[str]
     disable: Sequence[str]
     keep_float: Sequence[str]
+    requantize: bool
     min_sqnr: float | None
     min_agreement: float | None
     max_accuracy_drop: float | None
@@ -85,12 +87,12 @@ def mixed(measured: Measured, target: Target, kept: Mapping[str, str], dump: Dum
 def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, Recipe, dict[str, str]]:
     """The model, its calibration samples, the recipe, and the groups that shall stay float, with the reason. Arguments as `compile`."""
     chosen = recipe(options.get("preset", "default"), options.get("enable", ()), options.get("disable", ()))
-    float_model = load(Path(model), options.get("input_shapes"))
+    float_model = load(Path(model), options.get("input_shapes"), bool(options.get("requantize")))
     dump("float", float_model.module)
     trained = Trained.of(Graph.of(float_model.module).attrs)
-    if trained:
+    if trained.quantized:
         chosen = chosen.without_changes()
-    if calibration is None and not trained:
+    if calibration is None and not trained.quantized:
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
     samples = NO_SAMPLES if calibration is None else open_samples(calibration, float_model.inputs, options.get("preprocess"))
@@ -160,7 +162,7 @@ def compile(model: str | os.PathLike[str], target: str = "native", calibration: 
     return compile_stages(model, target, calibration, **options).artifact
 
 
-_DEFAULTS = {"preset": "default", "enable": [], "disable": [], "keep_float": []}  # what the command line passes when an option is not given
+_DEFAULTS = {"preset": "default", "enable": [], "disable": [], "keep_float": [], "requantize": False}  # what the command line passes without options
 
 
 def quantize_weights(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, tvm.IRModule]:

@@ -213,6 +213,7 @@ def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progre
         calibration_samples=stages.measured.table.samples,
         quantization=effects,
         warnings=stages.measured.warnings,
+        notes=stages.plan.notes,
         digests={
             "model": stages.model.digest,
             "calibration": stages.measured.table.digest,

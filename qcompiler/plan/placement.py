@@ -7,13 +7,13 @@
    out as float32, and reshapes, concatenations and small activations behind it stay float too.
 3. So do light operators whose operands are all float32 anyway.
 
-A value that the model file itself rounds to 8 bits is stored so, unless its operator has no int8 form.
+A value that the model file itself rounds to 8 bits is stored so. What such a file leaves in float stays float, unless asked otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import tvm
@@ -22,9 +22,11 @@ from qcompiler import schedules
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, dtype_of
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.trained import Trained
+from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.schedules.table import KERNELS
 
+CARRIES = "it carries float32 values to float32 operators or outputs"
+LEFT = "the model file leaves it in float"
 _TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see
 
 
@@ -50,13 +52,20 @@ class Placer:
         self.groups = find_groups(module)
         self.made_by = {g.id: g for g in self.groups}
         graph = Graph.of(module)
-        inputs, self._trained = graph.inputs, Trained.of(graph.attrs).values
+        inputs, trained = graph.inputs, Trained.of(graph.attrs)
+        self._trained = trained.values
         self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in inputs), *self.made_by]}
         for group in self.groups:
             for value in dict.fromkeys(operands(group)):
                 self.readers.setdefault(value, []).append(group)
         self._dtypes = {str(p.name): dtype_of(p) for p in inputs}
         self._impossible = {g.id: reason for g in self.groups if (reason := _impossible(g, target)) is not None}
+        if trained.keeps_float:
+            eight = in_eight_bits(graph)
+            for group in self.groups:
+                if group.id not in self._impossible and not _in_integers(group, trained, eight):
+                    carries = group.traits.moves and not any(v in eight for v in operands(group))
+                    self._impossible[group.id] = CARRIES if carries else LEFT
 
     def place(self, keep_float: Mapping[str, str] = {}) -> Placement:
         """keep_float: group id -> why it shall stay float, beside what must."""
@@ -71,7 +80,7 @@ class Placer:
             if group.id in reasons or (group.traits.accumulates and group.id in wanted):
                 floating.add(group.id)
             elif group.traits.moves and group.id in wanted and any(at_hand):
-                reasons[group.id] = "it carries float32 values to float32 operators or outputs"
+                reasons[group.id] = CARRIES
                 floating.add(group.id)
             elif group.traits.light and all(at_hand):
                 reasons[group.id] = "its operands are float32"
@@ -81,8 +90,8 @@ class Placer:
     def _is_stored(self, value: str, reasons: Mapping[str, str]) -> bool:
         """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
         maker = self.made_by.get(value)
-        made = maker is not None and maker.id not in reasons and (not maker.traits.accumulates or value in self._trained)
-        return made or any(g.id not in reasons for g in self.readers[value])
+        made = maker is not None and maker.id not in reasons and not maker.traits.accumulates
+        return value in self._trained or made or any(g.id not in reasons for g in self.readers[value])
 
 
 def _impossible(group: Group, target: Target) -> str | None:
@@ -95,6 +104,18 @@ def _impossible(group: Group, target: Target) -> str | None:
     if operator is None or any(row.isa in allowed for row in KERNELS.get(operator, [])):
         return None
     return f"no kernel row implements {operator} on target {target.name}"
+
+
+def _in_integers(group: Group, trained: Trained, eight: Container[str]) -> bool:
+    """Does the model file compute `group` on integers: on operands and constants that it rounds, to a result that it rounds, or that an accumulator or a
+    selection of elements hands out as it is? eight: the values that hold what the file rounds to 8 bits."""
+    if not all(v in eight for v in operands(group)):
+        return False
+    if group.traits.weighted:
+        return not trained.integer.isdisjoint(group.members)
+    if group.traits.elementwise and group.weight is not None and trained.constants.keys().isdisjoint(group.members):
+        return False
+    return group.id in eight or group.traits.accumulates
 
 
 def _carries(group: Group) -> bool:

@@ -203,8 +203,8 @@ class _Layers:
         expected = self._reference.trace(sample, lambda name, array: kept.__setitem__(name, array.copy()))
 
         def visit(name: str, array: np.ndarray) -> None:
-            if name in kept and name not in self._skip and kept[name].dtype.kind == "f":
-                self._compare(name, array, stored_form(self._actual.manifest, name, kept[name]))
+            if name in kept and name not in self._skip:
+                self._compare(name, array, stored_form(self._actual.manifest, name, kept[name]) if kept[name].dtype.kind == "f" else kept[name])
 
         return self._actual.trace(sample, visit), expected
 
@@ -212,13 +212,15 @@ class _Layers:
         if array.shape != reference.shape:
             raise ArtifactError(f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network")
         step, real = None, array
-        if array.dtype == np.int8:
+        if array.dtype == np.int8 and reference.dtype.kind == "f":
             try:
                 info = self._actual.manifest["values"][name]
                 step, zero = float(info["scale"]), int(info["zero_point"])
             except (KeyError, TypeError) as error:
                 raise ArtifactError(f"the manifest gives no scale and zero point for the int8 value '{name}'") from error
             real = (array.astype(np.float32) - np.float32(zero)) * np.float32(step)
+        elif array.dtype.kind != "f" or reference.dtype.kind != "f":  # integers of the network itself
+            real, reference = array.astype(np.float32), reference.astype(np.float32)
         if name not in self._rows:
             self._rows[name] = (str(array.dtype), Accumulator(step))
         self._rows[name][1].add(real, reference)

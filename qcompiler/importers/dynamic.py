@@ -1,0 +1,143 @@
+"""What dynamic quantization wrote, taken back to the float network that it came from; the weights stay integers with their scale.
+
+    x -> DynamicQuantizeLinear -> (q, s, z);   MatMulInteger(q, w8, z, zw) -> Cast -> Mul by s and constants c    -->    MatMul(x, DequantizeLinear(w8, c, zw))
+    ConvInteger, DynamicQuantizeMatMul and MatMulIntegerToFloat (com.microsoft)                                    -->    likewise
+
+Such a file rounds activations to 8 bits under a scale that it finds in every run; a compiled network has one from calibration. What doesn't have this form
+stays, and is computed as it is defined (`integers.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+_PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
+_CONTRIB = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+
+
+def take_back(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """(the model, result of a product of reals -> the operators that it replaces). A model without such operators is returned as it is."""
+    if not any(n.op_type == "DynamicQuantizeLinear" or n.op_type in _CONTRIB for n in model.graph.node):
+        return model, {}
+    return _Finder(model).run()
+
+
+@dataclass
+class _Product:
+    """One product: `result` = `op`(`x`, weights) [+ bias], computed by the nodes `gone` until now."""
+
+    op: str
+    x: str
+    weight: str
+    zero: str
+    scale: np.ndarray | None  # float32; None: `scale_name`
+    result: str
+    node: onnx.NodeProto
+    gone: list[onnx.NodeProto]
+    scale_name: str = ""
+    bias: str = ""
+
+    @property
+    def plain(self) -> str:
+        """The product itself, in front of the bias."""
+        return f"{self.result}~product" if self.bias else self.result
+
+
+@dataclass
+class _Finder:
+    model: onnx.ModelProto
+    added: list[onnx.TensorProto] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        graph = self.model.graph
+        self.tensors = {t.name: t for t in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.tensors[node.output[0]] = node.attribute[0].t
+        self.outputs = {o.name for o in graph.output}
+        self.made_by = {o: n for n in graph.node for o in n.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def run(self) -> tuple[onnx.ModelProto, dict[str, str]]:
+        products = [p for n in self.model.graph.node if (p := self.product(n)) is not None]
+        at_end = {id(p.gone[-1]): p for p in products}
+        gone = {id(n) for p in products for n in p.gone}
+        nodes: list[onnx.NodeProto] = []
+        for node in self.model.graph.node:
+            if id(node) in at_end:
+                nodes += self.written(at_end[id(node)])
+            if id(node) not in gone:
+                nodes.append(node)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(self.added)
+        return model, {p.plain: " and ".join(dict.fromkeys(n.op_type for n in p.gone if n.op_type not in ("Cast", "Mul"))) for p in products}
+
+    def product(self, node: onnx.NodeProto) -> _Product | None:
+        inputs = [*node.input, *[""] * 7]
+        if node.op_type == "DynamicQuantizeMatMul" and inputs[1] in self.tensors and inputs[2] in self.tensors:
+            return _Product("MatMul", inputs[0], inputs[1], inputs[3], None, node.output[0], node, [node], inputs[2], inputs[4])
+        source = self.made_by.get(inputs[0])
+        if source is None or source.op_type != "DynamicQuantizeLinear" or inputs[1] not in self.tensors:
+            return None
+        x, (q, scale, zero) = source.input[0], source.output
+        if node.op_type == "MatMulIntegerToFloat" and (inputs[0], inputs[2], inputs[4]) == (q, scale, zero) and inputs[3] in self.tensors:
+            return _Product("MatMul", x, inputs[1], inputs[5], None, node.output[0], node, [node], inputs[3], inputs[6])
+        if node.op_type not in _PRODUCTS or inputs[2] != zero or (inputs[3] and inputs[3] not in self.tensors):
+            return None
+        return self.scaled(_Product(_PRODUCTS[node.op_type], x, inputs[1], inputs[3], np.ones(1, np.float32), node.output[0], node, [node]), scale)
+
+    def scaled(self, product: _Product, scale: str) -> _Product | None:
+        """The product with the Cast and the multiplications that follow it, up to the one by `scale`; None where anything else reads what is between."""
+        found = False
+        while not found:
+            readers = self.readers.get(product.result, [])
+            if len(readers) != 1 or product.result in self.outputs:
+                return None
+            (reader,) = readers
+            if reader.op_type == "Cast" and len(product.gone) == 1:
+                if helper.get_attribute_value(reader.attribute[0]) != TensorProto.FLOAT:
+                    return None
+            elif reader.op_type == "Mul" and len(product.gone) > 1:
+                other = reader.input[1] if reader.input[0] == product.result else reader.input[0]
+                maker = self.made_by.get(other)
+                factors = list(maker.input) if maker is not None and maker.op_type == "Mul" and scale in maker.input else [other]
+                for factor in factors:
+                    if factor == scale and not found:
+                        found = True
+                    elif factor in self.tensors and (value := numpy_helper.to_array(self.tensors[factor])).size in (1, self.channels(product)):
+                        assert product.scale is not None
+                        product.scale = product.scale * value.astype(np.float32).reshape(-1)
+                    else:
+                        return None
+            else:
+                return None
+            product.gone.append(reader)
+            product.result = reader.output[0]
+        return product
+
+    def channels(self, product: _Product) -> int:
+        return int(self.tensors[product.weight].dims[0 if product.op == "Conv" else -1])
+
+    def written(self, product: _Product) -> list[onnx.NodeProto]:
+        y, channels = product.result, self.channels(product)
+        scale = product.scale if product.scale is not None else numpy_helper.to_array(self.tensors[product.scale_name]).astype(np.float32).reshape(-1)
+        kind = helper.tensor_dtype_to_np_dtype(self.tensors[product.weight].data_type)
+        zero = numpy_helper.to_array(self.tensors[product.zero]).reshape(-1) if product.zero else np.zeros(1, kind)
+        several = max(scale.size, zero.size) > 1
+        for name, array in ((f"{y}~scale", scale), (f"{y}~zero", zero)):
+            self.added.append(numpy_helper.from_array(np.broadcast_to(array, (channels,)).copy() if several else array.reshape(()), name))
+        axis = 0 if product.op == "Conv" else len(self.tensors[product.weight].dims) - 1
+        weight = helper.make_node("DequantizeLinear", [product.weight, f"{y}~scale", f"{y}~zero"], [f"{y}~weight"], name=f"{y}~weight", axis=axis)
+        real = helper.make_node(product.op, [product.x, f"{y}~weight"], [product.plain], name=product.node.name or y)
+        real.attribute.extend(product.node.attribute)
+        return [weight, real] + ([helper.make_node("Add", [product.plain, product.bias], [y], name=f"{y}~bias")] if product.bias else [])

@@ -1,0 +1,115 @@
+"""Dynamically quantized models go back to the float products that they came from; what has no such form is computed as it is defined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from quantized_cases import SHAPE, Graph
+from test_partly_quantized import inputs, loss, model
+
+import qcompiler
+from qcompiler.base.errors import PlanError
+from qcompiler.cli.main import main
+from qcompiler.passes.graph import Graph as Module
+from qcompiler.pipeline.compile import compile_stages
+
+RNG = np.random.default_rng(7)
+
+
+def quantized(g: Graph, x: str) -> list[str]:
+    names = [g.name() for _ in range(3)]
+    g.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], names, name=f"node {names[0]}"))
+    return names
+
+
+def product(g: Graph, x: str, weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | int = 0, dtype: str = "int8", form: str = "MatMulInteger") -> str:
+    """As onnxruntime's quantize_dynamic writes it."""
+    q, s, z = quantized(g, x)
+    total = g.op(form, q, g.tensor(weight, dtype), z, g.tensor(zero, dtype))
+    return g.op("Mul", g.op("Cast", total, to=TensorProto.FLOAT), g.op("Mul", s, g.tensor(scale)))
+
+
+def net() -> tuple[Graph, str]:
+    """Convolution, bias, product per tensor, product per column with zero points; a value read in float beside."""
+    g = Graph("g")
+    conv = product(g, "x", RNG.integers(0, 256, (8, 8, 1, 1)), np.float32(0.01), 128, "uint8", "ConvInteger")
+    hidden = g.op("Relu", g.op("Add", conv, g.tensor(RNG.normal(size=(1, 8, 1, 1)))))
+    first = product(g, hidden, RNG.integers(-127, 128, (6, 6)), np.float32(0.005))
+    stream = g.op("Add", g.op("Tanh", first), hidden)
+    return g, product(g, stream, RNG.integers(-100, 101, (6, 5)), RNG.uniform(0.002, 0.01, 5).astype(np.float32), RNG.integers(-20, 21, 5))
+
+
+def test_products_are_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g, y = net()
+    compilation, (noise,) = loss(model(g, y), tmp_path, inputs())
+    assert noise < 10**-3.0
+    plan = compilation.quantized.plan
+    assert len(plan.scales) == 3 and not set(plan.scales) & set(plan.reasons), plan.reasons
+    assert len([n for n in plan.notes if "taken back to a product of reals from" in n and "is calibrated" in n]) == 3
+    calls = [str(e.args[0].global_symbol) for _, e in Module.of(compilation.integer).bindings if "qc." in str(e)]
+    assert calls.count("qc.conv2d") == 1 and calls.count("qc.dense") == 2
+    assert main(["inspect", str(tmp_path / "m.so")]) == 0
+    assert "taken back to a product of reals from ConvInteger" in capsys.readouterr().out
+    np.save(tmp_path / "x.npy", np.stack([s["x"] for s in inputs()]))
+    assert main(["explain", str(tmp_path / "m.onnx"), "--calibration", str(tmp_path / "x.npy")]) == 0
+    assert "note: node" in (text := capsys.readouterr().out) and "MatMulInteger" in text
+
+
+def test_weights_are_the_files(tmp_path: Path) -> None:
+    g, weight = Graph("g"), RNG.integers(-127, 128, (6, 5))
+    onnx.save(model(g, product(g, "x", weight, np.float32(0.005))), str(tmp_path / "m.onnx"))
+    plan = compile_stages(tmp_path / "m.onnx", calibration=inputs()).quantized.plan
+    ((value, scales),) = (plan.weight(group) for group in plan.scales)
+    np.testing.assert_array_equal(value.T, weight)
+    np.testing.assert_array_equal(scales, np.full(5, np.float64(np.float32(0.005))))
+    with pytest.raises(PlanError, match="calibration data is needed"):
+        compile_stages(tmp_path / "m.onnx")
+
+
+def test_fused_products(tmp_path: Path) -> None:
+    """DynamicQuantizeMatMul and MatMulIntegerToFloat, as ONNX Runtime's optimizer writes them."""
+    pytest.importorskip("onnxruntime")
+    g = Graph("g")
+    weight, scale, zero, bias = RNG.integers(-100, 101, (6, 5)), RNG.uniform(0.002, 0.01, 5), np.zeros(5, int), RNG.normal(size=5)
+    operands = [g.tensor(weight, "int8"), g.tensor(scale), g.tensor(zero, "int8"), g.tensor(bias)]
+    first = g.op("DynamicQuantizeMatMul", "x", *operands, domain="com.microsoft")
+    q, s, z = quantized(g, "x")
+    second = g.op("MatMulIntegerToFloat", q, operands[0], s, operands[1], z, *operands[2:], domain="com.microsoft")
+    compilation, noise = loss(model(g, first, second), tmp_path, inputs())
+    assert max(noise) < 1e-3 and len(compilation.quantized.plan.scales) == 2
+
+
+def test_what_has_another_form_is_computed_as_defined(tmp_path: Path) -> None:
+    """Integers, scale and zero point as results; a product of integers whose sums are read as such."""
+    g = Graph("g")
+    q, s, z = quantized(g, "x")
+    flat = quantized(g, g.op("Mul", "x", g.tensor(0.0)))
+    sums = g.op("MatMulInteger", q, g.tensor(RNG.integers(-100, 101, (6, 5)), "int8"), z, g.tensor(RNG.integers(-9, 9, 5), "int8"))
+    plain = g.op("ConvInteger", q, g.tensor(RNG.integers(0, 200, (4, 8, 3, 3)), "uint8"), z, g.tensor(90, "uint8"), pads=[1, 1, 1, 1], strides=[2, 2])
+    both = g.op("MatMulInteger", q, g.op("Transpose", q, perm=[0, 1, 3, 2]), z, z)
+    results = [q, s, z, flat[0], flat[2], sums, plain, both]
+    proto = model(g, *results)
+    onnx.save(proto, str(tmp_path / "m.onnx"))
+    session = qcompiler.load(compile_stages(tmp_path / "m.onnx", calibration=inputs()).artifact.save(tmp_path / "m.so"))
+    import onnxruntime
+
+    runtime = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for sample in inputs():
+        for name, want, got in zip(results, runtime.run(None, sample), session.run(sample).values(), strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def test_a_network_of_integers_can_be_verified(tmp_path: Path) -> None:
+    g = Graph("g")
+    y = g.op("MatMulInteger", "x", g.tensor(RNG.integers(-100, 101, (6, 5)), "int8"))
+    proto = model(g, y)
+    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    onnx.save(proto, str(tmp_path / "m.onnx"))
+    data = [{"x": RNG.integers(0, 256, SHAPE).astype(np.uint8)}]
+    library = compile_stages(tmp_path / "m.onnx", calibration=data).artifact.save(tmp_path / "m.so")
+    report = qcompiler.verify(library, tmp_path / "m.onnx", data)
+    assert report.passed and [r.metrics.sqnr_db for r in report.outputs] == [np.inf] and report.layers
