@@ -7,8 +7,9 @@ that have something in common is a column.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -28,7 +29,8 @@ class Kind:
     moves: moves data, whatever its type. views: moves nothing at all: the same bytes under another shape. pads: puts the constant `attrs["value"]` among
         the values. joins: several operands, those of other parameters through a table. keeps: the result has its operands' quantization.
     light: computed in float where its operands are float anyway.
-    per_channel: each channel of the result is made from that channel of the operands, whatever positive factor the channel has.
+    per_channel: (attributes, shapes of the operands, shape of the result) -> is each channel of the result made from that channel of the operands, whatever
+        positive factor the channel has? None: never.
     alone: one operator by itself, with constants of its own (`alone.py`).
     edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
     float_kernel: has a float kernel of ours, `qc.f32.<name>`, that takes in the whole group.
@@ -52,7 +54,7 @@ class Kind:
     joins: bool = False
     keeps: bool = False
     light: bool = False
-    per_channel: bool = False
+    per_channel: Callable[[Mapping[str, Any], Sequence[Shape], Shape], bool] | None = None
     alone: bool = False
     edge: bool = False
     float_kernel: bool = False
@@ -79,6 +81,27 @@ def _total(x: Shape, y: Shape) -> int:
     return 255 * math.prod(x) // max(math.prod(y), 1)
 
 
+def _channels(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
+    """The last axis is the same, as long as nothing else is said."""
+    return all(x[-1:] == y[-1:] for x in xs)
+
+
+def _shapes(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
+    return all(x == y for x in xs)
+
+
+def _mean(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
+    return len(xs[0]) - 1 not in attrs["axes"]
+
+
+def _transpose(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
+    return bool(attrs["axes"][-1] == len(y) - 1)
+
+
+def _slice(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
+    return attrs["strides"][-1] == 1 and _channels(attrs, xs, y)
+
+
 _RESHAPES = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
 _MEANS = ("relax.mean", "relax.nn.adaptive_avg_pool2d")
 
@@ -91,19 +114,19 @@ KINDS: dict[str, Kind] = {
         ),
         Kind("dense", ("relax.matmul",), "qc.dense", weighted=True, accumulates=True, clamped=True, residual=True, float_kernel=True),
         Kind("matmul", ("relax.matmul",), "qc.matmul", accumulates=True, bound=_product, clamped=True),
-        Kind("add", ("relax.add",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, per_channel=True),
+        Kind("add", ("relax.add",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, per_channel=_shapes),
         Kind("sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True),
         Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True),
         Kind("unary", (), "qc.lut", light=True),
-        Kind("prelu", ("relax.nn.prelu",), "qc.prelu", clamped=True, light=True, per_channel=True),
-        Kind("max_pool2d", ("relax.nn.max_pool2d",), "qc.max_pool2d", keeps=True, per_channel=True),
-        Kind("avg_pool2d", ("relax.nn.avg_pool2d",), "qc.avg_pool2d", clamped=True, per_channel=True),
-        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=True),
+        Kind("prelu", ("relax.nn.prelu",), "qc.prelu", clamped=True, light=True, per_channel=_channels),
+        Kind("max_pool2d", ("relax.nn.max_pool2d",), "qc.max_pool2d", keeps=True, per_channel=_channels),
+        Kind("avg_pool2d", ("relax.nn.avg_pool2d",), "qc.avg_pool2d", clamped=True, per_channel=_channels),
+        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=_mean),
         Kind("resize2d", ("relax.image.resize2d",), "qc.resize2d", keeps=True),
         Kind("concat", ("relax.concat",), "qc.concat", moves=True, joins=True, keeps=True),
-        Kind("reshape", _RESHAPES, "qc.reshape", moves=True, views=True, keeps=True, per_channel=True),
-        Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=True),
-        Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=True),
+        Kind("reshape", _RESHAPES, "qc.reshape", moves=True, views=True, keeps=True, per_channel=_channels),
+        Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=_transpose),
+        Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=_slice),
         Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True),
         Kind("attention", ("relax.nn.attention", "relax.nn.attention_bias"), alone=True),
         Kind("layer_norm", ("relax.nn.layer_norm",), alone=True),

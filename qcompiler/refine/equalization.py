@@ -172,18 +172,10 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
 
 def passes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Does `group` make each channel of its output from that channel of its operands, whatever positive factor the channel has?"""
-    if not group.traits.per_channel or group.weight is not None or any(v not in shapes for v in group.inputs):
+    condition = group.traits.per_channel
+    if condition is None or group.weight is not None or any(v not in shapes for v in group.inputs):
         return False
-    if group.kind == "mean":
-        axes = [a % len(shapes[group.inputs[0]]) for a in group.attrs["axes"]]
-        return len(shapes[group.inputs[0]]) - 1 not in axes
-    if group.kind == "transpose" and group.attrs["axes"][-1] != len(group.shape) - 1:
-        return False
-    if group.kind == "slice" and group.attrs["strides"][-1] != 1:
-        return False
-    if group.kind == "add":
-        return all(shapes[v] == group.shape for v in group.inputs)
-    return all(shapes[v][-1:] == group.shape[-1:] for v in group.inputs)
+    return condition(group.attrs, [shapes[v] for v in group.inputs], group.shape)
 
 
 def shiftable(stream: Stream, groups: Sequence[Group]) -> set[str]:
