@@ -398,6 +398,35 @@ def test_biases_in_units_of_the_logits() -> None:
     assert constants.attention_bound(64, (0, -128), 1000) == 64 * 128 * 255 + 1000
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"k": (2, 9, 12)}, r"queries \[1, 5, 12\], keys \[2, 9, 12\] and values \[1, 9, 12\] must be"),
+        ({"v": (1, 8, 12)}, "must be"),
+        ({"kv_heads": 2}, "3 heads can't share 2 heads of keys"),
+        ({"columns": [0, 1, 0]}, "keys are columns 1 to 12 of a tensor with 12"),
+        ({"size": 5}, "queries are columns 0 to 14 of a tensor with 12"),
+        ({"heads": 6, "kv_heads": 3, "size": 2}, r"multipliers have shapes \[3\] and \[3\]; there must be one per head, 6"),
+        ({"k": (1, 40000, 12), "v": (1, 40000, 12)}, "40000 keys; supported: 1 to 32768"),
+        ({"q": (1, 5, 30000), "k": (1, 9, 30000), "size": 9000, "zero_points": [127, 127, 0]}, "q . k of 9000 channels may leave int32; supported: up to 8256"),
+        ({"mask": (1, 2, 5, 9)}, r"the operand 'mask' is \[1, 2, 5, 9\]; wanted: \['a divisor of the batch', '1 or 3', '1 or 5', 9\]"),
+        ({"mask": (2, 1, 1, 9)}, "the operand 'mask' is"),
+        ({"lengths": (2,)}, r"the operand 'lengths' is \[2\]; wanted: \[1\]"),
+        ({"bias": (1, 1, 1, 9), "bias_multipliers": [1, 2]}, "a bias needs one multiplier, or one per head"),
+        ({"padding": (1,)}, "supported: bias, mask, lengths"),
+    ],
+)
+def test_an_attention_without_meaning_is_an_error(change: dict[str, Any], words: str) -> None:
+    attrs: dict[str, Any] = {"heads": 3, "kv_heads": 3, "size": 4, "value_size": 4, "columns": [0, 0, 0], "zero_points": [0, 0, 0]}
+    shapes = {"q": (1, 5, 12), "k": (1, 9, 12), "v": (1, 9, 12), "m": (3,), "c": (3,)}
+    extra = [n for n in change if n in ("mask", "lengths", "bias", "padding")]
+    shapes |= {n: s for n, s in change.items() if isinstance(s, tuple)}
+    attrs |= {n: a for n, a in change.items() if not isinstance(a, tuple)} | {"extra": extra}
+    arrays = [np.zeros(s, np.float32 if n in "mc" else np.int8) for n, s in shapes.items()]
+    with pytest.raises(ValueError, match=words):
+        numerics.attention(*arrays, **attrs)
+
+
 # -- embeddings -------------------------------------------------------------------------------------------------------------------------
 
 

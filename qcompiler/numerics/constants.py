@@ -5,9 +5,10 @@ docs/numerics.md, sections 4 and 8 to 10, is normative. Everything is computed i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -136,10 +137,46 @@ def attention_bias(bias: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(np.asarray(bias, np.float64) / unit, -(2.0**29), 2.0**29)).astype(np.int32)
 
 
-def attention_bound(size: int, zero_points: tuple[int, int], bias: int = 0) -> int:
+def attention_bound(size: int, zero_points: Sequence[int], bias: int = 0) -> int:
     """The greatest |q . k + bias| of int8 q and k with `size` channels and these zero points, where no |bias| (times its multiplier) is above `bias`."""
     q, k = (max(127 - z, z + 128) for z in zero_points)
     return size * q * k + bias
+
+
+def attention_fault(shapes: Sequence[Sequence[int]], attrs: Mapping[str, Any]) -> str | None:
+    """Why `qc.attention` with operands of these shapes and these attributes has no meaning, or would leave int32; None where it is sound."""
+    (q, k, v, m, c), extras = shapes[:5], dict(zip(attrs.get("extra", ()), shapes[5:], strict=False))
+    heads, groups, size, value_size = (int(attrs[name]) for name in ("heads", "kv_heads", "size", "value_size"))
+    if not len(q) == len(k) == len(v) == 3 or not q[0] == k[0] == v[0] or k[1] != v[1]:
+        return f"queries {list(q)}, keys {list(k)} and values {list(v)} must be [B, S, ...], [B, T, ...] and [B, T, ...]"
+    if groups < 1 or heads % groups:
+        return f"{heads} heads can't share {groups} heads of keys: the one must be a multiple of the other"
+    for what, shape, first, width in zip(
+        ("queries", "keys", "values"), (q, k, v), attrs["columns"], (heads * size, groups * size, groups * value_size), strict=True
+    ):
+        if first < 0 or first + width > shape[2]:
+            return f"{what} are columns {first} to {first + width - 1} of a tensor with {shape[2]}"
+    if list(m) != [heads] or list(c) != [heads]:
+        return f"multipliers have shapes {list(m)} and {list(c)}; there must be one per head, {heads}"
+    if not 1 <= k[1] <= MAX_KEYS:
+        return f"{k[1]} keys; supported: 1 to {MAX_KEYS}"
+    if attention_bound(size, attrs["zero_points"][:2]) > MAX_LOGIT // 2:
+        return f"q . k of {size} channels may leave int32; supported: up to {MAX_LOGIT // 2 // 255**2}"
+    if len(extras) != len(shapes) - 5 or len(extras) != len(attrs.get("extra", ())) or not set(extras) <= {"bias", "mask", "lengths"}:
+        return f"{len(shapes) - 5} operands follow, named {list(attrs.get('extra', ()))}; supported: bias, mask, lengths, each at most once"
+    for name, shape in extras.items():
+        wanted = [q[0]] if name == "lengths" else ["a divisor of the batch", f"1 or {heads}", f"1 or {q[1]}", k[1]]
+        fits = list(shape) == [q[0]] if name == "lengths" else len(shape) == 4 and _broadcast(shape, (q[0], heads, q[1], k[1]))
+        if not fits:
+            return f"the operand '{name}' is {list(shape)}; wanted: {wanted}"
+    if "bias" in extras and len(attrs.get("bias_multipliers", ())) not in (1, heads):
+        return f"a bias needs one multiplier, or one per head ({heads}); it has {len(attrs.get('bias_multipliers', ()))}"
+    return None
+
+
+def _broadcast(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether [B', 1 or H, 1 or S, T] fits [B, H, S, T]."""
+    return shape[0] > 0 and whole[0] % shape[0] == 0 and all(a in (1, b) for a, b in zip(shape[1:3], whole[1:3], strict=True)) and shape[3] == whole[3]
 
 
 def lut16(function: Callable[[np.ndarray], np.ndarray], x_scale: float, y: QParams, bits: int = 10) -> tuple[np.ndarray, dict[str, int | str]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qcompiler.numerics.arithmetic import F32, Array, requantize, to_int
-from qcompiler.numerics.constants import ATTENTION, NORM_BITS, NORM_LIMIT, SOFTMAX, thresholds
+from qcompiler.numerics.constants import ATTENTION, NORM_BITS, NORM_LIMIT, SOFTMAX, attention_fault, thresholds
 
 
 def layer_norm(
@@ -86,8 +86,13 @@ def attention(
     be all three. multiplier, out_multiplier float32 [heads] (`constants.attention_multipliers`). extra names the operands that follow: "bias" (integers
     [B', 1 or heads, 1 or S, T], B' a divisor of B: row b reads b mod B'), which times `bias_multipliers` (one, or one per head) is added to q . k;
     "mask" (integers or bool of such a shape), not 0 where a key counts; "lengths" (integers [B]), how many keys count, clipped to [0, T]. causal: key j
-    counts for query i where j <= i + causal. Where none counts, all do, as if every q . k were the same.
+    counts for query i where j <= i + causal. Where none counts, all do, as if every q . k were the same. Raises ValueError as `attention_fault` says.
     """
+    sizes = {"heads": heads, "kv_heads": kv_heads, "size": size, "value_size": value_size, "columns": columns, "zero_points": zero_points}
+    shapes = [x.shape for x in (q, k, v, multiplier, out_multiplier, *extras)]
+    fault = attention_fault(shapes, sizes | {"extra": extra, "bias_multipliers": bias_multipliers})
+    if fault:
+        raise ValueError(fault)
     (b, s, _), t = q.shape, k.shape[1]
     given = dict(zip(extra, extras, strict=True))
 

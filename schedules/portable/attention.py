@@ -19,7 +19,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
-from qcompiler.numerics.constants import ATTENTION, MAX_KEYS, MAX_LOGIT, THRESHOLDS, thresholds
+from qcompiler.numerics.constants import ATTENTION, MAX_LOGIT, THRESHOLDS, attention_fault, thresholds
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
@@ -292,14 +292,11 @@ def _exponentials(x: Operands, place: tuple[Any, Any, Any], limit: Any, line: An
 
 
 def check_attention(op: OpCall) -> str | None:
-    s = Shape.of(op)
     if not all(isinstance(o, np.ndarray) for o in op.operands[3:5]):
         return "multipliers must be constants."
     if not all(isinstance(o, Layout) for o in op.operands[:3]):
         return "queries, keys and values must be computed at run time."
-    if s.heads % s.kv_heads:
-        return f"{s.heads} heads can't share {s.kv_heads} heads of keys."
-    return f"{s.keys} keys; at most {MAX_KEYS} are supported." if s.keys > MAX_KEYS else None
+    return attention_fault([o.shape for o in op.operands], op.attrs)
 
 
 portable("qc.attention", attention, check=check_attention)
