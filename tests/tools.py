@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from qcompiler.backend.cuda import find_nvcc
 from qcompiler.base.errors import TargetError
 from qcompiler.base.targets import Target, find_target, host_architecture
 
-APT, PIP, SET = "apt-get install", "pip install", "set"
+HERE = Path(sys.executable)
+PYTHON = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
+APT, PIP, SET = "apt-get install", f"{PYTHON} -m pip install", "set"
 PROGRAMS = {
     "g++": (APT, "g++"),
     "aarch64-linux-gnu-g++": (APT, "g++-aarch64-linux-gnu"),
@@ -79,6 +81,8 @@ def require_target(target: Target) -> None:
 
 
 def require_nvcc() -> None:
+    from qcompiler.backend.cuda import find_nvcc  # not above: it imports TVM
+
     try:
         find_nvcc(find_target("cuda-sm80"))
     except TargetError:
