@@ -32,7 +32,7 @@ from qcompiler.passes.kinds import KINDS, Kind
 from qcompiler.passes.recognise.miss import NEAR_MISSES
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
 from qcompiler.passes.trained import Trained, in_eight_bits
-from qcompiler.passes.unary import Unary, clamp, elementwise, join_clamps
+from qcompiler.passes.unary import Unary, clamp, elementwise, expression_of, join_clamps
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ class _Finder:
             if len(frontier) == 1:
                 best = (frontier.copy(), inside.copy())
             grow = [n for n in frontier if self.expandable(n, inside, shape)]
-            if not grow:
+            if not grow or len(inside) == _LONGEST:
                 break
             inside.add(max(grow, key=lambda n: self.order[n]))
         if best is None:
@@ -224,7 +224,7 @@ class _Finder:
                 return None
         if any(shape_of(o) != shape for n in inside for o in self.operands(n)):
             return None
-        function = Unary(self.expression(root, inside, source))
+        function = Unary(expression_of(self.values, root, inside))
         members = self.members(inside)
         kind = "unary" if function.refusal is None else "float"
         return Group(kind, root, members, (source,), shape, function=function, reason=function.refusal)
@@ -245,13 +245,6 @@ class _Finder:
         ):
             return False
         return not any(self.is_constant(o) for o in self.operands(name)) and all(u in inside for u in self.uses[name])
-
-    def expression(self, name: str, inside: set[str], source: str) -> Any:
-        if name == source:
-            return "x"
-        found = elementwise(self.values[name])
-        assert found is not None and name in inside
-        return (found[0], *[self.expression(str(o.name), inside, source) if isinstance(o, relax.Var) else o for o in found[1]])
 
     def binary(self, name: str, expr: Any, kind: str) -> Group:
         constants = [self.constant(a) for a in expr.args]
@@ -324,6 +317,7 @@ class _Finder:
 
 
 _BINARY = {op: kind.name for kind in KINDS.values() if kind.elementwise for op in kind.relax}
+_LONGEST = 24  # operators of one expression; what is longer becomes several tables
 _CLAMPED = {op for kind in KINDS.values() if kind.clamped and not (kind.accumulates or kind.elementwise) for op in kind.relax}
 
 

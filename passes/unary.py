@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class Unary:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):  # outside of its domain a function is NaN or infinite, which callers handle
-            return np.asarray(np.broadcast_to(_evaluate(self.expression, np.asarray(x, np.float64)), np.shape(x)), np.float64)
+            return np.asarray(np.broadcast_to(_evaluate(self.expression, np.asarray(x, np.float64), {}), np.shape(x)), np.float64)
 
     @functools.cached_property
     def name(self) -> str:
@@ -122,10 +122,28 @@ class Unary:
         return None
 
 
-def _evaluate(expression: Expression, x: np.ndarray) -> Any:
-    if isinstance(expression, tuple):
-        return _FUNCTIONS[expression[0]](*[_evaluate(e, x) for e in expression[1:]])
-    return x if expression == "x" else expression
+def _evaluate(expression: Expression, x: np.ndarray, known: dict[int, Any]) -> Any:
+    if not isinstance(expression, tuple):
+        return x if expression == "x" else expression
+    if id(expression) not in known:
+        known[id(expression)] = _FUNCTIONS[expression[0]](*[_evaluate(e, x, known) for e in expression[1:]])
+    return known[id(expression)]
+
+
+def expression_of(values: Mapping[str, Any], root: str, inside: Collection[str]) -> Expression:
+    """What `root` computes of the one tensor that the elementwise values `inside` read from outside. A value that is read twice is one object."""
+    made: dict[str, Expression] = {}
+
+    def of(name: str) -> Expression:
+        if name not in inside:
+            return "x"
+        if name not in made:
+            found = elementwise(values[name])
+            assert found is not None
+            made[name] = (found[0], *[of(str(o.name)) if isinstance(o, relax.Var) else o for o in found[1]])
+        return made[name]
+
+    return of(root)
 
 
 def elementwise(expr: Any) -> tuple[str, list[Any]] | None:

@@ -18,7 +18,7 @@ from tvm import relax
 
 from qcompiler.passes.graph import const, const_value, is_const, relax_op, shape_of
 from qcompiler.passes.rewrite import Rewrite
-from qcompiler.passes.unary import Unary, elementwise
+from qcompiler.passes.unary import Unary, elementwise, expression_of
 
 _DEPTH = 12  # operators from the end of a spelled-out activation back to its operand
 
@@ -42,7 +42,7 @@ def spelled_out(rewrite: Rewrite, name: str, expr: Any) -> Any:
             (x,) = frontier
             operand = rewrite.env.get(x)
             if isinstance(operand, relax.Var) and all(shape_of(o) == shape_of(source) for n in inside for o in _operands(values[n])):
-                make = _NAMED.get(Unary(_expression(values, name, inside)).name)
+                make = _NAMED.get(Unary(expression_of(values, name, inside)).name)
                 if make is not None:
                     return make(rewrite, name, operand)
         grow = [n for n in frontier if n in values and elementwise(values[n]) is not None and all(u in inside for u in rewrite.uses[n])]
@@ -55,14 +55,6 @@ def spelled_out(rewrite: Rewrite, name: str, expr: Any) -> Any:
 def _operands(expr: Any) -> list[Any]:
     found = elementwise(expr)
     return [o for o in found[1] if isinstance(o, relax.Var)] if found else []
-
-
-def _expression(values: dict[str, Any], name: str, inside: set[str]) -> Any:
-    if name not in inside:
-        return "x"
-    found = elementwise(values[name])
-    assert found is not None
-    return (found[0], *[_expression(values, str(o.name), inside) if isinstance(o, relax.Var) else o for o in found[1]])
 
 
 def _hard_swish(rewrite: Rewrite, name: str, x: Any) -> Any:

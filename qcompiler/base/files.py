@@ -36,7 +36,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     if stat.S_ISREG(mode):
         return os.fdopen(file, "rb")
     os.close(file)
-    raise OSError(errno.EINVAL, "is a folder; a file is expected" if stat.S_ISDIR(mode) else "is a pipe or a device; a regular file is expected")
+    raise OSError(errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else OSError(errno.EINVAL, "is a pipe or a device; a regular file is expected")
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:

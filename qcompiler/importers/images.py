@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from qcompiler.importers.nodes import Node, Refused, Value, real, window_padding
+from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real, window_padding
 from qcompiler.importers.resample import Axis, nearest_indices, weights
 from qcompiler.passes.graph import const
 
@@ -180,6 +180,7 @@ def resize(node: Node) -> list[Value]:
             scales[a] = r if common is None else common
     else:
         raise Refused("neither scales nor sizes fit its axes")
+    check_bytes("its result", sizes)
     legacy = upsample or node.opset < 11
     coordinates = "asymmetric" if legacy else node.text("coordinate_transformation_mode", "half_pixel")
     mode = node.text("mode", "nearest")

@@ -6,6 +6,7 @@ input computed from shapes (newer ones).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,19 @@ from tvm import relax
 
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, shape_of
 
+LARGEST_BYTES = 1 << 31
 Value = Any  # a Relax variable, or a numpy array for a constant
 
 
 class Refused(Exception):
     """This node can't be converted; the message is the reason, the node is named by whoever catches it."""
+
+
+def check_bytes(what: str, shape: Sequence[int], itemsize: int = 4) -> None:
+    """Raises Refused for a tensor of more than `LARGEST_BYTES`: kernels count elements in 32 bits, and no memory would hold a network of such."""
+    size = math.prod(int(d) for d in shape) * itemsize
+    if size > LARGEST_BYTES:
+        raise Refused(f"{what} would take {size / 1e9:.1f} GB (shape {list(shape)}); at most {LARGEST_BYTES / 1e9:.1f} GB are supported")
 
 
 def real(array: np.ndarray) -> np.ndarray:

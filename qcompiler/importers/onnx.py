@@ -22,10 +22,10 @@ from tvm import relax
 from qcompiler.base.errors import ModelError, closest
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
-from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, real
+from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, check_bytes, real
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
-from qcompiler.importers.relax_import import check_static, convert_with_relax, definition, known_to_relax, single_node_model
+from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, definition, known_to_relax, single_node_model
 from qcompiler.passes.graph import GraphBuilder, const, relax_op
 from qcompiler.passes.trained import ATTRIBUTE, settled
 
@@ -140,7 +140,11 @@ class _Importer:
         for value in sorted(declared, key=lambda v: v.name not in given):  # what is given binds symbols first
             if not value.type.HasField("tensor_type"):
                 raise ModelError(f"{self.path}: input '{value.name}' is not a tensor; supported: tensors")
-            self.values[value.name] = resolve_shape(str(self.path), value, given.get(value.name), bound)
+            self.values[value.name] = shape = resolve_shape(str(self.path), value, given.get(value.name), bound)
+            try:
+                check_bytes(f"input '{value.name}'", shape)
+            except Refused as error:
+                raise ModelError(f"{self.path}: {error}") from error
         for value in declared:
             try:
                 dtype = str(real(np.zeros((), helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))).dtype)
@@ -190,7 +194,7 @@ class _Importer:
             raise self.fail(proto, reason) from reason
         except ModelError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AssertionError, RuntimeError, tvm.error.InternalError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AssertionError, ArithmeticError, MemoryError, RuntimeError, tvm.error.InternalError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise self.fail(proto, f"it can't be converted: {text[-1]}") from error
 
@@ -203,13 +207,18 @@ class _Importer:
             return [np.asarray(shape[slice(node.attrs.get("start"), node.attrs.get("end"))], np.int64)]
         if node.op in _RANDOM or any(v is not None and not isinstance(v, np.ndarray) for v in node.inputs):
             return None
+        if node.op == "Loop":  # may have no end
+            return None
         try:
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
                 model = single_node_model(node)
+                check_folding(model)
                 feeds = {f"i{i}": v for i, v in enumerate(node.inputs) if v is not None}
                 del model.graph.initializer[:]
                 results = ReferenceEvaluator(model).run(None, feeds)
+        except Refused:
+            raise
         except Exception:  # no reference implementation, or none for these types: convert it like any other node
             return None
         return [np.asarray(r) for r in results] if all(isinstance(r, (np.ndarray, np.generic)) for r in results) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -15,6 +15,7 @@ from qcompiler.base.errors import ModelError
 from qcompiler.base.files import open_regular, read_regular
 
 OLDEST, UPGRADED = 7, 13  # operator sets: older files are converted to UPGRADED first
+LARGEST, DEEPEST = 100_000, 100  # nodes of a model; functions that call each other
 
 
 def read(path: Path) -> tuple[onnx.ModelProto, str]:
@@ -68,24 +69,17 @@ def names(model: onnx.ModelProto) -> Iterator[str]:
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor that a model stores: initializers and attributes, in subgraphs and functions too."""
-    nodes = [n for function in model.functions for n in function.node]
-    graphs = [model.graph]
-    while graphs or nodes:
-        if graphs:
-            graph = graphs.pop()
-            yield from graph.initializer
-            for sparse in graph.sparse_initializer:
-                yield sparse.values
-                yield sparse.indices
-            nodes += graph.node
-            continue
-        for attribute in nodes.pop().attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                graphs.append(attribute.g)
-            graphs += attribute.graphs
+    everywhere = [*model.graph.node, *(n for function in model.functions for n in function.node)]
+    attributes = [a for node in _nodes(everywhere) for a in node.attribute]
+    for graph in [model.graph, *(g for a in attributes for g in (a.g, *a.graphs))]:
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield sparse.values
+            yield sparse.indices
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
 
 
 def _load_external(path: Path, tensor: onnx.TensorProto, loaded: dict[str, bytes]) -> None:
@@ -110,7 +104,44 @@ def _load_external(path: Path, tensor: onnx.TensorProto, loaded: dict[str, bytes
     del tensor.external_data[:]
 
 
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes, and those of their subgraphs."""
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in [attribute.g, *attribute.graphs]:
+                left += graph.node
+
+
+def check_size(path: Path, model: onnx.ModelProto) -> None:
+    """Raises ModelError for a model of more than `LARGEST` nodes, those of its functions counted wherever they are called: a few nested functions that
+    call each other twice are millions. Nothing is expanded for it."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    under_way: set[tuple[str, str]] = set()
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in _nodes(nodes):
+            name = (node.domain, node.op_type)
+            if name in under_way or len(under_way) > DEEPEST:
+                problem = "calls itself" if name in under_way else f"is one of more than {DEEPEST} that call each other"
+                raise ModelError(f"{path}: its function '{node.op_type}' {problem}; export the model without functions")
+            if name in functions and name not in sizes:
+                under_way.add(name)
+                sizes[name] = size(functions[name].node)
+                under_way.remove(name)
+            total += sizes.get(name, 1)
+        return total
+
+    if size(model.graph.node) > LARGEST:
+        raise ModelError(f"{path}: the model has more than {LARGEST} nodes, its functions expanded; cut it into parts")
+
+
 def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+    check_size(path, model)
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 import onnx
 import onnx.defs
 import onnx.inliner
+import onnx.shape_inference
 from onnx import helper, numpy_helper
 from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
-from qcompiler.importers.nodes import Node, Refused, Value, real
+from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real
 from qcompiler.passes.graph import relax_op, shape_of, substitute
 
 
@@ -62,6 +64,19 @@ def single_node_model(node: Node) -> onnx.ModelProto:
     outputs = [helper.make_empty_tensor_value_info(o) for o in proto.output if o]
     opsets = [helper.make_opsetid("", node.opset)] + ([helper.make_opsetid(node.domain, 1)] if node.domain else [])
     return helper.make_model(helper.make_graph([proto], "node", inputs, outputs, initializers), opset_imports=opsets, ir_version=8)
+
+
+def check_folding(model: onnx.ModelProto) -> None:
+    """Raises Refused when the results of `model`, of one node with constant operands, are larger than any value may be. Nothing is computed for it."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    small = [t for t in model.graph.initializer if math.prod(t.dims) <= 1024]  # shapes, repeats, pads, ...: what decides the size of a result
+    del probe.graph.initializer[:]
+    probe.graph.initializer.extend(small)
+    for value in onnx.shape_inference.infer_shapes(probe, data_prop=True).graph.output:
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            check_bytes("its result", [d.dim_value for d in kind.shape.dim], 1)
 
 
 def _copied(node: Node, function: Any, variables: dict[str, Any]) -> Iterator[Value]:
@@ -143,3 +158,4 @@ def check_static(var: Any) -> None:
             raise Refused("the shape of its result depends on data; supported: operators whose shapes are known when compiling")
         if any(d < 1 for d in shape):
             raise Refused(f"its result is empty (shape {list(shape)}). Is the input too small for this network?")
+        check_bytes("its result", shape)
