@@ -19,3 +19,5 @@ def load(target: Any) -> None:
     elif target.gpu:
         importlib.import_module("qcompiler.schedules.cuda")
     importlib.import_module("qcompiler.schedules.portable")
+    if not target.gpu:
+        importlib.import_module("qcompiler.schedules.floats")

@@ -25,6 +25,7 @@ from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.kinds import KINDS
 from qcompiler.passes.legalize import legalize
+from qcompiler.passes.select_kernels import select_kernels
 from qcompiler.schedules.legalized import legalized_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
 
@@ -153,7 +154,7 @@ class _Lowering:
         self.target, self.params = target, params
         self.values: dict[str, Value] = {}
         self.nodes: list[_Node] = []
-        self.module = legalize(_views_to_reshape(module))
+        self.module = legalize(_views_to_reshape(module if target.gpu else select_kernels(module)))
         self.graph = Graph.of(self.module)
 
     def run(self) -> Program:

@@ -65,7 +65,7 @@ def elementwise(
             _transposing(k, views[0], views[1], axis, compute, spare, words)
             return
     if len(extents) > 1:
-        with loops(*_shared(k, extents[:-1])) as index:
+        with loops(*shared(k, extents[:-1])) as index:
             _row(k, views, index, compute, fetch)
     elif k.tasks == 1:
         _row(k, views, [], compute, fetch)
@@ -78,7 +78,7 @@ def elementwise(
                 _row(k, [v.window([chunk * k.tasks], [extents[0] - chunk * k.tasks]) for v in views], [], compute, fetch)
 
 
-def _shared(k: Emitter, extents: Sequence[int]) -> list[Any]:
+def shared(k: Emitter, extents: Sequence[int]) -> list[Any]:
     """Arguments of `loops` with the widest one divided among the tasks."""
     widest = max(range(len(extents)), key=lambda d: extents[d])
     return [share(k, e) if d == widest else e for d, e in enumerate(extents)]
@@ -145,7 +145,7 @@ def _transposing(k: Emitter, source: View, target: View, axis: int, compute: Com
     before = np.dtype(source.dtype).itemsize > np.dtype(target.dtype).itemsize  # convert where vectors are wide, move bytes
     outer = [e for i, e in enumerate(target.shape[:-1]) if i != axis]
     along = tiles(k, columns, lanes) if axis == 0 else -(-columns // lanes)
-    extents = [*_shared(k, outer), along] if axis else [*outer, along]
+    extents = [*shared(k, outer), along] if axis else [*outer, along]
     with loops(*extents, -(-rows // count)) as (*index, tile, block):
         first = T.bind(T.min(tile * lanes, columns - lanes))
         row = T.bind(T.max(T.min(block * count, rows - count), 0))

@@ -1,0 +1,117 @@
+"""Float operators that stay Relax become calls of our kernels, where there is one.
+
+    nn.softmax(x)  -->  qc.f32.softmax(x)        add(x, y)  -->  qc.f32.pointwise(x, y) {function: add}        permute_dims(x)  -->  qc.transpose(x)
+
+What has none stays Relax, for `legalize`. For CPUs, inside of lowering: the oracle and the passes before see Relax operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from qcompiler.passes.alone import describe_alone
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, dtype_of, is_const, make_op, plain, relax_op, shape_of, substitute
+from qcompiler.passes.single_ops import Described, describe
+
+Found = tuple[str, list[Any], dict[str, Any]]  # operator, operands, attributes
+
+_POINTWISE = "add subtract multiply divide maximum minimum sqrt rsqrt square abs negative exp sigmoid tanh erf nn.relu nn.silu nn.gelu nn.gelu_tanh".split()
+_MOVEMENT = ("transpose", "slice", "pad")
+_LARGEST = 2**31 - 1  # elements: indices are int32
+
+
+def select_kernels(module: tvm.IRModule) -> tvm.IRModule:
+    graph = Graph.of(module)
+    builder = GraphBuilder(graph.attrs)
+    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    for name, expr in graph.bindings:
+        new = substitute(expr, lambda v: env[str(v.name)])
+        op = str(relax_op(expr))
+        if op in _RULES and dtype_of(expr) == "float32" and (found := _RULES[op](expr)) is not None and _fits(expr, found):
+            operands = [env[str(a.name)] if isinstance(a, relax.Var) else a for a in found[1]]
+            new = make_op(found[0], operands, found[2], shape_of(expr), "float32")
+        env[name] = builder.emit(name, new)
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+
+
+def _fits(expr: Any, found: Found) -> bool:
+    """Something is computed at run time, from float32 tensors (or looked up)."""
+    tensors = [a for a in found[1] if isinstance(a, relax.Var)]
+    floats = found[0] == "qc.f32.take" or all(dtype_of(a) == "float32" for a in found[1])
+    return bool(tensors) and floats and all(0 < _elements(a) <= _LARGEST for a in [expr, *tensors])
+
+
+def _elements(expr: Any) -> int:
+    count = 1
+    for extent in shape_of(expr):
+        count *= extent
+    return count
+
+
+def _pointwise(function: str) -> Callable[[Any], Found]:
+    return lambda expr: ("qc.f32.pointwise", list(expr.args), {"function": function})
+
+
+def _clip(expr: Any) -> Found:
+    low, high = (float(plain(a)) for a in expr.args[1:])
+    return "qc.f32.pointwise", [expr.args[0]], {"function": "clip", "low": low, "high": high}
+
+
+def _leaky(expr: Any) -> Found:
+    return "qc.f32.pointwise", [expr.args[0]], {"function": "leakyrelu", "alpha": float(expr.attrs.alpha)}
+
+
+def _copy(expr: Any) -> Found:
+    return "qc.f32.pointwise", [expr.args[0]], {"function": "copy"}
+
+
+def _reduce(function: str) -> Callable[[Any], Found | None]:
+    """Adjacent axes only."""
+
+    def rule(expr: Any) -> Found | None:
+        rank = len(shape_of(expr.args[0]))
+        axes = list(range(rank)) if expr.attrs.axis is None else sorted(a % rank for a in plain(expr.attrs.axis))
+        if not axes or axes != list(range(axes[0], axes[-1] + 1)):
+            return None
+        return "qc.f32.reduce", [expr.args[0]], {"function": function, "first": axes[0], "last": axes[-1] + 1}
+
+    return rule
+
+
+def _alone(expr: Any) -> Found | None:
+    found = describe_alone(expr)
+    if found is None:
+        return None
+    kind, attrs = found["kind"], found["attrs"]
+    if kind in ("softmax", "layer_norm", "rms_norm") and attrs["axis"] != len(shape_of(expr)) - 1:
+        return None
+    if kind == "take" and (attrs["axis"] != 0 or attrs["mode"] != "clip" or dtype_of(expr.args[1]) not in ("int32", "int64")):
+        return None
+    return f"qc.f32.{kind}", list(expr.args), {k: v for k, v in attrs.items() if k not in ("axis", "mode")}
+
+
+def _concat(expr: Any) -> Found:
+    return "qc.concat", arguments(expr), {"axis": int(expr.attrs.axis or 0) % len(shape_of(expr))}
+
+
+def _moved(expr: Any) -> Found | None:
+    found = describe(expr)
+    if not isinstance(found, Described) or found.kind not in _MOVEMENT or any(is_const(o) for o in found.operands):
+        return None
+    return f"qc.{found.kind}", found.operands, found.attrs
+
+
+_RULES: dict[str, Callable[[Any], Found | None]] = {
+    **{f"relax.{op}": _pointwise(op.removeprefix("nn.")) for op in _POINTWISE},
+    "relax.clip": _clip,
+    "relax.nn.leakyrelu": _leaky,
+    "relax.broadcast_to": _copy,
+    **{f"relax.{function}": _reduce(function) for function in ("mean", "sum", "max", "min")},
+    **dict.fromkeys(("relax.nn.attention", "relax.nn.attention_bias", "relax.nn.softmax", "relax.nn.layer_norm", "relax.nn.rms_norm", "relax.take"), _alone),
+    **dict.fromkeys(("relax.permute_dims", "relax.strided_slice", "relax.nn.pad"), _moved),
+    "relax.concat": _concat,
+}
