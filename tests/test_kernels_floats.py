@@ -182,7 +182,7 @@ def float_operators() -> tvm.IRModule:
     y = net.add("joined", op.concat([net.add("flat", op.reshape(mixed, (2, 9, 14))), net.add("rest", op.strided_slice(x, [2], [14], [42]))], 2))
     y = net.add("sum", op.add(y, x))
     for name, function in (("gelu", op.nn.gelu), ("silu", op.nn.silu), ("tanh", op.tanh), ("erf", op.erf), ("gelu_tanh", op.nn.gelu_tanh)):
-        y = net.add(name, op.add(net.add(f"{name}~inside", function(y)), x))
+        y = net.add(name, op.add(net.add(f"{name}_inside", function(y)), x))
     y = net.add("rms", op.nn.rms_norm(y, net.random(42), [2], 1e-6))
     p = net.add("soft", op.nn.softmax(net.add("turned", op.permute_dims(y, [0, 2, 1]))))
     return net.done(y, p, net.add("pooled", op.mean(y, [1])), net.add("clipped", op.clip(net.add("high", op.max(y, [2], True)), -1.0, 1.0)))
