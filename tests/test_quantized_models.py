@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 import qcompiler
 from qcompiler.base.errors import PlanError
+from qcompiler.base.value_ids import Naming
 from qcompiler.calibration.data import open_samples
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
@@ -251,7 +252,7 @@ def test_contrib_operators_on_integers() -> None:
     total = net.node("QLinearAdd", [x, s[0], z[0], act, s[1], z[1], s[2], z[2]], domain="com.microsoft")
     pooled = net.node("QLinearGlobalAveragePool", [total, s[2], z[2], s[1], z[1]], channels_last=0, domain="com.microsoft")
     net.node("DequantizeLinear", [pooled, s[1], z[1]], "y")
-    expanded = expand(net.model("y"))
+    expanded = expand(net.model("y"), Naming())
     assert not {n.op_type for n in expanded.graph.node} - {"QuantizeLinear", "DequantizeLinear", "Sigmoid", "Add", "GlobalAveragePool"}
 
     def rounded(real: np.ndarray, scale: float, zero: int) -> np.ndarray:

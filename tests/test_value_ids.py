@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import json
 import re
@@ -182,3 +183,28 @@ def test_exports_right(files: dict[str, Path], tmp_path: Path) -> None:
     assert {in_nasty_words(k): v for k, v in plain.values.items()} == nasty.values and plain.weighted == nasty.weighted > 2
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_exported_network_comes_back(files: dict[str, Path], tmp_path: Path) -> None:
+    """Its tensors have the names that an export made, its integers those that an import would make."""
+    results = []
+    for kind, path in files.items():
+        name = NASTY["input0"] if kind == "nasty" else "input0"
+        exported = tmp_path / f"{kind}.onnx"
+        export_onnx(path, exported, samples(name), preset="fast")
+        assert load(exported).naming.mark == ("~~" if kind == "plain" else "~~~~")
+        with session_of(qcompiler.compile(exported, target="native", calibration=samples(name), preset="fast")) as session:
+            results.append(list(session.run(samples(name)[0]).values()))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def marks(path: Path) -> list[int]:
+    """Lines with a text, or a piece of an f-string, that starts with the mark."""
+    constants = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)]
+    return [n.lineno for n in constants if isinstance(n.value, str) and n.value.startswith("~")]
+
+
+def test_one_file_knows_the_mark(root: Path) -> None:
+    files = [p for folder in ("qcompiler", "passes", "schedules") for p in sorted((root / folder).rglob("*.py"))]
+    assert {p.relative_to(root).as_posix() for p in files if marks(p)} == {"qcompiler/base/value_ids.py"}

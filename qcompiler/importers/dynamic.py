@@ -15,15 +15,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler.base.value_ids import Naming
+
 _PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
 _CONTRIB = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
-def take_back(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
+def take_back(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto, dict[str, str]]:
     """(the model, result of a product of reals -> the operators that it replaces). A model without such operators is returned as it is."""
     if not any(n.op_type == "DynamicQuantizeLinear" or n.op_type in _CONTRIB for n in model.graph.node):
         return model, {}
-    return _Finder(model).run()
+    return _Finder(model, naming).run()
 
 
 @dataclass
@@ -41,15 +43,15 @@ class _Product:
     scale_name: str = ""
     bias: str = ""
 
-    @property
-    def plain(self) -> str:
+    def plain(self, naming: Naming) -> str:
         """The product itself, in front of the bias."""
-        return f"{self.result}~product" if self.bias else self.result
+        return naming.made(self.result, "product") if self.bias else self.result
 
 
 @dataclass
 class _Finder:
     model: onnx.ModelProto
+    naming: Naming
     added: list[onnx.TensorProto] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class _Finder:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         model.graph.initializer.extend(self.added)
-        return model, {p.plain: " and ".join(dict.fromkeys(n.op_type for n in p.gone if n.op_type not in ("Cast", "Mul"))) for p in products}
+        return model, {p.plain(self.naming): " and ".join(dict.fromkeys(n.op_type for n in p.gone if n.op_type not in ("Cast", "Mul"))) for p in products}
 
     def product(self, node: onnx.NodeProto) -> _Product | None:
         inputs = [*node.input, *[""] * 7]
@@ -129,15 +131,17 @@ class _Finder:
         return int(self.tensors[product.weight].dims[0 if product.op == "Conv" else -1])
 
     def written(self, product: _Product) -> list[onnx.NodeProto]:
+        made, plain = self.naming.made, product.plain(self.naming)
         y, channels = product.result, self.channels(product)
         scale = product.scale if product.scale is not None else numpy_helper.to_array(self.tensors[product.scale_name]).astype(np.float32).reshape(-1)
         kind = helper.tensor_dtype_to_np_dtype(self.tensors[product.weight].data_type)
         zero = numpy_helper.to_array(self.tensors[product.zero]).reshape(-1) if product.zero else np.zeros(1, kind)
         several = max(scale.size, zero.size) > 1
-        for name, array in ((f"{y}~scale", scale), (f"{y}~zero", zero)):
+        names = made(y, "scale"), made(y, "zero")
+        for name, array in zip(names, (scale, zero), strict=True):
             self.added.append(numpy_helper.from_array(np.broadcast_to(array, (channels,)).copy() if several else array.reshape(()), name))
         axis = 0 if product.op == "Conv" else len(self.tensors[product.weight].dims) - 1
-        weight = helper.make_node("DequantizeLinear", [product.weight, f"{y}~scale", f"{y}~zero"], [f"{y}~weight"], name=f"{y}~weight", axis=axis)
-        real = helper.make_node(product.op, [product.x, f"{y}~weight"], [product.plain], name=product.node.name or y)
+        weight = helper.make_node("DequantizeLinear", [product.weight, *names], [made(y, "weight")], name=made(y, "weight"), axis=axis)
+        real = helper.make_node(product.op, [product.x, made(y, "weight")], [plain], name=product.node.name or y)
         real.attribute.extend(product.node.attribute)
-        return [weight, real] + ([helper.make_node("Add", [product.plain, product.bias], [y], name=f"{y}~bias")] if product.bias else [])
+        return [weight, real] + ([helper.make_node("Add", [plain, product.bias], [y], name=made(y, "bias"))] if product.bias else [])

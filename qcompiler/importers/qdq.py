@@ -24,9 +24,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from qcompiler.base.value_ids import Naming
 from qcompiler.importers.dynamic import take_back
 from qcompiler.importers.nodes import Refused
-from qcompiler.importers.onnx_file import default_opset
+from qcompiler.importers.onnx_file import default_opset, names
 from qcompiler.importers.qlinear import expand
 from qcompiler.importers.stated import BITS, Parameters, Rounded, check_scale, weight_scales
 from qcompiler.numerics.spec import QParams
@@ -42,16 +43,18 @@ _SMALL = 4096  # elements of the operands of what is computed here: scales, shap
 
 def take_out(model: onnx.ModelProto, requantize: bool = False) -> tuple[onnx.ModelProto, Trained]:
     """(the float network, what was found). A model without quantized arithmetic is returned as it is. Raises Refused for scales that can't be."""
-    model, dynamic = take_back(model)
-    model = expand(model)
+    naming = Naming.beside(names(model))
+    model, dynamic = take_back(model, naming)
+    model = expand(model, naming)
     if not any(n.op_type in PAIR for n in model.graph.node):
         return model, Trained()
-    return _Rewriter(model, dynamic, trained=Trained(requantize=requantize)).run()
+    return _Rewriter(model, naming, dynamic, trained=Trained(requantize=requantize)).run()
 
 
 @dataclass
 class _Rewriter:
     source: onnx.ModelProto
+    naming: Naming
     dynamic: dict[str, str]  # result of a product whose activations are rounded under a scale of their own -> what the file had
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     trained: Trained = field(default_factory=Trained)
@@ -215,9 +218,9 @@ class _Rewriter:
         if self.opset < 11:
             self.emit(helper.make_node("Clip", [x], [y], min=float(low), max=float(high)))
             return
-        names = [f"{y}~low", f"{y}~high"]
-        self.made |= dict(zip(names, (low, high), strict=True))
-        self.emit(helper.make_node("Clip", [x, *names], [y]))
+        bounds = [self.naming.made(y, end) for end in ("low", "high")]
+        self.made |= dict(zip(bounds, (low, high), strict=True))
+        self.emit(helper.make_node("Clip", [x, *bounds], [y]))
 
     # -- every other node ---------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from qcompiler.base.value_ids import Naming
+
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth")
 """Operators that yield elements of their first operand, integers as well as floats."""
 _CONTRIB = "com.microsoft"
@@ -30,16 +32,17 @@ def expands(node: onnx.NodeProto) -> bool:
     return node.op_type in (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat")
 
 
-def expand(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in terms of QuantizeLinear, DequantizeLinear and float operators; itself when it has no integer operators."""
+def expand(model: onnx.ModelProto, naming: Naming) -> onnx.ModelProto:
+    """The model in terms of QuantizeLinear, DequantizeLinear and float operators; itself when it has no integer operators. naming: of the file."""
     if not any(expands(n) for n in model.graph.node) and not any(n.op_type == "QuantizeLinear" for n in model.graph.node):
         return model
-    return _Expander(model).run()
+    return _Expander(model, naming).run()
 
 
 @dataclass
 class _Expander:
     source: onnx.ModelProto
+    naming: Naming
     nodes: list[onnx.NodeProto] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,11 +105,12 @@ class _Expander:
         if not scale:
             self.nodes.append(_made(node, op, operands, y))
             return
-        integer, real = (y, f"{y}~real") if y in self.outputs else (f"{y}~int8", y)
-        self.nodes.append(_made(node, op, operands, f"{y}~exact"))
+        made = self.naming.made
+        integer, real = (y, made(y, "real")) if y in self.outputs else (made(y, "int8"), y)
+        self.nodes.append(_made(node, op, operands, made(y, "exact")))
         parameters = [scale, zero] if zero else [scale]
-        self.nodes.append(helper.make_node("QuantizeLinear", [f"{y}~exact", *parameters], [integer], name=f"{node.name or y}~q"))
-        self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=f"{node.name or y}~dq"))
+        self.nodes.append(helper.make_node("QuantizeLinear", [made(y, "exact"), *parameters], [integer], name=made(node.name or y, "q")))
+        self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=made(node.name or y, "dq")))
         self.integers[y] = (integer, real, scale, zero)
 
     def real(self, node: onnx.NodeProto, index: int, axis: int | None = None) -> str:
@@ -119,20 +123,20 @@ class _Expander:
             if real and self.same(scale, before_scale) and self.same(zero, before_zero):
                 return real
             name = integer
-        result = f"{node.name or node.output[0]}~{len(self.nodes)}"
+        result = self.naming.made(node.name or node.output[0], len(self.nodes))
         parameters = [scale, zero] if zero else [scale]
         self.nodes.append(helper.make_node("DequantizeLinear", [name, *parameters], [result], **({} if axis is None else {"axis": axis})))
         return result
 
     def bias(self, node: onnx.NodeProto, name: str, x_scale: str, w_scale: str) -> str:
         """int32 in units of both scales' product."""
-        scale = f"{node.name or node.output[0]}~bias-scale"
+        scale = self.naming.made(node.name or node.output[0], "bias-scale")
         if x_scale in self.tensors and w_scale in self.tensors:
             product: np.ndarray = numpy_helper.to_array(self.tensors[x_scale]) * numpy_helper.to_array(self.tensors[w_scale])
             self.added.append(numpy_helper.from_array(np.asarray(product, np.float32), scale))
         else:
             self.nodes.append(helper.make_node("Mul", [x_scale, w_scale], [scale], name=scale))
-        result = f"{node.name or node.output[0]}~bias"
+        result = self.naming.made(node.name or node.output[0], "bias")
         self.nodes.append(helper.make_node("DequantizeLinear", [name, scale], [result], axis=0))
         return result
 
