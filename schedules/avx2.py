@@ -16,6 +16,7 @@ from qcompiler.schedules.isa import call, load, scalar, shuffle
 
 BYTES = 32  # of a register
 WORDS = 8  # int32 in a register
+PAIRS = 16  # int16 in a register
 TABLES = 16  # registers of 16 entries that a table of 256 fills
 
 

@@ -223,7 +223,12 @@ def centered(value: Any, zero: Any, lanes: int) -> Any:
     """
     if str(value.ty).startswith("int16"):
         return cast("int32", value, lanes) - splat(zero, lanes)
-    return cast("int32", cast("int16", value, lanes) - splat(T.Cast("int16", zero), lanes), lanes)
+    return cast("int32", centered_bytes(value, zero, lanes), lanes)
+
+
+def centered_bytes(value: Any, zero: Any, lanes: int) -> Any:
+    """`centered` of 8-bit values, as int16."""
+    return cast("int16", value, lanes) - splat(T.Cast("int16", zero), lanes)
 
 
 def round_word(value: Any, lanes: int) -> Any:

@@ -30,7 +30,7 @@ def attention(op: OpCall, target: Target, row: str) -> Kernel:
         def logit(j: Any) -> None:
             T.buffer_store(acc, T.int32(0), [0])
             with T.serial(0, s.size) as c:
-                T.buffer_store(acc, acc[0] + x.query(batch, head, query, c, 1) * x.key(batch, group, j, c, 1), [0])
+                T.buffer_store(acc, acc[0] + T.Cast("int32", x.query(batch, head, query, c, 1)) * T.Cast("int32", x.key(batch, group, j, c, 1)), [0])
             value = x.logit(acc[0], place, limit, j, 1)
             T.buffer_store(k.scratch, value, [line + j])
             largest.add(value)

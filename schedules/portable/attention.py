@@ -20,13 +20,14 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
 from qcompiler.numerics.constants import ATTENTION, MAX_LOGIT, THRESHOLDS, attention_fault, thresholds
+from qcompiler.schedules import avx2
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
     View,
     accumulator,
     cast,
-    centered,
+    centered_bytes,
     load,
     loops,
     make_kernel,
@@ -90,9 +91,9 @@ class Operands:
         self.causal = a.get("causal")
 
     def query(self, row: Any, head: Any, query: Any, channel: Any, lanes: int) -> Any:
-        """int32 of q - z_q."""
+        """int16 of q - z_q: as int32 beside the product, so that LLVM sees 16-bit factors there."""
         at = self.q.at([row, query, head * self.shape.size + (self.columns[0] + channel)])
-        return centered(load(self.q.buffer, at, lanes), self.zeros[0], lanes)
+        return centered_bytes(load(self.q.buffer, at, lanes), self.zeros[0], lanes)
 
     def shared(self, head: Any) -> Any:
         """The head of k and v that a head of q reads."""
@@ -100,11 +101,11 @@ class Operands:
 
     def key(self, row: Any, group: Any, key: Any, channel: Any, lanes: int) -> Any:
         at = self.keys.at([row, key, group * self.shape.size + (self.columns[1] + channel)])
-        return centered(load(self.keys.buffer, at, lanes), self.zeros[1], lanes)
+        return centered_bytes(load(self.keys.buffer, at, lanes), self.zeros[1], lanes)
 
     def value(self, row: Any, group: Any, key: Any, channel: Any, lanes: int) -> Any:
         at = self.values.at([row, key, group * self.shape.value_size + (self.columns[2] + channel)])
-        return centered(load(self.values.buffer, at, lanes), self.zeros[2], lanes)
+        return cast("int32", centered_bytes(load(self.values.buffer, at, lanes), self.zeros[2], lanes), lanes)
 
     def limit(self, row: Any, query: Any) -> Any:
         """How many keys may count, by length and causality: an int32 in [0, T]; None: all."""
@@ -256,15 +257,23 @@ def _pieces(extent: int, lanes: int) -> list[tuple[int, int]]:
 def _logits(x: Operands, place: tuple[Any, Any, Any], queries: list[Any], lines: list[Any], reached: Any) -> None:
     """scratch[line + key] = q . k."""
     (row, head, group), k = place, x.k
-    pieces = _pieces(x.shape.size, max(1, k.width // 2))
+    pieces = _pieces(x.shape.size, avx2.PAIRS if k.avx2 else max(1, k.width // 2))
     loaded = [[T.bind(x.query(row, head, query, c, n)) for c, n in pieces] for query in queries]
     with T.serial(0, reached) as j:
         keys = [T.bind(x.key(row, group, j, c, n)) for c, n in pieces]
         for line, parts in zip(lines, loaded, strict=True):
-            acc: Any = T.int32(0)
-            for (_, n), q, key in zip(pieces, parts, keys, strict=True):
-                acc = acc + (q * key if n == 1 else call("int32", "llvm.vector.reduce.add", q * key))
-            T.buffer_store(k.scratch, acc, [line + j])
+            T.buffer_store(k.scratch, _dot(k, parts, keys, [n for _, n in pieces]), [line + j])
+
+
+def _dot(k: Emitter, q: list[Any], key: list[Any], lanes: list[int]) -> Any:
+    """The sum of products of int16 vectors: vectors of as many lanes are added before their lanes are."""
+    sums: dict[int, Any] = {}
+    for a, b, n in zip(q, key, lanes, strict=True):
+        paired = k.avx2 and n == avx2.PAIRS
+        product, width = (avx2.multiply_pairs(a, b), avx2.WORDS) if paired else (cast("int32", a, n) * cast("int32", b, n), n)
+        sums[width] = product if width not in sums else sums[width] + product
+    totals = [v if n == 1 else call("int32", "llvm.vector.reduce.add", v) for n, v in sums.items()]
+    return sum(totals[1:], totals[0])
 
 
 def _exponentials(x: Operands, place: tuple[Any, Any, Any], limit: Any, line: Any) -> tuple[Any, Any]:
