@@ -235,6 +235,17 @@ def test_batches_and_heads_on_one_axis(tmp_path: Path, masked: bool) -> None:
     assert shape_of(expr) == (BATCH, ROWS, HEADS, DEPTH) and "permute_dims" not in operators(model)
 
 
+def test_softmax_of_old_operator_sets(tmp_path: Path) -> None:
+    """Below set 13 an axis means all axes from there on."""
+    net = OnnxNet(12)
+    x = net.input("x", BATCH, ROWS, WIDTH)
+    q, k, v = three_projections(net, x)
+    p = net.op("Softmax", SCALE(net, net.op("MatMul", q, k)), axis=3)
+    other = net.op("MatMul", net.op("Softmax", net.op("MatMul", q, k), axis=2), v)
+    model = agrees(net.save(tmp_path / "net.onnx", [net.op("MatMul", p, v), other]))
+    assert operators(model).count("softmax") == operators(model).count("attention") == 1
+
+
 def test_images_without_a_batch_axis(tmp_path: Path) -> None:
     """One head over positions: q [S, D]."""
     net = OnnxNet(17)

@@ -38,6 +38,14 @@ def _power(node: Node) -> list[Value] | None:
     return [power if node.dtype(0) == "float32" else relax.op.astype(node.emit("power", power), node.dtype(0))]
 
 
+def _softmax(node: Node) -> list[Value] | None:
+    """Below operator set 13 all axes from `axis` on are one; Relax's importer writes that with reshapes, which the last axis alone doesn't need."""
+    rank = len(node.shape())
+    if node.opset >= 13 or node.axis(int(node.attrs.get("axis", 1)), rank) != rank - 1:
+        return None
+    return [relax.op.nn.softmax(node.tensor(0), rank - 1)]
+
+
 def _by_definition(node: Node) -> list[Value]:
     raise Undefined
 
@@ -102,6 +110,7 @@ CONVERTERS: dict[str, Converter] = {
     "Resize": images.resize,
     "Slice": shapes.slice_,
     "RoiAlign": _roi_align,
+    "Softmax": _softmax,
     "SpaceToDepth": images.space_to_depth,
     "Split": shapes.split,
     "Squeeze": shapes.squeeze,
