@@ -15,6 +15,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import GraphBuilder, const, const_value, is_const, plain, relax_op, shape_of
+from qcompiler.passes.legalize import legalize
 from qcompiler.passes.rewrite import Rewrite
 
 _NUMPY: dict[str, Callable[..., np.ndarray]] = {
@@ -69,5 +70,5 @@ def _evaluate(expr: Any) -> np.ndarray:
         return np.asarray(_NUMPY[op](*arrays))
     builder = GraphBuilder()
     module = builder.finish([("y", builder.emit("y", expr))])
-    built = relax.build(relax.transform.LegalizeOps()(module), "llvm")
+    built = relax.build(legalize(module), "llvm")
     return np.asarray(relax.VirtualMachine(built, tvm.cpu())["main"]()[0].numpy())

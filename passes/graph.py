@@ -19,6 +19,7 @@ from tvm import relax
 
 from qcompiler.base.value_ids import Naming
 
+ANY_TYPE = ("qc.cumulative", "qc.top_k", "qc.scatter", "qc.bitcast")  # operators of ours on any element type, which importers emit where TVM has no kernel
 _CALL_PURE_PACKED = tvm.ir.Op.get("relax.call_pure_packed")
 
 

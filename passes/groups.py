@@ -144,14 +144,14 @@ class _Finder:
         if isinstance(found, str) or dtype_of(expr) != "float32":
             return self.float_group(name, expr, found if isinstance(found, str) else f"there are int8 kernels for float32 tensors only, not {dtype_of(expr)}")
         kind, attrs = found
+        if self.is_constant(x):
+            return self.float_group(name, expr, "the left operand is a constant")
         if weight is None and kind == "dense":
             if len(x.ty.shape) < 2 or len(right.ty.shape) < 2:
                 return self.float_group(name, expr, "a product with a vector has no int8 kernel")
             return self.extend(Group("matmul", name, (name,), _names([x, right]), shape_of(expr)))
         if weight is None:
             return self.float_group(name, expr, "the weights are computed at run time")
-        if self.is_constant(x):
-            return self.float_group(name, expr, "the left operand is a constant")
         formed = kernel_form(weight, kind, attrs.get("groups", 1))
         if isinstance(formed, str):
             return self.float_group(name, expr, formed)

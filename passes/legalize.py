@@ -1,22 +1,26 @@
-"""Relax operators as loops: TVM's legalization, with an attention of our own.
+"""Relax operators as loops: TVM's legalization, with an attention, a maximum and a minimum of our own.
 
 TVM's divides 0 by 0 where a mask of -inf leaves a row without keys; ours yields 0 there, as the kernels of `schedules/` do. Runs last, inside of lowering.
+Its maximum starts from the least finite number, so that nothing but -inf would yield -3.4e38; ours starts from -inf.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tvm
 from tvm import relax, te, tirx, topi
 
+from qcompiler.passes.graph import dtype_of, plain, shape_of
 from qcompiler.passes.kinds import KINDS
 
 
 def legalize(module: tvm.IRModule) -> tvm.IRModule:
     """Every Relax operator as a call of a PrimFunc; `qc.*` calls stay."""
-    return relax.transform.LegalizeOps(customize_legalize_map=dict.fromkeys(KINDS["attention"].relax, _attention))(module)
+    own = {**dict.fromkeys(KINDS["attention"].relax, _attention), "relax.max": _extreme("max"), "relax.min": _extreme("min")}
+    return relax.transform.LegalizeOps(customize_legalize_map=own)(module)
 
 
 def _attention(builder: Any, call: Any) -> Any:
@@ -38,3 +42,30 @@ def _computed(scale: float, q: Any, k: Any, v: Any, bias: Any = None) -> Any:
     total = te.compute(total.shape, lambda *i: tirx.Select(total[i] == tirx.const(0, "float32"), tirx.const(1, "float32"), total[i]))
     mixed = topi.nn.batch_matmul(topi.divide(powers, total), v, transpose_b=False, oshape=[batch * heads, rows, out])
     return topi.transpose(topi.reshape(mixed, [batch, heads, rows, out]), [0, 2, 1, 3])
+
+
+def _extreme(name: str) -> Callable[[Any, Any], Any]:
+    combine, sign = (tirx.max, -1) if name == "max" else (tirx.min, 1)
+
+    def legalization(builder: Any, call: Any) -> Any:
+        x = call.args[0]
+        shape, dtype = shape_of(x), dtype_of(x)
+        axes, keepdims = plain(call.attrs.axis), bool(call.attrs.keepdims)
+        reduced = sorted(range(len(shape)) if axes is None else {int(a) % len(shape) for a in axes})
+        start = tirx.const(sign * math.inf, dtype) if dtype.startswith("float") else (tirx.min_value if sign < 0 else tirx.max_value)(dtype)
+        reducer = te.comm_reducer(lambda a, b: combine(a, b), lambda _: start, name=name)
+        kept = [d for i, d in enumerate(shape) if i not in reduced]
+        result = [1 if i in reduced else d for i, d in enumerate(shape)] if keepdims else kept
+
+        def compute(operand: Any) -> Any:
+            along = [te.reduce_axis((0, shape[a]), name=f"k{a}") for a in reduced]
+
+            def element(*index: Any) -> Any:
+                outer, inner = iter([v for i, v in enumerate(index) if not keepdims or i not in reduced]), iter(along)
+                return reducer(operand(*[next(inner) if i in reduced else next(outer) for i in range(len(shape))]), axis=along)
+
+            return te.compute(result, element, name=name)
+
+        return builder.call_te(compute, x, primfunc_name_hint=name)
+
+    return legalization

@@ -570,3 +570,35 @@ def test_every_operator_has_a_portable_row() -> None:
     ]
     for name in ["quantize", "dequantize", *movement, *compute]:
         assert any(row.isa == "any" for row in KERNELS[f"qc.{name}"]), name
+
+
+ORDERED_TYPES = ["float32", "int64"]
+
+
+@pytest.mark.parametrize("dtype", ORDERED_TYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((37,), 0), ((5, 9, 3), 1), ((4, 6), 1), ((300, 7, 16), 0), ((1, 1, 1), 2)])
+def test_running_sums_and_products(target: Target, dtype: str, shape: tuple[int, ...], axis: int) -> None:
+    x = np.random.default_rng(1).integers(1, 4, shape).astype(dtype)
+    for reduction, exclusive, reverse in [("add", False, False), ("add", True, True), ("mul", False, True), ("mul", True, False)]:
+        check(target, "qc.cumulative", [x], {"axis": axis, "reduction": reduction, "exclusive": exclusive, "reverse": reverse})
+
+
+@pytest.mark.parametrize("dtype", ORDERED_TYPES)
+@pytest.mark.parametrize(("shape", "axis", "k"), [((50,), 0, 50), ((3, 40, 5), 1, 7), ((6, 33), 1, 1), ((2000, 9), 1, 4)])
+@pytest.mark.parametrize("largest", [True, False])
+def test_top_k(target: Target, dtype: str, shape: tuple[int, ...], axis: int, k: int, largest: bool) -> None:
+    """Few distinct values, so that equal ones are told apart by their place; NaN is the largest."""
+    x = np.random.default_rng(2).integers(0, 9, shape).astype(dtype)
+    if dtype == "float32":
+        x.reshape(-1)[::11] = np.nan
+    check(target, "qc.top_k", [x], {"axis": axis, "k": k, "largest": largest})
+
+
+@pytest.mark.parametrize("dtype", ORDERED_TYPES)
+@pytest.mark.parametrize("reduction", ["none", "add", "mul", "max", "min"])
+def test_scatter(target: Target, dtype: str, reduction: str) -> None:
+    """Repeated rows are updated in order; rows that don't exist are left out."""
+    rng = np.random.default_rng(3)
+    for rows, width, count in [(9, 1, 30), (5, 33, 7), (1, 4, 1)]:
+        data, updates = (rng.integers(0, 50, (n, width)).astype(dtype) for n in (rows, count))
+        check(target, "qc.scatter", [data, rng.integers(-2, rows + 2, count), updates], {"reduction": reduction})

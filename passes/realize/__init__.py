@@ -25,7 +25,7 @@ from tvm import relax
 
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.constants import constant_of
-from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
+from qcompiler.passes.graph import ANY_TYPE, Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
@@ -221,7 +221,7 @@ class _Realizer:
 def _is_float(expr: Any) -> bool:
     """False for a layout change that became part of a quantize or dequantize."""
     op = match_op(expr)
-    return op is None or op[0].startswith("qc.f32.")
+    return op is None or op[0].startswith("qc.f32.") or op[0] in ANY_TYPE
 
 
 _QUANTIZE = tvm.ir.Op.get("relax.quantize")

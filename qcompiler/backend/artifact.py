@@ -62,7 +62,10 @@ _EXPORTS = "{ global: qc_*; local: *; };\n"
 
 RUNTIME = Path(__file__).resolve().parent.parent / "runtime" / "cpp"
 COMPILE = ("-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-I.", f"-I{RUNTIME / 'include'}")
-_DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8}  # qc_dtype
+_DTYPES = {  # qc_dtype
+    **{"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8},
+    **{"uint16": 9, "uint32": 10, "uint64": 11},
+}
 
 # /proc/cpuinfo's names -> what the C runtime asks at run time
 _X86_TESTS = {"avx512_vnni": '__builtin_cpu_supports("avx512vnni")'}

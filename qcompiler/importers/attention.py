@@ -12,12 +12,13 @@ from qcompiler.importers.nodes import Node, Refused, Undefined, Value
 from qcompiler.passes.graph import const, shape_of
 
 _IN_ROWS = [0, 2, 1, 3]
+_KNOWN = {"is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision"}  # attributes of operator set 24
 
 
 def attention(node: Node) -> list[Value]:
-    """Operands [B, S, heads * D] or [B, heads, S, D]; several query heads may share a key head. A cache, lengths per sequence, a soft cap and the logits as a
+    """Operands [B, S, heads * D] or [B, heads, S, D]; several query heads may share a key head. A cache, lengths per sequence, windows, a cap and logits as a
     second result are left to the operator's definition."""
-    if any(node.outputs[1:]) or any(node.has(i) for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
+    if set(node.attrs) - _KNOWN or any(node.outputs[1:]) or any(node.has(i) for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
         raise Undefined
     packed = len(node.shape()) == 3
     counts = [int(node.attrs[name]) if packed else node.shape(i)[1] for i, name in ((0, "q_num_heads"), (1, "kv_num_heads"), (1, "kv_num_heads"))]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
 from tvm import relax
 
+from qcompiler.importers.arithmetic import matrix_product
 from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real, window_padding
 from qcompiler.importers.resample import Axis, nearest_indices, weights
-from qcompiler.passes.graph import const
+from qcompiler.passes.graph import const, make_op
 
 LAYOUT = {1: "NCW", 2: "NCHW", 3: "NCDHW"}
 _KERNEL = {1: "OIW", 2: "OIHW", 3: "OIDHW"}
@@ -86,15 +89,11 @@ def conv_transpose(node: Node) -> list[Value]:
     return [_with_bias(node, "conv", product, kernel_shape[1] * groups)]
 
 
-def _pool(node: Node, kind: str) -> list[Value]:
-    """Ceil mode and SAME padding become explicit padding: the end of each axis gets what the last window needs, no more."""
-    if len(node.outputs) > 1 and node.outputs[1]:
-        raise Refused("its second output (Indices) is used; supported: the pooled values only")
+def _window(node: Node) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]:
+    """(kernel, strides, dilations, begin, end, needed) of a pooling node; `needed` is what the last windows need behind each axis, ceil mode included."""
     sizes, kernel, strides, dilations = _geometry(node)
-    rank = len(sizes)
     begin, end = window_padding(node, sizes, kernel, strides, dilations)
-    same = node.text("auto_pad", "NOTSET").startswith("SAME")
-    ceil, include = bool(node.attrs.get("ceil_mode", 0)) and not same, bool(node.attrs.get("count_include_pad", 0))
+    ceil = bool(node.attrs.get("ceil_mode", 0)) and not node.text("auto_pad", "NOTSET").startswith("SAME")
     needed = []
     for n, k, s, d, b, e in zip(sizes, kernel, strides, dilations, begin, end, strict=True):
         span = n + b + e - ((k - 1) * d + 1)
@@ -104,22 +103,78 @@ def _pool(node: Node, kind: str) -> list[Value]:
         if ceil and (count - 1) * s >= n + b:  # a window may not start in the end padding
             count -= 1
         needed.append(max((count - 1) * s + (k - 1) * d + 1 - n - b, 0))
-    x = node.tensor(0)
-    if include and any(w > e for w, e in zip(needed, end, strict=True)):  # declared padding counts, padding by ceil does not
-        widths = [0, 0, 0, 0, *[w for pair in zip(begin, end, strict=True) for w in pair]]
-        x = node.emit("pad", relax.op.nn.pad(x, widths))
-        begin, needed, include = [0] * rank, [w - e if w > e else 0 for w, e in zip(needed, end, strict=True)], False
-    padding = [*begin, *needed]
-    op = getattr(relax.op.nn, f"{kind}_pool{rank}d")
-    return [op(x, kernel, strides, padding, dilations, False, include and any(padding), layout=LAYOUT[rank])]
-
-
-def max_pool(node: Node) -> list[Value]:
-    return _pool(node, "max")
+    return kernel, strides, dilations, begin, end, needed
 
 
 def average_pool(node: Node) -> list[Value]:
-    return _pool(node, "avg")
+    """Ceil mode and SAME padding become explicit padding: the end of each axis gets what the last window needs, no more."""
+    kernel, strides, dilations, begin, end, needed = _window(node)
+    rank, include, x = len(kernel), bool(node.attrs.get("count_include_pad", 0)), node.tensor(0)
+    if include and any(w > e for w, e in zip(needed, end, strict=True)):  # declared padding counts, padding by ceil does not
+        x = node.emit("pad", relax.op.nn.pad(x, _borders(begin, end)))
+        begin, needed, include = [0] * rank, [w - e if w > e else 0 for w, e in zip(needed, end, strict=True)], False
+    padding = [*begin, *needed]
+    op = getattr(relax.op.nn, f"avg_pool{rank}d")
+    return [op(x, kernel, strides, padding, dilations, False, include and any(padding), layout=LAYOUT[rank])]
+
+
+def lp_pool(node: Node) -> list[Value]:
+    """`(sum |x|^p)^(1/p)` over each window: the average with all padding counted, times the size of the window."""
+    kernel, strides, dilations, begin, _, needed = _window(node)
+    p, rank, count = int(node.attrs.get("p", 2)), len(kernel), math.prod(kernel)
+    size = node.emit("size", relax.op.abs(node.tensor(0)))
+    power = size if p == 1 else node.emit("power", relax.op.square(size) if p == 2 else relax.op.power(size, const(np.float32(p))))
+    op = getattr(relax.op.nn, f"avg_pool{rank}d")
+    mean = node.emit("mean", op(power, kernel, strides, [*begin, *needed], dilations, False, True, layout=LAYOUT[rank]))
+    total = relax.op.multiply(mean, const(np.float32(count)))
+    if p == 1:
+        return [total]
+    total = node.emit("total", total)
+    return [relax.op.sqrt(total) if p == 2 else relax.op.power(total, const(np.float32(1 / p)))]
+
+
+def max_pool(node: Node) -> list[Value]:
+    kernel, strides, dilations, begin, _, needed = _window(node)
+    rank = len(kernel)
+    op = getattr(relax.op.nn, f"max_pool{rank}d")
+    pooled = op(node.tensor(0), kernel, strides, [*begin, *needed], dilations, False, False, layout=LAYOUT[rank])
+    if not any(node.outputs[1:]):
+        return [pooled]
+    return [pooled, _places_of_largest(node, kernel, strides, dilations, begin, needed)]
+
+
+def _places_of_largest(node: Node, kernel: list[int], strides: list[int], dilations: list[int], begin: list[int], end: list[int]) -> Value:
+    """int64: where in the whole tensor each window's largest element lies, the first of equal ones."""
+    shape, rank = node.shape(), len(kernel)
+    padded = [n + b + e for n, b, e in zip(shape[2:], begin, end, strict=True)]
+    counts = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(padded, kernel, dilations, strides, strict=True)]
+    x = node.tensor(0) if node.dtype() == "float32" else node.emit("float", relax.op.astype(node.tensor(0), "float32"))
+    x = node.emit("padded", relax.op.nn.pad(x, _borders(begin, end), "constant", -math.inf)) if any([*begin, *end]) else x
+    taps, axes = [], list(range(2, rank + 2))
+    for tap in itertools.product(*map(range, kernel)):
+        first = [t * d for t, d in zip(tap, dilations, strict=True)]
+        last = [f + (c - 1) * s + 1 for f, c, s in zip(first, counts, strides, strict=True)]
+        part = node.emit("part", relax.op.strided_slice(x, axes, first, last, strides))
+        taps.append(node.emit("tap", relax.op.expand_dims(part, rank + 2)))
+    windows = node.emit("windows", relax.op.concat(taps, rank + 2)) if len(taps) > 1 else taps[0]
+    form = [*shape[:2], *counts]
+    best = node.emit("best", make_op("qc.top_k", [windows], {"axis": rank + 2, "k": 1, "largest": True}, [*form, 1], "int64"))
+    order = range(rank) if not node.attrs.get("storage_order", 0) else reversed(range(rank))
+    weight, step = [0] * rank, 1
+    for axis in reversed(list(order)):
+        weight[axis], step = step, step * shape[2 + axis]
+    offsets = [sum(t * d * w for t, d, w in zip(tap, dilations, weight, strict=True)) for tap in itertools.product(*map(range, kernel))]
+    start = np.arange(shape[0] * shape[1]).reshape(*shape[:2], *[1] * rank) * step
+    for axis in range(rank):
+        at = (np.arange(counts[axis]) * strides[axis] - begin[axis]) * weight[axis]
+        start = start + at.reshape([-1 if i == axis + 2 else 1 for i in range(rank + 2)])
+    offset = node.emit("offset", relax.op.take(const(np.asarray(offsets, np.int64)), node.emit("flat", relax.op.reshape(best, form)), 0))
+    return relax.op.add(offset, const(start.astype(np.int64)))
+
+
+def _borders(begin: list[int], end: list[int]) -> list[int]:
+    """Widths for `nn.pad` around the spatial axes."""
+    return [0, 0, 0, 0, *[w for pair in zip(begin, end, strict=True) for w in pair]]
 
 
 def global_pool(reduce: Any) -> Any:
@@ -229,7 +284,7 @@ def _times(node: Node, matrix: np.ndarray, x: Any, axis: int, rank: int) -> Any:
     if axis == rank - 1:
         return relax.op.matmul(x, const(np.ascontiguousarray(matrix.T)))
     if axis == rank - 2:
-        return relax.op.matmul(const(matrix), x)
+        return matrix_product(node, const(matrix), x)
     order = [*[i for i in range(rank) if i != axis], axis]
     moved = node.emit("moved", relax.op.permute_dims(x, order))
     product = node.emit("product", relax.op.matmul(moved, const(np.ascontiguousarray(matrix.T))))

@@ -5,8 +5,8 @@
     DynamicQuantizeLinear(x)     -->   scale and zero point of the least and greatest x, 0 between them, and QuantizeLinear
     MatMulInteger, ConvInteger   -->   the product of int32 numbers
 
-Scales are one per tensor, per index of an axis, or per block of it; constants or computed when the network runs. Types that no kernel stores (4 and 2 bits,
-uint16) are held in the next greater one. None of these values is ever stored in 8 bits by the plan: each is recorded as exact (`passes/trained.py`).
+Scales are one per tensor, per index of an axis, or per block of it; constants or computed when the network runs. Types of 4 and 2 bits
+are held in 8. None of these values is ever stored in 8 bits by the plan: each is recorded as exact (`passes/trained.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qcompiler.importers.stated import BITS, check_scale
 from qcompiler.passes.graph import const, dtype_of, shape_of
 from qcompiler.passes.trained import ATTRIBUTE, EXACT
 
-STORED = {"int2": "int8", "uint2": "uint8", "int4": "int8", "uint4": "uint8", "uint16": "int32"}
-"""How integers of a type without kernels are held."""
+STORED = {"int2": "int8", "uint2": "uint8", "int4": "int8", "uint4": "uint8"}
+"""How integers of fewer than 8 bits are held."""
 
 
 def quantize_linear(node: Node) -> list[Value]:

@@ -118,6 +118,12 @@ class Node:
         """Bind an interior value, named `<id>~<what>`, and return its variable."""
         return self.builder.emit(self.builder.made(self.id, what), expr)
 
+    def variable(self, what: str, value: Value) -> Any:
+        """A value as a Relax variable or constant: an expression is bound first."""
+        if isinstance(value, np.ndarray):
+            return const(real(value))
+        return value if isinstance(value, relax.Var) else self.emit(what, value)
+
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
         """`x` in another static shape: an array for an array, the same variable when nothing changes."""
         target = tuple(int(d) for d in shape)

@@ -155,5 +155,5 @@ def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def default_opset(model: onnx.ModelProto) -> int:
-    """The version of the standard operator set that a model uses."""
-    return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    """The version of the standard operator set that a model uses; any will do for one that uses none."""
+    return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), UPGRADED)

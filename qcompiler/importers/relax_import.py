@@ -23,6 +23,7 @@ from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
+from qcompiler.importers.control import renamed
 from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real
 from qcompiler.passes.graph import relax_op, shape_of, substitute
 
@@ -41,9 +42,9 @@ def convert_with_relax(node: Node) -> list[Value]:
             module = from_onnx(model, opset=node.opset, sanitize_input_names=False)
     except Exception as error:  # the importer raises whatever its converters raise
         text = str(error).strip().splitlines()
-        raise Refused(f"TVM's importer can't convert it: {text[-1] if text else type(error).__name__}") from error
+        raise Refused(f"no conversion exists for it as it stands here: {text[-1] if text else type(error).__name__}") from error
     if any(str(v.name_hint) != "main" for v in module.get_global_vars()):
-        raise Refused("TVM's importer converts it to loops instead of Relax operators")
+        raise Refused("no conversion exists for it as it stands here: it would become loops")
     variables = {f"i{i}": v for i, v in enumerate(node.inputs) if v is not None and not isinstance(v, np.ndarray)}
     return list(_copied(node, module["main"], variables))
 
@@ -117,31 +118,49 @@ def _in_bounds(expr: Any) -> Any:
     return relax.op.take(*expr.args, axis=None if expr.attrs.axis is None else int(expr.attrs.axis), mode="clip")
 
 
+def defined(op: str, opset: int, domain: str) -> Any:
+    """The schema of an operator that the ONNX standard defines in terms of others; None of any other operator."""
+    try:
+        schema = onnx.defs.get_schema(op, opset, domain)
+    except onnx.defs.SchemaError:
+        return None
+    return schema if schema.has_function or schema.has_context_dependent_function else None
+
+
 def definition(node: Node) -> list[onnx.NodeProto] | None:
     """The nodes that define this operator in terms of others (its "function body" in the ONNX standard); None when it has none.
 
     Tensors of the returned nodes are called as in the source for the node's operands and results, `<id>~<name>` inside.
     """
-    try:
-        schema = onnx.defs.get_schema(node.op, node.opset, node.domain)
-    except onnx.defs.SchemaError:
-        return None
-    if not (schema.has_function or schema.has_context_dependent_function):
+    schema = defined(node.op, node.opset, node.domain)
+    if schema is None:
         return None
     model = single_node_model(node)
     try:
-        inlined = onnx.inliner.inline_selected_functions(model, [(node.domain, node.op)], inline_schema_functions=True)
+        if all(model.graph.node[0].input):
+            inlined = onnx.inliner.inline_selected_functions(model, [(node.domain, node.op)], inline_schema_functions=True)
+        else:  # the call above asks for the types of operands that are left out
+            inlined = onnx.inliner.inline_local_functions(_with_function(model, schema))
     except Exception as error:
-        raise Refused(f"its definition can't be expanded: {error}") from error
+        raise Refused("its definition, as the ONNX package has it, can't be expanded for these operands") from error
     if any(p.op_type == node.op for p in inlined.graph.node):
         return None
     names = {f"i{i}": name for i, name in enumerate(node.proto.input)} | {f"o{i}": name for i, name in enumerate(node.proto.output)}
-    for proto in inlined.graph.node:
-        for tensors in (proto.input, proto.output):
-            for i, name in enumerate(tensors):
-                if name:
-                    tensors[i] = names.setdefault(name, node.builder.naming.made(node.id, name))
-    return list(inlined.graph.node)
+    for name in (n for proto in inlined.graph.node for n in [*proto.input, *proto.output] if n):
+        names.setdefault(name, node.builder.naming.made(node.id, name))
+    return [renamed(proto, names) for proto in inlined.graph.node]
+
+
+def _with_function(model: onnx.ModelProto, schema: Any) -> onnx.ModelProto:
+    """The model with its one node's definition as a local function."""
+    proto = model.graph.node[0]
+    if schema.has_context_dependent_function:
+        types = {v.name: v.type.SerializeToString() for v in model.graph.input}
+        body = schema.get_context_dependent_function(proto.SerializeToString(), [types.get(name, b"") for name in proto.input])
+        model.functions.append(onnx.FunctionProto.FromString(body))
+    else:
+        model.functions.append(schema.function_body)
+    return model
 
 
 def check_static(var: Any) -> None:
@@ -156,6 +175,6 @@ def check_static(var: Any) -> None:
             shape = None
         if shape is None:
             raise Refused("the shape of its result depends on data; supported: operators whose shapes are known when compiling")
-        if any(d < 1 for d in shape):
-            raise Refused(f"its result is empty (shape {list(shape)}). Is the input too small for this network?")
+        if any(d < 0 for d in shape):
+            raise Refused(f"its result has the shape {list(shape)}. Is the input too small for this network?")
         check_bytes("its result", shape)

@@ -32,7 +32,8 @@ class Axis:
             case "pytorch_half_pixel":
                 return (i + 0.5) / self.scale - 0.5 if self.out > 1 else np.zeros_like(i)
             case "align_corners":
-                return i * (self.size - 1) / (self.out - 1) if self.out > 1 else np.zeros_like(i)
+                length = self.scale * self.size  # not rounded: with scales, the last element may lie before the border
+                return i * (self.size - 1) / (length - 1) if self.out > 1 else np.zeros_like(i)
             case "asymmetric":
                 return i / self.scale
             case "tf_crop_and_resize":

@@ -65,7 +65,7 @@ def transpose(node: Node) -> list[Value]:
 
 def concat(node: Node) -> list[Value]:
     axis = node.axis(int(node.attrs.get("axis", 1)), len(node.shape()))
-    parts = [node.tensor(i) for i in range(len(node.inputs)) if node.shape(i)[axis] > 0]
+    parts = [node.tensor(i) for i in range(len(node.inputs)) if node.shape(i)[axis] > 0] or [node.tensor(0)]
     return [parts[0] if len(parts) == 1 else relax.op.concat(parts, axis)]
 
 
@@ -76,12 +76,15 @@ def split(node: Node) -> list[Value]:
     if sizes is None:
         each = -(-shape[axis] // count)
         sizes = [each] * (count - 1) + [shape[axis] - each * (count - 1)]
-    if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 1:
+    if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 0:
         raise Refused(f"an axis of {shape[axis]} can't be split into {sizes}")
-    if count == 1:
-        return [node.inputs[0]]
-    parts = node.emit("split", relax.op.split(node.tensor(0), [int(v) for v in np.cumsum(sizes)[:-1]], axis))
-    return [relax.TupleGetItem(parts, i) for i in range(count)]
+    empty = np.zeros([0 if i == axis else d for i, d in enumerate(shape)], node.dtype())
+    filled = [s for s in sizes if s > 0]
+    if len(filled) < 2:
+        return [node.inputs[0] if s else empty for s in sizes]
+    parts = node.emit("split", relax.op.split(node.tensor(0), [int(v) for v in np.cumsum(filled)[:-1]], axis))
+    items = iter(range(len(filled)))
+    return [relax.TupleGetItem(parts, next(items)) if s else empty for s in sizes]
 
 
 def slice_(node: Node) -> list[Value]:
@@ -91,10 +94,11 @@ def slice_(node: Node) -> list[Value]:
     axes = node.axes("axes", 3, len(shape)) or list(range(len(starts)))
     steps = node.param("steps", 4) or [1] * len(starts)
     x, used, begin, end, strides = node.tensor(0), [], [], [], []
-    for a, first, last, step in zip(axes, starts, ends, steps, strict=True):
-        indices = range(*slice(first, last, step).indices(shape[a]))
-        if len(indices) == 0:
-            raise Refused(f"it yields an empty tensor (axis {a} of {shape[a]}, from {first} to {last})")
+    ranges = [range(*slice(first, last, step).indices(shape[a])) for a, first, last, step in zip(axes, starts, ends, steps, strict=True)]
+    if any(len(indices) == 0 for indices in ranges):
+        lengths = dict(zip(axes, map(len, ranges), strict=True))
+        return [np.zeros([lengths.get(a, d) for a, d in enumerate(shape)], node.dtype())]
+    for a, indices, step in zip(axes, ranges, steps, strict=True):
         low = indices[0]
         if step < 0:
             x, low = node.emit("flip", relax.op.flip(x, a)), shape[a] - 1 - indices[0]
@@ -159,8 +163,19 @@ def expand(node: Node) -> list[Value]:
 
 
 def tile(node: Node) -> list[Value]:
+    """A broadcast along axes of repetitions: read as `x[i % n]`, LLVM's vectors run past the end of x."""
     repeats = node.param("repeats", 1) or []
-    return [node.inputs[0] if all(r == 1 for r in repeats) else relax.op.tile(node.tensor(0), repeats)]
+    shape = node.shape()
+    if len(repeats) != len(shape) or min(repeats, default=0) < 0:
+        raise Refused(f"repeats {repeats} are not {len(shape)} non-negative numbers")
+    result = [d * r for d, r in zip(shape, repeats, strict=True)]
+    if result == list(shape):
+        return [node.inputs[0]]
+    if 0 in result:
+        return [np.zeros(result, node.dtype())]
+    once = node.emit("once", relax.op.reshape(node.tensor(0), [d for n, r in zip(shape, repeats, strict=True) for d in ((n,) if r == 1 else (1, n))]))
+    often = [d for n, r in zip(shape, repeats, strict=True) for d in ((n,) if r == 1 else (r, n))]
+    return [relax.op.reshape(node.emit("often", relax.op.broadcast_to(once, often)), result)]
 
 
 def cast(node: Node) -> list[Value]:
@@ -172,23 +187,49 @@ def cast(node: Node) -> list[Value]:
     return [node.inputs[0] if node.dtype() == target else relax.op.astype(node.tensor(0), target)]
 
 
-def reduction(reduce: Callable[..., Any]) -> Callable[[Node], list[Value]]:
+def reduced_axes(node: Node) -> list[int]:
+    """The axes that a Reduce* sums over, in order; none where empty axes mean that each element stands for itself."""
+    rank = len(node.shape())
+    axes = node.axes("axes", 1, rank)
+    return sorted(axes) if axes else [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
+
+
+_Unary = Callable[[Any], Any]
+
+
+def reduction(reduce: Callable[..., Any], before: _Unary | None = None, after: _Unary | None = None) -> Callable[[Node], list[Value]]:
+    """`after(reduce(before(x)))`. Bool is reduced as bytes."""
+
     def convert(node: Node) -> list[Value]:
-        rank = len(node.shape())
-        axes = node.axes("axes", 1, rank)
-        if not axes and node.attrs.get("noop_with_empty_axes", 0):
-            return [node.inputs[0]]
-        return [reduce(node.tensor(0), sorted(axes) if axes else list(range(rank)), bool(node.attrs.get("keepdims", 1)))]
+        axes, keepdims = reduced_axes(node), bool(node.attrs.get("keepdims", 1))
+        x = node.tensor(0) if before is None else before(node.tensor(0))
+        if not axes:
+            return [node.inputs[0] if before is None and after is None else x if after is None else after(x if before is None else node.emit("each", x))]
+        if before is not None or after is not None:
+            found = reduce(x if before is None else node.emit("each", x), axes, keepdims)
+            return [found if after is None else after(node.emit("reduced", found))]
+        if node.dtype() != "bool":
+            return [reduce(x, axes, keepdims)]
+        found = reduce(node.emit("bytes", relax.op.astype(x, "uint8")), axes, keepdims)
+        return [relax.op.astype(node.emit("reduced", found), "bool")]
 
     return convert
 
 
-def cumsum(node: Node) -> list[Value]:
-    axis = node.axis((node.param("axis", 1) or [0])[0], len(node.shape()))
-    reverse, exclusive = bool(node.attrs.get("reverse", 0)), bool(node.attrs.get("exclusive", 0))
-    x = node.emit("flip", relax.op.flip(node.tensor(0), axis)) if reverse else node.tensor(0)
-    total = relax.op.cumsum(x, axis=axis, dtype=node.dtype(), exclusive=exclusive)
-    return [relax.op.flip(node.emit("sum", total), axis) if reverse else total]
+def log_sum_exp(node: Node) -> list[Value]:
+    """With the largest element taken out, so that nothing overflows; unless that is infinite."""
+    axes, keepdims = reduced_axes(node), bool(node.attrs.get("keepdims", 1))
+    if not axes:
+        return [node.inputs[0]]
+    x, zero = node.tensor(0), const(np.float32(0))
+    most = node.emit("most", relax.op.max(x, axes, True))
+    finite = node.emit("finite", relax.op.less(node.emit("size", relax.op.abs(most)), const(np.float32(np.inf))))
+    shift = node.emit("shift", relax.op.where(finite, most, zero))
+    powers = node.emit("powers", relax.op.exp(node.emit("shifted", relax.op.subtract(x, shift))))
+    logarithm = node.emit("logarithm", relax.op.log(node.emit("total", relax.op.sum(powers, axes, keepdims))))
+    if not keepdims:
+        shift = node.emit("flat", relax.op.reshape(shift, [d for i, d in enumerate(node.shape()) if i not in axes]))
+    return [relax.op.add(logarithm, shift)]
 
 
 def einsum(node: Node) -> list[Value]:

@@ -253,6 +253,46 @@ def gather(
     return requantize(table[index].astype(np.int32) - table_zero_point, factor, zero_point, low, high, out_dtype or "int8")
 
 
+# -- of any element type: elements that depend on one another in order ------------------------------------------------------------------
+
+
+def cumulative(x: Array, *, axis: int, reduction: str, exclusive: bool, reverse: bool) -> Array:
+    """Running sum ("add") or product ("mul") along `axis`, one element after the other in the type of `x`; exclusive: without the element itself."""
+    lines = np.moveaxis(x, axis, 0)[:: -1 if reverse else 1]
+    result, combine = np.empty_like(lines), np.multiply if reduction == "mul" else np.add
+    result[0] = (reduction == "mul") if exclusive else lines[0]
+    for i in range(1, len(lines)):
+        result[i] = combine(result[i - 1], lines[i - 1 if exclusive else i])
+    return np.ascontiguousarray(np.moveaxis(result[:: -1 if reverse else 1], 0, axis))
+
+
+def top_k(x: Array, *, axis: int, k: int, largest: bool) -> Array:
+    """int64: where along `axis` the k largest (smallest) elements are, best first; of equal ones the first comes first. NaN counts as the largest."""
+    lines = np.moveaxis(x, axis, -1)
+    length = lines.shape[-1]
+    ascending = np.argsort(lines if not largest else lines[..., ::-1], axis=-1, kind="stable")  # backwards twice keeps the order of equal ones
+    order = length - 1 - ascending[..., ::-1] if largest else ascending
+    return np.ascontiguousarray(np.moveaxis(order[..., :k], -1, axis)).astype(np.int64)
+
+
+def scatter_rows(data: Array, indices: Array, updates: Array, *, reduction: str) -> Array:
+    """`data` [R, W] with row `indices[m]` (int64 [M]) replaced by, or combined with, row m of `updates` [M, W], in order; rows outside of `data` are left out.
+
+    reduction: "none", "add", "mul", "max" or "min".
+    """
+    combine: Callable[[Array, Array], Array] = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}.get(reduction, lambda old, new: new)
+    result = data.copy()
+    for row, update in zip(indices.tolist(), updates, strict=True):
+        if 0 <= row < len(result):
+            result[row] = combine(result[row], update)
+    return result
+
+
+def bitcast(x: Array, *, dtype: str) -> Array:
+    """The same bytes as elements of another type of the same width."""
+    return np.ascontiguousarray(x).view(dtype)
+
+
 # -- float groups, for tests with a tolerance -----------------------------------------------------------------------------------------
 
 
@@ -317,6 +357,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.slice": slice_,
     "qc.pad": pad,
     "qc.gather": gather,
+    "qc.cumulative": cumulative,
+    "qc.top_k": top_k,
+    "qc.scatter": scatter_rows,
+    "qc.bitcast": bitcast,
     "qc.f32.conv2d": f32_conv2d,
     "qc.f32.dense": f32_dense,
     "qc.f32.dense_weight_only": f32_dense_weight_only,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
-from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, offset_of, recode, splat, task_count, view
+from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, offset_of, recode, splat, task_count, vector, view
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.elementwise import constants_of, tasks_of
 from qcompiler.schedules.portable.nest import elementwise
@@ -132,6 +132,16 @@ def concat(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op))
 
 
+def bitcast(op: OpCall, target: Target, row: str) -> Kernel:
+    """The bits of each element, as the output's type."""
+
+    def emit(k: Emitter) -> None:
+        elementwise(k, k.operands(), view(k.output, op.output), lambda x, n: T.reinterpret(vector(op.output.dtype, n), x[0]))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
+
+
+portable("qc.bitcast", bitcast, own_channels=True)
 portable("qc.copy", copy, own_channels=True)
 portable("qc.fill_halo", fill_halo)
 portable("qc.reshape", reshape, dense=True)

@@ -28,7 +28,8 @@ struct Type {
 
 inline const std::vector<Type>& types() {
   static const std::vector<Type> all = {{QC_FLOAT32, "f4", 4}, {QC_INT8, "i1", 1},    {QC_UINT8, "u1", 1}, {QC_INT32, "i4", 4},  {QC_INT64, "i8", 8},
-                                        {QC_BOOL, "b1", 1},    {QC_FLOAT64, "f8", 8}, {QC_INT16, "i2", 2}, {QC_FLOAT16, "f2", 2}};
+                                        {QC_BOOL, "b1", 1},    {QC_FLOAT64, "f8", 8}, {QC_INT16, "i2", 2}, {QC_FLOAT16, "f2", 2},
+                                        {QC_UINT16, "u2", 2},  {QC_UINT32, "u4", 4},  {QC_UINT64, "u8", 8}};
   return all;
 }
 

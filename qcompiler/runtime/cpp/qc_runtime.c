@@ -96,7 +96,7 @@ static int32_t find(const qc_tensor_info* infos, int32_t count, const char* name
 }
 
 static size_t alignment_of(qc_dtype dtype) {
-  static const size_t bytes[] = {4, 1, 1, 4, 8, 1, 8, 2, 2};
+  static const size_t bytes[] = {4, 1, 1, 4, 8, 1, 8, 2, 2, 2, 4, 8};
   return bytes[dtype];
 }
 

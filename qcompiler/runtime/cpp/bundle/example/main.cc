@@ -30,6 +30,9 @@ static void set(qcompiler::Tensor input) {
     case QC_INT8: return input.copy_from(fill<std::int8_t>(input.size()));
     case QC_UINT8: return input.copy_from(fill<std::uint8_t>(input.size()));
     case QC_INT16: return input.copy_from(fill<std::int16_t>(input.size()));
+    case QC_UINT16: return input.copy_from(fill<std::uint16_t>(input.size()));
+    case QC_UINT32: return input.copy_from(fill<std::uint32_t>(input.size()));
+    case QC_UINT64: return input.copy_from(fill<std::uint64_t>(input.size()));
     case QC_INT32: return input.copy_from(fill<std::int32_t>(input.size()));
     case QC_INT64: return input.copy_from(fill<std::int64_t>(input.size()));
     default: input.raw_data();  // zeros

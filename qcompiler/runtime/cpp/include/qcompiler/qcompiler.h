@@ -45,7 +45,10 @@ typedef enum qc_status {
   QC_ERROR_GPU = 10       /**< the GPU failed during a run: outputs are undefined, and after most such failures so is every session of this process */
 } qc_status;
 
-typedef enum qc_dtype { QC_FLOAT32 = 0, QC_INT8 = 1, QC_UINT8 = 2, QC_INT32 = 3, QC_INT64 = 4, QC_BOOL = 5, QC_FLOAT64 = 6, QC_INT16 = 7, QC_FLOAT16 = 8 } qc_dtype;
+typedef enum qc_dtype {
+  QC_FLOAT32 = 0, QC_INT8 = 1, QC_UINT8 = 2, QC_INT32 = 3, QC_INT64 = 4, QC_BOOL = 5, QC_FLOAT64 = 6, QC_INT16 = 7, QC_FLOAT16 = 8,
+  QC_UINT16 = 9, QC_UINT32 = 10, QC_UINT64 = 11
+} qc_dtype;
 
 /** A network input or output: row-major, dense, static shape. */
 typedef struct qc_tensor_info {

@@ -43,6 +43,9 @@ constexpr qc_dtype dtype_of() {
   else if constexpr (std::is_same_v<U, std::int16_t>) return QC_INT16;
   else if constexpr (std::is_same_v<U, std::int32_t>) return QC_INT32;
   else if constexpr (std::is_same_v<U, std::int64_t>) return QC_INT64;
+  else if constexpr (std::is_same_v<U, std::uint16_t>) return QC_UINT16;
+  else if constexpr (std::is_same_v<U, std::uint32_t>) return QC_UINT32;
+  else if constexpr (std::is_same_v<U, std::uint64_t>) return QC_UINT64;
   else if constexpr (std::is_same_v<U, bool>) return QC_BOOL;
   else if constexpr (std::is_same_v<U, double>) return QC_FLOAT64;
   else static_assert(!sizeof(U), "element type without a qc_dtype; use bytes() and raw_data()");
