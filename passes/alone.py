@@ -12,6 +12,12 @@ from qcompiler.passes.kinds import KINDS
 _KIND = {op: kind.name for kind in KINDS.values() if kind.alone for op in kind.relax}
 
 
+def attention_scale(call: Any) -> float:
+    """What a `relax.nn.attention` multiplies its logits with; Relax's default is the inverse root of the queries' width."""
+    scale = call.attrs.scale
+    return shape_of(call.args[0])[-1] ** -0.5 if scale is None else float(scale.value)
+
+
 def describe_alone(expr: Any) -> dict[str, Any] | None:
     """kind, attrs, weight and bias of a call; None for other operators, and where what should be constant isn't (or the other way round)."""
     kind = _KIND.get(str(relax_op(expr)))
@@ -21,8 +27,8 @@ def describe_alone(expr: Any) -> dict[str, Any] | None:
     constants = [const_value(v) if is_const(v) else None for v in expr.args]
     match kind:
         case "attention":
-            fits = all(c is None for c in constants[:3])
-            found: dict[str, Any] = {"attrs": {"scale": float(a.scale.value)}, "weight": constants[3] if len(constants) > 3 else None}
+            fits = all(c is None for c in constants[:3]) and a.causal_mask is None and a.window_size is None
+            found: dict[str, Any] = {"attrs": {"scale": attention_scale(expr)}, "weight": constants[3] if len(constants) > 3 else None}
         case "softmax":
             fits, found = constants[0] is None, {"attrs": {"axis": int(a.axis) % rank}}
         case "take":

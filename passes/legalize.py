@@ -13,6 +13,7 @@ from typing import Any
 import tvm
 from tvm import relax, te, tirx, topi
 
+from qcompiler.passes.alone import attention_scale
 from qcompiler.passes.graph import dtype_of, plain, shape_of
 from qcompiler.passes.kinds import KINDS
 
@@ -24,7 +25,9 @@ def legalize(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def _attention(builder: Any, call: Any) -> Any:
-    scale = float(call.attrs.scale.value)
+    if call.attrs.causal_mask is not None or call.attrs.window_size is not None:  # which none of our passes writes
+        return call.op.get_attr("FLegalize")(builder, call)
+    scale = attention_scale(call)
     return builder.call_te(lambda *operands: _computed(scale, *operands), *call.args, primfunc_name_hint="attention")
 
 

@@ -62,8 +62,9 @@ class OnnxNet:
 
     def proto(self, outputs: Sequence[str]) -> onnx.ModelProto:
         infos = [helper.make_empty_tensor_value_info(o) for o in outputs]
+        domains = sorted({n.domain for n in self.nodes if n.domain})
         graph = helper.make_graph(self.nodes, "net", self.inputs, infos, self.initializers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in domains)], ir_version=8)
         return onnx.shape_inference.infer_shapes(model) if all(not n.domain for n in self.nodes) else model
 
     def save(self, path: Path, outputs: Sequence[str]) -> Path:
