@@ -33,7 +33,7 @@ import numpy as np
 from tflite_model import tflite_model
 
 from qcompiler.backend.artifact import find_compiler
-from qcompiler.backend.build import build, session_of
+from qcompiler.backend.build import build
 from qcompiler.backend.bundle import SOURCES
 from qcompiler.base.targets import find_target
 from qcompiler.base.text import table
@@ -125,8 +125,8 @@ class Counter:
 
 def litert_file(compilation: Compilation, sample: Any) -> bytes:
     """The integer network as a LiteRT model; the scale of its output holds that of `sample`."""
-    with session_of(compilation.artifact) as session:
-        (output,) = session.run(sample).values()
+    session = compilation.built.session()
+    (output,) = session.run(sample).values()
     return tflite_model(compilation.integer, float(np.abs(output).max()) * 1.25 / 127)
 
 

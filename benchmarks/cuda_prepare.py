@@ -104,7 +104,6 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
 
     import qcompiler
     from qcompiler.backend.build import build
-    from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
     from qcompiler.calibration.data import open_samples
     from qcompiler.importers.model import load
@@ -116,7 +115,7 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     images = np.concatenate([sample[port.name] for sample in itertools.islice(singles, IMAGES)])
     samples = [{port.name: batch_of(images, batch, i)} for i in (0, 1)]
     shapes: Any = {port.name: shape}
-    integer = quantize(network.model, target, samples, Dumper(), preset="fast", input_shapes=shapes, progress=progress).integer
+    integer = quantize(network.model, target, samples, preset="fast", input_shapes=shapes, progress=progress).integer
     name = f"{network.name}-{batch}"
     build(integer, target, "generate gpu code", progress=progress).link().save(folder / f"{name}.so")
     on_cpu = qcompiler.load(build(integer, find_target("native"), "generate cpu code", progress=progress).link().save(folder / "cpu.so"))

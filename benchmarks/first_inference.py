@@ -70,14 +70,13 @@ def once(arguments: list[str]) -> dict[str, float]:
 def prepare(network: networks.Network, folder: Path, threads: int) -> dict[str, list[str]]:
     """{candidate: arguments of its process}: compiles, quantizes, and lets OpenVINO fill its cache and export its blob."""
     from qcompiler.backend.build import build
-    from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
     from qcompiler.pipeline.compile import quantize
 
     target = find_target("native")
-    stages = quantize(network.model, target, network.calibration(), Dumper(), preprocess=network.preprocess, preset="fast")
-    library = build(stages.integer, target, "int8").link().save(folder / "int8.so")
-    samples = [sample for sample, _ in zip(stages.measured.samples, range(8), strict=False)]
+    quantized = quantize(network.model, target, network.calibration(), preprocess=network.preprocess, preset="fast")
+    library = build(quantized.integer, target, "int8").link().save(folder / "int8.so")
+    samples = [sample for sample, _ in zip(quantized.job.samples, range(8), strict=False)]
     np.savez(folder / "inputs.npz", **samples[0])
     data, cache = str(folder / "inputs.npz"), str(folder / "cache")
     found = {"ours": ["ours", str(library), data, str(threads), cache]}

@@ -37,7 +37,7 @@ def step_seconds(libraries: list[Path], inputs: dict[str, Any], threads: int, ro
     return least
 
 
-def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) -> tuple[set[str], list[Any]]:
+def confirmed(quantized: Any, target: Any, log: Path, threads: int, rounds: int) -> tuple[set[str], list[Any]]:
     """The workloads of this network, and the records of `log` that make its steps faster by more than `GAIN` says: with the ratios found here."""
     import dataclasses
 
@@ -45,8 +45,8 @@ def confirmed(stages: Any, target: Any, log: Path, threads: int, rounds: int) ->
     from qcompiler.backend.tuning_log import Tuned, key_of, workload_of
 
     tuned = Tuned(target, log, None)
-    plain, fast = build(stages.integer, target, "default"), build(stages.integer, target, "tuned", tuned)
-    inputs = next(iter(stages.measured.samples))
+    plain, fast = build(quantized.integer, target, "default"), build(quantized.integer, target, "tuned", tuned)
+    inputs = next(iter(quantized.job.samples))
     with tempfile.TemporaryDirectory() as name:
         libraries = [built.link().save(Path(name) / f"{i}.so") for i, built in enumerate((plain, fast))]
         ways = [step_seconds(libraries, inputs, count, rounds) for count in sorted({1, threads})]
@@ -78,7 +78,6 @@ def main() -> int:
     options = parser.parse_args()
 
     from qcompiler.backend.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
-    from qcompiler.base.debug import Dumper
     from qcompiler.base.targets import find_target
     from qcompiler.pipeline.compile import quantize
     from qcompiler.tuning.search import check_arguments, tune_module
@@ -90,13 +89,13 @@ def main() -> int:
     kept: list[Any] = []
     for network in networks.chosen(options):
         print(network.name, file=sys.stderr)
-        stages = quantize(network.model, target, network.calibration(), Dumper(), preprocess=network.preprocess, preset="fast")
+        quantized = quantize(network.model, target, network.calibration(), preprocess=network.preprocess, preset="fast")
         if options.time_limit > 0:
             with opened(options.log, isa_of(target)) as writer:
-                state = tune_module(stages.integer, target, writer, read_file(writer.path), 10**9, options.time_limit, options.threads)
+                state = tune_module(quantized.integer, target, writer, read_file(writer.path), 10**9, options.time_limit, options.threads)
             print(f"  {state.measured} variants measured; {state.stopped}", file=sys.stderr)
             assert not state.wrong, state.wrong
-        workloads, records = confirmed(stages, target, options.log, options.threads, options.rounds)
+        workloads, records = confirmed(quantized, target, options.log, options.threads, options.rounds)
         covered |= workloads
         kept += records
     before = read_log(output) if any(output.glob("*.jsonl")) else []

@@ -42,20 +42,19 @@ class Prepared:
     ) -> None:
         from qcompiler.backend.build import build
         from qcompiler.backend.tuning_log import Tuned
-        from qcompiler.base.debug import Dumper
         from qcompiler.pipeline.compile import quantize
         from qcompiler.pipeline.stages import compile_float
 
         self.network, self.target, self.tflite = network, target, tflite
         wanted = [c for c in CANDIDATES if c not in without]
         options: Any = {"preprocess": network.preprocess, "preset": "fast", "progress": progress}
-        stages = quantize(network.model, self.target, network.calibration(), Dumper(), **options)
-        self.samples = list(itertools.islice(stages.measured.samples, CALIBRATION))
+        quantized = quantize(network.model, self.target, network.calibration(), **options)
+        self.samples = list(itertools.islice(quantized.job.samples, CALIBRATION))
         self.libraries: dict[str, Path] = {}
         logs = {OURS: None, "int8 tuned": tuning_log}
         for name in [n for n in logs if n in wanted and (n == OURS or tuning_log is not None)]:
             tuned = Tuned(self.target, logs[name])
-            built = build(stages.integer, self.target, f"generate {name} code", tuned, progress=progress)
+            built = build(quantized.integer, self.target, f"generate {name} code", tuned, progress=progress)
             self.libraries[name] = built.link().save(folder / f"{name}.so")
             keys = sum(s.row is not None and bool(s.params) for s in built.program.steps)
             print(f"{network.name}, {name}: {keys} steps with tunables, {len(tuned.used)} of their workloads in a log", file=sys.stderr)

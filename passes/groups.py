@@ -17,6 +17,7 @@ exactly one group; `float` groups hold what has no int8 form.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,8 +76,17 @@ class Group:
 
 
 def find_groups(module: tvm.IRModule) -> list[Group]:
-    """The groups of a canonical float module or of a QDQ module, in execution order."""
-    return _Finder(Graph.of(module)).run()
+    """The groups of a canonical float module or of a QDQ module, in execution order. They are found once for every module, and shared: their arrays are
+    read-only."""
+    if module not in _FOUND:
+        groups = _Finder(Graph.of(module)).run()
+        for array in [a for g in groups for a in (g.weight, g.weight_scale, g.bias) if a is not None]:
+            array.flags.writeable = False
+        _FOUND[module] = tuple(groups)
+    return list(_FOUND[module])
+
+
+_FOUND: weakref.WeakKeyDictionary[tvm.IRModule, tuple[Group, ...]] = weakref.WeakKeyDictionary()
 
 
 class _Finder:

@@ -2,7 +2,7 @@
 
     conv2d_transpose(x, w) {NHWC, IHWO}   -->   permute_dims(conv2d_transpose(permute_dims(x), permute_dims(w)) {NCHW, IOHW})
 
-For what stays float; runs after `select_float` and `realize`. A dilated kernel is spread out with zeros, which is the same operator.
+For what stays float; follows `select_float`, and `fuse_edges`. A dilated kernel is spread out with zeros, which is the same operator.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Relax operators as loops: TVM's legalization, with an attention, a maximum and a minimum of our own.
 
-TVM's divides 0 by 0 where a mask of -inf leaves a row without keys; ours yields 0 there, as the kernels of `schedules/` do. Runs last, inside of lowering.
+TVM's divides 0 by 0 where a mask of -inf leaves a row without keys; ours yields 0 there, as the kernels of `schedules/` do. The last pass.
 Its maximum starts from the least finite number, so that nothing but -inf would yield -3.4e38; ours starts from -inf.
 """
 

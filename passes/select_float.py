@@ -6,8 +6,7 @@
     split(x).1                      -->     strided_slice(x)            (a value per kernel)
 
 Works on the canonical float module, in place of `insert_qdq` and `realize`; lowering must follow. The groups are those of the quantized
-network, so the float twin and the integer network compute values of the same ids. Everything else stays Relax, in layouts that TVM can
-legalize.
+network, so the float twin and the integer network compute values of the same ids. Everything else stays Relax; `legal_layouts` follows.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tvm import relax
 from qcompiler.numerics.weight_only import WeightScheme, quantize_weight, weight_account, weight_row
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.legal_layouts import legal_layouts
+from qcompiler.passes.trained import ATTRIBUTE
 
 NO_LIMIT = float(np.finfo(np.float32).max)
 
@@ -34,7 +33,7 @@ def select_float(module: tvm.IRModule, weights: WeightScheme | None = None, keep
     """
     graph, rows = Graph.of(module), list[dict[str, Any]]()
     owner = {m: g for g in find_groups(module) for m in g.members}
-    builder = GraphBuilder(graph.attrs)
+    builder = GraphBuilder({k: v for k, v in graph.attrs.items() if k != ATTRIBUTE})
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     for name, expr in graph.bindings:
         group = owner[name]
@@ -54,7 +53,7 @@ def select_float(module: tvm.IRModule, weights: WeightScheme | None = None, keep
             env[name] = builder.emit(name, sliced(group, env[group.inputs[0]]))
             continue
         env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
-    result = legal_layouts(builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs]))
+    result = builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
     return result if weights is None else tvm.IRModule({"main": result["main"].with_attr("qc.weights", weight_account(weights, rows))})
 
 

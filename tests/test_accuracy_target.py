@@ -20,8 +20,8 @@ from qcompiler.calibration.data import CheckedSamples, open_samples, take
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
-from qcompiler.passes.select_float import select_float
 from qcompiler.pipeline import accuracy_target
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
@@ -56,7 +56,7 @@ def sessions(plain: Compilation, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def with_value(compilation: Compilation, name: str, sample: dict[str, np.ndarray]) -> np.ndarray:
     """The logits in the reference arithmetic, with one value of the float network rounded to its 8 bits."""
-    module = select_float(compilation.quantized.model.module)
+    module = sequence.run(sequence.FLOAT, compilation.quantized.model.module)
     params = compilation.quantized.plan.params(name)
     assert params is not None
     values = run(module, sample, keep="all")
@@ -109,7 +109,7 @@ def test_sensitivity_of_weights(plain: Compilation, sessions: Twins) -> None:
 
 def test_layers_by_their_noise(plain: Compilation, sessions: Twins) -> None:
     """What `explain --sensitivity` shows: the estimate of the whole plan is near what the library has; layers are in order of noise."""
-    seen, estimate, rows = layer_noise(plain.quantized, plain.built.program.target)
+    seen, estimate, rows = layer_noise(plain.quantized)
     measured = verify(plain.artifact.save(sessions[0].path.parent / "plain.so"), MODEL, samples(16), layer_samples=0)
     assert seen == 16 and estimate == pytest.approx(measured.outputs[0].metrics.sqnr_db, abs=2.5)
     assert [r.id for r in rows] == [r.id for r in sorted(rows, key=lambda r: r.sqnr_db)] and len(rows) == 11
@@ -146,7 +146,7 @@ def test_a_target_between_int8_and_float_is_met(tmp_path: Path, monkeypatch: pyt
 
 def demo_labels(count: int) -> np.ndarray:
     """What the float network says of the calibration digits: labels by which it is always right."""
-    module = select_float(load(MODEL).module)
+    module = sequence.run(sequence.FLOAT, load(MODEL).module)
     return np.array([int(run(module, s)["logits"].argmax()) for s in samples(count)])
 
 

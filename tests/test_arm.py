@@ -110,8 +110,8 @@ def test_layers_in_float_have_the_same_bits(name: str, partly_float: Compilation
 
 
 def test_one_calibration_gives_one_plan_for_every_target(digits: Compilation) -> None:
-    stages = digits.quantized
-    digests = {name: decide(stages.model, stages.measured.table, target, "default").digest for name, target in load_targets().items()}
+    network = digits.quantized
+    digests = {name: decide(network.model, network.measured.table, target, "default").digest for name, target in load_targets().items()}
     assert set(ARM) | set(X86) <= digests.keys()
     assert len(set(digests.values())) == 1, digests
 
@@ -138,7 +138,7 @@ def test_mobilenet_v2_is_byte_identical_everywhere(real_data: Path, root: Path, 
         require_target(find_target(name))
     pictures, preprocess = real_data / "imagenet" / "calibration", root / "benchmarks" / "preprocess" / "mobilenet_v2.yaml"
     compilation = compile_stages(real_data / "models" / "mobilenet_v2.onnx", "native", pictures, preprocess=preprocess, preset="fast")
-    (sample,) = itertools.islice(compilation.quantized.measured.samples, 1)
+    (sample,) = itertools.islice(compilation.quantized.job.samples, 1)
     want = traced(compilation.artifact, sample, folder / "network")
     assert sum(v.dtype == np.int8 for v in want.values()) >= 53
     for name in X86:

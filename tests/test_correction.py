@@ -15,11 +15,14 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.table import calibrate
 from qcompiler.numerics import operators as numerics
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, const_value, is_const, match_op
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
+from qcompiler.passes.replace_operands import BIAS, replace_operands
 from qcompiler.plan.planner import decide, observed_ids
-from qcompiler.refine.correction import FloatMeans, correct, integer_layers, pre_activation, reach, steady, tap_means, with_biases
+from qcompiler.refine.correction import correct_biases, steady
+from qcompiler.refine.integer_layers import integer_layers
+from qcompiler.refine.means import FloatMeans, pre_activation, reach, tap_means
 from qcompiler.verification import interpreter
 
 SAMPLES = 6
@@ -114,7 +117,7 @@ def quantized() -> tuple[Any, Any, FloatMeans, Sequence[dict[str, np.ndarray]]]:
     samples = random_samples(module, SAMPLES)
     means = FloatMeans(module, SAMPLES)
     table = calibrate(ModuleExecutor(module), samples, ids=observed_ids(module), watchers=[means])
-    return module, realize(insert_qdq(module, decide(module, table, find_target("x86-avx2")))), means, samples
+    return module, sequence.run(sequence.INTEGER, insert_qdq(module, decide(module, table, find_target("x86-avx2")))), means, samples
 
 
 def outputs_of(module: Any, samples: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
@@ -158,16 +161,16 @@ def test_an_injected_bias_is_found_and_removed() -> None:
     layers = integer_layers(integer)
     rng = np.random.default_rng(1)
     wrong = {layer.id: (layer.bias + np.rint(rng.uniform(-0.3, 0.3, len(layer.bias)) / layer.unit)).astype(np.int32) for layer in layers}
-    damaged = with_biases(integer, wrong)
+    damaged = replace_operands(integer, {BIAS: wrong})
     reference = np.stack([o["out0"] for o in means.outputs])
     assert np.abs((outputs_of(damaged, samples) - reference).mean((0, 1))).max() > 0.1
     stepper = Stepper(damaged)
-    result = correct(damaged, stepper, means, samples)
+    result = correct_biases(damaged, stepper, means, samples)
     assert result.kept and result.samples == SAMPLES and result.after > result.before + 6 and result.skipped == {}
     assert all(context.ran == 2 * stepper.steps for context in stepper.contexts), "every step runs once for each of the two measurements"
-    mended = outputs_of(with_biases(damaged, result.biases), samples)
+    mended = outputs_of(replace_operands(damaged, {BIAS: result.biases}), samples)
     assert np.abs((mended - reference).mean((0, 1))).max() < 1e-3
-    for layer in integer_layers(with_biases(damaged, result.biases)):  # the biases in the module are those in the executor
+    for layer in integer_layers(replace_operands(damaged, {BIAS: result.biases})):  # the biases in the module are those in the executor
         np.testing.assert_array_equal(layer.bias, stepper.biases.get(layer.id, layer.bias))
 
 
@@ -177,7 +180,7 @@ def test_the_better_network_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     stepper = Stepper(integer)
     actual = [interpreter.run(integer, s) for s in samples]
     monkeypatch.setattr(means, "outputs", [{k: v + np.float32(1e-6) for k, v in o.items()} for o in actual])
-    result = correct(integer, stepper, means, samples)
+    result = correct_biases(integer, stepper, means, samples)
     assert not result.kept and result.after < result.before and "dropped" in result.summary()
     assert stepper.biases.keys() == result.biases.keys() and result.biases
     for layer in integer_layers(integer):
@@ -186,7 +189,7 @@ def test_the_better_network_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_correction_helps_a_sound_network_or_leaves_it_alone() -> None:
     _, integer, means, samples = quantized()
-    result = correct(integer, Stepper(integer), means, samples)
+    result = correct_biases(integer, Stepper(integer), means, samples)
     assert np.isfinite([result.before, result.after]).all()
     assert result.kept == (result.after > result.before)
     assert f"{result.before:.2f} dB -> {result.after:.2f} dB" in result.summary()
@@ -194,8 +197,8 @@ def test_correction_helps_a_sound_network_or_leaves_it_alone() -> None:
 
 def test_memory_bounds_the_number_of_samples() -> None:
     _, integer, means, samples = quantized()
-    assert correct(integer, Stepper(integer), means, samples, memory=2500).samples == 2
-    assert correct(integer, Stepper(integer), means, samples, memory=1).samples == 1
+    assert correct_biases(integer, Stepper(integer), means, samples, memory=2500).samples == 2
+    assert correct_biases(integer, Stepper(integer), means, samples, memory=1).samples == 1
 
 
 def test_a_correction_beyond_int32_is_skipped() -> None:
@@ -211,7 +214,7 @@ def test_a_correction_beyond_int32_is_skipped() -> None:
         def expected(self, group_id: str, count: int, residual: bool) -> np.ndarray:
             return np.full((count, len(layer.bias)), 1e12)
 
-    result = correct(integer, Stepper(integer), Absurd(), samples[:1])
+    result = correct_biases(integer, Stepper(integer), Absurd(), samples[:1])
     assert result.skipped == {layer.id: "a corrected bias leaves int32"} and result.biases == {}
 
 
@@ -225,9 +228,9 @@ def test_only_what_samples_share_is_steady() -> None:
 def test_no_samples_is_an_error() -> None:
     module, integer, means, _ = quantized()
     with pytest.raises(DataError, match="at least one calibration sample"):
-        correct(integer, Stepper(integer), means, [])
+        correct_biases(integer, Stepper(integer), means, [])
     with pytest.raises(DataError, match="at least one calibration sample"):
-        correct(integer, Stepper(integer), FloatMeans(module, SAMPLES), random_samples(module, 1))
+        correct_biases(integer, Stepper(integer), FloatMeans(module, SAMPLES), random_samples(module, 1))
 
 
 def test_inputs_behind_a_reshape_are_collected() -> None:

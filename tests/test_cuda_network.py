@@ -14,9 +14,9 @@ from small_nets import TinyPlan, op, random_inputs, residual_net
 
 from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, const, substitute
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
 from qcompiler.schedules.cuda.conv import GemmRow
 from qcompiler.schedules.cuda.gemm_plan import Geometry, Tile
 from qcompiler.schedules.table import OpCall, Row
@@ -50,7 +50,7 @@ def many_blocks(row: Row, op: OpCall) -> dict[str, Any] | None:
 def test_network(name: str, split: bool, tmp_path: Path) -> None:
     module = network()
     inputs = random_inputs(module)
-    integer = realize(insert_qdq(module, TinyPlan(module, inputs)))
+    integer = sequence.run(sequence.INTEGER, insert_qdq(module, TinyPlan(module, inputs)))
     wanted = run(integer, inputs, keep="all")
     program = lower(integer, find_target(name), many_blocks if split else None)
     assert sum(step.kernel.counters > 0 for step in program.steps) >= 3 * split

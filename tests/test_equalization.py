@@ -11,10 +11,10 @@ from small_nets import Net, evaluate, op, random_inputs, residual_net
 
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.table import calibrate
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, const
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.refine.analytic import mean_of_rounding
@@ -131,7 +131,7 @@ def test_int8_gains_on_a_network_with_uneven_channels() -> None:
     reference = [executor.trace(s, lambda name, array: None)["out0"] for s in new]
     for candidate in (module, changed):
         table = calibrate(ModuleExecutor(candidate), random_samples(candidate, COUNT), ids=observed_ids(candidate))
-        integer = realize(insert_qdq(candidate, decide(candidate, table, find_target("native"), "default")))
+        integer = sequence.run(sequence.INTEGER, insert_qdq(candidate, decide(candidate, table, find_target("native"), "default")))
         errors.append(sum(float(np.square(interpreter.run(integer, s)["out0"] - r).sum()) for s, r in zip(new, reference, strict=True)))
     assert errors[1] < 0.5 * errors[0]
 

@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import OnnxNet
 
 import qcompiler
-from qcompiler.backend.build import session_of
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.calibration.data import CheckedSamples
 from qcompiler.cli.demo import MODEL, demo_data
@@ -23,7 +22,7 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
-from qcompiler.refine.correction import integer_layers
+from qcompiler.refine.integer_layers import integer_layers
 
 Feeds = dict[str, np.ndarray]
 
@@ -42,8 +41,8 @@ def run(model: onnx.ModelProto, feeds: Feeds, outputs: list[str] | None = None) 
 def traced(compilation: Compilation, sample: Feeds) -> tuple[Feeds, Feeds]:
     """(every value, outputs) of the library."""
     kept: Feeds = {}
-    with session_of(compilation.artifact) as session:
-        outputs = session.trace(sample, lambda name, array: kept.__setitem__(name, array.copy()))
+    session = compilation.built.session()
+    outputs = session.trace(sample, lambda name, array: kept.__setitem__(name, array.copy()))
     return kept, outputs
 
 
@@ -85,8 +84,8 @@ def test_digits_agree_end_to_end(digits: tuple[Compilation, Export]) -> None:
     onnx.checker.check_model(export.model, full_check=True)
     assert export.kept_float == {}
     samples = demo_data()[1][:64]
-    with session_of(compilation.artifact) as session:
-        ours = np.concatenate([session.run(s)["logits"] for s in samples])
+    session = compilation.built.session()
+    ours = np.concatenate([session.run(s)["logits"] for s in samples])
     theirs = np.concatenate([run(export.model, s)["logits"] for s in samples])
     assert sqnr_db(theirs, ours) > 40
     assert (ours.argmax(1) == theirs.argmax(1)).all()
@@ -277,7 +276,7 @@ def test_equalized_channels_reach_float_operators(tmp_path: Path, spelled: bool)
     samples = samples_of(path, 8)
     for kept in ([], [up, down]):
         compilation = compile_stages(path, "native", samples, preset="fast", enable=["equalize", "shift"], keep_float=kept)
-        assert {norm, up} <= set(compilation.quantized.measured.equalization.channels)
+        assert {norm, up} <= set(compilation.quantized.measured.equalized.equalization.channels)
         export = qdq_model(_source(path), compilation)
         assert export.weighted == 3 - len(kept)
         for sample in list(samples)[:3]:

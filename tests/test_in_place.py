@@ -15,8 +15,8 @@ from x86_emulation import HOST, runs_here
 from qcompiler.backend.build import build
 from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.targets import find_target
+from qcompiler.passes import sequence
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.parity import bit_parity
@@ -113,7 +113,7 @@ def network(make: Callable[[Net, Any], Any]) -> tuple[tvm.IRModule, dict[str, np
     net = Net(5)
     module = net.done(net.add("soft", op.nn.softmax(make(net, net.input("x", *SHAPE)))))
     sample = {"x": np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)}
-    return realize(insert_qdq(module, TinyPlan(module, sample))), sample
+    return sequence.run(sequence.INTEGER, insert_qdq(module, TinyPlan(module, sample))), sample
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)

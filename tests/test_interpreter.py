@@ -12,9 +12,9 @@ from tvm import relax
 
 from qcompiler.base.errors import DataError
 from qcompiler.numerics import operators as numerics
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, match_op, relax_op, shape_of
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
 from qcompiler.verification.interpreter import run
 
 
@@ -131,7 +131,7 @@ def typed(module: tvm.IRModule, values: dict[str, np.ndarray]) -> None:
 def test_an_integer_network() -> None:
     module = residual_net()
     plan = TinyPlan(module, random_inputs(module))
-    integer = realize(insert_qdq(module, plan))
+    integer = sequence.run(sequence.INTEGER, insert_qdq(module, plan))
     calls = {found[0] for _, e in Graph.of(integer).bindings if (found := match_op(e)) is not None}
     assert {"qc.quantize", "qc.conv2d", "qc.dense", "qc.lut", "qc.mul", "qc.mean", "qc.max_pool2d", "qc.avg_pool2d", "qc.concat", "qc.reshape"} <= calls
     values = run(integer, plan.inputs, keep="all")
@@ -160,7 +160,7 @@ def test_both_halves_of_a_split(skip: str) -> None:
         plan.skip |= {skip: "asked for", "sum": "asked for"}
         plan.parameters[skip] = None
     qdq = insert_qdq(module, plan)
-    integer = realize(qdq)
+    integer = sequence.run(sequence.INTEGER, qdq)
     assert not [n for n, e in Graph.of(integer).bindings if isinstance(e, relax.TupleGetItem)]
     values = run(integer, plan.inputs, keep="all")
     typed(integer, values)

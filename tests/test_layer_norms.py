@@ -12,15 +12,15 @@ from onnx_nets import OnnxNet, agrees, operators
 from small_nets import Net, op, random_inputs, scalar
 
 import qcompiler
-from qcompiler.backend.build import session_of
-from qcompiler.base.debug import Dumper
+from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import CheckedSamples
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.passes.replace_weights import replace_weights
-from qcompiler.pipeline.stages import measure
+from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.stages import equalize
 from qcompiler.plan.recipes import recipe
 from qcompiler.refine.equalization import ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
 from qcompiler.verification import interpreter
@@ -194,16 +194,15 @@ def test_libraries_gain_from_it_and_say_so(tmp_path: Path) -> None:
 def test_statistics_are_of_the_scaled_network(tmp_path: Path) -> None:
     """The float network's code is kept: its normalizations get their constants in place."""
     model = load(onnx_transformer(tmp_path / "net.onnx"))
-    measured = measure(model, CheckedSamples(tokens(6, 0), model.inputs), recipe("fast", ["equalize", "shift"]), Dumper(None), None)
-    assert len([c for c in measured.equalization.channels.values() if c.shift.any()]) >= 2
+    equalized = equalize(Job(model, CheckedSamples(tokens(6, 0), model.inputs), recipe("fast", ["equalize", "shift"]), find_target("native")))
+    assert len([c for c in equalized.equalization.channels.values() if c.shift.any()]) >= 2
     sample = tokens(1, 5)[0]
     wanted = interpreter.run(model.module, sample, keep="all")
-    with session_of(measured.twin.link()) as session:
-        stored: dict[str, np.ndarray] = {}
-        session.trace(sample, lambda name, array: stored.__setitem__(name, array.copy()))
+    stored: dict[str, np.ndarray] = {}
+    equalized.twin.session().trace(sample, lambda name, array: stored.__setitem__(name, array.copy()))
     output = model.outputs[0].name
     assert sqnr_db(stored[output], wanted[output]) > 90
-    for name, channels in measured.equalization.channels.items():
+    for name, channels in equalized.equalization.channels.items():
         assert sqnr_db(stored[name], channels.stored(wanted[name])) > 90, name
 
 

@@ -15,13 +15,14 @@ from quantized_cases import SHAPE, Graph, Stated
 from tvm import relax
 
 import qcompiler
-from qcompiler.base.errors import ModelError
+from qcompiler.base.errors import InternalError, ModelError
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
 from qcompiler.numerics.spec import QParams
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph as Module
 from qcompiler.passes.graph import GraphBuilder
-from qcompiler.passes.trained import ATTRIBUTE, Trained, checked
+from qcompiler.passes.trained import ATTRIBUTE, Trained
 from qcompiler.pipeline.compile import compile_stages
 
 RNG = np.random.default_rng(3)
@@ -121,9 +122,9 @@ def test_a_pass_that_loses_parameters_fails() -> None:
         x = made.input("x", (2, 3), "float32")
         return made.finish([("y", made.emit("other", relax.op.nn.relu(x)))])
 
-    assert checked(lambda m: m, module) is module
-    with pytest.raises(AssertionError, match="pass 'renames' lost what the model file states of y"):
-        checked(renames, module)
+    assert sequence.run((lambda m: m,), module) is module
+    with pytest.raises(InternalError, match="pass 'renames', whose result is not well-formed: IllFormed: what the model file states of y is lost"):
+        sequence.run((renames,), module)
 
 
 def test_operators_without_an_8_bit_form_ask_for_no_data(tmp_path: Path) -> None:

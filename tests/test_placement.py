@@ -14,9 +14,9 @@ from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
 from qcompiler.plan.placement import Placer
 from qcompiler.plan.planner import decide
 from qcompiler.verification.interpreter import run
@@ -41,7 +41,7 @@ def test_any_set_of_layers_may_stay_float(seed: int, share: float) -> None:
     placement, plan = placer.place(keep), decide(module, table, TARGET, keep_float=keep)
     assert keep.items() <= placement.reasons.items() and plan.reasons == placement.reasons
     assert {v for v in plan.edges if plan.params(v) is not None} == set(placement.stored)
-    integer = realize(insert_qdq(module, plan))
+    integer = sequence.run(sequence.INTEGER, insert_qdq(module, plan))
     assert {s.writes for s in lower(integer, TARGET).steps} & set(keep), "it has steps of its own"
     assert sqnr_db(run(integer, random_inputs(module))["out0"], reference) > 20  # 23 to 33; wrong arithmetic has below 5
 
@@ -50,7 +50,8 @@ def test_everything_in_float_rounds_nothing() -> None:
     module, placer, table, reference = network()
     keep = {g.id: "chosen" for g in placer.groups}
     assert placer.place(keep).stored == ()
-    assert sqnr_db(run(realize(insert_qdq(module, decide(module, table, TARGET, keep_float=keep))), random_inputs(module))["out0"], reference) > 100
+    integer = sequence.run(sequence.INTEGER, insert_qdq(module, decide(module, table, TARGET, keep_float=keep)))
+    assert sqnr_db(run(integer, random_inputs(module))["out0"], reference) > 100
 
 
 def test_neighbours_in_float_store_nothing_between_them() -> None:

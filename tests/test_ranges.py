@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcompiler.base.debug import Dumper
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
-from qcompiler.passes.select_float import select_float
+from qcompiler.passes import sequence
 from qcompiler.pipeline.compile import compile_stages, quantize
-from qcompiler.pipeline.stages import Compilation, Quantized
+from qcompiler.pipeline.stages import Compilation, QuantizedNetwork
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
@@ -29,8 +28,8 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def stages() -> Quantized:
-    return quantize(MODEL, find_target("native"), samples(12), Dumper(None))
+def network() -> QuantizedNetwork:
+    return quantize(MODEL, find_target("native"), samples(12))
 
 
 # -- which samples judge --------------------------------------------------------------------------------------------------------------------
@@ -69,12 +68,12 @@ def test_a_value_without_one_sign_reaches_with_the_other() -> None:
 # -- noise at the outputs -------------------------------------------------------------------------------------------------------------------
 
 
-def test_noise_is_that_of_the_reference_arithmetic(stages: Quantized, tmp_path: Path) -> None:
+def test_noise_is_that_of_the_reference_arithmetic(network: QuantizedNetwork, tmp_path: Path) -> None:
     """Of the first value, every sample judging: the network run by the reference with its input rounded."""
-    twin, few = Session(stages.measured.twin.link().save(tmp_path / "twin.so")), samples(3)
+    twin, few = Session(network.measured.twin.link().save(tmp_path / "twin.so")), samples(3)
     params = {"wide": QParams.from_range(-4.0, 4.0), "clipped": QParams.from_range(-0.2, 0.4)}
     found = output_noise(twin, {"image": Proposals(params, ("image",), -4.0, 4.0)}, SampleEnds(["image"]), few, 3, 8)
-    module = select_float(stages.model.module)
+    module = sequence.run(sequence.FLOAT, network.model.module)
     for name, p in params.items():
         error = power = 0.0
         for sample in few:
@@ -86,8 +85,8 @@ def test_noise_is_that_of_the_reference_arithmetic(stages: Quantized, tmp_path: 
     assert found["image"]["clipped"] > 2 * found["image"]["wide"]
 
 
-def test_values_far_from_the_outputs_can_be_left_out(stages: Quantized, tmp_path: Path) -> None:
-    twin = Session(stages.measured.twin.link().save(tmp_path / "twin.so"))
+def test_values_far_from_the_outputs_can_be_left_out(network: QuantizedNetwork, tmp_path: Path) -> None:
+    twin = Session(network.measured.twin.link().save(tmp_path / "twin.so"))
     behind = work_behind(twin)
     order = [s["id"] for s in twin.manifest["steps"] if not s.get("auxiliary")]
     assert behind["image"] == 1.0 and behind[order[-1]] == 0.0
@@ -98,8 +97,8 @@ def test_values_far_from_the_outputs_can_be_left_out(stages: Quantized, tmp_path
     assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1)) == {"image", "relu5"}
 
 
-def test_a_walk_leaves_everything_as_it_was(stages: Quantized, tmp_path: Path) -> None:
-    twin, (sample,) = Session(stages.measured.twin.link().save(tmp_path / "twin.so")), samples(1)
+def test_a_walk_leaves_everything_as_it_was(network: QuantizedNetwork, tmp_path: Path) -> None:
+    twin, (sample,) = Session(network.measured.twin.link().save(tmp_path / "twin.so")), samples(1)
     walk, coarse = Walk(twin, sample), QParams(1.0, 0)
     errors = [walk.errors_with_value(v, coarse)[0] for new, _ in walk.advance() for v in new if v in ("image", "relu2", "relu5")]
     again = Walk(twin, sample)
@@ -156,8 +155,8 @@ def test_a_clamp_ends_a_margin() -> None:
 # -- in a compilation -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_takes_the_judges_word(stages: Quantized) -> None:
-    plan, noise = stages.plan, stages.measured.noise(stages.plan.proposals, None)
+def test_the_plan_takes_the_judges_word(network: QuantizedNetwork) -> None:
+    plan, noise = network.plan, network.measured.noise(network.plan.proposals)
     judged = [v for v in noise if isinstance(plan.edges[v], Edge)]
     assert len(judged) > 3 and set(noise) < set(plan.proposals), "only behind half of the work"
     for value in judged:
@@ -169,10 +168,10 @@ def test_the_plan_takes_the_judges_word(stages: Quantized) -> None:
 
 
 def test_steps_switch_off() -> None:
-    plain = quantize(MODEL, find_target("native"), samples(12), Dumper(None), disable=["judge-ranges", "margins"])
+    plain = quantize(MODEL, find_target("native"), samples(12), disable=["judge-ranges", "margins"])
     assert not any("outputs" in getattr(e, "reason", "") and isinstance(e, Edge) for e in plain.plan.edges.values())
     assert plain.measured.ends.ends == {}
-    only = quantize(MODEL, find_target("native"), samples(12), Dumper(None), disable=["judge-ranges"])
+    only = quantize(MODEL, find_target("native"), samples(12), disable=["judge-ranges"])
     assert any("widened" in e.reason for e in only.plan.edges.values())
     for value, edge in only.plan.edges.items():
         if isinstance(edge, Edge):
@@ -197,7 +196,7 @@ def test_layers_worth_it_stay_float(pair: tuple[Compilation, Compilation]) -> No
     kept = [f["id"] for f in with_.artifact.manifest["float_ops"] if "(step mixed)" in f["reason"]]
     assert kept and with_.artifact.manifest["quantization"]["mixed"].startswith(f"{len(kept)} layer")
     few = samples(12)
-    module = select_float(without.quantized.model.module)
+    module = sequence.run(sequence.FLOAT, without.quantized.model.module)
 
     def noise(c: Compilation) -> float:
         return float(sum(np.square(run(c.integer, s)["logits"].astype(np.float64) - run(module, s)["logits"]).sum() for s in few))

@@ -12,11 +12,11 @@ from tvm import relax
 
 from qcompiler.base.errors import ModelError
 from qcompiler.numerics.spec import QParams
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, match_op, relax_op
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
-from qcompiler.passes.select_float import NO_LIMIT, select_float
+from qcompiler.passes.select_float import NO_LIMIT
 from qcompiler.verification.interpreter import run
 
 
@@ -28,7 +28,7 @@ def names(module: tvm.IRModule) -> dict[str, str]:
 def compiled(module: tvm.IRModule, **options: Any) -> tuple[tvm.IRModule, tvm.IRModule, TinyPlan]:
     plan = TinyPlan(module, random_inputs(module), **options)
     qdq = insert_qdq(module, plan)
-    return qdq, realize(qdq), plan
+    return qdq, sequence.run(sequence.INTEGER, qdq), plan
 
 
 def agrees(module: tvm.IRModule, mostly: float = 0.97, **options: Any) -> tuple[dict[str, np.ndarray], tvm.IRModule]:
@@ -221,7 +221,7 @@ def test_layout_changes_around_float_fuse_too() -> None:
     image = builder.emit("image", op.permute_dims(x, [0, 2, 3, 1]))
     back = builder.emit("dq", op.dequantize(builder.emit("q", op.quantize(image, scale, zero, out_dtype="int8")), scale, zero))
     module = builder.finish([("y", builder.emit("y", op.permute_dims(back, [0, 3, 1, 2])))])
-    integer = realize(module)
+    integer = sequence.run(sequence.INTEGER, module)
     assert names(integer) == {"q": "qc.quantize", "y": "qc.dequantize"} and Graph.of(integer).attrs["qc.float_ops"] == {}
     value = np.linspace(-9, 9, 48, dtype=np.float32).reshape(1, 3, 4, 4)
     assert np.abs(run(integer, {"x": value}, keep="outputs")["y"] - value).max() <= 0.0501
@@ -234,7 +234,7 @@ def test_quantization_chains() -> None:
     same = builder.emit("same", op.quantize(dq, const(np.float32(0.1)), const(np.int8(3)), out_dtype="int8"))
     dq = builder.emit("dq2", op.dequantize(same, const(np.float32(0.1)), const(np.int8(3))))
     other = builder.emit("other", op.quantize(dq, const(np.float32(0.3)), const(np.int8(-9)), out_dtype="int8"))
-    integer = realize(builder.finish([("y", builder.emit("dq3", op.dequantize(other, const(np.float32(0.3)), const(np.int8(-9)))))]))
+    integer = sequence.run(sequence.INTEGER, builder.finish([("y", builder.emit("dq3", op.dequantize(other, const(np.float32(0.3)), const(np.int8(-9)))))]))
     assert names(integer) == {"q": "qc.quantize", "other": "qc.lut", "dq3": "qc.dequantize"}
     x = np.linspace(-12, 12, 64, dtype=np.float32)[None]
     assert np.abs(run(integer, {"x": x}, keep="outputs")["y"] - x).max() <= 0.05 + 0.15 + 1e-5
@@ -297,9 +297,9 @@ def test_skipped_convolutions_keep_float_weights() -> None:
 
 def test_accumulator_beyond_int32_names_the_operator() -> None:
     with pytest.raises(ModelError, match=r"^dense 'b': its accumulator can reach \d+, beyond int32; keep this operator in float$"):
-        realize(dense_of_constants(140000, 1.0))
+        sequence.run(sequence.INTEGER, dense_of_constants(140000, 1.0))
     with pytest.raises(ModelError, match=r"^dense 'b': a bias is 5e\+09 units of x_scale \* weight_scale, beyond int32; keep this operator"):
-        realize(dense_of_constants(8, 1e-9))
+        sequence.run(sequence.INTEGER, dense_of_constants(8, 1e-9))
 
 
 def dense_of_constants(width: int, weight_scale: float) -> tvm.IRModule:
@@ -329,7 +329,7 @@ def test_pool_with_other_parameters_requantizes_first() -> None:
 
 def test_select_float_names_the_same_values() -> None:
     module = residual_net()
-    chosen = names(select_float(module))
+    chosen = names(sequence.run(sequence.FLOAT, module))
     assert {g.id for g in find_groups(module)} <= set(chosen)
     assert {k for k, v in chosen.items() if v == "qc.f32.conv2d"} == {"stem_r", "a1_r", "a2_b", "block_a", "b1_r", "block_b", "squeeze_b"}
     assert chosen["logits"] == "qc.f32.dense" and "stem" not in chosen and chosen["h2"] == "relax.multiply"
@@ -340,7 +340,7 @@ def test_select_float_attributes() -> None:
     x = net.input("x", 1, 4, 4, 2)
     y = net.add("y", op.clip(net.add("s", op.add(net.conv("c", x, 2), x)), -1.0, 6.0))
     z = net.conv("z", y, 3, 1, bias=False)
-    values = Graph.of(select_float(net.done(z))).values()
+    values = Graph.of(sequence.run(sequence.FLOAT, net.done(z))).values()
     first, second = match_op(values["y"]), match_op(values["z"])
     assert first is not None and second is not None
     assert first[2] == {"strides": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 1, "low": -1.0, "high": 6.0}
@@ -362,7 +362,7 @@ def test_select_float_computes_the_same() -> None:
     t = net.add("t", op.nn.conv2d_transpose(y, net.random(3, 2, 3, 4), strides=2, dilation=(2, 1), padding=(1, 1, 1, 1), **NHWC_T))
     d = net.add("d", op.add(net.add("m", op.matmul(t, net.random(4, 5))), net.random(5)))
     module = net.done(d)
-    chosen = select_float(module)
+    chosen = sequence.run(sequence.FLOAT, module)
     assert names(chosen)["part1"] == "relax.strided_slice" and "parts" not in names(chosen)
     inputs = random_inputs(module)
     # the transposed convolution by its definition: every input pixel scatters its kernel

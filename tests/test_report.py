@@ -24,7 +24,7 @@ from qcompiler.runtime.bench import Timing
 from qcompiler.verification.evidence import Evidence, StepTime, distribution, step_times
 from qcompiler.verification.footprint import Memory
 from qcompiler.verification.page import page
-from qcompiler.verification.page_mixed import section as mixed_section
+from qcompiler.verification.page_target import section as target_section
 from qcompiler.verification.parity import ParityReport, Row, Thresholds
 from qcompiler.verification.report import verify_report
 from qcompiler.verification.svg import histogram, pareto_chart, sqnr_chart
@@ -197,7 +197,7 @@ def account(met: bool = True) -> dict[str, Any]:
 
 def test_the_section_on_an_accuracy_target() -> None:
     for met in (True, False):
-        document = mixed_section(account(met))
+        document = target_section(account(met))
         shown = Page(document)
         assert "<b onload" not in document and shown.texts["target"].startswith("about <b onload")
         assert ("(missed)" in shown.texts["target"]) != met and f'class="verdict {"pass" if met else "fail"}"' in document
@@ -206,7 +206,7 @@ def test_the_section_on_an_accuracy_target() -> None:
             ["1 layer in float", "", "", "", "-0.50", "2.000", "0.500", "2.00 MB", "chosen, " + ("met" if met else "missed")],
         ]
         assert [cells[1] for cells in shown.rows["sensitivity"] if cells] == ["30.00", "exact"]
-    assert "sensitivities were not measured" in mixed_section(account() | {"sensitivity": {}, "curve": []})
+    assert "sensitivities were not measured" in target_section(account() | {"sensitivity": {}, "curve": []})
 
 
 def test_the_pareto_chart_places_points() -> None:
@@ -282,7 +282,7 @@ def test_a_browser_shows_it(made: tuple[ParityReport, str], tmp_path: Path) -> N
     """Rendered 1200 pixels wide: it fits, and all of its colours are there."""
     browser = require_browser()
     image = pytest.importorskip("PIL.Image")
-    document = made[1].replace('<div class="facts">', mixed_section(account()) + '<div class="facts">')
+    document = made[1].replace('<div class="facts">', target_section(account()) + '<div class="facts">')
     (tmp_path / "r.html").write_text(document, encoding="utf-8")
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
     shot, pdf = tmp_path / "r.png", tmp_path / "r.pdf"

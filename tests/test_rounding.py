@@ -10,8 +10,10 @@ from test_correction import SAMPLES, Stepper, quantized
 
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph
-from qcompiler.refine.correction import Correction, correct, integer_layers, with_operands
+from qcompiler.passes.replace_operands import WEIGHT, replace_operands
+from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.refine.rounding import DataRounder, Gram, choose, cost, least_error, patches, round_weight
+from qcompiler.refine.weight_rounding import round_weights
 
 GEOMETRY = [
     {"strides": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 1},
@@ -96,19 +98,19 @@ class WeightStepper(Stepper):
     def set_weight(self, value_id: str, weight: np.ndarray) -> None:
         assert weight.dtype == np.int8
         self.weights[value_id] = weight
-        self.graph = Graph.of(with_operands(self.module, Correction(0, weights=self.weights)))
+        self.graph = Graph.of(replace_operands(self.module, {WEIGHT: self.weights}))
 
 
 def test_a_network_is_judged_on_samples_that_rounding_has_not_seen() -> None:
     """Whatever the verdict, the executor ends with the network that the verdict names."""
     _, integer, means, samples = quantized()
     stepper = WeightStepper(integer)
-    result = correct(integer, stepper, means, samples, rounder=DataRounder(64))
+    result = round_weights(DataRounder(64), integer, stepper, means, samples)
     assert result.samples == SAMPLES - SAMPLES // 3 and result.held_out == SAMPLES // 3
     assert result.weights and result.kept == (result.after > result.before)
     assert "weight rounding" in result.summary() and "judged on 2 others" in result.summary()
     original = {layer.id: layer.weight for layer in integer_layers(integer)}
-    final = {layer.id: layer.weight for layer in integer_layers(with_operands(integer, Correction(0, weights=stepper.weights)))}
+    final = {layer.id: layer.weight for layer in integer_layers(replace_operands(integer, {WEIGHT: stepper.weights}))}
     for name, weight in original.items():
         wanted = result.weights.get(name, weight) if result.kept else weight
         np.testing.assert_array_equal(final[name], wanted)
@@ -123,7 +125,7 @@ def test_bad_weights_are_dropped() -> None:
             return flipped
 
     stepper = WeightStepper(integer)
-    result = correct(integer, stepper, means, samples, rounder=Opposite())
+    result = round_weights(Opposite(), integer, stepper, means, samples)
     assert not result.kept and result.after < result.before
     for layer in integer_layers(integer):
         np.testing.assert_array_equal(stepper.weights.get(layer.id, layer.weight), layer.weight)
@@ -153,6 +155,6 @@ def test_each_channel_takes_the_candidate_that_serves_it_on_other_data() -> None
 
 def test_narrow_rounding_leaves_wide_layers_alone() -> None:
     _, integer, means, samples = quantized()
-    result = correct(integer, WeightStepper(integer), means, samples, rounder=DataRounder(64, narrow=27))
+    result = round_weights(DataRounder(64, narrow=27), integer, WeightStepper(integer), means, samples)
     wide = {layer.id for layer in integer_layers(integer) if layer.weight[0].size > 27}
     assert wide and wide <= set(result.skipped) and not wide & set(result.weights)

@@ -6,10 +6,10 @@
     dq(q) with the same parameters                 -->     nothing;  with others: qc.lut
 
 Must follow `insert_qdq`. Groups are found by the same matcher as in the float module, so an integer value has the id of the float value
-it stands for. One rule per group kind, in the files beside this one; `edges.py` then folds layout changes at the network's edges into
-qc.quantize and qc.dequantize.
+it stands for. One rule per group kind, in the files beside this one.
 
 Attributes of the result: `qc.float_ops` {value id: why it stayed float}, `qc.params` {value id: [scale, zero_point]} for every int8 value.
+`fuse_edges`, `legal_layouts` and `settle_account` follow.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from tvm import relax
 
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.constants import constant_of
-from qcompiler.passes.graph import ANY_TYPE, Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
-from qcompiler.passes.realize.edges import fuse_edges
 from qcompiler.passes.realize.site import Site, Tensor
 from qcompiler.passes.select_float import scheduled, sliced
+from qcompiler.passes.trained import ATTRIBUTE
 from qcompiler.passes.unary import clamp
 
 ACCUMULATED = "accumulated"  # what the integer part of a group is called whose rest is float: `<id>~accumulated`
@@ -52,11 +51,8 @@ RULES: dict[str, Callable[[Site], Any]] = {
 def realize(module: tvm.IRModule) -> tvm.IRModule:
     """The integer module of a QDQ module. Raises ModelError for an accumulator that int32 can't hold."""
     realizer = _Realizer(module)
-    main = legal_layouts(fuse_edges(realizer.run()))
-    kept = Graph.of(main).values()
-    floats = {k: v for k, v in realizer.float_ops.items() if k in kept and _is_float(kept[k])}
-    params = {k: v for k, v in realizer.params.items() if k in kept}
-    return tvm.IRModule({"main": main["main"].with_attr("qc.float_ops", floats).with_attr("qc.params", params)})
+    main = realizer.run()["main"]
+    return tvm.IRModule({"main": main.with_attr("qc.float_ops", realizer.float_ops).with_attr("qc.params", realizer.params)})
 
 
 @dataclass
@@ -75,7 +71,7 @@ class _Realizer:
         self.uses = self.graph.consumers()
         self.float_ops: dict[str, str] = dict(self.graph.attrs.get("qc.float_ops", {}))
         self.params: dict[str, list[float | int]] = {}
-        self.builder = GraphBuilder({k: v for k, v in self.graph.attrs.items() if k != "qc.float_ops"})
+        self.builder = GraphBuilder({k: v for k, v in self.graph.attrs.items() if k not in ("qc.float_ops", ATTRIBUTE)})
         self.values: dict[str, _Value] = {}
 
     def run(self) -> tvm.IRModule:
@@ -216,12 +212,6 @@ class _Realizer:
         found = constant_of(expr, self.exprs)
         assert found is not None, f"{expr} is read before it is computed"
         return const(found.real().astype(np.float32) if found.scale is not None else found.value)
-
-
-def _is_float(expr: Any) -> bool:
-    """False for a layout change that became part of a quantize or dequantize."""
-    op = match_op(expr)
-    return op is None or op[0].startswith("qc.f32.") or op[0] in ANY_TYPE
 
 
 _QUANTIZE = tvm.ir.Op.get("relax.quantize")

@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.backend.cuda import gpu_object_code
 from qcompiler.backend.lowering import Program, Step
-from qcompiler.base.errors import QCompilerError
+from qcompiler.base.errors import bugs_named
 from qcompiler.base.files import temporary_folder
 
 ENTRY = "qc_run"
@@ -68,17 +68,11 @@ def _entry(program: Program, callees: dict[str, Any]) -> Any:
 
 
 def object_code(program: Program) -> bytes:
-    """The object file of a program. Raises QCompilerError, trimmed to what a user can read, when code generation fails."""
+    """The object file of a program. Raises TargetError when a compiler for a GPU is missing or fails, InternalError when TVM refuses what we wrote."""
     if program.target.gpu:
         return gpu_object_code(program)
-    try:
+    with bugs_named(f"code generation for {program.target.name}"), temporary_folder() as folder:
         library = tvm.tirx.build(program_module(program), target=tvm.target.Target(program.target.tvm))
-        with temporary_folder() as folder:
-            path = folder / "code.o"
-            library.write_to_file(str(path), "o")
-            return path.read_bytes()
-    except (RuntimeError, ValueError, TypeError) as error:
-        text = str(error)
-        if not text:  # how TVM reports a Ctrl-C
-            raise KeyboardInterrupt from error
-        raise QCompilerError(f"code generation for {program.target.name} failed: {text[:600]}{' ...' if len(text) > 600 else ''}") from error
+        path = folder / "code.o"
+        library.write_to_file(str(path), "o")
+        return path.read_bytes()

@@ -10,7 +10,7 @@ import tvm_ffi
 from tvm import tirx
 
 from qcompiler import schedules
-from qcompiler.base.errors import QCompilerError
+from qcompiler.base.errors import bugs_named
 from qcompiler.base.targets import Target
 from qcompiler.schedules.table import Kernel
 
@@ -25,7 +25,7 @@ def device_header() -> str:
 def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
     """CUDA C with a function `extern "C" __global__ void symbol(pointers...)` per kernel, arguments in the order of `Kernel.func`.
 
-    Needs neither a GPU nor a toolkit. Raises QCompilerError when TVM's code generator refuses a kernel.
+    Needs neither a GPU nor a toolkit. Raises InternalError when TVM's code generator refuses a kernel.
     """
     device = tvm.target.Target(target.tvm)
     functions = {}
@@ -40,10 +40,7 @@ def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
         tirx.transform.UnrollLoop(),
         tirx.transform.LowerIntrin(),
     ]
-    try:
-        with device:
-            module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
-            code = tvm_ffi.get_global_func("target.build.cuda")(module, device).inspect_source("cuda")
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise QCompilerError(f"code generation for {target.name} failed: {str(error)[:600]}") from error
+    with bugs_named(f"code generation for {target.name}"), device:
+        module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
+        code = tvm_ffi.get_global_func("target.build.cuda")(module, device).inspect_source("cuda")
     return f"{device_header()}\n{code}"

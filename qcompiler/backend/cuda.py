@@ -146,7 +146,7 @@ def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:
 def gpu_object_code(program: Program) -> bytes:
     """The object file of a program for a GPU: its device code and launch table, for the CPU that loads the library.
 
-    Raises TargetError when a compiler is missing or fails, QCompilerError when code generation does.
+    Raises TargetError when a compiler is missing or fails, InternalError when code generation does.
     """
     code = fat_binary(cuda_source(program.kernels(), program.target), program.target)
     compiler = find_compiler(program.target)

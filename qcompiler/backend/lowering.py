@@ -2,7 +2,7 @@
 
     bindings --> OpCalls --> rows, layouts --> kernels --> offsets --> Program
 
-Must follow `realize` (integer network) or `select_float` (float network).
+Follows the passes that make an integer network or a float one (`passes/sequence.py`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from tvm import relax
 
 from qcompiler import schedules
 from qcompiler.backend.in_place import join_in_place
+from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
 from qcompiler.base.memory import Request, plan_memory, round_up
 from qcompiler.base.targets import Target
-from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
-from qcompiler.passes.kinds import KINDS
-from qcompiler.passes.legalize import legalize
-from qcompiler.passes.select_kernels import select_kernels
+from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, relax_op, shape_of
+from qcompiler.passes.sequence import CPU_KERNELS, LOWERABLE, run
 from qcompiler.schedules.legalized import legalized_kernel
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
 
 Params = Callable[[Row, OpCall], Mapping[str, Any] | None]  # tuned parameters for an operator, None for the row's own default
-
-VIEWS = {op for kind in KINDS.values() if kind.views for op in kind.relax}
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ class Program:
     outputs: list[Port]
     workspace: int  # bytes
     constants: np.ndarray  # uint8, every array 64-byte aligned
+    revision: int = 0  # how often constants were replaced
 
     def kernels(self) -> dict[str, Kernel]:
         """Every distinct kernel by its symbol, in order of first use."""
@@ -123,16 +121,17 @@ class Program:
         for at, packed in constants.items():
             raw, offset = np.ascontiguousarray(packed).view(np.uint8).reshape(-1), step.constants[at]
             self.constants[offset : offset + raw.size] = raw
+        self.revision += 1
 
 
-def lower(module: tvm.IRModule, target: Target, params: Params | None = None) -> Program:
+def lower(module: tvm.IRModule, target: Target, params: Params | None = None, dump: Dump = no_dump) -> Program:
     """Lower a module for a target.
 
     `params` returns tuned parameters for an operator, or None where the row's heuristic shall decide.
     Raises ModelError, naming the operator, when no kernel can be made for one.
     """
     schedules.load(target)
-    return _Lowering(module, target, params or (lambda row, op: None)).run()
+    return _Lowering(module, target, params or (lambda row, op: None), dump).run()
 
 
 @dataclass
@@ -150,11 +149,11 @@ class _Node:
 
 
 class _Lowering:
-    def __init__(self, module: tvm.IRModule, target: Target, params: Params) -> None:
+    def __init__(self, module: tvm.IRModule, target: Target, params: Params, dump: Dump) -> None:
         self.target, self.params = target, params
         self.values: dict[str, Value] = {}
         self.nodes: list[_Node] = []
-        self.module = legalize(_views_to_reshape(module if target.gpu else select_kernels(module)))
+        self.module = run(LOWERABLE if target.gpu else CPU_KERNELS + LOWERABLE, module, dump=dump)
         self.graph = Graph.of(self.module)
 
     def run(self) -> Program:
@@ -374,19 +373,6 @@ class _Lowering:
             step.scratch = offsets.get(f"scratch {index}", 0)
         self.values = {k: v for k, v in self.values.items() if v.place is not None}
         return size
-
-
-def _views_to_reshape(module: tvm.IRModule) -> tvm.IRModule:
-    """`relax.reshape` and its kin --> `qc.reshape`, which lowering turns into a shared buffer instead of a copy."""
-    graph = Graph.of(module)
-    builder = GraphBuilder(graph.attrs)
-    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
-    for name, expr in graph.bindings:
-        new = substitute(expr, lambda v: env[str(v.name)])
-        if relax_op(expr) in VIEWS and not is_const(expr.args[0]):
-            new = make_op("qc.reshape", [new.args[0]], {"shape": list(shape_of(expr))}, shape_of(expr), dtype_of(expr))
-        env[name] = builder.emit(name, new)
-    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
 
 
 def _join(layout: Layout, needs: list[Need]) -> Layout:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from qcompiler.base.errors import OutputError
 
 SWITCHES = {
-    "QCOMPILER_DUMP_DIR": "write the module or value that each stage of a compilation makes into this directory (as --dump-dir does)",
+    "QCOMPILER_DUMP_DIR": "write the module or value that each pass and stage of a compilation makes into this directory (as --dump-dir does)",
     "QCOMPILER_TRACEBACK": "1: show the Python traceback of an error that the command line would print on one line",
     "QCOMPILER_DATA": "directory with real networks and images for tests and benchmarks (as --data does)",
 }
@@ -28,6 +28,14 @@ def switch(name: str) -> str | None:
     assert name in SWITCHES, f"{name} is not in the table"
     value = os.environ.get(name, "")
     return None if value in ("", "0") else value
+
+
+Dump = Callable[[str, Any], object]
+"""`dump(name, value)`: what a stage or a pass made, for whoever looks (a `Dumper`, or `no_dump`)."""
+
+
+def no_dump(name: str, value: Any) -> None:
+    """The `Dump` that writes nothing."""
 
 
 class Dumper:

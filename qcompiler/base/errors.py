@@ -1,11 +1,18 @@
 """The error family. Every message says what, where, what is supported, and what to do.
 
-The command line prints the message of a `QCompilerError` on one line and exits with 2; anything else is a bug and shows a traceback.
+The command line prints the message of a `QCompilerError` on one line and exits with 2. An `InternalError`, and any exception that is not of the family,
+is a bug of ours: exit status 3, and a file with the traceback to report (`qcompiler/cli/bug_report.py`).
 """
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 
 class QCompilerError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of all errors that are raised on purpose: but for `InternalError`, a user can cause and mend them."""
 
 
 class ModelError(QCompilerError):
@@ -46,6 +53,37 @@ class OutputError(QCompilerError):
 
 class TuningError(QCompilerError):
     """A tuning log can't be used, or there is nothing to tune."""
+
+
+class InternalError(QCompilerError):
+    """A bug of this program: nothing that a user gives should cause it. `__cause__` is the exception behind it; `subject` is what was worked on when it
+    happened (a module, say), for a report."""
+
+    def __init__(self, message: str, subject: Any = None) -> None:
+        super().__init__(message)
+        self.subject = subject
+
+
+_LONGEST = 600  # characters of a message: a code generator may list kilobytes of offending calls
+
+
+@contextlib.contextmanager
+def bugs_named(where: str, subject: Any = None) -> Iterator[None]:
+    """Raise InternalError, naming `where`, for an exception inside that a user can't have caused. Errors of the family, of the operating system and of
+    memory pass as they are; so does a Ctrl-C, which TVM reports as a RuntimeError without text."""
+    try:
+        yield
+    except InternalError as error:  # named already, further inside
+        error.subject = subject if error.subject is None else error.subject
+        raise
+    except (QCompilerError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if type(error) is RuntimeError and not text:
+            raise KeyboardInterrupt from error
+        what = f"{type(error).__name__}: {text[:_LONGEST]}{' ...' if len(text) > _LONGEST else ''}" if text else type(error).__name__
+        raise InternalError(f"internal error in {where}: {what}", subject) from error
 
 
 def closest(word: str, candidates: list[str], count: int = 3) -> str:

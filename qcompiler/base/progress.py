@@ -10,11 +10,15 @@ Progress = Callable[[str, int, "int | None"], None]
 """`progress(stage, done, total)`: `done` of `total` steps (None: unknown) of the named stage are finished. Cheap to call often."""
 
 
+def silent(stage: str, done: int, total: int | None) -> None:
+    """The `Progress` that nobody looks at."""
+
+
 @contextlib.contextmanager
-def terminal_progress() -> Iterator[Progress | None]:
-    """A `Progress` drawn on standard error, with rate and time left, or None when standard error is not a terminal."""
+def terminal_progress() -> Iterator[Progress]:
+    """A `Progress` drawn on standard error, with rate and time left; a silent one when standard error is not a terminal."""
     if not sys.stderr.isatty():
-        yield None
+        yield silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -18,7 +18,7 @@ import numpy as np
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import parse_json, read_regular, replacing
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import check_sample
 from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics
@@ -143,7 +143,7 @@ def calibrate(
     *,
     ids: Collection[str] | None = None,
     watchers: Sequence[Watcher] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
     stage: str = "calibrate",
 ) -> CalibrationTable:
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
@@ -174,8 +174,7 @@ def calibrate(
         for watcher in watchers:
             watcher.end_sample(outputs)
         table.samples += 1
-        if progress is not None:
-            progress(stage, table.samples, total)
+        progress(stage, table.samples, total)
     if table.samples == 0:
         raise DataError("calibration data is empty; give at least one sample, better 50 to 500 that look like what the model will see")
     return table

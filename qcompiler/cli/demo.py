@@ -14,7 +14,7 @@ import numpy as np
 
 import qcompiler
 from qcompiler.base.files import temporary_folder
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import open_samples
 from qcompiler.runtime.bench import Timing, interleave, ratios
 from qcompiler.verification.parity import Thresholds, compare, float_session
@@ -31,7 +31,7 @@ def demo_data() -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]
     return [{"image": x[None]} for x in calibration], [{"image": x[None]} for x in evaluation], labels.astype(np.int64)
 
 
-def demo(output: Path, *, seconds: float = 2.0, progress: Progress | None = None) -> dict[str, Any]:
+def demo(output: Path, *, seconds: float = 2.0, progress: Progress = silent) -> dict[str, Any]:
     """Compile the example for this machine into `output`, verify it, and time int8 against float on one thread (`seconds` of measuring).
 
     Returns what `demo_text` prints: target, bytes, compile seconds, the `ParityReport` and the `Timing`s.

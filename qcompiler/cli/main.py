@@ -202,7 +202,7 @@ def _inputs(options: argparse.Namespace) -> Iterator[str | Path]:
 
 def _compile(options: argparse.Namespace) -> int:
     from qcompiler.base.text import size
-    from qcompiler.cli.tables import mixed_text
+    from qcompiler.cli.tables import target_text
     from qcompiler.numerics.weight_only import heading
 
     output = check_writable(options.output, _inputs(options))
@@ -234,7 +234,7 @@ def _compile(options: argparse.Namespace) -> int:
     lines = [f"{output}: {size(artifact.size)} for {manifest['target']}", *(f"note: {n}" for n in notes), *reasons]
     if account is not None:
         document["mixed_precision"] = account
-        lines += ["", mixed_text(account)]
+        lines += ["", target_text(account)]
     if "weights" in manifest:
         document["weights"] = manifest["weights"]
         lines.append(heading(manifest["weights"]))

@@ -111,8 +111,6 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 def _explain(options: argparse.Namespace, show: Show) -> int:
     import json
 
-    from qcompiler.base.debug import Dumper
-    from qcompiler.base.targets import find_target
     from qcompiler.cli.tables import noise_text, weights_text
     from qcompiler.passes.graph import Graph
     from qcompiler.passes.groups import find_groups
@@ -123,24 +121,23 @@ def _explain(options: argparse.Namespace, show: Show) -> int:
         if options.sensitivity:
             raise DataError("--sensitivity is of 8-bit activations; it does not go with --weights, which leaves them float")
         given: Any = {**_arguments(options), **weights_of(options)}
-        _, module = quantize_weights(options.model, options.calibration, Dumper(), given)
+        _, module = quantize_weights(options.model, options.calibration, given)
         account = Graph.of(module).attrs["qc.weights"]
         show(options, {"weights": account}, lambda: weights_text(account))
         return 0
 
     if options.sensitivity and options.calibration is None:
         raise DataError("--sensitivity needs --calibration: what rounding does to the outputs is measured on those samples")
-    target = find_target(options.target)
     with terminal_progress() as progress:
-        stages = quantize(options.model, target, options.calibration, Dumper(), **_arguments(options), progress=progress)
-        noise = layer_noise(stages, target, progress) if options.sensitivity else None
-    groups = find_groups(stages.model.module)
+        quantized = quantize(options.model, options.target, options.calibration, **_arguments(options), progress=progress)
+        noise = layer_noise(quantized) if options.sensitivity else None
+    groups = find_groups(quantized.model.module)
     # insert_qdq refuses what would overflow on the actual weights; those reasons belong to the answer too.
-    refused = {k: v for k, v in Graph.of(stages.qdq).attrs.get("qc.float_ops", {}).items() if k not in stages.plan.reasons}
+    refused = {k: v for k, v in Graph.of(quantized.qdq).attrs.get("qc.float_ops", {}).items() if k not in quantized.plan.reasons}
     notes = [f"'{value}' stays float after all: {reason}" for value, reason in refused.items()]
-    document = json.loads(stages.plan.to_json())
-    document |= {"operators": {g.id: g.kind for g in groups}, "refused": refused, "samples": stages.measured.table.samples, "digest": stages.plan.digest}
-    parts = [*notes, stages.plan.explain(groups).rstrip()]
+    document = json.loads(quantized.plan.to_json())
+    document |= {"operators": {g.id: g.kind for g in groups}, "refused": refused, "samples": quantized.measured.table.samples, "digest": quantized.plan.digest}
+    parts = [*notes, quantized.plan.explain(groups).rstrip()]
     if noise is not None:
         samples, estimate, rows = noise
         document["sensitivity"] = {"samples": samples, "sqnr_db": estimate, "layers": [vars(row) for row in rows]}

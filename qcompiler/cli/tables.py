@@ -73,7 +73,7 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     cells = [[s["id"], s["op"], s["dtype"], s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""] for s in steps]
     count = sum(s["dtype"] == "int8" for s in steps)
     title = f"Operators: {count} of {len(steps)} have int8 results"
-    target = [mixed_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
+    target = [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
     target += [weights_text(manifest["weights"])] if "weights" in manifest else []
     return "\n\n".join(
         [
@@ -101,7 +101,7 @@ def weights_text(account: Mapping[str, Any]) -> str:
     return table(heading(account), ("layer", "outputs x inputs", "float32|", f"{account['dtype']}|", "SQNR of weights dB|"), rows)
 
 
-def mixed_text(account: Mapping[str, Any]) -> str:
+def target_text(account: Mapping[str, Any]) -> str:
     """The plans that a compilation to an accuracy target tried (`mixed_precision` of the manifest), and what it decided."""
     float32 = account["float"]
     rows = [["float", "", "", "", "", milliseconds(float32["seconds"]), "1.000", size(float32["bytes"]), ""]]

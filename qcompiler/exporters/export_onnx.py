@@ -30,9 +30,10 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
-from qcompiler.pipeline.compile import Options, compile_stages
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.job import Options
 from qcompiler.pipeline.stages import Compilation
-from qcompiler.refine.correction import Layer, integer_layers
+from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted
 _ANCHORS = {"Conv": "conv2d", "ConvTranspose": "conv2d_transpose", "Gemm": "dense", "MatMul": "dense"}
@@ -96,12 +97,12 @@ class _Exporter:
     def __init__(self, source: onnx.ModelProto, compilation: Compilation) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(source)
-        stages = compilation.quantized
-        self.graph, self.plan = self.model.graph, stages.plan
-        self.groups = find_groups(stages.model.module)
-        self.bindings = Graph.of(stages.model.module).values()
-        self.float_ops: dict[str, str] = Graph.of(stages.qdq).attrs.get("qc.float_ops", {})
-        self.rounded = {g.id: g for g in find_groups(stages.qdq)}
+        quantized = compilation.quantized
+        self.graph, self.plan = self.model.graph, quantized.plan
+        self.groups = find_groups(quantized.model.module)
+        self.bindings = Graph.of(quantized.model.module).values()
+        self.float_ops: dict[str, str] = Graph.of(quantized.qdq).attrs.get("qc.float_ops", {})
+        self.rounded = {g.id: g for g in find_groups(quantized.qdq)}
         self.layers = {layer.group: layer for layer in integer_layers(compilation.integer)}
         self.constants = {t.name: t for t in self.graph.initializer}
         self.fixed = set(self.constants)
@@ -110,11 +111,11 @@ class _Exporter:
                 self.fixed |= set(node.output)
         self.producer = {o: n for n in self.graph.node for o in n.output if o}
         self.stored = {g.id for g in self.groups if g.id in self.producer and g.id not in self.float_ops and self.plan.params(g.id)}
-        self.naming = stages.model.naming
+        self.naming = quantized.model.naming
         self.made = self.naming.made  # names of what the file doesn't have
         self.ends = {self.base(g.id) for g in self.groups} | {i.name for i in self.graph.input}
-        self.norms = layer_norms(stages.model.module)
-        self.equalized = stages.measured.equalization.channels
+        self.norms = layer_norms(quantized.model.module)
+        self.equalized = quantized.measured.equalized.equalization.channels
         self.before: dict[str, list[onnx.NodeProto]] = {}  # tensor -> nodes to put in place of, or behind, its producer
         self.copies: dict[tuple[str, QParams], str] = {}
         self.inputs: list[onnx.NodeProto] = []  # Q and DQ of network inputs
@@ -251,7 +252,7 @@ class _Exporter:
         nodes[-1].output[0] = name
         return nodes
 
-    def rounded_constants(self, group: Group, anchor: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto] | str:
+    def rounded_constants(self, group: Group, anchor: onnx.NodeProto, layer: IntegerLayer) -> list[onnx.NodeProto] | str:
         """<id>~weight and <id>~bias as the library has them."""
         x, scale = self.params(group.inputs[0]), self.rounded[group.id].weight_scale
         weight = self.file_weight(group, anchor, layer.weight)

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import tvm
 
+from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.onnx import import_onnx
-from qcompiler.passes.canonicalize import canonicalize
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
-from qcompiler.passes.layout import to_channels_last
-from qcompiler.passes.trained import checked
+from qcompiler.passes.sequence import CANONICAL, run
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class FloatModel:
         return self.sources.get(found, (found, "Input"))
 
 
-def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = None, requantize: bool = False) -> FloatModel:
+def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = None, requantize: bool = False, dump: Dump = no_dump) -> FloatModel:
     """Read a model file and bring it into canonical form.
 
     A symbolic batch dimension is 1 unless `input_shapes` says otherwise; any other symbolic dimension must be in `input_shapes`
@@ -61,6 +60,7 @@ def load(path: str | Path, input_shapes: Mapping[str, Sequence[int]] | None = No
     if not graph.inputs:
         raise ModelError(f"{path}: the model has no inputs: all of its outputs are constants")
     inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
-    module = checked(to_channels_last, canonicalize(imported.module))
+    dump("import", imported.module)
+    module = run(CANONICAL, imported.module, dump=dump)
     digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}".encode()).hexdigest()
     return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers())

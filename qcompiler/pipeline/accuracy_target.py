@@ -1,6 +1,6 @@
 """Compile to an accuracy target: of the networks that meet it, the fastest found in the time given.
 
-    int8 network --> does it meet the target? --> sensitivity, costs --> path of plans (mixed.py) --> compile, judge, time plans on it --> the best one
+    int8 network --> does it meet the target? --> sensitivity, costs --> path of plans (tradeoff.py) --> compile, judge, time plans on it --> the best one
 
 Plans are ranked by estimates and accepted by measurement: a plan on the path is compiled, corrected and run like any other network. How far it is off
 the target says how far to go along the path for the next one. Every fourth sample is held out from calibration and correction, and judges.
@@ -8,32 +8,29 @@ the target says how far to go along the path for the next one. Every fourth samp
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qcompiler.backend.build import build
-from qcompiler.backend.tuning_log import Tuned
-from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
-from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.base.targets import find_target, missing_features
 from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
-from qcompiler.pipeline.stages import Compilation, describe, finish, measure, planned
+from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.stages import Compilation, calibrate, correct, equalize, generate, integer_network, link
 from qcompiler.pipeline.survey import Survey
-from qcompiler.plan.mixed import Network, Point, first_below
-from qcompiler.plan.recipes import Recipe
 from qcompiler.plan.sensitivity import Sensitivity, conversion_module, conversion_seconds
+from qcompiler.plan.tradeoff import Network, Point, first_below
 from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session
 
@@ -66,31 +63,18 @@ class Candidate:
         return min(f.noise if f.noise is not None else 2.0 if f.met else 0.5 for f in self.findings)
 
 
-def compile_to(
-    goal: Goal,
-    model: FloatModel,
-    samples: Samples,
-    labels: Any,
-    budget: float | None,
-    target: Target,
-    tuned: Tuned,
-    recipe: Recipe,
-    kept: Mapping[str, str],
-    dump: Dumper,
-    progress: Progress | None,
-) -> Compilation:
+def search(job: Job, goal: Goal, labels: Any, budget: float | None) -> Compilation:
     """The fastest network found that meets `goal`, or the most accurate one. Its manifest's `mixed_precision` says which, and what else was tried.
 
-    labels: class indices, one per row of `samples`, or a file of them. budget: seconds. kept: group id -> why it stays float in every plan.
+    labels: class indices, one per row of the job's samples, or a file of them. budget: seconds.
     Raises DataError for labels that don't fit, and for a goal that the network's outputs can't be judged by.
     """
-    clock = _Clock(BUDGET if budget is None else budget, progress)
-    if samples.count is None:
-        samples = CheckedSamples(list(samples), model.inputs)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(temporary_folder())
-        search = _Search(goal, model, samples, _classes(labels, samples, model, goal), clock, target, tuned, recipe, kept, dump, folder)
-        return search.run()
+    clock = _Clock(BUDGET if budget is None else budget, job.progress)
+    if job.samples.count is None:
+        job = replace(job, samples=CheckedSamples(list(job.samples), job.model.inputs))
+    classes = _classes(labels, job.samples, job.model, goal)
+    with temporary_folder() as folder:
+        return _Search(replace(job, progress=clock.progress), goal, classes, clock, folder).run()
 
 
 def _classes(labels: Any, samples: Samples, model: FloatModel, goal: Goal) -> np.ndarray | None:
@@ -110,7 +94,7 @@ def _classes(labels: Any, samples: Samples, model: FloatModel, goal: Goal) -> np
 class _Clock:
     """The time budget; every report of progress shows what is left of it."""
 
-    def __init__(self, budget: float, progress: Progress | None) -> None:
+    def __init__(self, budget: float, progress: Progress) -> None:
         self.budget, self._begin, self._progress = budget, time.monotonic(), progress
 
     @property
@@ -122,23 +106,16 @@ class _Clock:
         return self.budget - self.spent
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
-        if self._progress is not None:
-            self._progress(stage, done, total)
-            self._progress("time budget, seconds", min(int(self.spent), int(self.budget)), int(self.budget))
+        self._progress(stage, done, total)
+        self._progress("time budget, seconds", min(int(self.spent), int(self.budget)), int(self.budget))
 
 
 @dataclass
 class _Search:
+    job: Job
     goal: Goal
-    model: FloatModel
-    samples: Samples
     labels: np.ndarray | None
     clock: _Clock
-    target: Target
-    tuned: Tuned
-    recipe: Recipe
-    kept: Mapping[str, str]
-    dump: Dumper
     folder: Path
     tried: list[Candidate] = field(default_factory=list)
     network: Network | None = None
@@ -148,15 +125,15 @@ class _Search:
     stopped: str = ""  # why no further plan was tried, when the target was not met
 
     def run(self) -> Compilation:
-        count = self.samples.count
+        count = self.job.samples.count
         assert count is not None
         self.held = held_out(count)
         fitted = [i for i in range(count) if i not in set(self.held)]
         self.host = find_target("native")
-        self.runs_here = not missing_features(self.target)
-        self.measured = measure(self.model, take(self.samples, fitted), self.recipe, self.dump, self.clock.progress)
-        self.twin = Session(self.measured.twin.link().save(self.folder / "float.so"))
-        first = self.attempt(frozenset(self.kept), dict(self.kept))
+        self.runs_here = not missing_features(self.job.target)
+        self.measured = calibrate(equalize(replace(self.job, samples=take(self.job.samples, fitted))))
+        self.twin = self.measured.twin.session(threads=1)
+        first = self.attempt(frozenset(self.job.kept), self.job.kept)
         if not first.met and not self.out_of_time():
             self.survey(first)
             self.follow_path()
@@ -167,7 +144,7 @@ class _Search:
         return self.with_account(chosen, times[0].minimum)
 
     def run_once(self, session: Session) -> Any:
-        sample = next(iter(self.samples))
+        sample = next(iter(self.job.samples))
         return lambda: session.run(sample)
 
     # -- plans --------------------------------------------------------------------------------------------------------------------------
@@ -175,12 +152,13 @@ class _Search:
     def attempt(self, keep: frozenset[str], reasons: Mapping[str, str]) -> Candidate:
         """Compile a plan, run it, judge it."""
         number, start = len(self.tried), self.clock.spent
-        stages = planned(self.measured, self.target, reasons, self.dump, self.clock.progress)
-        compilation = finish(stages, self.target, self.tuned, self.dump, self.clock.progress)
-        here = compilation.artifact
-        if not self.runs_here:
-            here = build(compilation.integer, self.host, "generate host code", progress=self.clock.progress).link(**describe(compilation.integer, self.model))
-        session = Session(here.save(self.folder / f"plan{number}.so"))
+        network = integer_network(self.measured, reasons)
+        compilation = link(correct(network, generate(network)))
+        if self.runs_here:
+            session = Session(compilation.artifact.save(self.folder / f"plan{number}.so"))
+        else:
+            here = compilation.corrected.here or build(compilation.integer, self.host, "generate host code", progress=self.job.progress)
+            session = here.session(threads=1)
         scores = self.score(session, number)
         candidate = Candidate(keep, compilation, session, scores, judge(self.goal, scores, self.held))
         self.tried.append(candidate)
@@ -188,16 +166,16 @@ class _Search:
         return candidate
 
     def score(self, session: Session, number: int) -> Scores:
-        floats = [o.name for o in self.model.outputs if o.dtype == "float32"]
-        classified = classifying(self.model.outputs)
+        outputs = self.job.model.outputs
+        floats, classified = [o.name for o in outputs if o.dtype == "float32"], classifying(outputs)
         power, noise, votes = [], [], []
-        for done, sample in enumerate(self.samples, 1):
+        for done, sample in enumerate(self.job.samples, 1):
             got, expected = session.run(sample), self.twin.run(sample)
             power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
             noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
             if classified:
                 votes.append((got[classified[0].name].argmax(1), expected[classified[0].name].argmax(1)))
-            self.clock.progress(f"judge plan {number + 1}", done, self.samples.count)
+            self.clock.progress(f"judge plan {number + 1}", done, self.job.samples.count)
         top = np.array(votes)  # [samples, 2, rows]
         right = (None, None) if self.labels is None else (top[:, 1] == self.labels, top[:, 0] == self.labels)
         return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, *right)
@@ -206,13 +184,13 @@ class _Search:
 
     def survey(self, first: Candidate) -> None:
         """Sensitivities and costs of the plan that has everything in int8, and the path from it."""
-        survey = Survey(first.compilation.quantized, first.compilation.integer, self.target, self.folder)
-        self.sensitivity = survey.sensitivity(self.twin, self.clock.progress, seconds=min(60.0, self.clock.left / 4))
-        sample = next(iter(self.samples))
-        conversion = Session(build(conversion_module(), self.host, "generate host code").link().save(self.folder / "conversion.so"))
+        survey = Survey(first.compilation.quantized, first.compilation.integer)
+        self.sensitivity = survey.sensitivity(self.twin, seconds=min(60.0, self.clock.left / 4))
+        sample = next(iter(self.job.samples))
+        conversion = build(conversion_module(), self.host, "generate host code").session(threads=1)
         int8, float32 = survey.seconds(first.session, sample), survey.seconds(self.twin, sample)
         self.network = survey.network(self.sensitivity, int8, float32, conversion_seconds(conversion))
-        self.path = self.network.path(frozenset(self.kept))
+        self.path = self.network.path(frozenset(self.job.kept))
 
     def follow_path(self) -> None:
         """Compile plans on the path until one just meets the target."""
@@ -229,9 +207,9 @@ class _Search:
                 return
             whole, known = self.path[index], {c.keep: c.met for c in self.tried}
             if whole.keep not in known:
-                slim = self.network.trimmed(whole, max(limit, whole.noise), frozenset(self.kept))
+                slim = self.network.trimmed(whole, max(limit, whole.noise), frozenset(self.job.kept))
                 point = whole if slim.keep in known or refuted[index] == _TRIMMED else slim
-                candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.kept})
+                candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.job.kept})
                 limit = point.noise * candidate.factor()
                 if not candidate.met and point is not whole:
                     refuted[index] += 1  # which the whole point, with less noise, need not
@@ -262,7 +240,7 @@ class _Search:
 
     def with_account(self, chosen: Candidate, float_seconds: float) -> Compilation:
         """The chosen compilation, linked again with the manifest's `mixed_precision`."""
-        points = [self.row(c, c is chosen) for c in self.tried]
+        points = [self.figures(c, c is chosen) for c in self.tried]
         account = {
             "goal": str(self.goal),
             "met": chosen.met,
@@ -271,26 +249,24 @@ class _Search:
             "samples": len(chosen.scores),
             "held_out": len(self.held),
             "confidence": CONFIDENCE,
-            "measured_on": self.host.name if not self.runs_here else self.target.name,
+            "measured_on": self.host.name if not self.runs_here else self.job.target.name,
             "threads": self.twin.threads,
             "float": {"seconds": float_seconds, "bytes": sum(g.weight.nbytes for g in self.measured.means.groups.values() if g.weight is not None)},
             "points": points,
             "curve": self.curve(),
             "sensitivity": self.layers(),
         }
-        old = chosen.compilation
-        manifest = {k: v for k, v in old.artifact.manifest.items() if k not in ("format", "numerics")} | {"mixed_precision": account}
-        return Compilation(old.built.link(**manifest), old.quantized, old.integer, old.built)
+        return link(chosen.compilation.corrected, mixed_precision=account)
 
     def statement(self, chosen: Candidate) -> str:
-        kept = len(chosen.keep - set(self.kept))
+        kept = len(chosen.keep - set(self.job.kept))
         layers = f"{kept} layer{'s' if kept != 1 else ''} kept in float"
         if chosen.met:
             others = f", the fastest of {sum(c.met for c in self.tried)} that do, of {len(self.tried)} tried" if len(self.tried) > 1 else ""
             return f"the target ({self.goal}) is met with {layers}{others}"
         return f"THE TARGET ({self.goal}) IS NOT MET: {self.stopped}. This is the most accurate of {len(self.tried)} plans tried, with {layers}"
 
-    def row(self, c: Candidate, chosen: bool) -> dict[str, Any]:
+    def figures(self, c: Candidate, chosen: bool) -> dict[str, Any]:
         judged = c.scores.of(self.held) if self.held else c.scores
         bound, drop = judged.noise_bound(), c.scores.accuracy_drop()
         return {
@@ -322,7 +298,7 @@ class _Search:
             return {}
         rows = []
         for layer in self.network.layers.values():
-            alone = layer.noise + self.network.edges[layer.id].noise
+            alone = layer.noise + self.network.values[layer.id].noise
             if layer.movable:
                 sqnr = _finite(decibel(float(alone.max())))
                 rows.append({"id": layer.id, "sqnr_db": sqnr, "int8_seconds": layer.int8_seconds, "float_seconds": layer.float_seconds})

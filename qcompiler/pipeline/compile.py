@@ -1,13 +1,11 @@
-"""The compilation, as one literal list of stages. `compile` is the public entry; the command line calls it too."""
+"""The compilation: its stages in order, as docs/architecture.md lists them. `compile` is the public entry; the command line calls it too."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import tvm
 
@@ -18,105 +16,48 @@ from qcompiler.backend.build import build
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper
-from qcompiler.base.errors import DataError, PlanError, closest
-from qcompiler.base.progress import Progress
+from qcompiler.base.errors import DataError, PlanError
+from qcompiler.base.progress import silent
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.select_float import select_float
-from qcompiler.passes.trained import Trained
-from qcompiler.pipeline.accuracy_target import compile_to
+from qcompiler.passes.sequence import FLOAT, run
+from qcompiler.pipeline.accuracy_target import search
 from qcompiler.pipeline.goal import Goal
-from qcompiler.pipeline.stages import Compilation, Measured, Quantized, finish, measure, planned
+from qcompiler.pipeline.job import Job, Options, check_names, opened
+from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network, link
 from qcompiler.pipeline.survey import worth_keeping
 from qcompiler.plan.planner import named_groups
-from qcompiler.plan.recipes import Recipe, recipe
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of `compile`.
-
-    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
-    preset, enable, disable: the recipe of quantization, and steps to switch on and off in it, by the names in `recipes.STEPS`. keep_float: layers
-    that stay float32, by the names that their nodes or values have in the model file. requantize: a model that is quantized already keeps in float what
-    its file leaves in float; quantize that too. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop
-    (points; needs labels: class indices of the calibration samples, or a file of them): keep those layers in float that reach this at the least
-    measured time (`accuracy_target.py`), within time_budget seconds; whether it was reached is in the manifest. tuning_log: a folder that `tune`
-    wrote. dump_dir: every stage's result is written there. targets_file: a file like targets.yaml.
-    progress: called with (stage, done, total).
-
-    weights: "int8" or "int4": another kind of compilation, without calibration: activations stay float32 and dense layers get weights in so many bits,
-    with a scale for every group_size weights of a row (default 64) and, if asymmetric, a zero point. Of the other options keep_float, input_shapes,
-    dump_dir, targets_file and progress go with it.
-    """
-
-    input_shapes: Mapping[str, Sequence[int]] | None
-    preprocess: Any
-    preset: str
-    enable: Sequence[str]
-    disable: Sequence[str]
-    keep_float: Sequence[str]
-    requantize: bool
-    min_sqnr: float | None
-    min_agreement: float | None
-    max_accuracy_drop: float | None
-    labels: Any
-    time_budget: float | None
-    tuning_log: str | os.PathLike[str] | None
-    dump_dir: str | Path | None
-    targets_file: Path | None
-    progress: Progress | None
-    weights: str | None
-    group_size: int | None
-    asymmetric: bool
-
-
-def mixed(measured: Measured, target: Target, kept: Mapping[str, str], dump: Dumper, progress: Progress | None) -> Quantized:
-    """`planned`, where the recipe asks for it with the layers in float that are worth it."""
-    stages = planned(measured, target, kept, dump, progress)
-    if "mixed" not in measured.recipe.steps or target.gpu or not any(o.dtype == "float32" for o in measured.model.outputs):
-        return stages
-    found = worth_keeping(stages, target, kept, progress)
+def quantized(job: Job) -> tuple[QuantizedNetwork, dict[str, str]]:
+    """The stages from a loaded model to the integer network, and what the recipe's step "mixed" did, where it is in it."""
+    equalized = equalize(job)
+    measured = calibrate(equalized)
+    network = integer_network(measured, job.kept)  # plan, quantize, realize
+    if "mixed" not in job.recipe.steps or job.target.gpu or not any(o.dtype == "float32" for o in job.model.outputs):
+        return network, {}
+    found = worth_keeping(network)
     if found.reasons:
-        stages = planned(measured, target, {**found.reasons, **kept}, dump, progress)
-    return dataclasses.replace(stages, mixed=found.summary)
+        network = integer_network(measured, {**found.reasons, **job.kept})
+    return network, {"mixed": found.summary}
 
 
-def opened(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, Samples, Recipe, dict[str, str]]:
-    """The model, its calibration samples, the recipe, and the groups that shall stay float, with the reason. Arguments as `compile`."""
-    chosen = recipe(options.get("preset", "default"), options.get("enable", ()), options.get("disable", ()))
-    float_model = load(Path(model), options.get("input_shapes"), bool(options.get("requantize")))
-    dump("float", float_model.module)
-    trained = Trained.of(Graph.of(float_model.module).attrs)
-    if trained.quantized:
-        chosen = chosen.without_changes()
-    if calibration is None and not trained.quantized:
-        raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
-    kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
-    samples = NO_SAMPLES if calibration is None else open_samples(calibration, float_model.inputs, options.get("preprocess"))
-    return float_model, samples, chosen, kept
+def compiled(job: Job) -> Compilation:
+    """All stages behind `load`."""
+    network, searched = quantized(job)
+    built = generate(network)  # lower, generate code
+    corrected = correct(network, built)
+    return link(corrected, searched)
 
 
-def quantize(
-    model: str | os.PathLike[str],
-    target: Target,
-    calibration: Any,
-    dump: Dumper,
-    **options: Unpack[Options],
-) -> Quantized:
-    """The stages from the model file to the integer module. Arguments as `compile`."""
-    float_model, samples, chosen, kept = opened(model, calibration, dump, options)
-    return mixed(measure(float_model, samples, chosen, dump, options.get("progress")), target, kept, dump, options.get("progress"))
+def quantize(model: str | os.PathLike[str], target: str | Target, calibration: Any, **options: Unpack[Options]) -> QuantizedNetwork:
+    """The stages from the model file to the integer network. Arguments as `compile`."""
+    return quantized(opened(model, target, calibration, options))[0]
 
 
-def compile_stages(
-    model: str | os.PathLike[str],
-    target: str = "native",
-    calibration: Any = None,
-    **options: Unpack[Options],
-) -> Compilation:
+def compile_stages(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Compilation:
     """`compile`, with the values between the stages. Same arguments, same errors."""
     check_names(options)
     if options.get("weights") is not None:
@@ -124,28 +65,20 @@ def compile_stages(
     for name in ("group_size", "asymmetric"):
         if options.get(name) is not None and options.get(name) is not False:
             raise PlanError(f"{name} describes the option weights, which is not given")
-    dump, progress = Dumper(options.get("dump_dir")), options.get("progress")
-    row = find_target(target, options.get("targets_file"))
-    artifacts.find_compiler(row)
-    toolkit_versions(row)  # a missing toolkit shows before anything long is begun
-    tuned = Tuned(row, options.get("tuning_log"))
+    chosen = find_target(target, options.get("targets_file"))
+    artifacts.find_compiler(chosen)
+    toolkit_versions(chosen)  # a missing toolkit shows before anything long is begun
+    tuned = Tuned(chosen, options.get("tuning_log"))
     goal = Goal(options.get("min_sqnr"), options.get("min_agreement"), options.get("max_accuracy_drop"))
     for name in () if goal else ("labels", "time_budget"):
         if options.get(name) is not None:
             raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement or max_accuracy_drop too")
-    float_model, samples, chosen, kept = opened(model, calibration, dump, options)
-    if goal:
-        if samples.count == 0:
-            raise DataError("calibration data is needed for an accuracy target: it is measured on them")
-        return compile_to(goal, float_model, samples, options.get("labels"), options.get("time_budget"), row, tuned, chosen, kept, dump, progress)
-    measured = measure(float_model, samples, chosen, dump, progress)
-    return finish(mixed(measured, row, kept, dump, progress), row, tuned, dump, progress)
-
-
-def check_names(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword argument that `compile` does not have."""
-    for name in set(options) - set(Options.__annotations__):
-        raise TypeError(f"compile() has no keyword argument '{name}'.{closest(name, list(Options.__annotations__))}")
+    job = opened(model, chosen, calibration, options, tuned)
+    if not goal:
+        return compiled(job)
+    if job.samples.count == 0:
+        raise DataError("calibration data is needed for an accuracy target: it is measured on them")
+    return search(job, goal, options.get("labels"), options.get("time_budget"))
 
 
 def compile(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
@@ -155,7 +88,7 @@ def compile(model: str | os.PathLike[str], target: str = "native", calibration: 
     takes them (a path, or an iterable of {input name: array with the model's shape}); not needed for a model that states all its ranges itself
     (ONNX with QuantizeLinear and DequantizeLinear, from quantization-aware training say). options: see `Options`.
 
-    Raises a QCompilerError for anything a user can mend: the model, the data, the target.
+    Raises a QCompilerError: for anything a user can mend, the model, the data, the target; InternalError, with the cause attached, for a bug of ours.
     """
     if options.get("weights") is not None:
         return compile_weights(model, target, calibration, **options)
@@ -165,18 +98,17 @@ def compile(model: str | os.PathLike[str], target: str = "native", calibration: 
 _DEFAULTS = {"preset": "default", "enable": [], "disable": [], "keep_float": [], "requantize": False}  # what the command line passes without options
 
 
-def quantize_weights(model: str | os.PathLike[str], calibration: Any, dump: Dumper, options: Options) -> tuple[FloatModel, tvm.IRModule]:
+def quantize_weights(model: str | os.PathLike[str], calibration: Any, options: Options) -> tuple[FloatModel, tvm.IRModule]:
     """The float network, and the same with its dense weights stored in few bits. Arguments as `compile`."""
     check_names(options)
     goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "dump_dir", "targets_file", "progress"}
     given = {k for k, v in options.items() if v is not None and v != _DEFAULTS.get(k)} | ({"calibration"} if calibration is not None else set())
     if extra := sorted(given - goes):
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
+    dump = Dumper(options.get("dump_dir"))
     scheme = WeightScheme.of(str(options["weights"]), options.get("group_size"), bool(options.get("asymmetric")))
-    float_model = load(Path(model), options.get("input_shapes"))
-    dump("float", float_model.module)
-    module = select_float(float_model.module, scheme, set(named_groups(float_model, options.get("keep_float") or ())))
-    dump("weights", module)
+    float_model = load(Path(model), options.get("input_shapes"), dump=dump)
+    module = run(FLOAT, float_model.module, scheme, set(named_groups(float_model, options.get("keep_float") or ())), dump=dump)
     if not Graph.of(module).attrs["qc.weights"]["layers"]:
         raise PlanError(f"'{float_model.name}' has no layer whose weights could be stored in {scheme.bits} bits: no Gemm or MatMul with constant weights")
     return float_model, module
@@ -184,12 +116,12 @@ def quantize_weights(model: str | os.PathLike[str], calibration: Any, dump: Dump
 
 def compile_weights(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Artifact:
     """A library that computes in float32, with the weights of dense layers in 8 or 4 bits. Arguments and errors as `compile`."""
-    row = find_target(target, options.get("targets_file"))
-    if row.gpu:
-        raise PlanError(f"weights in 8 or 4 bits beside float activations have kernels for CPUs only; '{row.name}' is a GPU")
-    artifacts.find_compiler(row)
-    float_model, module = quantize_weights(model, calibration, Dumper(options.get("dump_dir")), options)
-    built = build(module, row, "generate code", progress=options.get("progress"))
+    chosen = find_target(target, options.get("targets_file"))
+    if chosen.gpu:
+        raise PlanError(f"weights in 8 or 4 bits beside float activations have kernels for CPUs only; '{chosen.name}' is a GPU")
+    artifacts.find_compiler(chosen)
+    float_model, module = quantize_weights(model, calibration, options)
+    built = build(module, chosen, "generate code", progress=options.get("progress") or silent)
     return built.link(
         model=float_model.name,
         weights=Graph.of(module).attrs["qc.weights"],

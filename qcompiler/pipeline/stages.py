@@ -1,12 +1,13 @@
-"""The stages of a compilation that quantizes, and the values between them. `compile.py` runs them in order; searches for mixed precision run some again."""
+"""The stages of a compilation that quantizes, and the values between them. `compile.py` has them in order; searches run some again."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,90 +16,231 @@ import tvm
 
 import qcompiler
 from qcompiler.backend.artifact import Artifact
-from qcompiler.backend.build import Built, build, session_of
+from qcompiler.backend.build import Built, build
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.lowering import Program
-from qcompiler.backend.tuning_log import Tuned
-from qcompiler.base.debug import Dumper
-from qcompiler.base.progress import Progress
-from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import Samples
+from qcompiler.base.debug import Dump, no_dump
+from qcompiler.base.errors import bugs_named
+from qcompiler.base.progress import Progress, silent
+from qcompiler.base.targets import find_target
+from qcompiler.calibration import table as calibration
 from qcompiler.calibration.suspicion import doubts
-from qcompiler.calibration.table import CalibrationTable, calibrate
+from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.insert_qdq import insert_qdq
-from qcompiler.passes.realize import realize
-from qcompiler.passes.replace_weights import replace_weights
-from qcompiler.passes.select_float import select_float
+from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
+from qcompiler.pipeline.job import Job
 from qcompiler.plan.planner import decide, observed_ids
-from qcompiler.plan.quant_plan import Proposals, QuantPlan
-from qcompiler.plan.quant_plan import Quantized as QuantizedEdge
+from qcompiler.plan.quant_plan import Judged, Proposals, Quantized, QuantPlan
 from qcompiler.plan.ranges import SampleEnds, choose, output_noise
 from qcompiler.plan.recipes import STEPS, Recipe
 from qcompiler.refine.analytic import mean_of_rounding
-from qcompiler.refine.correction import Correction, FloatMeans, SessionExecutor, correct, with_operands
+from qcompiler.refine.correction import correct_biases
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
+from qcompiler.refine.means import FloatMeans
 from qcompiler.refine.rounding import NARROW, DataRounder
-from qcompiler.runtime.session import Session
+from qcompiler.refine.trial import Correction, SessionExecutor
+from qcompiler.refine.weight_rounding import round_weights
+
+# -- the float network ----------------------------------------------------------------------------------------------------------------------
+
+
+def float_code(model: FloatModel, target: str = "native", dump: Dump = no_dump, progress: Progress = silent) -> Built:
+    """The float twin of a network: float32 kernels of the same templates."""
+    return build(run(FLOAT, model.module, dump=dump), find_target(target), "generate float code", dump=dump, progress=progress)
+
+
+def compile_float(
+    model: str | os.PathLike[str], target: str = "native", input_shapes: Mapping[str, Sequence[int]] | None = None, progress: Progress = silent
+) -> Artifact:
+    """The float twin as a library, for comparison. Arguments as `compile`."""
+    float_model = load(Path(model), input_shapes)
+    return float_code(float_model, target, progress=progress).link(model=float_model.name, digests={"model": float_model.digest})
+
+
+@dataclass
+class Equalized:
+    """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted)."""
+
+    job: Job
+    twin: Built | None
+    equalization: Equalization
+
+
+def equalize(job: Job) -> Equalized:
+    """FloatModel, samples -> FloatModel: channels scaled against each other, where the recipe asks for it and something is gained."""
+    if job.samples.count == 0:
+        return Equalized(job, None, Equalization())
+    twin = float_code(job.model, dump=job.dump, progress=job.progress)
+    if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
+        return Equalized(job, twin, Equalization())
+    calibration.calibrate(twin.session(), job.samples, ids=(), watchers=[seen], progress=job.progress, stage="measure channels")
+    found = decide_channels(job.model.module, seen.values, "shift" in job.recipe.steps)
+    layers = equalized_layers(job.model.module, found.channels)
+    for value_id, operands in layers.items():
+        for index, array in enumerate(operands, 1):
+            twin.program.replace_operand(value_id, index, array)
+    module = run(REPLACE_WEIGHTS, job.model.module, layers, dump=job.dump)
+    return Equalized(dataclasses.replace(job, model=dataclasses.replace(job.model, module=module)), twin, found)
 
 
 @dataclass
 class Measured:
-    """The float network with its native code (made when it is wanted), and its statistics: what every plan is made from."""
+    """What every plan is made from: the job, its network equalized, and statistics of its values."""
 
-    model: FloatModel
-    built: Built | None
-    samples: Samples
+    equalized: Equalized
     table: CalibrationTable
     means: FloatMeans
-    recipe: Recipe
-    equalization: Equalization
+    ends: SampleEnds
     warnings: list[str]
-    ends: SampleEnds = field(default_factory=lambda: SampleEnds(()))
     _noise: dict[str, tuple[Proposals, dict[str, float]]] = field(default_factory=dict)
 
     @property
+    def job(self) -> Job:
+        return self.equalized.job
+
+    @property
+    def model(self) -> FloatModel:
+        return self.job.model
+
+    @functools.cached_property
     def twin(self) -> Built:
         """The float network's code for this machine."""
-        self.built = self.built or float_twin(self.model, None)
-        return self.built
+        return self.equalized.twin or float_code(self.model, dump=self.job.dump, progress=self.job.progress)
 
-    def noise(self, proposals: Mapping[str, Proposals], progress: Progress | None) -> dict[str, dict[str, float]]:
+    def noise(self, proposals: Mapping[str, Proposals]) -> dict[str, dict[str, float]]:
         """`ranges.output_noise` of proposals; what an earlier plan asked for is known."""
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
         if new:
-            with session_of(self.twin.link()) as session:
-                found = output_noise(session, new, self.ends, self.samples, self.table.samples, *self.recipe.judges, progress)
+            job = self.job
+            found = output_noise(self.twin.session(), new, self.ends, job.samples, self.table.samples, *job.recipe.judges, job.progress)
             self._noise |= {name: (p, found.get(name, {})) for name, p in new.items()}
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
+def calibrate(equalized: Equalized) -> Measured:
+    """FloatModel, samples -> CalibrationTable: the float network runs, on this machine whatever the target, over all samples. Without any (a model that
+    states its own ranges) nothing is run."""
+    job = equalized.job
+    if equalized.twin is None:
+        return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
+    ids = observed_ids(job.model)
+    means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0)
+    ends = SampleEnds(ids if job.recipe.judges_ranges else ())
+    table = calibration.calibrate(equalized.twin.session(), job.samples, ids=ids, watchers=[means, ends], progress=job.progress)
+    job.dump("calibration", table)
+    return Measured(equalized, table, means, ends, doubts(table, [i.name for i in job.model.inputs], means.outputs))
+
+
+# -- the integer network --------------------------------------------------------------------------------------------------------------------
+
+
+def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
+    """FloatModel, table, target -> QuantPlan, with the ranges that the network's outputs prefer where the recipe asks for it. kept: group id -> why it
+    stays float."""
+    job = measured.job
+
+    def decided(ranges: Mapping[str, Judged]) -> QuantPlan:
+        with bugs_named("stage 'plan'", measured.model.module):
+            return decide(measured.model, measured.table, job.target, job.recipe, kept, ranges)
+
+    found = decided({})
+    if job.recipe.judges_ranges and found.proposals and any(o.dtype == "float32" for o in job.model.outputs):
+        proposals = found.proposals
+        if "judge-ranges" not in job.recipe.steps:
+            proposals = {name: p.only_first() for name, p in proposals.items()}
+        found = decided(choose(proposals, measured.noise(proposals), "margins" in job.recipe.steps))
+    job.dump("plan", found.explain())
+    return found
+
+
 @dataclass
-class Quantized:
+class QuantizedNetwork:
     """A plan, and both modules that the float network became by it."""
 
     measured: Measured
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
-    mixed: str = ""  # what the step of that name did
+
+    @property
+    def job(self) -> Job:
+        return self.measured.job
 
     @property
     def model(self) -> FloatModel:
         return self.measured.model
 
-    def effects(self) -> dict[str, str]:
-        """What each step of the recipe did so far, for people: {step: sentence}, in order."""
-        recipe, edges = self.measured.recipe, [e for e in self.plan.edges.values() if isinstance(e, QuantizedEdge)]
-        found = {"steps": ", ".join(s for s in STEPS if s in recipe.steps) or "none"}
-        if "equalize" in recipe.steps:
-            found["channel_equalization"] = self.measured.equalization.summary()
-        if "ranges" in recipe.steps:
-            found["ranges"] = f"outliers clipped in {sum(', clips ' in e.reason for e in edges)} of {len(edges)} values with a range of their own"
-        if self.mixed:
-            found["mixed"] = self.mixed
-        return found
+
+def quantize(measured: Measured, plan: QuantPlan) -> tvm.IRModule:
+    """FloatModel, QuantPlan -> QDQ module, with biases that undo what rounded weights do to means where the recipe asks for it."""
+    module, dump = measured.model.module, measured.job.dump
+    if "analytic-bias" in measured.job.recipe.steps:
+        module = run(REPLACE_WEIGHTS, module, mean_of_rounding(module, plan, measured.table), dump=dump)
+    return run(INSERT_QDQ, module, plan, dump=dump)
+
+
+def realize(measured: Measured, plan: QuantPlan, qdq: tvm.IRModule) -> QuantizedNetwork:
+    """QDQ module -> integer module."""
+    return QuantizedNetwork(measured, plan, qdq, run(INTEGER, qdq, dump=measured.job.dump))
+
+
+def integer_network(measured: Measured, kept: Mapping[str, str]) -> QuantizedNetwork:
+    """The three stages from statistics to the integer module. kept: group id -> why it stays float."""
+    decided = plan(measured, kept)
+    return realize(measured, decided, quantize(measured, decided))
+
+
+# -- the library ----------------------------------------------------------------------------------------------------------------------------
+
+
+def generate(network: QuantizedNetwork) -> Built:
+    """Integer module, target, tuning log -> Program and its object code."""
+    job = network.job
+    return build(network.integer, job.target, "generate int8 code", job.tuned, dump=job.dump, progress=job.progress)
+
+
+@dataclass
+class Corrected:
+    """A network's code with the constants that calibration samples led to. integer: the module that it equals bit for bit. here: its code for this
+    machine, if there is any. corrections: what was tried, by its name in the manifest."""
+
+    network: QuantizedNetwork
+    built: Built
+    integer: tvm.IRModule
+    here: Built | None
+    corrections: dict[str, Correction]
+
+
+def correct(network: QuantizedNetwork, built: Built) -> Corrected:
+    """Integer module, samples -> integer module: biases and weights with which the int8 network comes measurably closer to the float one."""
+    measured, job, host = network.measured, network.job, find_target("native")
+    here = built if built.program.target == host else None
+    integer, tried = network.integer, dict[str, Correction]()
+    limit = measured.means.limit
+    if limit:
+        here = here or build(integer, host, "generate host code", progress=job.progress)
+        executor = SessionExecutor(here.session(), here.program)
+        for name, change in _corrections(job.recipe):
+            found = tried[name] = change(integer, executor, measured.means, itertools.islice(job.samples, limit), progress=job.progress)
+            job.dump(name, found)
+            if found.kept:
+                integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)
+                for operand, arrays in found.operands().items() if built is not here else ():
+                    for value_id, array in arrays.items():
+                        built.program.replace_operand(value_id, operand, array)
+    return Corrected(network, built, integer, here, tried)
+
+
+def _corrections(recipe: Recipe) -> list[tuple[str, Callable[..., Correction]]]:
+    """(name in the manifest, how it is done) of the corrections that a recipe asks for, in order."""
+    found: list[tuple[str, Callable[..., Correction]]] = []
+    if "correct-bias" in recipe.steps:
+        found.append(("bias_correction", correct_biases))
+    if recipe.steps & {"round-narrow", "round-all"}:
+        rounder = DataRounder(recipe.positions, None if "round-all" in recipe.steps else NARROW)
+        found.append(("weight_rounding", functools.partial(round_weights, rounder)))
+    return found
 
 
 @dataclass
@@ -106,143 +248,58 @@ class Compilation:
     """A finished compilation: the artifact, and the integer module that it equals bit for bit."""
 
     artifact: Artifact
-    quantized: Quantized
-    integer: tvm.IRModule
-    built: Built
+    corrected: Corrected
+
+    @property
+    def quantized(self) -> QuantizedNetwork:
+        return self.corrected.network
+
+    @property
+    def integer(self) -> tvm.IRModule:
+        return self.corrected.integer
+
+    @property
+    def built(self) -> Built:
+        return self.corrected.built
 
     @property
     def program(self) -> Program:
         return self.built.program
 
 
-def float_twin(model: FloatModel, progress: Progress | None) -> Built:
-    return build(select_float(model.module), find_target("native"), "generate float code", progress=progress)
-
-
-def compile_float(
-    model: str | os.PathLike[str], target: str = "native", input_shapes: Mapping[str, Sequence[int]] | None = None, progress: Progress | None = None
-) -> Artifact:
-    """The float twin of a network: float32 kernels of the same templates, for comparison and calibration. Arguments as `compile`."""
-    float_model = load(Path(model), input_shapes)
-    built = build(select_float(float_model.module), find_target(target), "generate float code", progress=progress)
-    return built.link(model=float_model.name, digests={"model": float_model.digest})
-
-
-def measure(model: FloatModel, samples: Samples, recipe: Recipe, dump: Dumper, progress: Progress | None) -> Measured:
-    """Run the float network, on this machine whatever the target, over all samples; the result's network is the equalized one.
-
-    Without any samples (a model that states its own ranges) nothing is run.
-    """
-    equalization = Equalization()
-    if samples.count == 0:
-        return Measured(model, None, samples, CalibrationTable(), FloatMeans(model.module, 0), recipe, equalization, [])
-    twin = float_twin(model, progress)
-    with session_of(twin.link()) as session:
-        if "equalize" in recipe.steps:
-            model, equalization = equalized(model, twin, session, samples, recipe, progress)
-            dump("equalized", model.module)
-        ids = observed_ids(model)
-        means, ends = FloatMeans(model.module, recipe.samples if recipe.optimizes else 0), SampleEnds(ids if recipe.judges_ranges else ())
-        table = calibrate(session, samples, ids=ids, watchers=[means, ends], progress=progress)
-    dump("calibration", table)
-    warnings = doubts(table, [i.name for i in model.inputs], means.outputs)
-    return Measured(model, twin, samples, table, means, recipe, equalization, warnings, ends)
-
-
-def equalized(model: FloatModel, twin: Built, session: Session, samples: Samples, recipe: Recipe, progress: Progress | None) -> tuple[FloatModel, Equalization]:
-    """The network with its channels equalized, in `twin` and its session too: their code serves any weights."""
-    seen = ChannelWatcher(model.module)
-    if not seen.streams:
-        return model, Equalization()
-    calibrate(session, samples, ids=(), watchers=[seen], progress=progress, stage="measure channels")
-    found = decide_channels(model.module, seen.values, "shift" in recipe.steps)
-    layers = equalized_layers(model.module, found.channels)
-    for value_id, operands in layers.items():
-        for index, array in enumerate(operands, 1):
-            twin.program.replace_operand(value_id, index, array)
-    session.set_constants(twin.program.constants)
-    return dataclasses.replace(model, module=replace_weights(model.module, layers)), found
-
-
-def plan_for(measured: Measured, target: Target, keep_float: Mapping[str, str], progress: Progress | None) -> QuantPlan:
-    """The plan, with the ranges that the network's outputs prefer where the recipe asks for it."""
-    recipe = measured.recipe
-    plan = decide(measured.model, measured.table, target, recipe, keep_float)
-    if not recipe.judges_ranges or not plan.proposals or not any(o.dtype == "float32" for o in measured.model.outputs):
-        return plan
-    proposals = plan.proposals
-    if "judge-ranges" not in recipe.steps:
-        proposals = {name: p.only_first() for name, p in proposals.items()}
-    ranges = choose(proposals, measured.noise(proposals, progress), "margins" in recipe.steps)
-    return decide(measured.model, measured.table, target, recipe, keep_float, ranges)
-
-
-def planned(measured: Measured, target: Target, keep_float: Mapping[str, str], dump: Dumper, progress: Progress | None = None) -> Quantized:
-    """The stages from statistics to the integer module. keep_float: group id -> why it stays float."""
-    plan = plan_for(measured, target, keep_float, progress)
-    dump("plan", plan.explain())
-    module = measured.model.module
-    if "analytic-bias" in measured.recipe.steps:
-        module = replace_weights(module, mean_of_rounding(module, plan, measured.table))
-    qdq = insert_qdq(module, plan)
-    dump("qdq", qdq)
-    integer = realize(qdq)
-    dump("integer", integer)
-    return Quantized(measured, plan, qdq, integer)
-
-
-def finish(stages: Quantized, target: Target, tuned: Tuned, dump: Dumper, progress: Progress | None) -> Compilation:
-    """The stages from the integer module to the artifact."""
-    built = build(stages.integer, target, "generate int8 code", tuned, progress=progress)
-    integer = stages.integer
-    effects = stages.effects()
-    for name, correction in corrections(built, stages, progress):
-        effects[name] = correction.summary()
-        dump(name, correction)
-        if correction.kept:
-            integer = with_operands(integer, correction)
-            for operand, arrays in correction.operands():
-                for value_id, array in arrays.items():
-                    built.program.replace_operand(value_id, operand, array)
-    channels = {k: c.to_json() for k, c in stages.measured.equalization.channels.items()}
-    artifact = built.link(
-        **describe(integer, stages.model),
-        channels=channels,
-        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(target),
-        preset=stages.plan.preset,
-        calibration_samples=stages.measured.table.samples,
-        quantization=effects,
-        warnings=stages.measured.warnings,
-        notes=stages.plan.notes,
+def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
+    """Program -> Artifact. searched: what a search for layers to keep in float did, for people. account: further entries of the manifest."""
+    network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
+    artifact = corrected.built.link(
+        **describe(corrected.integer, job.model),
+        channels={k: c.to_json() for k, c in measured.equalized.equalization.channels.items()},
+        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(job.target),
+        preset=network.plan.preset,
+        calibration_samples=measured.table.samples,
+        quantization={**effects(network), **searched} | {name: c.summary() for name, c in corrected.corrections.items()},
+        warnings=measured.warnings,
+        notes=network.plan.notes,
         digests={
-            "model": stages.model.digest,
-            "calibration": stages.measured.table.digest,
-            "plan": stages.plan.digest,
-            "tuning_log": tuned.digest,
-            "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest(),
+            "model": job.model.digest,
+            "calibration": measured.table.digest,
+            "plan": network.plan.digest,
+            "tuning_log": "" if job.tuned is None else job.tuned.digest,
+            "constants": hashlib.sha256(corrected.built.program.constants.tobytes()).hexdigest(),
         },
+        **account,
     )
-    return Compilation(artifact, stages, integer, built)
+    return Compilation(artifact, corrected)
 
 
-def corrections(built: Built, stages: Quantized, progress: Progress | None) -> Iterator[tuple[str, Correction]]:
-    """What measurably brings the int8 network closer to the float one on calibration samples: (name in the manifest, what changes), in order."""
-    measured, host = stages.measured, find_target("native")
-    limit = measured.means.limit
-    if not limit:
-        return
-    on_host = built if built.program.target == host else build(stages.integer, host, "generate host code", progress=progress)
-    with session_of(on_host.link()) as session:
-        executor = SessionExecutor(session, on_host.program)
-        start = stages.integer
-        if "correct-bias" in measured.recipe.steps:
-            first = correct(start, executor, measured.means, itertools.islice(measured.samples, limit), progress=progress)
-            start = with_operands(start, first) if first.kept else start
-            yield "bias_correction", first
-        if not measured.recipe.steps & {"round-narrow", "round-all"}:
-            return
-        rounder = DataRounder(measured.recipe.positions, None if "round-all" in measured.recipe.steps else NARROW)
-        yield "weight_rounding", correct(start, executor, measured.means, itertools.islice(measured.samples, limit), rounder=rounder, progress=progress)
+def effects(network: QuantizedNetwork) -> dict[str, str]:
+    """What each step of the recipe did up to the integer module, for people: {step: sentence}, in order."""
+    recipe, edges = network.job.recipe, [e for e in network.plan.edges.values() if isinstance(e, Quantized)]
+    found = {"steps": ", ".join(s for s in STEPS if s in recipe.steps) or "none"}
+    if "equalize" in recipe.steps:
+        found["channel_equalization"] = network.measured.equalized.equalization.summary()
+    if "ranges" in recipe.steps:
+        found["ranges"] = f"outliers clipped in {sum(', clips ' in e.reason for e in edges)} of {len(edges)} values with a range of their own"
+    return found
 
 
 def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 
-from qcompiler.backend.build import Built, session_of
+from qcompiler.backend.build import Built
 from qcompiler.backend.lowering import Program
-from qcompiler.base.files import temporary_folder
-from qcompiler.base.progress import Progress
-from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.kinds import KINDS
 from qcompiler.pipeline.goal import decibel
-from qcompiler.pipeline.stages import Measured, Quantized
-from qcompiler.plan.mixed import Edge, Layer, Network
+from qcompiler.pipeline.stages import Measured, QuantizedNetwork
 from qcompiler.plan.placement import Placer, operands
 from qcompiler.plan.quant_plan import Derived
-from qcompiler.plan.sensitivity import Sensitivity, layer_seconds, measure_sensitivity, values_of
+from qcompiler.plan.sensitivity import Sensitivity, layer_seconds, measure_sensitivity
+from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost
 from qcompiler.refine.analytic import bias_for, shapes_of
-from qcompiler.refine.correction import integer_layers
+from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.runtime.session import Session
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
@@ -37,36 +32,36 @@ _SAMPLES = 8
 
 
 class Survey:
-    """Of one plan (`stages`) and the integer module that it became, weights rounded and biases corrected or not. folder: for temporary libraries."""
+    """Of a quantized network and the integer module that it became, weights rounded and biases corrected or not."""
 
-    def __init__(self, stages: Quantized, integer: tvm.IRModule, target: Target, folder: Path) -> None:
-        self._stages, self._integer, self._folder = stages, integer, folder
-        self._module = stages.measured.model.module
-        self._placer = Placer(self._module, target)
-        self._kept = {k: v for k, v in stages.plan.reasons.items() if k in self._placer.made_by}
+    def __init__(self, quantized: QuantizedNetwork, integer: tvm.IRModule) -> None:
+        self._quantized, self._integer = quantized, integer
+        self._module = quantized.model.module
+        self._placer = Placer(self._module, quantized.job.target)
+        self._kept = {k: v for k, v in quantized.plan.reasons.items() if k in self._placer.made_by}
         self._placement = self._placer.place(self._kept)
 
-    def sensitivity(self, twin: Session, progress: Progress | None, most: int = 16, seconds: float = math.inf) -> Sensitivity:
+    def sensitivity(self, twin: Session, most: int = 16, seconds: float = math.inf) -> Sensitivity:
         """twin: the float network. Samples are those of the calibration; `most` and `seconds` as in `measure_sensitivity`."""
-        measured, plan = self._stages.measured, self._stages.plan
+        measured, plan = self._quantized.measured, self._quantized.plan
         copies = {g.id for g in self._placer.groups if g.traits.keeps and g.id not in self._placement.reasons}
         values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
         params = {v: p for v in values if (p := plan.params(v)) is not None}
         layers = rounded_layers(self._integer, measured)
-        rounded = Session(measured.twin.link().save(self._folder / "rounded.so"), twin.threads)
+        rounded = measured.twin.session(twin.threads)
         rounded.set_constants(constants_with(measured.twin, layers))
-        return measure_sensitivity(twin, rounded, set(layers), params, measured.samples, most=most, seconds=seconds, progress=progress)
+        return measure_sensitivity(twin, rounded, set(layers), params, measured.job.samples, most=most, seconds=seconds, progress=measured.job.progress)
 
     def kind(self, group_id: str) -> str:
         return self._placer.made_by[group_id].kind
 
     def seconds(self, session: Session, sample: Mapping[str, np.ndarray]) -> dict[str, float]:
         """group id -> seconds in a network, conversions left out."""
-        return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members}, self._stages.measured.model.naming)
+        return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members}, self._quantized.model.naming)
 
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
         """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""
-        macs = {v: step["macs"] for step in self._stages.measured.twin.link().manifest["steps"] for v in values_of(step)}
+        macs = {v: s.kernel.macs for s in self._quantized.measured.twin.program.steps if not s.auxiliary for v in (s.writes, *s.more)}
         own = {g.id: (macs.get(g.id, 0), math.prod(g.shape)) for g in self._placer.groups}
         return {k: m + _ELEMENT * n for k, (m, n) in own.items()}, {k: _FLOAT * m + 2 * _ELEMENT * n for k, (m, n) in own.items()}
 
@@ -75,16 +70,16 @@ class Survey:
     ) -> Network:
         """int8, float32: seconds by group id. conversion: seconds per element, to int8 and to float. Without these only noise is predicted."""
         none = np.zeros(len(next(iter([*found.weights.values(), *found.values.values()]), np.zeros(1))))
-        layers, model = {}, self._stages.measured.model
+        layers, model = {}, self._quantized.model
         for g in self._placer.groups:
             size = 0 if g.weight is None else g.weight.size
             movable = g.id not in self._placement.reasons and not g.traits.moves
             times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
-            layers[g.id] = Layer(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
+            layers[g.id] = LayerCost(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
         elements = {**{i.name: math.prod(i.shape) for i in model.inputs}, **{g.id: math.prod(g.shape) for g in self._placer.groups}}
-        edges = {v: Edge(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
+        values = {v: ValueCost(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
-        return Network(layers, edges, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
+        return Network(layers, values, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
 
 
 @dataclass(frozen=True)
@@ -95,12 +90,11 @@ class Kept:
     summary: str
 
 
-def worth_keeping(stages: Quantized, target: Target, kept: Mapping[str, str], progress: Progress | None) -> Kept:
-    """The layers whose 8-bit roundings cost the outputs most for the work that float32 takes, within `_ALLOWANCE` and until `_ENOUGH`. kept: stay float
-    anyway. The same whatever the machine: work is counted, not timed."""
-    with temporary_folder() as folder, session_of(stages.measured.twin.link()) as twin:
-        survey = Survey(stages, stages.integer, target, folder)
-        found = survey.sensitivity(twin, progress, most=_SAMPLES)
+def worth_keeping(quantized: QuantizedNetwork) -> Kept:
+    """The layers whose 8-bit roundings cost the outputs most for the work that float32 takes, within `_ALLOWANCE` and until `_ENOUGH`, beside those that
+    stay float anyway. The same whatever the machine: work is counted, not timed."""
+    survey, kept = Survey(quantized, quantized.integer), quantized.job.kept
+    found = survey.sensitivity(quantized.measured.twin.session(), most=_SAMPLES)
     network = survey.network(found, *survey.work(), (_ELEMENT, _ELEMENT))
     path = network.path(frozenset(kept))
     first = last = path[0]
@@ -165,18 +159,16 @@ class LayerNoise:
     gain_db: float
 
 
-def layer_noise(stages: Quantized, target: Target, progress: Progress | None = None, seconds: float = 60.0) -> tuple[int, float, list[LayerNoise]]:
+def layer_noise(quantized: QuantizedNetwork, seconds: float = 60.0) -> tuple[int, float, list[LayerNoise]]:
     """(samples looked at, SQNR of the plan in dB were all roundings independent, the layers that could stay float, most sensitive first)."""
-    with temporary_folder() as folder:
-        survey = Survey(stages, stages.integer, target, folder)
-        twin = Session(stages.measured.twin.link().save(folder / "float.so"), len(os.sched_getaffinity(0)))
-        found = survey.sensitivity(twin, progress, seconds=seconds)
+    survey = Survey(quantized, quantized.integer)
+    found = survey.sensitivity(quantized.measured.twin.session(), seconds=seconds)
     network = survey.network(found)
     plan = network.predict(frozenset())
     rows = []
     for group_id, layer in network.layers.items():
         if layer.movable:
-            alone = float((layer.noise + network.edges[group_id].noise).max())
+            alone = float((layer.noise + network.values[group_id].noise).max())
             gain = decibel(network.predict(frozenset([group_id])).noise) - decibel(plan.noise)
             rows.append(LayerNoise(group_id, survey.kind(group_id), decibel(alone), gain))
     return found.samples, decibel(plan.noise), sorted(rows, key=lambda r: r.sqnr_db)

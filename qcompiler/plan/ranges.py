@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.numerics.spec import QParams
 from qcompiler.plan.quant_plan import Judged, Proposals
 from qcompiler.plan.sensitivity import Walk, values_of
@@ -67,7 +67,7 @@ def output_noise(
     count: int,
     each: int,
     part: float = 1.0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
     each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
@@ -87,8 +87,7 @@ def output_noise(
                     errors = np.stack([walk.errors_with_value(member, p) for p in proposals[leader[member]].params.values()])
                     noise[member] = noise.get(member, np.zeros_like(errors)) + wanted[member] * errors
                     power[member] = power.get(member, np.zeros_like(walk.power)) + wanted[member] * walk.power
-        if progress is not None:
-            progress("judge ranges", index + 1, count)
+        progress("judge ranges", index + 1, count)
     found = {}
     for name, p in judged.items():
         if all(m in noise for m in p.members):

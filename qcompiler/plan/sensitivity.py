@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.base.value_ids import Naming
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, make_op
@@ -48,7 +48,7 @@ def measure_sensitivity(
     *,
     most: int = 16,
     seconds: float = 60.0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Sensitivity:
     """plain: the float network. rounded: the same library with int8 weights, dequantized, in the constants of `layers`. params: 8-bit parameters by
     value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`."""
@@ -63,13 +63,11 @@ def measure_sensitivity(
         for noise, name, errors in _variants(walk, weights, values, layers, params):
             noise[name] = noise.get(name, np.zeros(len(errors))) + errors
             done += 1
-            if progress is not None:
-                progress("sensitivity of layers", done, most * variants)
+            progress("sensitivity of layers", done, most * variants)
         count += 1
         if count == most or (time.monotonic() - begin) * (count + 1) > seconds * count:
             break
-    if progress is not None:
-        progress("sensitivity of layers", done, done)
+    progress("sensitivity of layers", done, done)
     power = np.maximum(power, np.finfo(np.float64).tiny)
     return Sensitivity(count, {n: e / power for n, e in weights.items()}, {n: e / power for n, e in values.items()})
 

@@ -18,7 +18,7 @@ from qcompiler.calibration.table import CalibrationTable
 from qcompiler.passes.graph import Graph, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.plan.quant_plan import QuantPlan
-from qcompiler.refine.correction import pre_activation, reach
+from qcompiler.refine.means import pre_activation, reach
 
 
 def mean_of_rounding(module: tvm.IRModule, plan: QuantPlan, table: CalibrationTable) -> dict[str, tuple[np.ndarray, np.ndarray]]:

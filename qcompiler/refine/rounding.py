@@ -31,7 +31,8 @@ import numpy as np
 
 from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
-from qcompiler.refine.correction import Context, Layer
+from qcompiler.refine.integer_layers import IntegerLayer
+from qcompiler.refine.trial import Context
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
 SWEEPS = 1  # of coordinate descent
@@ -141,13 +142,13 @@ def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
 
 
 class DataRounder:
-    """Rounds layers for `correction.correct`. positions: how many output positions of each sample a Gram matrix takes in, chosen at random with
+    """Rounds layers for `weight_rounding.round_weights`. positions: how many output positions of each sample a Gram matrix takes in, chosen at random with
     a fixed seed. narrow: leave layers with more inputs per output alone."""
 
     def __init__(self, positions: int, narrow: int | None = None) -> None:
         self._positions, self._narrow = positions, narrow
 
-    def weight(self, layer: Layer, group: Group, fitted: Sequence[Context], judges: Sequence[Context]) -> np.ndarray | str:
+    def weight(self, layer: IntegerLayer, group: Group, fitted: Sequence[Context], judges: Sequence[Context]) -> np.ndarray | str:
         """int8 weights for a layer that is about to run in all contexts, or why it keeps its own. Moments are of `fitted`; the choice is by `judges`."""
         if KINDS[layer.kind].scatters:
             return "weights of transposed convolutions are rounded to nearest"
@@ -165,7 +166,7 @@ class DataRounder:
         x = np.concatenate([self._patches(layer, weight, context, random) for context in judges], axis=1)
         return choose(candidates, steps, x, *_bounds(group, layer.unit))
 
-    def _patches(self, layer: Layer, weight: np.ndarray, context: Context, random: np.random.Generator) -> np.ndarray:
+    def _patches(self, layer: IntegerLayer, weight: np.ndarray, context: Context, random: np.random.Generator) -> np.ndarray:
         """float32[G, P, K]: what the layer meets at some positions of one sample, in int8 steps."""
         kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
         total = int(np.prod(layer.shape[:-1]))

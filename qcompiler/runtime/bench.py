@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import DataError
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 
 
@@ -33,7 +33,7 @@ def interleave(
     warmup: int = 3,
     rehearse: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Timing]:
     """Call the candidates round robin (each round starts with the next one) for about `seconds` in all; at least `min_rounds` rounds.
 
@@ -55,9 +55,8 @@ def interleave(
             candidates[name]()
             times[name].append(clock() - start)
         rounds += 1
-        if progress is not None:
-            spent = clock() - begin
-            progress("measure", rounds, max(rounds, min_rounds, int(rounds * seconds / spent) if spent > 0 else 0))
+        spent = clock() - begin
+        progress("measure", rounds, max(rounds, min_rounds, int(rounds * seconds / spent) if spent > 0 else 0))
     return [Timing(name, min(t), statistics.median(t), len(t)) for name, t in times.items()]
 
 

@@ -24,9 +24,9 @@ import tvm_ffi
 
 from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, opened, read_file
-from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
+from qcompiler.base.progress import silent
 from qcompiler.base.targets import Target, find_target
 from qcompiler.schedules.table import Kernel
 from qcompiler.tuning.bench import MARGIN, ratio_of
@@ -36,7 +36,7 @@ from qcompiler.tuning.search import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
 from qcompiler.tuning.worker import Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
-    from qcompiler.pipeline.compile import Options
+    from qcompiler.pipeline.job import Options
 
 FORMAT = 1
 SIZE_LIMIT = 58 << 20  # bytes of an exported folder
@@ -86,14 +86,14 @@ def export_candidates(
     from qcompiler.pipeline.compile import quantize
 
     row = find_target(target, options.get("targets_file"))
-    compiler, progress = find_compiler(row), options.get("progress")
+    compiler, progress = find_compiler(row), options.get("progress") or silent
     if candidates < 1 or candidates > 1000:
         raise TuningError(f"candidates is {candidates}; 1 to 1000 are supported")
     threads = threads if threads is not None else 1 if row.gpu else row.cores
     if threads < 1:
         raise TuningError(f"threads is {threads}; at least 1 is needed")
     with opened(log, isa_of(row)) as writer, new_folder(Path(output)) as folder:
-        quantized = quantize(model, row, calibration, Dumper(options.get("dump_dir")), **options)
+        quantized = quantize(model, row, calibration, **options)
         program = lower(quantized.integer, row)
         work = {s.op.value_id: s.kernel.macs for s in program.steps if s.op is not None}
         tasks = [t for t in tasks_of(program.steps, row) if measurable(t.op)]
@@ -102,7 +102,7 @@ def export_candidates(
         search = Search(row, tasks, read_file(writer.path))
         tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
         exported = Exported(Path(output), "")
-        described = _fill(folder, search, row, compiler, candidates, threads, exported, progress or (lambda *_: None), limits)
+        described = _fill(folder, search, row, compiler, candidates, threads, exported, progress, limits)
         if not described["tasks"]:
             why = f"every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed"
             raise TuningError(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, allowed, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
-from qcompiler.base.debug import Dumper
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.table import OpCall, Row
@@ -30,7 +29,7 @@ from qcompiler.tuning.model import CostModel, Point, Space, features, key, propo
 from qcompiler.tuning.worker import Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
-    from qcompiler.pipeline.compile import Options
+    from qcompiler.pipeline.job import Options
 
 BATCH = 8  # measured candidates of a turn
 OPTIMISM = 0.2  # the gain that a first turn is expected to bring
@@ -358,7 +357,7 @@ def tune(
     threads = check_arguments(row, trials, time_limit, threads)
     with opened(log, isa_of(row)) as writer:
         records = read_file(writer.path)
-        quantized = quantize(model, row, calibration, Dumper(options.get("dump_dir")), **options)
+        quantized = quantize(model, row, calibration, **options)
         return tune_module(quantized.integer, row, writer, records, trials, time_limit, threads, watch, limits)
 
 

@@ -105,7 +105,7 @@ class HashedSamples:
 
 
 def gather(
-    session: Any, twin: Any, samples: HashedSamples, parity: ParityReport, model: Path, labels: np.ndarray | None, seconds: float, progress: Progress | None
+    session: Any, twin: Any, samples: HashedSamples, parity: ParityReport, model: Path, labels: np.ndarray | None, seconds: float, progress: Progress
 ) -> Evidence:
     """The rest of the evidence beside `parity`, from the two sessions that it compared."""
     layers = _Layers(session.manifest, [r.name for r in parity.layers], [r.name for r in parity.worst_layers(WORST)])
@@ -117,8 +117,7 @@ def gather(
         reference: dict[str, np.ndarray] = {}
         twin.trace(sample, lambda name, array: reference.__setitem__(name, array.copy()) if name in layers.names else None)  # noqa: B023
         session.trace(sample, lambda name, array: layers.add(name, array, stored_form(session.manifest, name, reference[name])) if name in reference else None)  # noqa: B023
-        if progress is not None:
-            progress("trace layers", done + 1, parity.layer_samples)
+        progress("trace layers", done + 1, parity.layer_samples)
     assert first is not None
     totals = interleave({"int8": lambda: session.run(first), "float": lambda: twin.run(first)}, seconds=seconds, progress=progress)
     steps, float_only = step_times(session.profile(first, _ITERATIONS), twin.profile(first, _ITERATIONS))

@@ -13,8 +13,8 @@ from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.numerics.metrics import wilson
 from qcompiler.verification.evidence import WORST, Evidence, StepTime
 from qcompiler.verification.footprint import Memory
-from qcompiler.verification.page_mixed import section as mixed_section
 from qcompiler.verification.page_table import html_table
+from qcompiler.verification.page_target import section as target_section
 from qcompiler.verification.parity import Row
 from qcompiler.verification.svg import FLOAT, INT8, bar, histogram, sqnr_chart
 
@@ -57,7 +57,7 @@ def page(evidence: Evidence, library: str, model: str) -> str:
         _distributions(evidence),
         _latency(evidence),
         _footprint(evidence),
-        mixed_section(evidence.manifest["mixed_precision"]) if "mixed_precision" in evidence.manifest else "",
+        target_section(evidence.manifest["mixed_precision"]) if "mixed_precision" in evidence.manifest else "",
         _float(evidence),
         _calibration(evidence),
         _identity(evidence),

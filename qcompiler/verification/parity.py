@@ -16,7 +16,7 @@ import numpy as np
 from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.files import temporary_folder
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, load_labels, open_samples
@@ -147,7 +147,7 @@ def verify(
     preprocess: Any = None,
     layer_samples: int = 8,
     threads: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ParityReport:
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
@@ -239,7 +239,7 @@ def compare(
     labels: np.ndarray | None = None,
     thresholds: Thresholds = Thresholds(),
     layer_samples: int = 8,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ParityReport:
     """`verify` on two sessions and checked samples. `labels`: int64, one per sample (per row of the batch)."""
     thresholds = thresholds.effective()
@@ -262,8 +262,7 @@ def compare(
         for name, pairs in votes.items():
             pairs.append((got[name].argmax(1), expected[name].argmax(1)))
         done += 1
-        if progress is not None:
-            progress("verify", done, total)
+        progress("verify", done, total)
     if not done:
         raise DataError("the data is empty: at least one sample is needed")
     top = {name: (np.concatenate([a for a, _ in pairs]), np.concatenate([r for _, r in pairs])) for name, pairs in votes.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.base.files import check_writable, replacing, temporary_folder
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import load_labels, open_samples
 from qcompiler.importers.onnx_file import files_of
 from qcompiler.verification.evidence import HashedSamples, gather
@@ -26,7 +26,7 @@ def verify_report(
     layer_samples: int = 8,
     threads: int = 1,
     seconds: float = 2.0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ParityReport:
     """`qcompiler.verify`, with the page written to `output`. `seconds`: for the latency of both networks.
 

@@ -1,4 +1,6 @@
-"""Mixed precision: which layers shall stay float, found on numbers alone. `sensitivity.py` measures them, `accuracy_target.py` tries the answer out.
+"""The trade of accuracy against time: which layers shall stay float, found on numbers alone.
+
+`sensitivity.py` measures them; `accuracy_target.py` tries the answer out.
 
 Every rounding to 8 bits adds noise to the network's outputs. Noises of independent roundings that are small beside the signal add up by power, and
 a layer's time does not depend on its neighbours' but for the conversions between them:
@@ -22,7 +24,7 @@ from qcompiler.plan.placement import Placement
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCost:
     """A group. inputs: the values it reads (its output has its id). noise: float64[outputs], relative noise power of its int8 weights alone.
 
     int8_seconds, float_seconds: its own time, conversions left out. int8_bytes, float_bytes: of its parameters. movable: may the search keep it float?
@@ -39,7 +41,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Edge:
+class ValueCost:
     """A value. noise: float64[outputs], of rounding it alone. to_int8, to_float: seconds of a conversion of the whole value."""
 
     noise: np.ndarray
@@ -59,10 +61,10 @@ class Point:
 
 @dataclass
 class Network:
-    """layers, edges: by id. place: kept groups -> what a plan makes of them (`Placer.place`). outputs: values that leave the network."""
+    """layers, values: by id. place: kept groups -> what a plan makes of them (`Placer.place`). outputs: values that leave the network."""
 
-    layers: Mapping[str, Layer]
-    edges: Mapping[str, Edge]
+    layers: Mapping[str, LayerCost]
+    values: Mapping[str, ValueCost]
     place: Callable[[frozenset[str]], Placement]
     outputs: frozenset[str] = frozenset()
     _known: dict[frozenset[str], Point] = field(default_factory=dict, repr=False)
@@ -84,12 +86,12 @@ class Network:
             else:
                 seconds, size, noise = seconds + layer.int8_seconds, size + layer.int8_bytes, noise + layer.noise
         for value in placement.stored:
-            edge = self.edges[value]
-            noise = noise + edge.noise
+            cost = self.values[value]
+            noise = noise + cost.noise
             if value not in self.layers or value in placement.reasons:
-                seconds += edge.to_int8
+                seconds += cost.to_int8
             if value in read_in_float:
-                seconds += edge.to_float
+                seconds += cost.to_float
         return Point(keep, float(noise.max()), seconds, size)
 
     def moves(self) -> list[frozenset[str]]:

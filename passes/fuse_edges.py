@@ -3,7 +3,7 @@
     transpose(quantize(x))       -->   qc.quantize(x, axes)             likewise quantize(permute_dims(x))
     dequantize(transpose(q))     -->   qc.dequantize(q, axes)           likewise permute_dims(dequantize(q))
 
-Must follow the rules of `realize`. The inner value must have no other reader.
+Follows `realize`. The inner value must have no other reader.
 """
 
 from __future__ import annotations

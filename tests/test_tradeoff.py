@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from qcompiler.plan.mixed import Edge, Layer, Network, first_below
 from qcompiler.plan.placement import Placement
+from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost, first_below
 
 FREE = frozenset[str]()
 
@@ -17,26 +17,26 @@ def chain(count: int, seed: int, conversion: float = 1.0) -> Network:
     """x -> l0 -> l1 -> ...; a value is stored in 8 bits where an int8 layer reads it; an int8 layer hands float32 to float readers at no cost."""
     rng = np.random.default_rng(seed)
     names = [f"l{i}" for i in range(count)]
-    layers, edges = {}, {"x": Edge(np.array([1e-4]), conversion, conversion)}
+    layers, values = {}, {"x": ValueCost(np.array([1e-4]), conversion, conversion)}
     for i, name in enumerate(names):
         int8, float32 = rng.uniform(1, 5), rng.uniform(2, 12)
-        layers[name] = Layer(name, (names[i - 1] if i else "x",), rng.exponential(1e-3, 1), int8, float32, 100, 400, True)
-        edges[name] = Edge(rng.exponential(1e-3, 1), conversion, conversion)
+        layers[name] = LayerCost(name, (names[i - 1] if i else "x",), rng.exponential(1e-3, 1), int8, float32, 100, 400, True)
+        values[name] = ValueCost(rng.exponential(1e-3, 1), conversion, conversion)
 
     def place(keep: frozenset[str]) -> Placement:
         return Placement(dict.fromkeys(keep, "chosen"), tuple(layers[n].inputs[0] for n in names if n not in keep))
 
-    return Network(layers, edges, place, frozenset(names[-1:]))
+    return Network(layers, values, place, frozenset(names[-1:]))
 
 
 def test_predictions_add_up() -> None:
     """Three layers, the middle one float: its weights and its input, which only it reads, are not rounded; its result is converted once."""
     network = chain(3, 0)
-    layers, edges = network.layers, network.edges
+    layers, values = network.layers, network.values
     all_int8, middle = network.predict(FREE), network.predict(frozenset(["l1"]))
     assert all_int8.seconds == pytest.approx(sum(n.int8_seconds for n in layers.values()) + 1)  # the input is converted
-    assert all_int8.noise == pytest.approx(float(sum(n.noise[0] for n in layers.values()) + sum(edges[v].noise[0] for v in ("x", "l0", "l1"))))
-    assert middle.noise == pytest.approx(all_int8.noise - layers["l1"].noise[0] - edges["l0"].noise[0])
+    assert all_int8.noise == pytest.approx(float(sum(n.noise[0] for n in layers.values()) + sum(values[v].noise[0] for v in ("x", "l0", "l1"))))
+    assert middle.noise == pytest.approx(all_int8.noise - layers["l1"].noise[0] - values["l0"].noise[0])
     assert middle.seconds == pytest.approx(all_int8.seconds - layers["l1"].int8_seconds + layers["l1"].float_seconds + 1)
     assert middle.bytes == 600
     gain, seconds = network.gain(middle, "l1")
@@ -64,7 +64,7 @@ def test_the_path_is_close_to_the_best_plans(seed: int) -> None:
 def test_what_saves_time_comes_first_and_what_was_asked_for_stays() -> None:
     network = chain(6, 3)
     fast = network.layers["l4"]
-    network.layers = {**network.layers, "l4": Layer("l4", fast.inputs, fast.noise, 50.0, 1.0, 100, 400, True)}
+    network.layers = {**network.layers, "l4": LayerCost("l4", fast.inputs, fast.noise, 50.0, 1.0, 100, 400, True)}
     assert "l4" in network.path(FREE)[1].keep
     fixed = frozenset(["l1"])
     path = network.path(fixed)
@@ -74,7 +74,7 @@ def test_what_saves_time_comes_first_and_what_was_asked_for_stays() -> None:
 
 def test_layers_that_may_not_move_do_not() -> None:
     network = chain(4, 1)
-    network.layers = {n: Layer(n, v.inputs, v.noise, v.int8_seconds, v.float_seconds, 1, 4, n != "l2") for n, v in network.layers.items()}
+    network.layers = {n: LayerCost(n, v.inputs, v.noise, v.int8_seconds, v.float_seconds, 1, 4, n != "l2") for n, v in network.layers.items()}
     assert network.path(FREE)[-1].keep == {"l0", "l1", "l3"}
 
 

@@ -1,0 +1,74 @@
+"""Every pass, in the order in which a module meets them, and the one way to run them.
+
+    ONNX's layout --CANONICAL--> canonical float module --REPLACE_WEIGHTS--> the same, equalized
+    canonical float module --INSERT_QDQ--> QDQ module --INTEGER--> integer module --REPLACE_OPERANDS--> the same, corrected
+    canonical float module --FLOAT--> float network of our kernels
+    integer module, float network --CPU_KERNELS, but for GPUs--> --LOWERABLE--> what `qcompiler/backend/lowering.py` reads
+
+After each pass the module is dumped and checked (`well_formed.py`). A pass that fails, or makes what is not well-formed, is a bug of ours and named by an
+InternalError; errors that a user can mend pass as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+
+from qcompiler.base.debug import Dump, no_dump
+from qcompiler.base.errors import bugs_named
+from qcompiler.passes.account import settle_account
+from qcompiler.passes.fold_batch_norm import fold_batch_norm
+from qcompiler.passes.fold_constants import fold_constants
+from qcompiler.passes.fuse_edges import fuse_edges
+from qcompiler.passes.insert_qdq import insert_qdq
+from qcompiler.passes.layout import to_channels_last
+from qcompiler.passes.legal_layouts import legal_layouts
+from qcompiler.passes.legalize import legalize
+from qcompiler.passes.merge_pad import merge_pad
+from qcompiler.passes.realize import realize
+from qcompiler.passes.recognise import recognise
+from qcompiler.passes.replace_operands import replace_operands
+from qcompiler.passes.replace_weights import replace_weights
+from qcompiler.passes.select_float import select_float
+from qcompiler.passes.select_kernels import select_kernels
+from qcompiler.passes.simplify import simplify
+from qcompiler.passes.trained import lost
+from qcompiler.passes.views import views_to_reshape
+from qcompiler.passes.well_formed import IllFormed, check
+
+Pass = Callable[..., tvm.IRModule]
+
+CANONICAL: tuple[Pass, ...] = (
+    fold_constants,
+    simplify,
+    recognise,
+    simplify,  # what is recognized is spelled with views of its own
+    fold_batch_norm,
+    merge_pad,
+    to_channels_last,
+)
+REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
+INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
+INTEGER: tuple[Pass, ...] = (realize, fuse_edges, legal_layouts, settle_account)
+REPLACE_OPERANDS: tuple[Pass, ...] = (replace_operands,)
+FLOAT: tuple[Pass, ...] = (select_float, legal_layouts)
+CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
+LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
+
+PASSES = (*CANONICAL, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
+
+
+def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: Dump = no_dump) -> tvm.IRModule:
+    """The module behind all of `passes`, each checked. arguments: what the first of them takes beside the module."""
+    for each in passes:
+        with bugs_named(f"pass '{each.__name__}'", module):
+            made = each(module, *arguments)
+        dump(each.__name__, made)
+        with bugs_named(f"pass '{each.__name__}', whose result is not well-formed", made):
+            check(made)
+            if gone := lost(made):
+                raise IllFormed(f"what the model file states of {', '.join(gone)} is lost")
+        module, arguments = made, ()
+    return module

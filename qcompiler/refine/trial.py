@@ -1,0 +1,190 @@
+"""A trial of other weights and biases: all samples walk through the integer network side by side, layer by layer, and its outputs decide.
+
+Each layer is changed when its inputs are there in every sample, so it is fitted knowing the changes before it. The better of the two networks, judged by
+the SQNR of its outputs, stays in force.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import tvm
+
+from qcompiler.base.errors import DataError
+from qcompiler.base.progress import Progress
+from qcompiler.passes.replace_operands import BIAS, WEIGHT
+from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
+from qcompiler.refine.means import FloatMeans
+
+MEMORY = 512 << 20  # bytes that the samples' contexts may take together
+
+
+class Context(Protocol):
+    """One sample on its way through the integer network."""
+
+    def run(self, begin: int, end: int) -> None: ...
+    def view(self, value_id: str) -> np.ndarray: ...
+    def outputs(self) -> dict[str, np.ndarray]: ...
+
+
+class IntegerExecutor(Protocol):
+    """steps: the value id that each step writes, in order. context_bytes: memory of one context.
+
+    `view` of a context is a value in canonical int8, valid when the step that reads it is next. `set_bias` and `set_weight` act on all contexts.
+    """
+
+    @property
+    def steps(self) -> Sequence[str]: ...
+    @property
+    def context_bytes(self) -> int: ...
+    def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context: ...
+    def set_bias(self, value_id: str, bias: np.ndarray) -> None: ...
+    def set_weight(self, value_id: str, weight: np.ndarray) -> None: ...
+
+
+class SessionExecutor:
+    """A `Session` on the library that was built from `program`: biases are packed again into the program's constants, code stays as it
+    is."""
+
+    def __init__(self, session: Any, program: Any) -> None:
+        self.steps = [str(step["id"]) for step in session.manifest["steps"]]
+        self.context_bytes = int(session.manifest["workspace"])
+        self._session, self._program = session, program
+
+    def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
+        context: Context = self._session.new_context(inputs)
+        return context
+
+    def set_bias(self, value_id: str, bias: np.ndarray) -> None:
+        self._replace(value_id, BIAS, bias)
+
+    def set_weight(self, value_id: str, weight: np.ndarray) -> None:
+        self._replace(value_id, WEIGHT, weight)
+
+    def _replace(self, value_id: str, operand: int, array: np.ndarray) -> None:
+        self._program.replace_operand(value_id, operand, array)
+        self._session.set_constants(self._program.constants)
+
+
+@dataclass
+class Correction:
+    """What correction did. before, after: mean SQNR of the network's outputs in dB, over `samples` samples, without and with it.
+
+    kept: whether the corrected biases (int32[O] by value id) are in force. shift: value id -> the largest correction in output steps, and
+    skipped: value id -> why a layer was left alone. weights: int8 by value id, of layers that a rounder rounded anew; `before` and `after` are then over
+    `held_out` samples that neither weights nor biases were fitted to.
+    """
+
+    samples: int
+    before: float = math.nan
+    after: float = math.nan
+    kept: bool = False
+    biases: dict[str, np.ndarray] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    held_out: int = 0
+
+    def operands(self) -> dict[int, dict[str, np.ndarray]]:
+        """What changed, as `replace_operands` takes it."""
+        return {WEIGHT: self.weights, BIAS: self.biases}
+
+    def summary(self) -> str:
+        """One line for people."""
+        verdict = "kept" if self.kept else "dropped"
+        what = f"weight rounding of {len(self.weights)} layers" if self.weights else f"bias correction of {len(self.biases)} layers"
+        judged = f", judged on {self.held_out} others" if self.held_out else ""
+        return f"{what} on {self.samples} samples{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
+
+
+class Trial:
+    """Changes to the layers of `module`, which `executor` runs. fitted: contexts of the samples that decide a change; judges: those that decide whether
+    changes are kept, the last third of the samples where `held_out`, else the same.
+
+    means: collected from the first of these `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is
+    always allowed). Raises DataError when there are no samples.
+    """
+
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        executor: IntegerExecutor,
+        means: FloatMeans,
+        samples: Iterable[Mapping[str, np.ndarray]],
+        memory: int,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
+        taken = [sample for sample, _ in zip(samples, range(count), strict=False)]
+        if not taken or not means.outputs:
+            raise DataError("bias correction needs at least one calibration sample")
+        everyone = [executor.new_context(sample) for sample in taken]
+        first = len(taken) - len(taken) // 3 if held_out else len(taken)
+        self.fitted, self.judges = everyone[:first], everyone[first:] or everyone
+        self._walking = everyone
+        self._references = means.outputs[first if len(taken) > first else 0 :]
+        self._executor, self._steps = executor, list(executor.steps)
+        self._layers = [layer for layer in integer_layers(module) if layer.id in self._steps and layer.group in means.groups]
+        self._found = Correction(first, held_out=len(taken) - first)
+
+    def layers(self, stage: str, progress: Progress) -> Iterator[IntegerLayer]:
+        """Each layer when all samples are about to run it. stage: what `progress` calls this."""
+        for context in self.judges:
+            context.run(0, len(self._steps))
+        self._found.before = self._score()
+        done = 0
+        for number, layer in enumerate(self._layers):
+            at = self._steps.index(layer.id)
+            for context in self._walking:
+                context.run(done, at)
+            done = at
+            yield layer
+            progress(stage, number + 1, len(self._layers))
+        for context in self._walking:
+            context.run(done, len(self._steps))
+        self._found.after = self._score()
+
+    def skip(self, layer: IntegerLayer, reason: str) -> None:
+        """The layer, or its weights, stay as they are."""
+        self._found.skipped[layer.id] = reason
+
+    def change(self, layer: IntegerLayer, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Run the layer with other weights and another bias from here on."""
+        if (weight != layer.weight).any():
+            self._found.weights[layer.id] = weight
+            self._executor.set_weight(layer.id, weight)
+        if (bias != layer.bias).any():
+            self._found.biases[layer.id] = bias
+            self._executor.set_bias(layer.id, bias)
+
+    def outcome(self) -> Correction:
+        """What was found, once all layers were walked: in force when the outputs gained, else taken back."""
+        self._found.kept = self._found.after > self._found.before
+        if not self._found.kept:
+            for layer in self._layers:
+                if layer.id in self._found.biases:
+                    self._executor.set_bias(layer.id, layer.bias)
+                if layer.id in self._found.weights:
+                    self._executor.set_weight(layer.id, layer.weight)
+        return self._found
+
+    def _score(self) -> float:
+        return score(self.judges, self._references)
+
+
+def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """Mean over the network's float outputs of 10 log10(sum reference^2 / sum error^2), in dB."""
+    power: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for context, wanted in zip(contexts, outputs, strict=False):
+        for name, actual in context.outputs().items():
+            if wanted[name].dtype == np.float32:
+                reference = wanted[name].astype(np.float64)
+                power[name] = power.get(name, 0.0) + float(np.square(reference).sum())
+                noise[name] = noise.get(name, 0.0) + float(np.square(actual - reference).sum())
+    tiny = np.finfo(np.float64).tiny
+    return float(np.mean([10 * (math.log10(max(power[k], tiny)) - math.log10(max(noise[k], tiny))) for k in power])) if power else 0.0
