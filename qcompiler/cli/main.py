@@ -1,18 +1,19 @@
 """The command line: one verb per stage. Results go to standard output, progress and errors to standard error.
 
-Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted, 143 terminated.
+Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 3 a bug of ours, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.base.debug import SWITCHES
+from qcompiler.base.debug import SWITCHES, switch
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import terminal_progress
@@ -31,9 +32,10 @@ PREPROCESS_HELP = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. Prints a `QCompilerError` on one line."""
-    options = build_parser().parse_args(arguments)
-    return guarded(lambda: int(options.run(options)))
+    """Run one command; the exit status. Prints an error on one line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(words)
+    return guarded(lambda: int(options.run(options)), words, getattr(options, "dump_dir", None) or switch("QCOMPILER_DUMP_DIR"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qcompiler",
         description="Compile a trained float ONNX network into a small, fast int8 library, and prove what it computes.",
-        epilog="exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 130 interrupted, 143 terminated\n\n"
+        epilog="exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 3 a bug of qcompiler, "
+        "130 interrupted, 143 terminated\n\n"
         f"environment:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -84,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--requantize", action="store_true", help=cli_report.REQUANTIZE_HELP)
     cli_report.add_goal(p)
     cli_report.add_weights(p)
-    p.add_argument("--dump-dir", metavar="DIR", help="write what every stage made (modules, ranges, plan) into this directory")
+    p.add_argument("--dump-dir", metavar="DIR", help="write what every pass and stage made (modules, ranges, plan) into this directory")
 
     texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
     add_verbs(verb, show, texts, _shape)

@@ -11,48 +11,64 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qcompiler.base.debug import plain_json, switch
-from qcompiler.base.errors import OutputError, QCompilerError
+from qcompiler.base.errors import InternalError, OutputError, QCompilerError
+from qcompiler.cli.bug_report import write_report
 
-MISSED, REFUSED = 1, 2  # exit statuses beside 0: a threshold or a target was missed; what was asked for can't be done
+MISSED, REFUSED, BUG = 1, 2, 3  # exit statuses beside 0: a threshold or a target was missed; what was asked for can't be done; we are at fault
 _SURROUNDINGS = {  # what a full disk, a quota, missing permissions or a limit of the system make of a call: no fault of the program's
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM EMFILE ENFILE ENOMEM EAGAIN ENAMETOOLONG ELOOP ESTALE".split()
 }
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """The exit status of `command`: what it returns, `REFUSED` after an error that a user can mend, printed on one line, or 128 + the signal that ended it."""
+def guarded(command: Callable[[], int], words: Sequence[str] = (), dumped: str | os.PathLike[str] | None = None) -> int:
+    """The exit status of `command`: what it returns, `REFUSED` after an error that a user can mend, printed on one line, `BUG` after any other, with a folder
+    to report, or 128 + the signal that ended it. words: the command line; dumped: the directory with a dump, where one was asked for. Both for the report."""
     with _ending_on_signals() as received:
         try:
             _check_streams()
             status = command()
             _flush()
+        except InternalError as error:
+            status = _bug(error, words, dumped)
         except QCompilerError as error:
             if switch("QCOMPILER_TRACEBACK"):
                 traceback.print_exc()
             else:
                 complain(f"error: {' '.join(str(error).split())}")
             status = REFUSED
-        except (KeyboardInterrupt, RuntimeError) as error:
-            if str(error) or type(error) not in (KeyboardInterrupt, RuntimeError):  # a RuntimeError without text is how TVM's passes report a Ctrl-C
-                raise
-            complain("interrupted" if not received else "terminated")
-            status = 128 + signal.SIGINT
+        except KeyboardInterrupt:
+            status = _interrupted(received)
         except BrokenPipeError:  # the reader (head, less) has seen enough
             _discard(sys.stdout)
             status = 128 + signal.SIGPIPE
         except MemoryError as error:
             complain(f"error: out of memory{f': {error}' if str(error) else ''}; this model, or these data, need more than the machine has free")
             status = REFUSED
-        except OSError as error:
-            if error.errno not in _SURROUNDINGS:
-                raise
-            complain(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
-            status = REFUSED
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+                complain(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+                status = REFUSED
+            elif type(error) is RuntimeError and not str(error):  # how TVM's passes report a Ctrl-C
+                status = _interrupted(received)
+            else:
+                status = _bug(error, words, dumped)
     return 128 + received[0] if received else status
+
+
+def _interrupted(received: Sequence[int]) -> int:
+    complain("interrupted" if not received else "terminated")
+    return 128 + signal.SIGINT
+
+
+def _bug(error: Exception, words: Sequence[str], dumped: str | os.PathLike[str] | None) -> int:
+    if switch("QCOMPILER_TRACEBACK"):
+        traceback.print_exc()
+    complain(f"error: {write_report(error, words, dumped)}")
+    return BUG
 
 
 def show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -> None:
