@@ -21,7 +21,7 @@ from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.runtime.bench import interleave, random_inputs, ratios
 from qcompiler.verification import footprint
-from qcompiler.verification.parity import ParityReport, Row, Thresholds
+from qcompiler.verification.parity import Check, Compared, ParityReport, Thresholds
 
 MANIFEST: dict[str, Any] = {
     "format": 1,
@@ -68,8 +68,8 @@ class FakeSession:
 def report(sqnr_error: float) -> ParityReport:
     total = Accumulator()
     total.add(np.ones(4) + sqnr_error, np.ones(4))
-    failures = [] if sqnr_error < 0.1 else ["output 'y': SQNR is below 10 dB"]
-    return ParityReport(1, 1, [Row("y", "float32", total.metrics())], [], Thresholds(min_sqnr=10), failures=failures)
+    check = Check("min_sqnr", 20.0 if sqnr_error < 0.1 else 5.0, sqnr_error < 0.1, "output 'y': SQNR is below 10 dB")
+    return ParityReport(1, 1, [Compared("y", "float32", total.metrics())], [], Thresholds(min_sqnr=10), checks=[check])
 
 
 @pytest.fixture()

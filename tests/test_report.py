@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from qcompiler.verification.evidence import Evidence, StepTime, distribution, st
 from qcompiler.verification.footprint import Memory
 from qcompiler.verification.page import page
 from qcompiler.verification.page_target import section as target_section
-from qcompiler.verification.parity import ParityReport, Row, Thresholds
+from qcompiler.verification.parity import Check, Compared, ParityReport, Thresholds
 from qcompiler.verification.report import verify_report
 from qcompiler.verification.svg import histogram, pareto_chart, sqnr_chart
 
@@ -148,9 +149,13 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     odd.add(np.array([[np.nan, 1.0]]), np.array([[0.0, 1.0]]))
     same = Accumulator(0.1)
     same.add(np.ones((1, 2)), np.ones((1, 2)))
-    rows = [Row(evil, "int8", odd.metrics()), Row("exact", "int8", same.metrics())]
-    failures = [f"output '{evil}': SQNR nan dB is below 10 dB"]
-    parity = ParityReport(3, 3, [Row(evil, "float32", odd.metrics())], rows, Thresholds(min_sqnr=10.0), failures=failures)
+    rows = [Compared(evil, "int8", odd.metrics()), Compared("exact", "int8", same.metrics())]
+    limits = Thresholds(min_sqnr=10.0, min_agreement=0.5)
+    checks = [
+        Check("min_sqnr", math.nan, False, f"output '{evil}': SQNR nan dB is below 10 dB"),
+        Check("min_agreement", 0.75, True, "output 'SQNR': top-1 agreement 0.7500 is below 0.5"),
+    ]
+    parity = ParityReport(3, 3, [Compared(evil, "float32", odd.metrics())], rows, limits, checks=checks)
     manifest = {
         "model": evil,
         "target": "x86-avx2",
@@ -167,6 +172,7 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     shown = Page(document)
     assert "<b onload" not in document and "onload" in shown.texts["float-ops"]
     assert shown.texts["verdict"] == "FAILED"
+    assert [(cells[0], cells[3]) for cells in shown.rows["thresholds"] if cells] == [("SQNR of every output", "missed"), ("top-1 agreement with float", "held")]
     assert "another model" in shown.texts["model-mismatch"]
     assert "int8-accuracy" not in shown.texts and "agreement" not in shown.texts
     assert shown.texts["speedup"] == "3.00 x"

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tvm
+from onnx import TensorProto, helper, numpy_helper
 from small_nets import Net, op, residual_net
 from tvm import relax
 
@@ -18,6 +20,8 @@ from qcompiler.backend import artifact as artifacts
 from qcompiler.base.errors import InternalError, ModelError, QCompilerError
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
+from qcompiler.importers.model import load
+from qcompiler.importers.operators import CONVERTERS
 from qcompiler.passes import groups, sequence
 from qcompiler.passes.graph import GraphBuilder
 from qcompiler.passes.well_formed import IllFormed, check
@@ -188,7 +192,7 @@ def test_a_bug_is_reported_not_blamed_on_the_user(tmp_path: Path, monkeypatch: p
     (folder,) = tmp_path.glob("qcompiler-bug-*")
     trace = (folder / "traceback.txt").read_text()
     assert "a value got lost" in trace and "compile" in trace.splitlines()[1] and "in crooked" in trace
-    assert "qc.conv2d" in (folder / "module.py").read_text()
+    assert "qc.conv2d" in (folder / "subject.py").read_text()
     monkeypatch.setattr("qcompiler.runtime.library.read_manifest", lambda path: {}[path])
     assert main(["inspect", str(MODEL)]) == 3
     assert "error: internal error: KeyError" in capsys.readouterr().err
@@ -210,3 +214,20 @@ def test_a_net_without_operators_is_well_formed() -> None:
     check(builder.finish([("y", builder.input("x", (1, 4), "float32"))]))
     net = Net()
     check(net.done(net.input("x", 1, 4)))
+
+
+@pytest.mark.parametrize("kernel, error", [((2, 3, 1, 1), InternalError), ((2, 5, 1, 1), ModelError)])
+def test_a_converter_that_fails_is_at_fault_only_if_the_node_is_right(kernel: Any, error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is the reference implementation of the ONNX standard: it convolves three channels with three, and not with five."""
+
+    def crooked(node: Any) -> Any:
+        raise KeyError("no such attribute")
+
+    monkeypatch.setitem(CONVERTERS, "Conv", crooked)
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 4, 4]), ("y", None))]
+    node, weight = helper.make_node("Conv", ["x", "w"], ["y"], name="the_conv"), numpy_helper.from_array(np.ones(kernel, np.float32), "w")
+    model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [weight]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(error, match="node 'the_conv' \\(Conv\\)") as caught:
+        load(tmp_path / "m.onnx")
+    assert type(caught.value) is error and isinstance(caught.value.__cause__, KeyError)

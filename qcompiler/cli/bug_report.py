@@ -33,8 +33,8 @@ def write_report(error: BaseException, words: Sequence[str], dumped: str | os.Pa
         if (subject := getattr(error, "subject", None)) is not None:
             with contextlib.suppress(Exception):  # what is broken may not print either
                 rendered, suffix = render(subject)
-                (folder / f"module{suffix}").write_text(rendered)
-                names.append(f"module{suffix} (what was worked on)")
+                (folder / f"subject{suffix}").write_text(rendered)
+                names.append(f"subject{suffix} (what was worked on)")
         where = f"{' and '.join(names)} in {folder}"
     except OSError:
         print(head + trace, file=sys.stderr)

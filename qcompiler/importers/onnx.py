@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
-from qcompiler.base.errors import ModelError
+from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.control import CONTROL, in_order, reads
@@ -29,6 +29,7 @@ from qcompiler.importers.onnx_inputs import read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
+from qcompiler.importers.valid import computes
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shape_of
 from qcompiler.passes.trained import ATTRIBUTE, settled
 
@@ -147,7 +148,7 @@ class _Importer:
         domain = "" if proto.domain in _STANDARD else proto.domain
         if domain:
             self.check_known(proto)
-        inputs = [self.values[name] if name else None for name in proto.input]
+        inputs, node = [self.values[name] if name else None for name in proto.input], None
         try:
             node = Node(proto.op_type, domain, self.opset, inputs, list(proto.output), attributes(proto), proto, self.builder)
             results = CONTROL[node.op](self, node) if node.op in CONTROL and not domain else self.fold(node) or self.convert(node)
@@ -155,9 +156,12 @@ class _Importer:
                 self.bind(node, results)
         except Refused as reason:
             raise self.fail(proto, reason) from reason
-        except ModelError:
+        except QCompilerError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AssertionError, ArithmeticError, MemoryError, RuntimeError, tvm.error.InternalError) as error:
+        except Exception as error:
+            if not isinstance(error, MemoryError) and node is not None and computes(node):  # so the file is right, and we are not
+                with bugs_named(f"the conversion of {self.path}, {_spelled(proto)}", str(proto)):
+                    raise
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise self.fail(proto, f"its operands or attributes contradict its definition ({type(error).__name__}: {text[-1][:120]})") from error
 

@@ -15,7 +15,7 @@ from qcompiler.verification.evidence import WORST, Evidence, StepTime
 from qcompiler.verification.footprint import Memory
 from qcompiler.verification.page_table import html_table
 from qcompiler.verification.page_target import section as target_section
-from qcompiler.verification.parity import Row
+from qcompiler.verification.parity import Compared
 from qcompiler.verification.svg import FLOAT, INT8, bar, histogram, sqnr_chart
 
 _SLOWEST = 20  # steps with a row of their own
@@ -82,23 +82,26 @@ def _interval(fraction: float, rows: int) -> str:
 def _verdict(e: Evidence) -> str:
     p = e.parity
     limits = p.thresholds
-    checked: list[tuple[str, str, str, bool]] = []
+    rows: list[list[str]] = []
 
-    def check(name: str, wanted: str, found: str, start: str) -> None:
-        checked.append((name, wanted, found, any(start in f for f in p.failures)))
+    def verdict(threshold: str, name: str, wanted: str, worst: str) -> None:
+        met = all(c.met for c in p.checked(threshold))
+        rows.append([_e(name), _e(wanted), _e(worst), "held" if met else "<b>missed</b>"])
+
+    def found(threshold: str) -> list[float]:
+        return [c.found for c in p.checked(threshold)]
 
     if limits.min_sqnr is not None:
-        check("SQNR of every output", f"at least {limits.min_sqnr:g} dB", f"{number(min(r.metrics.sqnr_db for r in p.outputs))} dB", "SQNR")
+        verdict("min_sqnr", "SQNR of every output", f"at least {limits.min_sqnr:g} dB", f"{number(min(found('min_sqnr')))} dB")
     if limits.min_agreement is not None:
-        worst = min((r.agreement for r in p.outputs if r.agreement is not None), default=None)
-        check("top-1 agreement with float", f"at least {percent(limits.min_agreement)}", percent(worst), "top-1 agreement")
-    if limits.max_accuracy_drop is not None and p.float_accuracy is not None and p.int8_accuracy is not None:
-        drop = 100 * (p.float_accuracy - p.int8_accuracy)
-        check("drop of top-1 accuracy", f"at most {limits.max_accuracy_drop:g} points", f"{drop:.2f} points", "accuracy dropped")
+        worst = percent(min(found("min_agreement"), default=None))
+        verdict("min_agreement", "top-1 agreement with float", f"at least {percent(limits.min_agreement)}", worst)
+    if limits.max_accuracy_drop is not None and (drops := found("max_accuracy_drop")):
+        worst = f"{max(drops):.2f} points"
+        verdict("max_accuracy_drop", "drop of top-1 accuracy", f"at most {limits.max_accuracy_drop:g} points", worst)
     if limits.max_channel_bias is not None:
-        biases = [abs(r.metrics.channel_bias) for r in p.layers if r.metrics.channel_bias is not None]
-        check("bias of every channel", f"at most {limits.max_channel_bias:g} steps", f"{max(biases, default=0.0):.2f} steps", "steps on average")
-    rows = [[_e(n), _e(w), _e(f), "<b>missed</b>" if bad else "held"] for n, w, f, bad in checked]
+        worst = f"{max(found('max_channel_bias'), default=0.0):.2f} steps"
+        verdict("max_channel_bias", "bias of every channel", f"at most {limits.max_channel_bias:g} steps", worst)
     failures = f"<ul>{''.join(f'<li>{_e(f)}</li>' for f in p.failures)}</ul>" if p.failures else ""
     word, kind = ("PASSED", "pass") if p.passed else ("FAILED", "fail")
     said = "every threshold holds" if p.passed else f"{len(p.failures)} finding{'s' if len(p.failures) > 1 else ''}"
@@ -135,7 +138,7 @@ def _facts(e: Evidence) -> str:
 _METRICS = ("SQNR dB|", "max error|", "median error|", "mean error|", "cosine|")
 
 
-def _metrics(row: Row) -> list[str]:
+def _metrics(row: Compared) -> list[str]:
     m = row.metrics
     return [number(m.sqnr_db), *(number(v, ".3g") for v in (m.max_error, m.median_error, m.mean_error)), number(m.cosine, ".5f")]
 

@@ -62,7 +62,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
-class Row:
+class Compared:
     """One output or one layer. `dtype`: how the library holds it ("int8", "float32"). `agreement`: top-1, for outputs of shape [batch,
     classes]."""
 
@@ -73,21 +73,41 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Check:
+    """One threshold, held against one output, one layer, or the network. threshold: its name in `Thresholds`. found: what was measured, in its unit.
+    missed: what a miss means, as a sentence."""
+
+    threshold: str
+    found: float
+    met: bool
+    missed: str
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The result of a comparison; accuracies and agreements are fractions of `samples`, layers are over `layer_samples`."""
 
     samples: int
     layer_samples: int
-    outputs: list[Row]
-    layers: list[Row]
+    outputs: list[Compared]
+    layers: list[Compared]
     thresholds: Thresholds
     float_accuracy: float | None = None
     int8_accuracy: float | None = None
-    failures: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return not self.failures
+        return all(c.met for c in self.checks)
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence per check that was missed."""
+        return [c.missed for c in self.checks if not c.met]
+
+    def checked(self, threshold: str) -> list[Check]:
+        """The checks of one threshold, by its name in `Thresholds`."""
+        return [c for c in self.checks if c.threshold == threshold]
 
     @property
     def agreement(self) -> float | None:
@@ -96,10 +116,11 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; infinities and NaN are the strings "inf", "-inf" and "nan"."""
-        document: dict[str, Any] = plain_json({**asdict(self), "passed": self.passed, "agreement": self.agreement})
+        own = {k: v for k, v in asdict(self).items() if k != "checks"}
+        document: dict[str, Any] = plain_json({**own, "failures": self.failures, "passed": self.passed, "agreement": self.agreement})
         return document
 
-    def worst_layers(self, count: int) -> list[Row]:
+    def worst_layers(self, count: int) -> list[Compared]:
         """The `count` layers of lowest SQNR, NaN first."""
         return sorted(self.layers, key=lambda row: (not np.isnan(row.metrics.sqnr_db), row.metrics.sqnr_db))[:count]
 
@@ -110,7 +131,7 @@ class ParityReport:
 _PARITY_COLUMNS = ("value", "dtype", "SQNR dB|", "max|", "median|", "mean|", "cosine|", "channel bias, steps|", "top-1 agreement|")
 
 
-def _parity_rows(rows: Sequence[Row]) -> list[list[str]]:
+def _parity_rows(rows: Sequence[Compared]) -> list[list[str]]:
     cells = []
     for row in rows:
         m = row.metrics
@@ -225,10 +246,10 @@ class _Layers:
             self._rows[name] = (str(array.dtype), Accumulator(step))
         self._rows[name][1].add(real, reference)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Compared]:
         if not self._rows:
             raise ArtifactError("no value of the library occurs in the float network: it was compiled from another model")
-        return [Row(name, dtype, accumulator.metrics()) for name, (dtype, accumulator) in self._rows.items()]
+        return [Compared(name, dtype, accumulator.metrics()) for name, (dtype, accumulator) in self._rows.items()]
 
 
 def compare(
@@ -267,7 +288,7 @@ def compare(
         raise DataError("the data is empty: at least one sample is needed")
     top = {name: (np.concatenate([a for a, _ in pairs]), np.concatenate([r for _, r in pairs])) for name, pairs in votes.items()}
     dtypes = {o.name: str(o.dtype) for o in actual.outputs}
-    outputs = [Row(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None) for name in names]
+    outputs = [Compared(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None) for name in names]
     float_accuracy, int8_accuracy = None, None
     if labels is not None:
         got_top, float_top = top[classified[0]]
@@ -275,28 +296,30 @@ def compare(
         float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
     rows = layers.rows() if layer_samples else []
     report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy)
-    report.failures.extend(_failures(report))
+    report.checks.extend(_checks(report))
     return report
 
 
-def _failures(report: ParityReport) -> list[str]:
-    """One sentence per threshold missed. Comparisons are written so that NaN misses."""
+def _checks(report: ParityReport) -> list[Check]:
+    """Every threshold on everything that it is for. Comparisons are written so that NaN misses."""
     limits, found = report.thresholds, []
-    for row in report.outputs:
-        if limits.min_sqnr is not None and not row.metrics.sqnr_db >= limits.min_sqnr:
-            found.append(f"output '{row.name}': SQNR {row.metrics.sqnr_db:.2f} dB is below {limits.min_sqnr:g} dB")
-        if limits.min_agreement is not None and row.agreement is not None and not row.agreement >= limits.min_agreement:
-            found.append(f"output '{row.name}': top-1 agreement {row.agreement:.4f} is below {limits.min_agreement:g}")
+    for out in report.outputs:
+        if limits.min_sqnr is not None:
+            sqnr = out.metrics.sqnr_db
+            said = f"output '{out.name}': SQNR {sqnr:.2f} dB is below {limits.min_sqnr:g} dB"
+            found.append(Check("min_sqnr", sqnr, sqnr >= limits.min_sqnr, said))
+        if limits.min_agreement is not None and out.agreement is not None:
+            said = f"output '{out.name}': top-1 agreement {out.agreement:.4f} is below {limits.min_agreement:g}"
+            found.append(Check("min_agreement", out.agreement, out.agreement >= limits.min_agreement, said))
     if limits.max_accuracy_drop is not None and report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100.0 * (report.float_accuracy - report.int8_accuracy)
-        if not drop <= limits.max_accuracy_drop + 1e-9:  # the difference of two fractions is inexact
-            found.append(f"top-1 accuracy dropped by {drop:.2f} points, more than {limits.max_accuracy_drop:g}")
+        said = f"top-1 accuracy dropped by {drop:.2f} points, more than {limits.max_accuracy_drop:g}"
+        found.append(Check("max_accuracy_drop", drop, drop <= limits.max_accuracy_drop + 1e-9, said))  # the difference of two fractions is inexact
     if limits.max_channel_bias is not None:
-        for row in report.layers:
-            bias = row.metrics.channel_bias
-            if bias is not None and not abs(bias) <= limits.max_channel_bias:
-                channel = row.metrics.channel
-                found.append(f"layer '{row.name}': channel {channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}")
+        for layer in report.layers:
+            if (bias := layer.metrics.channel_bias) is not None:
+                said = f"layer '{layer.name}': channel {layer.metrics.channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}"
+                found.append(Check("max_channel_bias", abs(bias), abs(bias) <= limits.max_channel_bias, said))
     return found
 
 
