@@ -72,7 +72,7 @@ def candidate_library(row: Row, op: OpCall, target: Target, points: Sequence[Map
 # -- inputs and sums ------------------------------------------------------------------------------------------------------------------------
 
 
-def mixed(seed: int, count: int) -> np.ndarray:
+def splitmix(seed: int, count: int) -> np.ndarray:
     """uint64[count]: the first numbers of a stream (splitmix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")."""
     with np.errstate(over="ignore"):
         z = np.uint64(seed << 32) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -84,7 +84,7 @@ def mixed(seed: int, count: int) -> np.ndarray:
 def recipe_input(layout: Layout, case: int, number: int) -> np.ndarray:
     """Input `number` of case 0 (random) or 1 (extremes only), canonical: int8 or float32 of `layout.shape`."""
     count = int(np.prod(layout.shape, dtype=np.int64))
-    random = mixed(case * MAX_INPUTS + number, count)
+    random = splitmix(case * MAX_INPUTS + number, count)
     if layout.dtype == "float32":
         short = (random >> np.uint64(48)).astype(np.uint16).view(np.int16)
         values = np.where(short < 0, np.float32(-8), np.float32(8)) if case else short.astype(np.float32) / np.float32(4096)
