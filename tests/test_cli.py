@@ -16,6 +16,7 @@ import qcompiler
 from qcompiler.base.debug import Dumper, plain_json
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.base.files import replacing
+from qcompiler.base.progress import silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
@@ -105,7 +106,7 @@ def test_compile_passes_every_option_on(calls: list[Any], tmp_path: Path, capsys
     assert kwargs == {
         "target": "x86-avx2", "calibration": "c.npz", "input_shapes": {"a:0": (1, 3, 8, 8), "b": (4,)}, "preprocess": "p.yaml",
         "tuning_log": "logs", "preset": "accurate", "enable": ["shift"], "disable": ["ranges", "equalize"], "keep_float": ["a", "b"],
-        "dump_dir": "dump", "progress": None,
+        "dump_dir": "dump", "progress": silent,
     }  # fmt: skip
     out, err = capsys.readouterr()
     assert (tmp_path / "m.so").read_bytes() == b"library"

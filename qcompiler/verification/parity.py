@@ -168,7 +168,7 @@ def verify(
     preprocess: Any = None,
     layer_samples: int = 8,
     threads: int = 1,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> ParityReport:
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
@@ -184,7 +184,7 @@ def verify(
     data = open_samples(samples, actual.inputs, preprocess)
     classes = None if labels is None else load_labels(labels, data)
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias)
-    options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress}
+    options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     if not isinstance(model, (str, Path)):
         return compare(actual, model, data, **options)
     with temporary_folder() as folder:
