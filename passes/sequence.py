@@ -1,6 +1,6 @@
 """Every pass, in the order in which a module meets them, and the one way to run them.
 
-    ONNX's layout --CANONICAL--> canonical float module --REPLACE_WEIGHTS--> the same, equalized
+    importer --IMPORTED--> module in the file's layout --CANONICAL--> canonical float module --REPLACE_WEIGHTS--> the same, equalized
     canonical float module --INSERT_QDQ--> QDQ module --INTEGER--> integer module --REPLACE_OPERANDS--> the same, corrected
     canonical float module --FLOAT--> float network of our kernels
     integer module, float network --CPU_KERNELS, but for GPUs--> --LOWERABLE--> what `qcompiler/backend/lowering.py` reads
@@ -34,12 +34,13 @@ from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.select_kernels import select_kernels
 from qcompiler.passes.simplify import simplify
-from qcompiler.passes.trained import lost
+from qcompiler.passes.trained import lost, settled
 from qcompiler.passes.views import views_to_reshape
 from qcompiler.passes.well_formed import IllFormed, check
 
 Pass = Callable[..., tvm.IRModule]
 
+IMPORTED: tuple[Pass, ...] = (settled,)
 CANONICAL: tuple[Pass, ...] = (
     fold_constants,
     simplify,
@@ -57,7 +58,7 @@ FLOAT: tuple[Pass, ...] = (select_float, legal_layouts)
 CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
 LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
 
-PASSES = (*CANONICAL, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
+PASSES = (*IMPORTED, *CANONICAL, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
 
 
 def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: Dump = no_dump) -> tvm.IRModule:

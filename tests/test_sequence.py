@@ -131,9 +131,13 @@ def test_errors_that_a_user_can_mend_pass_as_they_are() -> None:
 def test_the_dump_shows_every_pass_and_stage(tmp_path: Path) -> None:
     qcompiler.compile(MODEL, calibration=samples(8), dump_dir=tmp_path)
     names = [re.fullmatch(r"\d+_(\w+)\.(?:py|json|txt)", p.name)[1] for p in sorted(tmp_path.iterdir(), key=lambda p: int(p.name.split("_")[0]))]  # type: ignore[index]
-    wanted = [each.__name__ for each in (*sequence.CANONICAL, *sequence.FLOAT, *sequence.LOWERABLE)]
+    wanted = [e.__name__ for e in (*sequence.CANONICAL, *sequence.FLOAT, *sequence.CPU_KERNELS, *sequence.LOWERABLE)]
     assert names[: len(wanted) + 1] == ["import", *wanted]
-    behind = ["calibration", "plan", *[e.__name__ for e in (*sequence.REPLACE_WEIGHTS, *sequence.INSERT_QDQ, *sequence.INTEGER, *sequence.LOWERABLE)]]
+    behind = [
+        "calibration",
+        "plan",
+        *[e.__name__ for e in (*sequence.REPLACE_WEIGHTS, *sequence.INSERT_QDQ, *sequence.INTEGER, *sequence.CPU_KERNELS, *sequence.LOWERABLE)],
+    ]
     rest = [n for n in names[len(wanted) + 1 :] if n in behind]
     assert rest[-len(behind) :] == behind
     assert names.index("bias_correction") > names.index("realize")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,10 @@ def build(module: tvm.IRModule, target: Target, stage: str, params: Params | Non
         code = object_code(program)
     progress(stage, 1, 1)
     return Built(program, code)
+
+
+@contextlib.contextmanager
+def session_of(artifact: Artifact) -> Iterator[Session]:
+    """A session, on all cores of this process, of an artifact that has no file yet."""
+    with temporary_folder() as folder:
+        yield Session(artifact.save(folder / "model.so"), len(os.sched_getaffinity(0)))

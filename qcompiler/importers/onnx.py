@@ -31,7 +31,8 @@ from qcompiler.importers.qdq import take_out
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
 from qcompiler.importers.valid import computes
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shape_of
-from qcompiler.passes.trained import ATTRIBUTE, settled
+from qcompiler.passes.sequence import IMPORTED, run
+from qcompiler.passes.trained import ATTRIBUTE
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _STANDARD = ("", "ai.onnx")
@@ -69,7 +70,7 @@ def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]], requantiz
     importer.inputs(model.graph, input_shapes, input_values or {})
     importer.graph(model.graph)
     variables = {name: str(v.name) for name, v in importer.values.items() if isinstance(v, relax.Var)}
-    return Imported(settled(importer.finish(model.graph.output), variables), importer.sources, digest)
+    return Imported(run(IMPORTED, importer.finish(model.graph.output), variables), importer.sources, digest)
 
 
 @dataclass
