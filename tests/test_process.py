@@ -68,7 +68,12 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) 
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
     np.savez(results / "data.npz", **{model.graph.input[0].name: np.random.default_rng(0).random((40, *shape), np.float32)})
     words = f"compile {MODEL} --calibration {results}/data.npz --preset accurate --min-sqnr 60 --output {results}/m.so"
-    process = subprocess.Popen([*COMMAND, *words.split()], env=os.environ | {"TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    heed = signal.signal(number, signal.SIG_DFL)  # children of a shell's background job or of nohup inherit that a signal is ignored
+    try:
+        process = subprocess.Popen([*COMMAND, *words.split()], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, heed)
     deadline = time.monotonic() + 120
     while not any(scratch.glob("qcompiler-*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
