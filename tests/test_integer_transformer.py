@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,11 @@ from cuda_emulated import EmulatedProgram
 from emulated import ARM, Host
 from integer_transformer import transformer
 from tools import require_target
-from x86_emulation import code_target, runs_here
+from x86_emulation import ALL, build_network, each, runs_here
 
 from qcompiler.backend.build import build
 from qcompiler.backend.lowering import lower
-from qcompiler.base.targets import find_target
+from qcompiler.base.targets import Target, find_target
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
@@ -44,12 +43,11 @@ def test_it_is_close_to_float(reference: dict[str, np.ndarray]) -> None:
     assert not any(v.dtype == np.float32 for n, v in reference.items() if n != "logits")
 
 
-@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512vnni"])
+@pytest.mark.parametrize("target", each(ALL))
 @runs_here
-def test_x86(name: str, reference: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_x86(target: Target, reference: dict[str, np.ndarray], tmp_path: Path) -> None:
     """Every value, with one thread and with three."""
-    target = find_target(name)
-    library = build(MODULE, dataclasses.replace(target, tvm=code_target(target).tvm), "generate code").link(**ABOUT).save(tmp_path / "net.so")
+    library = build_network(MODULE, target).link(**ABOUT).save(tmp_path / "net.so")
     for threads in (1, 3):
         values: dict[str, np.ndarray] = {}
         session = Session(library, threads=threads)

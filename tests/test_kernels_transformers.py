@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -11,37 +12,28 @@ from cuda_emulated import Emulated
 from emulated import ARM
 from emulated_kernels import Prepared, run_prepared
 from tools import require_target
-from transformer_cases import CASES
-from x86_emulation import code_target, runs_here
+from transformer_cases import CASES, products
+from x86_emulation import AVX512VNNI, HOST, code_target, each, emulating, is_emulated, runs_here
 
 from qcompiler.base.targets import Target, find_target
 
-BASELINE = dataclasses.replace(
-    find_target("x86-avx2"), name="baseline", tvm={"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"}, features=(), rows=(), storage="int8"
-)
 
-
-def run(target: Target, folder: Path) -> None:
-    run_prepared([Prepared.of(name, case, target) for name, case in CASES.items()], target, folder)
-
-
-@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512vnni"])
+@pytest.mark.parametrize("target", each([HOST, AVX512VNNI]))
 @runs_here
-def test_x86(name: str, tmp_path: Path) -> None:
-    target = find_target(name)
-    run(dataclasses.replace(target, tvm=code_target(target).tvm), tmp_path)
-
-
-def test_x86_without_avx(tmp_path: Path) -> None:
-    """Vectors of 16 bytes, int8 storage."""
-    run(BASELINE, tmp_path)
+def test_x86(target: Target, tmp_path: Path) -> None:
+    with emulating() if is_emulated(target) else contextlib.nullcontext():
+        prepared = [Prepared.of(name, case, target) for name, case in CASES.items()]
+    code = code_target(target)
+    run_prepared(prepared, dataclasses.replace(target, tvm=code.tvm, features=code.features), tmp_path)
 
 
 @pytest.mark.parametrize("name", ARM)
 def test_arm(name: str, tmp_path: Path) -> None:
+    """The other two rows of 64 bits differ from the first in their products only."""
     target = find_target(name)
     require_target(target)
-    run(target, tmp_path)
+    cases = CASES if name in ("arm64-neon", "armv7-neon") else products()
+    run_prepared([Prepared.of(n, case, target) for n, case in cases.items()], target, tmp_path)
 
 
 @pytest.fixture(scope="module")
