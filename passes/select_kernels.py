@@ -15,12 +15,12 @@ from tvm import relax
 
 from qcompiler.passes.alone import describe_alone
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, dtype_of, is_const, make_op, plain, relax_op, shape_of, substitute
+from qcompiler.passes.kinds import KINDS
 from qcompiler.passes.single_ops import Described, describe
 
 Found = tuple[str, list[Any], dict[str, Any]]  # operator, operands, attributes
 
 _POINTWISE = "add subtract multiply divide maximum minimum sqrt rsqrt square abs negative exp sigmoid tanh erf nn.relu nn.silu nn.gelu nn.gelu_tanh".split()
-_MOVEMENT = ("transpose", "slice", "pad")
 _LARGEST = 2**31 - 1  # elements: indices are int32
 
 
@@ -87,9 +87,10 @@ def _alone(expr: Any) -> Found | None:
     if found is None:
         return None
     kind, attrs = found["kind"], found["attrs"]
-    if kind in ("softmax", "layer_norm", "rms_norm") and attrs["axis"] != len(shape_of(expr)) - 1:
-        return None
-    if kind == "take" and (attrs["axis"] != 0 or attrs["mode"] != "clip" or dtype_of(expr.args[1]) not in ("int32", "int64")):
+    if kind == "take":
+        if attrs["axis"] != 0 or attrs["mode"] != "clip" or dtype_of(expr.args[1]) not in ("int32", "int64"):
+            return None
+    elif "axis" in attrs and attrs["axis"] != len(shape_of(expr)) - 1:
         return None
     return f"qc.f32.{kind}", list(expr.args), {k: v for k, v in attrs.items() if k not in ("axis", "mode")}
 
@@ -100,7 +101,7 @@ def _concat(expr: Any) -> Found:
 
 def _moved(expr: Any) -> Found | None:
     found = describe(expr)
-    if not isinstance(found, Described) or found.kind not in _MOVEMENT or any(is_const(o) for o in found.operands):
+    if not isinstance(found, Described) or any(is_const(o) for o in found.operands):
         return None
     return f"qc.{found.kind}", found.operands, found.attrs
 
@@ -111,7 +112,7 @@ _RULES: dict[str, Callable[[Any], Found | None]] = {
     "relax.nn.leakyrelu": _leaky,
     "relax.broadcast_to": _copy,
     **{f"relax.{function}": _reduce(function) for function in ("mean", "sum", "max", "min")},
-    **dict.fromkeys(("relax.nn.attention", "relax.nn.attention_bias", "relax.nn.softmax", "relax.nn.layer_norm", "relax.nn.rms_norm", "relax.take"), _alone),
+    **{op: _alone for kind in KINDS.values() if kind.alone for op in kind.relax},
     **dict.fromkeys(("relax.permute_dims", "relax.strided_slice", "relax.nn.pad"), _moved),
     "relax.concat": _concat,
 }
