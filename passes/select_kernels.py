@@ -7,6 +7,7 @@ What has none stays Relax, for `legalize`. For CPUs, inside of lowering: the ora
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,14 +43,7 @@ def _fits(expr: Any, found: Found) -> bool:
     """Something is computed at run time, from float32 tensors (or looked up)."""
     tensors = [a for a in found[1] if isinstance(a, relax.Var)]
     floats = found[0] == "qc.f32.take" or all(dtype_of(a) == "float32" for a in found[1])
-    return bool(tensors) and floats and all(0 < _elements(a) <= _LARGEST for a in [expr, *tensors])
-
-
-def _elements(expr: Any) -> int:
-    count = 1
-    for extent in shape_of(expr):
-        count *= extent
-    return count
+    return bool(tensors) and floats and all(0 < math.prod(shape_of(a)) <= _LARGEST for a in [expr, *tensors])
 
 
 def _pointwise(function: str) -> Callable[[Any], Found]:
