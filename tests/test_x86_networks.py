@@ -62,7 +62,7 @@ def mobilenet(real_data: Path, root: Path) -> tuple[Compilation, Values, Values]
     require_slow("MobileNetV2 on emulated x86 rows")
     pictures, preprocess = real_data / "imagenet" / "calibration", root / "benchmarks" / "preprocess" / "mobilenet_v2.yaml"
     compilation = compile_stages(real_data / "models" / "mobilenet_v2.onnx", "native", pictures, preprocess=preprocess, preset="fast")
-    sample = next(iter(compilation.quantized.measured.samples))
+    sample = next(iter(compilation.quantized.job.samples))
     return compilation, sample, interpreter.run(compilation.integer, sample, keep="all")
 
 
