@@ -24,11 +24,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test import loader
 
 from qcompiler.backend.build import build, session_of
-from qcompiler.base.errors import QCompilerError
+from qcompiler.base.errors import InternalError, QCompilerError
 from qcompiler.base.targets import find_target
 from qcompiler.importers.model import FloatModel, load
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
-from qcompiler.passes.select_float import select_float
 from qcompiler.passes.trained import ATTRIBUTE, Trained
 
 HERE = Path(__file__).resolve().parent
@@ -127,6 +127,8 @@ def imported(case: Case, folder: Path) -> FloatModel | str:
     path.write_bytes(case.model.SerializeToString())
     try:
         return load(path, {name: array.shape for name, array in case.feeds.items() if array.ndim})
+    except InternalError:
+        return traceback.format_exc()
     except QCompilerError as refusal:
         return "refused: " + str(refusal).removeprefix(f"{path}: ").removeprefix("node ")
     except Exception:
@@ -159,7 +161,7 @@ def float_verdicts(names: Sequence[str], folder: Path) -> dict[str, str]:
             found[name] = result
         else:
             models[name] = result
-    built = build(select_float(merged(models)), find_target("native"), "generate float code")
+    built = build(sequence.run(sequence.FLOAT, merged(models)), find_target("native"), "generate float code")
     with session_of(built.link()) as session:
         feeds = feeds_of(models)
         for behind in (True, False):  # a guard page directly behind the inputs, then directly before them

@@ -85,24 +85,24 @@ def export_candidates(
     from qcompiler.backend.lowering import lower
     from qcompiler.pipeline.compile import quantize
 
-    row = find_target(target, options.get("targets_file"))
-    compiler, progress = find_compiler(row), options.get("progress") or silent
+    chosen = find_target(target, options.get("targets_file"))
+    compiler, progress = find_compiler(chosen), options.get("progress") or silent
     if candidates < 1 or candidates > 1000:
         raise TuningError(f"candidates is {candidates}; 1 to 1000 are supported")
-    threads = threads if threads is not None else 1 if row.gpu else row.cores
+    threads = threads if threads is not None else 1 if chosen.gpu else chosen.cores
     if threads < 1:
         raise TuningError(f"threads is {threads}; at least 1 is needed")
-    with opened(log, isa_of(row)) as writer, new_folder(Path(output)) as folder:
-        quantized = quantize(model, row, calibration, **options)
-        program = lower(quantized.integer, row)
+    with opened(log, isa_of(chosen)) as writer, new_folder(Path(output)) as folder:
+        quantized = quantize(model, chosen, calibration, **options)
+        program = lower(quantized.integer, chosen)
         work = {s.op.value_id: s.kernel.macs for s in program.steps if s.op is not None}
-        tasks = [t for t in tasks_of(program.steps, row) if measurable(t.op)]
+        tasks = [t for t in tasks_of(program.steps, chosen) if measurable(t.op)]
         if not tasks:
-            raise TuningError(f"nothing to tune: no operator of this network has tunables on {row.name}")
-        search = Search(row, tasks, read_file(writer.path))
+            raise TuningError(f"nothing to tune: no operator of this network has tunables on {chosen.name}")
+        search = Search(chosen, tasks, read_file(writer.path))
         tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
         exported = Exported(Path(output), "")
-        described = _fill(folder, search, row, compiler, candidates, threads, exported, progress, limits)
+        described = _fill(folder, search, chosen, compiler, candidates, threads, exported, progress, limits)
         if not described["tasks"]:
             why = f"every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed"
             raise TuningError(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")

@@ -353,12 +353,12 @@ def tune(
     """
     from qcompiler.pipeline.compile import quantize
 
-    row = find_target(target, options.get("targets_file"))
-    threads = check_arguments(row, trials, time_limit, threads)
-    with opened(log, isa_of(row)) as writer:
+    chosen = find_target(target, options.get("targets_file"))
+    threads = check_arguments(chosen, trials, time_limit, threads)
+    with opened(log, isa_of(chosen)) as writer:
         records = read_file(writer.path)
-        quantized = quantize(model, row, calibration, **options)
-        return tune_module(quantized.integer, row, writer, records, trials, time_limit, threads, watch, limits)
+        quantized = quantize(model, chosen, calibration, **options)
+        return tune_module(quantized.integer, chosen, writer, records, trials, time_limit, threads, watch, limits)
 
 
 def check_arguments(target: Target, trials: int, time_limit: float | None, threads: int | None) -> int:
