@@ -268,6 +268,8 @@ class _Finder:
         position = 1 if constants[0] is None else 0
         constant = constants[position]
         assert constant is not None
+        if not np.isfinite(constant.value).all():
+            return self.float_group(name, expr, "its constant operand holds infinities, as a mask does")
         return self.extend(
             Group(
                 kind,

@@ -6,6 +6,7 @@ docs/architecture.md names them), or the sentence that says why the call has no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,8 @@ def _pad(expr: Any) -> Described | str:
     widths = plain(expr.attrs.pad_width)
     if min(widths) < 0:
         return "padding by a negative width has no int8 kernel"
+    if not math.isfinite(float(expr.attrs.pad_value)):
+        return "padding with an infinity has no int8 kernel"
     return Described(
         "pad",
         [expr.args[0]],

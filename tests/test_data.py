@@ -145,7 +145,7 @@ def test_lists_and_generators_of_samples() -> None:
         ([images(1)], "a sample is a mapping of input names to arrays, not ndarray"),
         ([{"image": images(1)[0]}], r"sample 0: .*shape \[3, 4, 5\].*add the batch axis"),
         ([{"image": images(1)}, {"image": images(1).tolist()}], "sample 1: input 'image' is a list"),
-        ([{"image": images(1).astype(np.float16)}], "dtype float16"),
+        ([{"image": images(1).astype(np.float64)}], "dtype float64"),
         ([{"image": images(1) * np.inf}], "holds"),
         ([{}], "sample 0: missing input 'image'. The model has: 'image' float32"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -12,3 +14,8 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def fits(dtype: np.dtype, wanted: str) -> bool:
+    """May arrays of `dtype` be fed where `wanted` is? float16 may serve as float32, of which it is a part: networks of float16 compute in float32."""
+    return str(dtype) in (wanted, "float16" if wanted == "float32" else wanted)

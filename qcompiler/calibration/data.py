@@ -22,7 +22,7 @@ import numpy as np
 
 from qcompiler.base.errors import DataError, closest
 from qcompiler.base.files import about, open_regular, read_regular
-from qcompiler.base.tensor import TensorInfo
+from qcompiler.base.tensor import TensorInfo, fits
 from qcompiler.calibration.arrays import Header, damage, read_array, read_header, read_headers, read_rows, skip_header
 from qcompiler.calibration.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
 
@@ -93,13 +93,13 @@ def check_sample(sample: Any, inputs: Sequence[TensorInfo], where: str) -> Sampl
         array = sample[info.name]
         if not isinstance(array, np.ndarray):
             raise DataError(f"{where}: input '{info.name}' is a {type(array).__name__}; a numpy array is expected")
-        if str(array.dtype) != info.dtype:
+        if not fits(array.dtype, info.dtype):
             raise DataError(f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')")
         if array.shape != tuple(info.shape):
             hint = "; add the batch axis with x[None]" if array.shape == tuple(info.shape[1:]) else ""
             raise DataError(f"{where}: input '{info.name}' has shape {list(array.shape)}, the model wants {list(info.shape)}{hint}")
         check_finite(array, info.name, where)
-        checked[info.name] = array
+        checked[info.name] = array.astype(info.dtype, copy=False)
     return checked
 
 
@@ -156,6 +156,7 @@ class _Column:
     name: str
     header: Header
     shape: tuple[int, ...]
+    dtype: str
     count: int  # samples
 
 
@@ -187,16 +188,16 @@ class ArraySamples:
 
     def _column(self, info: TensorInfo, header: Header) -> _Column:
         where, wanted, shape, dtype = str(self._path), tuple(info.shape), header.shape, header.dtype
-        if str(dtype) != info.dtype:
+        if not fits(dtype, info.dtype):
             raise DataError(f"{where}: input '{info.name}' has dtype {dtype}, the model wants {info.dtype}; save x.astype('{info.dtype}')")
         if not shape or shape[0] == 0:
             raise DataError(f"{where}: input '{info.name}' is empty: at least one sample is needed")
         if shape[1:] == wanted:
-            return _Column(info.name, header, wanted, shape[0])
+            return _Column(info.name, header, wanted, info.dtype, shape[0])
         if wanted and shape[1:] == wanted[1:]:
             if shape[0] % wanted[0]:
                 raise DataError(f"{where}: input '{info.name}' has {shape[0]} rows, not a multiple of the model's batch {wanted[0]}")
-            return _Column(info.name, header, wanted, shape[0] // wanted[0])
+            return _Column(info.name, header, wanted, info.dtype, shape[0] // wanted[0])
         form = "[samples" + "".join(f", {d}" for d in wanted[1:]) + "]"
         raise DataError(f"{where}: input '{info.name}' has shape {list(shape)}, expected {form} for the model's input {list(wanted)}")
 
@@ -213,7 +214,7 @@ class ArraySamples:
                 sample = {}
                 for column, stream in zip(self._columns, streams, strict=True):
                     with damage(self._path, self._path.suffix, f"input '{column.name}', sample {index}"):
-                        sample[column.name] = read_rows(stream, column.header, math.prod(column.shape)).reshape(column.shape)
+                        sample[column.name] = read_rows(stream, column.header, math.prod(column.shape)).reshape(column.shape).astype(column.dtype, copy=False)
                     check_finite(sample[column.name], column.name, f"{self._path}: sample {index}")
                 yield sample
 

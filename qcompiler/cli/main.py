@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_shape,
         help=SHAPE_HELP,
     )
+    p.add_argument("--input-value", action="append", default=[], metavar="NAME=VALUE", type=cli_report.input_value, help=cli_report.VALUE_HELP)
     p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
     p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
     cli_report.add_recipe(p)
@@ -216,6 +217,7 @@ def _compile(options: argparse.Namespace) -> int:
             target=options.target,
             calibration=options.calibration,
             input_shapes=shapes or None,
+            input_values=dict(options.input_value) or None,
             **cli_report.recipe_arguments(options),
             keep_float=options.keep_float,
             requantize=options.requantize,

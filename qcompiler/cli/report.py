@@ -14,6 +14,7 @@ from qcompiler.plan.recipes import PRESETS, STEPS
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 KEEP_FLOAT_HELP = "do not quantize this layer, named by its node or its output in the model file; repeat for more layers"
+VALUE_HELP = "make an input that is the same in every call a constant (sr=16000): a number for all its elements, or all of them; repeat for more"
 REQUANTIZE_HELP = "of a model that is quantized already, quantize also what its file leaves in float or in 16 bits"
 GOAL = ("min_sqnr", "min_agreement", "max_accuracy_drop", "labels", "time_budget")
 
@@ -81,7 +82,16 @@ def _quantization(p: argparse.ArgumentParser, texts: Mapping[str, str], shape: A
     p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=KEEP_FLOAT_HELP)
     p.add_argument("--requantize", action="store_true", help=REQUANTIZE_HELP)
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
+    p.add_argument("--input-value", action="append", default=[], metavar="NAME=VALUE", type=input_value, help=VALUE_HELP)
     p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
+
+
+def input_value(text: str) -> tuple[str, str]:
+    """What --input-value names, and its value as text."""
+    name, equals, value = text.rpartition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=16000 or NAME=1,2,3")
+    return name, value
 
 
 def add_recipe(p: argparse.ArgumentParser) -> None:
@@ -103,7 +113,8 @@ def recipe_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {
-        "input_shapes": dict(options.input_shape) or None, **recipe_arguments(options), "keep_float": options.keep_float,
+        "input_shapes": dict(options.input_shape) or None, "input_values": dict(options.input_value) or None, **recipe_arguments(options),
+        "keep_float": options.keep_float,
         "requantize": options.requantize, "preprocess": options.preprocess,
     }  # fmt: skip
 

@@ -223,6 +223,8 @@ def resize(node: Node) -> list[Value]:
     found = node.attrs["scales"] if "scales" in node.attrs else node.constant(place, "scales")
     given = np.asarray(found if found is not None else [], np.float32).astype(np.float64)
     scales, sizes = [1.0] * rank, list(shape)
+    if not (np.isfinite(given) & (given > 0)).all():
+        raise Refused(f"scales {given.tolist()} are not positive finite numbers")
     if given.size == len(axes):
         for a, s in zip(axes, given, strict=True):
             scales[a], sizes[a] = float(s), int(np.floor(shape[a] * s + 1e-9))

@@ -41,6 +41,24 @@ def real(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if floating and array.dtype != np.float32 else array
 
 
+_WEIGHTED = {
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "PRelu"),
+    *(f"{kind}Normalization" for kind in ("Batch", "Group", "Instance", "Layer", "RMS")),
+}
+_ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
+
+
+def check_finite(node: Node) -> None:
+    """Raises Refused for weights that are not finite, and for NaN in the constants of sums and products (where an infinity may be a mask)."""
+    for name, value in zip(node.proto.input, node.inputs, strict=True):
+        if node.op not in _WEIGHTED | _ARITHMETIC or not isinstance(value, np.ndarray) or real(value).dtype != np.float32:
+            continue
+        nan, infinite = int(np.isnan(value).sum()), int(np.isinf(value).sum()) if node.op in _WEIGHTED else 0
+        if nan or infinite:
+            what = " and ".join(f"{n} {word}" for n, word in ((nan, "NaN"), (infinite, "Inf")) if n)
+            raise Refused(f"tensor '{name}' holds {what} among its {value.size} elements. Mend the weights before export: training may have diverged")
+
+
 class Undefined(Exception):
     """Neither our table nor Relax's importer converts this node rightly: use the operator's definition."""
 

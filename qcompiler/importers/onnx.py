@@ -24,8 +24,8 @@ from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.control import CONTROL, in_order, reads
-from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, real
-from qcompiler.importers.onnx_inputs import read_inputs
+from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, check_finite, real
+from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
@@ -50,6 +50,7 @@ class Imported:
     module: tvm.IRModule
     sources: dict[str, tuple[str, str]]
     digest: str
+    fixed: dict[str, np.ndarray]
 
 
 def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]], requantize: bool = False, input_values: Mapping[str, Any] | None = None) -> Imported:
@@ -67,10 +68,10 @@ def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]], requantiz
     importer.builder = GraphBuilder(naming.attributes() | ({ATTRIBUTE: trained.attribute()} if trained else {}))
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
     importer.constants(model.graph)
-    importer.inputs(model.graph, input_shapes, input_values or {})
+    fixed = importer.inputs(model.graph, input_shapes, input_values or {})
     importer.graph(model.graph)
     variables = {name: str(v.name) for name, v in importer.values.items() if isinstance(v, relax.Var)}
-    return Imported(run(IMPORTED, importer.finish(model.graph.output), variables), importer.sources, digest)
+    return Imported(run(IMPORTED, importer.finish(model.graph.output), variables), importer.sources, digest, fixed)
 
 
 @dataclass
@@ -87,23 +88,21 @@ class _Importer:
     # -- what the graph starts from -----------------------------------------------------------------------------------------------------
 
     def constants(self, graph: onnx.GraphProto, names: Mapping[str, str] | None = None) -> None:
-        for tensor in graph.initializer:
+        for tensor in [*graph.initializer, *graph.sparse_initializer]:
+            sparse = isinstance(tensor, onnx.SparseTensorProto)
+            name = tensor.values.name if sparse else tensor.name
             try:
-                self.values[(names or {}).get(tensor.name, tensor.name)] = numpy_helper.to_array(tensor)
-            except (ValueError, TypeError) as error:
-                raise ModelError(f"{self.path}: the data of tensor '{tensor.name}' is damaged: {error}") from error
-        for sparse in graph.sparse_initializer:
-            dense = np.zeros(list(sparse.dims), numpy_helper.to_array(sparse.values).dtype)
-            indices = numpy_helper.to_array(sparse.indices)
-            dense[tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, dense.shape)] = numpy_helper.to_array(sparse.values)
-            self.values[sparse.values.name] = dense
+                self.values[(names or {}).get(name, name)] = dense(tensor) if sparse else numpy_helper.to_array(tensor)
+            except (ValueError, TypeError, KeyError, IndexError, Refused) as error:
+                raise ModelError(f"{self.path}: the data of tensor '{name}' is damaged: {error}") from error
 
-    def inputs(self, graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Any]) -> None:
-        """Declares the model's inputs; a tensor listed as both input and initializer is a constant, as since ONNX IR version 4."""
+    def inputs(self, graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Declares the inputs; returns those that `values` fixes. A tensor listed as input and initializer is a constant, as since ONNX IR version 4."""
         found = read_inputs(str(self.path), [v for v in graph.input if v.name not in self.values], shapes, values)
         self.values.update(found.fixed)
         for port in found.ports:
             self.values[port.name] = self.builder.input(port.name, port.shape, port.dtype)
+        return found.fixed
 
     # -- nodes --------------------------------------------------------------------------------------------------------------------------
 
@@ -152,6 +151,7 @@ class _Importer:
         inputs, node = [self.values[name] if name else None for name in proto.input], None
         try:
             node = Node(proto.op_type, domain, self.opset, inputs, list(proto.output), attributes(proto), proto, self.builder)
+            check_finite(node)
             results = CONTROL[node.op](self, node) if node.op in CONTROL and not domain else self.fold(node) or self.convert(node)
             if results is not None:
                 self.bind(node, results)

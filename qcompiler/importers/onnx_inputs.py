@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from qcompiler.base.errors import ModelError, closest
 from qcompiler.base.tensor import TensorInfo
@@ -118,3 +118,17 @@ def resolve_shape(where: str, value: onnx.ValueInfoProto, given: Sequence[int] |
 def _symbol(name: str) -> str | None:
     """A dimension's symbol; None for an anonymous one, as exporters spell it."""
     return None if name.strip() in ("", "?", "-1", "None") else name
+
+
+def dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    """The whole of a sparse tensor. Raises ValueError, IndexError or Refused where it contradicts itself."""
+    values, indices, shape = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices), [int(d) for d in sparse.dims]
+    check_bytes("it", shape, values.itemsize)
+    if min(shape, default=1) < 0 or values.ndim != 1 or indices.shape not in ((values.size,), (values.size, len(shape))):
+        raise ValueError(f"{list(indices.shape)} indices of {list(values.shape)} values in a tensor of {shape}")
+    places = tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, shape)
+    if any((p < 0).any() for p in places):
+        raise ValueError("an index is negative")
+    whole = np.zeros(shape, values.dtype)
+    whole[places] = values
+    return whole

@@ -101,13 +101,13 @@ _DEFAULTS = {"preset": "default", "enable": [], "disable": [], "keep_float": [],
 def quantize_weights(model: str | os.PathLike[str], calibration: Any, options: Options) -> tuple[FloatModel, tvm.IRModule]:
     """The float network, and the same with its dense weights stored in few bits. Arguments as `compile`."""
     check_names(options)
-    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "dump_dir", "targets_file", "progress"}
+    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "input_values", "dump_dir", "targets_file", "progress"}
     given = {k for k, v in options.items() if v is not None and v != _DEFAULTS.get(k)} | ({"calibration"} if calibration is not None else set())
     if extra := sorted(given - goes):
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
     dump = Dumper(options.get("dump_dir"))
     scheme = WeightScheme.of(str(options["weights"]), options.get("group_size"), bool(options.get("asymmetric")))
-    float_model = load(Path(model), options.get("input_shapes"), dump=dump)
+    float_model = load(Path(model), options.get("input_shapes"), dump=dump, input_values=options.get("input_values"))
     module = run(FLOAT, float_model.module, scheme, set(named_groups(float_model, options.get("keep_float") or ())), dump=dump)
     if not Graph.of(module).attrs["qc.weights"]["layers"]:
         raise PlanError(f"'{float_model.name}' has no layer whose weights could be stored in {scheme.bits} bits: no Gemm or MatMul with constant weights")
@@ -123,7 +123,7 @@ def compile_weights(model: str | os.PathLike[str], target: str = "native", calib
     float_model, module = quantize_weights(model, calibration, options)
     built = build(module, chosen, "generate code", progress=options.get("progress") or silent)
     return built.link(
-        model=float_model.name,
+        **float_model.account(),
         weights=Graph.of(module).attrs["qc.weights"],
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
         digests={"model": float_model.digest, "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest()},

@@ -24,7 +24,8 @@ from qcompiler.plan.recipes import Recipe, recipe
 class Options(TypedDict, total=False):
     """Keyword arguments of `compile`.
 
-    input_shapes: {input name: shape}, for dimensions that the file leaves open. preprocess: for a folder of images, a YAML path.
+    input_shapes: {input name: shape}, for dimensions that the file leaves open. input_values: {input name: value}, inputs that are the same in every call
+    and become constants (a number for all elements, an array, or text "1,2,3"). preprocess: for a folder of images, a YAML path.
     preset, enable, disable: the recipe of quantization, and steps to switch on and off in it, by the names in `recipes.STEPS`. keep_float: layers
     that stay float32, by the names that their nodes or values have in the model file. requantize: a model that is quantized already keeps in float what
     its file leaves in float; quantize that too. min_sqnr (dB), min_agreement (fraction), max_accuracy_drop
@@ -35,10 +36,11 @@ class Options(TypedDict, total=False):
 
     weights: "int8" or "int4": another kind of compilation, without calibration: activations stay float32 and dense layers get weights in so many bits,
     with a scale for every group_size weights of a row (default 64) and, if asymmetric, a zero point. Of the other options keep_float, input_shapes,
-    dump_dir, targets_file and progress go with it.
+    input_values, dump_dir, targets_file and progress go with it.
     """
 
     input_shapes: Mapping[str, Sequence[int]] | None
+    input_values: Mapping[str, Any] | None
     preprocess: Any
     preset: str
     enable: Sequence[str]
@@ -80,7 +82,7 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
     dump = Dumper(options.get("dump_dir"))
     chosen = target if isinstance(target, Target) else find_target(target, options.get("targets_file"))
     steps = recipe(options.get("preset", "default"), options.get("enable", ()), options.get("disable", ()))
-    float_model = load(Path(model), options.get("input_shapes"), bool(options.get("requantize")), dump)
+    float_model = load(Path(model), options.get("input_shapes"), bool(options.get("requantize")), dump, options.get("input_values"))
     trained = Trained.of(Graph.of(float_model.module).attrs)
     if trained.quantized:
         steps = steps.without_changes()

@@ -51,11 +51,15 @@ def float_code(model: FloatModel, target: str = "native", dump: Dump = no_dump, 
 
 
 def compile_float(
-    model: str | os.PathLike[str], target: str = "native", input_shapes: Mapping[str, Sequence[int]] | None = None, progress: Progress = silent
+    model: str | os.PathLike[str],
+    target: str = "native",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress = silent,
+    input_values: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """The float twin as a library, for comparison. Arguments as `compile`."""
-    float_model = load(Path(model), input_shapes)
-    return float_code(float_model, target, progress=progress).link(model=float_model.name, digests={"model": float_model.digest})
+    float_model = load(Path(model), input_shapes, input_values=input_values)
+    return float_code(float_model, target, progress=progress).link(**float_model.account(), digests={"model": float_model.digest})
 
 
 @dataclass
@@ -310,4 +314,4 @@ def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
     for value_id, reason in attrs.get("qc.float_ops", {}).items():
         node, op = model.source(value_id)
         float_ops.append({"id": value_id, "node": node, "op": op, "reason": reason})
-    return {"model": model.name, "values": values, "float_ops": float_ops}
+    return {**model.account(), "values": values, "float_ops": float_ops}

@@ -16,7 +16,7 @@ import numpy as np
 
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
-from qcompiler.base.tensor import TensorInfo
+from qcompiler.base.tensor import TensorInfo, fits
 from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
 
@@ -243,11 +243,11 @@ class Session:
             if info.name not in inputs:
                 raise DataError(f"input '{info.name}' is missing; the model wants {', '.join(f'{i.name} {list(i.shape)} {i.dtype}' for i in self.inputs)}")
             array = np.asarray(inputs[info.name])
-            if str(array.dtype) != info.dtype:
+            if not fits(array.dtype, info.dtype):
                 raise DataError(f"input '{info.name}' has dtype {array.dtype}; the model wants {info.dtype}")
             if array.shape != info.shape:
                 raise DataError(f"input '{info.name}' has shape {list(array.shape)}; the model wants {list(info.shape)}")
-            bound.append(np.require(array, requirements=["C", "A"]))
+            bound.append(np.require(array, info.dtype, ["C", "A"]))
         return bound
 
     def execute(self, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:

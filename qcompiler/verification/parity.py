@@ -201,7 +201,7 @@ def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) 
 
     shapes = {i.name: tuple(i.shape) for i in like.inputs}
     target = "native" if like.manifest["triple"].startswith("nvptx64") else like.manifest["target"]
-    library = compile_float(model, target, shapes).save(folder / "float.so")
+    library = compile_float(model, target, shapes, input_values=like.manifest.get("fixed_inputs")).save(folder / "float.so")
     session = Session(library, threads=threads)
     for kind in ("inputs", "outputs"):
         mine, wanted = ([(i.name, tuple(i.shape)) for i in getattr(s, kind)] for s in (session, like))
