@@ -98,12 +98,19 @@ class Trained:
 
     def renamed(self, names: Mapping[str, str]) -> Trained:
         """What was stated of a value is stated of the one that holds its elements now. Raises AssertionError where that one has other parameters."""
-        values = {k: v for k, v in self.values.items() if k not in names}
-        for old, new in names.items():
+        moved = {k: v for k, v in names.items() if k in self.names()}
+        if not moved:
+            return self
+        parts: dict[str, Any] = {"constants": {k: v for k, v in self.constants.items() if k not in moved}}  # of an operator that is gone
+        for old, new in moved.items():
             if old in self.values:
-                assert values.setdefault(new, self.values[old]) == self.values[old], f"'{old}' and '{new}' are one value, rounded in two ways"
-        moved = replace(self, values=values, calibrated={names.get(n, n) for n in self.calibrated})
-        return moved.without(set(names) - moved.calibrated)
+                assert self.values.get(new, self.values[old]) == self.values[old], f"'{old}' and '{new}' are one value, rounded in two ways"
+        for part in ("values", "weights", "biases", "exact"):
+            found = getattr(self, part)
+            parts[part] = {moved[k]: v for k, v in found.items() if k in moved} | {k: v for k, v in found.items() if k not in moved}
+        for part in ("integer", "calibrated"):
+            parts[part] = {moved.get(n, n) for n in getattr(self, part)}
+        return replace(self, **parts)
 
     def folded(self, members: list[str], factors: np.ndarray) -> Trained:
         """After an operator (the first of `members`) took in multiplications by `factors` [O] and additions; the last of `members` is its result now."""

@@ -18,6 +18,7 @@ import qcompiler
 from qcompiler.base.errors import InternalError, ModelError
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
+from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph as Module
@@ -137,6 +138,7 @@ def test_operators_without_an_8_bit_form_ask_for_no_data(tmp_path: Path) -> None
     backwards = g.pair(g.op("Slice", thresholded, *ends), 0.02, 10)
     bias = g.op("DequantizeLinear", g.tensor(RNG.integers(-100, 101, (4, 5)), "int8"), g.tensor(0.03), g.tensor(0, "int8"))
     biased = g.pair(g.op("Add", g.op("MatMul", x, g.weights(Stated("int8", ("axis", 1)), (6, 5))), bias), 0.05, 128)
+    g.nodes.reverse()  # files have been seen whose nodes are in no order
     _, noise = loss(model(g, total, thresholded, backwards, biased), tmp_path)
     assert max(noise) < 1e-3
 
@@ -156,6 +158,19 @@ def test_batch_normalization_keeps_integer_weights(tmp_path: Path) -> None:
     if np.abs(stated - zero).max() <= 127:
         np.testing.assert_array_equal(np.abs(value.transpose(0, 3, 1, 2)), np.abs(stated - zero))
     assert noise < 1e-3
+
+
+def test_a_bias_of_zeros_costs_nothing(tmp_path: Path) -> None:
+    """What is said of a product moves to what is left of it."""
+    g = Graph("g")
+    flat = g.op("Reshape", g.pair("x", 0.025, 120), g.tensor([12, 48], "int64"))
+    bias = g.op("DequantizeLinear", g.tensor(np.zeros(5, int), "int32"), g.tensor(0.001))
+    scales, zeros = g.tensor(RNG.uniform(0.002, 0.01, 5)), g.tensor(np.zeros(5, int), "int8")
+    weights = g.op("DequantizeLinear", g.tensor(RNG.integers(-127, 128, (5, 48)), "int8"), scales, zeros, axis=0)
+    y = g.op("Gemm", flat, weights, bias, transB=1)
+    compilation, (noise,) = loss(model(g, g.pair(y, 0.1, 130)), tmp_path)
+    assert noise < 1e-3 and len(compilation.quantized.plan.scales) == 1
+    assert not compilation.quantized.plan.notes
 
 
 @pytest.mark.parametrize("layer", range(3))
@@ -205,8 +220,62 @@ def test_sixteen_bits_as_asked(tmp_path: Path) -> None:
     g = Graph("g")
     y = g.op("MatMul", g.pair("x", 0.0001, 500, "int16"), g.weights(Stated("int8", ("axis", 1)), (6, 5)))
     compilation, (noise,) = loss(model(g, y), tmp_path)
-    assert noise < 1e-9 and "int16 activations have no int8 kernel; it is rounded in float32" in compilation.quantized.plan.notes[0]
+    assert noise < 1e-9 and "int16 activations have no int8 kernel; rounded in float32" in compilation.quantized.plan.notes[0]
     assert not compilation.quantized.plan.scales
     compilation, (noise,) = loss(model(g, y), tmp_path, inputs(), requantize=True)
     assert 1e-9 < noise < 1e-3 and "chosen anew" in compilation.quantized.plan.notes[0]
     assert compilation.quantized.plan.scales
+
+
+def test_operators_on_integers_with_any_scales(tmp_path: Path) -> None:
+    """Per row and column, and computed when the network runs; a convolution whose scales are, too."""
+    g = Graph("g")
+    one = g.op("Exp", g.op("Mul", g.op("ReduceMax", "x", keepdims=0), g.tensor(0.0)))
+    xs, xz = g.tensor(np.float32(0.025)), g.tensor(120, "uint8")
+    q = g.op("QuantizeLinear", "x", xs, xz)
+    ws, wz, ys, yz = g.tensor(RNG.uniform(0.005, 0.01, 4)), g.tensor(np.zeros(4, int), "int8"), g.tensor(np.float32(0.1)), g.tensor(128, "uint8")
+    w, bias = g.tensor(RNG.integers(-100, 101, (4, 8, 3, 3)), "int8"), g.tensor(RNG.integers(-3000, 3000, 4), "int32")
+    convolved = [g.op("QLinearConv", q, s, xz, w, ws, wz, ys, yz, bias) for s in (xs, g.op("Mul", xs, one))]
+    matrix, bs, bz = g.tensor(RNG.integers(-100, 101, (6, 5)), "int8"), g.tensor(RNG.uniform(0.005, 0.01, 5)), g.tensor(RNG.integers(-9, 9, 5), "int8")
+    moved = g.op("MaxPool", g.op("Gather", q, g.tensor([2, 0], "int64"), axis=1), kernel_shape=[2, 2], strides=[2, 2])
+    products = [g.op("QLinearMatMul", q, s, xz, matrix, bs, bz, ys, yz) for s in (xs, g.op("Mul", xs, one))]
+    results = [*convolved, *products, moved]
+    proto = model(g, *results)
+    onnx.save(proto, str(tmp_path / "m.onnx"))
+    session = qcompiler.load(compile_stages(tmp_path / "m.onnx").artifact.save(tmp_path / "m.so"))
+    for sample in inputs():
+        for name, want in zip(results, reference(proto, sample), strict=True):
+            off = np.abs(session.run(sample)[name].astype(int) - want.astype(int))
+            assert session.run(sample)[name].dtype == np.uint8 and off.max() <= (name != moved) and (off == 0).mean() > 0.97, name
+
+
+def test_pairs_of_other_domains(tmp_path: Path) -> None:
+    """ONNX Runtime's QuantizeLinear (16 bits before operator set 21) is ONNX's; anybody else's means what they say."""
+    g = Graph("g")
+    names = [g.tensor(np.float32(0.0002)), g.tensor(500, "int16")]
+    q = g.op("QuantizeLinear", "x", *names, domain="com.microsoft")
+    wide = g.op("DequantizeLinear", q, *names, domain="com.microsoft")
+    names = [g.tensor(np.float32(0.025)), g.tensor(120, "uint8")]
+    x = g.op("DequantizeLinear", g.op("QuantizeLinear", "x", *names, domain="com.microsoft"), *names, domain="com.microsoft")
+    y = g.op("MatMul", x, g.weights(Stated("int8", ("axis", 1)), (6, 5)))
+    compilation, noise = loss(model(g, wide, y, opset=17), tmp_path)
+    assert max(noise) < 1e-3 and list(compilation.quantized.plan.scales) == [y]
+    for node in g.nodes:
+        node.domain = node.domain and "com.acme"
+    kept, trained = take_out(model(g, wide, y))
+    assert [n.domain for n in kept.graph.node].count("com.acme") == 4 and not trained.values
+
+
+def test_integers_that_a_branch_reads(tmp_path: Path) -> None:
+    """A value that only the branch of an If reads is there for it."""
+    g = Graph("g")
+    names = [g.tensor(np.float32(0.025)), g.tensor(120, "uint8")]
+    q = g.op("QuantizeLinear", "x", *names)
+    d = g.op("DequantizeLinear", q, *names)
+    branches = []
+    for name in ("then", "else"):
+        nodes = [helper.make_node("Cast", [q], [f"{name}.f"], to=TensorProto.FLOAT), helper.make_node("Add", [f"{name}.f", d], [f"{name}.y"])]
+        branches.append(helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(f"{name}.y")]))
+    y = g.op("If", g.tensor(True, "bool"), then_branch=branches[0], else_branch=branches[1])
+    _, (noise,) = loss(model(g, y), tmp_path)
+    assert noise < 1e-5

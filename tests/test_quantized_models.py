@@ -271,7 +271,7 @@ def broken(kind: str) -> tuple[Net, str]:
     x = net.pair("x", *Y)
     if kind == "int16 activation":
         net.node("Conv", [net.pair("x", 0.001, 0, np.int16), net.weight((8, 4, 1, 1))])
-        return net, "int16 activations have no int8 kernel; it is rounded in float32, as the file says"
+        return net, "int16 activations have no int8 kernel; rounded in float32, as the file says"
     if kind == "channels":
         names = [net.tensor(np.linspace(0.04, 0.05, 4).astype(np.float32)), net.tensor(np.full(4, 128, np.uint8))]
         q = net.node("QuantizeLinear", ["x", *names], axis=1)
@@ -280,7 +280,7 @@ def broken(kind: str) -> tuple[Net, str]:
     if kind == "zero point":
         q = net.tensor(np.linspace(0, 255, 32).astype(np.uint8).reshape(8, 4, 1, 1))
         net.node("Conv", [x, net.node("DequantizeLinear", [q, net.tensor(np.float32(0.01)), net.tensor(np.uint8(100))])])
-        return net, "weights of uint8 that reach 155 steps from their zero point have no int8 kernel; they are quantized anew"
+        return net, "weights of uint8 farther than 128 steps from their zero point have no int8 kernel; they are quantized anew"
     if kind == "blocks":
         q = net.tensor(RNG.integers(-100, 101, (10, 144)).astype(np.int8))
         scales = net.tensor(RNG.uniform(0.005, 0.01, (10, 3)).astype(np.float32))

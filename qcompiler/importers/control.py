@@ -34,6 +34,11 @@ def reads(proto: onnx.NodeProto) -> set[str]:
     return found
 
 
+def captured(graph: onnx.GraphProto) -> set[str]:
+    """The tensors of a graph that subgraphs of its nodes read."""
+    return {name for node in graph.node for name in reads(node) - set(node.input)}
+
+
 def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes, each behind those whose results it reads, otherwise in the file's order; what stands in a circle comes last."""
     maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}

@@ -16,6 +16,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.value_ids import Naming
+from qcompiler.importers.control import captured
+from qcompiler.importers.qlinear import CONTRIB
 
 _PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
 _CONTRIB = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
@@ -60,7 +62,7 @@ class _Finder:
         for node in graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.tensors[node.output[0]] = node.attribute[0].t
-        self.outputs = {o.name for o in graph.output}
+        self.outputs = {o.name for o in graph.output} | captured(graph)
         self.made_by = {o: n for n in graph.node for o in n.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
@@ -86,6 +88,8 @@ class _Finder:
 
     def product(self, node: onnx.NodeProto) -> _Product | None:
         inputs = [*node.input, *[""] * 7]
+        if node.domain not in ("", "ai.onnx", CONTRIB):
+            return None
         if node.op_type == "DynamicQuantizeMatMul" and inputs[1] in self.tensors and inputs[2] in self.tensors:
             return _Product("MatMul", inputs[0], inputs[1], inputs[3], None, node.output[0], node, [node], inputs[2], inputs[4])
         source = self.made_by.get(inputs[0])

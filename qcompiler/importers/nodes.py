@@ -19,6 +19,8 @@ from tvm import relax
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, shape_of
 
 LARGEST_BYTES = 1 << 31
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+"""Operators whose results are never computed in advance."""
 Value = Any  # a Relax variable, or a numpy array for a constant
 
 

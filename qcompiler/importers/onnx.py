@@ -24,7 +24,7 @@ from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.control import CONTROL, in_order, reads
-from qcompiler.importers.nodes import Node, Refused, Undefined, Value, attributes, check_finite, real
+from qcompiler.importers.nodes import RANDOM, Node, Refused, Undefined, Value, attributes, check_finite, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
@@ -34,7 +34,6 @@ from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shap
 from qcompiler.passes.sequence import IMPORTED, run
 from qcompiler.passes.trained import ATTRIBUTE
 
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _STANDARD = ("", "ai.onnx")
 ADVICE = "replace it before export, or cut the model before it"
 CONTRIBUTED = {("com.microsoft", op) for op in ("BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization")}  # ONNX Runtime's own, as TVM reads them
@@ -173,7 +172,7 @@ class _Importer:
             if node.op == "Size":
                 return [np.asarray(np.prod(shape, dtype=np.int64))]
             return [np.asarray(shape[slice(node.attrs.get("start"), node.attrs.get("end"))], np.int64)]
-        if node.op in _RANDOM or any(v is not None and not isinstance(v, np.ndarray) for v in node.inputs):
+        if node.op in RANDOM or any(v is not None and not isinstance(v, np.ndarray) for v in node.inputs):
             return None
         if node.op == "Loop":  # may have no end
             return None

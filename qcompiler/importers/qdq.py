@@ -25,15 +25,17 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qcompiler.base.value_ids import Naming
+from qcompiler.importers.control import captured, in_order
 from qcompiler.importers.dynamic import take_back
-from qcompiler.importers.nodes import Refused
+from qcompiler.importers.nodes import RANDOM, Refused
 from qcompiler.importers.onnx_file import default_opset, names
-from qcompiler.importers.qlinear import expand
+from qcompiler.importers.qlinear import CONTRIB, expand
 from qcompiler.importers.stated import BITS, Parameters, Rounded, check_scale, weight_scales
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.trained import Trained
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
+_DOMAINS = ("", "ai.onnx", CONTRIB)  # ONNX Runtime's own pair has the same meaning
 MOVES = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Dropout", "Expand", "Tile",
          "DepthToSpace", "SpaceToDepth", "GlobalMaxPool"}  # fmt: skip
 """Operators whose results are elements of their first operand: they keep its quantization."""
@@ -44,11 +46,23 @@ _SMALL = 4096  # elements of the operands of what is computed here: scales, shap
 def take_out(model: onnx.ModelProto, requantize: bool = False) -> tuple[onnx.ModelProto, Trained]:
     """(the float network, what was found). A model without quantized arithmetic is returned as it is. Raises Refused for scales that can't be."""
     naming = Naming.beside(names(model))
-    model, dynamic = take_back(model, naming)
+    model, dynamic = take_back(_sorted(model), naming)
     model = expand(model, naming)
-    if not any(n.op_type in PAIR for n in model.graph.node):
+    if not any(n.op_type in PAIR and n.domain in _DOMAINS for n in model.graph.node):
         return model, Trained()
     return _Rewriter(model, naming, dynamic, trained=Trained(requantize=requantize)).run()
+
+
+def _sorted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model whose nodes stand behind those that they read from; itself where they do."""
+    order = in_order(model.graph.node)
+    if all(a is b for a, b in zip(order, model.graph.node, strict=True)):
+        return model
+    ordered = onnx.ModelProto()
+    ordered.CopyFrom(model)
+    del ordered.graph.node[:]
+    ordered.graph.node.extend(order)
+    return ordered
 
 
 @dataclass
@@ -64,7 +78,7 @@ class _Rewriter:
         self.opset = default_opset(self.source)
         self.tensors = {t.name: t for t in graph.initializer}
         self.inputs = {i.name: i for i in graph.input if i.name not in self.tensors}
-        self.outputs = {o.name for o in graph.output}
+        self.outputs = {o.name for o in graph.output} | captured(graph)
         self.made_by: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
@@ -76,11 +90,14 @@ class _Rewriter:
         self.forms: dict[str, list[tuple[QParams, str]]] = {}  # float tensor -> its rounded forms
         self.held: dict[str, QParams] = {}  # rounded float tensors, and those that hold elements of one
         self.made: dict[str, np.ndarray] = {}  # new constants
+        self.notes: dict[tuple[str, str], list[str]] = {}  # (operator, what is to be said) -> nodes
 
     def run(self) -> tuple[onnx.ModelProto, Trained]:
         for node in self.source.graph.node:
             try:
-                if node.op_type == "QuantizeLinear":
+                if node.domain not in _DOMAINS:
+                    self.keep(node)
+                elif node.op_type == "QuantizeLinear":
                     self.quantize(node)
                 elif node.op_type == "DequantizeLinear":
                     self.dequantize(node)
@@ -88,10 +105,12 @@ class _Rewriter:
                     self.keep(node)
             except Refused as reason:
                 raise Refused(f"node '{node.name or node.output[0]}' ({node.op_type}): {reason}") from reason
+        for (op, text), nodes in self.notes.items():
+            self.trained.notes.append(f"node '{nodes[0]}' ({op}){f' and {len(nodes) - 1} more' if len(nodes) > 1 else ''}: {text}")
         return self.finished(), self.trained
 
     def note(self, node: onnx.NodeProto, text: str) -> None:
-        self.trained.notes.append(f"node '{node.name or node.output[0]}' ({node.op_type}): {text}")
+        self.notes.setdefault((node.op_type, text), []).append(node.name or node.output[0])
 
     def array(self, name: str) -> np.ndarray | None:
         """The value of a tensor that is known now."""
@@ -117,6 +136,7 @@ class _Rewriter:
         scale = scale.astype(np.float32)
         check_scale(scale, node.input[1], divides=node.op_type == "QuantizeLinear")
         zero = np.zeros(scale.shape, np.int64) if zero is None else zero.astype(np.int64)
+        scale, zero = (a.reshape(()) if a.size == 1 else a for a in (scale, zero))
         return Parameters(scale, zero, dtype, int(attributes.get("axis", 1)), int(attributes.get("block_size", 0)))
 
     def constant_type(self, name: str) -> str:
@@ -142,7 +162,7 @@ class _Rewriter:
         self.integer[q] = (x, found)
         reason = self.unpaired(found)
         if reason is not None and q in self.readers:
-            self.note(node, f"{reason}; it is rounded in float32, as the file says")
+            self.note(node, f"{reason}; rounded in float32, as the file says{'; requantize makes 8 bits of it' if found.scale.size == 1 else ''}")
         if reason is not None or not self.only_paired(node, found):
             self.keep(node)  # someone reads the integers themselves
 
@@ -202,9 +222,9 @@ class _Rewriter:
         maker = self.made_by.get(x)
         if maker is None:
             return x in self.inputs and found.fills_int8
-        if maker.op_type in ("Resize", "Upsample"):  # between the operand's elements, but for cubic
-            mode = next((helper.get_attribute_value(a) for a in maker.attribute if a.name == "mode"), b"nearest")
-            return bool(mode != b"cubic") and self.held.get(maker.input[0]) == params
+        if maker.op_type in ("Resize", "Upsample"):  # between the operand's elements
+            modes = {helper.get_attribute_value(a) for a in maker.attribute if a.name in ("mode", "coordinate_transformation_mode")}
+            return modes.isdisjoint({b"cubic", b"tf_crop_and_resize"}) and self.held.get(maker.input[0]) == params
         return maker.op_type == "Concat" and len(maker.input) > 1 and found.fills_int8  # its operands are requantized one by one
 
     def only_rounded(self, x: str, found: Parameters) -> bool:
@@ -227,6 +247,8 @@ class _Rewriter:
     def keep(self, node: onnx.NodeProto) -> None:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
+        if node.op_type in PAIR and node.domain == CONTRIB:
+            copy.domain = ""
         for i, name in enumerate(copy.input):
             copy.input[i] = self.alias.get(name, name)
         if self.known(copy):
@@ -249,7 +271,7 @@ class _Rewriter:
         if any(i and a is None for i, a in zip(node.input, arrays, strict=True)) or any(a.HasField("g") for a in node.attribute):
             return False
         moves = node.op_type in _REARRANGES or node.op_type == "Cast"
-        if node.op_type in PAIR or not (moves or sum(a.size for a in arrays if a is not None) <= _SMALL):
+        if node.op_type in (*PAIR, *RANDOM, "Dropout") or not (moves or sum(a.size for a in arrays if a is not None) <= _SMALL):
             return False
         results = self.evaluated(node, arrays)
         if results is None:
@@ -282,7 +304,7 @@ class _Rewriter:
             return
         if y in self.dynamic and x not in self.held:
             self.trained.calibrated.add(x)
-            self.note(node, f"taken back to a product of reals from {self.dynamic[y]}: the range of '{x}', which the file looks up in every run, is calibrated")
+            self.note(node, f"taken back to a product of reals from {self.dynamic[y]}: the range of its activations, looked up in every run, is calibrated")
         scales = weight_scales(node.op_type, attributes, weight)
         self.trained.integer.add(y)
         if isinstance(scales, str):

@@ -16,10 +16,11 @@ import onnx
 from onnx import helper, numpy_helper
 
 from qcompiler.base.value_ids import Naming
+from qcompiler.importers.control import captured
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth")
 """Operators that yield elements of their first operand, integers as well as floats."""
-_CONTRIB = "com.microsoft"
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 _UNARY = {  # (X, scale, zero point, scale of Y, zero point of Y)
     "QLinearSigmoid": "Sigmoid", "QLinearLeakyRelu": "LeakyRelu", "QLinearSoftmax": "Softmax", "QLinearAveragePool": "AveragePool",
     "QLinearGlobalAveragePool": "GlobalAveragePool", "QLinearReduceMean": "ReduceMean",
@@ -29,7 +30,7 @@ _BINARY = {"QLinearAdd": "Add", "QLinearMul": "Mul", "QLinearMatMul": "MatMul"} 
 
 def expands(node: onnx.NodeProto) -> bool:
     """Is this an operator that `expand` rewrites, whatever its operands?"""
-    return node.op_type in (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat")
+    return node.op_type in (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat") and node.domain in ("", "ai.onnx", CONTRIB)
 
 
 def expand(model: onnx.ModelProto, naming: Naming) -> onnx.ModelProto:
@@ -50,7 +51,7 @@ class _Expander:
         for node in self.source.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.tensors[node.output[0]] = node.attribute[0].t
-        self.outputs = {o.name for o in self.source.graph.output}
+        self.outputs = {o.name for o in self.source.graph.output} | captured(self.source.graph)
         self.integers: dict[str, tuple[str, str, str, str]] = {}  # integer tensor of the file -> (its name now, its float form, scale, zero point)
         self.added: list[onnx.TensorProto] = []
 
@@ -74,6 +75,8 @@ class _Expander:
 
     def rewritten(self, node: onnx.NodeProto) -> bool:
         op, inputs = node.op_type, list(node.input)
+        if not expands(node) and (op not in MOVES or node.domain not in ("", "ai.onnx")):
+            return False
         if op == "QLinearConv":
             x, w = self.real(node, 0), self.real(node, 3, axis=0)
             operands = [x, w]
@@ -86,8 +89,9 @@ class _Expander:
                 operands.append(self.bias(node, inputs[6], inputs[1], inputs[4]))
             self.emit(node, "Gemm", operands, *(inputs[7:9] if len(inputs) > 8 else ("", "")))
         elif op in _BINARY:
-            axis = -1 if op == "QLinearMatMul" else None
-            self.emit(node, _BINARY[op], [self.real(node, 0), self.real(node, 3, axis=axis)], inputs[6], inputs[7] if len(inputs) > 7 else "")
+            rows, columns = (-2, -1) if op == "QLinearMatMul" else (None, None)
+            operands = [self.real(node, 0, axis=rows), self.real(node, 3, axis=columns)]
+            self.emit(node, _BINARY[op], operands, inputs[6], inputs[7] if len(inputs) > 7 else "", axis=rows)
         elif op in _UNARY and not _attribute(node, "channels_last"):
             self.emit(node, _UNARY[op], [self.real(node, 0)], inputs[3], inputs[4] if len(inputs) > 4 else "")
         elif op == "QLinearConcat":
@@ -99,18 +103,18 @@ class _Expander:
             return False
         return True
 
-    def emit(self, node: onnx.NodeProto, op: str, operands: list[str], scale: str, zero: str) -> None:
-        """The float operator, and its result as integers and as float again; a result without scale is float."""
+    def emit(self, node: onnx.NodeProto, op: str, operands: list[str], scale: str, zero: str, axis: int | None = None) -> None:
+        """The float operator, and its result as integers and as float again; a result without scale is float. axis: of several scales."""
         y = node.output[0]
         if not scale:
             self.nodes.append(_made(node, op, operands, y))
             return
-        made = self.naming.made
+        made, along = self.naming.made, {} if axis is None else {"axis": axis}
         integer, real = (y, made(y, "real")) if y in self.outputs else (made(y, "int8"), y)
         self.nodes.append(_made(node, op, operands, made(y, "exact")))
         parameters = [scale, zero] if zero else [scale]
-        self.nodes.append(helper.make_node("QuantizeLinear", [made(y, "exact"), *parameters], [integer], name=made(node.name or y, "q")))
-        self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=made(node.name or y, "dq")))
+        self.nodes.append(helper.make_node("QuantizeLinear", [made(y, "exact"), *parameters], [integer], name=made(node.name or y, "q"), **along))
+        self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=made(node.name or y, "dq"), **along))
         self.integers[y] = (integer, real, scale, zero)
 
     def real(self, node: onnx.NodeProto, index: int, axis: int | None = None) -> str:
@@ -125,7 +129,7 @@ class _Expander:
             name = integer
         result = self.naming.made(node.name or node.output[0], len(self.nodes))
         parameters = [scale, zero] if zero else [scale]
-        self.nodes.append(helper.make_node("DequantizeLinear", [name, *parameters], [result], **({} if axis is None else {"axis": axis})))
+        self.nodes.append(helper.make_node("DequantizeLinear", [name, *parameters], [result], name=result, **({} if axis is None else {"axis": axis})))
         return result
 
     def bias(self, node: onnx.NodeProto, name: str, x_scale: str, w_scale: str) -> str:

@@ -130,7 +130,7 @@ def weight_scales(op: str, attributes: dict[str, Any], weight: Rounded) -> np.nd
         return "a product with a vector has no int8 kernel"
     centred = np.abs(weight.value - weight.zero_point).max(initial=0)
     if centred > 128:
-        return f"weights of {weight.dtype} that reach {centred} steps from their zero point have no int8 kernel"
+        return f"weights of {weight.dtype} farther than 128 steps from their zero point have no int8 kernel"
     apart = np.moveaxis(weight.scale, axis, 0).reshape(weight.value.shape[axis], -1)
     if (apart != apart[:, :1]).any():
         return "weights with several scales along an output channel have no int8 kernel"
