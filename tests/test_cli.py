@@ -42,6 +42,7 @@ MANIFEST: dict[str, Any] = {
 
 
 class FakeArtifact:
+    imported = None
     manifest = MANIFEST
     size = 12345
 

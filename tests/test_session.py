@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +94,19 @@ def test_a_library_is_unmapped_with_its_last_session(library: Path) -> None:
     context.run(0, 1)
     del context
     assert mapped() == before
+
+
+def test_the_collector_ends_sessions_before_it_unmaps_them(library: Path) -> None:
+    """In a cycle of references, as tracebacks make them, objects are finalized in any order."""
+    before = Path("/proc/self/maps").read_text().count("memfd:net.so")
+    for _ in range(20):
+        cycle: dict[str, Any] = {"session": Session(library, threads=2)}
+        cycle["copy"] = cycle["session"]._copy
+        cycle["cycle"] = cycle
+        cycle["session"].cycle = cycle
+        del cycle
+        gc.collect()
+    assert Path("/proc/self/maps").read_text().count("memfd:net.so") == before
 
 
 def test_without_memory_files(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:

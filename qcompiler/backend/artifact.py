@@ -21,6 +21,7 @@ from qcompiler.base.files import replacing, temporary_folder
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target
 from qcompiler.runtime.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
+from qcompiler.runtime.reference import ImportCheck
 
 if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
     from qcompiler.backend.lowering import Port, Program
@@ -80,10 +81,15 @@ _PACKAGES = {"aarch64": "g++-aarch64-linux-gnu", "armv7a": "g++-arm-linux-gnueab
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled library in memory. `library` is the whole shared library; `manifest` is the JSON object inside it."""
+    """A compiled library in memory. `library` is the whole shared library; `manifest` is the JSON object inside it.
+
+    `imported`: how the float network that it was made from compares with another runtime, where it was. It is not in the library, whose bytes depend on
+    the inputs of the compilation alone.
+    """
 
     library: bytes
     manifest: dict[str, Any]
+    imported: ImportCheck | None = None
 
     @property
     def size(self) -> int:

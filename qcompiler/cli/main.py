@@ -235,6 +235,8 @@ def _compile(options: argparse.Namespace) -> int:
     notes = manifest.get("notes", [])
     reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
     document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"], "notes": notes}
+    if artifact.imported is not None:
+        document["import"] = artifact.imported
     account = manifest.get("mixed_precision")
     lines = [f"{output}: {size(artifact.size)} for {manifest['target']}", *(f"note: {n}" for n in notes), *reasons]
     if account is not None:
@@ -243,6 +245,8 @@ def _compile(options: argparse.Namespace) -> int:
     if "weights" in manifest:
         document["weights"] = manifest["weights"]
         lines.append(heading(manifest["weights"]))
+    if artifact.imported is not None:
+        lines.append(str(artifact.imported))
     show(options, document, lambda: "\n".join(lines))
     return 0 if account is None or account["met"] else 1
 

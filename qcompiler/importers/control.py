@@ -102,7 +102,9 @@ def branch(importer: Importer, node: Node) -> list[Value]:
             "If it depends on an input that is the same in every call, fix that with --input-value NAME=VALUE"
         )
     outer = dict(importer.values)
-    graph: onnx.GraphProto = node.attrs["then_branch" if condition.all() else "else_branch"]
+    graph = node.attrs.get("then_branch" if condition.all() else "else_branch")
+    if not isinstance(graph, onnx.GraphProto):
+        raise Refused("it has no graph for the branch that its condition takes")
     return inlined(importer, graph, lambda name: node.builder.naming.made(node.id, name) if name in outer else name)
 
 

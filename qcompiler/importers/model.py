@@ -26,7 +26,7 @@ class FloatModel:
 
     Every floating tensor is float32, whatever the file's precision. `digest`: sha256 (hex) of the file, its external data and the input shapes.
     `sources`: value id -> (name, operator type) of the node in the file that computes it, folded ones included; `readers`: value id of the file
-    -> the values computed from it directly. `fixed`: inputs of the file that are constants here, and their values as nested lists.
+    -> the values computed from it directly. `fixed`: inputs of the file that are constants here, and their values as nested lists. `path`: of the file.
     """
 
     module: tvm.IRModule
@@ -36,6 +36,7 @@ class FloatModel:
     digest: str
     sources: dict[str, tuple[str, str]]
     readers: dict[str, list[str]]
+    path: Path
     fixed: dict[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
@@ -77,4 +78,4 @@ def load(
     module = run(CANONICAL, imported.module, dump=dump)
     fixed = {name: array.tolist() for name, array in imported.fixed.items()}
     digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}{fixed or ''}".encode()).hexdigest()
-    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers(), fixed)
+    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers(), path, fixed)

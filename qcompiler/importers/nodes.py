@@ -86,22 +86,26 @@ class Node:
     def has(self, index: int) -> bool:
         return index < len(self.inputs) and self.inputs[index] is not None
 
-    def tensor(self, index: int) -> Any:
-        """Operand `index` as a Relax expression (variable or constant)."""
+    def present(self, index: int) -> Value:
+        """Operand `index`. Raises Refused where it is left out."""
         if not self.has(index):
             raise Refused(f"operand {index} is missing")
-        value = self.inputs[index]
+        return self.inputs[index]
+
+    def tensor(self, index: int) -> Any:
+        """Operand `index` as a Relax expression (variable or constant)."""
+        value = self.present(index)
         return const(real(value)) if isinstance(value, np.ndarray) else value
 
     def tensors(self) -> list[Any]:
         return [self.tensor(i) for i in range(len(self.inputs))]
 
     def shape(self, index: int = 0) -> tuple[int, ...]:
-        value = self.inputs[index]
+        value = self.present(index)
         return tuple(value.shape) if isinstance(value, np.ndarray) else shape_of(value)
 
     def dtype(self, index: int = 0) -> str:
-        value = self.inputs[index]
+        value = self.present(index)
         return str(real(value).dtype) if isinstance(value, np.ndarray) else dtype_of(value)
 
     def constant(self, index: int, what: str) -> np.ndarray | None:

@@ -121,6 +121,8 @@ class _Rewriter:
     def parameters(self, node: onnx.NodeProto) -> Parameters | None:
         """None where scale or zero point is computed when the network runs, or is no integer quantization."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if len(node.input) < 2:
+            raise Refused(f"node '{node.name or node.output[0]}' ({node.op_type}): its scale is missing")
         scale = self.array(node.input[1])
         zero = self.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         if scale is None or (zero is None and len(node.input) > 2 and node.input[2]):

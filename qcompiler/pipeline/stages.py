@@ -20,13 +20,14 @@ from qcompiler.backend.build import Built, build
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.lowering import Program
 from qcompiler.base.debug import Dump, no_dump
-from qcompiler.base.errors import bugs_named
+from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
 from qcompiler.calibration.suspicion import doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel, load
+from qcompiler.importers.onnx_file import exactness
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
@@ -41,6 +42,7 @@ from qcompiler.refine.means import FloatMeans
 from qcompiler.refine.rounding import NARROW, DataRounder
 from qcompiler.refine.trial import Correction, SessionExecutor
 from qcompiler.refine.weight_rounding import round_weights
+from qcompiler.runtime.reference import ImportCheck, check_import
 
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
 
@@ -56,19 +58,27 @@ def compile_float(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress = silent,
     input_values: Mapping[str, Any] | None = None,
+    wanted: str | None = None,
 ) -> Artifact:
-    """The float twin as a library, for comparison. Arguments as `compile`."""
+    """The float twin as a library, for comparison. Arguments as `compile`; wanted: the digest of a model, ArtifactError when the file's is another."""
     float_model = load(Path(model), input_shapes, input_values=input_values)
+    if wanted not in (None, float_model.digest):
+        raise ArtifactError(
+            f"the library was not compiled from {model}: its manifest says that its model has the digest {wanted}, and this one has {float_model.digest} "
+            "(of the file, its external data and its input shapes); give the very file that it was compiled from"
+        )
     return float_code(float_model, target, progress=progress).link(**float_model.account(), digests={"model": float_model.digest})
 
 
 @dataclass
 class Equalized:
-    """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted)."""
+    """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted). imported: what another
+    runtime says of the float network."""
 
     job: Job
     twin: Built | None
     equalization: Equalization
+    imported: ImportCheck | None = None
 
 
 def equalize(job: Job) -> Equalized:
@@ -76,8 +86,9 @@ def equalize(job: Job) -> Equalized:
     if job.samples.count == 0:
         return Equalized(job, None, Equalization())
     twin = float_code(job.model, dump=job.dump, progress=job.progress)
+    imported = check_import(job.model.path, twin.session(), itertools.islice(job.samples, 1), exactness(job.model.path), job.model.fixed)
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
-        return Equalized(job, twin, Equalization())
+        return Equalized(job, twin, Equalization(), imported)
     calibration.calibrate(twin.session(), job.samples, ids=(), watchers=[seen], progress=job.progress, stage="measure channels")
     found = decide_channels(job.model.module, seen.values, "shift" in job.recipe.steps)
     layers = equalized_layers(job.model.module, found.channels)
@@ -85,7 +96,7 @@ def equalize(job: Job) -> Equalized:
         for index, array in enumerate(operands, 1):
             twin.program.replace_operand(value_id, index, array)
     module = run(REPLACE_WEIGHTS, job.model.module, layers, dump=job.dump)
-    return Equalized(dataclasses.replace(job, model=dataclasses.replace(job.model, module=module)), twin, found)
+    return Equalized(dataclasses.replace(job, model=dataclasses.replace(job.model, module=module)), twin, found, imported)
 
 
 @dataclass
@@ -133,7 +144,10 @@ def calibrate(equalized: Equalized) -> Measured:
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
     table = calibration.calibrate(equalized.twin.session(), job.samples, ids=ids, watchers=[means, ends], progress=job.progress)
     job.dump("calibration", table)
-    return Measured(equalized, table, means, ends, doubts(table, [i.name for i in job.model.inputs], means.outputs))
+    warnings = doubts(table, [i.name for i in job.model.inputs], means.outputs)
+    if equalized.imported is not None and equalized.imported.failure:
+        warnings.append(equalized.imported.failure)
+    return Measured(equalized, table, means, ends, warnings)
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------
@@ -292,7 +306,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         },
         **account,
     )
-    return Compilation(artifact, corrected)
+    return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
 
 
 def effects(network: QuantizedNetwork) -> dict[str, str]:

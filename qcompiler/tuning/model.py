@@ -43,6 +43,12 @@ class Space:
     def size(self) -> int:
         return math.prod(len(v) for v in self.values.values())
 
+    def understands(self, point: Mapping[str, Any]) -> bool:
+        """Whether a point of another workload, or of an older version, has these tunables: the same names, values of the same types, numbers above 0."""
+        if point.keys() != self.values.keys():
+            return False
+        return all(type(point[k]) in {type(v) for v in values} and (isinstance(point[k], str) or point[k] > 0) for k, values in self.values.items())
+
     def random(self, rng: Random) -> Point:
         return {k: rng.choice(v) for k, v in self.values.items()}
 

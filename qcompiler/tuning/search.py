@@ -170,7 +170,7 @@ class Search:
         self.learn(task.row.name, task.workload, task.space, [r.params for r in measured], [r.ratio for r in measured])
 
     def learn(self, row: str, workload: Mapping[str, Any], space: Space, points: Sequence[Mapping[str, Any]], ratios: Sequence[float]) -> None:
-        usable = [(p, r) for p, r in zip(points, ratios, strict=True) if p.keys() == space.values.keys()]
+        usable = [(p, r) for p, r in zip(points, ratios, strict=True) if space.understands(p)]
         if usable:
             self.models.setdefault(row, CostModel()).learn(features(workload, space, [p for p, _ in usable]), [r for _, r in usable])
 

@@ -103,11 +103,12 @@ def _verdict(e: Evidence) -> str:
         worst = f"{max(found('max_channel_bias'), default=0.0):.2f} steps"
         verdict("max_channel_bias", "bias of every channel", f"at most {limits.max_channel_bias:g} steps", worst)
     failures = f"<ul>{''.join(f'<li>{_e(f)}</li>' for f in p.failures)}</ul>" if p.failures else ""
+    imported = "" if p.imported is None else f'<p id="import">{_e(str(p.imported))}</p>'
     word, kind = ("PASSED", "pass") if p.passed else ("FAILED", "fail")
     said = "every threshold holds" if p.passed else f"{len(p.failures)} finding{'s' if len(p.failures) > 1 else ''}"
     mismatch = "The library was compiled from another model file, or for other input shapes, than the one compared with: their digests differ."
     warning = "" if e.model_matches else f'<div class="verdict warn" id="model-mismatch"><strong>Not the same model</strong><br>{mismatch}</div>'
-    box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {p.samples} samples: {said}.{failures}</div>'
+    box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {p.samples} samples: {said}.{failures}{imported}</div>'
     return box + warning + html_table(("threshold", "required", "measured", "result"), rows, "thresholds")
 
 

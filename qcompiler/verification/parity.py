@@ -6,8 +6,9 @@ int8 value is compared as the real number it stands for, `scale * (q - zero_poin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,17 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, load_labels, open_samples
+from qcompiler.importers.onnx_file import exactness
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
+from qcompiler.runtime.reference import ImportCheck, check_import
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""
+
+IMPORT_SAMPLES = 4
+"""On so many samples the float network is compared with another runtime."""
 
 Visit = Callable[[str, np.ndarray], None]
 
@@ -74,7 +80,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Check:
-    """One threshold, held against one output, one layer, or the network. threshold: its name in `Thresholds`. found: what was measured, in its unit.
+    """One threshold, held against one output, one layer, or the network. threshold: its name in `Thresholds`, or "import". found: what was measured.
     missed: what a miss means, as a sentence."""
 
     threshold: str
@@ -85,7 +91,10 @@ class Check:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The result of a comparison; accuracies and agreements are fractions of `samples`, layers are over `layer_samples`."""
+    """The result of a comparison; accuracies and agreements are fractions of `samples`, layers are over `layer_samples`.
+
+    `imported`: the float network itself against another runtime on the model file, where a file was given.
+    """
 
     samples: int
     layer_samples: int
@@ -95,6 +104,7 @@ class ParityReport:
     float_accuracy: float | None = None
     int8_accuracy: float | None = None
     checks: list[Check] = field(default_factory=list)
+    imported: ImportCheck | None = None
 
     @property
     def passed(self) -> bool:
@@ -151,6 +161,8 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
     if report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100 * (report.float_accuracy - report.int8_accuracy)
         parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
+    if report.imported is not None:
+        parts.append(str(report.imported))
     parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
     return "\n\n".join(parts)
 
@@ -174,7 +186,8 @@ def verify(
 
     `library`: path of the `.so`, or a Session. `model`: the ONNX file it was compiled from, or a Session of it in float.
     `samples`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see `qcompiler.calibration.data.load_labels`).
-    Layers are compared on the first `layer_samples` samples; 0 skips them.
+    Layers are compared on the first `layer_samples` samples; 0 skips them. Where onnxruntime is installed, the float network is compared with what it
+    computes from the file, too (`ParityReport.imported`): an operator that was imported wrongly would be wrong on both sides of every other comparison.
 
     Raises DataError for bad data, ModelError for a bad model, ArtifactError for a bad library or one of another model.
     """
@@ -188,21 +201,30 @@ def verify(
     if not isinstance(model, (str, Path)):
         return compare(actual, model, data, **options)
     with temporary_folder() as folder:
-        return compare(actual, float_session(model, actual, folder, threads), data, **options)
+        twin = float_session(model, actual, folder, threads)
+        return with_import(compare(actual, twin, data, **options), model, twin, data)
+
+
+def with_import(report: ParityReport, model: str | Path, twin: Runner, samples: Samples) -> ParityReport:
+    """The report with the float network `twin` of the file `model` compared with ONNX Runtime as well, on the first samples."""
+    checked = check_import(model, twin, itertools.islice(samples, IMPORT_SAMPLES), exactness(Path(model)), twin.manifest.get("fixed_inputs", {}))
+    verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
+    return replace(report, imported=checked, checks=[*report.checks, *verdict])
 
 
 def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) -> Any:
     """A session of the float network `model`, compiled into `folder` for the target (a GPU's: this CPU) and input shapes of the session `like`.
 
-    Raises ArtifactError when the network's inputs or outputs are not those of `like`.
+    Raises ArtifactError when `like` was compiled from another model: its manifest has the digest of its model, or its inputs or outputs are others.
     """
     from qcompiler.pipeline.stages import compile_float
     from qcompiler.runtime.session import Session
 
     shapes = {i.name: tuple(i.shape) for i in like.inputs}
     target = "native" if like.manifest["triple"].startswith("nvptx64") else like.manifest["target"]
-    library = compile_float(model, target, shapes, input_values=like.manifest.get("fixed_inputs")).save(folder / "float.so")
-    session = Session(library, threads=threads)
+    fixed, wanted = like.manifest.get("fixed_inputs"), like.manifest.get("digests", {}).get("model")
+    artifact = compile_float(model, target, shapes, input_values=fixed, wanted=wanted)
+    session = Session(artifact.save(folder / "float.so"), threads=threads)
     for kind in ("inputs", "outputs"):
         mine, wanted = ([(i.name, tuple(i.shape)) for i in getattr(s, kind)] for s in (session, like))
         if mine != wanted:

@@ -11,7 +11,7 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import load_labels, open_samples
 from qcompiler.importers.onnx_file import files_of
 from qcompiler.verification.evidence import HashedSamples, gather
-from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session
+from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session, with_import
 
 
 def verify_report(
@@ -42,6 +42,7 @@ def verify_report(
     with temporary_folder() as folder:
         twin = float_session(model, session, folder, threads)
         parity = compare(session, twin, samples, labels=classes, thresholds=thresholds, layer_samples=layer_samples, progress=progress)
+        parity = with_import(parity, model, twin, samples)
         evidence = gather(session, twin, samples, parity, Path(model), classes, seconds, progress)
     given = {"evaluation data": data, "labels": labels, "preprocessing": preprocess}
     evidence.source.update({k: str(v) if isinstance(v, (str, Path)) else "given as arrays" for k, v in given.items() if v is not None})

@@ -1,0 +1,149 @@
+"""A second opinion on an import: what ONNX Runtime computes from the model file itself, beside what the imported float network does.
+
+Parity alone compares a library with the float network of the same importer, so an operator that is read wrongly is wrong on both sides. Where ONNX
+Runtime is installed, it runs the file as it is, without its own optimizations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+SMALL = 1e-6  # an error below this is none, whatever the signal
+FLIPS = 0.01  # the fraction of integers (classes, indices, masks) that ties between floats may decide otherwise; one element always may
+LIMIT = 3e38  # beyond it a number counts as infinite: masks are the least float here and minus infinity there
+_TYPES = {f"tensor({name})": name for name in "float16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()}
+_TYPES |= {"tensor(float)": "float32", "tensor(double)": "float64"}
+
+
+class Runs(Protocol):
+    """What is compared with the file: a `Session`, or anything that runs alike."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output. sqnr_db: of the imported network against the file's, infinite where they are equal, -infinite where infinities or shapes differ;
+    for integers the decibels of the fraction that is equal have no meaning, and `differing` counts. max_error: over the finite elements."""
+
+    name: str
+    sqnr_db: float
+    max_error: float
+    differing: int
+    equal: bool
+
+
+@dataclass(frozen=True)
+class ImportCheck:
+    """Whether the imported float network computes what ONNX Runtime does. status: "equal", "different", "not run" (`reason` says why) or "not installed".
+
+    least_db: the SQNR that every floating output must reach; `samples`: on how many it was measured.
+    """
+
+    status: str
+    runtime: str = ""
+    samples: int = 0
+    least_db: float = 0.0
+    outputs: list[OutputCheck] = field(default_factory=list)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.status == "not installed":
+            return "import: not compared with another runtime (onnxruntime is not installed)"
+        if self.status == "not run":
+            return f"import: not compared with another runtime: {self.runtime} can't run the file: {self.reason}"
+        worst = min(self.outputs, key=lambda o: (o.equal, o.sqnr_db))
+        measured = f"'{worst.name}' {worst.sqnr_db:.1f} dB, {worst.differing} elements differ by up to {worst.max_error:.3g}"
+        verdict = "is" if self.status == "equal" else "is NOT"
+        return f"import: the float network {verdict} what {self.runtime} computes from the file, on {self.samples} samples: at the worst {measured}"
+
+    @property
+    def failure(self) -> str | None:
+        """The sentence for a verdict, or None."""
+        if self.status != "different":
+            return None
+        wrong = ", ".join(f"'{o.name}' {o.sqnr_db:.1f} dB (largest error {o.max_error:.3g})" for o in self.outputs if not o.equal)
+        return (
+            f"the imported float network is not what {self.runtime} computes from the model file: {wrong}, at least {self.least_db:g} dB expected. "
+            "An operator is read wrongly; please report the model"
+        )
+
+
+def check_import(model: str | Path, imported: Runs, samples: Iterable[Mapping[str, np.ndarray]], least_db: float, fixed: Mapping[str, Any] = {}) -> ImportCheck:
+    """Compare the float network `imported` from the file `model` with ONNX Runtime on the file, over `samples`, each as the network takes them.
+
+    least_db: how near floating outputs must come. fixed: inputs of the file that the network has as constants. What ONNX Runtime
+    can't do is no error, but in the result.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return ImportCheck("not installed")
+    runtime = f"onnxruntime {onnxruntime.__version__}"
+    totals: dict[str, _Total] = {}
+    done = 0
+    try:
+        session = _session(onnxruntime, model)
+        names = [o.name for o in session.get_outputs()]
+        types = {i.name: _TYPES[i.type] for i in session.get_inputs()}
+        for sample in samples:
+            feeds = {name: np.asarray(value).astype(types[name]) for name, value in {**fixed, **sample}.items() if name in types}
+            wanted = dict(zip(names, session.run(None, feeds), strict=True))
+            for name, array in imported.run(sample).items():
+                totals.setdefault(name, _Total()).add(array, np.asarray(wanted[name]))
+            done += 1
+    except Exception as error:  # onnxruntime's exceptions have no common class of their own
+        return ImportCheck("not run", runtime, reason=" ".join(str(error).split())[:300] or type(error).__name__)
+    outputs = [total.result(name, least_db) for name, total in totals.items()]
+    return ImportCheck("equal" if all(o.equal for o in outputs) else "different", runtime, done, least_db, outputs)
+
+
+def _session(onnxruntime: Any, model: str | Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+
+
+class _Total:
+    """Sums over samples of one output."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.worst = 0.0
+        self.count = self.differing = 0
+        self.integers = self.broken = False
+
+    def add(self, got: np.ndarray, wanted: np.ndarray) -> None:
+        if got.shape != wanted.shape:
+            self.broken = True
+            return
+        self.integers = wanted.dtype.kind in "iub"
+        a, b = got.astype(np.float64), wanted.astype(np.float64)
+        a, b = (np.where(np.abs(x) > LIMIT, np.copysign(np.inf, x), x) for x in (a, b))
+        finite = np.isfinite(a) & np.isfinite(b)
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        self.broken |= bool((~finite & ~same).any())
+        error = np.abs(a[finite] - b[finite])
+        self.signal, self.noise = self.signal + float((b[finite] ** 2).sum()), self.noise + float((error**2).sum())
+        self.worst = max(self.worst, float(error.max(initial=0.0)))
+        self.count, self.differing = self.count + a.size, self.differing + int((~same).sum())
+
+    def result(self, name: str, least_db: float) -> OutputCheck:
+        if self.broken:
+            sqnr = -np.inf
+        elif self.noise == 0:
+            sqnr = np.inf
+        else:
+            sqnr = 10 * np.log10(self.signal / self.noise) if self.signal else -np.inf
+        if self.integers:
+            equal = not self.broken and self.differing <= max(1, FLIPS * self.count)
+        else:
+            equal = not self.broken and (sqnr >= least_db or self.worst <= SMALL)
+        return OutputCheck(name, float(sqnr), self.worst, self.differing, bool(equal))
