@@ -106,8 +106,8 @@ def test_compile_passes_every_option_on(calls: list[Any], tmp_path: Path, capsys
     assert args == ("m.onnx",)
     assert kwargs == {
         "target": "x86-avx2", "calibration": "c.npz", "input_shapes": {"a:0": (1, 3, 8, 8), "b": (4,)}, "preprocess": "p.yaml",
-        "tuning_log": "logs", "preset": "accurate", "enable": ["shift"], "disable": ["ranges", "equalize"], "keep_float": ["a", "b"], "requantize": False,
-        "dump_dir": "dump", "progress": silent,
+        "tuning_log": "logs", "preset": "accurate", "enable": ["shift"], "disable": ["ranges", "equalize"], "keep_float": ["a", "b"],
+        "requantize": False, "input_values": None, "dump_dir": "dump", "progress": silent,
     }  # fmt: skip
     out, err = capsys.readouterr()
     assert (tmp_path / "m.so").read_bytes() == b"library"

@@ -136,3 +136,26 @@ def test_a_loop_without_end(tmp_path: Path) -> None:
     constants = {"true": np.array(True), "zero": np.zeros((), np.float32)}
     with pytest.raises(ModelError, match="Loop"):
         load(saved(tmp_path / "m.onnx", [loop, helper.make_node("Add", ["x", "l"], ["y"])], constants))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (helper.make_node("Mul", ["x"], ["y"]), r"node 'y' \(Mul\): its operand 1 \(B\) is missing"),
+        (helper.make_node("DequantizeLinear", ["", "x"], ["y"]), r"node 'y' \(DequantizeLinear\): its operand 0 \(x\) is missing"),
+        (helper.make_node("Relu", ["x"], [""]), r"\(Relu\): has no result"),
+    ],
+)
+def test_nodes_that_lack_something(tmp_path: Path, node: onnx.NodeProto, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(saved(tmp_path / "m.onnx", [node]))
+
+
+def test_operator_sets_that_can_not_be(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    for version in (-1, 0, 2**40):
+        model = onnx.load(path)
+        model.opset_import[0].version = version
+        onnx.save(model, tmp_path / "bad.onnx")
+        with pytest.raises(ModelError, match=f"asks for version {version} of the operator set 'ai.onnx'"):
+            load(tmp_path / "bad.onnx")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
+import onnx.defs
 import onnx.inliner
 import onnx.version_converter
 from onnx import numpy_helper
@@ -162,11 +163,30 @@ def check_size(path: Path, model: onnx.ModelProto) -> None:
         raise ModelError(f"{path}: the model has more than {LARGEST} nodes, its functions expanded; cut it into parts")
 
 
+def check_nodes(path: Path, model: onnx.ModelProto) -> None:
+    """Raises ModelError for a node that lacks a result or an operand that its operator must have, and for a name that is no text."""
+    version = default_opset(model)
+    for node in _nodes(model.graph.node):  # functions may be of other operator sets
+        where = f"{path}: node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
+        if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
+            raise ModelError(f"{where}: a name is damaged (it is no UTF-8)")
+        if not any(node.output):
+            raise ModelError(f"{where}: has no result")
+        try:
+            formals = onnx.defs.get_schema(node.op_type, version, "").inputs if node.domain in ("", "ai.onnx") else []
+        except onnx.defs.SchemaError:
+            continue
+        for index, formal in enumerate(formals):
+            if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not (index < len(node.input) and node.input[index]):
+                raise ModelError(f"{where}: its operand {index} ({formal.name}) is missing")
+
+
 def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     check_size(path, model)
     for opset in model.opset_import:
         if not 1 <= opset.version <= 10_000:
             raise ModelError(f"{path}: asks for version {opset.version} of the operator set '{opset.domain or 'ai.onnx'}', which there can't be")
+    check_nodes(path, model)
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
