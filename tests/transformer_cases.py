@@ -263,6 +263,10 @@ def attentions() -> dict[str, Case]:
         lengths=np.array([31, 40], np.int32),
         causal=25,
     )
+    blocks = {"bias": rng.integers(-3000, 3000, (1, 2, 13, 150)).astype(np.int32), "mask": rng.random((2, 1, 1, 150)) < 0.5, "causal": 100}
+    case("blocks", (2, 13, 150), (2, 2), (24, 40), zero_points=[9, -8, 7], zero_point=3, **blocks)
+    case("blocks-nothing", (1, 15, 200), (2, 1), (8, 80), causal=-9, spread=2.0)
+    case("blocks-lengths", (3, 7, 192), (2, 2), (36, 64), lengths=np.array([0, 65, 128], np.int32), out_dtype="int16")
     extreme = [np.full((1, 3, 64), v, np.int8) for v in (-128, -128, -128)]
     m, c = constants.attention_multipliers(1.0, 1e-6, 1.0, 1.0, 1.0, 1)
     attrs = {"heads": 1, "kv_heads": 1, "size": 64, "value_size": 64, "columns": [0, 0, 0], "zero_points": [127, 127, 127], "out_dtype": "int16"}

@@ -195,10 +195,27 @@ def vcvtps2dq(dtype: str, value: Any, otherwise: Any, mask: Any, rounding: Any) 
     return shuffle([T.bind(h) for h in halves], range(16))
 
 
+def vpermw(dtype: str, table: Any, index: Any) -> Any:
+    """The elements of a table of 32 words at `index` modulo 32."""
+    entries, places = (T.alloc_buffer((32,), "int16") for _ in range(2))
+    for buffer, value in ((entries, table), (places, T.bitwise_and(index, scalar(31, "int16", 32)))):
+        T.buffer_store(buffer, value, [T.ramp(T.int32(0), 1, 32)])
+    return T.bind(shuffle([entries[T.Cast("int32", places[i])] for i in range(32)], range(32)))
+
+
+def vpmulhrsw(dtype: str, a: Any, b: Any) -> Any:
+    """(a * b + 2^14) >> 15 of signed words."""
+    lanes = int(dtype.removeprefix("int16x"))
+    product = T.Cast(f"int32x{lanes}", a) * T.Cast(f"int32x{lanes}", b) + scalar(1 << 14, "int32", lanes)
+    return T.Cast(dtype, T.shift_right(product, scalar(15, "int32", lanes)))
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     **{f"llvm.x86.avx512.vpdpbusd.{bits}": vpdpbusd for bits in (128, 256, 512)},
     "llvm.x86.avx512.pmaddw.d.512": vpmaddwd,
     "llvm.x86.avx512.pmaddubs.w.512": vpmaddubsw,
+    "llvm.x86.avx512.permvar.hi.512": vpermw,
+    "llvm.x86.avx512.pmul.hr.sw.512": vpmulhrsw,
     "llvm.x86.avx512.packssdw.512": vpack(signed=True),
     "llvm.x86.avx512.packsswb.512": vpack(signed=True),
     "llvm.x86.avx512.packuswb.512": vpack(signed=False),

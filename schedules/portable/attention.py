@@ -11,6 +11,7 @@ A task has blocks of queries of its own. Keys behind the last one that counts fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +41,7 @@ from qcompiler.schedules.builder import (
     vectors,
     view,
 )
-from qcompiler.schedules.isa import call
+from qcompiler.schedules.isa import call, shuffle
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.normalization import Fold, index_of, runs
 from qcompiler.schedules.portable.threads import unravel
@@ -77,16 +78,17 @@ class Shape:
 class Operands:
     """Reads the operands of the operator; `row`, `head`, `query` are scalars, and keys and channels the start of vectors. Shared by all targets."""
 
-    def __init__(self, k: Emitter) -> None:
-        a = k.op.attrs
+    def __init__(self, k: Emitter, arrays: Sequence[Any] | None = None) -> None:
+        """arrays: those of `arrays_of`; None: all of the kernel's."""
+        a, arrays = k.op.attrs, k.arrays if arrays is None else arrays
         self.k, self.shape, self.columns = k, Shape.of(k.op), [int(c) for c in a["columns"]]
         views = k.operands()
         self.q, self.keys, self.values, self.multipliers, self.out_multipliers = views[:5]
         self.zeros = [k.i32(z + offset_of(v.dtype)) for z, v in zip(a["zero_points"], views, strict=False)]
         extras = dict(zip(a.get("extra", ()), views[5:], strict=True))
         self.bias, self.mask, self.lengths = (extras.get(name) for name in ("bias", "mask", "lengths"))
-        *_, self.table, self.steps = k.arrays[: len(k.arrays) - (self.bias is not None)]
-        self.factors = k.arrays[-1] if self.bias is not None else None
+        *_, self.table, self.steps = arrays[: len(arrays) - (self.bias is not None)]
+        self.factors = arrays[-1] if self.bias is not None else None
         self.one_factor = len(a.get("bias_multipliers", ())) == 1
         self.causal = a.get("causal")
 
@@ -118,32 +120,36 @@ class Operands:
             found = reach if found is None else T.min(found, reach)
         return None if found is None else T.bind(found)
 
-    def _extra(self, tensor: View, row: Any, head: Any, query: Any, key: Any, lanes: int) -> Any:
-        """Of a tensor [B', 1 or H, 1 or S, T]."""
+    def _extra(self, tensor: View, row: Any, head: Any, query: Any, key: Any, lanes: int, present: int) -> Any:
+        """Of a tensor [B', 1 or H, 1 or S, T]; only the first `present` lanes are read."""
         index = [T.truncmod(row, tensor.shape[0]), *(i if e > 1 else 0 for i, e in zip((head, query), tensor.shape[1:3], strict=True)), key]
-        return load(tensor.buffer, tensor.at(index), lanes)
+        if present == lanes:
+            return load(tensor.buffer, tensor.at(index), lanes)
+        read = [load(tensor.buffer, tensor.at([*index[:3], key + first]), n) for first, n in _pieces(present, lanes)]
+        return shuffle([*read, splat(tirx.const(0, tensor.dtype), lanes)], range(lanes))
 
-    def _added(self, row: Any, head: Any, query: Any, key: Any, lanes: int) -> Any:
+    def _added(self, row: Any, head: Any, query: Any, key: Any, lanes: int, present: int) -> Any:
         """int32 of the bias times its multiplier; None without one."""
         if self.bias is None or self.factors is None:
             return None
-        value = cast("int32", self._extra(self.bias, row, head, query, key, lanes), lanes) - splat(T.int32(offset_of(self.bias.dtype)), lanes)
+        value = cast("int32", self._extra(self.bias, row, head, query, key, lanes, present), lanes) - splat(T.int32(offset_of(self.bias.dtype)), lanes)
         return value * splat(self.factors[0 if self.one_factor else head], lanes)
 
-    def _masked(self, row: Any, head: Any, query: Any, key: Any, lanes: int) -> Any:
+    def _masked(self, row: Any, head: Any, query: Any, key: Any, lanes: int, present: int) -> Any:
         """Whether the mask lets keys count; None without one."""
         if self.mask is None:
             return None
-        value = self._extra(self.mask, row, head, query, key, lanes)
+        value = self._extra(self.mask, row, head, query, key, lanes, present)
         return value != splat(tirx.const(offset_of(self.mask.dtype), self.mask.dtype), lanes)
 
     def factor(self, head: Any, total: Any) -> Any:
         """The multiplier of a row's result, from the sum of its p."""
         return quotient(self.k, self.out_multipliers.buffer[head], T.Cast("float32", total))
 
-    def logit(self, product: Any, place: tuple[Any, Any, Any], limit: Any, key: Any, lanes: int) -> Any:
-        """q . k with its bias, or `UNCOUNTED`; `place`: batch row, head, query; `limit`: see there."""
-        added, counts = self._added(*place, key, lanes), self._masked(*place, key, lanes)
+    def logit(self, product: Any, place: tuple[Any, Any, Any], limit: Any, key: Any, lanes: int, present: int = 0) -> Any:
+        """q . k with its bias, or `UNCOUNTED`; `place`: batch row, head, query; `limit`: see there. present: how many keys there are, the others being
+        behind the last one (0: all)."""
+        added, counts = self._added(*place, key, lanes, present or lanes), self._masked(*place, key, lanes, present or lanes)
         acc = product if added is None else product + added
         if limit is not None:
             reached = (T.ramp(key, 1, lanes) if lanes > 1 else key) < splat(limit, lanes)
