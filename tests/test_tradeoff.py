@@ -82,3 +82,13 @@ def test_first_below() -> None:
     path = chain(5, 0).path(FREE)
     assert first_below(path, np.inf) == 0 and first_below(path, -1.0) == len(path) - 1
     assert first_below(path, path[2].noise) == 2
+
+
+def test_a_layer_that_carries_values_does_not_part_its_neighbours() -> None:
+    """l0 -> l1 (moves data) -> l2: the value between l0 and l2 is rounded until both are float, so that is one step of the search."""
+    network = chain(3, 0)
+    rows = {n: LayerCost(n, v.inputs, v.noise, v.int8_seconds, v.float_seconds, 1, 4, n != "l1", n == "l1") for n, v in network.layers.items()}
+    network.layers = rows
+    assert frozenset(["l0", "l2"]) in network.moves()
+    rows["l1"] = LayerCost("l1", rows["l1"].inputs, rows["l1"].noise, 1.0, 1.0, 1, 4, False)
+    assert frozenset(["l0", "l2"]) not in network.moves()

@@ -24,37 +24,32 @@ from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.accuracy_target import search
+from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import Goal
 from qcompiler.pipeline.job import Job, Options, check_names, opened
 from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network, link
-from qcompiler.pipeline.survey import worth_keeping
 from qcompiler.plan.planner import named_groups
 
 
-def quantized(job: Job) -> tuple[QuantizedNetwork, dict[str, str]]:
-    """The stages from a loaded model to the integer network, and what the recipe's step "mixed" did, where it is in it."""
+def quantized(job: Job) -> QuantizedNetwork:
+    """The stages from a loaded model to the integer network."""
     equalized = equalize(job)
     measured = calibrate(equalized)
     network = integer_network(measured, job.kept)  # plan, quantize, realize
-    if "mixed" not in job.recipe.steps or job.target.gpu or not any(o.dtype == "float32" for o in job.model.outputs):
-        return network, {}
-    found = worth_keeping(network)
-    if found.reasons:
-        network = integer_network(measured, {**found.reasons, **job.kept})
-    return network, {"mixed": found.summary}
+    return settled(network)  # layers in float, and the three stages again, where the recipe asks for it
 
 
 def compiled(job: Job) -> Compilation:
     """All stages behind `load`."""
-    network, searched = quantized(job)
+    network = quantized(job)
     built = generate(network)  # lower, generate code
     corrected = correct(network, built)
-    return link(corrected, searched)
+    return link(corrected)
 
 
 def quantize(model: str | os.PathLike[str], target: str | Target, calibration: Any, **options: Unpack[Options]) -> QuantizedNetwork:
     """The stages from the model file to the integer network. Arguments as `compile`."""
-    return quantized(opened(model, target, calibration, options))[0]
+    return quantized(opened(model, target, calibration, options))
 
 
 def compile_stages(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Compilation:

@@ -174,12 +174,15 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
 
 @dataclass
 class QuantizedNetwork:
-    """A plan, and both modules that the float network became by it."""
+    """A plan, and both modules that the float network became by it. account: what was done to find layers to keep in float, {step: sentence}.
+    warnings: of what the outputs lose."""
 
     measured: Measured
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
+    account: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def job(self) -> Job:
@@ -285,8 +288,8 @@ class Compilation:
         return self.built.program
 
 
-def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
-    """Program -> Artifact. searched: what a search for layers to keep in float did, for people. account: further entries of the manifest."""
+def link(corrected: Corrected, **account: Any) -> Compilation:
+    """Program -> Artifact. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
     artifact = corrected.built.link(
         **describe(corrected.integer, job.model),
@@ -294,8 +297,8 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(job.target),
         preset=network.plan.preset,
         calibration_samples=measured.table.samples,
-        quantization={**effects(network), **searched} | {name: c.summary() for name, c in corrected.corrections.items()},
-        warnings=measured.warnings,
+        quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()},
+        warnings=[*measured.warnings, *network.warnings],
         notes=network.plan.notes,
         digests={
             "model": job.model.digest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,14 @@ from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork
 from qcompiler.plan.placement import Placer, operands
 from qcompiler.plan.quant_plan import Derived
-from qcompiler.plan.sensitivity import Sensitivity, layer_seconds, measure_sensitivity
+from qcompiler.plan.sensitivity import Sensitivity, Walk, layer_seconds, measure_sensitivity
 from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost
 from qcompiler.refine.analytic import bias_for, shapes_of
 from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.runtime.session import Session
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
-_ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it
-_ALLOWANCE = 0.2  # of the network's work, for layers in float
-_ENOUGH = 1e-4  # noise over power at the outputs, 40 dB: below it nobody sees a difference
-_SAMPLES = 8
+ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it
 
 
 class Survey:
@@ -48,9 +45,26 @@ class Survey:
         values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
         params = {v: p for v in values if (p := plan.params(v)) is not None}
         layers = rounded_layers(self._integer, measured)
-        rounded = measured.twin.session(twin.threads)
-        rounded.set_constants(constants_with(measured.twin, layers))
+        rounded = self._rounded(layers, twin.threads)
         return measure_sensitivity(twin, rounded, set(layers), params, measured.job.samples, most=most, seconds=seconds, progress=measured.job.progress)
+
+    def estimate(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Noise over power of the float output where that is greatest, with all roundings at once: the float network `twin` runs with the int8 weights,
+        and every value that the plan stores is rounded before its readers see it. No code is generated."""
+        params = {v: p for v in self._placement.stored if (p := self._quantized.plan.params(v)) is not None}
+        rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
+        power = noise = np.zeros(1)
+        for sample in samples:
+            walk = Walk(twin, sample, rounded)
+            power, noise = power + walk.power, noise + walk.errors_of_plan(params)
+        return float(np.divide(noise, power, out=np.zeros_like(power), where=power > 0).max())
+
+    def _rounded(self, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], threads: int) -> Session:
+        """The float network with other weights."""
+        built = self._quantized.measured.twin
+        session = built.session(threads)
+        session.set_constants(constants_with(built, layers))
+        return session
 
     def kind(self, group_id: str) -> str:
         return self._placer.made_by[group_id].kind
@@ -63,7 +77,7 @@ class Survey:
         """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""
         macs = {v: s.kernel.macs for s in self._quantized.measured.twin.program.steps if not s.auxiliary for v in (s.writes, *s.more)}
         own = {g.id: (macs.get(g.id, 0), math.prod(g.shape)) for g in self._placer.groups}
-        return {k: m + _ELEMENT * n for k, (m, n) in own.items()}, {k: _FLOAT * m + 2 * _ELEMENT * n for k, (m, n) in own.items()}
+        return {k: m + ELEMENT * n for k, (m, n) in own.items()}, {k: _FLOAT * m + 2 * ELEMENT * n for k, (m, n) in own.items()}
 
     def network(
         self, found: Sensitivity, int8: Mapping[str, float] = {}, float32: Mapping[str, float] = {}, conversion: tuple[float, float] = (0.0, 0.0)
@@ -75,43 +89,11 @@ class Survey:
             size = 0 if g.weight is None else g.weight.size
             movable = g.id not in self._placement.reasons and not g.traits.moves
             times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
-            layers[g.id] = LayerCost(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable)
+            layers[g.id] = LayerCost(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable, g.traits.moves)
         elements = {**{i.name: math.prod(i.shape) for i in model.inputs}, **{g.id: math.prod(g.shape) for g in self._placer.groups}}
         values = {v: ValueCost(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
         return Network(layers, values, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """reasons: group id -> why it shall stay float. summary: one line for people."""
-
-    reasons: dict[str, str]
-    summary: str
-
-
-def worth_keeping(quantized: QuantizedNetwork) -> Kept:
-    """The layers whose 8-bit roundings cost the outputs most for the work that float32 takes, within `_ALLOWANCE` and until `_ENOUGH`, beside those that
-    stay float anyway. The same whatever the machine: work is counted, not timed."""
-    survey, kept = Survey(quantized, quantized.integer), quantized.job.kept
-    found = survey.sensitivity(quantized.measured.twin.session(), most=_SAMPLES)
-    network = survey.network(found, *survey.work(), (_ELEMENT, _ELEMENT))
-    path = network.path(frozenset(kept))
-    first = last = path[0]
-    for point in path[1:]:
-        if point.seconds > first.seconds * (1 + _ALLOWANCE) or last.noise <= _ENOUGH:
-            break
-        last = point
-    reasons = {}
-    for layer in sorted(last.keep - set(kept)):
-        gain, work = network.gain(last, layer)
-        reasons[layer] = f"raises the SQNR by about {gain:.2f} dB for {100 * work / first.seconds:.1f} % more work (step mixed)"
-    summary = "no layer is worth it"
-    if reasons:
-        layers = f"{len(reasons)} layer{'s' if len(reasons) > 1 else ''}"
-        more = 100 * (last.seconds / first.seconds - 1)
-        summary = f"{layers} kept in float for {more:.1f} % more work: {decibel(first.noise):.2f} dB -> {decibel(last.noise):.2f} dB, estimated"
-    return Kept(reasons, summary)
 
 
 def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -15,6 +15,7 @@ STEPS = {
     "judge-ranges": "let these ranges compete once more, by the error of the network's outputs",
     "margins": "widen ranges beyond all that was seen where the outputs lose next to nothing by it",
     "mixed": "keep in float the layers that raise the accuracy most, for at most a fifth more work",
+    "rescue": "keep in float what brings outputs that lose too much back to 20 dB, for at most a fifth more work (beside mixed: nothing left to do)",
     "clip-weights": "try clipped weight scales; off: the largest weight of a channel",
     "analytic-bias": "undo what rounded weights do to the mean of every channel, by the float network's means",
     "correct-bias": "undo the mean shift of every channel on calibration samples",

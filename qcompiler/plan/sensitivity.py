@@ -120,8 +120,7 @@ class Walk:
     def errors_with_value(self, name: str, params: QParams) -> np.ndarray:
         """float64[outputs]: the outputs' squared errors when a value that is at hand is rounded to 8 bits."""
         with self._restored():
-            view = self._context.view(name)
-            view[...] = params.dequantize(params.quantize(view))
+            self._round(name, params)
             return self._errors(self._done)
 
     def errors_with_weights(self) -> np.ndarray:
@@ -130,6 +129,23 @@ class Walk:
         with self._restored():
             self._rounded.run(self._done, self._done + 1)
             return self._errors(self._done + 1)
+
+    def errors_of_plan(self, params: Mapping[str, QParams]) -> np.ndarray:
+        """The same of a whole plan, from the inputs on: every step with the other constants, every value of `params` rounded as soon as it is there."""
+        assert self._rounded is not None and self._done == 0
+        with self._restored():
+            for index, new in enumerate([self._inputs, *map(values_of, self._steps)]):
+                if index:
+                    self._rounded.run(index - 1, index)
+                for name in new:
+                    if name in params:
+                        self._round(name, params[name])
+            return self._errors(len(self._steps))
+
+    def _round(self, name: str, params: QParams) -> None:
+        view = self._context.view(name)
+        with np.errstate(invalid="ignore"):  # a rounded operand can make a logarithm NaN
+            view[...] = params.dequantize(params.quantize(view))
 
     def _finished(self, begin: int) -> list[np.ndarray]:
         self._context.run(begin, len(self._steps))

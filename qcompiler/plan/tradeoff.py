@@ -28,6 +28,7 @@ class LayerCost:
     """A group. inputs: the values it reads (its output has its id). noise: float64[outputs], relative noise power of its int8 weights alone.
 
     int8_seconds, float_seconds: its own time, conversions left out. int8_bytes, float_bytes: of its parameters. movable: may the search keep it float?
+    carries: it only moves data, in the type that its neighbours want.
     """
 
     id: str
@@ -38,6 +39,7 @@ class LayerCost:
     int8_bytes: int
     float_bytes: int
     movable: bool
+    carries: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,26 @@ class Network:
 
     def moves(self) -> list[frozenset[str]]:
         """What one step of the search may add: a layer; a layer with a neighbour (no conversion between the two); all readers of a value with its
-        maker (the value is then never rounded)."""
+        maker (the value is then never rounded). Layers that carry values are no neighbours: those behind them are."""
         movable = {n for n, layer in self.layers.items() if layer.movable}
         readers: dict[str, set[str]] = {}
         for layer in self.layers.values():
-            for value in layer.inputs:
+            for value in () if layer.carries else self._sources(layer.id):
                 readers.setdefault(value, set()).add(layer.id)
         found = {frozenset([n]) for n in movable}
         for value, whom in readers.items():
             found |= {frozenset([value, reader]) & movable for reader in whom}
             found.add(frozenset([value, *whom]) & movable)
         return sorted((m for m in found if m), key=sorted)
+
+    def _sources(self, name: str) -> list[str]:
+        """The values that a layer reads, or that are carried to it."""
+        found, front = dict[str, None](), list(self.layers[name].inputs)
+        for value in front:
+            if value in self.layers and self.layers[value].carries:
+                front += self.layers[value].inputs
+            found[value] = None
+        return list(found)
 
     def path(self, start: frozenset[str]) -> list[Point]:
         """Plans of falling noise, each the one before with the move that lowers noise most per second; from `start` to everything float.
@@ -117,7 +128,7 @@ class Network:
         near: dict[str, set[int]] = {}
         for index, move in enumerate(moves):
             for name in move:
-                for value in [name, *self.layers[name].inputs]:
+                for value in [name, *self._sources(name)]:
                     near.setdefault(value, set()).add(index)
         points = [self.predict(start)]
 
@@ -148,7 +159,7 @@ class Network:
             if point.noise >= points[-1].noise:
                 continue
             points.append(point)
-            touched = {v for name in added for v in [name, *self.layers[name].inputs]}
+            touched = {v for name in added for v in [name, *self._sources(name)]}
             push(sorted({i for v in touched for i in near.get(v, ())}))
         return points
 

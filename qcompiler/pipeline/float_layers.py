@@ -1,0 +1,156 @@
+"""The layers that a compilation takes in float of its own accord, and what it says where the outputs stay poor all the same.
+
+An estimate decides: the float network with all roundings of the plan at once, on calibration samples. From 20 dB on nothing happens. Below, the step
+"rescue" takes layers in float, those first that bring back most for their work, until the estimate comes to 20 dB or they cost a fifth of the network's
+work. The step "mixed" does the same up to 40 dB, and whatever the estimate. A network below 15 dB is never handed out without a warning.
+
+Work is counted, not timed: the same layers are taken on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qcompiler.pipeline.goal import decibel
+from qcompiler.pipeline.stages import QuantizedNetwork, integer_network
+from qcompiler.pipeline.survey import ELEMENT, Survey
+from qcompiler.plan.sensitivity import Sensitivity
+from qcompiler.plan.tradeoff import Network, Point, first_below
+
+ENOUGH = 20.0  # dB, estimated, of every output: from here on no layer is rescued
+POOR = 15.0  # dB, below which compilation warns
+_BEYOND_NOTICE = 40.0  # dB, from which on the step mixed takes no more layers
+_ALLOWANCE = 0.2  # of the network's work, for layers in float
+_SAMPLES = 8
+_FEW = 2  # samples that tell which roundings to name
+_TRIES = 3  # plans that a rescue makes
+_NAMED = 3  # roundings that a warning names
+
+
+def settled(network: QuantizedNetwork) -> QuantizedNetwork:
+    """The network, or the one with layers in float that takes its place; with a warning where its outputs are poor."""
+    job = network.job
+    if not network.measured.table.samples or not any(o.dtype == "float32" for o in job.model.outputs):
+        return network
+    steps = frozenset() if job.target.gpu else job.recipe.steps
+    if "mixed" in steps:
+        network = _mixed(network)
+    noise, limit = _estimate(network), _noise(POOR if "mixed" in steps or "rescue" not in steps else ENOUGH)
+    if noise <= limit or not math.isfinite(noise):
+        return network
+    rescues = limit == _noise(ENOUGH)
+    trade = _Trade.of(network, _SAMPLES if rescues else _FEW)
+    if rescues:
+        network, noise = _rescued(network, noise, trade)
+    if noise > _noise(POOR):
+        network = dataclasses.replace(network, warnings=(*network.warnings, _warning(network, noise, trade)))
+    return network
+
+
+def _noise(db: float) -> float:
+    return float(10 ** (-db / 10))
+
+
+def _estimate(network: QuantizedNetwork) -> float:
+    """Noise over power of the worst output."""
+    return Survey(network, network.integer).estimate(network.measured.twin.session(), itertools.islice(network.job.samples, _SAMPLES))
+
+
+@dataclass(frozen=True)
+class _Trade:
+    """What a network's roundings cost its outputs, one by one, and what its layers cost in either type."""
+
+    found: Sensitivity
+    network: Network
+
+    @staticmethod
+    def of(network: QuantizedNetwork, samples: int = _SAMPLES) -> _Trade:
+        survey = Survey(network, network.integer)
+        found = survey.sensitivity(network.measured.twin.session(), most=samples)
+        return _Trade(found, survey.network(found, *survey.work(), (ELEMENT, ELEMENT)))
+
+    def affordable(self, kept: Mapping[str, str]) -> list[Point]:
+        """The plans of the path that cost at most `_ALLOWANCE` more than the first, which has only `kept` in float."""
+        path = self.network.path(frozenset(kept))
+        return list(itertools.takewhile(lambda p: p.seconds <= path[0].seconds * (1 + _ALLOWANCE), path))
+
+    def reasons(self, first: Point, last: Point, step: str) -> dict[str, str]:
+        """group id -> why it stays float, of the layers that `last` adds to `first`."""
+        found = {}
+        for layer in sorted(last.keep - first.keep):
+            gain, work = self.network.gain(last, layer)
+            found[layer] = f"raises the SQNR by about {gain:.2f} dB for {100 * work / first.seconds:.1f} % more work (step {step})"
+        return found
+
+
+def _summary(first: Point, last: Point, before: float, after: float) -> str:
+    """One line for people. before, after: relative noise."""
+    count = len(last.keep - first.keep)
+    if not count:
+        return "no layer is worth it"
+    layers, more = f"{count} layer{'s' if count > 1 else ''}", 100 * (last.seconds / first.seconds - 1)
+    return f"{layers} kept in float for {more:.1f} % more work: {decibel(before):.2f} dB -> {decibel(after):.2f} dB, estimated"
+
+
+def _with(network: QuantizedNetwork, reasons: Mapping[str, str]) -> QuantizedNetwork:
+    return integer_network(network.measured, {**reasons, **network.job.kept}) if reasons else network
+
+
+def _mixed(network: QuantizedNetwork) -> QuantizedNetwork:
+    """With the layers in float whose 8-bit roundings cost the outputs most for the work that float32 takes."""
+    trade = _Trade.of(network)
+    points = trade.affordable(network.job.kept)
+    first, last = points[0], points[first_below(points, _noise(_BEYOND_NOTICE))]
+    found = _with(network, trade.reasons(first, last, "mixed"))
+    return dataclasses.replace(found, account={"mixed": _summary(first, last, first.noise, last.noise)})
+
+
+def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[QuantizedNetwork, float]:
+    """(the network with as few layers in float as bring its estimated noise from `noise` to `ENOUGH`, or as come closest; its noise). The sum of single
+    noises ranks plans; each plan's own estimate tells how far the sum is off."""
+    points = trade.affordable(network.job.kept)
+    first, fixed = points[0], frozenset(network.job.kept)
+    best, least, chosen = network, noise, first
+    tried, limit = {first.keep}, first.noise * _noise(ENOUGH) / noise
+    for _ in range(_TRIES):
+        whole = points[first_below(points, limit)]
+        point = trade.network.trimmed(whole, max(limit, whole.noise), fixed)
+        if point.keep in tried:
+            break
+        tried.add(point.keep)
+        candidate = _with(network, trade.reasons(first, point, "rescue"))
+        found = _estimate(candidate)
+        if found < least:
+            best, least, chosen = candidate, found, point
+        if found <= _noise(ENOUGH):
+            break
+        limit = min(limit, point.noise) * min(_noise(ENOUGH) / found, 0.5)
+    return dataclasses.replace(best, account={"rescue": _summary(first, chosen, noise, least)}), least
+
+
+def _warning(network: QuantizedNetwork, noise: float, trade: _Trade) -> str:
+    costs = _costs(network, trade.found)
+    total = sum(costs.values()) or 1.0
+    worst = sorted(costs, key=lambda name: -costs[name])[:_NAMED]
+    named = ", ".join(f"{name} ({100 * costs[name] / total:.0f} %)" for name in worst)
+    return (
+        f"the outputs lose much in 8 bits: about {decibel(noise):.1f} dB are left on the calibration samples (20 and more are sound). "
+        f"Most of the noise comes from {named}. {_advice(network.job.recipe.preset)}"
+    )
+
+
+def _costs(network: QuantizedNetwork, found: Sensitivity) -> dict[str, float]:
+    """Relative noise at the worst output of each rounding that is left in a network, as people call it."""
+    stored = {v for v in found.values if network.plan.params(v) is not None}
+    values = {f"value '{v}'": float(found.values[v].max()) for v in stored}
+    return values | {f"the weights of '{v}'": float(noise.max()) for v, noise in found.weights.items() if v not in network.plan.reasons}
+
+
+def _advice(preset: str) -> str:
+    better: Sequence[str] = {"fast": ("--preset default", "--preset accurate"), "default": ("--preset accurate",)}.get(preset, ())
+    helps = [*better, f"--min-sqnr {ENOUGH:g}, which keeps as many layers in float as that takes", "--keep-float with these names"]
+    return f"What helps: {', '.join(helps[:-1])}, or {helps[-1]}"
