@@ -159,3 +159,8 @@ def test_operator_sets_that_can_not_be(tmp_path: Path) -> None:
         onnx.save(model, tmp_path / "bad.onnx")
         with pytest.raises(ModelError, match=f"asks for version {version} of the operator set 'ai.onnx'"):
             load(tmp_path / "bad.onnx")
+
+
+def test_a_tensor_in_place_of_a_sequence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"\(ConcatFromSequence\): its first operand is a tensor; a sequence is expected"):
+        load(saved(tmp_path / "m.onnx", [helper.make_node("ConcatFromSequence", ["x"], ["y"], axis=0)]))

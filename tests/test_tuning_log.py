@@ -123,6 +123,7 @@ NO_RECORDS = [
     {"params": {"size": float("nan")}}, {"params": {"size": 10**40}}, {"workload": []}, {"workload": {}}, {"workload": "op"},
     *({"workload": workload_of(convolution()) | change} for change in (
         {"op": 3}, {"operands": 5}, {"operands": []}, {"operands": [[1, "int8"]]}, {"operands": [[["a"], "int8"]]}, {"operands": [[[1.5], "int8"]]},
+        {"operands": [[[0, 4], "int8"]]},
         {"output": [[1]]}, {"output": None}, {"attrs": []}, {"attrs": {"strides": 2}}, {"attrs": {"groups": "two"}}, {"attrs": {"x": float("nan")}},
     )),
 ]  # fmt: skip

@@ -142,7 +142,7 @@ def check_workload(workload: Any) -> None:
     """Raises ValueError for what `workload_of` can't have made."""
 
     def extents(value: Any) -> bool:
-        return isinstance(value, list) and all(_number(v) and isinstance(v, int) for v in value)
+        return isinstance(value, list) and all(_number(v) and isinstance(v, int) and v > 0 for v in value)
 
     def tensor(value: Any) -> bool:
         return isinstance(value, list) and len(value) >= 2 and extents(value[0]) and isinstance(value[1], str)

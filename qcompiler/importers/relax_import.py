@@ -28,6 +28,9 @@ from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real
 from qcompiler.passes.graph import relax_op, shape_of, substitute
 
 
+_READ_SEQUENCES = {"ConcatFromSequence", "SequenceAt", "SequenceErase", "SequenceInsert", "SequenceLength"}
+
+
 def known_to_relax(op: str) -> bool:
     """Does Relax's importer have a converter for this operator type?"""
     return op in _get_convert_map()
@@ -35,6 +38,8 @@ def known_to_relax(op: str) -> bool:
 
 def convert_with_relax(node: Node) -> list[Value]:
     """The node's outputs, converted by `tvm.relax.frontend.onnx`. Raises Refused with the importer's reason when it can't."""
+    if node.op in _READ_SEQUENCES and not isinstance(getattr(node.present(0), "ty", None), relax.TupleType):
+        raise Refused("its first operand is a tensor; a sequence is expected")  # the importer would go through its elements without end
     model = single_node_model(node)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
