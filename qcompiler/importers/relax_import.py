@@ -27,7 +27,6 @@ from qcompiler.importers.control import renamed
 from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real
 from qcompiler.passes.graph import relax_op, shape_of, substitute
 
-
 _READ_SEQUENCES = {"ConcatFromSequence", "SequenceAt", "SequenceErase", "SequenceInsert", "SequenceLength"}
 
 
