@@ -45,11 +45,11 @@ class ConvRow:
         if self.operator.endswith("conv2d") and (len(x.shape) != 4 or weight.ndim != 4):
             return f"the input has rank {len(x.shape)} and the weight rank {weight.ndim}; supported: 4 and 4."
         for residual in op.operands[constants:]:
-            supported = [self.unit.input_dtype, *(["int16"] if op.output.dtype == "int16" else [])]
+            supported = [self.unit.input_dtype, *([] if self.unit.is_float else ["int16"])]
             if not isinstance(residual, Layout) or residual.dtype not in supported:
                 return f"the residual must be computed at run time and stored as {' or '.join(supported)}."
             if op.output.dtype == "float32" != self.unit.input_dtype:
-                return "a residual needs an 8-bit output."
+                return "a residual needs an output of 8 or 16 bits."
         if op.output.dtype == "int16" and (self.unit.is_float or op.attrs.get("zero_point", 0)):
             return "a 16-bit output must have the zero point 0."
         geometry, _ = self.geometry(op)

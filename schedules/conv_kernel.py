@@ -340,11 +340,11 @@ class ConvKernel:
             for p in range(0, len(self.offsets), 4 // run):
                 pixels = self.offsets[p : p + 4 // run]
                 slots = [(i, start + b) for i in range(len(pixels)) for b in range(run)]
-                added = None
+                added: list[Any] = [None] * len(slots)
                 if g.residual:
                     places = [residual + (r * g.residual.rows[1] + c) * g.residual.channel_pitch + start * isa.lanes for r, c in pixels]
-                    added = self.gather(places, run)
-                ints = [self.requantize(values[p + i][b], vector, b, added, s) for s, (i, b) in enumerate(slots)]
+                    added = self.gather_words(places, run) if g.residual.dtype == "int16" else self.gather(places, run)
+                ints = [self.requantize(values[p + i][b], vector, b, word) for (i, b), word in zip(slots, added, strict=True)]
                 ints = [ints[i % len(ints)] for i in range(4)]
                 packed = isa.pack(ints, self.params.offset(), e.output == "int8")
                 if e.clamp_low:
@@ -361,12 +361,12 @@ class ConvKernel:
                     self.save_part(out + place, packed, isa.bytes, i * width, min(width, valid - start * isa.lanes))
             start += run
 
-    def requantize(self, value: Any, vector: Any, b: int, added: Any, slot: int) -> Any:
-        """rint(clip(float32(acc) * multiplier)) as int32 lanes, then the residual and its rescaling. The zero point comes later."""
+    def requantize(self, value: Any, vector: Any, b: int, added: Any) -> Any:
+        """rint(clip(float32(acc) * multiplier)) as int32 lanes, then the residual (int32 lanes or None) and its rescaling. The zero point comes later."""
         isa = self.isa
         y = self.convertible(self.scaled(value, vector, b), added is not None)
         if added is not None:
-            y = self.rescaled(y, isa.unpack(added, slot))
+            y = self.rescaled(y, added)
         return T.bind(isa.to_int(y))
 
     def convertible(self, y: Any, residual: bool) -> Any:
@@ -382,17 +382,21 @@ class ConvKernel:
         total = self.isa.to_int(y) + (added * self.params.word("multiplier") + self.params.word("constant"))
         return T.Cast(f"float32x{self.isa.lanes}", total) * self.params.word("scale")
 
-    def gather(self, places: list[Any], run: int) -> Any:
-        """Residual bytes of `4 // run` pixels, in the order `Isa.pack` gives: the inverse of the permutation before the store."""
+    def gather(self, places: list[Any], run: int) -> list[Any]:
+        """The residual bytes of up to `4 // run` pixels as int32 lanes of each slot, by the inverse of the permutation before the store."""
         isa = self.isa
-        width = run * isa.lanes
-        parts = [load(self.residual, place, width) for place in places]
-        parts += [parts[0]] * (4 // run - len(parts))
-        inverse = np.argsort(isa.packed_dwords(run))
-        together = T.bind(parts[0] if run == 4 else shuffle(parts, range(isa.bytes)))
-        if run == 4:
-            return together
-        return T.bind(T.reinterpret(f"{isa.input_dtype}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
+        parts = [load(self.residual, place, run * isa.lanes) for place in places]
+        together = T.bind(parts[0] if run == 4 else shuffle(parts + [parts[0]] * (4 // run - len(parts)), range(isa.bytes)))
+        if run < 4:
+            inverse = np.argsort(isa.packed_dwords(run))
+            together = T.bind(T.reinterpret(f"{isa.input_dtype}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
+        return [isa.unpack(together, slot) for slot in range(len(places) * run)]
+
+    def gather_words(self, places: list[Any], run: int) -> list[Any]:
+        """The same for a residual of 16 bits."""
+        isa, order = self.isa, self.isa.channel_order(run).reshape(run, -1).tolist()
+        loaded = [T.bind(load(self.residual, place, run * isa.lanes)) for place in places]
+        return [T.Cast(f"int32x{isa.lanes}", shuffle([words], channels)) for words in loaded for channels in order]
 
     def save_part(self, index: Any, vector: Any, total: int, begin: int, count: int) -> None:
         """Store elements [begin, begin + count) of a vector of `total`, as powers of two."""

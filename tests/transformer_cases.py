@@ -111,6 +111,8 @@ def products() -> dict[str, Case]:
         for kind, x, w, geometry in (
             ("dense", data(1, 2, 5, 37), rng.integers(-127, 128, (43, 37)).astype(np.int8), {}),
             ("dense-row", data(1, 1, 64), rng.integers(-127, 128, (96, 64)).astype(np.int8), {}),
+            ("dense-wide", data(3, 2, 3, 40), rng.integers(-127, 128, (140, 40)).astype(np.int8), {}),
+            ("conv2d-wide", data(1, 1, 14, 14, 32), rng.integers(-127, 128, (40, 3, 3, 32)).astype(np.int8), {"padding": [1, 1, 1, 1], "groups": 1}),
             ("conv2d", data(1, 1, 7, 6, 16), rng.integers(-127, 128, (24, 3, 3, 16)).astype(np.int8), {"padding": [1, 1, 1, 1], "groups": 1}),
             ("depthwise", data(1, 1, 7, 6, 16), rng.integers(-127, 128, (16, 3, 3, 1)).astype(np.int8), {"padding": [1, 1, 1, 1], "groups": 16}),
         ):
@@ -124,7 +126,7 @@ def products() -> dict[str, Case]:
             if residual:
                 operands.append(of(dtype, 9, *shape))
                 attrs |= {"residual_zero_point": zero(dtype, -3), "residual_multiplier": multiplier, "residual_shift": shift}
-            cases[f"{kind}-{name}"] = Case(f"qc.{'conv2d' if kind == 'depthwise' else kind.removesuffix('-row')}", operands, attrs, constants=(1, 2, 3))
+            cases[f"{kind}-{name}"] = Case(f"qc.{'conv2d' if kind == 'depthwise' else kind.split('-')[0]}", operands, attrs, constants=(1, 2, 3))
     padded = cases["conv2d-stream"]
     layout = {"halo": HALO, "pitch": 28}
     cases["conv2d-padded"] = Case("qc.conv2d", padded.operands, padded.attrs | {"low": -9000, "high": 20000}, {4: layout}, layout, (1, 2, 3))
