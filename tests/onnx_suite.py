@@ -221,8 +221,8 @@ def expected(file: str) -> dict[str, str]:
     return dict(rows)
 
 
-def write(file: str, verdicts: Mapping[str, str], header: str) -> None:
-    lines = [f"{name}\t{verdict}" for name, verdict in sorted(verdicts.items()) if verdict != RIGHT]
+def write(file: str, verdicts: Mapping[str, str], header: str, usual: str = RIGHT) -> None:
+    lines = [f"{name}\t{verdict}" for name, verdict in sorted(verdicts.items()) if verdict != usual]
     (HERE / file).write_text("\n".join([f"# {header}", *lines]) + "\n")
 
 
