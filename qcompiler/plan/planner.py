@@ -236,6 +236,8 @@ class _Planner:
         return group.traits.keeps and group.id not in self.plan.reasons
 
     def statistics(self, value: str) -> Histogram:
+        while value not in self.table.values and value in self.made_by and self.made_by[value].kind == "reshape":
+            value = self.made_by[value].inputs[0]  # another view of the same elements, which no step computes
         if value not in self.table.values:
             raise PlanError(f"value '{value}' has no statistics in the calibration table, which was made for another model or other values; calibrate again")
         return self.table.values[value].histogram
