@@ -37,16 +37,17 @@ def chosen() -> list[str]:
 
 def joined(models: dict[str, FloatModel]) -> FloatModel:
     """The networks side by side as one."""
-    ports = [
-        tuple(TensorInfo(f"{name}/{i.name}", i.shape, i.dtype) for name, model in models.items() for i in getattr(model, which)) for which in ("inputs", "outputs")
-    ]
+
+    def ports(which: str) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(f"{name}/{i.name}", i.shape, i.dtype) for name, model in models.items() for i in getattr(model, which))
+
     sources = {f"{name}/{k}": v for name, model in models.items() for k, v in model.sources.items()}
     readers = {f"{name}/{k}": [f"{name}/{r}" for r in v] for name, model in models.items() for k, v in model.readers.items()}
-    return FloatModel(merged(models), ports[0], ports[1], "suite", "", sources, readers)
+    return FloatModel(merged(models), ports("inputs"), ports("outputs"), "suite", "", sources, readers)
 
 
 def int8_verdicts(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """"int8": at least 25 dB; "float: <reasons>": nothing of it is computed in int8; "not finite", "below 25 dB" or "wrong integers" else."""
+    """ "int8": at least 25 dB; "float: <reasons>": nothing of it is computed in int8; "not finite", "below 25 dB" or "wrong integers" else."""
     found, models = dict[str, str](), dict[str, FloatModel]()
     for name in names:
         model = imported(cases()[name], folder)
