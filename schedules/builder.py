@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules import avx2
-from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key
+from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key, written
 
 GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
 BLOCK = 256  # GPU threads per block
@@ -126,7 +126,7 @@ def make_kernel(
     used = np.array(emitter.values or [0], np.int32)
     key = kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
     constants = [np.ascontiguousarray(a) for a in arrays] + [used]
-    return Kernel(func, 0 if launch else tasks, constants, key, row, scratch, macs, dict(params or {}), launch, counters)
+    return Kernel(written(func), 0 if launch else tasks, constants, key, row, scratch, macs, dict(params or {}), launch, counters)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class ConvRow:
         constants.append(self.parameters(op))
         key = kernel_key("conv", self.unit, geometry, tiling, epilogue)
         macs, scratch = plan.geometry_of(op).macs, emitter.tasks * emitter.scratch
-        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, scratch, macs, tiling.params())
+        return Kernel(emitter.build, emitter.tasks, constants, key, self.name, scratch, macs, tiling.params())
 
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return ConvKernel(geometry, self.unit, tiling, epilogue)

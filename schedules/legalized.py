@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from qcompiler.base.memory import round_up
-from qcompiler.schedules.table import Kernel, Layout, kernel_key
+from qcompiler.schedules.table import Kernel, Layout, kernel_key, written
 
 
 def legalized_kernel(func: Any, constants: list[np.ndarray | None], outputs: list[Layout]) -> Kernel:
@@ -39,4 +39,4 @@ def legalized_kernel(func: Any, constants: list[np.ndarray | None], outputs: lis
     kernel = tirx.PrimFunc([task, *[pointers[i] for i in order], *([scratch] if used else [])], body, attrs=func.attrs)
     key = kernel_key("legalized", tvm_ffi.structural_hash(kernel), order)
     packed = [np.ascontiguousarray(c) for c in constants if c is not None]
-    return Kernel(kernel, 1, packed, key, "any/legalized", scratch=used)
+    return Kernel(written(kernel), 1, packed, key, "any/legalized", scratch=used)

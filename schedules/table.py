@@ -5,9 +5,10 @@ A *row* (operator family x ISA) turns an `OpCall` into a `Kernel`. `docs/archite
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,19 +96,25 @@ class OpCall:
         return [o for o in self.operands if isinstance(o, Layout)]
 
 
+def written(func: Any) -> Callable[[], Any]:
+    """What `Kernel.make` is where the code is there already."""
+    return lambda: func
+
+
 @dataclass
 class Kernel:
     """A compiled-to-TIR operator: `func(task: int32, inputs..., constants..., output)`, all pointers; run for task in range(tasks).
 
     Tasks are independent and may run in any order on any threads. `func` is a private PrimFunc without parallel loops.
     `scratch` bytes per call (0: none) are passed as one more pointer after the output; it is shared by all tasks of the call.
-    `key` identifies the code: equal keys mean interchangeable functions (constants excluded).
+    `key` identifies the code: equal keys mean interchangeable functions (constants excluded). `make` writes the code, once, when it is wanted: constants
+    are packed again and again, and of equal kernels one is enough.
 
     On a GPU, `func(inputs..., constants..., output[, scratch][, counters])` binds threads itself; `launch` says how many: (blocks, threads per block),
     both along x. `tasks` is 0 then. `counters`: int32 words that are 0 when the kernel starts and must be 0 when it ends.
     """
 
-    func: Any
+    make: Callable[[], Any]
     tasks: int
     constants: list[np.ndarray]
     key: str
@@ -117,6 +124,10 @@ class Kernel:
     params: dict[str, Any] = field(default_factory=dict)
     launch: tuple[int, int] | None = None
     counters: int = 0
+
+    @functools.cached_property
+    def func(self) -> Any:
+        return self.make()
 
 
 class Row(Protocol):

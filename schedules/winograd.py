@@ -322,4 +322,4 @@ class WinogradRow(ConvRow):
         constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, order) for a in (folded, multiplier.astype(np.float32))]
         constants.append(self.parameters(op))
         key = kernel_key("winograd", self.unit, geometry, tiling, epilogue)
-        return Kernel(emitter.build(), emitter.tasks, constants, key, self.name, emitter.tasks * emitter.scratch, geometry.macs, tiling.params())
+        return Kernel(emitter.build, emitter.tasks, constants, key, self.name, emitter.tasks * emitter.scratch, geometry.macs, tiling.params())

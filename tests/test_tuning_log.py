@@ -295,7 +295,7 @@ class SomeRow:
     def build(self, op: OpCall, params: Any, target: Target) -> Kernel:
         if params["size"] == 8:
             raise ValueError("too large")
-        return Kernel(None, 1, [], "key", self.name)
+        return Kernel(lambda: None, 1, [], "key", self.name)
 
 
 def test_a_compilation_takes_the_best_record_of_an_equal_workload(tmp_path: Path) -> None:

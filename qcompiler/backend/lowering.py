@@ -114,7 +114,7 @@ class Program:
             at = index - len(step.reads)
             constants = {at: np.asarray(array, step.kernel.constants[at].dtype)}
         else:
-            step.op.operands[index] = array
+            step.op.operands[index] = np.asarray(array, np.asarray(step.op.operands[index]).dtype)
             kernel = step.row.build(step.op, step.params, self.target)
             assert kernel.key == step.kernel.key, "constants must not decide a kernel's code"
             constants = dict(enumerate(kernel.constants))

@@ -16,7 +16,7 @@ from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from qcompiler.base.memory import round_up
 from qcompiler.schedules.builder import BLOCK
-from qcompiler.schedules.table import Kernel, kernel_key
+from qcompiler.schedules.table import Kernel, kernel_key, written
 
 SPATIAL, REDUCTION = 0, 2  # TVM's kinds of block iterators
 
@@ -54,7 +54,7 @@ def legalized_kernels(func: Any, constants: list[np.ndarray | None]) -> tuple[li
         lowered, launch = _lower(tirx.PrimFunc(arguments, body, attrs=func.attrs))
         key = kernel_key("cuda/legalized", tvm_ffi.structural_hash(lowered), order)
         arrays = [np.ascontiguousarray(constants[i]) for i in packed]
-        kernels.append(Kernel(lowered, 0, arrays, key, "cuda/legalized", launch=launch))
+        kernels.append(Kernel(written(lowered), 0, arrays, key, "cuda/legalized", launch=launch))
     return kernels, scratch_bytes
 
 
