@@ -24,32 +24,26 @@ from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.accuracy_target import search
-from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import Goal
 from qcompiler.pipeline.job import Job, Options, check_names, opened
-from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network, link
+from qcompiler.pipeline.rivals import best_of, network, planned
+from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, equalize, link
 from qcompiler.plan.planner import named_groups
-
-
-def quantized(job: Job) -> QuantizedNetwork:
-    """The stages from a loaded model to the integer network."""
-    equalized = equalize(job)
-    measured = calibrate(equalized)
-    network = integer_network(measured, job.kept)  # plan, quantize, realize
-    return settled(network)  # layers in float, and the three stages again, where the recipe asks for it
 
 
 def compiled(job: Job) -> Compilation:
     """All stages behind `load`."""
-    network = quantized(job)
-    built = generate(network)  # lower, generate code
-    corrected = correct(network, built)
-    return link(corrected)
+    rival = job.recipe.rival
+    if rival is not None and job.samples.count != 0 and any(o.dtype == "float32" for o in job.model.outputs):
+        return best_of(job, rival)  # the stages below for two recipes
+    equalized = equalize(job)
+    measured = calibrate(equalized)
+    return link(network(measured))
 
 
 def quantize(model: str | os.PathLike[str], target: str | Target, calibration: Any, **options: Unpack[Options]) -> QuantizedNetwork:
-    """The stages from the model file to the integer network. Arguments as `compile`."""
-    return quantized(opened(model, target, calibration, options))
+    """The stages from the model file to the integer network that the preset itself makes. Arguments as `compile`."""
+    return planned(calibrate(equalize(opened(model, target, calibration, options))))
 
 
 def compile_stages(model: str | os.PathLike[str], target: str = "native", calibration: Any = None, **options: Unpack[Options]) -> Compilation:

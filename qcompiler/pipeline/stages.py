@@ -123,6 +123,11 @@ class Measured:
         """The float network's code for this machine."""
         return self.equalized.twin or float_code(self.model, dump=self.job.dump, progress=self.job.progress)
 
+    def under(self, recipe: Recipe) -> Measured:
+        """The same statistics for another recipe, which may look at no more samples."""
+        job = dataclasses.replace(self.job, recipe=recipe)
+        return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job, twin=self.twin), _noise={})
+
     def noise(self, proposals: Mapping[str, Proposals]) -> dict[str, dict[str, float]]:
         """`ranges.output_noise` of proposals; what an earlier plan asked for is known."""
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
@@ -238,8 +243,8 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     measured, job, host = network.measured, network.job, find_target("native")
     here = built if built.program.target == host else None
     integer, tried = network.integer, dict[str, Correction]()
-    limit = measured.means.limit
-    if limit:
+    limit = min(measured.means.limit, job.recipe.samples)
+    if limit and job.recipe.optimizes:
         here = here or build(integer, host, "generate host code", progress=job.progress)
         executor = SessionExecutor(here.session(), here.program)
         for name, change in _corrections(job.recipe):
@@ -288,8 +293,8 @@ class Compilation:
         return self.built.program
 
 
-def link(corrected: Corrected, **account: Any) -> Compilation:
-    """Program -> Artifact. account: further entries of the manifest."""
+def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
+    """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
     artifact = corrected.built.link(
         **describe(corrected.integer, job.model),
@@ -297,7 +302,7 @@ def link(corrected: Corrected, **account: Any) -> Compilation:
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(job.target),
         preset=network.plan.preset,
         calibration_samples=measured.table.samples,
-        quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()},
+        quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
         warnings=[*measured.warnings, *network.warnings],
         notes=network.plan.notes,
         digests={

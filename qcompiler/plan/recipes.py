@@ -60,6 +60,12 @@ class Recipe:
         """Does it look at samples again after the plan?"""
         return not self.steps.isdisjoint({"correct-bias", "round-narrow", "round-all"})
 
+    @property
+    def rival(self) -> Recipe | None:
+        """The recipe of `default`, where this one takes steps beyond it and so has to prove better; what is switched off here is off there."""
+        beyond = self.steps - PRESETS["default"] if self.preset == "accurate" else frozenset()
+        return recipe("default", disable=PRESETS["default"] - self.steps) if beyond else None
+
     def without_changes(self) -> Recipe:
         """Only the steps that leave weights and biases as they are: for a network whose file has them quantized, because it was trained so."""
         return replace(self, steps=self.steps & {"ranges", "judge-ranges", "margins", "clip-weights"})
