@@ -1,4 +1,4 @@
-"""Operators that are a group alone and have constants of their own: what they state, by the names of `Group`'s fields."""
+"""Operators that are a group alone and have constants of their own: what they state, by the names of `Group`'s fields, and why some have no integer form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.numerics.constants import MAX_KEYS, MAX_LOGIT, MAX_NORMALIZED
 from qcompiler.passes.graph import const_value, dtype_of, is_const, plain, relax_op, shape_of
 from qcompiler.passes.kinds import KINDS
 
@@ -19,7 +20,7 @@ def attention_scale(call: Any) -> float:
 
 
 def describe_alone(expr: Any) -> dict[str, Any] | None:
-    """kind, attrs, weight and bias of a call; None for other operators, and where what should be constant isn't (or the other way round)."""
+    """kind, attrs, weight, bias and reason of a call; None for other operators, and where what should be constant isn't (or the other way round)."""
     kind = _KIND.get(str(relax_op(expr)))
     if kind is None or dtype_of(expr) != "float32":
         return None
@@ -29,14 +30,25 @@ def describe_alone(expr: Any) -> dict[str, Any] | None:
         case "attention":
             fits = all(c is None for c in constants[:3]) and a.causal_mask is None and a.window_size is None
             found: dict[str, Any] = {"attrs": {"scale": attention_scale(expr)}, "weight": constants[3] if len(constants) > 3 else None}
+            keys, size = shape_of(expr.args[1])[1], shape_of(expr.args[0])[3]
+            if keys > MAX_KEYS or 255 * 255 * size > MAX_LOGIT // 2:
+                most = f"up to {MAX_KEYS} keys of {MAX_LOGIT // 2 // 255**2}"
+                found["reason"] = f"attention over {keys} keys of {size} channels has no integer form; supported: {most}"
         case "softmax":
             fits, found = constants[0] is None, {"attrs": {"axis": int(a.axis) % rank}}
+            if found["attrs"]["axis"] != rank - 1:
+                found["reason"] = "softmax has an integer form over the last axis only"
         case "take":
-            fits = constants[0] is not None and constants[1] is None and a.axis is not None
-            found = {"weight": constants[0], "attrs": {"axis": int(a.axis or 0), "mode": str(a.mode)}}
+            table, axis = constants[0], int(a.axis or 0)
+            fits = table is not None and constants[1] is None and a.axis is not None
+            found = {"weight": table, "attrs": {"axis": axis, "mode": str(a.mode)}}
+            if table is not None and (table.ndim != 2 or axis != 0 or dtype_of(expr.args[1]) not in ("int32", "int64")):
+                found["reason"] = "a look-up has an integer form for rows of a table [entries, channels] by int32 or int64 only"
         case _:
             axes = [axis % rank for axis in plain(a.axes)]
             fits = constants[0] is None and all(c is not None for c in constants[1:]) and len(axes) == 1
             beta = None if len(constants) < 3 or constants[2] is None else constants[2].astype(np.float64)
             found = {"weight": constants[1], "bias": beta, "attrs": {"axis": axes[0], "epsilon": float(a.epsilon)}}
-    return {"kind": kind, **found} if fits else None
+            if axes[0] != rank - 1 or shape_of(expr)[-1] > MAX_NORMALIZED:
+                found["reason"] = f"a normalization has an integer form over the last axis only, of up to {MAX_NORMALIZED} channels"
+    return {"kind": kind, "reason": None, **found} if fits else None

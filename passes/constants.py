@@ -18,7 +18,7 @@ from qcompiler.passes.graph import const, const_value, is_const, plain, relax_op
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """`real = value` for a float array; `real = scale * (value - zero_point)` for an int8 one (scale broadcasts against value).
+    """`real = value` for a float array; `real = scale * (value - zero_point)` for an int8 or int16 one (scale broadcasts against value).
 
     members: bindings that compute it.
     """
@@ -49,7 +49,8 @@ def constant_of(expr: Any, values: Mapping[str, Any], evaluate: bool = True) -> 
         if scale.ndim:
             along = [-1 if i == int(expr.attrs.axis) % value.ndim else 1 for i in range(value.ndim)]
             scale, zero = scale.reshape(along), np.broadcast_to(zero, scale.shape).reshape(along)
-        if value.dtype != np.int8 or (zero != zero.reshape(-1)[0]).any():
+        stored = value.dtype == np.int8 or (value.dtype == np.int16 and not zero.any())
+        if not stored or (zero != zero.reshape(-1)[0]).any():
             return Constant(((value.astype(np.float64) - zero) * scale).astype(np.float32))
         return Constant(value, scale.astype(np.float64), int(zero.reshape(-1)[0]))
     if op in ("relax.permute_dims", "relax.reshape"):
@@ -118,7 +119,7 @@ def relax_form(variable: Any, kind: str, groups: int, shape: tuple[int, ...]) ->
 
 
 def dequantized(value: np.ndarray, scale: np.ndarray, zero_point: int = 0) -> Any:
-    """`relax.dequantize` of an int8 array: per tensor for one scale, along axis 0 for several."""
+    """`relax.dequantize` of an int8 or int16 array: per tensor for one scale, along axis 0 for several."""
     if scale.size == 1 and (value.ndim == 0 or value.shape[0] != 1):
-        return relax.op.dequantize(const(value), const(np.float32(scale.reshape(-1)[0])), const(np.int8(zero_point)))
-    return relax.op.dequantize(const(value), const(scale.astype(np.float32)), const(np.full(scale.shape, zero_point, np.int8)), axis=0)
+        return relax.op.dequantize(const(value), const(np.float32(scale.reshape(-1)[0])), const(np.asarray(zero_point, value.dtype)))
+    return relax.op.dequantize(const(value), const(scale.astype(np.float32)), const(np.full(scale.shape, zero_point, value.dtype)), axis=0)

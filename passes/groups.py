@@ -8,7 +8,8 @@ values:
     add, sub, mul, matmul, mean, avg_pool2d:  operator -> relu / clip
     unary:  any expression of one tensor and scalars (hard-swish, x * sigmoid(x), ...)
     data movement and max_pool2d:  the operator alone
-    attention, layer_norm, rms_norm, softmax, take:  the operator alone, float so far
+    attention, layer_norm, rms_norm, softmax, take:  the operator alone
+    rescale:  a product with a constant per channel, and nothing else
     quantize, dequantize:  in QDQ modules; group boundaries
 
 Edges inside a group have one use, are not network outputs, and are not rounded to 8 bits by the model file (`trained.py`). Every binding belongs to
@@ -45,9 +46,9 @@ class Group:
     inputs: value ids of the tensor operands, in order. residual: one more, added after the bias.
     inputs of attention: q [B, S, H, D], k [B, T, H, D], v [B, T, H, Dv], and a bias that broadcasts to [B, H, S, T] where it is computed; of take: the indices.
     weight: conv2d, conv2d_transpose: [O, KH, KW, I/groups]; dense: [N, K]; add, sub, mul with one constant operand: that operand
-        (`attrs["constant"]` is its position, 0 or 1). float32; in a QDQ module int8, `real = weight_scale * (weight - weight_zero_point)`
-        with one scale per output channel, or a single one for a constant operand. layer_norm, rms_norm: gamma [C]; take: the table; attention: a constant
-        bias [B or 1, H or 1, S or 1, T].
+        (`attrs["constant"]` is its position, 0 or 1). float32; in a QDQ module int8 (the operand of a 16-bit sum or product: int16),
+        `real = weight_scale * (weight - weight_zero_point)` with one scale per output channel, or a single one for a constant operand. Always float32:
+        rescale: the factors [C]; layer_norm, rms_norm: gamma [C]; take: the table; attention: a constant bias [B or 1, H or 1, S or 1, T].
     bias: float64 [O]; layer_norm: beta [C]. low, high: the activation as bounds of the real output, None for none.
     attrs: geometry by the names of the operator table. function: of a unary group.
     reason: why it has no int8 form, as a sentence without full stop; None for groups that have one.
@@ -73,6 +74,16 @@ class Group:
     def traits(self) -> Kind:
         """What is true of its kind."""
         return KINDS[self.kind]
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The inputs that its integer form reads as they are: indices, the bias of attention."""
+        return self.inputs if self.kind == "take" else self.inputs[3:] if self.kind == "attention" else ()
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The values whose 8-bit or 16-bit numbers its integer form computes with."""
+        return (*self.inputs[: len(self.inputs) - len(self.plain)], *([self.residual] if self.residual else []))
 
 
 def find_groups(module: tvm.IRModule) -> list[Group]:
@@ -270,6 +281,13 @@ class _Finder:
         assert constant is not None
         if not np.isfinite(constant.value).all():
             return self.float_group(name, expr, "its constant operand holds infinities, as a mask does")
+        if (
+            kind == "mul"
+            and constant.scale is None
+            and shape_of(tensors[0]) == shape_of(expr)
+            and constant.value.shape[-1:] == (constant.value.size,) == shape_of(expr)[-1:]
+        ):
+            return Group("rescale", name, (name, *constant.members), _names(tensors), shape_of(expr), constant.value.reshape(-1))
         return self.extend(
             Group(
                 kind,
@@ -304,7 +322,7 @@ class _Finder:
         ):
             return self.single(first, self.values[first])
         if (found := describe_alone(expr)) is not None:
-            return replace(self.float_group(name, expr, f"operator '{found['kind']}' has no int8 kernel"), **found)
+            return replace(self.float_group(name, expr, ""), **found)
         return self.described(name, expr, describe(expr), (name,))
 
     def described(self, name: str, expr: Any, found: Described | str | None, members: tuple[str, ...]) -> Group:

@@ -22,7 +22,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.base.errors import PlanError
-from qcompiler.numerics.spec import QParams, add_parameters, conv_accumulator_bound, residual_parameters
+from qcompiler.numerics.spec import QParams, add_parameters, conv_accumulator_bound, magnitude, residual_parameters
 from qcompiler.passes.constants import dequantized, relax_form
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
@@ -58,7 +58,7 @@ def insert_qdq(module: tvm.IRModule, plan: Plan) -> tvm.IRModule:
 
 @dataclass
 class _Weight:
-    value: np.ndarray  # int8, in the kernel's form
+    value: np.ndarray  # int8, or int16 beside 16-bit numbers, in the kernel's form
     scale: np.ndarray  # float64 [O]
     zero_point: int = 0
 
@@ -96,11 +96,11 @@ class _Inserter:
             return "it moves float32 data"
         if output is None and not group.traits.accumulates:
             raise PlanError(f"{group.kind} '{group.id}': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float")
-        operands = [self.params(v, group) for v in [*group.inputs, *([group.residual] if group.residual else [])]]
+        operands = [self.params(v, group) for v in group.operands]
         reason = self.overflow(group)
         if reason is None and output is not None and (group.residual or group.traits.sums):
             if group.id in self.weights and group.traits.sums:
-                operands.append(QParams(float(self.weights[group.id].scale[0]), 0))
+                operands.append(QParams(float(self.weights[group.id].scale[0]), 0, str(self.weights[group.id].value.dtype)))
             reason = _unsummable(group, operands, output)
         return reason
 
@@ -118,11 +118,15 @@ class _Inserter:
             weight = self.weight(group)
             x = self.params(group.inputs[0], group)
             bound = conv_accumulator_bound(weight.value, quantized_bias(group.bias, x.scale, weight.scale), x.zero_point)
-        elif group.weight is not None:
-            self.weights[group.id] = _elementwise_constant(group.weight, self.plan.constant(group.id))
+        elif group.traits.elementwise and group.weight is not None:
+            output = self.plan.params(group.id)
+            assert output is not None
+            self.weights[group.id] = _elementwise_constant(group.weight, self.plan.constant(group.id), output.dtype)
             return None
         elif group.traits.bound is not None:
             bound = group.traits.bound(self.shape(group.inputs[0]), group.shape)
+            if self.params(group.inputs[0], group).dtype == "int16":
+                bound = bound // magnitude("int8") * magnitude("int16")
         else:
             return None
         return f"its accumulator can reach {bound}, beyond int32" if bound > INT32 else None
@@ -151,7 +155,7 @@ class _Inserter:
         for name, expr in self.graph.bindings:
             group = owner[name]
             quantized = group.id in self.quantized
-            if quantized and group.weight is not None and relax_op(expr) in group.traits.relax:
+            if quantized and group.id in self.weights and relax_op(expr) in group.traits.relax:
                 expr = self.with_weight(group, expr)
             self.raw[name] = self.builder.emit(name, substitute(expr, functools.partial(self.operand, group, quantized)))
         return self.builder.finish([(name, self.seen(str(v.name))) for name, v in self.graph.outputs])
@@ -164,7 +168,7 @@ class _Inserter:
             return variable
         if isinstance(variable.ty, relax.TupleType):  # a split that another group holds; its input is what was quantized
             return self.raw[name]
-        return self.dequantized(name) if quantized else self.seen(name)
+        return self.dequantized(name) if quantized and name in group.operands else self.seen(name)
 
     def seen(self, name: str) -> Any:
         """A value as float operators and network outputs see it."""
@@ -174,8 +178,8 @@ class _Inserter:
         if name not in self.rounded:
             params = self.plan.params(name)
             assert params is not None
-            scale, zero = const(np.float32(params.scale)), const(np.int8(params.zero_point))
-            q = self.builder.emit(self.builder.made(name, "q"), relax.op.quantize(self.raw[name], scale, zero, out_dtype="int8"))
+            scale, zero = const(np.float32(params.scale)), const(np.asarray(params.zero_point, params.dtype))
+            q = self.builder.emit(self.builder.made(name, "q"), relax.op.quantize(self.raw[name], scale, zero, out_dtype=params.dtype))
             self.rounded[name] = self.builder.emit(self.builder.made(name, "dq"), relax.op.dequantize(q, scale, zero))
         return self.rounded[name]
 
@@ -195,16 +199,17 @@ def _unsummable(group: Group, operands: list[QParams], output: QParams) -> str |
     """The sentence for a sum whose operands are so much coarser than its output that no int32 unit serves both, or None."""
     try:
         if group.residual:
-            residual_parameters(operands[-1].scale, output.scale)
+            residual_parameters(operands[-1].scale, output.scale, operands[-1].dtype, output.dtype)
         else:
-            add_parameters(operands[0].scale, operands[1].scale, output.scale)
+            add_parameters(operands[0].scale, operands[1].scale, output.scale, operands[0].dtype, operands[1].dtype)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _elementwise_constant(value: np.ndarray, params: QParams | None) -> _Weight:
-    params = params or QParams.from_range(float(value.min()), float(value.max()))
+def _elementwise_constant(value: np.ndarray, params: QParams | None, dtype: str) -> _Weight:
+    """In as many bits as the result has, unless its parameters are stated."""
+    params = params or QParams.from_range(float(value.min()), float(value.max()), dtype=dtype)
     return _Weight(params.quantize(value), np.array([params.scale]), params.zero_point)
 
 

@@ -33,6 +33,9 @@ class Kind:
         positive factor the channel has? None: never.
     alone: one operator by itself, with constants of its own (`alone.py`).
     edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
+    normalizes: divides each row by its own spread, so that what is added up before it may lie far apart.
+    restates: the same numbers with other scales, which float readers take unrounded.
+    reads_wide, writes_wide: its operands, its result may be stored in 16 bits (docs/numerics.md, section 8).
     float_kernel: has a float kernel of ours, `qc.f32.<name>`, that takes in the whole group.
     """
 
@@ -57,6 +60,10 @@ class Kind:
     per_channel: Callable[[Mapping[str, Any], Sequence[Shape], Shape], bool] | None = None
     alone: bool = False
     edge: bool = False
+    normalizes: bool = False
+    restates: bool = False
+    reads_wide: bool = False
+    writes_wide: bool = False
     float_kernel: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +71,7 @@ class Kind:
         assert not (self.views or self.pads or self.joins) or self.moves, self
         assert not self.moves or self.keeps, self
         assert not (self.sums and not self.elementwise), self
+        assert not self.moves or (self.reads_wide and self.writes_wide), self
 
     @property
     def gathers(self) -> bool:
@@ -108,31 +116,43 @@ _MEANS = ("relax.mean", "relax.nn.adaptive_avg_pool2d")
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("conv2d", ("relax.nn.conv2d",), "qc.conv2d", weighted=True, window=True, accumulates=True, clamped=True, residual=True, float_kernel=True),
+        Kind(
+            "conv2d",
+            ("relax.nn.conv2d",),
+            "qc.conv2d",
+            weighted=True,
+            window=True,
+            accumulates=True,
+            clamped=True,
+            residual=True,
+            float_kernel=True,
+            writes_wide=True,
+        ),
         Kind(
             "conv2d_transpose", ("relax.nn.conv2d_transpose",), "qc.conv2d_transpose", weighted=True, window=True, scatters=True, accumulates=True, clamped=True
         ),
-        Kind("dense", ("relax.matmul",), "qc.dense", weighted=True, accumulates=True, clamped=True, residual=True, float_kernel=True),
-        Kind("matmul", ("relax.matmul",), "qc.matmul", accumulates=True, bound=_product, clamped=True),
-        Kind("add", ("relax.add",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, per_channel=_shapes),
-        Kind("sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True),
-        Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True),
-        Kind("unary", (), "qc.lut", light=True),
+        Kind("dense", ("relax.matmul",), "qc.dense", weighted=True, accumulates=True, clamped=True, residual=True, float_kernel=True, writes_wide=True),
+        Kind("matmul", ("relax.matmul",), "qc.matmul", accumulates=True, bound=_product, clamped=True, writes_wide=True),
+        Kind("add", ("relax.add",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, per_channel=_shapes, reads_wide=True, writes_wide=True),
+        Kind("sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, reads_wide=True, writes_wide=True),
+        Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True, reads_wide=True, writes_wide=True),
+        Kind("rescale", (), "qc.requantize", light=True, restates=True, reads_wide=True, writes_wide=True),
+        Kind("unary", (), "qc.lut", light=True, reads_wide=True),
         Kind("prelu", ("relax.nn.prelu",), "qc.prelu", clamped=True, light=True, per_channel=_channels),
         Kind("max_pool2d", ("relax.nn.max_pool2d",), "qc.max_pool2d", keeps=True, per_channel=_channels),
         Kind("avg_pool2d", ("relax.nn.avg_pool2d",), "qc.avg_pool2d", clamped=True, per_channel=_channels),
-        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=_mean),
+        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=_mean, reads_wide=True, writes_wide=True),
         Kind("resize2d", ("relax.image.resize2d",), "qc.resize2d", keeps=True),
-        Kind("concat", ("relax.concat",), "qc.concat", moves=True, joins=True, keeps=True),
-        Kind("reshape", _RESHAPES, "qc.reshape", moves=True, views=True, keeps=True, per_channel=_channels),
-        Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=_transpose),
-        Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=_slice),
-        Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True),
-        Kind("attention", ("relax.nn.attention", "relax.nn.attention_bias"), alone=True),
-        Kind("layer_norm", ("relax.nn.layer_norm",), alone=True),
-        Kind("rms_norm", ("relax.nn.rms_norm",), alone=True),
-        Kind("softmax", ("relax.nn.softmax",), alone=True),
-        Kind("take", ("relax.take",), alone=True),
+        Kind("concat", ("relax.concat",), "qc.concat", moves=True, joins=True, keeps=True, reads_wide=True, writes_wide=True),
+        Kind("reshape", _RESHAPES, "qc.reshape", moves=True, views=True, keeps=True, per_channel=_channels, reads_wide=True, writes_wide=True),
+        Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=_transpose, reads_wide=True, writes_wide=True),
+        Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=_slice, reads_wide=True, writes_wide=True),
+        Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True, reads_wide=True, writes_wide=True),
+        Kind("attention", ("relax.nn.attention", "relax.nn.attention_bias"), "qc.attention", alone=True, writes_wide=True),
+        Kind("layer_norm", ("relax.nn.layer_norm",), "qc.layer_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True),
+        Kind("rms_norm", ("relax.nn.rms_norm",), "qc.rms_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True),
+        Kind("softmax", ("relax.nn.softmax",), "qc.softmax", light=True, alone=True, reads_wide=True, writes_wide=True),
+        Kind("take", ("relax.take",), "qc.gather", alone=True, writes_wide=True),
         Kind("quantize", ("relax.quantize",), edge=True),
         Kind("dequantize", ("relax.dequantize",), edge=True),
         Kind("float"),

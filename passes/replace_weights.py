@@ -3,6 +3,7 @@
     conv2d(x, w) + b -> clip      -->      conv2d(x, w') + b' -> clip
     conv2d(x, w) -> clip          -->      conv2d(x, w') + b' -> clip
     layer_norm(x, gamma, beta)    -->      layer_norm(x, gamma', beta')
+    multiply(x, factors)          -->      multiply(x, factors')          (a rescale group)
 
 Works on the canonical float module, whose groups keep their ids, members but for the new bias, and shapes.
 """
@@ -22,8 +23,8 @@ from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import LAYER_NORM
 
 
-def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tvm.IRModule:
-    """layers: group id -> (float32 weight like `Group.weight`, bias [O]) of conv2d and dense groups; (gamma, beta) of `layer_norms`."""
+def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray, ...]]) -> tvm.IRModule:
+    """layers: group id -> (float32 weight like `Group.weight`, bias [O]) of conv2d and dense groups; (gamma, beta) of `layer_norms`; (factors,) of rescale."""
     graph = Graph.of(module)
     values = graph.values()
     owner = {m: g for g in find_groups(module) if g.id in layers for m in g.members}
@@ -35,6 +36,10 @@ def replace_weights(module: tvm.IRModule, layers: Mapping[str, tuple[np.ndarray,
         group = owner.get(name)
         if group is None:
             env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
+            continue
+        if group.traits.restates:
+            (data,) = (a for a in expr.args if isinstance(a, relax.Var))
+            env[name] = builder.emit(name, relax.op.multiply(env[str(data.name)], const(layers[group.id][0])))
             continue
         weight, bias = layers[group.id]
         offset = const(bias.astype(np.float32))

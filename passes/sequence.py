@@ -1,6 +1,7 @@
 """Every pass, in the order in which a module meets them, and the one way to run them.
 
-    importer --IMPORTED--> module in the file's layout --CANONICAL--> canonical float module --REPLACE_WEIGHTS--> the same, equalized
+    importer --IMPORTED--> module in the file's layout --CANONICAL--> canonical float module --WIDE--> the same, with copies of its streams
+    canonical float module --REPLACE_WEIGHTS--> the same, equalized
     canonical float module --INSERT_QDQ--> QDQ module --INTEGER--> integer module --REPLACE_OPERANDS--> the same, corrected
     canonical float module --FLOAT--> float network of our kernels
     integer module, float network --CPU_KERNELS, but for GPUs--> --LOWERABLE--> what `qcompiler/backend/lowering.py` reads
@@ -34,6 +35,7 @@ from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.select_kernels import select_kernels
 from qcompiler.passes.simplify import simplify
+from qcompiler.passes.streams import with_copies
 from qcompiler.passes.trained import lost, settled
 from qcompiler.passes.views import views_to_reshape
 from qcompiler.passes.well_formed import IllFormed, check
@@ -50,6 +52,7 @@ CANONICAL: tuple[Pass, ...] = (
     merge_pad,
     to_channels_last,
 )
+WIDE: tuple[Pass, ...] = (with_copies,)
 REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
 INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
 INTEGER: tuple[Pass, ...] = (realize, fuse_edges, legal_layouts, settle_account)
@@ -58,7 +61,7 @@ FLOAT: tuple[Pass, ...] = (select_float, legal_layouts)
 CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
 LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
 
-PASSES = (*IMPORTED, *CANONICAL, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
+PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
 
 
 def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: Dump = no_dump) -> tvm.IRModule:

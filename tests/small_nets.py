@@ -51,11 +51,16 @@ def scalar(value: float) -> Any:
     return const(np.float32(value))
 
 
+def in_float(x: Any) -> Any:
+    """An operator without an integer form: a softmax over the first axis."""
+    return op.nn.softmax(x, axis=0)
+
+
 def one_op(make: Callable[[Net, Any], Any], shape: Sequence[int] = (1, 6, 7, 8)) -> tvm.IRModule:
-    """x -> `make(net, x)` -> softmax over the last axis, so that the operator's output is neither a network input nor output."""
+    """x -> `make(net, x)` -> softmax over the first axis, which stays float, so that the operator's output is neither a network input nor output."""
     net = Net(3)
     y = make(net, net.input("x", *shape))
-    return net.done(net.add("soft", op.nn.softmax(y)))
+    return net.done(net.add("soft", in_float(y)))
 
 
 def residual_net(seed: int = 0) -> tvm.IRModule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from small_nets import NHWC, NHWC_T, Net, TinyPlan, evaluate, op, random_inputs, residual_net, scalar
+from small_nets import NHWC, NHWC_T, Net, TinyPlan, evaluate, in_float, op, random_inputs, residual_net, scalar
 
 from qcompiler.base.errors import PlanError
 from qcompiler.numerics.spec import QParams
@@ -21,7 +21,7 @@ def planned(module: tvm.IRModule, **options: object) -> TinyPlan:
 def test_before_and_after() -> None:
     net = Net()
     y = net.add("y", op.nn.relu(net.conv("c", net.input("x", 1, 4, 4, 2), 3)))
-    module = net.done(net.add("soft", op.nn.softmax(y)))
+    module = net.done(net.add("soft", in_float(y)))
     plan = planned(module)
     graph = Graph.of(insert_qdq(module, plan))
     assert [(n, relax_op(e)) for n, e in graph.bindings] == [
@@ -35,7 +35,7 @@ def test_before_and_after() -> None:
         ("y~dq", "relax.dequantize"),
         ("soft", "relax.nn.softmax"),
     ]
-    assert graph.attrs["qc.float_ops"] == {"soft": "operator 'softmax' has no int8 kernel"}
+    assert graph.attrs["qc.float_ops"] == {"soft": "softmax has an integer form over the last axis only"}
     values = graph.values()
     weight, scale = plan.weight("y")
     np.testing.assert_array_equal(const_value(values["y~weight"].args[0]), weight)
@@ -66,7 +66,7 @@ def test_groups_are_the_same_in_both_modules() -> None:
 def test_transposed_convolution_weights_survive_the_round_trip(groups: int) -> None:
     net = Net()
     y = net.add("y", op.nn.conv2d_transpose(net.input("x", 1, 5, 5, 4), net.random(4, 3, 2, 3), strides=2, groups=groups, **NHWC_T))
-    module = net.done(net.add("soft", op.nn.softmax(y)))
+    module = net.done(net.add("soft", in_float(y)))
     plan = planned(module)
     qdq = insert_qdq(module, plan)
     group = next(g for g in find_groups(qdq) if g.id == "y")
@@ -90,7 +90,7 @@ def test_qdq_network_stays_close_to_float() -> None:
 def test_float_consumers_see_what_int8_consumers_see() -> None:
     net = Net()
     y = net.conv("c", net.input("x", 1, 4, 4, 2), 2)
-    module = net.done(net.add("soft", op.nn.softmax(y)), net.conv("d", y, 2))
+    module = net.done(net.add("soft", in_float(y)), net.conv("d", y, 2))
     graph = Graph.of(insert_qdq(module, planned(module)))
     assert str(graph.values()["soft"].args[0].name) == "c_b~dq" == str(graph.values()["d"].args[0].name)
     assert [str(v.name) for _, v in graph.outputs] == ["soft", "d_b"]  # a dense output is float32: never rounded to 8 bits
@@ -119,7 +119,7 @@ def test_float_data_movement_needs_no_reason_in_the_plan() -> None:
 
 def test_constant_operand_becomes_int8() -> None:
     net = Net()
-    module = net.done(net.add("soft", op.nn.softmax(net.add("y", op.multiply(net.random(1, 1, 1, 6), net.input("x", 1, 3, 3, 6))))))
+    module = net.done(net.add("soft", in_float(net.add("y", op.multiply(net.random(1, 3, 1, 1), net.input("x", 1, 3, 3, 6))))))
     qdq = insert_qdq(module, planned(module))
     group = next(g for g in find_groups(qdq) if g.id == "y")
     assert group.kind == "mul" and group.attrs["constant"] == 0 and group.weight is not None and group.weight.dtype == np.int8
@@ -144,7 +144,7 @@ def test_sums_of_unlike_scales_stay_float(residual: bool) -> None:
     net = Net()
     x = net.input("x", 1, 4, 4, 2)
     y = net.add("y", op.add(x, net.conv("c", x, 2) if residual else net.add("t", op.mean(x, [3], True))))
-    module = net.done(net.add("soft", op.nn.softmax(y)))
+    module = net.done(net.add("soft", in_float(y)))
     plan = planned(module, parameters={"x": QParams(1e3, 0), "y": QParams(1e-6, 0)})
     reason = Graph.of(insert_qdq(module, plan)).attrs["qc.float_ops"]["y"]
     assert "too large beside the output scale" in reason
@@ -152,7 +152,7 @@ def test_sums_of_unlike_scales_stay_float(residual: bool) -> None:
 
 def test_plan_without_parameters_is_refused() -> None:
     net = Net()
-    module = net.done(net.add("soft", op.nn.softmax(net.add("y", op.sigmoid(net.input("x", 1, 4))))))
+    module = net.done(net.add("soft", in_float(net.add("y", op.sigmoid(net.input("x", 1, 4))))))
     with pytest.raises(PlanError, match="^unary 'y': the plan has no 8-bit parameters for its output; give them, or a reason to keep it in float$"):
         insert_qdq(module, planned(module, parameters={"y": None}))
     with pytest.raises(PlanError, match="^unary 'y' is planned in 8 bits, but its input 'x' has no 8-bit parameters"):
@@ -183,14 +183,14 @@ def test_huge_biases_coarsen_their_channel() -> None:
 def test_network_input_that_floats_also_read_is_kept() -> None:
     net = Net()
     x = net.input("x", 1, 4, 4, 2)
-    module = net.done(net.conv("c", x, 2), net.add("soft", op.nn.softmax(x)))
+    module = net.done(net.conv("c", x, 2), net.add("soft", in_float(x)))
     graph = Graph.of(insert_qdq(module, planned(module)))
     assert str(graph.values()["soft"].args[0].name) == "x" and str(graph.values()["c"].args[0].name) == "x~dq"
 
 
 def test_scalars_are_not_quantized() -> None:
     net = Net()
-    module = net.done(net.add("soft", op.nn.softmax(net.add("y", op.multiply(net.input("x", 1, 4), scalar(0.1))))))
+    module = net.done(net.add("soft", in_float(net.add("y", op.multiply(net.input("x", 1, 4), scalar(0.1))))))
     graph = Graph.of(insert_qdq(module, planned(module, parameters={"y": QParams(0.01, 3)})))
     assert float(const_value(graph.values()["y"].args[1])) == np.float32(0.1)
 

@@ -15,7 +15,7 @@ Attributes of the result: `qc.float_ops` {value id: why it stayed float}, `qc.pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,12 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.numerics.spec import QParams
+from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.constants import constant_of
-from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape
-from qcompiler.passes.realize.site import Site, Tensor
+from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape, transformers
+from qcompiler.passes.realize.site import Site, Tensor, typed
 from qcompiler.passes.select_float import scheduled, sliced
 from qcompiler.passes.trained import ATTRIBUTE
 from qcompiler.passes.unary import clamp
@@ -40,6 +40,12 @@ RULES: dict[str, Callable[[Site], Any]] = {
     **dict.fromkeys(("add", "sub"), elementwise.add),
     "mul": elementwise.mul,
     "unary": lut.unary,
+    "rescale": transformers.rescale,
+    "attention": transformers.attention,
+    "layer_norm": transformers.normalization,
+    "rms_norm": transformers.normalization,
+    "softmax": transformers.softmax,
+    "take": transformers.gather,
     "prelu": elementwise.prelu,
     "max_pool2d": pool.max_pool2d,
     **dict.fromkeys(("avg_pool2d", "mean"), pool.average),
@@ -57,9 +63,9 @@ def realize(module: tvm.IRModule) -> tvm.IRModule:
 
 @dataclass
 class _Value:
-    """A value of the QDQ module in the integer module: as int8, as float32, or both."""
+    """A value of the QDQ module in the integer module: as integers, as float32, or both."""
 
-    int8: Tensor | None = None
+    stored: Tensor | None = None
     real: Any = None
 
 
@@ -71,6 +77,7 @@ class _Realizer:
         self.uses = self.graph.consumers()
         self.float_ops: dict[str, str] = dict(self.graph.attrs.get("qc.float_ops", {}))
         self.params: dict[str, list[float | int]] = {}
+        self.integers: dict[str, Any] = {}  # the calls that make integer values
         self.builder = GraphBuilder({k: v for k, v in self.graph.attrs.items() if k not in ("qc.float_ops", ATTRIBUTE)})
         self.values: dict[str, _Value] = {}
 
@@ -79,7 +86,7 @@ class _Realizer:
             self.values[str(p.name)] = _Value(real=self.builder.input(str(p.name), shape_of(p), dtype_of(p)))
         for group in self.groups:
             if group.kind == "quantize":
-                self.values[group.id] = _Value(int8=self.quantized(group))
+                self.values[group.id] = _Value(stored=self.quantized(group))
             elif group.kind == "dequantize":
                 self.values[group.id] = self.dequantized(group)
             elif (site := self.site(group)) is not None:
@@ -91,56 +98,58 @@ class _Realizer:
     # -- edges --------------------------------------------------------------------------------------------------------------------------
 
     def quantized(self, group: Group) -> Tensor:
-        """The int8 form of a `relax.quantize`: what its producer made already, else a table or a qc.quantize."""
+        """The integers of a `relax.quantize`: what its producer made already, else a table or a qc.quantize."""
         source, params = group.inputs[0], self.quantize_params(group.id)
-        have = self.values[source].int8
+        have = self.values[source].stored
         if have is not None:
             return self.requantized(have, params, group.id)
         source, low, high = self.unclamped(source, params)
-        attrs = {"scale": params.scale, "zero_point": params.zero_point, "low": low, "high": high}
-        return self.int8(group.id, make_op("qc.quantize", [self.real(source)], attrs, group.shape, "int8"), params)
+        attrs = {"scale": params.scale, "zero_point": params.zero_point, "low": low, "high": high, **typed(params)}
+        return self.stored(group.id, make_op("qc.quantize", [self.real(source)], attrs, group.shape, params.dtype), params)
 
     def unclamped(self, source: str, params: QParams) -> tuple[str, int, int]:
-        """(value, low, high): a clamp of a float value is one of its int8 form, for rounding is monotone."""
+        """(value, low, high): a clamp of a float value is one of its integers, for rounding is monotone."""
+        limits = LIMITS[params.dtype]
         found = clamp(self.exprs.get(source))
         name = str(found[0].name) if found is not None and isinstance(found[0], relax.Var) else ""
-        if found is None or name not in self.values or self.values[name].int8 is not None:
-            return source, -128, 127
-        low, high = (bound if b is None else int(params.quantize(np.array(b))) for b, bound in zip(found[1:], (-128, 127), strict=True))
+        if found is None or name not in self.values or self.values[name].stored is not None:
+            return source, *limits
+        low, high = (bound if b is None else int(params.quantize(np.array(b))) for b, bound in zip(found[1:], limits, strict=True))
         return name, low, high
 
     def dequantized(self, group: Group) -> _Value:
-        """A `relax.dequantize` of an int8 value costs nothing until a float operator reads it."""
+        """A `relax.dequantize` of stored integers costs nothing until a float operator reads it."""
         value = self.values.get(group.inputs[0]) if group.inputs else None
-        if value is None or value.int8 is None:
+        if value is None or value.stored is None:
             return _Value(real=self.builder.emit(group.id, self.relax(group.id)))
         params = self.quantize_params(group.id)
-        return _Value(int8=value.int8 if params == value.int8.params else Tensor(value.int8.expr, params))
+        return _Value(stored=value.stored if params == value.stored.params else Tensor(value.stored.expr, params))
 
     def quantize_params(self, name: str) -> QParams:
         scale, zero_point = (const_value(a) for a in self.exprs[name].args[1:3])
-        return QParams(float(scale.reshape(())), int(zero_point.reshape(())))
+        return QParams(float(scale.reshape(())), int(zero_point.reshape(())), str(zero_point.dtype))
 
     def requantized(self, tensor: Tensor, params: QParams, name: str) -> Tensor:
         if tensor.params == params:
             return tensor
-        return self.int8(self.builder.fresh(name), lut.rescale(tensor, params), params)
+        return self.stored(self.builder.fresh(name), lut.rescale(tensor, params), params)
 
-    def int8(self, name: str, call: Any, params: QParams) -> Tensor:
+    def stored(self, name: str, call: Any, params: QParams) -> Tensor:
         self.params[name] = [params.scale, params.zero_point]
+        self.integers[name] = call
         return Tensor(self.builder.emit(name, call), params)
 
     def real(self, name: str) -> Any:
         """The float32 variable of a value, dequantized on first use."""
         value = self.values[name]
         if value.real is None:
-            assert value.int8 is not None
-            params = value.int8.params
+            assert value.stored is not None
+            params = value.stored.params
             call = make_op(
                 "qc.dequantize",
-                [value.int8.expr],
+                [value.stored.expr],
                 {"scale": params.scale, "zero_point": params.zero_point},
-                shape_of(value.int8.expr),
+                shape_of(value.stored.expr),
                 "float32",
             )
             value.real = self.builder.emit(self.builder.fresh(name), call)
@@ -152,15 +161,41 @@ class _Realizer:
         """What a rule needs, or None for a group that stays float."""
         if group.reason is not None or group.id in self.float_ops:
             return None
-        inputs = [self.values[i].int8 for i in group.inputs]
-        residual = self.values[group.residual].int8 if group.residual else None
+        operands = [self.values[v].stored for v in group.operands]
+        found = [t for t in operands if t is not None]
         output = self.output_params(group)
-        found = [t for t in inputs if t is not None]
-        if len(found) < len(inputs) or (group.residual and residual is None) or (group.weight is not None and group.weight_scale is None):
+        constant_missing = (group.traits.weighted or group.traits.elementwise) and group.weight is not None and group.weight_scale is None
+        if len(found) < len(operands) or constant_missing:
             return None
+        residual = found.pop() if group.residual else None
         if output is None and not group.traits.accumulates:
             return None
-        return Site(group, found, residual, output, lambda t, p: self.requantized(t, p, self.builder.naming.made(group.id, "requantized")))
+        plain = [self.real(v) for v in group.plain]
+        return Site(
+            group,
+            found,
+            residual,
+            plain,
+            output,
+            lambda t, p: self.requantized(t, p, self.builder.naming.made(group.id, "requantized")),
+            self.interior,
+            self.packed,
+        )
+
+    def interior(self, group: Group, what: str, call: Any) -> Any:
+        """The variable `<group>~<what>` of a call inside a group's integer form."""
+        return self.builder.emit(self.builder.made(group.id, what), call)
+
+    def packed(self, tensor: Tensor, shape: Sequence[int]) -> Any:
+        """The numbers of a tensor in row-major order under another shape: what was reshaped to it where that has the shape."""
+        expr = tensor.expr
+        while (found := match_op(self.integers.get(str(expr.name)))) is not None and found[0] == "qc.reshape":
+            expr = found[1][0]
+        if list(shape_of(expr)) == list(shape):
+            return expr
+        return self.builder.emit(
+            self.builder.fresh(str(tensor.expr.name)), make_op("qc.reshape", [tensor.expr], {"shape": list(shape)}, tuple(shape), dtype_of(expr))
+        )
 
     def output_params(self, group: Group) -> QParams | None:
         """Parameters under which every consumer wants the output; None when one wants float32."""
@@ -173,7 +208,7 @@ class _Realizer:
     def integer(self, group: Group, site: Site) -> None:
         call = RULES[group.kind](site)
         if site.output is not None:
-            self.values[group.id] = _Value(int8=self.int8(group.id, call, site.output))
+            self.values[group.id] = _Value(stored=self.stored(group.id, call, site.output))
             return
         clamps = [m for m in group.members if group.kind == "matmul" and m != group.members[0]]
         rest = [group.residual] if group.residual else []

@@ -47,11 +47,11 @@ def weighted(site: Site) -> Any:
             {**attrs, "out_dtype": "float32"},
             "float32",
         )
-    attrs |= {"zero_point": site.output.zero_point, **site.bounds(), "out_dtype": "int8"}
+    attrs |= {"zero_point": site.output.zero_point, **site.bounds(), "out_dtype": site.output.dtype}
     if site.residual is None:
         multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale)
         return site.call(f"qc.{group.kind}", [*tensors, const(multiplier)], attrs)
-    factor, shift = residual_parameters(site.residual.params.scale, site.output.scale)
+    factor, shift = residual_parameters(site.residual.params.scale, site.output.scale, site.residual.params.dtype, site.output.dtype)
     multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale, shift)
     attrs |= {"residual_zero_point": site.residual.params.zero_point, "residual_multiplier": factor, "residual_shift": shift}
     return site.call(f"qc.{group.kind}", [*tensors, const(multiplier), site.residual.expr], attrs)

@@ -21,6 +21,6 @@ def matmul(site: Site) -> Any:
         "multiplier": float(np.float32(a.scale * b.scale / site.output.scale)),
         "zero_point": site.output.zero_point,
         **site.bounds(),
-        "out_dtype": "int8",
+        "out_dtype": site.output.dtype,
     }
     return site.call("qc.matmul", tensors, attrs)

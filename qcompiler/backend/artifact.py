@@ -261,7 +261,7 @@ def write_sources(folder: Path, code: bytes, constants: bytes, encoded: bytes, m
     (folder / "manifest.json").write_bytes(encoded)
     (folder / "data.s").write_text(_DATA)
     (folder / "model.h").write_text(_model_header(manifest))
-    sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c"]
+    sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c", *(["qc_arm32.c"] if target.host_architecture == "armv7a" else [])]
     for name in (*sources, "qc_engine.h", "qc_launches.h"):
         shutil.copy(RUNTIME / name, folder)
     return sources

@@ -24,6 +24,7 @@ from qcompiler.calibration.data import check_sample
 from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics
 
 FORMAT = 1
+UNBOUNDED = 2.0**100  # values beyond it stand for infinity: the least float32 that masks add, say
 Visit = Callable[[str, np.ndarray], None]
 
 
@@ -77,13 +78,13 @@ class Statistics:
         return self.channel_sum / max(self.channel_count, 1)
 
     def add(self, array: np.ndarray) -> bool:
-        """Look at one sample's float32 array. False, and nothing recorded, when it holds a NaN or an infinity."""
+        """Look at one sample's float32 array. False, and nothing recorded, when it holds a NaN, an infinity or a number beyond UNBOUNDED."""
         if array.size == 0:
             return True
         sums, squares, low, high = channel_statistics(array)
-        if not np.isfinite(sums).all():
-            return False
         least, greatest, power = float(low.min()), float(high.max()), float(squares.sum())
+        if not (np.isfinite(sums).all() and max(-least, greatest) < UNBOUNDED):
+            return False
         if self.channel_count:
             low, high = np.minimum(low, self.channel_low), np.maximum(high, self.channel_high)
             sums, squares = sums + self.channel_sum, squares + self.channel_square
@@ -95,11 +96,14 @@ class Statistics:
 
 @dataclass
 class CalibrationTable:
-    """Statistics by value id, over `samples` samples. Saved as JSON: one value per line, counts run-length coded (-n stands for n
-    zeros)."""
+    """Statistics by value id, over `samples` samples. unbounded: values that were infinite, or as good as that, which no scale can state (masks).
+
+    Saved as JSON: one value per line, counts run-length coded (-n stands for n zeros).
+    """
 
     samples: int = 0
     values: dict[str, Statistics] = field(default_factory=dict)
+    unbounded: set[str] = field(default_factory=set)
 
     @property
     def digest(self) -> str:
@@ -109,7 +113,8 @@ class CalibrationTable:
     def to_json(self) -> str:
         """The whole table as JSON text; equal tables give equal text. Floats are written so that they read back exactly."""
         rows = [f"    {json.dumps(name)}: {json.dumps(_encode(s), allow_nan=False)}" for name, s in sorted(self.values.items())]
-        return f'{{\n  "format": {FORMAT},\n  "samples": {self.samples},\n  "values": {{\n' + ",\n".join(rows) + "\n  }\n}\n"
+        unbounded = f'  "unbounded": {json.dumps(sorted(self.unbounded))},\n' if self.unbounded else ""
+        return f'{{\n  "format": {FORMAT},\n  "samples": {self.samples},\n{unbounded}  "values": {{\n' + ",\n".join(rows) + "\n  }\n}\n"
 
     def save(self, path: str | Path) -> None:
         """Write the table to `path`, beside it first and then renamed. Raises OutputError."""
@@ -123,7 +128,8 @@ class CalibrationTable:
             document = parse_json(text)
             if document["format"] != FORMAT:
                 raise DataError(f"{where}: format {document['format']} is not supported (this version reads {FORMAT}); calibrate again")
-            return CalibrationTable(int(document["samples"]), {name: _decode(row) for name, row in document["values"].items()})
+            values = {name: _decode(row) for name, row in document["values"].items()}
+            return CalibrationTable(int(document["samples"]), values, {str(name) for name in document.get("unbounded", [])})
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise DataError(f"{where}: not a calibration table ({type(error).__name__}: {error}); calibrate again") from error
 
@@ -149,8 +155,8 @@ def calibrate(
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
 
     Each sample is {input name: array} with exactly the model's shapes and dtypes. `watchers` see every value of the same pass; `stage` is what
-    `progress` calls it. Raises DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input or in
-    a recorded value.
+    `progress` calls it. Raises DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, or
+    NaN in a recorded value.
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
@@ -159,7 +165,9 @@ def calibrate(
 
     def visit(name: str, array: np.ndarray) -> None:
         if array.dtype == np.float32 and (wanted is None or name in wanted) and not table.values.setdefault(name, Statistics()).add(array):
-            bad.append(name)
+            if np.isnan(array).any():
+                bad.append(name)
+            table.unbounded.add(name)
         for watcher in watchers:
             watcher.visit(name, array)
 
@@ -168,7 +176,7 @@ def calibrate(
         outputs = executor.trace(sample, visit)
         if bad:
             raise DataError(
-                f"calibration sample {table.samples}: value '{bad[0]}' is not finite (NaN or infinity) although the inputs are; "
+                f"calibration sample {table.samples}: value '{bad[0]}' is not a number (NaN) although the inputs are; "
                 "check the preprocessing, or leave this sample out"
             )
         for watcher in watchers:

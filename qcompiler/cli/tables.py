@@ -71,7 +71,7 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     general = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in plain.items()]
     steps = step_rows(manifest)
     cells = [[s["id"], s["op"], s["dtype"], s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""] for s in steps]
-    count = sum(s["dtype"] == "int8" for s in steps)
+    count = sum(s["dtype"] in ("int8", "int16") for s in steps)
     title = f"Operators: {count} of {len(steps)} have int8 results"
     target = [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
     target += [weights_text(manifest["weights"])] if "weights" in manifest else []

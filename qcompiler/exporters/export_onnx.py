@@ -30,6 +30,7 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
+from qcompiler.passes.streams import STREAMS
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.job import Options
 from qcompiler.pipeline.stages import Compilation
@@ -59,6 +60,7 @@ def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str], c
     """
     path = check_writable(Path(output), [*files_of(Path(model)), calibration, options.get("preprocess"), options.get("labels")])
     source = _source(Path(model), bool(options.get("requantize")))
+    options["disable"] = [*(options.get("disable") or ()), "streams"]  # QDQ states 8 bits
     export = qdq_model(source, compile_stages(model, target, calibration, **options))
     with replacing(path) as temporary:
         temporary.write_bytes(export.model.SerializeToString(deterministic=True))
@@ -67,6 +69,8 @@ def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str], c
 
 def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
     """The QDQ form of `source` (operator set 13 or later), as `compilation` quantized it; checked by `onnx.checker`."""
+    if STREAMS in Graph.of(compilation.quantized.model.module).attrs:
+        raise ModelError("QuantizeLinear states 8 bits here, and this compilation stores residual streams in 16; compile with --disable streams to export")
     return _Exporter(source, compilation).run()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ from qcompiler.base.targets import Target, find_target
 from qcompiler.calibration.data import NO_SAMPLES, Samples, open_samples
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph
+from qcompiler.passes.sequence import WIDE, run
 from qcompiler.passes.trained import Trained
 from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
@@ -77,7 +78,7 @@ class Job:
 
 
 def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
-    """The job that the arguments of `compile` describe: the model loaded, the samples found but not read."""
+    """The job that the arguments of `compile` describe: the model loaded, its 16-bit streams copied where the recipe has such, the samples not yet read."""
     check_names(options)
     dump = Dumper(options.get("dump_dir"))
     chosen = target if isinstance(target, Target) else find_target(target, options.get("targets_file"))
@@ -88,6 +89,8 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
         steps = steps.without_changes()
     if calibration is None and not trained.quantized:
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
+    if "streams" in steps.steps:
+        float_model = replace(float_model, module=run(WIDE, float_model.module, dump=dump))
     kept = dict.fromkeys(named_groups(float_model, options.get("keep_float", ())), "kept in float32 as asked (keep_float)")
     samples = NO_SAMPLES if calibration is None else open_samples(calibration, float_model.inputs, options.get("preprocess"))
     return Job(float_model, samples, steps, chosen, kept, tuned, dump, options.get("progress") or silent)

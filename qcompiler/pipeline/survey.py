@@ -16,7 +16,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.kinds import KINDS
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork
-from qcompiler.plan.placement import Placer, operands
+from qcompiler.plan.placement import Placer
 from qcompiler.plan.quant_plan import Derived
 from qcompiler.plan.sensitivity import Sensitivity, Walk, layer_seconds, measure_sensitivity
 from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost
@@ -89,7 +89,7 @@ class Survey:
             size = 0 if g.weight is None else g.weight.size
             movable = g.id not in self._placement.reasons and not g.traits.moves
             times = int8.get(g.id, 0.0), float32.get(g.id, 0.0)
-            layers[g.id] = LayerCost(g.id, operands(g), found.weights.get(g.id, none), *times, size, 4 * size, movable, g.traits.moves)
+            layers[g.id] = LayerCost(g.id, g.operands, found.weights.get(g.id, none), *times, size, 4 * size, movable, g.traits.moves)
         elements = {**{i.name: math.prod(i.shape) for i in model.inputs}, **{g.id: math.prod(g.shape) for g in self._placer.groups}}
         values = {v: ValueCost(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)

@@ -22,6 +22,7 @@ from qcompiler import schedules
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, dtype_of
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.streams import STREAMS
 from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.schedules.table import KERNELS
 
@@ -32,15 +33,12 @@ _TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the n
 
 @dataclass(frozen=True)
 class Placement:
-    """reasons: group id -> why it is computed in float32 (absent: in int8). stored: the values that are stored in 8 bits, in order."""
+    """reasons: group id -> why it is computed in float32 (absent: in integers). stored: the values that are stored as integers, in order; wide: those of
+    them in 16 bits."""
 
     reasons: dict[str, str]
     stored: tuple[str, ...]
-
-
-def operands(group: Group) -> tuple[str, ...]:
-    """The values a group reads."""
-    return (*group.inputs, *([group.residual] if group.residual else []))
+    wide: frozenset[str]
 
 
 class Placer:
@@ -54,17 +52,22 @@ class Placer:
         graph = Graph.of(module)
         inputs, trained = graph.inputs, Trained.of(graph.attrs)
         self._trained = trained.values
+        self._streams: list[str] | None = graph.attrs.get(STREAMS)
         self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in inputs), *self.made_by]}
         for group in self.groups:
-            for value in dict.fromkeys(operands(group)):
+            for value in dict.fromkeys(group.operands):
                 self.readers.setdefault(value, []).append(group)
         self._dtypes = {str(p.name): dtype_of(p) for p in inputs}
         self._impossible = {g.id: reason for g in self.groups if (reason := _impossible(g, target)) is not None}
+        if self._streams is None:
+            self._impossible |= {
+                g.id: f"'{g.kind}' is computed in integers beside 16-bit streams only" for g in self.groups if g.traits.alone and g.reason is None
+            }
         if trained.keeps_float:
             eight = in_eight_bits(graph)
             for group in self.groups:
                 if group.id not in self._impossible and not _in_integers(group, trained, eight):
-                    carries = group.traits.moves and not any(v in eight for v in operands(group))
+                    carries = group.traits.moves and not any(v in eight for v in group.operands)
                     self._impossible[group.id] = CARRIES if carries else LEFT
 
     def place(self, keep_float: Mapping[str, str] = {}) -> Placement:
@@ -76,16 +79,24 @@ class Placer:
                 wanted.add(value)
         floating = {value for value, dtype in self._dtypes.items() if value in wanted or dtype != "float32"}  # values at hand in float
         for group in self.groups:
-            at_hand = [v in floating for v in operands(group)]
+            at_hand = [v in floating for v in group.operands]
             if group.id in reasons or (group.traits.accumulates and group.id in wanted):
                 floating.add(group.id)
-            elif group.traits.moves and group.id in wanted and any(at_hand):
+            elif group.id in wanted and (group.traits.restates or (group.traits.moves and any(at_hand))):
                 reasons[group.id] = CARRIES
                 floating.add(group.id)
-            elif group.traits.light and all(at_hand):
+            elif group.traits.light and at_hand and all(at_hand):
                 reasons[group.id] = "its operands are float32"
                 floating.add(group.id)
-        return Placement(reasons, tuple(v for v in self.readers if self._is_stored(v, reasons)))
+        stored = tuple(v for v in self.readers if self._is_stored(v, reasons))
+        streams = self._streams
+        return Placement(reasons, stored, frozenset() if streams is None else frozenset(v for v in stored if v in streams or self._is_seen(v, reasons)))
+
+    def _is_seen(self, value: str, reasons: Mapping[str, str]) -> bool:
+        """Is the value a normalization or the like that only float operators and outputs read, so that nothing asks for 8 bits?"""
+        maker = self.made_by.get(value)
+        alone = maker is not None and maker.traits.alone and maker.traits.writes_wide and maker.id not in reasons
+        return alone and value not in self._trained and all(g.id in reasons for g in self.readers[value])
 
     def _is_stored(self, value: str, reasons: Mapping[str, str]) -> bool:
         """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""
@@ -109,7 +120,7 @@ def _impossible(group: Group, target: Target) -> str | None:
 def _in_integers(group: Group, trained: Trained, eight: Container[str]) -> bool:
     """Does the model file compute `group` on integers: on operands and constants that it rounds, to a result that it rounds, or that an accumulator or a
     selection of elements hands out as it is? eight: the values that hold what the file rounds to 8 bits."""
-    if not all(v in eight for v in operands(group)):
+    if not all(v in eight for v in group.operands):
         return False
     if group.traits.weighted:
         return not trained.integer.isdisjoint(group.members)
@@ -120,4 +131,4 @@ def _in_integers(group: Group, trained: Trained, eight: Container[str]) -> bool:
 
 def _carries(group: Group) -> bool:
     """May `group` stay float when its output is wanted in float?"""
-    return group.traits.moves or (group.traits.light and math.prod(group.shape) <= _TAIL_ELEMENTS)
+    return group.traits.moves or group.traits.restates or (group.traits.light and math.prod(group.shape) <= _TAIL_ELEMENTS)

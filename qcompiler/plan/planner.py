@@ -31,7 +31,7 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.trained import Trained
-from qcompiler.plan.placement import Placer, operands
+from qcompiler.plan.placement import Placer
 from qcompiler.plan.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
 from qcompiler.plan.recipes import Recipe, recipe
 from qcompiler.plan.weights import choose_scales
@@ -43,6 +43,7 @@ _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is commo
     "tanh": (QParams(1 / 128, 0), "a hyperbolic tangent lies in [-1, 1)"),
 }
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
+_WIDE_MARGIN = 2.0  # of a 16-bit range beyond what was seen: one bit of sixteen against saturation
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
 
@@ -88,7 +89,7 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
 def observed_ids(model: Any) -> list[str]:
     """The values whose statistics a plan may need: what groups with an int8 form read and write."""
     module = model if isinstance(model, tvm.IRModule) else model.module
-    wanted = {v: None for g in find_groups(module) if g.reason is None for v in (*operands(g), g.id)}
+    wanted = {v: None for g in find_groups(module) if g.reason is None for v in (*g.operands, g.id)}
     return list(wanted)
 
 
@@ -139,12 +140,14 @@ class _Planner:
         self.keep_float = keep_float
         self.recipe = recipe
         self.plan = QuantPlan(recipe.preset, table.digest)
+        self.wide: frozenset[str] = frozenset()  # values in 16 bits
         self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
 
     def run(self) -> QuantPlan:
-        placement = self.placer.place(self.keep_float)
+        placement = self.placer.place({**self.unbounded(), **self.keep_float})
         self.plan.reasons = placement.reasons
         self.plan.edges = dict.fromkeys(self.readers, Float(""))  # keeps the order of execution
+        self.wide = placement.wide
         self.unite(placement.stored)
         for value in self.readers:
             if value not in self.classes:
@@ -158,7 +161,7 @@ class _Planner:
             if group.traits.weighted and group.id not in self.plan.reasons:
                 assert group.weight is not None
                 self.plan.scales[group.id], self.plan.weights[group.id] = self.weight_scales(group), group.weight
-            elif group.weight is not None and group.id not in self.plan.reasons:
+            elif group.traits.elementwise and group.id not in self.plan.reasons:
                 found = next((self.trained.constants[m] for m in group.members if m in self.trained.constants), None)
                 if found is not None:
                     self.plan.constants[group.id] = found
@@ -168,6 +171,11 @@ class _Planner:
         self.plan.notes += self.trained.notes
         self.plan.validate(self.groups, [v for v in self.readers if v not in self.made_by])
         return self.plan
+
+    def unbounded(self) -> dict[str, str]:
+        """group id -> why it stays float: it reads or makes what no scale can state."""
+        touching = {g.id: next((v for v in (*g.operands, g.id) if v in self.table.unbounded), None) for g in self.groups}
+        return {name: f"value '{value}' was infinite in the calibration data, or as good as that (a mask)" for name, value in touching.items() if value}
 
     def weight_scales(self, group: Group) -> np.ndarray:
         """The model file's, where every weight is a multiple of its scale."""
@@ -215,6 +223,8 @@ class _Planner:
         (and the concat reads it through a table) when its range is less than half of the concat's: sharing would cost it more than a
         bit. Parameters that the model file states are kept as they are."""
         before, after = self.stated(self.classes[value]), self.stated(self.classes[concat.id])
+        if (value in self.wide) != (concat.id in self.wide):
+            return False
         if before and after:
             return before == after
         if before or not self.table.values:
@@ -276,6 +286,12 @@ class _Planner:
             self.missing.append(leader)
             return Float("no range")
         histogram = self.histogram(members)
+        if members & self.wide:
+            reach = _WIDE_MARGIN * max(-histogram.low, histogram.high)
+            params = QParams.from_range(-reach, reach, dtype="int16") if reach > _TINY else QParams(1.0, 0, "int16")
+            return Quantized(
+                params, "min-max", _decibel(histogram, params), f"16 bits for {_WIDE_MARGIN:g} times what was seen: part of a residual stream, or read in float"
+            )
         fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:
             params, reason = _FIXED[name]

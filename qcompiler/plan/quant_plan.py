@@ -225,10 +225,12 @@ class QuantPlan:
         output = self.params(group.id)
         if output is None and not group.traits.accumulates:
             raise PlanError(f"{where} its output stays float32; give it parameters, or a reason to keep the operator in float")
-        for value in [*group.inputs, *([group.residual] if group.residual else [])]:
+        for value in group.operands:
             params = self.params(value)
             if params is None:
                 raise PlanError(f"{where} its input '{value}' stays float32; give it parameters, or a reason to keep the operator in float")
+            if params.dtype == "int16" and not (group.traits.reads_wide or value == group.residual):
+                raise PlanError(f"{where} its input '{value}' has 16 bits, and {group.kind} reads 8; give it an 8-bit copy, or a reason to keep it in float")
             if group.traits.keeps and not group.traits.joins and params != output:
                 raise PlanError(
                     f"{where} its input '{value}' has scale {params.scale} and zero point {params.zero_point}, unlike its output; {group.kind} keeps them"
@@ -252,7 +254,7 @@ class QuantPlan:
             sqnr = getattr(edge, "sqnr", None)
             numbers = ("", "", "") if params is None else (f"{params.scale:.4g}", str(params.zero_point), _range(params))
             why = edge.reason + (f"; computed in float32: {self.reasons[value]}" if value in self.reasons and self.reasons[value] != edge.reason else "")
-            stored = type(edge).__name__.lower() if params is None else f"int8 {type(edge).__name__.lower()}"
+            stored = type(edge).__name__.lower() if params is None else f"{params.dtype} {type(edge).__name__.lower()}"
             rows.append((value, operator, stored, *numbers, "" if sqnr is None else f"{sqnr:.1f}", why))
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]).rstrip() for r in rows]
@@ -269,7 +271,7 @@ def _encode(edge: Edge) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": type(edge).__name__.lower()}
     for name, value in vars(edge).items():
         if isinstance(value, QParams):
-            row |= {"scale": value.scale, "zero_point": value.zero_point}
+            row |= {"scale": value.scale, "zero_point": value.zero_point, **({} if value.dtype == "int8" else {"dtype": value.dtype})}
         else:
             row[name] = "inf" if value == math.inf else value
     return row
@@ -277,9 +279,9 @@ def _encode(edge: Edge) -> dict[str, Any]:
 
 def _decode(row: Mapping[str, Any]) -> Edge:
     kind = _KINDS[row["kind"]]
-    fields = {k: v for k, v in row.items() if k not in ("kind", "scale", "zero_point")}
+    fields = {k: v for k, v in row.items() if k not in ("kind", "scale", "zero_point", "dtype")}
     if "scale" in row:
-        fields["params"] = QParams(float(row["scale"]), int(row["zero_point"]))
+        fields["params"] = QParams(float(row["scale"]), int(row["zero_point"]), row.get("dtype", "int8"))
     if row.get("sqnr") is not None:
         fields["sqnr"] = float(row["sqnr"])
     edge: Edge = kind(**fields)

@@ -9,6 +9,7 @@ from qcompiler.base.errors import PlanError, closest
 from qcompiler.plan.weights import RATIOS
 
 STEPS = {
+    "streams": "16 bits for what normalizations read and all that adds up to it (residual streams); matrix products read 8-bit copies",
     "equalize": "scale channels against each other so that they share an 8-bit scale with less loss",
     "shift": "center channels around zero where biases can take the shift back (with equalize)",
     "ranges": "let observers compete for the range of every value; off: everything seen",
@@ -25,7 +26,7 @@ STEPS = {
 """Every step by name, in order of execution."""
 
 _DEFAULT = frozenset(STEPS) - {"mixed", "round-all"}
-PRESETS = {"fast": frozenset({"analytic-bias"}), "default": _DEFAULT, "accurate": frozenset(STEPS)}
+PRESETS = {"fast": frozenset({"streams", "analytic-bias"}), "default": _DEFAULT, "accurate": frozenset(STEPS)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Channel equalization: a network that computes the same function, whose channels share one 8-bit scale with less loss.
 
 A value is stored under one scale, so a channel that stays small gets few of the 256 steps. Where only convolutions and dense layers write and read a
-value, or a layer normalization writes it (its gamma and beta are as good as weights and bias), channel c may be stored as
+value, or a layer normalization writes it (its gamma and beta are as good as weights and bias), or a product with a constant per channel does (the copy of
+a 16-bit stream: no shift then), channel c may be stored as
 
     x'[c] = scale[c] * (x[c] - shift[c])
 
@@ -142,14 +143,14 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
 
     frozen = {str(p.name) for p in graph.inputs} | {str(v.name) for _, v in graph.outputs}
     for group in groups:
-        operands = [*group.inputs, *([group.residual] if group.residual else [])]
+        operands = group.inputs + ((group.residual,) if group.residual else ())
         if group.traits.gathers:
             joined = [group.residual] if group.residual else []
         elif passes(group, shapes):
             joined = list(group.inputs)
         else:
             joined = []
-            frozen |= {*operands, *([] if group.id in norms else [group.id])}
+            frozen |= {*operands, *([] if group.id in norms or group.traits.restates else [group.id])}
         if group.low not in (None, 0.0) or (group.high is not None and group.high <= 0):
             frozen.add(group.id)
         for value in joined:
@@ -163,7 +164,7 @@ def find_streams(module: tvm.IRModule) -> list[Stream]:
     for values in members.values():
         inside = set(values)
         readers = tuple(g for g in groups if g.traits.gathers and g.inputs[0] in inside)
-        writers = tuple(g for g in groups if (g.traits.gathers or g.id in norms) and g.id in inside)
+        writers = tuple(g for g in groups if (g.traits.gathers or g.traits.restates or g.id in norms) and g.id in inside)
         limits = [g.high for g in groups if g.id in inside and g.high is not None]
         if readers and writers:
             streams.append(Stream(tuple(values), writers, readers, min(limits, default=None)))
@@ -180,7 +181,7 @@ def passes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 def shiftable(stream: Stream, groups: Sequence[Group]) -> set[str]:
     """The values of a stream that may be shifted: written with a bias, read by layers without padding or as the residual of layers."""
-    allowed = {g.id for g in stream.writers}
+    allowed = {g.id for g in stream.writers if not g.traits.restates}
     for group in groups:
         padded = any(group.attrs.get("padding", [])) or not group.traits.gathers
         allowed -= set(group.inputs) if padded else set()
@@ -316,13 +317,19 @@ def input_channels(group: Group) -> np.ndarray:
 # -- the layers of the equalized network ----------------------------------------------------------------------------------------------------
 
 
-def equalized_layers(module: tvm.IRModule, channels: Mapping[str, Channels]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def equalized_layers(module: tvm.IRModule, channels: Mapping[str, Channels]) -> dict[str, tuple[np.ndarray, ...]]:
     """{group id: (weight float32 like `Group.weight`, bias float64[O])} of every convolution and dense group that reads or writes `channels`, and
-    {value id: (gamma float32[C], beta float64[C])} of every layer normalization that writes them."""
-    changed, norms = {}, layer_norms(module)
+    {value id: (gamma float32[C], beta float64[C])} of every layer normalization that writes them, {value id: (factors float32[C],)} of every product per
+    channel that does."""
+    changed: dict[str, tuple[np.ndarray, ...]] = {}
+    norms = layer_norms(module)
     for group in find_groups(module):
         touched = [v for v in (group.id, group.inputs[0] if group.inputs else "", group.residual or "") if v in channels]
-        if not touched or not (group.traits.gathers or group.id in norms):
+        if not touched or not (group.traits.gathers or group.traits.restates or group.id in norms):
+            continue
+        if group.traits.restates:
+            assert group.weight is not None
+            changed[group.id] = (group.weight * channels[group.id].scale,) if group.id in channels else (group.weight,)
             continue
         given, offset = norms.get(group.id, (group.weight, group.bias))
         assert given is not None

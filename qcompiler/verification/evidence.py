@@ -205,8 +205,8 @@ class _Layers:
         self._values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in worst}
 
     def add(self, name: str, actual: np.ndarray, reference: np.ndarray) -> None:
-        """One sample's value in the library (int8, or float32) and in the float network."""
-        params = self._params.get(name) if actual.dtype == np.int8 else None
+        """One sample's value in the library (int8, int16 or float32) and in the float network."""
+        params = self._params.get(name) if actual.dtype in (np.int8, np.int16) else None
         if params is not None:
             self._rounding.setdefault(name, Accumulator()).add(params.dequantize(params.quantize(reference)), reference)
         if name in self._values:

@@ -131,7 +131,7 @@ def _facts(e: Evidence) -> str:
     share = f"{e.library_bytes / e.parameter_bytes:.2f} of the float parameters" if e.parameter_bytes else ""
     tile("library-size", size(e.library_bytes), "library, code included", share)
     tile("parameter-size", size(e.parameter_bytes), "float parameters", f"model file: {size(e.model_bytes)}")
-    int8 = sum(r.dtype == "int8" for r in p.layers)
+    int8 = sum(r.dtype in ("int8", "int16") for r in p.layers)
     tile("int8-layers", f"{int8} of {len(p.layers)}", "compared layers held in int8", f"{len(e.manifest['float_ops'])} operators computed in float")
     return '<div class="facts">' + "".join(tiles) + "</div>"
 

@@ -1,7 +1,7 @@
 """Parity: what a compiled library computes, against the float network it came from, end to end and layer by layer.
 
 Layers are joined by value id (docs/architecture.md): the float network's and the library's steps carry the names of the same tensors. An
-int8 value is compared as the real number it stands for, `scale * (q - zero_point)`, with the manifest's scale and zero point.
+integer value is compared as the real number it stands for, `scale * (q - zero_point)`, with the manifest's scale and zero point.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class _Layers:
         if array.shape != reference.shape:
             raise ArtifactError(f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network")
         step, real = None, array
-        if array.dtype == np.int8 and reference.dtype.kind == "f":
+        if array.dtype in (np.int8, np.int16) and reference.dtype.kind == "f":
             try:
                 info = self._actual.manifest["values"][name]
                 step, zero = float(info["scale"]), int(info["zero_point"])
@@ -366,14 +366,14 @@ class Mismatch:
 def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray]) -> list[Mismatch]:
     """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.verification.interpreter.run`), in order.
 
-    Only int8 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
+    Only int8 and int16 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
     """
     mismatches: list[Mismatch] = []
     compared = 0
 
     def visit(name: str, array: np.ndarray) -> None:
         nonlocal compared
-        if name not in expected or array.dtype != np.int8:
+        if name not in expected or array.dtype not in (np.int8, np.int16):
             return
         compared += 1
         wanted = expected[name]

@@ -1,0 +1,82 @@
+"""Residual streams in 16 bits, and the copies of them that matrix products read in 8.
+
+    dense(x, w)      -->      dense(multiply(x, ones), w)          x in a stream; the product is the value `x~copy`
+
+A stream is what normalizations read, and what adds up to it: the sums, the residuals of layers, and what moves their data. Every layer of a transformer adds
+to it, so that the rounding of 8 bits would add up too. No dot product reads 16-bit numbers: those that read a stream get one copy, whose channels have freely
+chosen scales (`qcompiler/refine/equalization.py`): its factors become the multipliers of a `qc.requantize`.
+
+Works on the canonical float module, which computes the same; what quantizes must follow.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
+from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.trained import Trained
+
+COPY = "copy"
+STREAMS = "qc.streams"  # attribute of a transformer: the values of its streams. Normalizations, attention and the like are integers where it is there
+
+
+def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset()) -> set[str]:
+    """The values that are worth 16 bits. stated: those that the model file rounds itself, which stay as they are."""
+    made_by = {g.id: g for g in groups}
+    movers: dict[str, list[str]] = defaultdict(list)  # what has its operand's numbers
+    for group in groups:
+        if group.traits.moves and group.reason is None:
+            for value in group.inputs:
+                movers[value].append(group.id)
+    found: set[str] = set()
+    front = [g.inputs[0] for g in groups if g.traits.normalizes and g.reason is None]
+    while front:
+        value = front.pop()
+        maker = made_by.get(value)
+        if value in found or value in stated or (maker is not None and not _holds(maker)):
+            continue
+        found.add(value)
+        front += movers[value]
+        if maker is not None and (maker.traits.sums or maker.traits.moves):
+            front += maker.inputs
+        if maker is not None and maker.residual:
+            front.append(maker.residual)
+    return found
+
+
+def _holds(maker: Group) -> bool:
+    """Can the integer form of a group write 16 bits?"""
+    return maker.reason is None and maker.traits.writes_wide
+
+
+def with_copies(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with a copy of each value of a stream for the operators that read 8 bits only, and the streams as an attribute; itself without any."""
+    graph, groups = Graph.of(module), find_groups(module)
+    streams = stream_values(groups, frozenset(Trained.of(graph.attrs).values))
+    wanted = {name: (set(g.inputs) - set(g.plain)) & streams for g in groups if g.reason is None and not g.traits.reads_wide for name in g.members}
+    if not streams and not any(g.kind == "attention" and g.reason is None for g in groups):
+        return module
+    builder = GraphBuilder({**graph.attrs, STREAMS: sorted(streams)})
+    builder.reserve(name for name, _ in graph.bindings)
+    env: dict[str, Any] = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    owner = {m: g for g in groups for m in g.members}
+    copies: dict[str, Any] = {}
+
+    def copied(variable: Any) -> Any:
+        name = str(variable.name)
+        if name not in copies:
+            ones = const(np.ones(shape_of(variable)[-1], np.float32))
+            copies[name] = builder.emit(builder.made(name, COPY), relax.op.multiply(env[name], ones))
+        return copies[name]
+
+    for name, expr in graph.bindings:
+        copying = wanted.get(name, set()) if relax_op(expr) in owner[name].traits.relax else set()
+        env[name] = builder.emit(name, substitute(expr, lambda v, c=copying: copied(v) if str(v.name) in c else env[str(v.name)]))  # type: ignore[misc]
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
