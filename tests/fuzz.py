@@ -419,6 +419,7 @@ class Outcome:
     cases: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
+    killed: int = 0
     slowest: float = 0.0
 
 
@@ -512,6 +513,7 @@ def run(seed: int, first: int, count: int, workers: int, library: Path, scratch:
             del running[reading]
             number = begun.get(child)
             if number is not None:
+                outcome.killed += 1
                 name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {status}"
                 name = {"SIGPROF": f"a hang: more than {CPU} s of CPU", "SIGALRM": f"a hang: more than {WALL} s"}.get(name, name)
                 outcome.findings.append(Finding(number, chosen(seed, number)[1].__name__, name))
@@ -546,7 +548,7 @@ def main() -> int:
         outcome = run(options.seed, options.first, options.count, options.workers, library, scratch, lambda text: print(text, flush=True))
         for finding in outcome.findings if options.keep else ():
             shutil.copytree(scratch / str(finding.number), options.keep / f"{options.seed}-{finding.number}", dirs_exist_ok=True)
-    total = sum(outcome.cases.values()) + len(outcome.findings)
+    total = sum(outcome.cases.values()) + outcome.killed
     kinds = ", ".join(f"{outcome.cases[k]} {k} ({outcome.refused[k]} refused)" for k in sorted(outcome.cases))
     print(f"{total} cases in {time.monotonic() - start:.0f} s, the slowest {outcome.slowest:.1f} s of CPU: {kinds}; {len(outcome.findings)} findings")
     return 1 if outcome.findings else 0

@@ -164,3 +164,9 @@ def test_operator_sets_that_can_not_be(tmp_path: Path) -> None:
 def test_a_tensor_in_place_of_a_sequence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\(ConcatFromSequence\): its first operand is a tensor; a sequence is expected"):
         load(saved(tmp_path / "m.onnx", [helper.make_node("ConcatFromSequence", ["x"], ["y"], axis=0)]))
+
+
+def test_an_axis_far_out(tmp_path: Path) -> None:
+    node = helper.make_node("LayerNormalization", ["x", "g"], ["y"], axis=-(2**31))
+    with pytest.raises(ModelError, match=r"axis -2147483648 is out of range for a tensor of rank 2"):
+        load(saved(tmp_path / "m.onnx", [node], {"g": np.ones(8, np.float32)}))

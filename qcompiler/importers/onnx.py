@@ -192,6 +192,9 @@ class _Importer:
 
     def convert(self, node: Node) -> list[Value] | None:
         """Results by our table, else by Relax's importer, else None after the nodes of the operator's definition were taken instead."""
+        axis, rank = node.attrs.get("axis"), len(node.shape()) if node.has(0) and _is_tensor(node.inputs[0]) else None
+        if isinstance(axis, int) and rank is not None and not -rank - 1 <= axis <= rank + 1:  # no operator has one beyond; some definitions count up to it
+            raise Refused(f"axis {axis} is out of range for a tensor of rank {rank}")
         own = CONVERTERS.get(node.op) if node.domain == "" else None
         refused: Refused | None = None
         try:
@@ -253,6 +256,10 @@ class _Importer:
                 raise ModelError(f"{self.path}: output '{output.name}' is not a tensor; supported: tensors")
             results.append((output.name, value))
         return self.builder.finish(results)
+
+
+def _is_tensor(value: Value) -> bool:
+    return isinstance(value, np.ndarray) or isinstance(value.ty, relax.TensorType)
 
 
 def _spelled(proto: onnx.NodeProto) -> str:
