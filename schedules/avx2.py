@@ -20,20 +20,38 @@ PAIRS = 16  # int16 in a register
 TABLES = 16  # registers of 16 entries that a table of 256 fills
 
 
-def to_bytes(value: Any, zero: Any, dtype: str, lanes: int) -> Any:
-    """clip(rint(value) + zero) in `dtype` (int8 or uint8), for a float32 vector with |value| < 2^31 and an int16 scalar. `lanes`: 8, 16 or 32.
+WIDE = 64  # bytes of a register of AVX512
 
-    Each of the three saturating steps keeps the sign of an excess, so together they equal one exact saturation. Packs work in halves of a register;
-    one permutation of words at the end puts the bytes in order.
+
+def narrowed(value: Any, zero: Any, dtype: str, lanes: int) -> Any:
+    """clip(rint(value) + zero) in `dtype` (int8, uint8 or int16, whose zero is 0), for a float32 vector with |value| < 2^31 and an int16 scalar.
+    `lanes`: 8, 16 or 32; 64 where there is AVX512, whose registers also hold 32 lanes of int16.
+
+    Each of the three saturating steps keeps the sign of an excess, so together they equal one exact saturation. Packs work in parts of 128 bits;
+    one permutation at the end puts the elements in order.
     """
-    parts = [shuffle([value], range(i, i + WORDS)) for i in range(0, lanes, WORDS)]
-    words = [call("int32x8", "llvm.x86.avx.cvt.ps2dq.256", p) for p in parts]  # rounds to nearest even
-    pairs = [call("int16x16", "llvm.x86.avx2.packssdw", words[i], words[min(i + 1, len(words) - 1)]) for i in range(0, len(words), 2)]
-    pairs = [call("int16x16", "llvm.sadd.sat", p, T.broadcast(zero, 16)) for p in pairs]
-    name = f"llvm.x86.avx2.pack{'ss' if dtype == 'int8' else 'us'}wb"
-    packed = T.reinterpret("int32x8", call("int8x32", name, pairs[0], pairs[-1]))
-    order = [0, 4, 1, 5, 2, 6, 3, 7] if lanes == BYTES else [0, 4, 1, 5]
-    return T.reinterpret(f"{dtype}x{lanes}", shuffle([packed], order[: lanes // 4]))
+    bytes_ = 1 if dtype != "int16" else 2
+    wide = lanes == WIDE
+    n, prefix, suffix = (16, "llvm.x86.avx512", ".512") if wide else (WORDS, "llvm.x86.avx2", "")
+    parts = [shuffle([value], range(i, i + n)) for i in range(0, lanes, n)]
+    words = [T.bind(rounded(p, n)) for p in parts]
+    pairs = [call(f"int16x{2 * n}", f"{prefix}.packssdw{suffix}", words[i], words[min(i + 1, len(words) - 1)]) for i in range(0, len(words), 2)]
+    if bytes_ == 2:
+        order = [2 * part + side for side in (0, 1) for part in range(n // 4)]
+        found = [T.bind(T.reinterpret(f"int16x{2 * n}", shuffle([T.reinterpret(f"int64x{n // 2}", p)], order))) for p in pairs]
+        return found[0] if lanes == 2 * n else shuffle(found, range(lanes))
+    pairs = [call(f"int16x{2 * n}", "llvm.sadd.sat", p, T.broadcast(zero, 2 * n)) for p in pairs]
+    packed = T.reinterpret(f"int32x{n}", call(f"int8x{4 * n}", f"{prefix}.pack{'ss' if dtype == 'int8' else 'us'}wb{suffix}", pairs[0], pairs[-1]))
+    order = [4 * part + slot for slot in range(min(4, lanes // n)) for part in range(n // 4)]
+    return T.reinterpret(f"{dtype}x{lanes}", shuffle([packed], order))
+
+
+def rounded(value: Any, lanes: int) -> Any:
+    """float32 lanes to int32, ties to even."""
+    if lanes == WORDS:
+        return call("int32x8", "llvm.x86.avx.cvt.ps2dq.256", value)
+    current = tirx.const(4, "int32")  # rounding mode of MXCSR: to nearest even
+    return call("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", value, scalar(0, "int32", 16), tirx.const(-1, "int16"), current)
 
 
 def lookup_tables(entries: np.ndarray) -> np.ndarray:
@@ -62,9 +80,9 @@ def lookup(tables: Any, index: Any, lanes: int) -> Any:
     return tirx.Select(index < scalar(0, "int8", lanes), found[1], found[0])
 
 
-def multiply_pairs(a: Any, b: Any) -> Any:
-    """VPMADDWD: 8 int32, each the exact sum of two products of adjacent int16."""
-    return call("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+def multiply_pairs(a: Any, b: Any, lanes: int = WORDS) -> Any:
+    """VPMADDWD: int32 lanes, each the sum of two products of adjacent int16, exact but for 2^31, which becomes -2^31."""
+    return call(f"int32x{lanes}", {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[lanes], a, b)
 
 
 def pairs_of(first: Any, second: Any, lanes: int) -> list[Any]:

@@ -249,8 +249,12 @@ def clamp(value: Any, low: Any, high: Any, lanes: int) -> Any:
 
 def to_int(k: Emitter, value: Any, low: float, high: float, lanes: int) -> Any:
     """int32 of rint(clip(value, low, high)), ties to even; within 2^31 every machine converts alike."""
-    clipped = clamp(value, tirx.const(float(low), "float32"), tirx.const(float(high), "float32"), lanes)
-    return T.call_pure_extern("int32", "__float2int_rn", clipped) if k.gpu else cast("int32", T.nearbyint(clipped), lanes)
+    return rounded(k, clamp(value, tirx.const(float(low), "float32"), tirx.const(float(high), "float32"), lanes), lanes)
+
+
+def rounded(k: Emitter, value: Any, lanes: int) -> Any:
+    """int32 of rint(value), ties to even, for |value| < 2^31."""
+    return T.call_pure_extern("int32", "__float2int_rn", value) if k.gpu else cast("int32", T.nearbyint(value), lanes)
 
 
 def float_of_int64(k: Emitter, value: Any) -> Any:
@@ -286,7 +290,7 @@ class Requantize:
     high: Any
     zero: Any  # z plus the storage offset, as the output's type
     dtype: str
-    avx2: bool = False
+    register: int = 0  # bytes of a register of AVX2 or AVX512
     bounds: tuple[Any, Any] | None = None  # low and high as stored, where clipping may come after rounding
 
     @staticmethod
@@ -295,15 +299,14 @@ class Requantize:
         dtype, zero_point, offset = k.op.output.dtype, attrs.get("zero_point", 0), offset_of(k.op.output.dtype)
         low, high = limits(canonical(dtype), attrs.get("low"), attrs.get("high"))
         zero = T.bind(T.Cast(dtype, k.i32(zero_point + offset)))
-        special = k.width == avx2.BYTES and dtype != "int16"  # wider vectors have an instruction for it
-        bounds = tuple(T.bind(T.Cast(dtype, k.i32(int(b) + offset))) for b in (low, high)) if special and limit < 2**30 else None
-        return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype, special, bounds)
+        bounds = tuple(T.bind(T.Cast(dtype, k.i32(int(b) + offset))) for b in (low, high)) if k.avx2 and limit < 2**30 else None
+        return Requantize(k.f32(low - zero_point), k.f32(high - zero_point), zero, dtype, k.width if k.avx2 else 0, bounds)
 
     def store_value(self, scaled: Any, lanes: int) -> Any:
         """The stored vector for a float32 vector that is already multiplied. Bytes (or 16 bits) wrap; the sum is in range by the clamp."""
-        if self.avx2 and lanes in (8, 16, 32):
+        if lanes in (8, 16, 32, 64) and lanes <= self.register:
             scaled = T.bind(scaled if self.bounds else clamp(scaled, self.low, self.high, lanes))
-            value = avx2.to_bytes(scaled, T.Cast("int16", self.zero), self.dtype, lanes)
+            value = T.bind(avx2.narrowed(scaled, T.Cast("int16", self.zero), self.dtype, lanes))
             return clamp(value, *self.bounds, lanes) if self.bounds else value
         return cast(self.dtype, round_word(clamp(scaled, self.low, self.high, lanes), lanes), lanes) + splat(self.zero, lanes)
 

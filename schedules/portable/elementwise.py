@@ -179,7 +179,8 @@ def requantize(op: OpCall, target: Target, row: str) -> Kernel:
 
     def emit(k: Emitter) -> None:
         source, multiplier = (v.broadcast(op.output.shape) for v in k.operands())
-        zero, end = k.i32(op.attrs["x_zero_point"] + offset_of(source.dtype)), Requantize.of(k, op.attrs)
+        largest = 2.0 * magnitude(canonical(source.dtype)) * np.abs(np.asarray(op.operands[1], np.float64)).max()
+        zero, end = k.i32(op.attrs["x_zero_point"] + offset_of(source.dtype)), Requantize.of(k, op.attrs, float(largest))
         elementwise(k, [source, multiplier], view(k.output, op.output), lambda x, n: end(centered(x[0], zero, n), x[1], n))
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))

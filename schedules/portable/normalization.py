@@ -12,11 +12,13 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
 from qcompiler.numerics.constants import MAX_NORMALIZED, NORM_BITS, NORM_LIMIT, SOFTMAX, Exponential
+from qcompiler.schedules import avx2
 from qcompiler.schedules.builder import (
     Emitter,
     Requantize,
     accumulator,
     cast,
+    clamp,
     float_of_int64,
     load,
     loops,
@@ -24,6 +26,7 @@ from qcompiler.schedules.builder import (
     offset_of,
     quotient,
     root,
+    rounded,
     share,
     splat,
     store,
@@ -97,7 +100,9 @@ class Normalization:
         op = k.op
         self.k, self.layer, self.channels = k, op.name == "qc.layer_norm", op.output.shape[-1]
         self.source, self.gain, self.shift = k.operands()
-        self.out, self.end = view(k.output, op.output), Requantize.of(k, op.attrs)
+        self.out, self.end = view(k.output, op.output), Requantize.of(k, op.attrs, 2.0 * NORM_LIMIT * 2.0**-NORM_BITS)
+        # |d| * r is at most sqrt(N); a product far below the limit needs no clip
+        self.clipped = 1.01 * math.sqrt(self.channels) * np.abs(np.asarray(op.operands[1], np.float64)).max() >= NORM_LIMIT
         self.epsilon, self.unit = k.f32(op.attrs["epsilon"]), k.f32(2.0**-NORM_BITS)
         self.zero = None if self.layer else k.i32(op.attrs["x_zero_point"] + offset_of(self.source.dtype))
         self.squared = "int64" if self.source.dtype == "int16" else "int32"  # 2^15 squares of bytes fit int32
@@ -105,6 +110,51 @@ class Normalization:
     def number(self, index: list[Any], c: Any, lanes: int) -> Any:
         value = cast("int32", load(self.source.buffer, self.source.at([*index, c]), lanes), lanes)
         return T.bind(value if self.zero is None else value - splat(self.zero, lanes))
+
+    def sums(self, index: list[Any]) -> tuple[Any, Any]:
+        """Of the numbers (where they count) and of their squares."""
+        if self.k.avx2:
+            return self.sums_of_pairs(index)
+        lanes = min(self.k.width // 4, 1 << (self.channels.bit_length() - 1))
+        total, squares = Fold(lanes, "int32", 0), Fold(lanes, self.squared, 0)
+
+        def count(c: Any, n: int) -> None:
+            x = self.number(index, c, n)
+            if self.layer:
+                total.add(x, n)
+            squares.add(cast(self.squared, x * x, n), n)
+
+        runs(self.channels, lanes, count)
+        return total.result(), squares.result()
+
+    def sums_of_pairs(self, index: list[Any]) -> tuple[Any, Any]:
+        """The same by VPMADDWD: two squares of int16 are at most 2^31, as uint32."""
+        words = self.k.width // 4
+        long, halves = self.squared == "int64", words // 2
+        total, squares = Fold(words, "int32", 0), Fold(halves if long else words, self.squared, 0)
+
+        def count(c: Any, n: int) -> None:
+            if n == 1:
+                x = self.number(index, c, 1)
+                total.add(x, 1)
+                squares.add(cast(self.squared, x * x, 1), 1)
+                return
+            x = T.bind(cast("int16", load(self.source.buffer, self.source.at([*index, c]), n), n))
+            x = x if self.zero is None else T.bind(x - splat(T.Cast("int16", self.zero), n))
+            if self.layer:
+                total.add(avx2.multiply_pairs(x, splat(T.int16(1), n), words), words)
+            product = avx2.multiply_pairs(x, x, words)
+            if not long:
+                squares.add(product, words)
+                return
+            two = T.bind(T.reinterpret(f"uint64x{halves}", product))
+            squares.add(
+                T.reinterpret(f"int64x{halves}", T.bitwise_and(two, splat(T.uint64(2**32 - 1), halves)) + T.shift_right(two, splat(T.uint64(32), halves))),
+                halves,
+            )
+
+        runs(self.channels, 2 * words, count)
+        return total.result(), squares.result()
 
     def inverse(self, total: Any, squares: Any) -> Any:
         """r, from the sum of numbers and of their squares."""
@@ -116,7 +166,8 @@ class Normalization:
         x = self.number(index, c, lanes)
         d = x * splat(T.int32(self.channels), lanes) - splat(total, lanes) if self.layer else x
         scaled = cast("float32", d, lanes) * splat(r, lanes) * load(self.gain.buffer, c, lanes)
-        u = to_int(self.k, scaled, -NORM_LIMIT, NORM_LIMIT, lanes) + load(self.shift.buffer, c, lanes)
+        scaled = clamp(scaled, *(tirx.const(float(b), "float32") for b in (-NORM_LIMIT, NORM_LIMIT)), lanes) if self.clipped else scaled
+        u = rounded(self.k, scaled, lanes) + load(self.shift.buffer, c, lanes)
         store(self.out.buffer, self.out.at([*index, c]), self.end(u, splat(self.unit, lanes), lanes), lanes)
 
 
@@ -125,21 +176,11 @@ def normalize(op: OpCall, target: Target, row: str) -> Kernel:
 
     def emit(k: Emitter) -> None:
         norm = Normalization(k)
-        lanes = min(k.width // 4, 1 << (norm.channels.bit_length() - 1))
 
         def body(index: list[Any]) -> None:
-            total, squares = Fold(lanes, "int32", 0), Fold(lanes, norm.squared, 0)
-
-            def count(c: Any, n: int) -> None:
-                x = norm.number(index, c, n)
-                if norm.layer:
-                    total.add(x, n)
-                squares.add(cast(norm.squared, x * x, n), n)
-
-            runs(norm.channels, lanes, count)
-            s = total.result()
-            r = norm.inverse(s, squares.result())
-            vectors(norm.channels, lanes, lambda c, n: norm.write(index, c, s, r, n))
+            s, squares = norm.sums(index)
+            r = norm.inverse(s, squares)
+            vectors(norm.channels, k.width, lambda c, n: norm.write(index, c, s, r, n))
 
         rows_of(k, op.output.shape, body)
 

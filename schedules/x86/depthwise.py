@@ -28,13 +28,13 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
 from qcompiler.numerics.spec import RESIDUAL_LIMIT
+from qcompiler.schedules.avx2 import multiply_pairs
 from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
 from qcompiler.schedules.isa import call, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
-from qcompiler.schedules.x86.isa import multiply_add
 
 MAX_STEP = 450  # vector instructions of one tile that the heuristic allows, and those that `build` does: LLVM takes about 1 ms for each
 LARGEST_STEP = 1500
@@ -70,7 +70,7 @@ class ByteIsa:
         lanes = width // 4
         if self.taps == 4:
             return call(f"int32x{lanes}", f"llvm.x86.avx512.vpdpbusd.{8 * width}", acc, x, w)
-        return acc + multiply_add(x, w, lanes)
+        return acc + multiply_pairs(x, w, lanes)
 
 
 def unpack(a: Any, b: Any, width: int, size: int, half: int) -> Any:

@@ -19,14 +19,10 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.schedules.avx2 import multiply_pairs, rounded
 from qcompiler.schedules.isa import Isa, call, load, save, scalar, shuffle
 
-__all__ = ["AVX2", "AVX2FMA", "AVX512", "AVX512FMA", "AVX512VNNI", "AVXVNNI", "X86", "call", "load", "multiply_add", "save", "scalar", "shuffle"]
-
-
-def multiply_add(a: Any, b: Any, lanes: int) -> Any:
-    """VPMADDWD: int32 lanes, each the exact sum of two products of int16."""
-    return call(f"int32x{lanes}", {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[lanes], a, b)
+__all__ = ["AVX2", "AVX2FMA", "AVX512", "AVX512FMA", "AVX512VNNI", "AVXVNNI", "X86", "call", "load", "save", "scalar", "shuffle"]
 
 
 @dataclass(frozen=True)
@@ -114,13 +110,10 @@ class X86(Isa):
         unsigned, signed = (x[0], w[0]) if self.kind == "pairs" else (w[0], T.bitwise_xor(x[0], w[1]))
         name = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}[self.lanes]
         sums = call(f"int16x{2 * self.lanes}", name, unsigned, signed)
-        return acc + multiply_add(sums, scalar(1, "int16", 2 * self.lanes), self.lanes)
+        return acc + multiply_pairs(sums, scalar(1, "int16", 2 * self.lanes), self.lanes)
 
     def to_int(self, value: Any) -> Any:
-        if self.lanes == 16:
-            current = tirx.const(4, "int32")  # rounding mode of MXCSR: to nearest even
-            return call("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", value, scalar(0, "int32", 16), tirx.const(-1, "int16"), current)
-        return call("int32x8", "llvm.x86.avx.cvt.ps2dq.256", value)
+        return rounded(value, self.lanes)
 
     def pack(self, slots: Sequence[Any], offset: Any, signed: bool) -> Any:
         """As `Isa`. Each of the three saturating steps keeps the sign of an excess, so together they equal one exact saturation."""
