@@ -20,7 +20,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
 from qcompiler.numerics.constants import ATTENTION, THRESHOLDS, thresholds
-from qcompiler.schedules.builder import Emitter, Requantize, accumulator, loops, make_kernel, share, splat, task_count, view, when
+from qcompiler.schedules.builder import Emitter, Requantize, accumulator, aligned_frame, loops, make_kernel, share, splat, task_count, view, when
 from qcompiler.schedules.isa import call, load, save, scalar, shuffle
 from qcompiler.schedules.portable.attention import MACS_PER_TASK, UNCOUNTED, Operands, Shape, arrays_of, check_attention, plain_masks
 from qcompiler.schedules.portable.base import PortableRow
@@ -352,6 +352,7 @@ def attention(op: OpCall, target: Target, row: str) -> Kernel:
     tasks = task_count(s.macs, units, MACS_PER_TASK)
 
     def emit(k: Emitter) -> None:
+        k.task = aligned_frame(k.task, LANES, k.i32(0), k.i32(0))
         heads = _Heads(k, Operands(k, k.arrays[:-1]), t)
         with loops(share(k, units)) as (unit,):
             batch, group, part = unravel(unit, (s.batch, s.kv_heads, t.parts))
