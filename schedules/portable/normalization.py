@@ -18,7 +18,6 @@ from qcompiler.schedules.builder import (
     Requantize,
     accumulator,
     cast,
-    clamp,
     float_of_int64,
     load,
     loops,
@@ -166,8 +165,8 @@ class Normalization:
         x = self.number(index, c, lanes)
         d = x * splat(T.int32(self.channels), lanes) - splat(total, lanes) if self.layer else x
         scaled = cast("float32", d, lanes) * splat(r, lanes) * load(self.gain.buffer, c, lanes)
-        scaled = clamp(scaled, *(tirx.const(float(b), "float32") for b in (-NORM_LIMIT, NORM_LIMIT)), lanes) if self.clipped else scaled
-        u = rounded(self.k, scaled, lanes) + load(self.shift.buffer, c, lanes)
+        u = to_int(self.k, scaled, -NORM_LIMIT, NORM_LIMIT, lanes) if self.clipped else rounded(self.k, scaled, lanes)
+        u = u + load(self.shift.buffer, c, lanes)
         store(self.out.buffer, self.out.at([*index, c]), self.end(u, splat(self.unit, lanes), lanes), lanes)
 
 
