@@ -17,7 +17,7 @@ from qcompiler.pipeline.compile import compile_stages, quantize
 from qcompiler.pipeline.stages import Compilation, QuantizedNetwork
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
-from qcompiler.plan.ranges import PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
+from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
 from qcompiler.plan.sensitivity import Walk
 from qcompiler.runtime.session import Session
 from qcompiler.verification.interpreter import run
@@ -95,6 +95,11 @@ def test_values_far_from_the_outputs_can_be_left_out(network: QuantizedNetwork, 
     assert 0 < behind["relu5"] < 1
     assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1, part=behind["relu5"])) == {"relu5"}
     assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1)) == {"image", "relu5"}
+    reports: list[tuple[str, int, int | None]] = []
+    enough = (1 + behind["relu5"]) / LEAST_COUNTED
+    for work, judged in ((enough, {"image", "relu5"}), (enough * 0.99, {"relu5"}), (0.0, set())):
+        assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1, 1.0, work, lambda *a: reports.append(a))) == judged
+    assert reports == [("judge ranges", 1, 2), ("judge ranges", 2, 2), ("judge ranges", 1, 1)], "a step for each range that is tried"
 
 
 def test_a_walk_leaves_everything_as_it_was(network: QuantizedNetwork, tmp_path: Path) -> None:

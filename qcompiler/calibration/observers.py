@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qcompiler.calibration.histogram import BINS, Histogram
+from qcompiler.numerics.metrics import masked
 from qcompiler.numerics.spec import QParams
 
 Range = tuple[float, float]
@@ -26,6 +27,18 @@ def squared_error(histogram: Histogram, params: QParams) -> float:
 def relative_error(histogram: Histogram, params: QParams) -> float:
     """The mean over samples of (sum of squared errors) / (sum of squares): what a plan minimises; -10 log10 of it is an SQNR in dB."""
     return float(histogram.relative @ _bin_errors(histogram, params)) / max(histogram.powered, 1)
+
+
+def sqnr_db(histogram: Histogram, params: QParams) -> float:
+    """What a range leaves, in dB: -10 log10 of `relative_error`, of the values that can matter (see `metrics.masked`); inf for no error."""
+    error = relative_error(histogram, params)
+    middle = (histogram.edges[1:] + histogram.edges[:-1]) / 2
+    used = np.flatnonzero(histogram.relative)
+    if (out := masked(middle[used])) is not None:
+        kept = used[~out]
+        weight = histogram.relative[kept]
+        error = float(weight @ _bin_errors(histogram, params)[kept]) / float(weight @ np.square(middle[kept]))
+    return -10 * math.log10(error) if error > 0 else math.inf
 
 
 def _bin_errors(histogram: Histogram, params: QParams) -> np.ndarray:

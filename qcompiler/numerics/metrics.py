@@ -2,12 +2,17 @@
 
 The measures are those of gemmlowp's tests (maximum, median and mean signed error: the last shows a bias that the others hide) plus the
 signal-to-quantization-noise ratio and the cosine, which quantization papers quote.
+
+Two kinds of numbers would make a ratio of sums say nothing. Values that only mask others (scores that an attention mask moved to -1e4 or to the least float)
+have all the power and no part in what follows: `masked` leaves them out. An output that holds several quantities (boxes in hundreds of pixels
+beside scores below 1) is as good as the worse one: `Parts` tells them apart.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,11 +21,95 @@ _BINS = 1 << (31 - _SHIFT)
 _Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
+_MASK = -1e3  # a softmax makes nothing of what lies so far below the rest
+_APART = 64  # times the magnitude of all that is no mask
+_HUGE = 2.0**100  # no network computes with such numbers
+_GAP = 100.0  # of mean squares, between quantities of one tensor: ten times in magnitude
+_SLICES = 4096  # more of them are positions, not quantities
+_LEAST = 16  # elements that tell a slice's magnitude
+
+
+def masked(reference: np.ndarray) -> np.ndarray | None:
+    """bool, of `reference`'s shape: the elements that only mask others, which are below -1000 and 64 times further from zero than all others, or beyond 2^100
+    either way. None where there are none, or nothing else."""
+    if reference.size == 0 or not (reference.min() <= _MASK or reference.max() >= _HUGE):
+        return None
+    magnitude, low = np.abs(reference), reference <= _MASK
+    found = magnitude >= _HUGE
+    rest = ~(found | low)
+    if rest.any() and magnitude[low].min(initial=math.inf) > _APART * magnitude[rest].max():
+        found = found | low
+    return found if found.any() and not found.all() else None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The quantities that a tensor holds, as sets of slices along an axis. members: indices of each part's slices, in order of its first; one part: no axis."""
+
+    axis: int = 0
+    members: tuple[tuple[int, ...], ...] = ((),)
+
+    @staticmethod
+    def of(reference: np.ndarray) -> Parts:
+        """Slices along the second or the last axis, of three or more, where their mean squares leave a gap of a factor of 100."""
+        return Parts.by_power({axis: slice_sums(np.square(reference.astype(np.float64)), axis) for axis in _axes(reference.shape)})
+
+    @staticmethod
+    def by_power(power: Mapping[int, np.ndarray]) -> Parts:
+        """power: axis -> float64[slices], sums of squares."""
+        best, chosen = _GAP, Parts()
+        for axis, sums in power.items():
+            order = np.argsort(sums, kind="stable")
+            order = order[sums[order] > 0]  # what is always zero says nothing
+            jumps = sums[order[1:]] / sums[order[:-1]]
+            if len(jumps) and jumps.max() > best:
+                best = float(jumps.max())
+                groups = np.split(order, np.flatnonzero(jumps > _GAP) + 1)
+                chosen = Parts(axis, tuple(sorted(tuple(sorted(g.tolist())) for g in groups)))
+        return chosen
+
+    def sums(self, squares: np.ndarray) -> np.ndarray:
+        """float64[parts] of an array of the tensor's shape."""
+        return np.array([squares.sum()]) if len(self.members) == 1 else self.of_slices(slice_sums(squares, self.axis))
+
+    def of_slices(self, sums: np.ndarray) -> np.ndarray:
+        """float64[parts] of sums by slice."""
+        return np.array([sums[list(m)].sum() for m in self.members])
+
+    def names(self) -> list[str]:
+        """Each part for people: "0-3 of axis 1"."""
+        return [f"{_spans(m)} of axis {self.axis}" for m in self.members]
+
+
+def slice_sums(array: np.ndarray, axis: int) -> np.ndarray:
+    """float64[size of `axis`]: sums over the other axes."""
+    result: np.ndarray = array.sum(axis=tuple(a for a in range(array.ndim) if a != axis), dtype=np.float64)
+    return result
+
+
+def _axes(shape: Sequence[int]) -> list[int]:
+    """Along which slices may be quantities of their own."""
+    every = math.prod(shape)
+    return [a for a in sorted({1, len(shape) - 1}) if len(shape) > 2 and 1 < shape[a] <= _SLICES and every >= _LEAST * shape[a]]
+
+
+def _spans(indices: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for i in indices:
+        if spans and spans[-1][1] == i - 1:
+            spans[-1][1] = i
+        else:
+            spans.append([i, i])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in spans[:4]]
+    return ", ".join([*shown, *(["..."] if len(spans) > 4 else [])])
+
+
 @dataclass(frozen=True)
 class Metrics:
     """One tensor against its reference. Errors are `actual - reference`, in the tensor's own real unit.
 
-    sqnr_db: 10 log10(sum reference^2 / sum error^2); inf for equal tensors, -inf for noise on a zero reference, NaN when either holds NaN.
+    sqnr_db: 10 log10(sum reference^2 / sum error^2) without `masked` elements; inf for equal tensors, -inf for noise on a zero reference, NaN when either
+    holds NaN. parts: the same for each of several quantities by name, where the tensor holds such.
     max_error, median_error: of |error|; the median is exact to 1/64 of its value. mean_error: signed. cosine: of the angle between the two.
     channel_bias: the largest mean signed error of one channel (last axis) in quantization steps, and that channel; None for float tensors.
     """
@@ -33,6 +122,12 @@ class Metrics:
     cosine: float
     channel_bias: float | None = None
     channel: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst_db(self) -> float:
+        """The least SQNR of its quantities; NaN where one is."""
+        return float(np.min([self.sqnr_db, *self.parts.values()]))
 
 
 class Accumulator:
@@ -46,6 +141,7 @@ class Accumulator:
         self._maximum = 0.0
         self._histogram = np.zeros(_BINS, np.int64)
         self._channels: np.ndarray | None = None
+        self._slices: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # axis -> sums of squares of reference and error
 
     def add(self, actual: np.ndarray, reference: np.ndarray) -> None:
         """Both are float arrays of one shape."""
@@ -53,17 +149,23 @@ class Accumulator:
         a, r = actual.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
         error = a - r
         self._elements += a.size
+        everything = error
+        if (out := masked(r)) is not None:
+            a, r, error = (np.where(out, 0.0, x) for x in (a, r, error))
         self._reference2 += float(r @ r)
         self._actual2 += float(a @ a)
         self._product += float(a @ r)
         self._error2 += float(error @ error)
-        self._signed += float(error.sum())
+        self._signed += float(everything.sum())
+        for axis in _axes(actual.shape):
+            sums = (slice_sums(np.square(x).reshape(actual.shape), axis) for x in (r, error))
+            self._slices[axis] = tuple(x + y for x, y in zip(self._slices.get(axis, (0.0, 0.0)), sums, strict=True))  # type: ignore[assignment]
         # The bit pattern of a non-negative float32 grows with its value, so its high bits are a histogram bin with 64 bins per octave.
-        magnitude = np.abs(error).astype(np.float32)
+        magnitude = np.abs(everything).astype(np.float32)
         self._maximum = float(np.maximum(self._maximum, magnitude.max(initial=0.0)))  # np.maximum keeps NaN
         self._histogram += np.bincount(magnitude.view(np.uint32) >> _SHIFT, minlength=_BINS)
         if self._step is not None and actual.ndim:
-            sums = error.reshape(-1, actual.shape[-1]).sum(0)
+            sums = everything.reshape(-1, actual.shape[-1]).sum(0)
             self._channels = sums if self._channels is None else self._channels + sums
 
     def metrics(self) -> Metrics:
@@ -82,7 +184,15 @@ class Accumulator:
             self._cosine(),
             bias,
             channel,
+            self._parts(),
         )
+
+    def _parts(self) -> dict[str, float]:
+        parts = Parts.by_power({axis: power for axis, (power, _) in self._slices.items()})
+        if len(parts.members) == 1:
+            return {}
+        power, noise = (parts.of_slices(sums) for sums in self._slices[parts.axis])
+        return {name: _decibel(*pair) for name, *pair in zip(parts.names(), power.tolist(), noise.tolist(), strict=True)}
 
     def _median(self) -> float:
         index = int(np.searchsorted(np.cumsum(self._histogram), (self._elements + 1) // 2))

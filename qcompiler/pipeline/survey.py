@@ -12,6 +12,7 @@ import tvm
 
 from qcompiler.backend.build import Built
 from qcompiler.backend.lowering import Program
+from qcompiler.numerics.metrics import Parts
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.kinds import KINDS
 from qcompiler.pipeline.goal import decibel
@@ -54,8 +55,10 @@ class Survey:
         params = {v: p for v in self._placement.stored if (p := self._quantized.plan.params(v)) is not None}
         rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
         power = noise = np.zeros(1)
+        parts: list[Parts] = []
         for sample in samples:
-            walk = Walk(twin, sample, rounded)
+            walk = Walk(twin, sample, rounded, parts)
+            parts = walk.parts
             power, noise = power + walk.power, noise + walk.errors_of_plan(params)
         return float(np.divide(noise, power, out=np.zeros_like(power), where=power > 0).max())
 

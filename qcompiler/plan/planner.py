@@ -25,7 +25,7 @@ import tvm
 from qcompiler.base.errors import PlanError, closest
 from qcompiler.base.targets import Target
 from qcompiler.calibration.histogram import Histogram
-from qcompiler.calibration.observers import OBSERVERS, relative_error
+from qcompiler.calibration.observers import OBSERVERS, relative_error, sqnr_db
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
@@ -101,7 +101,7 @@ def choose_params(histogram: Histogram, proposed: Mapping[str, QParams]) -> tupl
         if best is None or error < best[0] * (1 - _MIN_GAIN):
             best = (error, params, name)
     assert best is not None
-    return best[1], best[2], _decibel(histogram, best[1])
+    return best[1], best[2], sqnr_db(histogram, best[1])
 
 
 def propose(histogram: Histogram, observers: Iterable[str]) -> dict[str, QParams]:
@@ -112,11 +112,6 @@ def propose(histogram: Histogram, observers: Iterable[str]) -> dict[str, QParams
 def _differ(a: QParams, b: QParams) -> bool:
     """By so much that it may matter?"""
     return abs(a.scale - b.scale) > 0.03 * b.scale or abs(a.zero_point - b.zero_point) > 1
-
-
-def _decibel(histogram: Histogram, params: QParams) -> float:
-    error = relative_error(histogram, params)
-    return -10 * math.log10(error) if error > 0 else math.inf
 
 
 def _clipping(histogram: Histogram, params: QParams) -> str:
@@ -281,7 +276,7 @@ class _Planner:
         if stated:
             for value in {v for v in members if self.trained.values.get(v, stated[0]) != stated[0]}:
                 self.plan.notes.append(f"value '{value}' takes the parameters of '{leader}', not those in the model file: its operator keeps quantization")
-            return Fixed(stated[0], _decibel(self.histogram(members), stated[0]) if self.table.values else None, "stated in the model file")
+            return Fixed(stated[0], sqnr_db(self.histogram(members), stated[0]) if self.table.values else None, "stated in the model file")
         if not self.table.values:
             self.missing.append(leader)
             return Float("no range")
@@ -295,7 +290,7 @@ class _Planner:
         fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:
             params, reason = _FIXED[name]
-            return Fixed(params, _decibel(histogram, params), reason)
+            return Fixed(params, sqnr_db(histogram, params), reason)
         if max(-histogram.low, histogram.high) < _TINY:
             self.plan.notes.append(f"value '{leader}' was always zero in the calibration data; it is stored with scale 1 and zero point 0")
             return Quantized(QParams(1.0, 0), "none", math.inf, "always zero in the calibration data")
@@ -311,7 +306,7 @@ class _Planner:
                 competing[name] = self.with_padding(other, members)[0]
         self.plan.proposals[leader] = Proposals(competing, tuple(roots), histogram.low, histogram.high, bound)
         if (judged := self.ranges.get(leader)) is not None:
-            params, observer, sqnr, why = judged.params, judged.observer, _decibel(histogram, judged.params), judged.reason
+            params, observer, sqnr, why = judged.params, judged.observer, sqnr_db(histogram, judged.params), judged.reason
         why += f" on [{histogram.low:.4g}, {histogram.high:.4g}]" + (f" of {len(others)} values together" if others else "")
         return Quantized(params, observer, sqnr, why + padded + _clipping(histogram, params))
 

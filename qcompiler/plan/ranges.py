@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from qcompiler.base.progress import Progress, silent
+from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.plan.quant_plan import Judged, Proposals
 from qcompiler.plan.sensitivity import Walk, values_of
@@ -30,6 +31,7 @@ from qcompiler.runtime.session import Session
 
 REACH = 2.0
 PREMIUM = 0.02
+LEAST_COUNTED = 64
 _NEAR = 0.02
 
 
@@ -67,33 +69,51 @@ def output_noise(
     count: int,
     each: int,
     part: float = 1.0,
+    work: float = math.inf,
     progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
     each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
-    network's multiplications lies are left out, like those that `twin` does not compute."""
+    network's multiplications lies are left out, like those that `twin` does not compute. work: so many times the multiplications of calibration (of
+    `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides.
+    """
     behind = work_behind(twin)
     judged = {name: p for name, p in proposals.items() if p.members and all(behind.get(m, math.inf) <= part for m in p.members)}
     standing = {member: ends.weights(member, count, each, each) for p in judged.values() for member in p.members}
+    judged = _affordable(judged, {m: len(w) * behind[m] for m, w in standing.items()}, work * max(count, LEAST_COUNTED))
+    standing = {member: standing[member] for p in judged.values() for member in p.members}
+    variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
     leader = {member: name for name, p in judged.items() for member in p.members}
     noise: dict[str, np.ndarray] = {}  # by member, [proposals, outputs]
     power: dict[str, np.ndarray] = {}
+    parts: list[Parts] = []
     for index, sample in enumerate(samples):
         wanted = {member: weights[index] for member, weights in standing.items() if index in weights}
         if wanted:
-            walk = Walk(twin, sample)
+            walk = Walk(twin, sample, parts=parts)
+            parts = walk.parts
             for new, _ in walk.advance():
                 for member in wanted.keys() & set(new):
                     errors = np.stack([walk.errors_with_value(member, p) for p in proposals[leader[member]].params.values()])
+                    done += len(errors)
+                    progress("judge ranges", done, variants)
                     noise[member] = noise.get(member, np.zeros_like(errors)) + wanted[member] * errors
                     power[member] = power.get(member, np.zeros_like(walk.power)) + wanted[member] * walk.power
-        progress("judge ranges", index + 1, count)
     found = {}
     for name, p in judged.items():
         if all(m in noise for m in p.members):
             total = sum((noise[m] / np.maximum(power[m], np.finfo(np.float64).tiny)).mean(axis=1) for m in p.members)
             found[name] = dict(zip(p.params, np.asarray(total).tolist(), strict=True))
     return found
+
+
+def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most: float) -> dict[str, Proposals]:
+    """Those of `judged` that `most` runs of the network pay for, nearest to the outputs first, in their own order. runs: member -> of a single range of it."""
+    cost = {name: len(p.params) * sum(runs[m] for m in p.members) for name, p in judged.items()}
+    order = sorted(judged, key=lambda name: max(runs[m] for m in judged[name].members))
+    total = np.cumsum([cost[name] for name in order])
+    kept = {name for name, spent in zip(order, total.tolist(), strict=True) if spent <= most}
+    return {name: p for name, p in judged.items() if name in kept}
 
 
 def work_behind(twin: Session) -> dict[str, float]:

@@ -32,13 +32,14 @@ PRESETS = {"fast": frozenset({"streams", "analytic-bias"}), "default": _DEFAULT,
 @dataclass(frozen=True)
 class Recipe:
     """samples: how many calibration samples correction and rounding look at. positions: of each sample's outputs, how many decide a rounding.
-    judges: of `ranges.output_noise`, half the samples that judge a value's ranges, and the part of the network in which values are judged."""
+    judges: of `ranges.output_noise`, half the samples that judge a value's ranges, the part of the network in which values are judged, and the work
+    that this may take, in calibrations."""
 
     preset: str
     steps: frozenset[str]
     samples: int
     positions: int
-    judges: tuple[int, float]
+    judges: tuple[int, float, float]
 
     @property
     def observers(self) -> tuple[str, ...]:
@@ -74,7 +75,7 @@ class Recipe:
 
 _SAMPLES = {"fast": 32, "default": 32, "accurate": 64}
 _POSITIONS = {"fast": 128, "default": 256, "accurate": 512}
-_JUDGES = {"fast": (4, 0.5), "default": (8, 0.5), "accurate": (16, 1.0)}
+_JUDGES = {"fast": (4, 0.5, 8.0), "default": (8, 0.5, 16.0), "accurate": (16, 1.0, 64.0)}
 
 
 def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable: Iterable[str] = ()) -> Recipe:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import tvm
 
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.value_ids import Naming
+from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, make_op
 from qcompiler.runtime.session import Session
@@ -57,8 +58,10 @@ def measure_sensitivity(
     written = [v for s in plain.manifest["steps"] for v in values_of(s)]
     variants = len(set(layers).intersection(written)) + len(params.keys() & {*written, *(i.name for i in plain.inputs)})
     done = count = 0
+    parts: list[Parts] = []
     for sample in samples:
-        walk = Walk(plain, sample, rounded)
+        walk = Walk(plain, sample, rounded, parts)
+        parts = walk.parts
         power = power + walk.power
         for noise, name, errors in _variants(walk, weights, values, layers, params):
             noise[name] = noise.get(name, np.zeros(len(errors))) + errors
@@ -94,10 +97,11 @@ def _variants(walk: Walk, weights: _Noise, values: _Noise, layers: Collection[st
 class Walk:
     """One sample on its way through the float network, and back to where it was after each variant. `rounded`: the same library with other constants.
 
-    power: float64[outputs], sums of squares of the float outputs.
+    power: float64[outputs], sums of squares of the float outputs, of which one that holds several quantities counts as several: `parts` of each, found in this
+    sample where they are not given.
     """
 
-    def __init__(self, plain: Session, sample: Mapping[str, np.ndarray], rounded: Session | None = None) -> None:
+    def __init__(self, plain: Session, sample: Mapping[str, np.ndarray], rounded: Session | None = None, parts: Sequence[Parts] = ()) -> None:
         self._context = plain.new_context({name: array.copy() for name, array in sample.items()})
         self._rounded = None if rounded is None else self._context.on(rounded)
         self._steps = plain.manifest["steps"]
@@ -106,7 +110,8 @@ class Walk:
         self._done = 0
         with self._restored():
             self._reference = self._finished(0)
-        self.power = np.array([np.square(r).sum() for r in self._reference])
+        self.parts = list(parts) or [Parts.of(r) for r in self._reference]
+        self.power = self._sums(self._reference)
 
     def advance(self) -> Iterator[tuple[list[str], list[str]]]:
         """(the values that are new, those that the next step will compute), first of all the inputs, then step by step."""
@@ -153,7 +158,10 @@ class Walk:
         return [outputs[name].astype(np.float64) for name in self._floats]
 
     def _errors(self, step: int) -> np.ndarray:
-        return np.array([np.square(a - r).sum() for a, r in zip(self._finished(step), self._reference, strict=True)])
+        return self._sums([a - r for a, r in zip(self._finished(step), self._reference, strict=True)])
+
+    def _sums(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([p.sums(np.square(a)) for p, a in zip(self.parts, arrays, strict=True)] or [np.zeros(0)])
 
     @contextlib.contextmanager
     def _restored(self) -> Iterator[None]:

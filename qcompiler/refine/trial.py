@@ -16,6 +16,7 @@ import tvm
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
+from qcompiler.numerics.metrics import Parts
 from qcompiler.passes.replace_operands import BIAS, WEIGHT
 from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 from qcompiler.refine.means import FloatMeans
@@ -177,14 +178,16 @@ class Trial:
 
 
 def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> float:
-    """Mean over the network's float outputs of 10 log10(sum reference^2 / sum error^2), in dB."""
-    power: dict[str, float] = {}
-    noise: dict[str, float] = {}
+    """Mean over the network's float outputs, and the quantities in each, of 10 log10(sum reference^2 / sum error^2), in dB."""
+    parts = {name: Parts.of(wanted) for name, wanted in (outputs[0] if outputs else {}).items() if wanted.dtype == np.float32}
+    power = {name: np.zeros(len(p.members)) for name, p in parts.items()}
+    noise = {name: np.zeros(len(p.members)) for name, p in parts.items()}
     for context, wanted in zip(contexts, outputs, strict=False):
-        for name, actual in context.outputs().items():
-            if wanted[name].dtype == np.float32:
-                reference = wanted[name].astype(np.float64)
-                power[name] = power.get(name, 0.0) + float(np.square(reference).sum())
-                noise[name] = noise.get(name, 0.0) + float(np.square(actual - reference).sum())
+        actual = context.outputs()
+        for name, p in parts.items():
+            reference = wanted[name].astype(np.float64)
+            power[name] += p.sums(np.square(reference))
+            noise[name] += p.sums(np.square(actual[name] - reference))
     tiny = np.finfo(np.float64).tiny
-    return float(np.mean([10 * (math.log10(max(power[k], tiny)) - math.log10(max(noise[k], tiny))) for k in power])) if power else 0.0
+    pairs = [pair for name in parts for pair in zip(power[name].tolist(), noise[name].tolist(), strict=True)]
+    return float(np.mean([10 * (math.log10(max(s, tiny)) - math.log10(max(n, tiny))) for s, n in pairs])) if pairs else 0.0

@@ -123,7 +123,7 @@ def _facts(e: Evidence) -> str:
         tile("float-accuracy", percent(p.float_accuracy), "top-1 accuracy, float", f"95 %: {_interval(p.float_accuracy, e.rows)}")
     if p.agreement is not None:
         tile("agreement", percent(p.agreement), "top-1 agreement with float", f"95 %: {_interval(p.agreement, e.rows)}")
-    tile("sqnr", f"{number(min(r.metrics.sqnr_db for r in p.outputs))} dB", "SQNR of the output" + ("s, the least" if len(p.outputs) > 1 else ""))
+    tile("sqnr", f"{number(min(r.metrics.worst_db for r in p.outputs))} dB", "SQNR of the output" + ("s, the least" if len(p.outputs) > 1 else ""))
     times = {t.name: t.minimum for t in e.totals}
     threads = f"{e.threads} thread{'s' if e.threads > 1 else ''}"
     both = f"{milliseconds(times['int8'])} against {milliseconds(times['float'])} ms, {threads}"
@@ -149,6 +149,7 @@ def _outputs(e: Evidence) -> str:
     for r in e.parity.outputs:
         interval = "" if r.agreement is None else _interval(r.agreement, e.rows)
         rows.append([f"<code>{_e(r.name)}</code>", _e(r.dtype), *_metrics(r), percent(r.agreement), interval])
+        rows += [[f"<code>{_e(r.name)}</code>, {_e(name)}", "", number(db), *[""] * 6] for name, db in r.metrics.parts.items()]
     columns = ("output", "dtype", *_METRICS, "top-1 agreement|", "95 % interval|")
     note = (
         "SQNR is 10 log10 of signal power over error power. Errors are int8 minus float, in the output's own unit; the median and the maximum are of "

@@ -154,6 +154,10 @@ def _parity_rows(rows: Sequence[Compared]) -> list[list[str]]:
 def parity_text(report: ParityReport, layers: int = 10) -> str:
     """The outputs, the `layers` worst layers (negative: all, in order), accuracy and the verdict."""
     parts = [table(f"Outputs, {report.samples} samples", _PARITY_COLUMNS, _parity_rows(report.outputs))]
+    for out in report.outputs:
+        if out.metrics.parts:
+            shares = "; ".join(f"{db:.2f} dB in {name}" for name, db in out.metrics.parts.items())
+            parts.append(f"output '{out.name}' holds several quantities: {shares}")
     if report.layers and layers:
         shown = report.layers if layers < 0 else report.worst_layers(layers)
         title = f"Layers, {report.layer_samples} samples" + ("" if layers < 0 else f": the worst {len(shown)} of {len(report.layers)}")
@@ -327,8 +331,9 @@ def _checks(report: ParityReport) -> list[Check]:
     limits, found = report.thresholds, []
     for out in report.outputs:
         if limits.min_sqnr is not None:
-            sqnr = out.metrics.sqnr_db
-            said = f"output '{out.name}': SQNR {sqnr:.2f} dB is below {limits.min_sqnr:g} dB"
+            sqnr, parts = out.metrics.worst_db, out.metrics.parts
+            which = f" in {min(parts, key=lambda p: parts[p])}" if parts else ""
+            said = f"output '{out.name}': SQNR {sqnr:.2f} dB{which} is below {limits.min_sqnr:g} dB"
             found.append(Check("min_sqnr", sqnr, sqnr >= limits.min_sqnr, said))
         if limits.min_agreement is not None and out.agreement is not None:
             said = f"output '{out.name}': top-1 agreement {out.agreement:.4f} is below {limits.min_agreement:g}"
