@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx_nets import OnnxNet
 
+import qcompiler
 from qcompiler.calibration.suspicion import doubts
 from qcompiler.calibration.table import CalibrationTable, Statistics
 from qcompiler.cli.demo import MODEL
@@ -33,6 +35,46 @@ def test_each_symptom_is_named_and_sound_data_is_not() -> None:
     (steady,) = doubts(table(varied), ["x"], outputs(0.1))
     assert "output 'y' hardly depends on the calibration sample" in steady and "between 8 of them" in steady
     assert doubts(table(varied), ["x"], [{"y": np.zeros(5, np.float32)}] * 3) == [], "an output that is always zero says nothing"
+
+
+def detector(scores_change: float, boxes_change: float = 0.01) -> list[dict[str, np.ndarray]]:
+    """Boxes that lie about where their anchors are, and scores, in one tensor."""
+    rng = np.random.default_rng(0)
+    anchors, likely = rng.uniform(10, 600, (1, 4, 80)), rng.uniform(0.2, 1, (1, 6, 80))
+    steps = [(rng.standard_normal((1, 4, 80)), rng.standard_normal((1, 6, 80))) for _ in range(8)]
+    return [{"found": np.concatenate([anchors * (1 + boxes_change * a), likely * (1 + scores_change * b)], 1).astype(np.float32)} for a, b in steps]
+
+
+def test_boxes_near_their_anchors_are_no_symptom() -> None:
+    assert doubts(table(np.arange(10)), ["x"], detector(0.8)) == []
+    (steady,) = doubts(table(np.arange(10)), ["x"], detector(0.01))
+    assert "output 'found' hardly depends" in steady
+    apart = [{"boxes": o["found"][:, :4], "scores": o["found"][:, 4:]} for o in detector(0.8)]
+    assert doubts(table(np.arange(10)), ["x"], apart) == []
+
+
+@pytest.mark.parametrize("layout", ["nchw", "dense"])
+def test_pixels_for_a_network_that_wants_normalized_inputs(layout: str, tmp_path: Path) -> None:
+    net = OnnxNet()
+    biases = net.const(net.rng.standard_normal(16) * 0.5)
+    if layout == "nchw":
+        x = net.input("x", 1, 3, 16, 16)
+        y = net.op("Conv", net.op("Relu", net.op("Conv", x, net.weight(16, 3, 3, 3), biases)), net.weight(4, 16, 3, 3))
+    else:
+        x = net.input("x", 1, 64)
+        y = net.op("MatMul", net.op("Relu", net.op("Add", net.op("MatMul", x, net.weight(64, 16, spread=0.125)), biases)), net.weight(16, 4))
+    path = net.save(tmp_path / "m.onnx", [y])
+    shape = (1, 3, 16, 16) if layout == "nchw" else (1, 64)
+    pixels = [np.random.default_rng(i).integers(0, 256, shape).astype(np.float32) for i in range(4)]
+
+    def warned(data: list[np.ndarray]) -> list[str]:
+        warnings = qcompiler.compile(path, calibration=[{"x": d} for d in data], preset="fast").manifest["warnings"]
+        return [w for w in warnings if "normalized" in w]
+
+    (said,) = warned(pixels)
+    assert said.startswith("input 'x' lies in [0, 255], like pixels from 0 to 255, but the biases of the first layer")
+    assert warned([(p - 120) / 60 for p in pixels]) == [] == warned([p / 255 for p in pixels])
+    assert warned([p - 128 for p in pixels]) == [], "no pixels"
 
 
 def test_one_sample_of_zeros_compiles_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ class Accumulator:
         self._signed += float(everything.sum())
         for axis in _axes(actual.shape):
             sums = (slice_sums(np.square(x).reshape(actual.shape), axis) for x in (r, error))
-            self._slices[axis] = tuple(x + y for x, y in zip(self._slices.get(axis, (0.0, 0.0)), sums, strict=True))  # type: ignore[assignment]
+            self._slices[axis] = tuple(x + y for x, y in zip(self._slices.get(axis, (0.0, 0.0)), sums, strict=True))
         # The bit pattern of a non-negative float32 grows with its value, so its high bits are a histogram bin with 64 bins per octave.
         magnitude = np.abs(everything).astype(np.float32)
         self._maximum = float(np.maximum(self._maximum, magnitude.max(initial=0.0)))  # np.maximum keeps NaN

@@ -29,6 +29,7 @@ from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import find_groups
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
 from qcompiler.plan.planner import decide, observed_ids
@@ -149,7 +150,7 @@ def calibrate(equalized: Equalized) -> Measured:
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
     table = calibration.calibrate(equalized.twin.session(), job.samples, ids=ids, watchers=[means, ends], progress=job.progress)
     job.dump("calibration", table)
-    warnings = doubts(table, [i.name for i in job.model.inputs], means.outputs)
+    warnings = doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
     if equalized.imported is not None and equalized.imported.failure:
         warnings.append(equalized.imported.failure)
     return Measured(equalized, table, means, ends, warnings)

@@ -285,7 +285,7 @@ class _Planner:
             reach = _WIDE_MARGIN * max(-histogram.low, histogram.high)
             params = QParams.from_range(-reach, reach, dtype="int16") if reach > _TINY else QParams(1.0, 0, "int16")
             return Quantized(
-                params, "min-max", _decibel(histogram, params), f"16 bits for {_WIDE_MARGIN:g} times what was seen: part of a residual stream, or read in float"
+                params, "min-max", sqnr_db(histogram, params), f"16 bits for {_WIDE_MARGIN:g} times what was seen: part of a residual stream, or read in float"
             )
         fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:
