@@ -29,7 +29,7 @@ from tvm import relax
 
 from qcompiler.passes.alone import describe_alone
 from qcompiler.passes.constants import Constant, constant_of, kernel_form
-from qcompiler.passes.graph import Graph, arguments, dtype_of, plain, relax_op, shape_of
+from qcompiler.passes.graph import Graph, arguments, dtype_of, match_op, plain, relax_op, shape_of
 from qcompiler.passes.kinds import KINDS, Kind
 from qcompiler.passes.recognise.miss import NEAR_MISSES
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
@@ -360,8 +360,9 @@ def _is(expr: Any, name: str) -> bool:
 
 
 def _spelled(expr: Any) -> str:
-    op = relax_op(expr)
-    return f"operator '{op.removeprefix('relax.').removeprefix('nn.')}'" if op else "this operator"
+    own, op = match_op(expr), relax_op(expr)
+    name = own[0].removeprefix("qc.") if own else op.removeprefix("relax.").removeprefix("nn.") if op else None
+    return f"operator '{name}'" if name else "this operator"
 
 
 def _convolution(expr: Any) -> tuple[str, dict[str, Any]] | str:
