@@ -12,7 +12,7 @@ Works on the canonical float module, which computes the same; what quantizes mus
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,14 @@ def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset())
             front += maker.inputs
         if maker is not None and maker.residual:
             front.append(maker.residual)
-    return found
+    return found | (_bent(groups, made_by) - stated if found else set())
+
+
+def _bent(groups: Sequence[Group], made_by: Mapping[str, Group]) -> set[str]:
+    """What goes into and comes out of a function between two matrix products (GELU, SiLU): few channels of it reach far, and a copy of it may scale them."""
+    read = {g.inputs[0] for g in groups if g.kind == "dense" and g.reason is None}
+    bent = [g for g in groups if g.kind == "unary" and g.reason is None and g.id in read]
+    return {v for g in bent if (maker := made_by.get(g.inputs[0])) is not None and maker.kind == "dense" and _holds(maker) for v in (g.id, g.inputs[0])}
 
 
 def _holds(maker: Group) -> bool:

@@ -54,7 +54,9 @@ def test_the_copies_change_nothing(tmp_path: Path) -> None:
     for group in groups.values():
         wide_read = streams & set(group.operands)
         assert not wide_read or group.traits.reads_wide or wide_read == {group.residual}, group
-    assert sum(g.kind == "rescale" for g in groups.values()) == 4, "one copy for each projection of three, one for each feed-forward layer"
+    assert sum(g.kind == "rescale" for g in groups.values()) == 6, (
+        "one copy for the projections of a block, one in front of each feed-forward layer, one inside"
+    )
 
 
 def test_a_convolutional_network_has_no_streams(tmp_path: Path) -> None:
