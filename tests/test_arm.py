@@ -12,7 +12,6 @@ import pytest
 from emulated import ARM, Host
 from tools import NotTested, require_slow, require_target
 
-from qcompiler.backend import artifact
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import build
 from qcompiler.base.errors import IncompatibleDevice, TargetError
@@ -191,8 +190,10 @@ def test_a_missing_cross_compiler_names_the_package(name: str, package: str, mon
 def test_a_feature_that_nothing_can_test_is_refused(tmp_path: Path) -> None:
     rows = "targets: {odd: {triple: aarch64-linux-gnu, tvm: {kind: llvm, mtriple: aarch64-linux-gnu}, features: [sve3], rows: [arm64-neon], storage: int8}}"
     (tmp_path / "targets.yaml").write_text(rows)
-    with pytest.raises(TargetError, match="no run-time test for the feature 'sve3'; known: asimd, asimddp, i8mm"):
-        artifact._feature_test(find_target("odd", tmp_path / "targets.yaml"))
+    with pytest.raises(TargetError, match="target 'odd': no run-time test for the feature 'sve3'; known: asimd, asimddp, i8mm"):
+        find_target("odd", tmp_path / "targets.yaml")
+    (tmp_path / "targets.yaml").write_text("features: {aarch64: {sve3: {hwcap2: 31}}}\n" + rows)
+    assert find_target("odd", tmp_path / "targets.yaml").cpu_test("sve3") == "(getauxval(AT_HWCAP2) & 2147483648ul)"
 
 
 @pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("0", NotTested)])

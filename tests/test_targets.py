@@ -16,6 +16,16 @@ def test_every_row_is_complete() -> None:
         assert target.rows and target.features and target.compiler
 
 
+def test_a_library_asks_its_cpu_for_every_feature() -> None:
+    rows = load_targets()
+    asked = {f: t.cpu_test(f) for t in rows.values() if not t.gpu for f in t.features}
+    assert (asked["avx2"], asked["avx512_vnni"]) == ('__builtin_cpu_supports("avx2")', '__builtin_cpu_supports("avx512vnni")')
+    assert (asked["avx_vnni"], asked["amx_tile"], asked["amx_int8"]) == ("qc_cpuid7(1, 0, 4)", "qc_cpuid7(0, 3, 24)", "qc_cpuid7(0, 3, 25)")
+    bits = {name: [rows[name].cpu_test(f) for f in rows[name].features] for name in ("arm64-i8mm", "armv7-neon")}
+    assert bits["arm64-i8mm"] == ["(getauxval(AT_HWCAP) & 2ul)", "(getauxval(AT_HWCAP) & 1048576ul)", "(getauxval(AT_HWCAP2) & 8192ul)"]
+    assert bits["armv7-neon"] == ["(getauxval(AT_HWCAP) & 4096ul)"]
+
+
 def test_by_name_triple_and_features() -> None:
     assert find_target("x86-avx2").name == "x86-avx2"
     assert find_target("x86_64-linux-gnu").name == "x86-avx2"
@@ -58,6 +68,11 @@ def test_unknown_names(name: str, message: str) -> None:
         ("rows: {}", "expected a mapping with the key 'targets'"),
         ("targets: [", "can't be read as YAML"),
         ("targets: {a: 3}", "target 'a': expected a mapping"),
+        ("{targets: {}, features: [avx2]}", "features: expected a mapping {architecture: {feature: test}}"),
+        ("{targets: {}, features: {x86_64: {a: {supports: 'a\")'}}}}", "features: x86_64: a: no test of a CPU"),
+        ("{targets: {}, features: {x86_64: {a: {cpuid7: [1, rax, 4]}}}}", "features: x86_64: a: no test of a CPU: {'cpuid7': [1, 'rax', 4]}; supported:"),
+        ("{targets: {}, features: {aarch64: {a: {hwcap: 1, hwcap2: 2}}}}", "features: aarch64: a: no test of a CPU"),
+        ("{targets: {}, features: {aarch64: {a: {hwcap: 64}}}}", "features: aarch64: a: no test of a CPU"),
     ],
 )
 def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:

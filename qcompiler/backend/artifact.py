@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,16 +67,6 @@ _DTYPES = {  # qc_dtype
     **{"float32": 0, "int8": 1, "uint8": 2, "int32": 3, "int64": 4, "bool": 5, "float64": 6, "int16": 7, "float16": 8},
     **{"uint16": 9, "uint32": 10, "uint64": 11},
 }
-
-# /proc/cpuinfo's names -> what the C runtime asks at run time
-_X86_TESTS = {"avx512_vnni": '__builtin_cpu_supports("avx512vnni")'}
-_X86_CPUID7 = {"avx_vnni": (1, 0, 4), "amx_tile": (0, 3, 24), "amx_int8": (0, 3, 25)}  # subleaf, register (EAX: 0), bit: compilers of 2021 lack names
-_X86_TESTS |= {name: "qc_cpuid7({}, {}, {})".format(*place) for name, place in _X86_CPUID7.items()}
-_ARM_HWCAP = {  # bits of getauxval (Linux, arch/arm64 and arch/arm, uapi/asm/hwcap.h)
-    "aarch64": {"asimd": ("AT_HWCAP", 1 << 1), "asimddp": ("AT_HWCAP", 1 << 20), "i8mm": ("AT_HWCAP2", 1 << 13)},
-    "armv7a": {"neon": ("AT_HWCAP", 1 << 12)},
-}
-_PACKAGES = {"aarch64": "g++-aarch64-linux-gnu", "armv7a": "g++-arm-linux-gnueabihf"}  # Debian's cross compilers; g++ elsewhere
 
 
 @dataclass(frozen=True)
@@ -171,23 +161,16 @@ def find_compiler(target: Target) -> str:
         found = shutil.which(name)
         if found:
             return found
-    package = "g++" if target.host_architecture == host_architecture() else _PACKAGES.get(target.host_architecture, "")
+    package = "g++" if target.host_architecture == host_architecture() else target.package
     install = f"; install one, on Debian or Ubuntu with: apt-get install {package}" if package else "; install one"
     raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH{install}")
 
 
-def _feature_test(target: Target) -> str:
-    """A C expression: the name of the first feature that the CPU lacks, or 0."""
+def _feature_test(target: Target, features: Sequence[str]) -> str:
+    """A C expression: the name of the first of `features` that the CPU lacks, or 0."""
     expression = "(const char*)0"
-    for feature in reversed(() if target.gpu else target.features):  # a GPU is looked at when a session is made
-        if target.architecture == "x86_64":
-            test = _X86_TESTS.get(feature, f'__builtin_cpu_supports("{feature}")')
-        else:
-            known = _ARM_HWCAP.get(target.architecture, {})
-            if feature not in known:
-                raise TargetError(f"target '{target.name}': no run-time test for the feature '{feature}'; known: {', '.join(known) or 'none'}")
-            test = "(getauxval({}) & {}ul)".format(*known[feature])
-        expression = f'({test} ? {expression} : "{feature}")'
+    for feature in reversed(() if target.gpu else features):  # a GPU is looked at when a session is made
+        expression = f'({target.cpu_test(feature)} ? {expression} : "{feature}")'
     return expression
 
 
@@ -196,7 +179,7 @@ def _c_string(text: str) -> str:
     return '"' + "".join(chr(b) if 32 <= b < 127 and b not in b'"\\\\?' else f"\\{b:03o}" for b in text.encode()) + '"'
 
 
-def _model_header(manifest: dict[str, Any]) -> str:
+def _model_header(manifest: dict[str, Any], target: Target) -> str:
     """model.h: what the C runtime knows of the model."""
 
     def port_bytes(port: dict[str, Any]) -> int:
@@ -209,18 +192,17 @@ def _model_header(manifest: dict[str, Any]) -> str:
         quantization = f"{float(port.get('scale') or 0.0)!r}f, {int(port.get('zero_point') or 0)}"
         return f"{{{_c_string(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {port_bytes(port)}u, {quantization}}}"
 
-    target = Target(manifest["target"], manifest["triple"], {}, tuple(manifest["features"]), (), "int8")
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
     if target.architecture == "x86_64":
         lines.append("__attribute__((unused)) static int qc_cpuid7(unsigned subleaf, int which, int bit) {")
         lines.append("  unsigned r[4] = {0}; return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[which] >> bit & 1); }")
-    lines.append(f"#define QC_TILES {int('amx_tile' in target.features)}")
+    lines.append(f"#define QC_TILES {int('amx_tile' in manifest['features'])}")
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
         lines.append(f"#define QC_{name}_BYTES {', '.join(f'{port_bytes(port)}u' for port in ports)}")
     lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_CONSTANTS {manifest['constants']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
-    return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target)}", ""])
+    return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target, manifest['features'])}", ""])
 
 
 def _with_checksum(library: bytes) -> bytes:
@@ -260,7 +242,7 @@ def write_sources(folder: Path, code: bytes, constants: bytes, encoded: bytes, m
     (folder / "constants.bin").write_bytes(constants)
     (folder / "manifest.json").write_bytes(encoded)
     (folder / "data.s").write_text(_DATA)
-    (folder / "model.h").write_text(_model_header(manifest))
+    (folder / "model.h").write_text(_model_header(manifest, target))
     sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c", *(["qc_arm32.c"] if target.host_architecture == "armv7a" else [])]
     for name in (*sources, "qc_engine.h", "qc_launches.h"):
         shutil.copy(RUNTIME / name, folder)

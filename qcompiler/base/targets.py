@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qcompiler.base.cpu_tests import read_cpu_tests
 from qcompiler.base.cuda_driver import find_gpu
 from qcompiler.base.errors import TargetError, closest
 from qcompiler.base.host import host_architecture, host_features, request_tiles
 from qcompiler.base.yaml_file import read_yaml
 
-_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host"}
+_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host", "package"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
 
 
@@ -36,6 +37,8 @@ class Target:
     cores: int = 2
     tested: str = ""  # on what instead, when kernels of this row never ran on hardware
     host: str = "x86_64-linux-gnu"  # of a GPU: the triple of the CPU that loads the library
+    package: str = ""  # of Debian, with the first of `compiler`, on machines of another architecture
+    cpu_tests: dict[str, str] = field(default_factory=dict, repr=False)  # of features of the architecture: C expressions
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -65,6 +68,15 @@ class Target:
         """What is added to a canonical int8 value in memory: 128 for uint8 storage, else 0."""
         return 128 if self.storage == "uint8" else 0
 
+    def cpu_test(self, feature: str) -> str:
+        """A C expression that is true where the CPU has `feature`. Raises TargetError for one that no library can ask for."""
+        if feature in self.cpu_tests:
+            return self.cpu_tests[feature]
+        if self.architecture == "x86_64" and re.fullmatch(r"[\w.]+", feature, re.ASCII):
+            return f'__builtin_cpu_supports("{feature}")'
+        known = ", ".join(self.cpu_tests) or "none"
+        raise TargetError(f"target '{self.name}': no run-time test for the feature '{feature}'; known: {known}. Others go under 'features' of a targets file")
+
 
 def default_file() -> Path:
     """targets.yaml of the checkout, or the copy inside the installed package."""
@@ -73,14 +85,14 @@ def default_file() -> Path:
 
 
 def load_targets(path: Path | None = None) -> dict[str, Target]:
-    """All rows of a targets file, in order. Raises TargetError for a malformed one, naming the row and the key."""
+    """All rows of a targets file, in order. Raises TargetError for a malformed one, naming the row and the key.
+
+    Its section `features`, if any, adds to ours: {architecture: {feature: how a CPU is asked for it}}.
+    """
     path = path or default_file()
-    try:
-        document = read_yaml(path)
-    except ValueError as error:
-        raise TargetError(f"{path}: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("targets"), dict):
-        raise TargetError(f"{path}: expected a mapping with the key 'targets'")
+    document, tests = _read(path)
+    for architecture, ours in _read(default_file())[1].items():
+        tests[architecture] = ours | tests.get(architecture, {})
     rows = {}
     for name, fields in document["targets"].items():
         if not isinstance(fields, dict):
@@ -94,8 +106,25 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
         if fields["storage"] not in ("int8", "uint8"):
             raise TargetError(f"{path}: target '{name}': storage is '{fields['storage']}'; supported: int8, uint8")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        rows[str(name)] = Target(name=str(name), **values)
+        target = Target(name=str(name), cpu_tests=tests.get(str(fields["triple"]).split("-")[0], {}), **values)
+        for feature in () if target.gpu else target.features:
+            target.cpu_test(feature)
+        rows[str(name)] = target
     return rows
+
+
+def _read(path: Path) -> tuple[dict[Any, Any], dict[str, dict[str, str]]]:
+    """A targets file, and the tests of its section `features`."""
+    try:
+        document = read_yaml(path)
+    except ValueError as error:
+        raise TargetError(f"{path}: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("targets"), dict):
+        raise TargetError(f"{path}: expected a mapping with the key 'targets'")
+    try:
+        return document, read_cpu_tests(document.get("features", {}))
+    except ValueError as error:
+        raise TargetError(f"{path}: {error}") from error
 
 
 def missing_features(target: Target) -> list[str]:
