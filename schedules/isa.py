@@ -11,8 +11,9 @@ with one instruction (`pixels`: ARM's matrix instruction mixes two pixels in an 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +47,57 @@ def scalar(value: Any, dtype: str, lanes: int) -> Any:
     return T.broadcast(tirx.const(value, dtype), lanes)
 
 
-@dataclass(frozen=True)
-class Isa(ABC):
-    """One way to compute dot steps.
+class Cycles(float):
+    """Cycles of a core, and where the number is from (`source`: measured on what, or guessed from what). They steer heuristics, never results.
+    Arithmetic gives plain numbers."""
 
-    `registers`: vector registers; `scratch_registers` are needed besides the accumulators and one weight operand per block. Costs are in
-    cycles on the machine where they were measured and only steer heuristics: `dot` per accumulator and step, `broadcast` and `weight` per
-    operand and step, `epilogue` per accumulator; `latency` is that of one dot.
+    source: str
+
+    def __new__(cls, number: float, source: str) -> Cycles:
+        if not (number > 0 and math.isfinite(number)):
+            raise ValueError(f"{number} cycles ({source}): expected a positive number")
+        made = super().__new__(cls, number)
+        made.source = source
+        return made
+
+    def __getnewargs__(self) -> tuple[float, str]:  # type: ignore[override]
+        return float(self), self.source
+
+    def times(self, factor: float) -> Cycles:
+        return Cycles(factor * self, f"{self.source}, times {factor}")
+
+
+def measured(core: str) -> Callable[[float], Cycles]:
+    """Makes numbers that were measured on `core`."""
+    return lambda number: Cycles(number, f"measured on {core}")
+
+
+def guessed(basis: str) -> Callable[[float], Cycles]:
+    """Makes numbers that were not measured, but concluded from `basis`."""
+    return lambda number: Cycles(number, f"guessed from {basis}")
+
+
+def demand(name: str, facts: dict[str, bool]) -> None:
+    """Raises ValueError with the first of `facts` (sentences) that does not hold of the ISA `name`."""
+    for fact, holds in facts.items():
+        if not holds:
+            raise ValueError(f"ISA '{name}' contradicts itself; what has to hold: {fact}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isa(ABC):
+    """One way to compute dot steps. Raises ValueError for facts that contradict each other.
+
+    name               the kernel row of targets.yaml
+    lanes              32-bit elements of a vector
+    registers          vector registers of the architecture
+    group              adjacent input channels of a dot step
+    scratch_registers  vector registers that a tile needs besides the accumulators and one weight operand per block
+    dot_cost           cycles per accumulator and step
+    broadcast_cost     cycles per activation operand and step
+    weight_cost        cycles per weight operand and step
+    epilogue_cost      cycles per accumulator
+    latency            cycles from one dot of an accumulator to the next
     """
 
     name: str
@@ -60,12 +105,29 @@ class Isa(ABC):
     registers: int
     group: int
     scratch_registers: int
-    dot_cost: float
-    broadcast_cost: float
-    weight_cost: float
-    epilogue_cost: float
-    latency: float
-    is_float: bool
+    dot_cost: Cycles
+    broadcast_cost: Cycles
+    weight_cost: Cycles
+    epilogue_cost: Cycles
+    latency: Cycles
+
+    def __post_init__(self) -> None:
+        costs = (self.dot_cost, self.broadcast_cost, self.weight_cost, self.epilogue_cost, self.latency)
+        demand(
+            self.name,
+            {
+                "vectors are whole parts of 128 bits": self.lanes >= 4 and self.lanes % 4 == 0,
+                "groups are positive powers of two": self.group > 0 and self.group & (self.group - 1) == 0,
+                "a float step takes one channel": not self.is_float or self.group == 1,
+                "scratch leaves registers for a tile": 0 < self.scratch_registers < self.registers - 1,
+                "every cost is measured or guessed": all(isinstance(cost, Cycles) for cost in costs),
+            },
+        )
+
+    @property
+    @abstractmethod
+    def is_float(self) -> bool:
+        """Whether it computes in float32, else in int8."""
 
     @property
     def forms(self) -> tuple[Isa, ...]:

@@ -20,15 +20,31 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.isa import Isa, call, load, scalar, shuffle
+from qcompiler.schedules.isa import Isa, call, demand, guessed, load, scalar, shuffle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arm(Isa):
     """`kind`: see above; `wide`: 64-bit ARM (AArch64), else ARMv7 NEON."""
 
     kind: str
     wide: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        demand(
+            self.name,
+            {
+                "a vector has 128 bits": self.lanes == 4,
+                "AArch64 has 32 registers and ARMv7 16": self.registers == (32 if self.wide else 16),
+                "the kind is known and takes that many channels": {"mmla": 8, "dot": 4, "mull": 4, "fma": 1}.get(self.kind) == self.group,
+                "only AArch64 has SDOT and SMMLA": self.wide or self.kind in ("mull", "fma"),
+            },
+        )
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind == "fma"
 
     @property
     def input_dtype(self) -> str:
@@ -194,11 +210,90 @@ def _spread(value: Any, lanes: int, index: int) -> Any:
     return T.broadcast(value, 4) if lanes == 1 else shuffle([value] * max(1, 4 // lanes), [index] * 4)
 
 
-# Cycles of a core with two 128-bit vector units, one of which multiplies without SDOT, and two load units (Cortex-A76, Neoverse N1); of one with
-# four and three for SMMLA (Neoverse V1).
-I8MM = Arm("arm64-i8mm", 4, 32, 8, 1, 0.25, 0.17, 0.67, 0.75, 3.0, False, "mmla", True)
-DOTPROD = Arm("arm64-dotprod", 4, 32, 4, 1, 0.5, 0.125, 0.5, 1.5, 3.0, False, "dot", True)
-NEON = Arm("arm64-neon", 4, 32, 4, 8, 2.0, 0.125, 1.0, 1.5, 3.0, False, "mull", True)
-NEON32 = Arm("armv7-neon", 4, 16, 4, 6, 2.0, 0.125, 1.0, 4.0, 3.0, False, "mull", False)
-FLOAT = Arm("arm64-neon", 4, 32, 1, 1, 0.5, 0.125, 0.5, 1.0, 4.0, True, "fma", True)
-FLOAT32 = Arm("armv7-neon", 4, 16, 1, 2, 1.0, 0.25, 0.5, 1.0, 4.0, True, "fma", False)
+two_units = guessed("two 128-bit vector units, one of which multiplies without SDOT, and two load units, as Cortex-A76 and Neoverse N1 have them")
+four_units = guessed("four 128-bit vector units, three for SMMLA, as Neoverse V1 has them")
+
+I8MM = Arm(
+    name="arm64-i8mm",
+    kind="mmla",
+    wide=True,
+    lanes=4,
+    registers=32,
+    group=8,
+    scratch_registers=1,
+    dot_cost=four_units(0.25),
+    broadcast_cost=four_units(0.17),
+    weight_cost=four_units(0.67),
+    epilogue_cost=four_units(0.75),
+    latency=four_units(3.0),
+)
+DOTPROD = Arm(
+    name="arm64-dotprod",
+    kind="dot",
+    wide=True,
+    lanes=4,
+    registers=32,
+    group=4,
+    scratch_registers=1,
+    dot_cost=two_units(0.5),
+    broadcast_cost=two_units(0.125),
+    weight_cost=two_units(0.5),
+    epilogue_cost=two_units(1.5),
+    latency=two_units(3.0),
+)
+NEON = Arm(
+    name="arm64-neon",
+    kind="mull",
+    wide=True,
+    lanes=4,
+    registers=32,
+    group=4,
+    scratch_registers=8,
+    dot_cost=two_units(2.0),
+    broadcast_cost=two_units(0.125),
+    weight_cost=two_units(1.0),
+    epilogue_cost=two_units(1.5),
+    latency=two_units(3.0),
+)
+NEON32 = Arm(
+    name="armv7-neon",
+    kind="mull",
+    wide=False,
+    lanes=4,
+    registers=16,
+    group=4,
+    scratch_registers=6,
+    dot_cost=two_units(2.0),
+    broadcast_cost=two_units(0.125),
+    weight_cost=two_units(1.0),
+    epilogue_cost=two_units(4.0),
+    latency=two_units(3.0),
+)
+FLOAT = Arm(
+    name="arm64-neon",
+    kind="fma",
+    wide=True,
+    lanes=4,
+    registers=32,
+    group=1,
+    scratch_registers=1,
+    dot_cost=two_units(0.5),
+    broadcast_cost=two_units(0.125),
+    weight_cost=two_units(0.5),
+    epilogue_cost=two_units(1.0),
+    latency=two_units(4.0),
+)
+FLOAT32 = Arm(
+    name="armv7-neon",
+    kind="fma",
+    wide=False,
+    lanes=4,
+    registers=16,
+    group=1,
+    scratch_registers=2,
+    dot_cost=two_units(1.0),
+    broadcast_cost=two_units(0.25),
+    weight_cost=two_units(0.5),
+    epilogue_cost=two_units(1.0),
+    latency=two_units(4.0),
+)

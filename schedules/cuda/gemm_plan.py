@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.schedules.isa import demand
 from qcompiler.schedules.table import Layout, OpCall
 
 SHARED = 48 << 10  # bytes of shared memory that a block may declare
@@ -27,10 +28,10 @@ FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of t
 MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}  # T4, A100, RTX 3090, RTX 4090, H100, ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unit:
     """How a warp multiplies. A part is `rows` x 8 of the product; a lane holds the sums of `row_count` rows and `columns` channels of it,
-    for `depth` bytes of the reduction at a time. `rate`: multiply-accumulates per cycle of a multiprocessor."""
+    for `depth` bytes of the reduction at a time. `rate`: multiply-accumulates per cycle of a multiprocessor, as NVIDIA states them for an A100."""
 
     name: str
     rows: int
@@ -39,9 +40,19 @@ class Unit:
     depth: int
     rate: int
 
+    def __post_init__(self) -> None:
+        demand(
+            self.name,
+            {
+                "the 32 lanes of a warp hold a part": 8 * self.rows == 32 * self.row_count * self.columns > 0,
+                "the depth is words of 4 bytes": self.depth > 0 and self.depth % 4 == 0,
+                "the rate is positive": self.rate > 0,
+            },
+        )
 
-MMA = Unit("cuda-mma", 16, 2, 2, 32, 2048)
-DP4A = Unit("cuda-dp4a", 4, 1, 1, 16, 256)
+
+MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, rate=2048)
+DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, rate=256)
 
 
 @dataclass(frozen=True)

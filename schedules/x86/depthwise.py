@@ -33,7 +33,7 @@ from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
-from qcompiler.schedules.isa import call, load, scalar, shuffle
+from qcompiler.schedules.isa import call, demand, load, scalar, shuffle
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
 
 MAX_STEP = 450  # vector instructions of one tile that the heuristic allows, and those that `build` does: LLVM takes about 1 ms for each
@@ -45,14 +45,24 @@ MACS_PER_TASK = 400_000  # about 5 microseconds, against about 2 for handing out
 # -- instructions -------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ByteIsa:
-    """`widths`: vector bytes, widest first. `taps`: pixels of a bundle, 4 with VPDPBUSD, 2 with VPMADDWD."""
+    """How a row multiplies bytes. `widths`: vector bytes, widest first. `taps`: pixels of a bundle, 4 with VPDPBUSD, 2 with VPMADDWD."""
 
     name: str
     widths: tuple[int, ...]
     taps: int
     registers: int
+
+    def __post_init__(self) -> None:
+        demand(
+            self.name,
+            {
+                "widths are those of vectors widest first": list(self.widths) == sorted({64, 32, 16}.intersection(self.widths), reverse=True) != [],
+                "taps are 2 or 4": self.taps in (2, 4),
+                "AVX512 has 32 registers and AVX2 16": self.registers == (32 if 64 in self.widths else 16),
+            },
+        )
 
     @property
     def weight_dtype(self) -> str:
@@ -315,10 +325,10 @@ class DepthwiseRow:
         return kernel.build(self.name, target)
 
 
-AVX512VNNI = ByteIsa("x86-avx512vnni", (64, 32, 16), 4, 32)
-AVX512 = ByteIsa("x86-avx512", (64, 32, 16), 2, 32)
-AVXVNNI = ByteIsa("x86-avxvnni", (32, 16), 4, 16)
-AVX2 = ByteIsa("x86-avx2", (32, 16), 2, 16)
+AVX512VNNI = ByteIsa(name="x86-avx512vnni", widths=(64, 32, 16), taps=4, registers=32)
+AVX512 = ByteIsa(name="x86-avx512", widths=(64, 32, 16), taps=2, registers=32)
+AVXVNNI = ByteIsa(name="x86-avxvnni", widths=(32, 16), taps=4, registers=16)
+AVX2 = ByteIsa(name="x86-avx2", widths=(32, 16), taps=2, registers=16)
 
 for _unit in (AVX512VNNI, AVX512, AVXVNNI, AVX2):
     register("qc.conv2d", DepthwiseRow(f"{_unit.name}/depthwise", _unit.name, _unit))

@@ -20,12 +20,12 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.avx2 import multiply_pairs, rounded
-from qcompiler.schedules.isa import Isa, call, load, save, scalar, shuffle
+from qcompiler.schedules.isa import Isa, call, demand, guessed, load, measured, save, scalar, shuffle
 
 __all__ = ["AVX2", "AVX2FMA", "AVX512", "AVX512FMA", "AVX512VNNI", "AVXVNNI", "X86", "call", "load", "save", "scalar", "shuffle"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class X86(Isa):
     """`kind`: "vnni" (VPDPBUSD), "bytes" (the forms "pairs" and "signs" of VPMADDUBSW, see above) or "fma" (float32).
 
@@ -34,6 +34,23 @@ class X86(Isa):
 
     kind: str
     order: tuple[int, ...] = (0, 1, 2, 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        demand(
+            self.name,
+            {
+                "a vector has 256 or 512 bits": self.lanes in (8, 16),
+                "AVX512 has 32 registers and AVX2 16": self.registers == 2 * self.lanes,
+                "the kind is known": self.kind in ("vnni", "bytes", "pairs", "signs", "fma"),
+                "an 8-bit step takes four channels": self.is_float or self.group == 4,
+                "the order is one of the group": sorted(self.order) == [0, 1, 2, 3],
+            },
+        )
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind == "fma"
 
     @property
     def input_dtype(self) -> str:
@@ -44,7 +61,7 @@ class X86(Isa):
         if self.kind != "bytes":
             return (self,)
         pairs = [replace(self, kind="pairs", order=order) for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))]
-        return (*pairs, replace(self, kind="signs", dot_cost=1.2 * self.dot_cost, weight_cost=1.8 * self.weight_cost))
+        return (*pairs, replace(self, kind="signs", dot_cost=self.dot_cost.times(1.2), weight_cost=self.weight_cost.times(1.8)))
 
     @property
     def unrolled(self) -> int:
@@ -132,11 +149,85 @@ class X86(Isa):
         return T.reinterpret(f"int32x{self.lanes}", shuffle([packed, scalar(0, "uint8", n)], indices.reshape(-1).tolist()))
 
 
-# Cycles measured on a Zen 4 core, whose 512-bit units are two 256-bit halves; those of AVX2 on a Zen 3 core, which takes about 3.4 of the instructions
-# of these kernels a cycle; those of AVX512 are what two 512-bit units take (Skylake-X).
-AVX512VNNI = X86("x86-avx512vnni", 16, 32, 4, 1, 1.0, 0.5, 1.0, 2.0, 4.0, False, "vnni")
-AVX512 = X86("x86-avx512", 16, 32, 4, 4, 2.0, 1.0, 1.0, 2.0, 4.0, False, "bytes")
-AVXVNNI = X86("x86-avxvnni", 8, 16, 4, 1, 0.5, 0.55, 0.5, 1.0, 4.3, False, "vnni")
-AVX2 = X86("x86-avx2", 8, 16, 4, 4, 1.0, 0.3, 0.5, 2.0, 4.0, False, "bytes")
-AVX512FMA = X86("x86-avx512vnni", 16, 32, 1, 1, 1.0, 0.5, 1.0, 1.0, 4.0, True, "fma")
-AVX2FMA = X86("x86-avx2", 8, 16, 1, 1, 0.5, 0.65, 0.5, 0.5, 4.3, True, "fma")
+zen4 = measured("a Zen 4 core, whose 512-bit units are two 256-bit halves")
+zen3 = measured("a Zen 3 core, which takes about 3.4 of the instructions of these kernels a cycle")
+skylake = guessed("two 512-bit units, as Skylake-X has them")
+
+AVX512VNNI = X86(
+    name="x86-avx512vnni",
+    kind="vnni",
+    lanes=16,
+    registers=32,
+    group=4,
+    scratch_registers=1,
+    dot_cost=zen4(1.0),
+    broadcast_cost=zen4(0.5),
+    weight_cost=zen4(1.0),
+    epilogue_cost=zen4(2.0),
+    latency=zen4(4.0),
+)
+AVX512 = X86(
+    name="x86-avx512",
+    kind="bytes",
+    lanes=16,
+    registers=32,
+    group=4,
+    scratch_registers=4,
+    dot_cost=skylake(2.0),
+    broadcast_cost=skylake(1.0),
+    weight_cost=skylake(1.0),
+    epilogue_cost=skylake(2.0),
+    latency=skylake(4.0),
+)
+AVXVNNI = X86(
+    name="x86-avxvnni",
+    kind="vnni",
+    lanes=8,
+    registers=16,
+    group=4,
+    scratch_registers=1,
+    dot_cost=zen4(0.5),
+    broadcast_cost=zen4(0.55),
+    weight_cost=zen4(0.5),
+    epilogue_cost=zen4(1.0),
+    latency=zen4(4.3),
+)
+AVX2 = X86(
+    name="x86-avx2",
+    kind="bytes",
+    lanes=8,
+    registers=16,
+    group=4,
+    scratch_registers=4,
+    dot_cost=zen3(1.0),
+    broadcast_cost=zen3(0.3),
+    weight_cost=zen3(0.5),
+    epilogue_cost=zen3(2.0),
+    latency=zen4(4.0),
+)
+AVX512FMA = X86(
+    name="x86-avx512vnni",
+    kind="fma",
+    lanes=16,
+    registers=32,
+    group=1,
+    scratch_registers=1,
+    dot_cost=zen4(1.0),
+    broadcast_cost=zen4(0.5),
+    weight_cost=zen4(1.0),
+    epilogue_cost=zen4(1.0),
+    latency=zen4(4.0),
+)
+AVX2FMA = X86(
+    name="x86-avx2",
+    kind="fma",
+    lanes=8,
+    registers=16,
+    group=1,
+    scratch_registers=1,
+    dot_cost=zen4(0.5),
+    broadcast_cost=zen4(0.65),
+    weight_cost=zen4(0.5),
+    epilogue_cost=zen4(0.5),
+    latency=zen4(4.3),
+)
