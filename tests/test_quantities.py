@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx_nets import OnnxNet
 
+import qcompiler
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.histogram import Histogram
 from qcompiler.calibration.observers import sqnr_db as estimated
@@ -131,3 +134,19 @@ def test_a_metric_of_equal_tensors_stays_infinite() -> None:
     a = Accumulator()
     a.add(detections(0, True), detections(0, True))
     assert a.metrics().worst_db == math.inf and set(a.metrics().parts.values()) == {math.inf}
+
+
+@pytest.mark.parametrize("pixels", [1.0, 400.0])
+def test_a_concatenation_at_the_end_gives_each_quantity_its_scale(pixels: float, tmp_path: Path) -> None:
+    """Two results that are 8 bits each, too large to be carried in float: one tensor of them is split only where their magnitudes differ."""
+    net = OnnxNet()
+    x = net.input("x", 1, 3, 64, 64)
+    boxes, scores = (net.op("Mul", *(net.op("Conv", x, net.weight(c, 3, 1, 1, spread=s)) for s in (0.5, gain))) for c, gain in ((8, pixels), (6, 0.5)))
+    joined = net.op("Reshape", net.op("Concat", boxes, scores, axis=1), net.ints(1, 14, 4096))
+    path = net.save(tmp_path / "m.onnx", [joined])
+    data = [{"x": np.random.default_rng(i).standard_normal((1, 3, 64, 64)).astype(np.float32)} for i in range(3)]
+    artifact = qcompiler.compile(path, calibration=data)
+    reasons = [f["reason"] for f in artifact.manifest["float_ops"] if f["op"] == "Concat"]
+    assert len(reasons) == (pixels > 1) and all("keeps a scale of its own" in r for r in reasons)
+    (out,) = qcompiler.verify(artifact.save(tmp_path / "m.so"), path, data).outputs
+    assert out.metrics.worst_db > 25

@@ -42,6 +42,7 @@ _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is commo
     "hard_sigmoid": (QParams.from_range(0.0, 1.0), "a hard sigmoid lies in [0, 1]"),
     "tanh": (QParams(1 / 128, 0), "a hyperbolic tangent lies in [-1, 1)"),
 }
+_APART = 10.0  # quantities whose magnitudes differ by more share no scale at the end of a network
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
 _WIDE_MARGIN = 2.0  # of a 16-bit range beyond what was seen: one bit of sixteen against saturation
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
@@ -139,7 +140,10 @@ class _Planner:
         self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
 
     def run(self) -> QuantPlan:
-        placement = self.placer.place({**self.unbounded(), **self.keep_float})
+        kept = {**self.unbounded(), **self.keep_float}
+        placement = self.placer.place(kept)
+        if parted := self.parted(placement.reasons):
+            placement = self.placer.place({**kept, **parted})
         self.plan.reasons = placement.reasons
         self.plan.edges = dict.fromkeys(self.readers, Float(""))  # keeps the order of execution
         self.wide = placement.wide
@@ -171,6 +175,22 @@ class _Planner:
         """group id -> why it stays float: it reads or makes what no scale can state."""
         touching = {g.id: next((v for v in (*g.operands, g.id) if v in self.table.unbounded), None) for g in self.groups}
         return {name: f"value '{value}' was infinite in the calibration data, or as good as that (a mask)" for name, value in touching.items() if value}
+
+    def parted(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """group id -> why it shall stay float, of concatenations at the end of the network whose operands differ in magnitude by more than `_APART`: under one
+        scale the smaller ones would be lost, and nothing in 8 bits reads them. reasons: of the groups that are float anyway."""
+        ends: set[str] = set()  # values that only outputs read, or float operators, or what moves them there
+        for value in reversed(self.readers):
+            if all(g.id in reasons or (g.traits.moves and g.id in ends) for g in self.readers[value]):
+                ends.add(value)
+        found = {}
+        for group in self.groups:
+            if not group.traits.joins or group.id in reasons or group.id not in ends or any(v in self.trained.values for v in (*group.inputs, group.id)):
+                continue
+            reach = [max(-h.low, h.high) for v in group.inputs if (s := self.table.values.get(v)) is not None for h in [s.histogram]]
+            if len(reach) == len(group.inputs) and max(reach) > _APART * min(reach) > 0:
+                found[group.id] = f"its operands reach from {min(reach):.3g} to {max(reach):.3g}, and each keeps a scale of its own on the way out"
+        return found
 
     def weight_scales(self, group: Group) -> np.ndarray:
         """The model file's, where every weight is a multiple of its scale."""
