@@ -12,17 +12,19 @@ from cuda_emulated import Emulated
 from emulated import ARM
 from emulated_kernels import Prepared, run_prepared
 from tools import require_target
-from transformer_cases import CASES, products
-from x86_emulation import AVX512VNNI, HOST, code_target, each, emulating, is_emulated, runs_here
+from transformer_cases import CASES, attentions, products
+from x86_emulation import AVX512VNNI, AVXVNNI, HOST, code_target, each, emulating, is_emulated, runs_here
 
 from qcompiler.base.targets import Target, find_target
 
 
-@pytest.mark.parametrize("target", each([HOST, AVX512VNNI]))
+@pytest.mark.parametrize("target", each([HOST, AVXVNNI, AVX512VNNI]))
 @runs_here
 def test_x86(target: Target, tmp_path: Path) -> None:
+    """AVX-VNNI differs from AVX2 in its products only."""
+    cases = products() | attentions() if target == AVXVNNI else CASES
     with emulating() if is_emulated(target) else contextlib.nullcontext():
-        prepared = [Prepared.of(name, case, target) for name, case in CASES.items()]
+        prepared = [Prepared.of(name, case, target) for name, case in cases.items()]
     code = code_target(target)
     run_prepared(prepared, dataclasses.replace(target, tvm=code.tvm, features=code.features), tmp_path)
 
