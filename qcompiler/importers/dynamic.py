@@ -20,12 +20,12 @@ from qcompiler.importers.control import captured
 from qcompiler.importers.qlinear import CONTRIB
 
 _PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
-_CONTRIB = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+TAKEN_BACK = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
 def take_back(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto, dict[str, str]]:
     """(the model, result of a product of reals -> the operators that it replaces). A model without such operators is returned as it is."""
-    if not any(n.op_type == "DynamicQuantizeLinear" or n.op_type in _CONTRIB for n in model.graph.node):
+    if not any(n.op_type == "DynamicQuantizeLinear" or n.op_type in TAKEN_BACK for n in model.graph.node):
         return model, {}
     return _Finder(model, naming).run()
 

@@ -46,7 +46,7 @@ def _softmax(node: Node) -> list[Value] | None:
     return [relax.op.nn.softmax(node.tensor(0), rank - 1)]
 
 
-def _by_definition(node: Node) -> list[Value]:
+def by_definition(node: Node) -> list[Value]:
     raise Undefined
 
 
@@ -118,7 +118,7 @@ CONVERTERS: dict[str, Converter] = {
     "Pow": _power,
     "QuantizeLinear": integers.quantize_linear,
     "ReverseSequence": indexing.reverse_sequence,
-    "RMSNormalization": _by_definition,
+    "RMSNormalization": by_definition,
     "ReduceL1": shapes.reduction(relax.op.sum, before=relax.op.abs),
     "ReduceL2": shapes.reduction(relax.op.sum, before=relax.op.square, after=relax.op.sqrt),
     "ReduceLogSum": shapes.reduction(relax.op.sum, after=relax.op.log),

@@ -28,9 +28,13 @@ _UNARY = {  # (X, scale, zero point, scale of Y, zero point of Y)
 _BINARY = {"QLinearAdd": "Add", "QLinearMul": "Mul", "QLinearMatMul": "MatMul"}  # (A, scale, zero point, B, scale, zero point, scale of Y, zero point of Y)
 
 
+ON_INTEGERS = (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat")
+"""Operators that `expand` rewrites."""
+
+
 def expands(node: onnx.NodeProto) -> bool:
     """Is this an operator that `expand` rewrites, whatever its operands?"""
-    return node.op_type in (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat") and node.domain in ("", "ai.onnx", CONTRIB)
+    return node.op_type in ON_INTEGERS and node.domain in ("", "ai.onnx", CONTRIB)
 
 
 def expand(model: onnx.ModelProto, naming: Naming) -> onnx.ModelProto:
