@@ -118,87 +118,125 @@ class Epilogue:
         return self.end(total, splat(self.scale, lanes), lanes)
 
 
-def convolution(op: OpCall, target: Target, row: str) -> Kernel:
-    """Every member of the family. Constants: packed weights, bias, and for int8 the multipliers.
+@dataclass(frozen=True)
+class Blocks:
+    """How output channels are cut into vectors. A vector holds up to `lanes` channels of one group or, when groups are small, all channels of up to
+    `together` neighbouring groups: then the inputs of all of them are loaded at once and spread over the lanes by a shuffle.
 
-    A vector holds output channels of one group (weights [G, KH, KW, I, O/G]) or, when groups are small, of `together` neighbouring groups
-    (weights [KH, KW, I, O]): then the inputs of all of them are loaded at once and spread over the lanes by a shuffle.
+    `outputs`, `inner`: output and input channels of a group; `taps`: of a kernel.
     """
-    geometry = Geometry.of(op)
-    x, w = op.operands[:2]
-    assert isinstance(x, Layout) and isinstance(w, np.ndarray)
-    integer = not op.name.startswith("qc.f32.")
-    groups = op.attrs.get("groups", 1)
-    outputs, inner, taps = w.shape[0] // groups, w.shape[-1], math.prod(geometry.kernel)
-    width = vector_bytes(target)
-    together = _power_below(min(groups, max(1, width // outputs)))
-    if together * inner > 2 * width:
-        together = 1
-    by_group = w.reshape(groups, outputs, taps, inner)
-    packed = by_group.transpose(2, 3, 0, 1) if together > 1 else by_group.transpose(0, 2, 3, 1)
-    outer = op.output.shape[:-1]
-    pixels = math.prod(outer)
-    macs = pixels * w.size
-    lanes = min(width, _power_below(outputs))
-    by_channel = pixels == 1 and groups == 1
-    tasks = task_count(macs, outputs // lanes if by_channel else pixels, MACS_PER_TASK)
-    arrays = [np.ascontiguousarray(packed), *(np.asarray(o).reshape(-1) for o in op.operands[2 : 4 if integer else 3])]
-    kind = "int32" if integer else "float32"
 
-    def emit(k: Emitter) -> None:
-        source = view(k.inputs[0], x)
+    groups: int
+    outputs: int
+    inner: int
+    taps: int
+    together: int
+    lanes: int
+
+    @staticmethod
+    def of(op: OpCall, weight: np.ndarray, taps: int, width: int) -> Blocks:
+        """`width`: of a vector, in bytes."""
+        groups = op.attrs.get("groups", 1)
+        outputs, inner = weight.shape[0] // groups, weight.shape[-1]
+        together = _power_below(min(groups, max(1, width // outputs)))
+        return Blocks(groups, outputs, inner, taps, together if together * inner <= 2 * width else 1, min(width, _power_below(outputs)))
+
+    def pack(self, weight: np.ndarray) -> np.ndarray:
+        """[G, KH, KW, I, O/G], or [KH, KW, I, O] for groups together."""
+        by_group = weight.reshape(self.groups, self.outputs, self.taps, self.inner)
+        return np.ascontiguousarray(by_group.transpose(2, 3, 0, 1) if self.together > 1 else by_group.transpose(0, 2, 3, 1))
+
+    def by_channel(self, pixels: int) -> bool:
+        """Whether tasks share channels, because there is one pixel."""
+        return pixels == 1 and self.groups == 1
+
+
+class PixelKernel:
+    """The kernel while it is written: one output pixel at a time."""
+
+    def __init__(self, k: Emitter, geometry: Geometry, blocks: Blocks, integer: bool) -> None:
+        op = k.op
+        self.k, self.geometry, self.blocks = k, geometry, blocks
+        self.dense, self.kind = op.name.endswith("dense"), "int32" if integer else "float32"
+        self.source = view(k.inputs[0], op.tensors[0])
         residual = view(k.inputs[1], op.tensors[1]).broadcast(op.output.shape) if len(op.tensors) > 1 else None
-        weights, bias = k.arrays[:2]
-        zero = k.i32(op.attrs["x_zero_point"] + offset_of(x.dtype)) if integer else None
-        finish = Epilogue(k, integer, view(k.output, op.output), residual)
+        self.weights, self.bias = k.arrays[:2]
+        self.zero = k.i32(op.attrs["x_zero_point"] + offset_of(op.tensors[0].dtype)) if integer else None
+        self.finish = Epilogue(k, integer, view(k.output, op.output), residual)
 
-        def convert(value: Any, n: int) -> Any:
-            return centered(value, zero, n) if integer else value
-
-        def block(index: list[Any], group: Any, first: Any, n: int, spread: int) -> None:
-            """`n` output channels from `first` of `group` on; `spread` groups with all their channels when that is not 0."""
-            channel = T.bind(group * outputs + first)
-            acc = accumulator(n, kind)
-            store(acc, 0, load(bias, channel, n), n)
-
-            def add(value: Any, weight: Any) -> None:
-                store(acc, 0, load(acc, 0, n) + cast(kind, load(weights, weight, n), n) * value, n)
-
-            def accumulate(position: list[Any], tap: Any) -> None:
-                start = T.bind(source.at([*position, group * inner]))
-                if spread:
-                    values = T.bind(load(source.buffer, start, spread * inner))
-                    for i in range(inner):
-                        order = [lane // outputs * inner + i for lane in range(n)]
-                        lane_values = values if inner == outputs == 1 else T.Shuffle([values] * -(-n // (spread * inner)), order)
-                        add(convert(lane_values, n), (tap * inner + i) * (groups * outputs) + channel)
-                    return
-                weight = T.bind((group * taps + tap) * (inner * outputs) + first)
-                with loops(inner) as (i,):
-                    add(splat(T.bind(convert(source.buffer[start + i], 1)), n), weight + i * outputs)
-
-            if op.name.endswith("dense"):
-                accumulate(index, 0)
-            else:
-                image, oh, ow = index
-                with loops(geometry.kernel[0]) as (kh,), geometry.tap(0, oh, kh, x.shape[1]) as ih:
-                    with loops(geometry.kernel[1]) as (kw,), geometry.tap(1, ow, kw, x.shape[2]) as iw:
-                        accumulate([image, ih, iw], kh * geometry.kernel[1] + kw)
-            finish(load(acc, 0, n), index, channel, n)
-
-        if by_channel:
-            with loops(tiles(k, outputs, lanes)) as (tile,):
-                block([0] * len(outer), T.int32(0), T.bind(T.min(tile * lanes, outputs - lanes)), lanes, 0)
+    def emit(self) -> None:
+        k, b = self.k, self.blocks
+        outer = k.op.output.shape[:-1]
+        if b.by_channel(math.prod(outer)):
+            with loops(tiles(k, b.outputs, b.lanes)) as (tile,):
+                self.block([0] * len(outer), T.int32(0), T.bind(T.min(tile * b.lanes, b.outputs - b.lanes)), b.lanes, 0)
             return
-        with loops(share(k, pixels)) as (pixel,):
+        with loops(share(k, math.prod(outer))) as (pixel,):
             index = _unravel(pixel, outer)
-            if together > 1:
-                vectors(groups, together, lambda g, n: block(index, g, T.int32(0), n * outputs, n))
+            if b.together > 1:
+                vectors(b.groups, b.together, lambda g, n: self.block(index, g, T.int32(0), n * b.outputs, n))
                 return
-            with loops(groups) as (group,):
-                vectors(outputs, lanes, lambda c, n: block(index, group, c, n, 0))
+            with loops(b.groups) as (group,):
+                vectors(b.outputs, b.lanes, lambda c, n: self.block(index, group, c, n, 0))
 
-    return make_kernel(row, op, target, emit, tasks=tasks, arrays=arrays, macs=macs)
+    def block(self, index: list[Any], group: Any, first: Any, n: int, spread: int) -> None:
+        """`n` output channels from `first` of `group` on; `spread` groups with all their channels when that is not 0."""
+        channel = T.bind(group * self.blocks.outputs + first)
+        acc = accumulator(n, self.kind)
+        store(acc, 0, load(self.bias, channel, n), n)
+        with self.taps(index) as (position, tap):
+            start = T.bind(self.source.at([*position, group * self.blocks.inner]))
+            if spread:
+                self.add_groups(acc, start, tap, channel, n, spread)
+            else:
+                self.add_group(acc, start, tap, group, first, n)
+        self.finish(load(acc, 0, n), index, channel, n)
+
+    @contextmanager
+    def taps(self, index: list[Any]) -> Iterator[tuple[list[Any], Any]]:
+        """The place of the input pixel and the number of a tap; statements inside are executed for every tap of the output pixel that lies in the image."""
+        if self.dense:
+            yield index, 0
+            return
+        (height, width), (image, oh, ow), shape = self.geometry.kernel, index, self.k.op.tensors[0].shape
+        with loops(height) as (kh,), self.geometry.tap(0, oh, kh, shape[1]) as ih:
+            with loops(width) as (kw,), self.geometry.tap(1, ow, kw, shape[2]) as iw:
+                yield [image, ih, iw], kh * width + kw
+
+    def add_group(self, acc: Any, start: Any, tap: Any, group: Any, first: Any, n: int) -> None:
+        """The products of a tap, whose input channels lie from `start` on, to `n` channels of one group."""
+        b = self.blocks
+        weight = T.bind((group * b.taps + tap) * (b.inner * b.outputs) + first)
+        with loops(b.inner) as (i,):
+            self.add(acc, splat(T.bind(self.value(self.source.buffer[start + i], 1)), n), weight + i * b.outputs, n)
+
+    def add_groups(self, acc: Any, start: Any, tap: Any, channel: Any, n: int, groups: int) -> None:
+        """The products of a tap, whose input channels lie from `start` on, to all channels of `groups` groups."""
+        b = self.blocks
+        values = T.bind(load(self.source.buffer, start, groups * b.inner))
+        for i in range(b.inner):
+            order = [lane // b.outputs * b.inner + i for lane in range(n)]
+            lane_values = values if b.inner == b.outputs == 1 else T.Shuffle([values] * -(-n // (groups * b.inner)), order)
+            self.add(acc, self.value(lane_values, n), (tap * b.inner + i) * (b.groups * b.outputs) + channel, n)
+
+    def value(self, stored: Any, n: int) -> Any:
+        return centered(stored, self.zero, n) if self.zero is not None else stored
+
+    def add(self, acc: Any, value: Any, weight: Any, n: int) -> None:
+        store(acc, 0, load(acc, 0, n) + cast(self.kind, load(self.weights, weight, n), n) * value, n)
+
+
+def convolution(op: OpCall, target: Target, row: str) -> Kernel:
+    """Every member of the family. Constants: packed weights, bias, and for int8 the multipliers."""
+    geometry, w = Geometry.of(op), op.operands[1]
+    assert isinstance(w, np.ndarray)
+    integer = not op.name.startswith("qc.f32.")
+    blocks = Blocks.of(op, w, math.prod(geometry.kernel), vector_bytes(target))
+    pixels = math.prod(op.output.shape[:-1])
+    macs = pixels * w.size
+    tasks = task_count(macs, blocks.outputs // blocks.lanes if blocks.by_channel(pixels) else pixels, MACS_PER_TASK)
+    arrays = [blocks.pack(w), *(np.asarray(o).reshape(-1) for o in op.operands[2 : 4 if integer else 3])]
+    return make_kernel(row, op, target, lambda k: PixelKernel(k, geometry, blocks, integer).emit(), tasks=tasks, arrays=arrays, macs=macs)
 
 
 def _power_below(value: int) -> int:
