@@ -13,7 +13,7 @@ from emulated import ARM
 from emulated_kernels import Prepared, run_prepared
 from tools import require_target
 from transformer_cases import CASES, attentions, products
-from x86_emulation import AVX512VNNI, AVXVNNI, HOST, code_target, each, emulating, is_emulated, runs_here
+from x86_emulation import AVX512VNNI, AVXVNNI, HOST, code_target, each, emulating, is_emulated, runs_here, written
 
 from qcompiler.base.targets import Target, find_target
 
@@ -25,6 +25,7 @@ def test_x86(target: Target, tmp_path: Path) -> None:
     cases = products() | attentions() if target == AVXVNNI else CASES
     with emulating() if is_emulated(target) else contextlib.nullcontext():
         prepared = [Prepared.of(name, case, target) for name, case in cases.items()]
+        written(*(p.step.kernel for p in prepared))
     code = code_target(target)
     run_prepared(prepared, dataclasses.replace(target, tvm=code.tvm, features=code.features), tmp_path)
 

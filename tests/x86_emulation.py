@@ -78,7 +78,9 @@ def build(row: Row, op: OpCall, params: Mapping[str, Any], target: Target) -> tu
     if not is_emulated(target):
         return row.build(op, params, target), code_target(target)
     with emulating():
-        return row.build(op, params, target), HOST
+        kernel = row.build(op, params, target)
+        written(kernel)
+    return kernel, HOST
 
 
 def sampled(name: str, values: Iterable[Any], sample: Container[Any]) -> pytest.MarkDecorator:
@@ -127,10 +129,17 @@ def tiles() -> ctypes.CDLL:
         return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
+def written(*kernels: Kernel) -> None:
+    """A kernel's code is made when it is wanted: now, while instructions are emulated."""
+    for kernel in kernels:
+        assert kernel.func
+
+
 def build_network(integer: tvm.IRModule, target: Target) -> Built:
     """The program of a network for `target`, such that this machine runs it."""
     with emulating() if is_emulated(target) else contextlib.nullcontext():
         program = lower(integer, target)
+        written(*(step.kernel for step in program.steps))
     code = code_target(target)
     program.target = dataclasses.replace(target, tvm=code.tvm, features=code.features)
     return Built(program, object_code(program))
@@ -160,9 +169,9 @@ def vpdpbusd(dtype: str, acc: Any, a: Any, b: Any) -> Any:
 
 
 def vpmaddwd(dtype: str, a: Any, b: Any) -> Any:
-    """The sum of the two products of signed words."""
-    low, high = products(dtype, a, b, 16, True)
-    return low + high
+    """The sum of the two products of signed words; 2^31 wraps."""
+    low, high = (T.reinterpret(f"u{dtype}", p) for p in products(dtype, a, b, 16, True))
+    return T.reinterpret(dtype, low + high)
 
 
 def vpmaddubsw(dtype: str, a: Any, b: Any) -> Any:
