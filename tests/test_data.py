@@ -11,7 +11,7 @@ import pytest
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibration.data import load_labels, open_samples
+from qcompiler.calibration.data import check_sample, load_labels, open_samples
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 
 IMAGE = [TensorInfo("image", (1, 3, 4, 5), "float32")]
@@ -73,6 +73,18 @@ def bad_arrays() -> list[Any]:
         pytest.param({"image": np.array([{}], object)}, "Python objects", id="pickled"),
         pytest.param({"image": np.asfortranarray(images(2))}, "Fortran order", id="fortran"),
     ]
+
+
+def test_an_additive_mask_may_hold_minus_infinity() -> None:
+    """Nothing but 0 and -Inf is a mask, a row of -Inf alone too; +Inf, or -Inf among other numbers, is a fault."""
+    info = [TensorInfo("mask", (2, 3), "float32")]
+    mask = np.array([[0, 0, -np.inf], [-np.inf] * 3], np.float32)
+    np.testing.assert_array_equal(check_sample({"mask": mask}, info, "sample 0")["mask"], mask)
+    for value in (0.5, np.inf, np.nan):
+        broken = mask.copy()
+        broken[0, 1] = value
+        with pytest.raises(DataError, match="sample 0: input 'mask' holds"):
+            check_sample({"mask": broken}, info, "sample 0")
 
 
 @pytest.mark.parametrize(("arrays", "message"), bad_arrays())

@@ -84,7 +84,7 @@ def check_names(names: Iterable[str], inputs: Sequence[TensorInfo], where: str) 
 
 
 def check_sample(sample: Any, inputs: Sequence[TensorInfo], where: str) -> Sample:
-    """`sample` when it is one full set of inputs: right names, shapes and dtypes, every number finite. Raises DataError."""
+    """`sample` when it is one full set of inputs: right names, shapes and dtypes, every number finite (or a mask of -Inf). Raises DataError."""
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: a sample is a mapping of input names to arrays, not {type(sample).__name__}. The model has: {describe(inputs)}")
     check_names(sample, inputs, where)
@@ -104,7 +104,8 @@ def check_sample(sample: Any, inputs: Sequence[TensorInfo], where: str) -> Sampl
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> None:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    """Raises DataError when `array` holds NaN or Inf, unless it is an additive mask: nothing but 0 and -Inf."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all() and not ((array == 0) | (array == -np.inf)).all():
         kind = "NaN" if np.isnan(array).any() else "Inf"
         raise DataError(f"{where}: input '{name}' holds {kind}; remove or mend the sample")
 
