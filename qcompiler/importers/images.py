@@ -38,6 +38,8 @@ def _with_bias(node: Node, what: str, product: Any, channels: int) -> Any:
     if not node.has(2):
         return product
     rank, bias = len(node.shape()), node.inputs[2]
+    if tuple(node.shape(2)) != (channels,):
+        raise Refused(f"a bias of shape {list(node.shape(2))} for {channels} output channels")
     if isinstance(bias, np.ndarray) and not bias.any():
         return product
     shape = [1, channels] + [1] * (rank - 2)

@@ -60,6 +60,8 @@ def unsqueeze(node: Node) -> list[Value]:
 def transpose(node: Node) -> list[Value]:
     rank = len(node.shape())
     axes = [int(a) for a in node.attrs.get("perm", range(rank - 1, -1, -1))]
+    if sorted(a % max(rank, 1) for a in axes) != list(range(rank)):
+        raise Refused(f"perm {axes} is no permutation of {rank} axes")
     return [node.inputs[0] if axes == list(range(rank)) else relax.op.permute_dims(node.tensor(0), axes)]
 
 

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import onnx.defs
+import onnx.shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from qcompiler.importers.nodes import Node
@@ -46,6 +47,7 @@ def computes(node: Node) -> bool:
             warnings.simplefilter("ignore")
             feeds = {f"i{i}": v if isinstance(v, np.ndarray) else np.zeros(node.shape(i), node.dtype(i)) for i, v in enumerate(node.inputs) if v is not None}
             model = single_node_model(node)
+            onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)  # numpy takes some shapes and attributes that the standard does not
             check_folding(model)
             del model.graph.initializer[:]
             ReferenceEvaluator(model).run(None, feeds)
