@@ -9,7 +9,7 @@ values:
     unary:  any expression of one tensor and scalars (hard-swish, x * sigmoid(x), ...)
     data movement and max_pool2d:  the operator alone
     attention, layer_norm, rms_norm, softmax, take:  the operator alone
-    rescale:  a product with a constant per channel, and nothing else
+    rescale:  a product with a constant per channel, and nothing else, in networks with 16-bit streams
     quantize, dequantize:  in QDQ modules; group boundaries
 
 Edges inside a group have one use, are not network outputs, and are not rounded to 8 bits by the model file (`trained.py`). Every binding belongs to
@@ -35,6 +35,10 @@ from qcompiler.passes.recognise.miss import NEAR_MISSES
 from qcompiler.passes.single_ops import Described, describe, slice_of_split
 from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.passes.unary import Unary, clamp, elementwise, expression_of, join_clamps
+
+STREAMS = (
+    "qc.streams"  # attribute of a transformer (`streams.py`): the values of its streams. Normalizations, attention and the like are integers where it is there
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,6 +287,7 @@ class _Finder:
             return self.float_group(name, expr, "its constant operand holds infinities, as a mask does")
         if (
             kind == "mul"
+            and STREAMS in self.graph.attrs
             and constant.scale is None
             and shape_of(tensors[0]) == shape_of(expr)
             and constant.value.shape[-1:] == (constant.value.size,) == shape_of(expr)[-1:]
@@ -322,7 +327,8 @@ class _Finder:
         ):
             return self.single(first, self.values[first])
         if (found := describe_alone(expr)) is not None:
-            return replace(self.float_group(name, expr, ""), **found)
+            missed = f"operator '{found['kind']}' has no int8 kernel ({self.misses[name]})" if name in self.misses else None
+            return replace(self.float_group(name, expr, ""), **found | ({"reason": missed} if missed else {}))
         return self.described(name, expr, describe(expr), (name,))
 
     def described(self, name: str, expr: Any, found: Described | str | None, members: tuple[str, ...]) -> Group:

@@ -20,11 +20,10 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
-from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.groups import STREAMS, Group, find_groups
 from qcompiler.passes.trained import Trained
 
 COPY = "copy"
-STREAMS = "qc.streams"  # attribute of a transformer: the values of its streams. Normalizations, attention and the like are integers where it is there
 
 
 def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset()) -> set[str]:

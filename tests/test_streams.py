@@ -22,9 +22,8 @@ from qcompiler.base.targets import Target, find_target
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import find_groups
+from qcompiler.passes.groups import STREAMS, find_groups
 from qcompiler.passes.sequence import WIDE, run
-from qcompiler.passes.streams import STREAMS
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.runtime.session import Session

@@ -28,9 +28,8 @@ from qcompiler.importers.onnx_file import default_opset, files_of, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
-from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.groups import STREAMS, Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
-from qcompiler.passes.streams import STREAMS
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.job import Options
 from qcompiler.pipeline.stages import Compilation

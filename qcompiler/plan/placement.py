@@ -21,8 +21,7 @@ import tvm
 from qcompiler import schedules
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, dtype_of
-from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.streams import STREAMS
+from qcompiler.passes.groups import STREAMS, Group, find_groups
 from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.schedules.table import KERNELS
 
@@ -38,7 +37,7 @@ class Placement:
 
     reasons: dict[str, str]
     stored: tuple[str, ...]
-    wide: frozenset[str]
+    wide: frozenset[str] = frozenset()
 
 
 class Placer:

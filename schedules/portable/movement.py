@@ -141,7 +141,7 @@ def bitcast(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
 
 
-portable("qc.bitcast", bitcast, own_channels=True)
+portable("qc.bitcast", bitcast)
 portable("qc.copy", copy, own_channels=True)
 portable("qc.fill_halo", fill_halo)
 portable("qc.reshape", reshape, dense=True)
