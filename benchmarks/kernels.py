@@ -15,11 +15,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import kernel_cases
 import numpy as np
 import roofline
+import timed_operators
 import tvm
-from kernel_cases import Case
+from timed_operators import Case
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -145,8 +145,8 @@ def table(title: str, rows: list[tuple[Ready, dict[str, Any], float | None]]) ->
 
 def cases(family: str, storage: str) -> list[Case]:
     if family == "others":
-        return kernel_cases.others(storage) if storage != "float32" else []
-    return kernel_cases.depthwise(storage) if family == "depthwise" else kernel_cases.convolutions(family, storage)
+        return timed_operators.others(storage) if storage != "float32" else []
+    return timed_operators.depthwise(storage) if family == "depthwise" else timed_operators.convolutions(family, storage)
 
 
 def main() -> None:

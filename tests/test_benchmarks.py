@@ -206,14 +206,15 @@ def test_litert_input_is_converted_for_the_twin(script: Any) -> None:
         peers.litert_input(x, detail | {"shape": np.array([1, 4, 3])}, "m")
 
 
-def test_kernel_cases_are_what_numerics_computes(script: Any) -> None:
+def test_timed_operators_are_what_numerics_computes(script: Any) -> None:
     """Every family of the table has a case, and the cases' operators are valid: kernels equal the oracle on the small ones."""
-    kernels, cases = script("kernels"), script("kernel_cases")
+    kernels, cases = script("kernels"), script("timed_operators")
     target = find_target("native")
     schedules.load(target)
     found = cases.others(target.storage)
-    families = {c.op.name for c in found} | {"qc.conv2d"}
-    assert families >= {n for n in OPERATORS if not n.startswith("qc.f32.")} - {"qc.reshape"}
+    layers = [c for storage in (target.storage, "float32") for c in cases.convolutions("mobilenet_v2", storage)]
+    assert sorted({c.op.name for c in [*found, *layers]} | set(cases.UNTIMED)) == sorted(OPERATORS)
+    assert not {c.op.name for c in [*found, *layers]} & set(cases.UNTIMED)
     for case in found:
         if case.op.name in ("qc.dense", "qc.matmul", "qc.conv2d_transpose"):
             continue  # seconds in numpy; their kernels have tests of their own
@@ -226,7 +227,7 @@ def test_kernel_cases_are_what_numerics_computes(script: Any) -> None:
 
 
 def test_kernel_table_against_the_roofline(script: Any) -> None:
-    kernels, cases = script("kernels"), script("kernel_cases")
+    kernels, cases = script("kernels"), script("timed_operators")
     target = find_target("native")
     schedules.load(target)
     item = kernels.ready(cases.depthwise(target.storage)[9], target)

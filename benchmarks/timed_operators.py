@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.numerics import constants as parameters
+from qcompiler.numerics.spec import QParams
 from qcompiler.schedules.table import Layout, OpCall
 
 # (image size, input channels, output channels, kernel, stride, residual, how often the network has it)
@@ -34,6 +36,12 @@ DEPTHWISE = [  # (image size, channels, kernel, stride, how often), MobileNetV2 
     (14, 576, 3, 1, 2), (14, 576, 3, 2, 1), (7, 960, 3, 1, 3), (56, 144, 5, 2, 1), (28, 240, 5, 1, 1), (14, 480, 5, 1, 1), (14, 672, 5, 1, 2),
     (14, 672, 5, 2, 1), (7, 1152, 5, 1, 3),
 ]  # fmt: skip
+UNTIMED = {  # operator: why it has no case
+    "qc.reshape": "its output is its input's bytes",
+    "qc.bitcast": "its output is its input's bytes",
+    "qc.f32.dense": "as qc.f32.conv2d of one pixel, which networks end with",
+    "qc.f32.dense_weight_only": "weight_only.py times it",
+}
 
 
 @dataclass(frozen=True)
@@ -126,4 +134,51 @@ def others(storage: str) -> list[Case]:
     cases.append(Case("1x3x224x224", OpCall("qc.quantize", [Layout(x.shape, "float32")], {**scale, "axes": [0, 2, 3, 1]}, Layout(image, storage)), [x]))
     logits = integers(rng, (1, 1000))
     cases.append(Case("1x1000", OpCall("qc.dequantize", [Layout(logits.shape, storage)], scale, Layout(logits.shape, "float32")), [logits]))
-    return cases
+    return cases + of_transformers(storage) + ordered()
+
+
+def operator(name: str, operands: list[np.ndarray], constants: tuple[int, ...], attrs: dict[str, Any], output: Layout, storage: str) -> Case:
+    """A case of tensors of any type; `constants`: which operands are fixed."""
+    inputs = [x for i, x in enumerate(operands) if i not in constants]
+    tensors = [x if i in constants else Layout(x.shape, storage if x.dtype == np.int8 else str(x.dtype)) for i, x in enumerate(operands)]
+    label = " ".join("x".join(map(str, x.shape)) for x in inputs)
+    return Case(label, OpCall(name, tensors, attrs, output), inputs)
+
+
+def of_transformers(storage: str) -> list[Case]:
+    """What transformers have besides products: sizes of BERT base with 128 tokens, its residual stream in int16; a rectifier with slopes of a face network."""
+    rng, stream, y = np.random.default_rng(1), (1, 128, 768), QParams(1 / 64, -3)
+    x, small, scores = rng.integers(-32768, 32768, stream).astype(np.int16), integers(rng, stream), rng.integers(-9000, 9000, (12, 128, 128)).astype(np.int16)
+    norms = {}
+    for name, make in (("qc.layer_norm", parameters.layer_norm_parameters), ("qc.rms_norm", parameters.rms_norm_parameters)):
+        gain, shift, epsilon = make(rng.standard_normal(768), rng.standard_normal(768), 1e-5, 1e-3, 1 / 64)
+        norms[name] = [gain, shift], {"epsilon": epsilon, "zero_point": -3, "out_dtype": "int8"} | ({"x_zero_point": 0} if name == "qc.rms_norm" else {})
+    logits, outputs = parameters.attention_multipliers(1 / 8, 0.02, 0.02, 0.02, 0.01, 12)
+    attention = {"heads": 12, "kv_heads": 12, "size": 64, "value_size": 64, "columns": [0, 0, 0], "zero_points": [3, -4, 5], "extra": [], "out_dtype": "int8"}
+    table, lut16 = parameters.lut16(np.tanh, 2.0**-12, y)
+    words, ids = integers(rng, (128, 768)), rng.permutation(128)[None]  # every row once, so that what is read is the table
+    narrow = {"x_zero_point": 0, "zero_point": -3, "low": -128, "high": 127, "out_dtype": "int8"}
+    slopes, image = rng.uniform(-0.3, 0.9, 64).astype(np.float32), integers(rng, (1, 56, 56, 64))
+    prelu = {"multiplier": 0.7, "x_zero_point": -3, "zero_point": 2, "low": -128, "high": 127}
+    rows: list[tuple[str, list[np.ndarray], tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
+        *((name, [x, *fixed], (1, 2), attrs, stream) for name, (fixed, attrs) in norms.items()),
+        ("qc.softmax", [scores], (), parameters.softmax_parameters(1e-3, QParams(1 / 256, -128)), scores.shape),
+        ("qc.attention", [small, small[:, ::-1].copy(), small[..., ::-1].copy(), logits, outputs], (3, 4), attention, stream),
+        ("qc.lut16", [x, table], (1,), lut16, stream),
+        ("qc.requantize", [x, np.full(768, 0.003, np.float32)], (1,), narrow, stream),
+        ("qc.gather", [words, ids], (0,), {}, stream),
+        ("qc.prelu", [image, slopes], (1,), prelu, image.shape),
+    ]
+    return [operator(name, operands, fixed, attrs, Layout(shape, storage), storage) for name, operands, fixed, attrs, shape in rows]
+
+
+def ordered() -> list[Case]:
+    """Operators whose elements depend on one another in order, in float32: positions of a sequence, the best of 1000 classes, rows of a cache."""
+    rng = np.random.default_rng(2)
+    values, classes, rows = (rng.standard_normal(shape).astype(np.float32) for shape in ((128, 768), (8, 1000), (1024, 64)))
+    running = {"axis": 0, "reduction": "add", "exclusive": False, "reverse": False}
+    return [
+        operator("qc.cumulative", [values], (), running, Layout(values.shape, "float32"), "int8"),
+        operator("qc.top_k", [classes], (), {"axis": 1, "k": 5, "largest": True}, Layout((8, 5), "int64"), "int8"),
+        operator("qc.scatter", [rows, rng.permutation(1024)[:128], rows[:128] + 1], (), {"reduction": "none"}, Layout(rows.shape, "float32"), "int8"),
+    ]
