@@ -42,13 +42,13 @@ def row_cases(target: Target) -> dict[str, Any]:
     schedules.load(target)
     sys.path.insert(0, str(HERE.parent / "tests"))
     plain, gemm, depthwise = (importlib.import_module(f"test_kernels_{name}") for name in ("cuda", "cuda_gemm", "cuda_depthwise"))
-    found = {name: (case, case.prepare(None, target)) for name, case in plain.CASES.items()}
+    found = {name: (case, case.prepare(target)) for name, case in plain.CASES.items()}
     for unit in gemm.UNITS:
         if unit.name in target.rows:
             found |= {f"{unit.name}/{name}": pair for name, pair in gemm.kernels(unit).items()}
     for name, conv in depthwise.CONVS.items():
         case = conv.case()
-        found[f"depthwise/{name}"] = (case, case.prepare(None, target))
+        found[f"depthwise/{name}"] = (case, case.prepare(target))
     return found
 
 

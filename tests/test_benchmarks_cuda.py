@@ -17,6 +17,7 @@ import pytest
 from fake_cuda import FakeGpu
 from tools import require_nvcc
 
+from qcompiler.base.progress import silent
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL
 
@@ -60,7 +61,7 @@ def prepared(scripts: Any, root: Path, tmp_path_factory: pytest.TempPathFactory)
         gpu = FakeGpu.record(folder, monkeypatch)
         monkeypatch.setattr(prepare, "row_cases", few)
         digits, broken = network("digits", MODEL, None, None), network("broken", folder / "none.onnx", None, None)
-        plan = prepare.prepare(folder / "made", find_target("cuda-sm80"), [broken, digits], [1], True, False, None)
+        plan = prepare.prepare(folder / "made", find_target("cuda-sm80"), [broken, digits], [1], True, False, silent)
         assert [f["section"] for f in plan["failed"]] == ["prepare broken-1"] and [n["name"] for n in plan["networks"]] == ["digits-1"]
     gpu.emulate()
     return Prepared(gpu, folder / "made", root / "benchmarks" / "cuda.py")

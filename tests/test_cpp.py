@@ -141,7 +141,7 @@ def test_the_pool_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
         "constants": 64,
         "steps": [{}],
     }
-    (tmp_path / "model.h").write_text(_model_header(manifest))
+    (tmp_path / "model.h").write_text(_model_header(manifest, find_target("native")))
     flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{tmp_path}", "-Wno-pedantic")
     program = build(tmp_path, "pool.c", *flags, CPP / "qc_runtime.c", CPP / "qc_threads.c")
     assert run(program, "100000", TSAN_OPTIONS="halt_on_error=1").stdout == "ok\n"

@@ -77,7 +77,7 @@ def portable(digits_compilation: Compilation) -> Built:
 def test_a_library_with_tiles_asks_for_them(portable: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime of an AMX library, around code that any machine runs: where Linux refuses tiles, no session comes to be."""
     header = artifact._model_header
-    monkeypatch.setattr(artifact, "_model_header", lambda manifest: header(manifest).replace("#define QC_TILES 0", "#define QC_TILES 1"))
+    monkeypatch.setattr(artifact, "_model_header", lambda *given: header(*given).replace("#define QC_TILES 0", "#define QC_TILES 1"))
     path = portable.link().save(tmp_path / "model.so")
     if missing_features(AMX):
         with pytest.raises(IncompatibleDevice, match="compiled for x86-avx2, and Linux refuses it AMX tiles .* they need version 5.16 or later"):
@@ -90,6 +90,6 @@ def test_a_library_for_tiles_names_the_feature_that_is_missing(digits_compilatio
     missing = missing_features(AMX)
     if not missing:
         pytest.skip("this machine has tiles")
-    assert "#define QC_TILES 1" in artifact._model_header(portable.link().manifest | {"features": list(AMX.features)})
+    assert "#define QC_TILES 1" in artifact._model_header(portable.link().manifest | {"features": list(AMX.features)}, AMX)
     with pytest.raises(IncompatibleDevice, match=f"compiled for x86-amx, which needs the CPU features? {missing[0]}"):
         Session(build(digits_compilation.integer, AMX, "generate code").link().save(tmp_path / "model.so"))

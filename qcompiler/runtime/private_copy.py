@@ -37,6 +37,8 @@ class PrivateCopy:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.sessions: set[int] = set()  # the id() of each whose code this is
+        self._unused = False
         try:
             with open_regular(path) as source, os.fdopen(_memory_file(path.name), "w+b") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
@@ -79,8 +81,18 @@ class PrivateCopy:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._release()
-        if self.library is not None:
+        self._unused = True
+        self._unmap()
+
+    def ended(self, session: int) -> None:
+        """Must be called after a session in `sessions` has ended. In a cycle of references the collector may finalize the copy before its sessions."""
+        self.sessions.discard(session)
+        self._unmap()
+
+    def _unmap(self) -> None:
+        if self._unused and not self.sessions and self.library is not None:
             _close(self.library._handle)
+            self.library = None
 
 
 def _memory_file(name: str) -> int:

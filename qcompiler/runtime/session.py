@@ -150,8 +150,7 @@ class Session:
         handle = ctypes.c_void_p()
         self._check(self._library.qc_session_create(threads, ctypes.byref(handle)))
         self._handle = handle
-        # Not __del__: of a session in a cycle of references the collector might finalize the copy first, and unmap the code that ends the session.
-        weakref.finalize(self, _end, self._library.qc_session_destroy, handle, self._copy).atexit = False
+        self._copy.sessions.add(id(self))
         self.inputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["inputs"]]
         self.outputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["outputs"]]
         self._workspace = _aligned(self.manifest["workspace"] + 64)
@@ -162,6 +161,11 @@ class Session:
         if status:
             message = f"{self.path}: {self._library.qc_last_error().decode(errors='replace')}"
             raise _ERRORS.get(status, ArtifactError)(message)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.qc_session_destroy(self._handle)
+            self._copy.ended(id(self))
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a Session holds code and memory of its process and can't be copied or pickled; load {self.path} again where another is needed")
@@ -263,11 +267,6 @@ class Session:
 
     def _constants(self) -> int | None:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
-
-
-def _end(destroy: Callable[[ctypes.c_void_p], None], handle: ctypes.c_void_p, copied: PrivateCopy) -> None:
-    """End a session; only then `copied`, which has the code for it, may go."""
-    destroy(handle)
 
 
 def _declare(library: Any) -> Any:
