@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.onnx_suite_int8 import GOOD, TABLE, chosen, expected, int8_verdicts
-
-PARTS = 12
-"""Into so many the cases are divided. One is run a day; all of them with QCOMPILER_SLOW=1."""
+from tests.onnx_suite_int8 import GOOD, PARTS, TABLE, chosen, expected, int8_verdicts
 
 AGAIN = "If the change is meant: python -m tests.onnx_suite_int8"
-TODAY = datetime.date.today().toordinal() % PARTS
+TODAY = datetime.date.today().toordinal() % PARTS  # one part a day; all of them with QCOMPILER_SLOW=1
 
 
 @pytest.mark.parametrize("part", range(PARTS) if os.environ.get("QCOMPILER_SLOW") else [TODAY])
