@@ -32,9 +32,8 @@ import networks
 import numpy as np
 from tflite_model import tflite_model
 
-from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.backend.build import build
-from qcompiler.backend.bundle import SOURCES
 from qcompiler.base.targets import find_target
 from qcompiler.base.text import table
 from qcompiler.calibration.data import open_samples
@@ -109,7 +108,7 @@ class Counter:
     def built(self, name: str, compiler: Sequence[str]) -> Path:
         program = self.folder / name
         if not program.exists():
-            options = ["-x", "c", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES / 'include'}"]
+            options = ["-x", "c", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{RUNTIME / 'include'}"]
             subprocess.run([*compiler, *options, str(HERE / f"{name}.c"), "-o", str(program), "-ldl"], check=True)
         return program
 

@@ -24,8 +24,7 @@ import tempfile
 from pathlib import Path
 
 import qcompiler
-from qcompiler.backend.artifact import find_compiler
-from qcompiler.backend.bundle import SOURCES
+from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL, demo_data
 
@@ -36,7 +35,7 @@ def build(source: Path, folder: Path, *options: str) -> Path:
     """A C program of this folder, compiled."""
     program = folder / source.stem
     compiler = find_compiler(find_target("native"))
-    command = [compiler, "-x", "c", "-std=gnu11", "-O2", f"-I{SOURCES / 'include'}", f"-I{SOURCES}", *options, str(source), "-o", str(program)]
+    command = [compiler, "-x", "c", "-std=gnu11", "-O2", f"-I{RUNTIME / 'include'}", f"-I{RUNTIME}", *options, str(source), "-o", str(program)]
     subprocess.run([*command, "-ldl", "-lpthread"], check=True)
     return program
 

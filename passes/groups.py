@@ -36,9 +36,8 @@ from qcompiler.passes.single_ops import Described, describe, slice_of_split
 from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.passes.unary import Unary, clamp, elementwise, expression_of, join_clamps
 
-STREAMS = (
-    "qc.streams"  # attribute of a transformer (`streams.py`): the values of its streams. Normalizations, attention and the like are integers where it is there
-)
+STREAMS = "qc.streams"
+"""Attribute of a transformer (`streams.py`): the values of its streams. Normalizations, attention and the like are integers where it is there."""
 
 
 @dataclass(frozen=True, eq=False)

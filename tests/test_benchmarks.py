@@ -15,8 +15,7 @@ from tools import require_module
 
 import qcompiler
 from qcompiler import schedules
-from qcompiler.backend.artifact import find_compiler
-from qcompiler.backend.bundle import SOURCES
+from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.backend.tuning_log import SHIPPED, read_log
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target
@@ -313,7 +312,7 @@ def test_programs_that_count_instructions(tmp_path: Path, root: Path) -> None:
     sources, native = root / "benchmarks" / "instructions", find_target("native")
     library = qcompiler.compile(MODEL, target=native.name, calibration=demo_data()[0][:4], preset="fast").save(tmp_path / "digits.so")
     for name, options in (("plugin", ["-shared", "-fPIC"]), ("litert", []), ("library", [])):
-        command = [find_compiler(native), "-x", "c", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES / 'include'}", *options]
+        command = [find_compiler(native), "-x", "c", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{RUNTIME / 'include'}", *options]
         subprocess.run([*command, str(sources / f"{name}.c"), "-o", str(tmp_path / name), "-ldl"], check=True)
     done = subprocess.run([str(tmp_path / "library"), str(library)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -17,6 +17,7 @@ from tvm import relax
 
 from qcompiler.numerics.constants import (
     ATTENTION,
+    MAX_BIAS,
     attention_bias,
     attention_multipliers,
     layer_norm_parameters,
@@ -28,7 +29,6 @@ from qcompiler.passes.graph import const, make_op, shape_of
 from qcompiler.passes.realize.site import Site, typed
 
 MASKED = -1e4  # what a bias adds at most to a key that does not count: exporters write -10^4, the least float of some type, or -inf
-BIAS_LIMIT = 2.0**29  # of a bias in units of q . k (docs/numerics.md, section 10.1)
 
 
 def rescale(site: Site) -> Any:
@@ -119,5 +119,5 @@ def _computed(site: Site, multiplier: np.ndarray, keys: int) -> dict[str, Any]:
         bias = ranked if shape_of(ranked) == full else step("bias", relax.op.broadcast_to(ranked, full))
     mask = step("mask", relax.op.astype(step("counts", relax.op.greater(bias, const(np.float32(MASKED)))), "int8"))
     units = step("bias", relax.op.multiply(bias, const(np.float32(ATTENTION.steps / float(multiplier[0])))))
-    whole = step("bias", relax.op.round(step("bias", relax.op.clip(units, -BIAS_LIMIT, BIAS_LIMIT))))
+    whole = step("bias", relax.op.round(step("bias", relax.op.clip(units, -MAX_BIAS, MAX_BIAS))))
     return {"mask": mask, "bias": step("bias", relax.op.astype(whole, "int32"))}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.backend.static_library import identifier, write_static
 from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
@@ -22,7 +22,6 @@ from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.runtime.elf import mapped, read_section
 from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
 
-SOURCES = Path(__file__).resolve().parent.parent / "runtime" / "cpp"
 HEADERS = ("qcompiler.h", "loader.h", "qcompiler.hpp")
 
 # How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).
@@ -89,8 +88,8 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         (folder / part).mkdir(parents=True)
     shutil.copyfile(library, folder / "lib" / name)
     for header in HEADERS:
-        shutil.copyfile(SOURCES / "include" / "qcompiler" / header, folder / "include" / "qcompiler" / header)
-    shutil.copytree(SOURCES / "bundle" / "example", folder / "example", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(RUNTIME / "include" / "qcompiler" / header, folder / "include" / "qcompiler" / header)
+    shutil.copytree(RUNTIME / "bundle" / "example", folder / "example", ignore=shutil.ignore_patterns("__pycache__"))
     runner = folder / "bin" / "qc_run"
     _build_runner(runner, manifest["target"], find_compiler(target))
 
@@ -149,7 +148,7 @@ def _needs(manifest: Mapping[str, Any]) -> str:
 
 def _build_runner(path: Path, target: str, compiler: str) -> None:
     """bin/qc_run: the C++ runtime inside, so that a device needs libc only."""
-    command = [compiler, "-std=c++17", "-O2", "-ffunction-sections", f"-I{SOURCES / 'include'}", str(SOURCES / "qc_run.cc"), "-o", str(path)]
+    command = [compiler, "-std=c++17", "-O2", "-ffunction-sections", f"-I{RUNTIME / 'include'}", str(RUNTIME / "qc_run.cc"), "-o", str(path)]
     command += ["-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--build-id=none", "-s", "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -164,7 +163,7 @@ class _Template(string.Template):
 
 
 def _expand(template: str, facts: Mapping[str, str]) -> str:
-    return _Template((SOURCES / "bundle" / template).read_text()).substitute(facts)
+    return _Template((RUNTIME / "bundle" / template).read_text()).substitute(facts)
 
 
 def _ports(inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ NORM_BITS = 8  # of fractions of an output step, between a normalization's produ
 NORM_LIMIT = 2**29  # of each addend of that sum
 MAX_NORMALIZED = 2**15  # channels: N * q - sum(q) fits int32
 MAX_KEYS = 2**15  # of an attention: 255 * 255 * T fits int32
+MAX_BIAS = 2.0**29  # of a bias in units of q . k: beyond any logit
 MAX_LOGIT = 2**30  # of q . k + bias: a difference of two fits int32
 EPSILON_BOUNDS = 2.0**-60, 2.0**100  # keeps 1 / sqrt(V + epsilon) finite and normal
 THRESHOLDS = 64  # of the rounding of exponentials, in turn
@@ -134,7 +135,7 @@ def attention_bias(bias: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
     if bias.shape[1] == 1 and (unit != unit[0]).any():
         raise ValueError("a bias for all heads needs one multiplier for all heads; repeat it per head")
     unit = unit[: bias.shape[1]]
-    return np.rint(np.clip(np.asarray(bias, np.float64) / unit, -(2.0**29), 2.0**29)).astype(np.int32)
+    return np.rint(np.clip(np.asarray(bias, np.float64) / unit, -MAX_BIAS, MAX_BIAS)).astype(np.int32)
 
 
 def attention_bound(size: int, zero_points: Sequence[int], bias: int = 0) -> int:
