@@ -5,6 +5,8 @@ from __future__ import annotations
 import faulthandler
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if faulthandler.is_enabled():
         faulthandler.disable()
         faulthandler.enable(session.config.stash[fault_handler_stderr_fd_key])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of one run share compiled kernels; no run takes those of another."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and "QCOMPILER_CACHE" not in os.environ:
+        os.environ["QCOMPILER_CACHE"] = folder = tempfile.mkdtemp(prefix="kernels-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
