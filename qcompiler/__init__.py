@@ -6,11 +6,33 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from qcompiler.backend.artifact import Artifact
+    from qcompiler.base.errors import (
+        ArtifactError,
+        DataError,
+        DeviceFailure,
+        IncompatibleDevice,
+        InternalError,
+        ModelError,
+        OutputError,
+        PlanError,
+        QCompilerError,
+        SessionBusy,
+        TargetError,
+        TuningError,
+    )
+    from qcompiler.base.targets import Target
+    from qcompiler.base.targets import load_targets as targets
+    from qcompiler.calibration.preprocess import Preprocess
+    from qcompiler.calibration.table import CalibrationTable
+    from qcompiler.exporters.export_onnx import export_onnx
     from qcompiler.pipeline.compile import compile
+    from qcompiler.pipeline.explain import explain
+    from qcompiler.pipeline.options import Options
+    from qcompiler.plan.quant_plan import QuantPlan
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
     from qcompiler.tuning.search import tune
-    from qcompiler.verification.parity import verify
+    from qcompiler.verification.parity import ParityReport, Thresholds, verify
 
 # In a checkout, passes/ and schedules/ lie beside this package; installed, they lie inside it.
 _ROOT = _Path(__file__).resolve().parent.parent
@@ -19,17 +41,55 @@ if (_ROOT / "passes" / "__init__.py").is_file() and (_ROOT / "targets.yaml").is_
 
 __version__ = "0.1.0"
 
-__all__ = ["Artifact", "Session", "compile", "load", "tune", "verify"]
-
 # Imported on first use: running a library needs numpy alone, and listing targets needs no compiler.
-_LAZY = {
-    "Artifact": ("qcompiler.backend.artifact", "Artifact"),
-    "Session": ("qcompiler.runtime.session", "Session"),
-    "compile": ("qcompiler.pipeline.compile", "compile"),
-    "load": ("qcompiler.runtime.session", "Session"),
-    "tune": ("qcompiler.tuning.search", "tune"),
-    "verify": ("qcompiler.verification.parity", "verify"),
+_PUBLIC = {
+    "backend.artifact": "Artifact",
+    "base.errors": "ArtifactError DataError DeviceFailure IncompatibleDevice InternalError ModelError OutputError PlanError QCompilerError SessionBusy "
+    "TargetError TuningError",
+    "base.targets": "Target load_targets:targets",
+    "calibration.preprocess": "Preprocess",
+    "calibration.table": "CalibrationTable",
+    "exporters.export_onnx": "export_onnx",
+    "pipeline.compile": "compile",
+    "pipeline.explain": "explain",
+    "pipeline.options": "Options",
+    "plan.quant_plan": "QuantPlan",
+    "runtime.session": "Session Session:load",
+    "tuning.search": "tune",
+    "verification.parity": "ParityReport Thresholds verify",
 }
+_LAZY = {name.split(":")[-1]: (f"qcompiler.{module}", name.split(":")[0]) for module, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = [  # spelled out for type checkers
+    "Artifact",
+    "ArtifactError",
+    "CalibrationTable",
+    "DataError",
+    "DeviceFailure",
+    "IncompatibleDevice",
+    "InternalError",
+    "ModelError",
+    "Options",
+    "OutputError",
+    "ParityReport",
+    "PlanError",
+    "Preprocess",
+    "QCompilerError",
+    "QuantPlan",
+    "Session",
+    "SessionBusy",
+    "Target",
+    "TargetError",
+    "Thresholds",
+    "TuningError",
+    "compile",
+    "explain",
+    "export_onnx",
+    "load",
+    "targets",
+    "tune",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> _Any:
@@ -39,3 +99,7 @@ def __getattr__(name: str) -> _Any:
 
     module, attribute = _LAZY[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

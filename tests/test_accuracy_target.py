@@ -28,8 +28,9 @@ from qcompiler.pipeline.stages import Compilation
 from qcompiler.pipeline.survey import constants_with, layer_noise, rounded_layers
 from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session
+from qcompiler.verification.bits import bit_parity
 from qcompiler.verification.interpreter import run
-from qcompiler.verification.parity import bit_parity, verify
+from qcompiler.verification.parity import verify
 
 Twins = tuple[Session, Session, dict[str, tuple[np.ndarray, np.ndarray]]]
 

@@ -100,14 +100,14 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_compile_passes_every_option_on(calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "compile m.onnx --target x86-avx2 --calibration c.npz --output m.so --input-shape a:0=1,3,8,8 --input-shape b=4"
     words += " --preprocess p.yaml --tuning-log logs --preset accurate --dump-dir dump --keep-float a --keep-float b"
-    words += " --enable shift --disable ranges --disable equalize"
+    words += " --enable shift --disable ranges --disable equalize --targets-file t.yaml"
     assert main(words.split()) == 0
     (_, args, kwargs) = calls[0]
-    assert args == ("m.onnx",)
+    assert args == ("m.onnx", "x86-avx2", "c.npz")
     assert kwargs == {
-        "target": "x86-avx2", "calibration": "c.npz", "input_shapes": {"a:0": (1, 3, 8, 8), "b": (4,)}, "preprocess": "p.yaml",
+        "input_shapes": {"a:0": (1, 3, 8, 8), "b": (4,)}, "preprocess": "p.yaml",
         "tuning_log": "logs", "preset": "accurate", "enable": ["shift"], "disable": ["ranges", "equalize"], "keep_float": ["a", "b"],
-        "requantize": False, "input_values": None, "dump_dir": "dump", "progress": silent,
+        "targets_file": "t.yaml", "dump_dir": "dump", "progress": silent,
     }  # fmt: skip
     out, err = capsys.readouterr()
     assert (tmp_path / "m.so").read_bytes() == b"library"
@@ -117,8 +117,7 @@ def test_compile_passes_every_option_on(calls: list[Any], tmp_path: Path, capsys
 
 def test_compile_defaults(calls: list[Any]) -> None:
     assert main("compile m.onnx --calibration c.npz --output m.so".split()) == 0
-    kwargs = calls[0][2]
-    assert (kwargs["target"], kwargs["preset"], kwargs["input_shapes"], kwargs["tuning_log"]) == ("native", "default", None, None)
+    assert calls[0][1:] == (("m.onnx", "native", "c.npz"), {"progress": silent})
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

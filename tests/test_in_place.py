@@ -19,7 +19,7 @@ from qcompiler.passes import sequence
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
-from qcompiler.verification.parity import bit_parity
+from qcompiler.verification.bits import bit_parity
 
 pytestmark = runs_here
 SHAPE = (2, 7, 9, 8)

@@ -13,7 +13,8 @@ import pytest
 from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.numerics.metrics import Accumulator, sqnr_db
-from qcompiler.verification.parity import ParityReport, Thresholds, bit_parity, compare, verify
+from qcompiler.verification.bits import bit_parity
+from qcompiler.verification.parity import ParityReport, Thresholds, compare, verify
 
 Visit = Callable[[str, np.ndarray], None]
 SCALES = {"hidden": (0.05, -20), "last": (0.1, -100)}

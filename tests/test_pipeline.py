@@ -19,8 +19,8 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation, compile_float
 from qcompiler.runtime.session import Session
+from qcompiler.verification.bits import bit_parity
 from qcompiler.verification.interpreter import run
-from qcompiler.verification.parity import bit_parity
 
 X86 = [t.name for t in load_targets().values() if t.architecture == "x86_64" and not missing_features(t)]
 

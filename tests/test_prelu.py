@@ -25,7 +25,7 @@ from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.refine.equalization import find_streams
 from qcompiler.verification import interpreter
-from qcompiler.verification.parity import bit_parity
+from qcompiler.verification.bits import bit_parity
 
 SLOPES: dict[str, Callable[[OnnxNet], str]] = {
     "channels": lambda n: n.weight(6, 1, 1),

@@ -28,7 +28,7 @@ from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation, describe
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
-from qcompiler.verification.parity import bit_parity
+from qcompiler.verification.bits import bit_parity
 
 Make = Callable[[Path], Path]
 NETS: dict[str, tuple[Make, Callable[[int, int], list[dict[str, np.ndarray]]]]] = {"bert": (bert, sentences), "vit": (vit, pictures)}

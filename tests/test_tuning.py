@@ -35,8 +35,8 @@ from qcompiler.tuning.bench import Bench, Candidate
 from qcompiler.tuning.model import CostModel, Space, features, key, propose
 from qcompiler.tuning.search import Task, Tuner, Tuning, check_arguments
 from qcompiler.tuning.worker import Limits, Worker, WorkerLost
+from qcompiler.verification.bits import bit_parity
 from qcompiler.verification.interpreter import run
-from qcompiler.verification.parity import bit_parity
 
 NATIVE = find_target("native")
 SPACE = Space.of(

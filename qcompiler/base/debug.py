@@ -46,7 +46,7 @@ class Dumper:
     Raises OutputError when the directory can't be made or written.
     """
 
-    def __init__(self, directory: str | Path | None = None) -> None:
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         chosen = directory if directory is not None else switch("QCOMPILER_DUMP_DIR")
         self.directory = None if chosen is None else Path(chosen)
         self._count = 0

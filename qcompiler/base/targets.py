@@ -84,12 +84,12 @@ def default_file() -> Path:
     return here / "targets.yaml" if (here / "targets.yaml").is_file() else here.parent / "targets.yaml"
 
 
-def load_targets(path: Path | None = None) -> dict[str, Target]:
-    """All rows of a targets file, in order. Raises TargetError for a malformed one, naming the row and the key.
+def load_targets(targets_file: str | os.PathLike[str] | None = None) -> dict[str, Target]:
+    """All rows of a targets file (ours if none is named), by name, in order. Raises TargetError for a malformed one, naming the row and the key.
 
     Its section `features`, if any, adds to ours: {architecture: {feature: how a CPU is asked for it}}.
     """
-    path = path or default_file()
+    path = Path(targets_file or default_file())
     document, tests = _read(path)
     for architecture, ours in _read(default_file())[1].items():
         tests[architecture] = ours | tests.get(architecture, {})
@@ -150,13 +150,15 @@ def permit(target: Target) -> None:
         raise TargetError(f"Linux refuses AMX tiles to this process ({os.strerror(error)}); kernels of '{target.name}' can't run here")
 
 
-def find_target(name: str, path: Path | None = None) -> Target:
+def find_target(name: str | Target, path: str | os.PathLike[str] | None = None) -> Target:
     """A target by row name, by triple (its most portable row), by triple plus features ("x86_64-linux-gnu+avx512_vnni"), or "native".
 
     "native" is the last row of the file for a CPU that this machine can run: rows are listed from portable to best. A row whose kernels never ran on hardware
     (`tested`) is taken by name only, unless no other runs here.
-    Raises TargetError with the nearest names when there is none.
+    A `Target` is returned as it is. Raises TargetError with the nearest names when there is none.
     """
+    if isinstance(name, Target):
+        return name
     rows = load_targets(path)
     if name in rows:
         return rows[name]

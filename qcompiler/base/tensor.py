@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,3 +20,15 @@ class TensorInfo:
 def fits(dtype: np.dtype, wanted: str) -> bool:
     """May arrays of `dtype` be fed where `wanted` is? float16 may serve as float32, of which it is a part: networks of float16 compute in float32."""
     return str(dtype) in (wanted, "float16" if wanted == "float32" else wanted)
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """An array, or a tensor of another library (one of PyTorch on a GPU, or with a gradient, included), as a numpy array; None for anything else."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.asarray(value)
+    for step in ("detach", "cpu"):  # PyTorch's tensors refuse `__array__` otherwise
+        if callable(getattr(value, step, None)):
+            value = getattr(value, step)()
+    if hasattr(value, "__array__"):
+        return np.asarray(value)
+    return np.from_dlpack(value) if hasattr(value, "__dlpack__") else None

@@ -22,11 +22,13 @@ import numpy as np
 
 from qcompiler.base.errors import DataError, closest
 from qcompiler.base.files import about, open_regular, read_regular
-from qcompiler.base.tensor import TensorInfo, fits
+from qcompiler.base.tensor import TensorInfo, as_array, fits
 from qcompiler.calibration.arrays import Header, damage, read_array, read_header, read_headers, read_rows, skip_header
 from qcompiler.calibration.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
 
 Sample = dict[str, np.ndarray]
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+"""What samples are read from: a path, or `{input name: array, or tensor of another library}` each."""
 
 
 class Samples(Protocol):
@@ -39,16 +41,18 @@ class Samples(Protocol):
     def count(self) -> int | None: ...
 
 
-def open_samples(source: Any, inputs: Sequence[TensorInfo], preprocess: str | Path | Preprocess | None = None) -> Samples:
+def open_samples(
+    source: Source | Samples, inputs: Sequence[TensorInfo], preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None
+) -> Samples:
     """The samples of `source` (a path, an iterable of `{name: array}`, or what this function returned before), checked against `inputs`.
 
-    `preprocess` (a YAML path or a `Preprocess`) is required for a folder of images, and refused for anything else.
+    `preprocess` (a YAML path, a mapping with the same keys, or a `Preprocess`) is required for a folder of images, and refused for anything else.
     An iterator that can be read only once is read into a list. Raises DataError.
     """
-    settings = load_preprocess(preprocess) if isinstance(preprocess, (str, Path)) else preprocess
+    settings = None if preprocess is None else load_preprocess(preprocess)
     if isinstance(source, (ArraySamples, ImageSamples, CheckedSamples, _Taken)):
         return source
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, os.PathLike)):
         if settings is not None:
             raise DataError("preprocessing applies to a folder of images only; the samples given are arrays already")
         return CheckedSamples(source, inputs)
@@ -90,9 +94,9 @@ def check_sample(sample: Any, inputs: Sequence[TensorInfo], where: str) -> Sampl
     check_names(sample, inputs, where)
     checked = {}
     for info in inputs:
-        array = sample[info.name]
-        if not isinstance(array, np.ndarray):
-            raise DataError(f"{where}: input '{info.name}' is a {type(array).__name__}; a numpy array is expected")
+        array = as_array(sample[info.name])
+        if array is None:
+            raise DataError(f"{where}: input '{info.name}' is a {type(sample[info.name]).__name__}; an array or a tensor is expected")
         if not fits(array.dtype, info.dtype):
             raise DataError(f"{where}: input '{info.name}' has dtype {array.dtype}, the model wants {info.dtype}; convert with .astype('{info.dtype}')")
         if array.shape != tuple(info.shape):
@@ -293,13 +297,13 @@ def take(samples: Samples, indices: Sequence[int]) -> Samples:
     return samples.take(indices) if isinstance(samples, ImageSamples) else _Taken(samples, indices)
 
 
-def load_labels(labels: str | Path | Iterable[int], samples: Samples) -> np.ndarray:
+def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples) -> np.ndarray:
     """Class indices, int64, one per sample: given as such, or a file of them.
 
     A `.npy` holds them in the order of the samples. Anything else is text, tab-separated: the columns `file` and `class_index` (or,
     without a header, the first two) joined with the image files by relative path, or by bare file name. Raises DataError.
     """
-    if not isinstance(labels, (str, Path)):
+    if not isinstance(labels, (str, os.PathLike)):
         return class_indices(labels)
     path = Path(labels)
     if path.suffix == ".npy":
@@ -316,7 +320,8 @@ def load_labels(labels: str | Path | Iterable[int], samples: Samples) -> np.ndar
 def class_indices(labels: object, where: str = "labels") -> np.ndarray:
     """Labels as int64 [samples]. Raises DataError for what is no vector of integers from 0 on."""
     try:
-        array = np.asarray(labels if isinstance(labels, (np.ndarray, Sequence)) else list(labels))  # type: ignore[call-overload]
+        whole = as_array(labels)
+        array = np.asarray(labels if isinstance(labels, Sequence) else list(labels)) if whole is None else whole  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: labels are a vector of integers, one per sample: {error}") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -6,8 +6,10 @@ Settings come from a small YAML file; the keys are the fields of `Preprocess`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import reprlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,11 +147,14 @@ def _eight_bits(image: Any) -> Any:
     return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def load_preprocess(path: str | Path) -> Preprocess:
-    """Settings from a YAML file. `scale` may be a fraction ("1/255"). Raises DataError for an unknown key, with the nearest ones."""
-    path = Path(path)
+def load_preprocess(source: str | os.PathLike[str] | Mapping[str, Any] | Preprocess) -> Preprocess:
+    """Settings from a YAML file, or from a mapping with the same keys. `scale` may be a fraction ("1/255"). Raises DataError for an unknown key, with the
+    nearest ones."""
+    if isinstance(source, Preprocess):
+        return source
+    path: str | Path = "preprocess" if isinstance(source, Mapping) else Path(source)
     try:
-        document = read_yaml(path)
+        document = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
     except ValueError as error:
         raise DataError(f"{path}: the preprocessing file {error}") from error
     keys = [f.name for f in dataclasses.fields(Preprocess)]
@@ -160,7 +165,7 @@ def load_preprocess(path: str | Path) -> Preprocess:
         if key not in keys:
             raise DataError(f"{path}: unknown key {shown(key)}.{closest(str(key), keys)} Known: {', '.join(keys)}")
         convert = partial(_number, path, key) if key in ("scale", "mean", "std", "background") else _same
-        values[key] = tuple(convert(v) for v in value) if isinstance(value, list) and key != "scale" else convert(value)
+        values[key] = tuple(convert(v) for v in value) if isinstance(value, (list, tuple)) and key != "scale" else convert(value)
     try:
         return Preprocess(**values)
     except DataError as error:
@@ -177,7 +182,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _number(path: Path, key: str, value: Any) -> float:
+def _number(path: str | Path, key: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,10 @@ from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import terminal_progress
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import report as cli_report
+from qcompiler.cli.arguments import add_model, add_options, chosen, pair, positive, read_files
 from qcompiler.cli.process import complain, guarded, show
 from qcompiler.cli.tuning import add_verbs
-
-DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with --preprocess"
-SHAPE_HELP = "shape of an input, for models with symbolic dimensions (a symbolic batch is 1); repeat for more inputs"
-PREPROCESS_HELP = (
-    "YAML file for a folder of images; keys: resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), "
-    "color (RGB, BGR, GRAY), scale, mean, std: y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC), "
-    "background (pixel value behind transparent pixels, default 255)"
-)
+from qcompiler.pipeline.options import DATA_HELP, GROUPS, OPTIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,35 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
         "Import MODEL, measure the range of every tensor on the calibration data, choose the quantization, and write a shared library "
         "(code, weights and manifest in one file). The same inputs give the same bytes.",
     )
-    p.add_argument("model", metavar="MODEL.onnx", help="float32 ONNX model")
-    p.add_argument("--target", default="native", metavar="T", help="a row of `qcompiler targets`, a triple, a triple+feature, or native (default)")
-    p.add_argument(
-        "--calibration",
-        metavar="DATA",
-        help=f"typical inputs, 100 are usually enough (not with --weights, nor needed for a model that states its own ranges): {DATA_HELP}",
-    )
+    add_model(p)
     p.add_argument("--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
-    p.add_argument(
-        "--input-shape",
-        action="append",
-        default=[],
-        metavar="NAME=1,3,224,224",
-        type=_shape,
-        help=SHAPE_HELP,
-    )
-    p.add_argument("--input-value", action="append", default=[], metavar="NAME=VALUE", type=cli_report.input_value, help=cli_report.VALUE_HELP)
-    p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
-    p.add_argument("--tuning-log", metavar="DIR", help="use the tuned kernels recorded in this directory")
-    cli_report.add_recipe(p)
-    p.add_argument("--keep-float", action="append", default=[], metavar="LAYER", help=cli_report.KEEP_FLOAT_HELP)
-    p.add_argument("--requantize", action="store_true", help=cli_report.REQUANTIZE_HELP)
-    cli_report.add_goal(p)
-    cli_report.add_weights(p)
-    p.add_argument("--dump-dir", metavar="DIR", help="write what every pass and stage made (modules, ranges, plan) into this directory")
-
-    texts = {"data": f"typical inputs: {DATA_HELP}", "shape": SHAPE_HELP, "preprocess": PREPROCESS_HELP}
-    add_verbs(verb, show, texts, _shape)
-    cli_report.add(verb, show, texts, _shape)
+    add_options(p, GROUPS)
+    add_verbs(verb, show)
+    cli_report.add(verb, show)
 
     p = verb(
         "verify",
@@ -105,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("library", metavar="FILE.so", help="a library that `qcompiler compile` wrote")
     p.add_argument("--model", required=True, metavar="MODEL.onnx", help="the float model it was compiled from")
     p.add_argument("--data", required=True, metavar="DATA", help=f"evaluation inputs, other than those of the calibration: {DATA_HELP}")
-    p.add_argument("--preprocess", metavar="FILE.yaml", help=PREPROCESS_HELP)
+    p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
     p.add_argument("--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices")
     p.add_argument("--min-sqnr", type=float, metavar="DB", help="fail when an output has a lower signal-to-quantization-noise ratio")
     p.add_argument("--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)")
@@ -118,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
     p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
-    p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of both networks (default 1)")
+    p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of both networks (default 1)")
     p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
     p = verb(
@@ -129,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         "another runtime take turns with it in one process; the ratios are what to read, times drift between runs.",
     )
     p.add_argument("library", metavar="FILE.so")
-    p.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of each candidate (default 1)")
+    p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each candidate (default 1)")
     p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
     p.add_argument("--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed")
     p.add_argument("--seconds", type=float, default=3.0, metavar="S", help="time to spend on measuring (default 3)")
@@ -138,9 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
     p.add_argument("library", metavar="FILE.so")
-    p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=_pair, help="one array per input; repeat for more inputs")
+    p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=pair, help="one array per input; repeat for more inputs")
     p.add_argument("--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
-    p.add_argument("--threads", type=_positive, default=1, metavar="N")
+    p.add_argument("--threads", type=positive, default=1, metavar="N")
 
     p = verb(
         "inspect",
@@ -170,64 +140,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, dimensions = text.rpartition("=")
-    try:
-        shape = tuple(int(d) for d in dimensions.split(",") if d.strip())
-    except ValueError:
-        shape = (0,)
-    if not name or any(d < 1 for d in shape):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=1,3,224,224 with positive dimensions")
-    return name, shape
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE")
-    return name, value
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
-    return int(text)
-
-
-def _inputs(options: argparse.Namespace) -> Iterator[str | Path]:
-    """The files and folders that a command reads."""
-    from qcompiler.importers.onnx_file import files_of
-
-    for name in ("model", "library", "calibration", "data", "preprocess", "labels", "tuning_log"):
-        if given := getattr(options, name, None):
-            yield from files_of(Path(given)) if name == "model" else [given]
-    yield from (path for _, path in getattr(options, "input", ()))
-
-
 def _compile(options: argparse.Namespace) -> int:
     from qcompiler.base.text import size
     from qcompiler.cli.tables import target_text
     from qcompiler.numerics.weight_only import heading
 
-    output = check_writable(options.output, _inputs(options))
-    shapes = dict(options.input_shape)
+    output = check_writable(options.output, read_files(options))
     with terminal_progress() as progress:
-        artifact = qcompiler.compile(
-            options.model,
-            target=options.target,
-            calibration=options.calibration,
-            input_shapes=shapes or None,
-            input_values=dict(options.input_value) or None,
-            **cli_report.recipe_arguments(options),
-            keep_float=options.keep_float,
-            requantize=options.requantize,
-            tuning_log=options.tuning_log,
-            preprocess=options.preprocess,
-            dump_dir=options.dump_dir,
-            progress=progress,
-            **{name: getattr(options, name) for name in cli_report.GOAL if getattr(options, name) is not None},
-            **cli_report.weights_of(options),
-        )
+        artifact = qcompiler.compile(options.model, options.target, options.calibration, **chosen(options), progress=progress)
     artifact.save(output)
     manifest = artifact.manifest
     for warning in manifest.get("warnings", []):
@@ -318,7 +238,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from qcompiler.calibration.arrays import read_array
 
-    output = check_writable(options.output, _inputs(options))
+    output = check_writable(options.output, read_files(options))
     if output.suffix != ".npz":
         raise DataError(f"{output}: outputs are written as .npz; name a file that ends so")
     session = qcompiler.load(options.library, threads=options.threads)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qcompiler.base.errors import TuningError
 from qcompiler.base.progress import terminal_progress
+from qcompiler.cli.arguments import chosen
 
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 
@@ -37,9 +38,7 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
             output=options.export_candidates,
             candidates=CANDIDATES if options.candidates is None else options.candidates,
             threads=options.threads,
-            input_shapes=dict(options.input_shape) or None,
-            preprocess=options.preprocess,
-            preset=options.preset,
+            **chosen(options),
             progress=progress,
         )
     document = {"folder": str(made.folder), "set": made.digest, "tasks": made.tasks, "candidates": made.candidates, "bytes": made.size}

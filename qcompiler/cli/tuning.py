@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcompiler.base.progress import terminal_progress
+from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen, duration
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 
 
-def duration(text: str) -> float:
-    """Seconds of "90", "90s", "20m" or "1.5h", for argparse."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a duration such as 90s, 20m or 1.5h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def add_verbs(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> None:
-    """Add the verbs. `texts`: help of the options that `compile` has too; `shape`: the type of --input-shape."""
+def add_verbs(verb: Verb, show: Show) -> None:
+    """Add the verbs."""
     p = verb(
         "tune",
         lambda options: _tune(options, show),
@@ -35,15 +27,12 @@ def add_verbs(verb: Verb, show: Show, texts: Mapping[str, str], shape: Any) -> N
     )
     p.add_argument("model", nargs="?", metavar="MODEL.onnx", help="float32 ONNX model")
     p.add_argument("--target", default="native", metavar="T", help="a target that this machine can run (default native); any with --export-candidates")
-    p.add_argument("--calibration", metavar="DATA", help=texts["data"])
+    add_model(p, "calibration")
     p.add_argument("--log", required=True, metavar="DIR", help="folder of the log; made when missing, continued when not, one run at a time")
     p.add_argument("--trials", type=int, default=1000, metavar="N", help="variants to measure, those of earlier runs included (default 1000)")
     p.add_argument("--time-limit", type=duration, metavar="TIME", help="end the search after this time: 90s, 20m, 1.5h")
     p.add_argument("--threads", type=int, metavar="N", help="judge kernels on one thread and on N (default: the target's cores that are free to use)")
-    p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,3,224,224", type=shape, help=texts["shape"])
-    p.add_argument("--preprocess", metavar="FILE.yaml", help=texts["preprocess"])
-    p.add_argument("--preset", choices=["fast", "default", "accurate"], default="default", help="the preset to compile with later")
-
+    add_options(p, QUANTIZING, without=["tuning_log"])
     p.add_argument(
         "--export-candidates",
         metavar="DIR",
@@ -85,9 +74,7 @@ def _tune(options: argparse.Namespace, show: Show) -> int:
                 trials=options.trials,
                 time_limit=options.time_limit,
                 threads=options.threads,
-                input_shapes=dict(options.input_shape) or None,
-                preprocess=options.preprocess,
-                preset=options.preset,
+                **chosen(options),
                 progress=display.progress,
                 watch=display.watch,
             )

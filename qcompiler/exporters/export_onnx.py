@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import check_writable, replacing
+from qcompiler.base.targets import Target
 from qcompiler.importers.onnx_file import default_opset, files_of, read
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
@@ -31,7 +32,7 @@ from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import STREAMS, Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.job import Options
+from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 
@@ -52,14 +53,18 @@ class Export:
     kept_float: dict[str, str]
 
 
-def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str], calibration: Any, target: str = "native", **options: Unpack[Options]) -> Export:
-    """Quantize `model` as `compile` does (same arguments, same errors) and write the network as ONNX QDQ to `output`.
+@takes_options
+def export_onnx(
+    model: str | os.PathLike[str], output: str | os.PathLike[str], calibration: Any = None, target: str | Target = "native", **options: Unpack[Options]
+) -> Export:
+    """Quantize `model` as `compile` does (same errors) and write the network as ONNX QDQ to `output`.
 
     Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
     """
-    path = check_writable(Path(output), [*files_of(Path(model)), calibration, options.get("preprocess"), options.get("labels")])
-    source = _source(Path(model), bool(options.get("requantize")))
-    options["disable"] = [*(options.get("disable") or ()), "streams"]  # QDQ states 8 bits
+    options = complete(options, "export_onnx")
+    path = check_writable(Path(output), [*files_of(Path(model)), calibration, options["preprocess"], options["labels"]])
+    source = _source(Path(model), options["requantize"])
+    options["disable"] = [*options["disable"], "streams"]  # QDQ states 8 bits
     export = qdq_model(source, compile_stages(model, target, calibration, **options))
     with replacing(path) as temporary:
         temporary.write_bytes(export.model.SerializeToString(deterministic=True))

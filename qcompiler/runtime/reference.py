@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,7 +74,9 @@ class ImportCheck:
         )
 
 
-def check_import(model: str | Path, imported: Runs, samples: Iterable[Mapping[str, np.ndarray]], least_db: float, fixed: Mapping[str, Any] = {}) -> ImportCheck:
+def check_import(
+    model: str | os.PathLike[str], imported: Runs, samples: Iterable[Mapping[str, np.ndarray]], least_db: float, fixed: Mapping[str, Any] = {}
+) -> ImportCheck:
     """Compare the float network `imported` from the file `model` with ONNX Runtime on the file, over `samples`, each as the network takes them.
 
     least_db: how near floating outputs must come. fixed: inputs of the file that the network has as constants. What ONNX Runtime
@@ -104,7 +105,7 @@ def check_import(model: str | Path, imported: Runs, samples: Iterable[Mapping[st
     return ImportCheck("equal" if all(o.equal for o in outputs) else "different", runtime, done, least_db, outputs)
 
 
-def _session(onnxruntime: Any, model: str | Path) -> Any:
+def _session(onnxruntime: Any, model: str | os.PathLike[str]) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

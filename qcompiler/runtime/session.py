@@ -16,7 +16,7 @@ import numpy as np
 
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
-from qcompiler.base.tensor import TensorInfo, fits
+from qcompiler.base.tensor import TensorInfo, as_array, fits
 from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
 
@@ -135,6 +135,9 @@ class Session:
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
         self.path = Path(path)
+        if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
+            raise TypeError(f"threads is {threads!r}, a {type(threads).__name__}; expected an int")
+        threads = int(threads)
         if threads < 1:
             raise DataError(f"threads is {threads}; at least 1 is needed")
         self.threads = threads
@@ -166,6 +169,11 @@ class Session:
         if getattr(self, "_handle", None):
             self._library.qc_session_destroy(self._handle)
             self._copy.ended(id(self))
+
+    def __repr__(self) -> str:
+        kept = "float32" if not self.manifest.get("values") else "int8"
+        inputs, outputs = (", ".join(f"{p.name} {p.dtype}{list(p.shape)}" for p in ports) for ports in (self.inputs, self.outputs))
+        return f"<Session {self.path}: {kept} for {self.manifest['target']}, {self.threads} thread{'s' * (self.threads != 1)}; {inputs} -> {outputs}>"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a Session holds code and memory of its process and can't be copied or pickled; load {self.path} again where another is needed")
@@ -244,7 +252,8 @@ class Session:
         for info in self.inputs:
             if info.name not in inputs:
                 raise DataError(f"input '{info.name}' is missing; the model wants {', '.join(f'{i.name} {list(i.shape)} {i.dtype}' for i in self.inputs)}")
-            array = np.asarray(inputs[info.name])
+            whole = as_array(inputs[info.name])
+            array = np.asarray(inputs[info.name]) if whole is None else whole
             if not fits(array.dtype, info.dtype):
                 raise DataError(f"input '{info.name}' has dtype {array.dtype}; the model wants {info.dtype}")
             if array.shape != info.shape:

@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import tvm_ffi
 
@@ -28,15 +28,13 @@ from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
 from qcompiler.base.targets import Target, find_target
+from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import Kernel
 from qcompiler.tuning.bench import MARGIN, ratio_of
 from qcompiler.tuning.candidates import measurable, plan_lines
 from qcompiler.tuning.model import Point, key
 from qcompiler.tuning.search import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
 from qcompiler.tuning.worker import Limits, Worker, WorkerLost
-
-if TYPE_CHECKING:
-    from qcompiler.pipeline.job import Options
 
 FORMAT = 1
 SIZE_LIMIT = 58 << 20  # bytes of an exported folder
@@ -63,9 +61,10 @@ class Exported:
     failed: list[str] = field(default_factory=list)
 
 
+@takes_options
 def export_candidates(
     model: str | os.PathLike[str],
-    target: str,
+    target: str | Target,
     calibration: Any,
     *,
     log: str | os.PathLike[str],
@@ -85,8 +84,9 @@ def export_candidates(
     from qcompiler.backend.lowering import lower
     from qcompiler.pipeline.compile import quantize
 
-    chosen = find_target(target, options.get("targets_file"))
-    compiler, progress = find_compiler(chosen), options.get("progress") or silent
+    options = complete(options, "export_candidates")
+    chosen = find_target(target, options["targets_file"])
+    compiler, progress = find_compiler(chosen), options["progress"] or silent
     if candidates < 1 or candidates > 1000:
         raise TuningError(f"candidates is {candidates}; 1 to 1000 are supported")
     threads = threads if threads is not None else 1 if chosen.gpu else chosen.cores

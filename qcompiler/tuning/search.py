@@ -18,18 +18,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, allowed, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.tuning.bench import FREE
 from qcompiler.tuning.model import CostModel, Point, Space, features, key, propose, sizes
 from qcompiler.tuning.worker import Limits, Worker, WorkerLost
-
-if TYPE_CHECKING:
-    from qcompiler.pipeline.job import Options
 
 BATCH = 8  # measured candidates of a turn
 OPTIMISM = 0.2  # the gain that a first turn is expected to bring
@@ -329,9 +327,10 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@takes_options
 def tune(
     model: str | os.PathLike[str],
-    target: str = "native",
+    target: str | Target = "native",
     calibration: Any = None,
     *,
     log: str | os.PathLike[str],
@@ -353,7 +352,8 @@ def tune(
     """
     from qcompiler.pipeline.compile import quantize
 
-    chosen = find_target(target, options.get("targets_file"))
+    options = complete(options, "tune")
+    chosen = find_target(target, options["targets_file"])
     threads = check_arguments(chosen, trials, time_limit, threads)
     with opened(log, isa_of(chosen)) as writer:
         records = read_file(writer.path)

@@ -7,6 +7,7 @@ integer value is compared as the real number it stands for, `scale * (q - zero_p
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qcompiler.backend.artifact import Artifact
 from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress, silent
+from qcompiler.base.targets import load_targets
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
-from qcompiler.calibration.data import Samples, load_labels, open_samples
+from qcompiler.calibration.data import Samples, Source, load_labels, open_samples
+from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
@@ -172,24 +176,25 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
 
 
 def verify(
-    library: Any,
-    model: Any,
-    samples: Any,
+    library: str | os.PathLike[str] | Artifact | Runner,
+    model: str | os.PathLike[str] | Runner,
+    samples: Source | Samples,
     *,
-    labels: str | Path | Iterable[int] | None = None,
+    labels: str | os.PathLike[str] | Iterable[int] | None = None,
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     max_accuracy_drop: float | None = None,
     max_channel_bias: float | None = None,
-    preprocess: Any = None,
+    preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None,
     layer_samples: int = 8,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
-    `library`: path of the `.so`, or a Session. `model`: the ONNX file it was compiled from, or a Session of it in float.
-    `samples`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see `qcompiler.calibration.data.load_labels`).
+    `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: the ONNX file it was compiled from, or a Session of
+    it in float. `samples`, `preprocess` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
+    `qcompiler.calibration.data.load_labels`).
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where onnxruntime is installed, the float network is compared with what it
     computes from the file, too (`ParityReport.imported`): an operator that was imported wrongly would be wrong on both sides of every other comparison.
 
@@ -197,27 +202,32 @@ def verify(
     """
     from qcompiler.runtime.session import Session
 
-    actual = Session(library, threads=threads) if isinstance(library, (str, Path)) else library
+    if isinstance(library, Artifact):
+        with temporary_folder() as folder:
+            opened = Session(library.save(folder / "library.so"), threads=threads)
+        library = opened  # which has its own copy of the file
+    actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
     data = open_samples(samples, actual.inputs, preprocess)
     classes = None if labels is None else load_labels(labels, data)
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias)
     options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, os.PathLike)):
         return compare(actual, model, data, **options)
     with temporary_folder() as folder:
         twin = float_session(model, actual, folder, threads)
         return with_import(compare(actual, twin, data, **options), model, twin, data)
 
 
-def with_import(report: ParityReport, model: str | Path, twin: Runner, samples: Samples) -> ParityReport:
+def with_import(report: ParityReport, model: str | os.PathLike[str], twin: Runner, samples: Samples) -> ParityReport:
     """The report with the float network `twin` of the file `model` compared with ONNX Runtime as well, on the first samples."""
     checked = check_import(model, twin, itertools.islice(samples, IMPORT_SAMPLES), exactness(Path(model)), twin.manifest.get("fixed_inputs", {}))
     verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
     return replace(report, imported=checked, checks=[*report.checks, *verdict])
 
 
-def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) -> Any:
-    """A session of the float network `model`, compiled into `folder` for the target (a GPU's: this CPU) and input shapes of the session `like`.
+def float_session(model: str | os.PathLike[str], like: Any, folder: Path, threads: int = 1) -> Any:
+    """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like`; for this CPU, where that is a
+    GPU's or of another targets file.
 
     Raises ArtifactError when `like` was compiled from another model: its manifest has the digest of its model, or its inputs or outputs are others.
     """
@@ -225,7 +235,8 @@ def float_session(model: str | Path, like: Any, folder: Path, threads: int = 1) 
     from qcompiler.runtime.session import Session
 
     shapes = {i.name: tuple(i.shape) for i in like.inputs}
-    target = "native" if like.manifest["triple"].startswith("nvptx64") else like.manifest["target"]
+    own = like.manifest["target"]
+    target = own if own in load_targets() and not like.manifest["triple"].startswith("nvptx64") else "native"
     fixed, wanted = like.manifest.get("fixed_inputs"), like.manifest.get("digests", {}).get("model")
     artifact = compile_float(model, target, shapes, input_values=fixed, wanted=wanted)
     session = Session(artifact.save(folder / "float.so"), threads=threads)
@@ -348,49 +359,3 @@ def _checks(report: ParityReport) -> list[Check]:
                 said = f"layer '{layer.name}': channel {layer.metrics.channel} is off by {bias:+.2f} steps on average, more than {limits.max_channel_bias:g}"
                 found.append(Check("max_channel_bias", abs(bias), abs(bias) <= limits.max_channel_bias, said))
     return found
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """A value that is not the reference's: how many elements differ, where first, both numbers there, and the channels touched."""
-
-    name: str
-    elements: int
-    index: tuple[int, ...]
-    actual: float
-    expected: float
-    channels: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return (
-            f"value '{self.name}': {self.elements} elements differ, first at {list(self.index)}: {self.actual:g}, "
-            f"expected {self.expected:g}; channels {', '.join(map(str, self.channels[:8]))}{', ...' if len(self.channels) > 8 else ''}"
-        )
-
-
-def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray]) -> list[Mismatch]:
-    """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.verification.interpreter.run`), in order.
-
-    Only int8 and int16 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
-    """
-    mismatches: list[Mismatch] = []
-    compared = 0
-
-    def visit(name: str, array: np.ndarray) -> None:
-        nonlocal compared
-        if name not in expected or array.dtype not in (np.int8, np.int16):
-            return
-        compared += 1
-        wanted = expected[name]
-        if wanted.shape != array.shape or wanted.dtype != array.dtype:
-            raise ArtifactError(f"value '{name}' is {array.dtype}{list(array.shape)} in the library, {wanted.dtype}{list(wanted.shape)} in the reference")
-        where = np.argwhere(array != wanted)
-        if len(where):
-            first = tuple(int(i) for i in where[0])
-            channels = tuple(int(c) for c in np.unique(where[:, -1])) if array.ndim else ()
-            mismatches.append(Mismatch(name, len(where), first, float(array[first]), float(wanted[first]), channels))
-
-    actual.trace(sample, visit)
-    if not compared:
-        raise ArtifactError("no int8 value of the library occurs in the reference: nothing was compared")
-    return mismatches

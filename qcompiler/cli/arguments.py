@@ -1,0 +1,124 @@
+"""What verbs have in common: the options of a compilation, made from their one table, and how words become values."""
+
+from __future__ import annotations
+
+import argparse
+import collections.abc
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qcompiler.pipeline.options import ARGUMENTS, GROUPS, LISTS, OPTIONS, TYPES, Option
+
+QUANTIZING = ("network", "recipe", "kernels", "work")
+"""Groups of options of every verb that quantizes."""
+
+
+def add_model(p: argparse._ActionsContainer, *names: str) -> None:
+    """The arguments `model`, `target` and `calibration`, or those of them that are named."""
+    for name in names or ARGUMENTS:
+        option = ARGUMENTS[name]
+        if name == "model":
+            p.add_argument(name, metavar="MODEL.onnx", help=option.help)
+        else:
+            p.add_argument(f"--{name}", default=option.default, metavar=option.metavar, help=_escaped(option))
+
+
+def add_options(p: argparse.ArgumentParser, groups: Iterable[str], without: Iterable[str] = ()) -> None:
+    """The options of some groups (`GROUPS`)."""
+    for group in groups:
+        names = [n for n, o in OPTIONS.items() if o.group == group and n not in without and n != "progress"]
+        title, what = GROUPS[group]
+        container = p.add_argument_group(title, what.replace("%", "%%") or None) if names else p
+        for name in names:
+            _add(container, name, OPTIONS[name])
+
+
+def _add(p: argparse._ActionsContainer, name: str, option: Option) -> None:
+    flag = option.flag or f"--{name.replace('_', '-')}"
+    settings: dict[str, Any] = {"dest": name, "help": _escaped(option)}
+    if TYPES[name] is bool:
+        p.add_argument(flag, action="store_true", **settings)
+        return
+    kinds = {typing.get_origin(k) or k for k in typing.get_args(TYPES[name]) or (TYPES[name],)}
+    settings["metavar"] = option.metavar
+    if name in LISTS or (collections.abc.Mapping in kinds and name in _WORDS):
+        settings |= {"action": "append", "default": [], "help": f"{settings['help']}; repeat for more"}
+    if option.choices:
+        settings |= {"choices": option.choices, "default": option.default, "metavar": None}
+    read = _WORDS.get(name) or (float if float in kinds else int if int in kinds else str)
+    p.add_argument(flag, type=read, **settings)
+
+
+def _escaped(option: Option) -> str:
+    return option.help.replace("%", "%%")
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as keyword arguments."""
+    found = {}
+    for name, option in OPTIONS.items():
+        value = getattr(options, name, None)
+        if value is not None and value != [] and value != option.default:
+            found[name] = dict(value) if name in ("input_shapes", "input_values") else value
+    return found
+
+
+def read_files(options: argparse.Namespace) -> Iterator[str | Path]:
+    """The files and folders that a command reads."""
+    from qcompiler.importers.onnx_file import files_of
+
+    for name in ("model", "library", "calibration", "data", "preprocess", "labels", "tuning_log", "targets_file"):
+        if given := getattr(options, name, None):
+            yield from files_of(Path(given)) if name == "model" else [given]
+    yield from (path for _, path in getattr(options, "input", ()))
+
+
+# -- words --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """NAME=1,3,224,224"""
+    name, _, dimensions = text.rpartition("=")
+    try:
+        found = tuple(int(d) for d in dimensions.split(",") if d.strip())
+    except ValueError:
+        found = (0,)
+    if not name or any(d < 1 for d in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=1,3,224,224 with positive dimensions")
+    return name, found
+
+
+def input_value(text: str) -> tuple[str, str]:
+    """NAME=16000"""
+    name, equals, value = text.rpartition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=16000 or NAME=1,2,3")
+    return name, value
+
+
+def duration(text: str) -> float:
+    """Seconds of "90", "90s", "20m" or "1.5h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a duration such as 90s, 20m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=FILE"""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE")
+    return name, value
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
+    return int(text)
+
+
+_WORDS: dict[str, Any] = {"input_shapes": shape, "input_values": input_value, "time_budget": duration}

@@ -1,0 +1,229 @@
+"""The options of a compilation, each stated once: type, default, meaning. Signatures, their help texts and the command line are made from this table.
+
+To add one: a line in `Options`, and whoever reads it. It then is a keyword argument of `compile` and its kin, and an option of the verbs that take its group.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import os
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict, TypeVar, Union
+
+import numpy as np
+
+from qcompiler.base.errors import closest
+from qcompiler.base.progress import Progress
+from qcompiler.calibration.preprocess import Preprocess
+from qcompiler.plan.recipes import PRESETS, STEPS
+
+F = TypeVar("F", bound=Callable[..., Any])
+AnyPath = str | os.PathLike[str]
+
+DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with preprocess"
+PREPROCESS_HELP = (
+    "resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), color (RGB, BGR, GRAY), scale, mean, std: "
+    "y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC), background (pixel value behind transparent pixels, default 255)"
+)
+GROUPS = {
+    "network": ("network and data", ""),
+    "recipe": ("quantization", ""),
+    "goal": (
+        "accuracy target",
+        "Keep those layers in float that reach the target at the least measured time. Every fourth calibration sample (of 8 or more) is held out to judge. "
+        "When the target is missed, the most accurate library found is made, the manifest says so, and the command's exit status is 1.",
+    ),
+    "weights": (
+        "weights alone",
+        "For networks whose time goes into reading the weights of matrix products: activations stay float32, weights become float32 again in registers. "
+        "No calibration data is needed. Of the other options keep_float, input_shapes, input_values, dump_dir, targets_file and progress go with it.",
+    ),
+    "kernels": ("code", ""),
+    "work": ("work under way", ""),
+}
+"""Groups of options, in order: a title, and what they share."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is to know of an option beside its type. help: for people, in both spellings. group: of `GROUPS`. metavar: what the command line calls its value;
+    empty for one that only Python has. flag: its name there, where it is not the option's own with dashes."""
+
+    help: str
+    group: str
+    metavar: str = ""
+    default: Any = None
+    flag: str = ""
+    choices: tuple[str, ...] = ()
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `compile`, `explain`, `export_onnx` and `tune`."""
+
+    input_shapes: Annotated[
+        Mapping[str, Sequence[int]] | None,
+        Option("shapes of inputs, by name, for models with symbolic dimensions (a symbolic batch is 1)", "network", "NAME=1,3,224,224", flag="--input-shape"),
+    ]
+    input_values: Annotated[
+        Mapping[str, Any] | None,
+        Option(
+            "inputs that are the same in every call and become constants (sr=16000): a number for all elements, or all of them (an array, or text 1,2,3)",
+            "network",
+            "NAME=VALUE",
+            flag="--input-value",
+        ),
+    ]
+    preprocess: Annotated[
+        AnyPath | Mapping[str, Any] | Preprocess | None,
+        Option(f"how images become inputs: a YAML file, or in Python a mapping, with the keys {PREPROCESS_HELP}", "network", "FILE.yaml"),
+    ]
+    preset: Annotated[
+        str,
+        Option(
+            "how much to spend on choosing the quantization: fast compiles soonest, accurate loses least",
+            "recipe",
+            "PRESET",
+            default="default",
+            choices=tuple(PRESETS),
+        ),
+    ]
+    enable: Annotated[
+        str | Sequence[str],
+        Option(
+            f"steps to take that the preset leaves out. {'; '.join(f'{name}: {what}' for name, what in STEPS.items())}",
+            "recipe",
+            "STEP",
+            default=(),
+        ),
+    ]
+    disable: Annotated[str | Sequence[str], Option("steps of the preset to leave out", "recipe", "STEP", default=())]
+    keep_float: Annotated[
+        str | Sequence[str], Option("layers that are not quantized, named by their node or their output in the model file", "recipe", "LAYER", default=())
+    ]
+    requantize: Annotated[
+        bool,
+        Option("of a model that is quantized already, quantize also what its file leaves in float or in 16 bits", "recipe", "", default=False),
+    ]
+    min_sqnr: Annotated[float | None, Option("dB: signal-to-quantization-noise ratio that every output reaches, with 95 % confidence", "goal", "DB")]
+    min_agreement: Annotated[float | None, Option("fraction of samples (0 to 1) that get the float model's top-1 class", "goal", "FRACTION")]
+    max_accuracy_drop: Annotated[float | None, Option("percentage points of top-1 accuracy that may be lost; needs labels", "goal", "POINTS")]
+    labels: Annotated[
+        AnyPath | Iterable[int] | None,
+        Option(
+            "of the calibration data. For images: a table with the columns file and class_index; for arrays: an .npy of class indices (or, in Python, these)",
+            "goal",
+            "TSV",
+        ),
+    ]
+    time_budget: Annotated[
+        float | None, Option("for the whole compilation, in seconds (the command line takes 90s, 20m, 1.5h); 10 minutes if not given", "goal", "TIME")
+    ]
+    weights: Annotated[str | None, Option("store the weights of Gemm and MatMul as int8 or int4", "weights", "TYPE")]
+    group_size: Annotated[int | None, Option("weights of a row that share a scale: a multiple of 8; 64 if not given", "weights", "N")]
+    asymmetric: Annotated[bool, Option("a zero point beside each scale", "weights", "", default=False)]
+    tuning_log: Annotated[AnyPath | None, Option("use the tuned kernels recorded in this folder", "kernels", "DIR")]
+    targets_file: Annotated[AnyPath | None, Option("a file like targets.yaml, whose rows are used instead", "kernels", "FILE.yaml")]
+    dump_dir: Annotated[AnyPath | None, Option("write what every pass and stage made (modules, ranges, plan) into this folder", "work", "DIR")]
+    progress: Annotated[
+        Progress | None,
+        Option(
+            "called as progress(stage, done, total) in the calling thread, often: `done` steps of `total` (None: unknown) of the named stage are finished. "
+            "What it raises ends the compilation",
+            "work",
+        ),
+    ]
+
+
+ARGUMENTS = {
+    "model": Option("path of the float32 ONNX model", "network"),
+    "target": Option("a row of `qcompiler targets`, a triple, a triple+feature, or native for the best of this machine", "network", "T", default="native"),
+    "calibration": Option(
+        f"typical inputs, 100 are usually enough: {DATA_HELP}; in Python also any iterable of {{input name: array}}. "
+        "Not needed for a model that states its own ranges",
+        "network",
+        "DATA",
+    ),
+}
+"""The arguments beside the options that the same functions and verbs share."""
+
+_HINTS = typing.get_type_hints(Options, include_extras=True)
+OPTIONS: dict[str, Option] = {name: typing.get_args(hint)[1] for name, hint in _HINTS.items()}
+TYPES: dict[str, Any] = {name: typing.get_args(hint)[0] for name, hint in _HINTS.items()}
+LISTS = frozenset(name for name, option in OPTIONS.items() if option.default == ())
+
+
+def complete(options: Mapping[str, Any], function: str = "compile") -> Options:
+    """All options, those that are not given with their defaults; a single name where several are taken becomes a list of it.
+
+    Raises TypeError for a name that there is not, with the nearest ones, and for a value of another type.
+    """
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise TypeError(f"{function}() has no keyword argument '{name}'.{closest(name, list(OPTIONS))}")
+        if not (_fits(value, TYPES[name]) or value is None):
+            raise TypeError(f"{function}(): {name} is {value!r:.60}, a {type(value).__name__}; expected {_spelled(TYPES[name])}")
+    found: dict[str, Any] = {name: option.default if options.get(name) is None else options[name] for name, option in OPTIONS.items()}
+    for name in LISTS:
+        found[name] = [found[name]] if isinstance(found[name], str) else list(found[name])
+    return typing.cast(Options, found)
+
+
+def given(options: Mapping[str, Any]) -> list[str]:
+    """The names of the options that differ from their defaults."""
+    return [
+        name
+        for name, value in options.items()
+        if value is not None and not (_plain(value) and value == OPTIONS[name].default) and not (name in LISTS and not value)
+    ]
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (str, bool, int, float))
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Is `value` of the type of an option? Of mappings and iterables the elements are left to whoever reads them, of sequences of names not."""
+    if wanted is Any:
+        return True
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, kind) for kind in inside)
+    if wanted in (int, float):
+        kinds = (int, np.integer) if wanted is int else (int, float, np.integer, np.floating)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if origin is collections.abc.Sequence and inside == (str,):
+        return not isinstance(value, str) and isinstance(value, collections.abc.Iterable) and all(isinstance(item, str) for item in value)
+    return isinstance(value, origin or wanted)
+
+
+def _spelled(kind: Any) -> str:
+    """A type as its source says it, without module names."""
+    text = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    for module in ("collections.abc.", "typing.", "os.", "qcompiler.calibration.preprocess.", "numpy."):
+        text = text.replace(module, "")
+    return text
+
+
+def explained(names: Iterable[str]) -> str:
+    """Arguments and options for a docstring, a paragraph each."""
+    everything = ARGUMENTS | OPTIONS
+    return "\n".join(textwrap.fill(f"{name}: {everything[name].help}.", 118, initial_indent="    ", subsequent_indent="        ") for name in names)
+
+
+def takes_options(function: F) -> F:
+    """For functions that take `**options: Unpack[Options]`: their signature and their docstring show the options one by one. A decorator."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=_spelled(TYPES[n])) for n, o in OPTIONS.items()]
+    function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    parts = [explained(p.name for p in own if p.name in ARGUMENTS)]
+    for group, (title, what) in GROUPS.items():
+        head = textwrap.fill(f"{title[0].upper()}{title[1:]}. {what}".strip(), 118, initial_indent="    ", subsequent_indent="    ")
+        parts.append(f"{head}\n\n{explained(n for n, o in OPTIONS.items() if o.group == group)}")
+    function.__doc__ = "\n\n".join([inspect.cleandoc(function.__doc__ or ""), "Arguments:", *parts]) + "\n"
+    return function
