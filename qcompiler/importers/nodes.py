@@ -50,6 +50,11 @@ _WEIGHTED = {
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 
 
+def is_tensor(value: Value) -> bool:
+    """A tensor, and no sequence of them?"""
+    return isinstance(value, np.ndarray) or isinstance(value.ty, relax.TensorType)
+
+
 def check_finite(node: Node) -> None:
     """Raises Refused for weights that are not finite, and for NaN in the constants of sums and products (where an infinity may be a mask)."""
     for name, value in zip(node.proto.input, node.inputs, strict=True):

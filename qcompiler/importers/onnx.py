@@ -24,12 +24,12 @@ from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.control import CONTROL, in_order, reads
-from qcompiler.importers.nodes import RANDOM, Node, Refused, Undefined, Value, attributes, check_finite, real
+from qcompiler.importers.nodes import RANDOM, Node, Refused, Undefined, Value, attributes, check_finite, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
-from qcompiler.importers.valid import computes
+from qcompiler.importers.valid import check_kinds, computes
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shape_of
 from qcompiler.passes.sequence import IMPORTED, run
 from qcompiler.passes.trained import ATTRIBUTE
@@ -151,6 +151,7 @@ class _Importer:
         try:
             node = Node(proto.op_type, domain, self.opset, inputs, list(proto.output), attributes(proto), proto, self.builder)
             check_finite(node)
+            check_kinds(node)
             results = CONTROL[node.op](self, node) if node.op in CONTROL and not domain else self.fold(node) or self.convert(node)
             if results is not None:
                 self.bind(node, results)
@@ -192,7 +193,7 @@ class _Importer:
 
     def convert(self, node: Node) -> list[Value] | None:
         """Results by our table, else by Relax's importer, else None after the nodes of the operator's definition were taken instead."""
-        axis, rank = node.attrs.get("axis"), len(node.shape()) if node.has(0) and _is_tensor(node.inputs[0]) else None
+        axis, rank = node.attrs.get("axis"), len(node.shape()) if node.has(0) and is_tensor(node.inputs[0]) else None
         if isinstance(axis, int) and rank is not None and not -rank - 1 <= axis <= rank + 1:  # no operator has one beyond; some definitions count up to it
             raise Refused(f"axis {axis} is out of range for a tensor of rank {rank}")
         own = CONVERTERS.get(node.op) if node.domain == "" else None
@@ -256,10 +257,6 @@ class _Importer:
                 raise ModelError(f"{self.path}: output '{output.name}' is not a tensor; supported: tensors")
             results.append((output.name, value))
         return self.builder.finish(results)
-
-
-def _is_tensor(value: Value) -> bool:
-    return isinstance(value, np.ndarray) or isinstance(value.ty, relax.TensorType)
 
 
 def _spelled(proto: onnx.NodeProto) -> str:
