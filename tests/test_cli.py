@@ -16,7 +16,7 @@ import qcompiler
 from qcompiler.base.debug import Dumper, plain_json
 from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.base.files import replacing
-from qcompiler.base.progress import silent
+from qcompiler.base.progress import Lines, silent, terminal_progress
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
@@ -37,6 +37,8 @@ MANIFEST: dict[str, Any] = {
     ],
     "layouts": {"conv1": {"storage": "uint8"}, "conv1~halo": {"storage": "uint8"}, "y": {"storage": "float32"}},
     "values": {"conv1": {"dtype": "int8", "scale": 0.5, "zero_point": 3}},
+    "operators": {"int8": 1, "float": 1},
+    "sqnr_db": 21.5,
     "float_ops": [{"id": "y", "op": "relax.nn.softmax", "reason": "softmax stays in float"}],
 }
 
@@ -100,24 +102,32 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_compile_passes_every_option_on(calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "compile m.onnx --target x86-avx2 --calibration c.npz --output m.so --input-shape a:0=1,3,8,8 --input-shape b=4"
     words += " --preprocess p.yaml --tuning-log logs --preset accurate --dump-dir dump --keep-float a --keep-float b"
-    words += " --enable shift --disable ranges --disable equalize --targets-file t.yaml"
+    words += " --enable shift --disable ranges --disable equalize --targets-file t.yaml --samples 7 --quiet"
     assert main(words.split()) == 0
     (_, args, kwargs) = calls[0]
     assert args == ("m.onnx", "x86-avx2", "c.npz")
     assert kwargs == {
         "input_shapes": {"a:0": (1, 3, 8, 8), "b": (4,)}, "preprocess": "p.yaml",
         "tuning_log": "logs", "preset": "accurate", "enable": ["shift"], "disable": ["ranges", "equalize"], "keep_float": ["a", "b"],
-        "targets_file": "t.yaml", "dump_dir": "dump", "progress": silent,
+        "targets_file": "t.yaml", "dump_dir": "dump", "max_samples": 7, "progress": silent,
     }  # fmt: skip
     out, err = capsys.readouterr()
     assert (tmp_path / "m.so").read_bytes() == b"library"
-    assert out == "m.so: 12.3 kB for x86-avx2\ny (relax.nn.softmax) stays float: softmax stays in float\n"
+    assert (out, err) == ("", "")
+
+
+def test_compile_says_what_it_made(calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("compile m.onnx --calibration c.npz -o m.so".split()) == 0
+    out, err = capsys.readouterr()
+    said = ["m.so: 12.3 kB for x86-avx2", "1 of 2 operators in int8; SQNR of the outputs about 21.50 dB on calibration samples"]
+    said += ["y (relax.nn.softmax) stays float: softmax stays in float"]
+    assert out.splitlines() == [*said, "Next: qcompiler verify m.so --model m.onnx --data DATA; qcompiler bench m.so --model m.onnx"]
     assert err == ""
 
 
 def test_compile_defaults(calls: list[Any]) -> None:
     assert main("compile m.onnx --calibration c.npz --output m.so".split()) == 0
-    assert calls[0][1:] == (("m.onnx", "native", "c.npz"), {"progress": silent})
+    assert calls[0][1] == ("m.onnx", "native", "c.npz") and set(calls[0][2]) == {"progress"}
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +280,7 @@ def test_inspect_says_why_an_operator_is_not_int8(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "m.so").write_bytes(b"x" * 1000)
     assert main(["inspect", str(tmp_path / "m.so")]) == 0
     out = capsys.readouterr().out
-    assert "1 of 2 have int8 results" in out
+    assert "1 of 2 operators in int8; steps:" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert rows["conv1"].split()[1:] == ["qc.conv2d", "int8", "x86-avx2/conv2d", "1.50"]
     assert rows["y"].endswith("softmax stays in float")
@@ -309,6 +319,30 @@ def test_every_verb_and_option_has_help(verb: str, capsys: pytest.CaptureFixture
         main([verb, "--help"])
     assert caught.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 6
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script_with_every_verb(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("compile", "export-onnx", "--keep-float", "--samples"))
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_stages_are_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    said: list[str] = []
+    progress = Lines(said.append, lambda: now[0])
+    for seconds, *report in ((1, "code", 0, 1), (3, "code", 1, 1), (4, "run", 1, 2), (5, "run", 2, 2), (6, "read", 1, None), (7, "code", 1, 1)):
+        now[0] = float(seconds)
+        progress(*report)
+    assert said == ["code ...", "code: done in 3.0 s", "run (2) ...", "run: done in 2.0 s", "read ...", "code: done in 1.0 s"]
+    for words, lines in (({}, 1), ({"verbose": True}, 1), ({"quiet": True}, 0)):
+        with terminal_progress(**words) as seen:
+            seen("code", 1, 1)
+        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------------------

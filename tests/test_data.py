@@ -11,7 +11,7 @@ import pytest
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibration.data import check_sample, load_labels, open_samples
+from qcompiler.calibration.data import at_most, check_sample, load_labels, open_samples
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 
 IMAGE = [TensorInfo("image", (1, 3, 4, 5), "float32")]
@@ -331,3 +331,21 @@ def test_bad_label_tables(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "y.tsv").write_text(text)
     with pytest.raises(DataError, match=message):
         load_labels(tmp_path / "y.tsv", open_samples(tmp_path / "images", IMAGE, Preprocess()))
+
+
+def test_at_most_so_many_samples_and_their_labels(tmp_path: Path) -> None:
+    inputs = [TensorInfo("x", (1, 2), "float32")]
+    np.save(tmp_path / "x.npy", np.arange(20, dtype=np.float32).reshape(10, 2))
+    whole = open_samples(tmp_path / "x.npy", inputs)
+    few = at_most(whole, 3)
+    assert [s["x"][0, 0] for s in few] == [0, 2, 4] and few.count == 3 and at_most(whole, 10) is whole and at_most(whole, None) is whole
+    np.testing.assert_array_equal(load_labels(range(10), few), [0, 1, 2])
+    endless = open_samples(({"x": np.full((1, 2), i, np.float32)} for i in range(10)), inputs)
+    assert len(list(at_most(endless, 4))) == 4
+    with pytest.raises(DataError, match="at least 1 is needed"):
+        at_most(whole, 0)
+    for i in range(6):
+        Image.fromarray(np.full((1, 2), i, np.uint8)).save(tmp_path / f"{i}.png")
+    spread = at_most(open_samples(tmp_path, [TensorInfo("x", (1, 1, 1, 2), "float32")], {"color": "GRAY"}), 3)
+    assert list(spread.names) == ["0.png", "2.png", "4.png"]
+    np.testing.assert_array_equal(load_labels(np.arange(6) + 10, spread), [10, 12, 14])

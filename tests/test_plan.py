@@ -195,6 +195,13 @@ def test_layers_kept_float_by_name() -> None:
     assert named_groups(model, ["dense", "conv3", "relu3", "batchnormalization8~conv"]) == ["relu3", "clip2", "logits"]
     with pytest.raises(PlanError, match="^no layer is named 'con3'. Did you mean 'conv3'"):
         named_groups(model, ["con3"])
+    assert named_groups(model, ["op:Gemm"]) == ["logits"] and named_groups(model, ["dens?", "clip*"]) == ["clip1", "clip2", "logits"]
+    every = named_groups(model, ["op:Conv"])
+    assert len(every) > 5 and set(every) <= set(named_groups(model, ["*"]))
+    with pytest.raises(PlanError, match="^the model has no operator 'Cnv'. Did you mean 'Conv'"):
+        named_groups(model, ["op:Cnv"])
+    with pytest.raises(PlanError, match="^no layer is named 'x/[*]'"):
+        named_groups(model, ["x/*"])
     table = sketched_table(model.module)
     plan = decide(model, table, TARGET, keep_float={"relu4": "because", "batchnormalization5": "of this"})
     assert plan.reasons == {"relu4": "because", "batchnormalization5": "of this"}

@@ -37,6 +37,12 @@ def test_each_symptom_is_named_and_sound_data_is_not() -> None:
     assert doubts(table(varied), ["x"], [{"y": np.zeros(5, np.float32)}] * 3) == [], "an output that is always zero says nothing"
 
 
+def test_fast_compares_outputs_too() -> None:
+    noise = [{"image": np.random.default_rng(0).standard_normal((1, 1, 16, 16)).astype(np.float32)}] * 4
+    warnings = qcompiler.compile(MODEL, calibration=noise, preset="fast").manifest["warnings"]
+    assert any("hardly depends on the calibration sample" in w for w in warnings), warnings
+
+
 def detector(scores_change: float, boxes_change: float = 0.01) -> list[dict[str, np.ndarray]]:
     """Boxes that lie about where their anchors are, and scores, in one tensor."""
     rng = np.random.default_rng(0)

@@ -8,6 +8,8 @@ from qcompiler.base.errors import TargetError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target, load_targets, missing_features
 
+ROW = "{triple: x, tvm: {}, features: [], rows: [], storage: int8, cpus: [c]}"
+
 
 def test_every_row_is_complete() -> None:
     rows = load_targets()
@@ -46,11 +48,42 @@ def test_native_prefers_rows_that_ran_on_hardware(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("x86_64-pc-linux-gnu", "x86-avx2"),
+        ("x86_64-unknown-linux-gnu+avx512_vnni", "x86-avx512vnni"),
+        ("amd64", "x86-avx2"),
+        ("aarch64-unknown-linux-gnu", "arm64-neon"),
+        ("arm64", "arm64-neon"),
+        ("arm64+asimddp", "arm64-dotprod"),
+        ("armv7l-unknown-linux-gnueabihf", "armv7-neon"),
+        ("cortex-a72", "arm64-neon"),
+        ("Neoverse-N1", "arm64-dotprod"),
+        ("skylake-avx512", "x86-avx512"),
+        ("raspberrypi4", "arm64-neon"),
+        ("jetson-orin", "cuda-sm87-arm64"),
+    ],
+)
+def test_names_that_people_use(name: str, row: str) -> None:
+    assert find_target(name).name == row
+
+
+def test_compilers_and_rows_agree_on_cpus() -> None:
+    """LLVM builds for the row's own mcpu what this file says of a CPU of that name."""
+    for target in load_targets().values():
+        if target.architecture == "x86_64":
+            assert target.tvm["mcpu"] in target.cpus, target.name
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("x86_64-pc-windows-msvc", "target 'x86_64-pc-windows-msvc': libraries are made for Linux with the GNU C library"),
+        ("aarch64-linux-android", "target 'aarch64-linux-android': libraries are made for Linux with the GNU C library"),
+        ("cortex-a711", "unknown target 'cortex-a711'. Did you mean 'cortex-a71"),
         ("x86-avx", "unknown target 'x86-avx'. Did you mean 'x86-avx2'"),
         ("x86_64-linux-gnu+avx512vnni", "unknown feature 'avx512vnni' for x86_64-linux-gnu. Did you mean 'avx512_vnni'"),
-        ("sparc", "unknown target 'sparc'. Known: x86-avx2"),
+        ("sparc", "unknown target 'sparc'. Known: x86-avx2, x86-avxvnni, x86-avx512, ..., triples, names of CPUs, and native. `qcompiler targets` lists all"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -66,6 +99,7 @@ def test_unknown_names(name: str, message: str) -> None:
         ("targets: {a: {triple: x}}", "target 'a': missing features, rows, storage, tvm"),
         ("targets: {a: {triple: x, tvm: {}, features: [], rows: [], storage: int4}}", "storage is 'int4'; supported: int8, uint8"),
         ("rows: {}", "expected a mapping with the key 'targets'"),
+        (f"targets: {{a: {ROW}, b: {ROW}}}", "target 'b': the CPU 'c' is of 'a' already"),
         ("targets: [", "can't be read as YAML"),
         ("targets: {a: 3}", "target 'a': expected a mapping"),
         ("{targets: {}, features: [avx2]}", "features: expected a mapping {architecture: {feature: test}}"),

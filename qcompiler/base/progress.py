@@ -1,9 +1,10 @@
-"""Progress of long work: stages call a `Progress`, the terminal shows a bar, and a pipe sees nothing."""
+"""Progress of long work: stages call a `Progress`, a terminal shows a bar, anything else a line when a stage begins and ends."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -14,11 +15,33 @@ def silent(stage: str, done: int, total: int | None) -> None:
     """The `Progress` that nobody looks at."""
 
 
+class Lines:
+    """A `Progress` of plain lines: one when a stage begins, and one when it ends, with seconds. One that is over at once has only the second."""
+
+    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._begun: dict[str, float] = {}
+        self._last = clock()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        now, self._last = self._last, self._clock()  # a stage begins where the report before ends
+        over = total is not None and done >= total
+        if stage not in self._begun:
+            self._begun[stage] = now
+            if not over:
+                self._write(f"{stage}{'' if total is None or total == 1 else f' ({total})'} ...")
+        if over:
+            self._write(f"{stage}: done in {self._last - self._begun.pop(stage):.1f} s")
+
+
 @contextlib.contextmanager
-def terminal_progress() -> Iterator[Progress]:
-    """A `Progress` drawn on standard error, with rate and time left; a silent one when standard error is not a terminal."""
-    if not sys.stderr.isatty():
+def terminal_progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
+    """A `Progress` on standard error: bars with rate and time left on a terminal, else, or where `verbose`, a line when a stage begins and ends."""
+    if quiet:
         yield silent
+        return
+    if verbose or not sys.stderr.isatty():
+        yield Lines(lambda text: print(text, file=sys.stderr, flush=True))
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -12,9 +12,10 @@ from qcompiler.base.cpu_tests import read_cpu_tests
 from qcompiler.base.cuda_driver import find_gpu
 from qcompiler.base.errors import TargetError, closest
 from qcompiler.base.host import host_architecture, host_features, request_tiles
+from qcompiler.base.triples import plain_triple
 from qcompiler.base.yaml_file import read_yaml
 
-_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host", "package"}
+_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host", "package", "cpus"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
 
 
@@ -38,6 +39,7 @@ class Target:
     tested: str = ""  # on what instead, when kernels of this row never ran on hardware
     host: str = "x86_64-linux-gnu"  # of a GPU: the triple of the CPU that loads the library
     package: str = ""  # of Debian, with the first of `compiler`, on machines of another architecture
+    cpus: tuple[str, ...] = ()  # names of CPUs, boards and GPUs that this is the best row for
     cpu_tests: dict[str, str] = field(default_factory=dict, repr=False)  # of features of the architecture: C expressions
 
     def __hash__(self) -> int:
@@ -93,7 +95,7 @@ def load_targets(targets_file: str | os.PathLike[str] | None = None) -> dict[str
     document, tests = _read(path)
     for architecture, ours in _read(default_file())[1].items():
         tests[architecture] = ours | tests.get(architecture, {})
-    rows = {}
+    rows: dict[str, Target] = {}
     for name, fields in document["targets"].items():
         if not isinstance(fields, dict):
             raise TargetError(f"{path}: target '{name}': expected a mapping")
@@ -109,6 +111,9 @@ def load_targets(targets_file: str | os.PathLike[str] | None = None) -> dict[str
         target = Target(name=str(name), cpu_tests=tests.get(str(fields["triple"]).split("-")[0], {}), **values)
         for feature in () if target.gpu else target.features:
             target.cpu_test(feature)
+        for cpu in target.cpus:
+            if other := next((t.name for t in rows.values() if cpu in t.cpus), None):
+                raise TargetError(f"{path}: target '{name}': the CPU '{cpu}' is of '{other}' already")
         rows[str(name)] = target
     return rows
 
@@ -151,7 +156,8 @@ def permit(target: Target) -> None:
 
 
 def find_target(name: str | Target, path: str | os.PathLike[str] | None = None) -> Target:
-    """A target by row name, by triple (its most portable row), by triple plus features ("x86_64-linux-gnu+avx512_vnni"), or "native".
+    """A target by row name, by the name of a CPU or board ("cortex-a72", "raspberrypi4"), by triple (its most portable row), by triple plus features
+    ("x86_64-linux-gnu+avx512_vnni"), or "native". Triples may be spelled as Clang and GCC do, or be an architecture alone ("arm64").
 
     "native" is the last row of the file for a CPU that this machine can run: rows are listed from portable to best. A row whose kernels never ran on hardware
     (`tested`) is taken by name only, unless no other runs here.
@@ -167,7 +173,11 @@ def find_target(name: str | Target, path: str | os.PathLike[str] | None = None) 
         if not runnable:
             raise TargetError(f"no target in {path or default_file()} runs on this machine ({host_architecture()}); name one with --target")
         return ([t for t in runnable if not t.tested] or runnable)[-1]
+    by_cpu = {cpu: t for t in rows.values() for cpu in t.cpus}
+    if name.lower() in by_cpu:
+        return by_cpu[name.lower()]
     triple, *wanted = name.split("+")
+    triple = triple if any(t.triple == triple for t in rows.values()) else plain_triple(triple.lower()) or triple
     of_triple = [t for t in rows.values() if t.triple == triple]
     if of_triple:
         if not wanted:
@@ -180,5 +190,6 @@ def find_target(name: str | Target, path: str | os.PathLike[str] | None = None) 
         if best:
             return best[0]
         raise TargetError(f"no target of {triple} has all of {', '.join(wanted)}")
-    candidates = [*rows, "native", *{t.triple for t in rows.values()}]
-    raise TargetError(f"unknown target '{name}'.{closest(name, candidates)} Known: {', '.join([*rows, 'native'])}")
+    near = closest(name, [*rows, "native", *by_cpu, *{t.triple for t in rows.values()}])
+    few = "" if near else f" Known: {', '.join(list(rows)[:3])}, ..., triples, names of CPUs, and native."
+    raise TargetError(f"unknown target '{name}'.{near or few} `qcompiler targets` lists all")

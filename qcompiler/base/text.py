@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -41,3 +41,8 @@ def size(count: int) -> str:
 
 def float_layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'} in float"
+
+
+def count_text(count: Mapping[str, int]) -> str:
+    """The operators of a network by type: {"int8": n, "float": m}."""
+    return f"{count['int8']} of {sum(count.values())} operators in int8"

@@ -8,6 +8,7 @@ read again and again. Everything that a header can show wrong is refused before 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import stat
@@ -244,6 +245,7 @@ class ImageSamples:
         if len(inputs) != 1:
             raise DataError(f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
         self._folder, self._inputs, self._preprocess, self._files = folder, inputs, preprocess, files
+        self.chosen: tuple[int, list[int]] | None = None  # of how many samples these are which
         self._check(preprocess(files[0]), files[0])
 
     @property
@@ -264,6 +266,7 @@ class ImageSamples:
         """Some of these images."""
         chosen = copy.copy(self)
         chosen._files = [self._files[i] for i in indices]
+        chosen.chosen = (len(self._files), list(indices)) if self.chosen is None else None
         return chosen
 
     def _check(self, image: np.ndarray, path: Path) -> np.ndarray:
@@ -285,16 +288,30 @@ class _Taken:
 
     def __init__(self, source: Samples, indices: Sequence[int]) -> None:
         self._source, self._indices = source, set(indices)
+        self.chosen = None if source.count is None else (source.count, list(indices))
         self.names: Sequence[str] = ()
         self.count: int | None = len(self._indices)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (sample for index, sample in enumerate(self._source) if index in self._indices)
+        until = max(self._indices, default=-1) + 1
+        return (sample for index, sample in enumerate(itertools.islice(self._source, until)) if index in self._indices)
 
 
 def take(samples: Samples, indices: Sequence[int]) -> Samples:
     """The samples at `indices`, in order."""
     return samples.take(indices) if isinstance(samples, ImageSamples) else _Taken(samples, indices)
+
+
+def at_most(samples: Samples, count: int | None) -> Samples:
+    """`count` of the samples (None, or more than there are: all): evenly spread ones of a folder of images, of anything else the first.
+
+    Raises DataError for a count below 1.
+    """
+    if count is not None and count < 1:
+        raise DataError(f"{count} samples are asked for; at least 1 is needed")
+    if count is None or (samples.count is not None and samples.count <= count):
+        return samples
+    return samples.spread(count) if isinstance(samples, ImageSamples) else _Taken(samples, range(count))
 
 
 def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples) -> np.ndarray:
@@ -304,10 +321,10 @@ def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples
     without a header, the first two) joined with the image files by relative path, or by bare file name. Raises DataError.
     """
     if not isinstance(labels, (str, os.PathLike)):
-        return class_indices(labels)
+        return _chosen(class_indices(labels), samples)
     path = Path(labels)
     if path.suffix == ".npy":
-        return class_indices(read_array(path), str(path))
+        return _chosen(class_indices(read_array(path), str(path)), samples)
     table = _read_label_table(path)
     if not samples.names:
         raise DataError(f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample")
@@ -315,6 +332,14 @@ def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples
     if lost:
         raise DataError(f"{path}: no label for {len(lost)} of {len(samples.names)} images, '{lost[0]}' the first")
     return class_indices([table[n] if n in table else table[Path(n).name] for n in samples.names], str(path))
+
+
+def _chosen(labels: np.ndarray, samples: Samples) -> np.ndarray:
+    """Of the labels of a whole source, those of the samples that were taken from it."""
+    total, indices = getattr(samples, "chosen", None) or (0, [])
+    if not total or len(labels) % total or len(labels) == len(indices):
+        return labels
+    return np.ascontiguousarray(labels.reshape(total, -1)[indices].ravel())
 
 
 def class_indices(labels: object, where: str = "labels") -> np.ndarray:

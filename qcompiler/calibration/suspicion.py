@@ -10,6 +10,9 @@ from qcompiler.calibration.table import CalibrationTable, Statistics
 from qcompiler.numerics.metrics import Parts
 from qcompiler.passes.groups import Group
 
+SAMPLES = 8
+"""On so many samples, at least, outputs are compared with each other."""
+
 LEAST_CHANGE = 0.04
 """Of an output's mean square, the part that differs between samples. Photographs give classifiers 0.8 to 0.9, noise gives them 0.01 to 0.03."""
 

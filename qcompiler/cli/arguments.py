@@ -16,6 +16,13 @@ QUANTIZING = ("network", "recipe", "kernels", "work")
 """Groups of options of every verb that quantizes."""
 
 
+def common_options(p: argparse.ArgumentParser, default: Any = False) -> None:
+    """Options of every verb."""
+    p.add_argument("--json", action="store_true", default=default, help="print the result as one JSON object instead of tables")
+    p.add_argument("-q", "--quiet", action="store_true", default=default, help="no progress and no summary: only warnings, errors, and JSON where asked for")
+    p.add_argument("--verbose", action="store_true", default=default, help="a line when a stage begins and ends, also on a terminal, and lists in full")
+
+
 def add_model(p: argparse._ActionsContainer, *names: str) -> None:
     """The arguments `model`, `target` and `calibration`, or those of them that are named."""
     for name in names or ARGUMENTS:

@@ -19,7 +19,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
         "one self-contained file on libc, libm and pthread, so there are no runtime libraries to add.",
     )
     p.add_argument("library", metavar="FILE.so", help="a library that `qcompiler compile` wrote, for any target")
-    p.add_argument("--output", required=True, metavar="DIR", help="the folder to write, new or empty; it appears only when it is complete")
+    p.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write, new or empty; it appears only when it is complete")
     p.add_argument("--static", action="store_true", help="also write the network as a static archive, to be linked into programs that open no file")
 
 

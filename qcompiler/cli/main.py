@@ -16,11 +16,10 @@ import qcompiler
 from qcompiler.base.debug import SWITCHES, switch
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable, replacing, temporary_folder
-from qcompiler.base.progress import terminal_progress
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import report as cli_report
-from qcompiler.cli.arguments import add_model, add_options, chosen, pair, positive, read_files
-from qcompiler.cli.process import complain, guarded, show
+from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, pair, positive, read_files
+from qcompiler.cli.process import complain, guarded, show, watched
 from qcompiler.cli.tuning import add_verbs
 from qcompiler.pipeline.options import DATA_HELP, GROUPS, OPTIONS
 
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[[argparse.Namespace], int] | None, summary: str, description: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=summary, description=description)
         sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print the result as one JSON object instead of tables")
+        common_options(sub)
         return sub
 
     p = verb(
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(code, weights and manifest in one file). The same inputs give the same bytes.",
     )
     add_model(p)
-    p.add_argument("--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
     add_options(p, GROUPS)
     add_verbs(verb, show)
     cli_report.add(verb, show)
@@ -76,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, metavar="MODEL.onnx", help="the float model it was compiled from")
     p.add_argument("--data", required=True, metavar="DATA", help=f"evaluation inputs, other than those of the calibration: {DATA_HELP}")
     p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
+    p.add_argument("--samples", dest="max_samples", type=positive, metavar="N", help="evaluate on at most N samples: evenly spread images, or the first arrays")
     p.add_argument("--labels", metavar="TSV", help="for images: tab-separated columns file and class_index; for arrays: an .npy of class indices")
     p.add_argument("--min-sqnr", type=float, metavar="DB", help="fail when an output has a lower signal-to-quantization-noise ratio")
     p.add_argument("--min-agreement", type=float, metavar="FRACTION", help="fail when fewer samples have the float model's top-1 class (0 to 1)")
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
     p.add_argument("library", metavar="FILE.so")
     p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=pair, help="one array per input; repeat for more inputs")
-    p.add_argument("--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
+    p.add_argument("-o", "--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
     p.add_argument("--threads", type=positive, default=1, metavar="N")
 
     p = verb(
@@ -135,39 +135,32 @@ def build_parser() -> argparse.ArgumentParser:
         "Compile the built-in network (handwritten digits) for this machine, verify it against float on labelled images it never saw, "
         "measure int8 against float, and leave the library.",
     )
-    p.add_argument("--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
+    p.add_argument("-o", "--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
     cli_bundle.add(verb)
+    p = verb(
+        "completion",
+        lambda options: _completion(options, parser),
+        "print a script that completes commands and options in a shell",
+        "Print a script for SHELL, made by shtab. For bash: qcompiler completion bash > ~/.local/share/bash-completion/completions/qcompiler",
+    )
+    p.add_argument("shell", choices=["bash", "zsh", "tcsh"], metavar="SHELL", help="bash, zsh or tcsh")
     return parser
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from qcompiler.base.text import size
-    from qcompiler.cli.tables import target_text
-    from qcompiler.numerics.weight_only import heading
+    from qcompiler.cli.tables import compiled_text
 
     output = check_writable(options.output, read_files(options))
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         artifact = qcompiler.compile(options.model, options.target, options.calibration, **chosen(options), progress=progress)
     artifact.save(output)
     manifest = artifact.manifest
     for warning in manifest.get("warnings", []):
         complain(f"warning: {warning}")
-    notes = manifest.get("notes", [])
-    reasons = [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in manifest["float_ops"]]
-    document = {"output": str(output), "bytes": artifact.size, "target": manifest["target"], "float_ops": manifest["float_ops"], "notes": notes}
-    if artifact.imported is not None:
-        document["import"] = artifact.imported
     account = manifest.get("mixed_precision")
-    lines = [f"{output}: {size(artifact.size)} for {manifest['target']}", *(f"note: {n}" for n in notes), *reasons]
-    if account is not None:
-        document["mixed_precision"] = account
-        lines += ["", target_text(account)]
-    if "weights" in manifest:
-        document["weights"] = manifest["weights"]
-        lines.append(heading(manifest["weights"]))
-    if artifact.imported is not None:
-        lines.append(str(artifact.imported))
-    show(options, document, lambda: "\n".join(lines))
+    document = {"output": str(output), "bytes": artifact.size, **{k: manifest.get(k) for k in ("target", "operators", "sqnr_db", "float_ops", "notes")}}
+    document |= {k: v for k, v in (("import", artifact.imported), ("mixed_precision", account), ("weights", manifest.get("weights"))) if v is not None}
+    show(options, document, lambda: compiled_text(output, artifact, options.model, options.verbose))
     return 0 if account is None or account["met"] else 1
 
 
@@ -176,7 +169,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     if options.report:
         return cli_report.verify(options, show)
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         report = qcompiler.verify(
             options.library,
             options.model,
@@ -187,6 +180,7 @@ def _verify(options: argparse.Namespace) -> int:
             max_accuracy_drop=options.max_accuracy_drop,
             max_channel_bias=options.max_channel_bias,
             preprocess=options.preprocess,
+            max_samples=options.max_samples,
             layer_samples=options.layer_samples,
             threads=options.threads,
             progress=progress,
@@ -208,7 +202,7 @@ def _bench(options: argparse.Namespace) -> int:
     inputs = random_inputs(session.inputs)
     candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
     float_twin = None
-    with temporary_folder() as folder, terminal_progress() as progress:
+    with temporary_folder() as folder, watched(options) as progress:
         if options.model:
             float_twin = float_session(options.model, session, folder, options.threads)
             candidates["float"] = functools.partial(float_twin.run, inputs)
@@ -301,10 +295,20 @@ def _targets(options: argparse.Namespace) -> int:
     return 0
 
 
+def _completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise DataError("completion needs shtab: pip install 'qcompiler[completion]'") from error
+    script = shtab.complete(parser, options.shell)
+    show(options, {"script": script}, lambda: script)
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from qcompiler.cli.demo import demo, demo_text
 
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         result = demo(check_writable(options.output), progress=progress)
     show(options, result, lambda: demo_text(result))
     return 0 if result["parity"].passed else 1

@@ -12,10 +12,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from qcompiler.base.debug import plain_json, switch
 from qcompiler.base.errors import InternalError, OutputError, QCompilerError
+from qcompiler.base.progress import Progress, terminal_progress
 from qcompiler.cli.bug_report import write_report
 
 MISSED, REFUSED, BUG = 1, 2, 3  # exit statuses beside 0: a threshold or a target was missed; what was asked for can't be done; we are at fault
@@ -72,15 +74,21 @@ def _bug(error: Exception, words: Sequence[str], dumped: str | os.PathLike[str] 
 
 
 def show(options: argparse.Namespace, document: Any, text: Callable[[], str]) -> None:
-    """Print a result: as JSON where that was asked for, else as text. Raises OutputError when standard output takes no more."""
+    """Print a result: as JSON where that was asked for, else as text, unless --quiet. Raises OutputError when standard output takes no more."""
     try:
-        print(json.dumps(plain_json(document), indent=1) if options.json else text())
+        if options.json or not options.quiet:
+            print(json.dumps(plain_json(document), indent=1) if options.json else text())
         _flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         _discard(sys.stdout)
         raise OutputError(f"standard output can't be written: {error.strerror}") from error
+
+
+def watched(options: argparse.Namespace) -> AbstractContextManager[Progress]:
+    """Whom a command's progress is reported to."""
+    return terminal_progress(quiet=options.quiet, verbose=options.verbose)
 
 
 def complain(text: str) -> None:

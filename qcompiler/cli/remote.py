@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qcompiler.base.errors import TuningError
-from qcompiler.base.progress import terminal_progress
 from qcompiler.cli.arguments import chosen
+from qcompiler.cli.process import watched
 
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 
@@ -29,7 +29,7 @@ def export_round(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.base.text import size
     from qcompiler.tuning.remote import CANDIDATES, export_candidates
 
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         made = export_candidates(
             options.model,
             options.target,

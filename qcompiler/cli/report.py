@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from qcompiler.base.progress import terminal_progress
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen
+from qcompiler.cli.process import watched
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -34,13 +34,13 @@ def add(verb: Verb, show: Show) -> None:
     )
     add_model(p)
     add_options(p, QUANTIZING, without=["tuning_log"])
-    p.add_argument("--output", required=True, metavar="FILE.onnx", help="the model to write; it appears only when it is complete")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.onnx", help="the model to write; it appears only when it is complete")
 
 
 def _explain(options: argparse.Namespace, show: Show) -> int:
     import qcompiler
 
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         found = qcompiler.explain(options.model, options.target, options.calibration, sensitivity=options.sensitivity, **chosen(options), progress=progress)
     show(options, found.to_json(), lambda: str(found))
     return 0
@@ -50,7 +50,7 @@ def _export(options: argparse.Namespace, show: Show) -> int:
     import qcompiler
     from qcompiler.base.text import size
 
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         export = qcompiler.export_onnx(options.model, options.output, options.calibration, options.target, **chosen(options), progress=progress)
     count = export.model.ByteSize()
     document = {"output": options.output, "bytes": count, "weighted": export.weighted, "values": export.values, "kept_float": export.kept_float}
@@ -65,7 +65,7 @@ def verify(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.verification.parity import Thresholds, parity_text
     from qcompiler.verification.report import verify_report
 
-    with terminal_progress() as progress:
+    with watched(options) as progress:
         report = verify_report(
             options.library,
             options.model,
@@ -74,6 +74,7 @@ def verify(options: argparse.Namespace, show: Show) -> int:
             labels=options.labels,
             thresholds=Thresholds(options.min_sqnr, options.min_agreement, options.max_accuracy_drop, options.max_channel_bias),
             preprocess=options.preprocess,
+            max_samples=options.max_samples,
             layer_samples=options.layer_samples,
             threads=options.threads,
             progress=progress,

@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.base.text import float_layers, milliseconds, number, percent, size, table
+from qcompiler.base.text import count_text, float_layers, milliseconds, number, percent, size, table
+from qcompiler.numerics.weight_only import heading
 from qcompiler.pipeline.texts import weights_text
 from qcompiler.runtime.bench import Timing, ratios
 
 if TYPE_CHECKING:
+    from qcompiler.backend.artifact import Artifact
     from qcompiler.verification.footprint import Memory
+
+
+_REASONS = 5  # operators in float that the summary names
+
+
+def compiled_text(output: Path, artifact: Artifact, model: str, verbose: bool) -> str:
+    """What `qcompiler compile` says in the end: what was made, how good it is expected to be, what stayed float and why, and what to do next."""
+    manifest = artifact.manifest
+    floats, shown = manifest["float_ops"], len(manifest["float_ops"]) if verbose else _REASONS
+    lines = [f"{output}: {size(artifact.size)} for {manifest['target']}"]
+    if (count := manifest.get("operators")) is not None:
+        quality = manifest.get("sqnr_db")
+        lines.append(count_text(count) + ("" if quality is None else f"; SQNR of the outputs about {number(quality)} dB on calibration samples"))
+    lines += [f"note: {n}" for n in manifest.get("notes", [])]
+    lines += [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in floats[:shown]]
+    if len(floats) > shown:
+        lines.append(f"... and {len(floats) - shown} more in float; qcompiler inspect {output} lists them")
+    if "mixed_precision" in manifest:
+        lines += ["", target_text(manifest["mixed_precision"])]
+    if "weights" in manifest:
+        lines.append(heading(manifest["weights"]))
+    if artifact.imported is not None:
+        lines.append(str(artifact.imported))
+    return "\n".join([*lines, f"Next: qcompiler verify {output} --model {model} --data DATA; qcompiler bench {output} --model {model}"])
 
 
 def timing_text(timings: Sequence[Timing], base: str) -> str:
@@ -70,8 +97,8 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     general = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in plain.items()]
     steps = step_rows(manifest)
     cells = [[s["id"], s["op"], s["dtype"], s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""] for s in steps]
-    count = sum(s["dtype"] in ("int8", "int16") for s in steps)
-    title = f"Operators: {count} of {len(steps)} have int8 results"
+    count = manifest.get("operators")
+    title = "Steps" if count is None else f"{count_text(count)}; steps:"
     target = [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
     target += [weights_text(manifest["weights"])] if "weights" in manifest else []
     return "\n\n".join(

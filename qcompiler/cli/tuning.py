@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qcompiler.base.progress import terminal_progress
-from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen, duration
+from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen, common_options, duration
+from qcompiler.cli.process import watched
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -46,12 +46,12 @@ def add_verbs(verb: Verb, show: Show) -> None:
     q = logs.add_parser("show", help="what a log holds", description="Per workload: variants measured, and the best one's time and ratio to the default.")
     q.add_argument("log", metavar="DIR")
     q.set_defaults(run=lambda options: _show_log(options, show))
-    q.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one JSON object instead of tables")
+    common_options(q, argparse.SUPPRESS)
     q = logs.add_parser("merge", help="make one log of several", description="Write the union of logs; of equal variants the best measurement stays.")
     q.add_argument("logs", nargs="+", metavar="DIR")
-    q.add_argument("--output", required=True, metavar="DIR", help="folder for the new log")
+    q.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the new log")
     q.set_defaults(run=lambda options: _merge(options, show))
-    q.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one JSON object instead of tables")
+    common_options(q, argparse.SUPPRESS)
 
 
 def _tune(options: argparse.Namespace, show: Show) -> int:
@@ -64,7 +64,7 @@ def _tune(options: argparse.Namespace, show: Show) -> int:
     if options.export_candidates:
         return export_round(options, show)
     interrupted = False
-    with Display() as display:
+    with Display(options) as display:
         try:
             display.state = qcompiler.tune(
                 options.model,
@@ -140,14 +140,15 @@ def result_text(state: Any, log: str) -> str:
 class Display:
     """Shows a run on a terminal, on standard error: bars while the model is prepared, then a live table. Silent when that is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.state: Any = None
+        self._options = options
         self._stack = contextlib.ExitStack()
         self._live: Any = None
         self._bars: Any = None
 
     def __enter__(self) -> Display:
-        self._bars = self._stack.enter_context(terminal_progress())
+        self._bars = self._stack.enter_context(watched(self._options))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -159,7 +160,7 @@ class Display:
 
     def watch(self, state: Any) -> None:
         self.state = state
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or self._options.quiet:
             return
         from rich.console import Console
         from rich.live import Live

@@ -221,8 +221,11 @@ class _Search:
     def out_of_time(self) -> bool:
         """Is there no time for another plan?"""
         if self.clock.left < self.plan_seconds:
-            needed = f"which takes about {self.plan_seconds:.0f} s"
-            self.stopped = f"the time budget of {self.clock.budget:.0f} s does not allow another plan, {needed}"
+            needed = math.ceil(self.clock.spent + 1.2 * self.plan_seconds)
+            allowed = f"the time budget of {self.clock.budget:.0f} s does not allow another plan, which takes about {self.plan_seconds:.0f} s"
+            self.stopped = (
+                f"{allowed}; --time-budget {needed}s has room for one, {math.ceil(needed + (_MOST - len(self.tried) - 1) * self.plan_seconds)}s for all"
+            )
             return True
         return False
 

@@ -16,7 +16,7 @@ from qcompiler.pipeline.compile import quantize, quantize_weights
 from qcompiler.pipeline.options import AnyPath, Options, complete, takes_options
 from qcompiler.pipeline.survey import LayerNoise, layer_noise
 from qcompiler.pipeline.texts import noise_text, weights_text
-from qcompiler.plan.quant_plan import QuantPlan
+from qcompiler.plan.quant_plan import QuantPlan, count_operators
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.plan.to_json())
         document |= {"operators": {g.id: g.kind for g in self.groups}, "refused": dict(self.refused), "samples": self.samples, "digest": self.plan.digest}
+        document["count"] = count_operators(self.groups, self.plan.reasons.keys() | self.refused.keys())
         if self.sensitivity is not None:
             samples, estimate, rows = self.sensitivity
             document["sensitivity"] = {"samples": samples, "sqnr_db": estimate, "layers": [vars(row) for row in rows]}

@@ -41,14 +41,14 @@ def settled(network: QuantizedNetwork) -> QuantizedNetwork:
         network = _mixed(network)
     noise, limit = _estimate(network), _noise(POOR if "mixed" in steps or "rescue" not in steps else ENOUGH)
     if noise <= limit or not math.isfinite(noise):
-        return network
+        return dataclasses.replace(network, noise=noise)
     rescues = limit == _noise(ENOUGH)
     trade = _Trade.of(network, _SAMPLES if rescues else _FEW)
     if rescues:
         network, noise = _rescued(network, noise, trade)
     if noise > _noise(POOR):
         network = dataclasses.replace(network, warnings=(*network.warnings, _warning(network, noise, trade)))
-    return network
+    return dataclasses.replace(network, noise=noise)
 
 
 def _noise(db: float) -> float:

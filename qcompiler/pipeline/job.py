@@ -13,7 +13,7 @@ from qcompiler.base.debug import Dump, Dumper, no_dump
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import NO_SAMPLES, Samples, open_samples
+from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most, open_samples
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
@@ -53,5 +53,5 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
     if "streams" in steps.steps:
         float_model = replace(float_model, module=run(WIDE, float_model.module, dump=dump))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
-    samples = NO_SAMPLES if calibration is None else open_samples(calibration, float_model.inputs, options["preprocess"])
+    samples = NO_SAMPLES if calibration is None else at_most(open_samples(calibration, float_model.inputs, options["preprocess"]), options["max_samples"])
     return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent)

@@ -82,6 +82,10 @@ class Options(TypedDict, total=False):
         AnyPath | Mapping[str, Any] | Preprocess | None,
         Option(f"how images become inputs: a YAML file, or in Python a mapping, with the keys {PREPROCESS_HELP}", "network", "FILE.yaml"),
     ]
+    max_samples: Annotated[
+        int | None,
+        Option("use at most so many calibration samples: evenly spread ones of a folder of images, of arrays the first", "network", "N", flag="--samples"),
+    ]
     preset: Annotated[
         str,
         Option(
@@ -103,7 +107,14 @@ class Options(TypedDict, total=False):
     ]
     disable: Annotated[str | Sequence[str], Option("steps of the preset to leave out", "recipe", "STEP", default=())]
     keep_float: Annotated[
-        str | Sequence[str], Option("layers that are not quantized, named by their node or their output in the model file", "recipe", "LAYER", default=())
+        str | Sequence[str],
+        Option(
+            "layers that are not quantized: by the name of their node or their output in the model file, by a pattern of names (/encoder/*), "
+            "or by the type of their operator (op:Softmax)",
+            "recipe",
+            "LAYER",
+            default=(),
+        ),
     ]
     requantize: Annotated[
         bool,

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
-from qcompiler.calibration.suspicion import doubts
+from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.importers.onnx_file import exactness
@@ -33,7 +34,7 @@ from qcompiler.passes.groups import find_groups
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
 from qcompiler.plan.planner import decide, observed_ids
-from qcompiler.plan.quant_plan import Judged, Proposals, Quantized, QuantPlan
+from qcompiler.plan.quant_plan import Judged, Proposals, Quantized, QuantPlan, count_operators
 from qcompiler.plan.ranges import SampleEnds, choose, output_noise
 from qcompiler.plan.recipes import STEPS, Recipe
 from qcompiler.refine.analytic import mean_of_rounding
@@ -146,7 +147,7 @@ def calibrate(equalized: Equalized) -> Measured:
     if equalized.twin is None:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
     ids = observed_ids(job.model)
-    means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0)
+    means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
     table = calibration.calibrate(equalized.twin.session(), job.samples, ids=ids, watchers=[means, ends], progress=job.progress)
     job.dump("calibration", table)
@@ -181,7 +182,7 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
 @dataclass
 class QuantizedNetwork:
     """A plan, and both modules that the float network became by it. account: what was done to find layers to keep in float, {step: sentence}.
-    warnings: of what the outputs lose."""
+    warnings: of what the outputs lose. noise: over power of the worst output, estimated; None before that is known, or without samples."""
 
     measured: Measured
     plan: QuantPlan
@@ -189,6 +190,7 @@ class QuantizedNetwork:
     integer: tvm.IRModule
     account: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    noise: float | None = None
 
     @property
     def job(self) -> Job:
@@ -303,6 +305,8 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(job.target),
         preset=network.plan.preset,
         calibration_samples=measured.table.samples,
+        operators=count_operators(find_groups(job.model.module), Graph.of(corrected.integer).attrs.get("qc.float_ops", {}).keys()),
+        sqnr_db=expected_sqnr(corrected),
         quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
         warnings=[*measured.warnings, *network.warnings],
         notes=network.plan.notes,
@@ -316,6 +320,13 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         **account,
     )
     return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
+
+
+def expected_sqnr(corrected: Corrected) -> float | None:
+    """dB of the worst output on calibration samples: as the last correction measured it, else as estimated. None where no sample tells, or nothing is lost."""
+    tried, noise = list(corrected.corrections.values()), corrected.network.noise
+    found = (tried[-1].after if tried[-1].kept else tried[-1].before) if tried else None if not noise else -10 * math.log10(noise)
+    return round(found, 2) if found is not None and math.isfinite(found) else None  # as many digits as every machine agrees on
 
 
 def effects(network: QuantizedNetwork) -> dict[str, str]:

@@ -15,6 +15,7 @@ Without calibration data (an empty table) every class must have parameters by 3.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -65,19 +66,19 @@ def decide(
 
 
 def named_groups(model: Any, names: Iterable[str]) -> list[str]:
-    """The groups of a `FloatModel` that compute what `names` name: values, or nodes of the model file. In order of execution.
+    """The groups of a `FloatModel` that compute what `names` name: values, or nodes of the model file, by name, by a pattern of names (`/encoder/*`), or by
+    the type of the file's operator (`op:Softmax`). In order of execution.
 
     A node that was folded into the next one (a convolution into its BatchNorm) stands for the group of that one. Raises PlanError for a name that
-    the model does not have.
+    the model does not have, and for a pattern or a type that nothing in it has.
     """
     groups = find_groups(model.module)
     owner = {member: g.id for g in groups for member in g.members}
     values = {node: value for value, (node, _) in reversed(model.sources.items())} | {v: v for v in [*model.sources, *owner]}
     wanted: set[str] = set()
     for name in names:
-        if name not in values:
-            raise PlanError(f"no layer is named '{name}'.{closest(name, list(values))} Layers have the names of the model file's nodes or values")
-        front, found = {values[name]}, set[str]()
+        found = set[str]()
+        front = {values[n] for n in _matching(name, model, values)}
         while front:
             found |= {owner[v] for v in front if v in owner}
             front = {reader for v in front if v not in owner for reader in model.readers.get(v, ())}
@@ -85,6 +86,20 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
             raise PlanError(f"'{name}' is no operator of the compiled network: it was computed in advance")
         wanted |= found
     return [g.id for g in groups if g.id in wanted]
+
+
+def _matching(name: str, model: Any, values: Mapping[str, str]) -> list[str]:
+    """The names, of `values`, that a name, a pattern or an operator type stands for."""
+    if name in values:
+        return [name]
+    if name.startswith("op:"):
+        kinds = sorted({kind for _, kind in model.sources.values()})
+        if name[3:] not in kinds:
+            raise PlanError(f"the model has no operator '{name[3:]}'.{closest(name[3:], kinds)} It has: {', '.join(kinds)}")
+        return [value for value, (_, kind) in model.sources.items() if kind == name[3:]]
+    if found := [value for value in values if fnmatch.fnmatchcase(value, name)]:
+        return found
+    raise PlanError(f"no layer is named '{name}'.{closest(name, list(values))} Layers have the names of the model file's nodes or values")
 
 
 def observed_ids(model: Any) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import tvm
 
 from qcompiler.base.errors import PlanError
 from qcompiler.base.files import parse_json, read_regular, replacing
+from qcompiler.base.text import count_text
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
@@ -258,9 +259,15 @@ class QuantPlan:
             rows.append((value, operator, stored, *numbers, "" if sqnr is None else f"{sqnr:.1f}", why))
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]).rstrip() for r in rows]
-        int8 = sum(g.id not in self.reasons for g in groups)
-        summary = [f"preset {self.preset}: {int8} of {len(groups)} operators in int8"] if groups else [f"preset {self.preset}"]
+        summary = [f"preset {self.preset}: {count_text(count_operators(groups, self.reasons))}"] if groups else [f"preset {self.preset}"]
         return "\n".join([*summary, *(f"note: {n}" for n in self.notes), *lines]) + "\n"
+
+
+def count_operators(groups: Sequence[Group], reasons: Collection[str]) -> dict[str, int]:
+    """Of a network's operators, how many compute in integers ("int8") and in float32 ("float"): the count that every command states. reasons: ids of those
+    that stay float."""
+    floats = sum(g.id in reasons for g in groups)
+    return {"int8": len(groups) - floats, "float": floats}
 
 
 def _range(params: QParams) -> str:

@@ -73,15 +73,16 @@ def kernel_size(weight: np.ndarray) -> tuple[int, int]:
 
 
 class FloatMeans:
-    """A calibration watcher: of each of the first `limit` samples the input means of every convolution and dense group, and the outputs.
+    """A calibration watcher: of each of the first `limit` samples the input means of every convolution and dense group, and the outputs; these of the first
+    `outputs` samples in any case.
 
     Memory per sample: one float32 per tap and input channel of every such group, and the network's outputs.
     """
 
-    def __init__(self, module: tvm.IRModule, limit: int) -> None:
+    def __init__(self, module: tvm.IRModule, limit: int, outputs: int = 0) -> None:
         groups = find_groups(module)
         self.groups: dict[str, Group] = {g.id: g for g in groups if g.traits.weighted}
-        self.limit = limit
+        self.limit, self._kept = limit, max(limit, outputs)
         self.outputs: list[dict[str, np.ndarray]] = []
         self._means: dict[str, list[np.ndarray]] = {k: [] for k in self.groups}
         self._residuals: dict[str, list[np.ndarray]] = {k: [] for k, g in self.groups.items() if g.residual}
@@ -109,7 +110,7 @@ class FloatMeans:
             means[group.id].append(found.astype(np.float32))
 
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
-        if len(self.outputs) < self.limit:
+        if len(self.outputs) < self._kept:
             self.outputs.append({k: np.array(v) for k, v in outputs.items()})
 
     def expected(self, group_id: str, count: int, residual: bool) -> np.ndarray:

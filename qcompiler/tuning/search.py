@@ -371,7 +371,8 @@ def check_arguments(target: Target, trials: int, time_limit: float | None, threa
     if missing:
         raise TargetError(
             f"target '{target.name}' can't be tuned here: candidates are timed on this machine, which lacks {', '.join(missing)}; "
-            "tune on a machine that has it, and copy the log folder"
+            "tune on a machine that has it and copy the log folder, or tune by files: --export-candidates DIR writes candidates and a program that measures "
+            "them on the device, --import-results takes what it wrote"
         )
     available = len(os.sched_getaffinity(0))
     threads = threads if threads is not None else min(target.cores, available)

@@ -131,8 +131,8 @@ def _facts(e: Evidence) -> str:
     share = f"{e.library_bytes / e.parameter_bytes:.2f} of the float parameters" if e.parameter_bytes else ""
     tile("library-size", size(e.library_bytes), "library, code included", share)
     tile("parameter-size", size(e.parameter_bytes), "float parameters", f"model file: {size(e.model_bytes)}")
-    int8 = sum(r.dtype in ("int8", "int16") for r in p.layers)
-    tile("int8-layers", f"{int8} of {len(p.layers)}", "compared layers held in int8", f"{len(e.manifest['float_ops'])} operators computed in float")
+    if (count := e.manifest.get("operators")) is not None:
+        tile("int8-layers", f"{count['int8']} of {sum(count.values())}", "operators in int8", f"{count['float']} computed in float")
     return '<div class="facts">' + "".join(tiles) + "</div>"
 
 

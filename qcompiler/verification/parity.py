@@ -23,7 +23,7 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import load_targets
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
-from qcompiler.calibration.data import Samples, Source, load_labels, open_samples
+from qcompiler.calibration.data import Samples, Source, at_most, load_labels, open_samples
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.numerics.metrics import Accumulator, Metrics
@@ -186,6 +186,7 @@ def verify(
     max_accuracy_drop: float | None = None,
     max_channel_bias: float | None = None,
     preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None,
+    max_samples: int | None = None,
     layer_samples: int = 8,
     threads: int = 1,
     progress: Progress | None = None,
@@ -193,7 +194,7 @@ def verify(
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
     `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: the ONNX file it was compiled from, or a Session of
-    it in float. `samples`, `preprocess` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
+    it in float. `samples`, `preprocess`, `max_samples` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
     `qcompiler.calibration.data.load_labels`).
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where onnxruntime is installed, the float network is compared with what it
     computes from the file, too (`ParityReport.imported`): an operator that was imported wrongly would be wrong on both sides of every other comparison.
@@ -207,7 +208,7 @@ def verify(
             opened = Session(library.save(folder / "library.so"), threads=threads)
         library = opened  # which has its own copy of the file
     actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
-    data = open_samples(samples, actual.inputs, preprocess)
+    data = at_most(open_samples(samples, actual.inputs, preprocess), max_samples)
     classes = None if labels is None else load_labels(labels, data)
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias)
     options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
-from qcompiler.calibration.data import load_labels, open_samples
+from qcompiler.calibration.data import at_most, load_labels, open_samples
 from qcompiler.importers.onnx_file import files_of
 from qcompiler.verification.evidence import HashedSamples, gather
 from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session, with_import
@@ -23,6 +23,7 @@ def verify_report(
     labels: str | Path | Iterable[int] | None = None,
     thresholds: Thresholds = Thresholds(),
     preprocess: Any = None,
+    max_samples: int | None = None,
     layer_samples: int = 8,
     threads: int = 1,
     seconds: float = 2.0,
@@ -37,7 +38,7 @@ def verify_report(
 
     path = check_writable(output, [library, *files_of(Path(model)), data, labels, preprocess])
     session = Session(library, threads=threads)
-    samples = HashedSamples(open_samples(data, session.inputs, preprocess))
+    samples = HashedSamples(at_most(open_samples(data, session.inputs, preprocess), max_samples))
     classes = None if labels is None else load_labels(labels, samples)
     with temporary_folder() as folder:
         twin = float_session(model, session, folder, threads)
