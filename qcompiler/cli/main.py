@@ -10,15 +10,15 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import qcompiler
 from qcompiler.base.debug import SWITCHES, switch
 from qcompiler.base.errors import DataError
-from qcompiler.base.files import check_writable, replacing, temporary_folder
+from qcompiler.base.files import check_writable, temporary_folder
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import report as cli_report
-from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, pair, positive, read_files
+from qcompiler.cli import run as cli_run
+from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
 from qcompiler.cli.process import complain, guarded, show, watched
 from qcompiler.cli.tuning import add_verbs
 from qcompiler.pipeline.options import DATA_HELP, GROUPS, OPTIONS
@@ -86,6 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="fail when a channel of an int8 layer is off by more quantization steps on average",
     )
+    p.add_argument(
+        "--metric",
+        metavar="FILE.py:FUNCTION",
+        help="measure both networks by a function of ({output: array, all samples}, labels), the higher the better; --labels may then be any .npy or .json",
+    )
+    p.add_argument("--max-metric-drop", type=float, metavar="X", help="fail when the metric falls by more than X")
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
     p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of both networks (default 1)")
@@ -106,11 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", action="store_true", help="print the time of every step as well")
     p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
 
-    p = verb("run", _run, "run a library on arrays", "Run FILE.so once and write its outputs.")
-    p.add_argument("library", metavar="FILE.so")
-    p.add_argument("--input", action="append", required=True, metavar="NAME=X.npy", type=pair, help="one array per input; repeat for more inputs")
-    p.add_argument("-o", "--output", required=True, metavar="OUT.npz", help="file for the outputs, one array per output name")
-    p.add_argument("--threads", type=positive, default=1, metavar="N")
+    cli_run.add(verb)
 
     p = verb(
         "inspect",
@@ -179,6 +181,8 @@ def _verify(options: argparse.Namespace) -> int:
             min_agreement=options.min_agreement,
             max_accuracy_drop=options.max_accuracy_drop,
             max_channel_bias=options.max_channel_bias,
+            metric=options.metric,
+            max_metric_drop=options.max_metric_drop,
             preprocess=options.preprocess,
             max_samples=options.max_samples,
             layer_samples=options.layer_samples,
@@ -224,29 +228,6 @@ def _bench(options: argparse.Namespace) -> int:
     }
     parts = [timing_text(timings, base)] + ([profile_text(steps)] if steps else []) + ([footprint_text(measured)] if measured else [])
     show(options, document, lambda: "\n\n".join(parts))
-    return 0
-
-
-def _run(options: argparse.Namespace) -> int:
-    import numpy as np
-
-    from qcompiler.calibration.arrays import read_array
-
-    output = check_writable(options.output, read_files(options))
-    if output.suffix != ".npz":
-        raise DataError(f"{output}: outputs are written as .npz; name a file that ends so")
-    session = qcompiler.load(options.library, threads=options.threads)
-    inputs = {}
-    for name, path in options.input:
-        if name in inputs:
-            raise DataError(f"--input {name} is given twice")
-        inputs[name] = read_array(path)
-    outputs: dict[str, Any] = dict(session.run(inputs))
-    with replacing(output) as temporary:
-        np.savez(temporary, **outputs)
-    described = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in outputs.items()}
-    lines = [f"{output}: " + ", ".join(f"{n} {d['dtype']}{d['shape']}" for n, d in described.items())]
-    show(options, {"output": str(output), "arrays": described}, lambda: "\n".join(lines))
     return 0
 
 

@@ -180,7 +180,10 @@ class Session:
 
     def _check_device(self, architecture: str) -> None:
         if architecture != host_architecture():
-            raise IncompatibleDevice(f"{self.path}: compiled for {architecture} ({self.manifest['target']}), this machine is {host_architecture()}")
+            raise IncompatibleDevice(
+                f"{self.path}: compiled for {architecture} ({self.manifest['target']}), this machine is {host_architecture()}; "
+                "compiled from the same model and data with --target native, a library has the same 8-bit values bit for bit, and can be run and verified here"
+            )
         if self.manifest["triple"].startswith("nvptx64"):
             return  # the library looks at the GPU when a session is made
         missing = [f for f in self.manifest["features"] if f not in host_features()]

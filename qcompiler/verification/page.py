@@ -99,6 +99,8 @@ def _verdict(e: Evidence) -> str:
     if limits.max_accuracy_drop is not None and (drops := found("max_accuracy_drop")):
         worst = f"{max(drops):.2f} points"
         verdict("max_accuracy_drop", "drop of top-1 accuracy", f"at most {limits.max_accuracy_drop:g} points", worst)
+    if limits.max_metric_drop is not None and p.metric is not None:
+        verdict("max_metric_drop", f"drop of {p.metric.name}", f"at most {limits.max_metric_drop:g}", f"{p.metric.drop:.4f}")
     if limits.max_channel_bias is not None:
         worst = f"{max(found('max_channel_bias'), default=0.0):.2f} steps"
         verdict("max_channel_bias", "bias of every channel", f"at most {limits.max_channel_bias:g} steps", worst)
@@ -121,6 +123,8 @@ def _facts(e: Evidence) -> str:
     if p.int8_accuracy is not None and p.float_accuracy is not None:
         tile("int8-accuracy", percent(p.int8_accuracy), "top-1 accuracy, int8", f"95 %: {_interval(p.int8_accuracy, e.rows)}")
         tile("float-accuracy", percent(p.float_accuracy), "top-1 accuracy, float", f"95 %: {_interval(p.float_accuracy, e.rows)}")
+    if p.metric is not None:
+        tile("metric", f"{p.metric.int8_value:.4f}", f"{p.metric.name}, int8", f"float: {p.metric.float_value:.4f}")
     if p.agreement is not None:
         tile("agreement", percent(p.agreement), "top-1 agreement with float", f"95 %: {_interval(p.agreement, e.rows)}")
     tile("sqnr", f"{number(min(r.metrics.worst_db for r in p.outputs))} dB", "SQNR of the output" + ("s, the least" if len(p.outputs) > 1 else ""))

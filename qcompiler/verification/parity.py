@@ -30,6 +30,8 @@ from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.verification.metric import Metric, MetricFunction, Scored, load_metric
+from qcompiler.verification.reach import Reach
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""
@@ -59,13 +61,14 @@ class Thresholds:
 
     max_accuracy_drop: percentage points of top-1 accuracy below float (needs labels). max_channel_bias: quantization steps, for every layer
     (see `Metrics.channel_bias`): a kernel that is off by one in one channel shows here when nothing else does.
-    None is not checked; with all four None, min_sqnr is DEFAULT_MIN_SQNR.
+    max_metric_drop: of a metric of the user's own, below float, in its unit. None is not checked; with all None, min_sqnr is DEFAULT_MIN_SQNR.
     """
 
     min_sqnr: float | None = None
     min_agreement: float | None = None
     max_accuracy_drop: float | None = None
     max_channel_bias: float | None = None
+    max_metric_drop: float | None = None
 
     def effective(self) -> Thresholds:
         return Thresholds(min_sqnr=DEFAULT_MIN_SQNR) if self == Thresholds() else self
@@ -109,6 +112,8 @@ class ParityReport:
     int8_accuracy: float | None = None
     checks: list[Check] = field(default_factory=list)
     imported: ImportCheck | None = None
+    metric: Scored | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -169,6 +174,9 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
     if report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100 * (report.float_accuracy - report.int8_accuracy)
         parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
+    parts += [f"warning: {warning}" for warning in report.warnings]
+    if report.metric is not None:
+        parts.append(str(report.metric))
     if report.imported is not None:
         parts.append(str(report.imported))
     parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
@@ -185,6 +193,8 @@ def verify(
     min_agreement: float | None = None,
     max_accuracy_drop: float | None = None,
     max_channel_bias: float | None = None,
+    metric: str | MetricFunction | None = None,
+    max_metric_drop: float | None = None,
     preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None,
     max_samples: int | None = None,
     layer_samples: int = 8,
@@ -195,7 +205,8 @@ def verify(
 
     `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: the ONNX file it was compiled from, or a Session of
     it in float. `samples`, `preprocess`, `max_samples` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
-    `qcompiler.calibration.data.load_labels`).
+    `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the better, or
+    "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where onnxruntime is installed, the float network is compared with what it
     computes from the file, too (`ParityReport.imported`): an operator that was imported wrongly would be wrong on both sides of every other comparison.
 
@@ -209,14 +220,21 @@ def verify(
         library = opened  # which has its own copy of the file
     actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
     data = at_most(open_samples(samples, actual.inputs, preprocess), max_samples)
-    classes = None if labels is None else load_labels(labels, data)
-    thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias)
-    options: dict[str, Any] = {"labels": classes, "thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
+    thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
+    options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
+    options |= judges(labels, metric, data)
     if not isinstance(model, (str, os.PathLike)):
         return compare(actual, model, data, **options)
     with temporary_folder() as folder:
         twin = float_session(model, actual, folder, threads)
         return with_import(compare(actual, twin, data, **options), model, twin, data)
+
+
+def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> dict[str, Any]:
+    """What `compare` judges samples by: class indices, or with a metric that, and whatever labels it has."""
+    if metric is not None:
+        return {"metric": load_metric(metric, labels, data)}
+    return {"labels": None if labels is None else load_labels(labels, data)}
 
 
 def with_import(report: ParityReport, model: str | os.PathLike[str], twin: Runner, samples: Samples) -> ParityReport:
@@ -296,11 +314,14 @@ def compare(
     samples: Samples | Iterable[Mapping[str, np.ndarray]],
     *,
     labels: np.ndarray | None = None,
+    metric: Metric | None = None,
     thresholds: Thresholds = Thresholds(),
     layer_samples: int = 8,
     progress: Progress = silent,
 ) -> ParityReport:
     """`verify` on two sessions and checked samples. `labels`: int64, one per sample (per row of the batch)."""
+    if thresholds.max_metric_drop is not None and metric is None:
+        raise DataError("max_metric_drop needs a metric: give FILE.py:function (--metric)")
     thresholds = thresholds.effective()
     names = [o.name for o in reference.outputs]
     if [o.name for o in actual.outputs] != names:
@@ -310,14 +331,19 @@ def compare(
     totals = {name: Accumulator() for name in names}
     votes: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in classified}
     layers = _Layers(actual, reference)
+    collected: list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = []
     done, total = 0, getattr(samples, "count", None)
+    reach = Reach(actual.manifest)
     for sample in samples:
+        reach.add(sample)
         if done < layer_samples:
             got, expected = layers.add(sample)
         else:
             got, expected = actual.run(sample), reference.run(sample)
         for name, accumulator in totals.items():
             accumulator.add(got[name].astype(np.float32), expected[name].astype(np.float32))
+        if metric is not None:
+            collected.append((got, expected))
         for name, pairs in votes.items():
             pairs.append((got[name].argmax(1), expected[name].argmax(1)))
         done += 1
@@ -333,7 +359,8 @@ def compare(
         check_labels(labels, len(got_top), next(o for o in reference.outputs if o.name == classified[0]))
         float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
     rows = layers.rows() if layer_samples else []
-    report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy)
+    scored = None if metric is None else Scored(metric.name, metric.of(e for _, e in collected), metric.of(g for g, _ in collected))
+    report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy, metric=scored, warnings=reach.doubts())
     report.checks.extend(_checks(report))
     return report
 
@@ -354,6 +381,10 @@ def _checks(report: ParityReport) -> list[Check]:
         drop = 100.0 * (report.float_accuracy - report.int8_accuracy)
         said = f"top-1 accuracy dropped by {drop:.2f} points, more than {limits.max_accuracy_drop:g}"
         found.append(Check("max_accuracy_drop", drop, drop <= limits.max_accuracy_drop + 1e-9, said))  # the difference of two fractions is inexact
+    if limits.max_metric_drop is not None and report.metric is not None:
+        drop, name = report.metric.drop, report.metric.name
+        said = f"{name} dropped by {drop:.4f}, more than {limits.max_metric_drop:g}"
+        found.append(Check("max_metric_drop", drop, drop <= limits.max_metric_drop + 1e-9, said))
     if limits.max_channel_bias is not None:
         for layer in report.layers:
             if (bias := layer.metrics.channel_bias) is not None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
-from qcompiler.calibration.data import at_most, load_labels, open_samples
+from qcompiler.calibration.data import at_most, open_samples
 from qcompiler.importers.onnx_file import files_of
 from qcompiler.verification.evidence import HashedSamples, gather
-from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session, with_import
+from qcompiler.verification.metric import MetricFunction
+from qcompiler.verification.parity import ParityReport, Thresholds, compare, float_session, judges, with_import
 
 
 def verify_report(
@@ -22,6 +23,7 @@ def verify_report(
     *,
     labels: str | Path | Iterable[int] | None = None,
     thresholds: Thresholds = Thresholds(),
+    metric: str | MetricFunction | None = None,
     preprocess: Any = None,
     max_samples: int | None = None,
     layer_samples: int = 8,
@@ -39,14 +41,14 @@ def verify_report(
     path = check_writable(output, [library, *files_of(Path(model)), data, labels, preprocess])
     session = Session(library, threads=threads)
     samples = HashedSamples(at_most(open_samples(data, session.inputs, preprocess), max_samples))
-    classes = None if labels is None else load_labels(labels, samples)
+    given = judges(labels, metric, samples)
     with temporary_folder() as folder:
         twin = float_session(model, session, folder, threads)
-        parity = compare(session, twin, samples, labels=classes, thresholds=thresholds, layer_samples=layer_samples, progress=progress)
+        parity = compare(session, twin, samples, thresholds=thresholds, layer_samples=layer_samples, progress=progress, **given)
         parity = with_import(parity, model, twin, samples)
-        evidence = gather(session, twin, samples, parity, Path(model), classes, seconds, progress)
-    given = {"evaluation data": data, "labels": labels, "preprocessing": preprocess}
-    evidence.source.update({k: str(v) if isinstance(v, (str, Path)) else "given as arrays" for k, v in given.items() if v is not None})
+        evidence = gather(session, twin, samples, parity, Path(model), given.get("labels"), seconds, progress)
+    sources = {"evaluation data": data, "labels": labels, "preprocessing": preprocess, "metric": metric}
+    evidence.source.update({k: str(v) if isinstance(v, (str, Path)) else "given in Python" for k, v in sources.items() if v is not None})
     with replacing(path) as temporary:
         temporary.write_text(page(evidence, Path(library).name, Path(model).name), encoding="utf-8")
     return parity
