@@ -16,7 +16,7 @@ ROOMS = (
 )
 NAMED = re.compile(r"(?<![\w.:/-])((?:[\w-]+/)*(?:[\w-]+|\{[\w,-]+\})\.(?:py|c|cc|h|hpp|cuh|md|yaml))(?![\w.(])")
 OURS_ELSEWHERE = {"qcompiler.h", "qcompiler.hpp", "qcompiler/qcompiler.h", "loader.h"}  # as programs include them
-OTHERS = {"model.h", "qcompiler/model/model.h", "mobilenet.yaml", "make_resnet50.py"}  # made for or by users, or lying beside data
+OTHERS = {"model.h", "qcompiler/model/model.h", "mobilenet.yaml", "make_resnet50.py", "FILE.py", "mine.py"}  # made for or by users, or lying beside data
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:

@@ -45,7 +45,7 @@ def compiled(job: Job) -> Compilation:
 @takes_options
 def quantize(model: AnyPath, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> QuantizedNetwork:
     """The stages from the model file to the integer network that the preset itself makes. Errors as `compile`."""
-    return planned(calibrate(equalize(opened(model, target, calibration, complete(options)))))
+    return planned(calibrate(equalize(opened(model, target, calibration, options))))
 
 
 @takes_options

@@ -18,7 +18,7 @@ from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.passes.trained import Trained
-from qcompiler.pipeline.options import Options
+from qcompiler.pipeline.options import Options, complete
 from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
 
@@ -40,7 +40,8 @@ class Job:
 
 def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
     """The job that the arguments of `compile` describe: the model loaded, its 16-bit streams copied where the recipe has such, the samples not yet read.
-    options: complete."""
+    options: as they were given."""
+    options = complete(options)
     dump = Dumper(options["dump_dir"])
     chosen = find_target(target, options["targets_file"])
     steps = recipe(options["preset"], options["enable"], options["disable"])
