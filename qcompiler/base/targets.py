@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import re
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 from qcompiler.base.cpu_tests import read_cpu_tests
 from qcompiler.base.cuda_driver import find_gpu
 from qcompiler.base.errors import TargetError, closest
+from qcompiler.base.files import about
 from qcompiler.base.host import host_architecture, host_features, request_tiles
 from qcompiler.base.triples import plain_triple
 from qcompiler.base.yaml_file import read_yaml
@@ -120,6 +123,12 @@ def load_targets(targets_file: str | os.PathLike[str] | None = None) -> dict[str
 
 def _read(path: Path) -> tuple[dict[Any, Any], dict[str, dict[str, str]]]:
     """A targets file, and the tests of its section `features`."""
+    there = about(path)
+    return copy.deepcopy(_parsed(path, there and (there.st_mtime_ns, there.st_size, there.st_ino)))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, version: object) -> tuple[dict[Any, Any], dict[str, dict[str, str]]]:
     try:
         document = read_yaml(path)
     except ValueError as error:

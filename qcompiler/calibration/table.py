@@ -104,6 +104,7 @@ class CalibrationTable:
     samples: int = 0
     values: dict[str, Statistics] = field(default_factory=dict)
     unbounded: set[str] = field(default_factory=set)
+    proposed: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what plans have asked of these histograms, for the next plan
 
     @property
     def digest(self) -> str:

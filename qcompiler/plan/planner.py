@@ -283,13 +283,25 @@ class _Planner:
         return self.table.values[value].histogram
 
     def histogram(self, members: set[str]) -> Histogram:
-        """All values of a class: those of its roots, and of concatenations whose operands keep scales of their own."""
-        parts = self.roots(members)
-        parts += [v for v in members if v in self.made_by and self.made_by[v].traits.joins and not set(self.made_by[v].inputs) <= members]
+        """All values of a class together."""
         joint = Histogram()
-        for value in parts:
+        for value in self.parts(members):
             joint = joint.merged(self.statistics(value))
         return joint
+
+    def parts(self, members: set[str]) -> list[str]:
+        """The values that all values of a class come from: its roots, and concatenations whose operands keep scales of their own."""
+        joined = [v for v in members if v in self.made_by and self.made_by[v].traits.joins and not set(self.made_by[v].inputs) <= members]
+        return self.roots(members) + sorted(joined)
+
+    def proposed(self, members: set[str], histogram: Histogram) -> dict[str, QParams]:
+        """What the recipe's observers propose; they are asked once for all plans that are made of a table."""
+        parts = [self.statistics(v) for v in self.parts(members)]
+        key = (self.recipe.observers, *map(id, parts))
+        if key not in self.table.proposed:
+            self.table.proposed[key] = parts, propose(histogram, self.recipe.observers)
+        found: dict[str, QParams] = self.table.proposed[key][1]
+        return found
 
     # -- parameters ---------------------------------------------------------------------------------------------------------------------
 
@@ -329,7 +341,7 @@ class _Planner:
         if max(-histogram.low, histogram.high) < _TINY:
             self.plan.notes.append(f"value '{leader}' was always zero in the calibration data; it is stored with scale 1 and zero point 0")
             return Quantized(QParams(1.0, 0), "none", math.inf, "always zero in the calibration data")
-        proposed = propose(histogram, self.recipe.observers)
+        proposed = self.proposed(members, histogram)
         params, observer, sqnr = choose_params(histogram, proposed)
         params, padded = self.with_padding(params, members)
         others = [v for v in roots if v != leader]
