@@ -90,7 +90,8 @@ RIVALS = ("ORT MinMax", "ORT Percentile", "ORT Entropy", "NNCF default", "NNCF f
 def measure_rival(network: networks.Network, method: str, images: int | None) -> dict[str, Any] | None:
     """The same figures for another quantizer, run by its own runtime against ONNX Runtime's float network; None where it isn't installed."""
     import numpy as np
-    import peers
+
+    from qcompiler.runtime import peers
 
     if not peers.installed("onnxruntime", *(["nncf", "openvino"] if method.startswith("NNCF") else [])):
         print(f"{method}: not installed, left out", file=sys.stderr)

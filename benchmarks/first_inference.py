@@ -21,7 +21,8 @@ from typing import Any
 
 import networks
 import numpy as np
-import peers
+
+from qcompiler.runtime import peers
 
 WORKER = """
 import json, sys, time

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import networks
-import peers
 import roofline
+
+from qcompiler.runtime import peers
 
 OURS = "int8"
 BASES = ("openvino int8", "onnxruntime int8", "onnxruntime float", "float", OURS)  # what ratios refer to: the first that was measured
@@ -75,7 +76,6 @@ class Prepared:
 
     def calls(self, threads: int) -> dict[str, peers.Call]:
         import qcompiler
-        from qcompiler.runtime.bench import onnxruntime_call
 
         inputs = self.samples[0]
         sessions = {name: qcompiler.load(library, threads=threads) for name, library in self.libraries.items()}
@@ -84,7 +84,7 @@ class Prepared:
             if name.startswith("openvino"):
                 calls[name] = peers.openvino_call(model, inputs, threads)
             elif name.startswith("onnxruntime"):
-                calls[name] = onnxruntime_call(str(model), inputs, threads)
+                calls[name] = peers.onnxruntime_call(str(model), inputs, threads)
             else:
                 calls[name] = peers.litert_call(model, inputs, threads)
         return calls

@@ -25,7 +25,8 @@ from qcompiler.backend.artifact import Artifact
 from qcompiler.base.text import number, size, table
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.pipeline.stages import compile_float
-from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
+from qcompiler.runtime.bench import interleave, random_inputs, ratios
+from qcompiler.runtime.peers import onnxruntime_call
 from qcompiler.runtime.session import Session
 
 HIDDEN, INNER, LAYERS = 768, 3072, 4  # the linear layers of a BERT-like encoder: query, key, value, output, two of the MLP

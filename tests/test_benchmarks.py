@@ -26,7 +26,8 @@ from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS
 from qcompiler.pipeline.stages import Compilation
-from qcompiler.runtime.bench import onnxruntime_call
+from qcompiler.runtime import peers
+from qcompiler.runtime.peers import onnxruntime_call
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel
 from qcompiler.schedules.table import Layout
@@ -196,12 +197,12 @@ def test_layer_table_has_the_greatest_loss_first(script: Any) -> None:
     assert text[2].split()[0] == "copy" and len(text) == 3
 
 
-def test_litert_input_is_converted_for_the_twin(script: Any) -> None:
-    peers, x = script("peers"), np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+def test_litert_input_is_converted_for_the_twin() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
     detail = {"shape": np.array([1, 2, 2, 3]), "dtype": np.int8, "quantization": (0.5, -3)}
     np.testing.assert_array_equal(peers.litert_input(x, detail, "m")[0, 0], [[-3, 5, 13], [-1, 7, 15]])
     assert peers.litert_input(x, detail | {"dtype": np.float32}, "m").shape == (1, 2, 2, 3)
-    with pytest.raises(SystemExit, match="wants an input"):
+    with pytest.raises(DataError, match="wants an input"):
         peers.litert_input(x, detail | {"shape": np.array([1, 4, 3])}, "m")
 
 
@@ -257,13 +258,13 @@ def test_pool_overhead_is_measured(script: Any, tmp_path: Path) -> None:
     assert times["wake"] > 0 and times["launch"] > 0
 
 
-def test_onnxruntime_runs_the_example_in_float_and_quantized_by_itself(script: Any, tmp_path: Path) -> None:
+def test_onnxruntime_runs_the_example_in_float_and_quantized_by_itself(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     calibration, evaluation, labels = demo_data()
     sample = evaluation[0]
     samples = open_samples(calibration[:20], [TensorInfo("image", (1, 1, 16, 16), "float32")])
     expected = onnxruntime_call(str(MODEL), sample, 1)()
-    got = onnxruntime_call(str(script("peers").onnxruntime_int8(MODEL, samples, tmp_path)), sample, 1)()
+    got = onnxruntime_call(str(peers.onnxruntime_int8(MODEL, samples, tmp_path)), sample, 1)()
     assert got[0].argmax() == expected[0].argmax() == labels[0]
     assert not np.array_equal(got[0], expected[0])
 
@@ -271,8 +272,8 @@ def test_onnxruntime_runs_the_example_in_float_and_quantized_by_itself(script: A
 def test_onnxruntime_errors_are_ours(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "m.onnx").write_text("hello")
-    with pytest.raises(DataError, match="--against onnxruntime: it can't load"):
-        onnxruntime_call(str(tmp_path / "m.onnx"), {}, 1)
+    with pytest.raises(DataError, match="--against onnxruntime: it can't take"):
+        peers.peer_calls("onnxruntime", tmp_path / "m.onnx", {}, 1, [], tmp_path)
 
 
 def test_float_reference_is_as_good_as_published(script: Any, real_data: Path, root: Path) -> None:

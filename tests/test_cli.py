@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from qcompiler.base.errors import DataError, ModelError, OutputError
 from qcompiler.base.files import replacing
 from qcompiler.base.progress import Lines, silent, terminal_progress
 from qcompiler.base.tensor import TensorInfo
+from qcompiler.cli import bench as cli_bench
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
-from qcompiler.runtime.bench import interleave, random_inputs, ratios
+from qcompiler.runtime.bench import Neighbours, Timing, interleave, random_inputs, ratios
 from qcompiler.verification import footprint
+from qcompiler.verification.evidence import StepTime
 from qcompiler.verification.parity import Check, Compared, ParityReport, Thresholds
 
 MANIFEST: dict[str, Any] = {
@@ -233,6 +237,56 @@ def test_bench_against_nothing_prints_times_and_layers(calls: list[Any], capsys:
     document = json.loads(capsys.readouterr().out)
     assert document["ratio to int8"] == {"int8": 1.0}
     assert document["seconds"]["int8"]["rounds"] == 10 and document["footprint"] == {}
+
+
+def test_bench_as_csv_and_as_a_trace(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("bench m.so --duration 0s --warmup 0 --layers --csv --trace t.json".split()) == 0
+    rows = list(csv.reader(capsys.readouterr().out.splitlines()))
+    assert rows == [
+        ["value", "operator", "kernel", "int8_us", "float_us"],
+        ["conv1", "qc.conv2d", "x86-avx2/conv2d", "3.00", ""],
+        ["y", "float", "any/legalized", "1.00", ""],
+    ]
+    events = json.loads(Path("t.json").read_text())["traceEvents"]
+    assert [(e["name"], e["ph"], e.get("ts"), e.get("dur")) for e in events] == [
+        ("process_name", "M", None, None), ("conv1", "X", 0, pytest.approx(3)), ("y", "X", pytest.approx(3), pytest.approx(1)),
+    ]  # fmt: skip
+
+
+def test_bench_says_where_int8_loses() -> None:
+    steps = [StepTime("a", "qc.conv2d", "k", 5e-6, 2e-6), StepTime("b", "qc.dense", "k", 2e-6, 4e-6), StepTime("c", "qc.copy", "k", 9e-6, None)]
+    said = cli_bench._not_faster(1.25, steps)
+    assert said.startswith(
+        "int8 is not faster than float here: it takes 1.25 of its time. Layers that are slower in int8: a (5.0 us, in float 2.0). --keep-float"
+    )
+    assert "No single layer is slower" in cli_bench._not_faster(1.25, steps[1:])
+
+
+def test_timings_are_percentiles_of_all_calls() -> None:
+    timing = Timing.of("x", [float(i) for i in range(100, 0, -1)])
+    assert (timing.minimum, timing.mean, timing.median, timing.p90, timing.p99, timing.rounds) == (1, 50.5, 50.5, 90, 99, 100)
+
+
+def test_neighbours_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Neighbours().cores()
+    assert found is None or found >= 0
+    moments = iter([(0.0, 10.0, 1.0), (2.0, 13.0, 2.0)])
+    monkeypatch.setattr(Neighbours, "_now", staticmethod(lambda: next(moments)))
+    assert Neighbours().cores() == 1.0
+
+
+def test_bench_against_others_in_both_types(digits: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the float network and ONNX Runtime, float and as its own quantizer makes it of the same data."""
+    pytest.importorskip("onnxruntime")
+    np.save(tmp_path / "x.npy", np.stack([s["image"] for s in demo_data()[0][:4]]))
+    words = ["bench", str(digits("native")), "--model", str(MODEL), "--data", str(tmp_path / "x.npy"), "--seconds", "0", "--quiet", "--json", "--layers"]
+    assert main([*words, "--against", "onnxruntime"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["ratio to float"]) == ["int8", "float", "onnxruntime float", "onnxruntime int8"] and found["ratio to float"]["float"] == 1
+    assert all(t["samples_per_second"] == pytest.approx(1 / t["mean"]) for t in found["seconds"].values())
+    for more, said in (("--against litert", "LiteRT reads no ONNX"), ("--csv", "")):
+        status = main([*words, *more.split()])
+        assert (status == 2 and said in capsys.readouterr().err) or not said
 
 
 def test_bench_footprint(calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.plan.quant_plan import Derived, Fixed
+from qcompiler.runtime import peers
 
 RNG = np.random.default_rng(0)
 X, Y = (1, 4, 6, 6), (0.05, 128)  # of the small nets: shape of their input, and its quantization (uint8)
@@ -123,7 +123,7 @@ def test_a_model_that_onnxruntime_quantized(tmp_path: Path, root: Path, monkeypa
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     calibration, evaluation, _ = demo_data()
     float_model = load(MODEL)
-    path = importlib.import_module("peers").onnxruntime_int8(MODEL, open_samples(calibration[:20], float_model.inputs), tmp_path)
+    path = peers.onnxruntime_int8(MODEL, open_samples(calibration[:20], float_model.inputs), tmp_path)
     compilation = compile_stages(path)
     assert not compilation.artifact.manifest["float_ops"]
     plan, file = compilation.quantized.plan, onnx.load(str(path))

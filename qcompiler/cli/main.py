@@ -6,7 +6,6 @@ Exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import qcompiler
 from qcompiler.base.debug import SWITCHES, switch
 from qcompiler.base.errors import DataError
-from qcompiler.base.files import check_writable, temporary_folder
+from qcompiler.base.files import check_writable
+from qcompiler.cli import bench as cli_bench
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
@@ -97,21 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of both networks (default 1)")
     p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
-    p = verb(
-        "bench",
-        _bench,
-        "measure the latency of a library, alone or against its float model",
-        "Measure FILE.so on random inputs. With --model the same network in float, compiled for the same target (a GPU's: for this CPU), and with --against "
-        "another runtime take turns with it in one process; the ratios are what to read, times drift between runs.",
-    )
-    p.add_argument("library", metavar="FILE.so")
-    p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each candidate (default 1)")
-    p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
-    p.add_argument("--against", action="append", default=[], choices=["onnxruntime"], help="measure this runtime on MODEL too, when it is installed")
-    p.add_argument("--seconds", type=float, default=3.0, metavar="S", help="time to spend on measuring (default 3)")
-    p.add_argument("--layers", action="store_true", help="print the time of every step as well")
-    p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
-
+    cli_bench.add(verb)
     cli_run.add(verb)
 
     p = verb(
@@ -191,44 +177,6 @@ def _verify(options: argparse.Namespace) -> int:
         )
     show(options, report, lambda: parity_text(report, options.layers))
     return 0 if report.passed else 1
-
-
-def _bench(options: argparse.Namespace) -> int:
-
-    from qcompiler.cli.tables import footprint_text, profile_text, timing_text
-    from qcompiler.runtime.bench import interleave, onnxruntime_call, random_inputs, ratios
-    from qcompiler.verification.footprint import joules, memory
-    from qcompiler.verification.parity import float_session
-
-    if options.against and not options.model:
-        raise DataError("--against needs --model: the other runtime runs the ONNX model")
-    session = qcompiler.load(options.library, threads=options.threads)
-    inputs = random_inputs(session.inputs)
-    candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
-    float_twin = None
-    with temporary_folder() as folder, watched(options) as progress:
-        if options.model:
-            float_twin = float_session(options.model, session, folder, options.threads)
-            candidates["float"] = functools.partial(float_twin.run, inputs)
-        for runtime in options.against:
-            candidates[runtime] = onnxruntime_call(options.model, inputs, options.threads)
-        timings = interleave(candidates, seconds=options.seconds, progress=progress)
-        measured = {}
-        for name, own in (("int8", session), ("float", float_twin)) if options.footprint else ():
-            if own is not None:
-                measured[name] = (memory(own.path, options.threads), joules(candidates[name], options.seconds / 2))
-    base = "float" if options.model else "int8"
-    steps = session.profile(inputs, 50) if options.layers else []
-    document = {
-        "threads": options.threads,
-        "seconds": {t.name: {"minimum": t.minimum, "median": t.median, "rounds": t.rounds} for t in timings},
-        f"ratio to {base}": ratios(timings, base),
-        "steps": [dict(zip(("id", "op", "kernel", "seconds"), step, strict=True)) for step in steps],
-        "footprint": {name: {**vars(used), "joules": energy} for name, (used, energy) in measured.items()},
-    }
-    parts = [timing_text(timings, base)] + ([profile_text(steps)] if steps else []) + ([footprint_text(measured)] if measured else [])
-    show(options, document, lambda: "\n\n".join(parts))
-    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

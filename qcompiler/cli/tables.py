@@ -40,18 +40,31 @@ def compiled_text(output: Path, artifact: Artifact, model: str, verbose: bool) -
     return "\n".join([*lines, f"Next: qcompiler verify {output} --model {model} --data DATA; qcompiler bench {output} --model {model}"])
 
 
-def timing_text(timings: Sequence[Timing], base: str) -> str:
-    """Latencies and their ratio to `base` (below 1: faster)."""
+def timing_text(timings: Sequence[Timing], base: str, batch: int = 1, threads: int = 1) -> str:
+    """Latencies, and their ratio to `base` (below 1: faster). batch: samples of a call."""
     factors = ratios(timings, base)
-    rows = [[t.name, milliseconds(t.minimum), milliseconds(t.median), f"{factors[t.name]:.3f}", str(t.rounds)] for t in timings]
-    return table("Latency", ("what", "minimum ms|", "median ms|", f"x {base}|", "rounds|"), rows)
+    rows = [
+        [t.name, *map(milliseconds, (t.minimum, t.mean, t.median, t.p90, t.p99)), f"{batch / t.mean:.1f}", f"{factors[t.name]:.3f}", str(t.rounds)]
+        for t in timings
+    ]
+    title = f"Latency of a call with {batch} sample{'s' * (batch > 1)}, {threads} thread{'s' * (threads > 1)}"
+    text = table(title, ("what", "minimum ms|", "mean|", "p50|", "p90|", "p99|", "samples/s|", f"x {base}|", "calls|"), rows)
+    return f"{text}\n'x {base}' is the minimum over that of {base}: below 1 is faster"
 
 
-def profile_text(steps: Sequence[tuple[str, str, str, float]]) -> str:
-    """Per step: value, operator, kernel row, time, share."""
+def profile_text(steps: Sequence[tuple[str, str, str, float]], floats: Sequence[tuple[str, str, str, float]] = ()) -> str:
+    """Per step: value, operator, kernel row, time, share; and what the float network takes for the same value, where `floats` are its steps."""
     total = sum(seconds for *_, seconds in steps)
-    rows = [[value, op, kernel, f"{seconds * 1e6:.1f}", percent(seconds / total)] for value, op, kernel, seconds in steps]
-    return table(f"Steps, {total * 1e3:.3f} ms in all", ("value", "operator", "kernel", "us|", "share|"), rows)
+    spent: dict[str, float] = {}
+    for value, _, _, seconds in floats:
+        spent[value] = spent.get(value, 0.0) + seconds
+    last = {value: index for index, (value, *_) in enumerate(steps)}  # a value's halo is filled before it is computed
+    rows = []
+    for index, (value, op, kernel, seconds) in enumerate(steps):
+        beside = spent.get(value) if last[value] == index else None
+        rows.append([value, op, kernel, f"{seconds * 1e6:.1f}", percent(seconds / total), *([number(beside and beside * 1e6, ".1f")] if floats else [])])
+    columns = ("value", "operator", "kernel", "us|", "share|", *(["in float us|"] if floats else []))
+    return table(f"Steps, {total * 1e3:.3f} ms in all" + (f"; {sum(spent.values()) * 1e3:.3f} ms in float" if floats else ""), columns, rows)
 
 
 def footprint_text(measured: Mapping[str, tuple[Memory, float | None]]) -> str:

@@ -21,7 +21,7 @@ from qcompiler.base.progress import Progress
 from qcompiler.calibration.data import Samples
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.numerics.spec import QParams
-from qcompiler.runtime.bench import Timing, interleave
+from qcompiler.runtime.bench import Neighbours, Timing, interleave
 from qcompiler.runtime.channels import stored_form
 from qcompiler.verification.footprint import Memory, joules, memory
 from qcompiler.verification.parity import ParityReport
@@ -66,6 +66,7 @@ class Evidence:
     rows: classified rows over all samples (samples * batch). float_only: seconds of float steps that the library does not have.
     sizes in bytes; `parameters` are those of the model's float tensors. digests: SHA-256, hexadecimal. model_matches: is the model the one that
     the library was compiled from, by digest? footprint: "int8", "float" -> (memory, joules per run or None where no counter can be read).
+    busy: cores that other processes used during the measurement of `totals`, None where unknown.
     """
 
     parity: ParityReport
@@ -85,6 +86,7 @@ class Evidence:
     environment: dict[str, str]
     footprint: dict[str, tuple[Memory, float | None]]
     source: dict[str, str] = field(default_factory=dict)
+    busy: float | None = None
 
 
 class HashedSamples:
@@ -119,7 +121,9 @@ def gather(
         session.trace(sample, lambda name, array: layers.add(name, array, stored_form(session.manifest, name, reference[name])) if name in reference else None)  # noqa: B023
         progress("trace layers", done + 1, parity.layer_samples)
     assert first is not None
+    neighbours = Neighbours()
     totals = interleave({"int8": lambda: session.run(first), "float": lambda: twin.run(first)}, seconds=seconds, progress=progress)
+    busy = neighbours.cores()
     steps, float_only = step_times(session.profile(first, _ITERATIONS), twin.profile(first, _ITERATIONS))
     manifest = session.manifest
     digests = {"library": hashlib.sha256(session.path.read_bytes()).hexdigest(), **manifest.get("digests", {}), "evaluation data, as fed": samples.digest}
@@ -143,6 +147,7 @@ def gather(
         manifest.get("digests", {}).get("model") == twin.manifest["digests"]["model"],
         environment(manifest),
         {name: (memory(s.path, s.threads), joules(functools.partial(s.run, first), seconds / 2)) for name, s in (("int8", session), ("float", twin))},
+        busy=busy,
     )
 
 

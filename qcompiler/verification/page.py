@@ -11,6 +11,7 @@ from typing import Any
 
 from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.numerics.metrics import wilson
+from qcompiler.runtime.bench import BUSY
 from qcompiler.verification.evidence import WORST, Evidence, StepTime
 from qcompiler.verification.footprint import Memory
 from qcompiler.verification.page_table import html_table
@@ -219,8 +220,11 @@ def _latency(e: Evidence) -> str:
     whole = [[t.name, milliseconds(t.minimum), milliseconds(t.median), str(t.rounds)] for t in (times["int8"], times["float"])]
     note = (
         f"Both networks are compiled for {_e(e.manifest['target'])} and take turns on the same sample. "
-        f"Threads: {e.threads}. Times of single steps are the least of several runs. Times vary from run to run; nothing else on this page does."
+        f"Threads: {e.threads}. Times of single steps are the least of several runs. Times vary from run to run; nothing else on this page does. "
+        "The speed at the top is the ratio of the least times of whole runs; the sums of single steps leave out what lies between them."
     )
+    if e.busy is not None and e.busy > BUSY:
+        note += f" <b>Other processes used {e.busy:.1f} cores meanwhile: these times and ratios are not to be relied on.</b>"
     steps = html_table(("step", "operator", "kernel", "int8 us|", "float us|", "faster|", ""), rows, "steps", last=True)
     return f'<h2>Latency</h2><p class="quiet">{note}</p>{html_table(("network", "least ms|", "median ms|", "rounds|"), whole, "latency")}{steps}'
 

@@ -1,4 +1,4 @@
-"""The runtimes that we measure ourselves against. Each is optional: `installed` says which are there.
+"""The runtimes that a library is measured against. Each is optional, and imported when it is asked for.
 
 A call takes float32 inputs `{name: array}` of the ONNX model and runs the network once, on so many threads.
 """
@@ -6,18 +6,66 @@ A call takes float32 inputs `{name: array}` of the ONNX model and runs the netwo
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qcompiler.base.errors import DataError
+
 Call = Callable[[], object]
 Inputs = Mapping[str, np.ndarray]
+AnyPath = str | os.PathLike[str]
+PEERS = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino", "nncf"), "litert": ("ai_edge_litert",)}
+"""Runtimes by name, and the modules of each: of the runtime, and of its quantizer where that is a package of its own."""
 
 
 def installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(m) is not None for m in modules)
+
+
+def peer_calls(
+    name: str, model: AnyPath, inputs: Inputs, threads: int, samples: list[dict[str, np.ndarray]], folder: Path, file: AnyPath | None = None
+) -> dict[str, Call]:
+    """{"NAME float", "NAME int8": call}: the runtime on the model, and on what its own quantizer makes of it with `samples` (none: float only).
+
+    file: a .tflite of the same network, which LiteRT needs, as it reads no ONNX; it is measured as it is. folder: for intermediate files.
+    Raises DataError where the runtime or its quantizer is not installed, or can't take the model.
+    """
+    if name not in PEERS:
+        raise DataError(f"--against {name}: unknown runtime. Known: {', '.join(PEERS)}")
+    for module in PEERS[name][: 2 if samples else 1]:
+        if not installed(module):
+            raise DataError(f"--against {name}: {module} is not installed; pip install 'qcompiler[peers]'")
+    try:
+        if name == "litert":
+            if file is None:
+                raise DataError("--against litert: LiteRT reads no ONNX; give the same network as a file, litert=FILE.tflite")
+            return {f"litert {Path(file).name}": litert_call(Path(file), inputs, threads)}
+        if name == "onnxruntime":
+            calls: dict[str, Call] = {"onnxruntime float": onnxruntime_call(model, inputs, threads)}
+            return calls | ({"onnxruntime int8": onnxruntime_call(onnxruntime_int8(Path(model), samples, folder), inputs, threads)} if samples else {})
+        calls = {"openvino float": openvino_call(Path(model), inputs, threads)}
+        return calls | ({"openvino int8": openvino_call(nncf_model(Path(model), samples), inputs, threads)} if samples else {})
+    except DataError:
+        raise
+    except Exception as error:  # the exceptions of these packages have no common class
+        raise DataError(f"--against {name}: it can't take {model}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
+def onnxruntime_call(model: AnyPath, inputs: Inputs, threads: int) -> Call:
+    """A call of ONNX Runtime (CPU) on a model file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+    feed = dict(inputs)
+    return lambda: session.run(None, feed)
 
 
 def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path, ranges: str = "MinMax") -> Path:
@@ -83,7 +131,7 @@ def litert_call(model: Path, inputs: Inputs, threads: int) -> Call:
     interpreter.allocate_tensors()
     details, given = interpreter.get_input_details(), list(inputs.values())
     if len(details) != len(given):
-        raise SystemExit(f"{model}: has {len(details)} inputs, the ONNX model {len(given)}")
+        raise DataError(f"{model}: has {len(details)} inputs, the ONNX model {len(given)}")
     feed = [(d["index"], litert_input(x, d, str(model))) for d, x in zip(details, given, strict=True)]
     outputs = [d["index"] for d in interpreter.get_output_details()]
 
@@ -102,9 +150,10 @@ def litert_input(x: np.ndarray, detail: Mapping[str, Any], where: str) -> np.nda
     if x.ndim == 4 and x.shape != wanted:
         x = x.transpose(0, 2, 3, 1)
     if x.shape != wanted:
-        raise SystemExit(f"{where}: wants an input {list(wanted)}, the ONNX model's is {list(x.shape)}")
+        raise DataError(f"{where}: wants an input {list(wanted)}, the ONNX model's is {list(x.shape)}")
     dtype = np.dtype(detail["dtype"])
     if dtype.kind != "i" and dtype.kind != "u":
         return np.ascontiguousarray(x, dtype)
     scale, zero = detail["quantization"]
-    return np.clip(np.rint(x / scale) + zero, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+    quantized: np.ndarray = np.clip(np.rint(x / scale) + zero, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+    return quantized

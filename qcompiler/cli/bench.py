@@ -1,0 +1,174 @@
+"""The verb `bench`: how fast a library is, alone, against its float network and against other runtimes."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import qcompiler
+from qcompiler.base.errors import DataError
+from qcompiler.base.files import check_writable, replacing, temporary_folder
+from qcompiler.cli.arguments import duration, positive, read_files
+from qcompiler.cli.process import complain, show, watched
+from qcompiler.pipeline.options import DATA_HELP, OPTIONS
+from qcompiler.runtime.peers import PEERS
+
+QUANTIZING_SAMPLES = 100  # of --data, with which other runtimes quantize
+_LOSERS = 5  # layers that a warning names
+
+
+def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]) -> None:
+    """Add the verb with `verb(name, run, summary, description)`, which makes its parser."""
+    p = verb(
+        "bench",
+        _bench,
+        "measure the latency of a library, alone or against its float model and other runtimes",
+        "Measure FILE.so on random inputs, or on --data. With --model the same network in float, compiled for the same target (a GPU's: for this CPU), and "
+        "with --against other runtimes take turns with it in one process; the ratios are what to read, times drift between runs.",
+    )
+    p.add_argument("library", metavar="FILE.so")
+    p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each candidate (default 1)")
+    p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
+    p.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        type=_peers,
+        metavar="RUNTIME[,RUNTIME]",
+        help=f"measure these on MODEL too, where they are installed: {', '.join(PEERS)}; in float, and with --data in int8 as their own quantizers make it. "
+        "LiteRT takes a file of the same network: litert=FILE.tflite",
+    )
+    p.add_argument("--data", metavar="DATA", help=f"measure on the first of these inputs, and let other runtimes quantize with them: {DATA_HELP}")
+    p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
+    p.add_argument("--duration", "--seconds", dest="seconds", type=duration, default=3.0, metavar="TIME", help="to spend on measuring: 10s, 1m (default 3s)")
+    p.add_argument("--warmup", type=int, default=3, metavar="N", help="calls of each candidate before the first that counts (default 3)")
+    p.add_argument("--layers", action="store_true", help="print the time of every step as well, with --model beside the float network's")
+    p.add_argument("--csv", action="store_true", help="with --layers: print the steps as CSV and nothing else; times in microseconds")
+    p.add_argument("--trace", metavar="FILE.json", help="write the steps of one run as a trace for chrome://tracing or ui.perfetto.dev")
+    p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
+
+
+def _peers(text: str) -> list[tuple[str, str | None]]:
+    """NAME[=FILE][,NAME...]"""
+    found = []
+    for part in text.split(","):
+        name, equals, file = part.partition("=")
+        if name not in PEERS or (equals and not file):
+            raise argparse.ArgumentTypeError(f"{part!r}: expected one of {', '.join(PEERS)}, or litert=FILE.tflite")
+        found.append((name, file or None))
+    return found
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from qcompiler.cli.tables import footprint_text, profile_text, timing_text
+    from qcompiler.runtime.bench import BUSY, Neighbours, interleave, random_inputs, ratios
+    from qcompiler.runtime.peers import peer_calls
+    from qcompiler.verification.evidence import step_times
+    from qcompiler.verification.footprint import joules, memory
+    from qcompiler.verification.parity import float_session
+
+    against = list(itertools.chain.from_iterable(options.against))
+    if against and not options.model:
+        raise DataError("--against needs --model: the other runtime runs the ONNX model")
+    if options.csv and not options.layers:
+        raise DataError("--csv prints the steps; it goes with --layers")
+    if options.preprocess and not options.data:
+        raise DataError("--preprocess is for the images of --data")
+    trace = None if options.trace is None else check_writable(options.trace, read_files(options))
+    session = qcompiler.load(options.library, threads=options.threads)
+    samples = _samples(options, session)
+    inputs = samples[0] if samples else random_inputs(session.inputs)
+    candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
+    float_twin = None
+    with temporary_folder() as folder, watched(options) as progress:
+        if options.model:
+            float_twin = float_session(options.model, session, folder, options.threads)
+            candidates["float"] = functools.partial(float_twin.run, inputs)
+        for number, (name, file) in enumerate(against):
+            place = folder / f"peer{number}"
+            place.mkdir()
+            candidates |= peer_calls(name, options.model, inputs, options.threads, samples, place, file)
+        neighbours = Neighbours()
+        timings = interleave(candidates, seconds=options.seconds, warmup=max(0, options.warmup), progress=progress)
+        busy = neighbours.cores()
+        runs = int(min(50, max(3, 1.0 / timings[0].minimum)))
+        steps = session.profile(inputs, runs) if options.layers or trace or float_twin is not None else []
+        floats = [] if float_twin is None else float_twin.profile(inputs, runs)
+        measured = {}
+        for name, own in (("int8", session), ("float", float_twin)) if options.footprint else ():
+            if own is not None:
+                measured[name] = (memory(own.path, options.threads), joules(candidates[name], options.seconds / 2))
+    base = "float" if options.model else "int8"
+    batch = max((port.shape[0] for port in session.inputs if port.shape), default=1)
+    notes = []
+    if busy is not None and busy > BUSY:
+        notes.append(f"other processes used {busy:.1f} cores while this was measured; repeat it on a quiet machine")
+    if float_twin is not None and ratios(timings, "float")["int8"] >= 1:
+        notes.append(_not_faster(ratios(timings, "float")["int8"], step_times(steps, floats)[0]))
+    if trace is not None:
+        with replacing(trace) as temporary:
+            temporary.write_text(json.dumps(trace_of({"int8": steps, **({"float": floats} if floats else {})})))
+    for note in notes:
+        complain(f"warning: {note}")
+    document = {
+        "threads": options.threads,
+        "seconds": {t.name: {k: v for k, v in vars(t).items() if k != "name"} | {"samples_per_second": batch / t.mean} for t in timings},
+        f"ratio to {base}": ratios(timings, base),
+        "busy_cores": busy,
+        "warnings": notes,
+        "steps": [dict(zip(("id", "op", "kernel", "seconds"), step, strict=True)) for step in steps] if options.layers else [],
+        "footprint": {name: {**vars(used), "joules": energy} for name, (used, energy) in measured.items()},
+    }
+    if options.csv:
+        show(options, document, lambda: _csv(step_times(steps, floats)[0]))
+        return 0
+    parts = [timing_text(timings, base, batch, options.threads)]
+    parts += [profile_text(steps, floats)] if options.layers else []
+    parts += [footprint_text(measured)] if measured else []
+    show(options, document, lambda: "\n\n".join(parts))
+    return 0
+
+
+def _samples(options: argparse.Namespace, session: qcompiler.Session) -> list[dict[str, Any]]:
+    """Those of --data, at most QUANTIZING_SAMPLES; none without it."""
+    if not options.data:
+        return []
+    from qcompiler.calibration.data import at_most, open_samples
+
+    most = QUANTIZING_SAMPLES if options.against else 1
+    return list(itertools.islice(at_most(open_samples(options.data, session.inputs, options.preprocess), most), most))
+
+
+def _not_faster(ratio: float, steps: Sequence[Any]) -> str:
+    """What to know, and to do, when a library takes as long as the float network."""
+    slower = sorted((s for s in steps if s.float32 is not None and s.int8 > s.float32), key=lambda s: s.float32 - s.int8)
+    named = ", ".join(f"{s.name} ({s.int8 * 1e6:.1f} us, in float {s.float32 * 1e6:.1f})" for s in slower[:_LOSERS])
+    lost = f"Layers that are slower in int8: {named}{' and others' if len(slower) > _LOSERS else ''}. --keep-float with these names may help" if slower else ""
+    advice = lost or "No single layer is slower: conversions between int8 and float take the time; `qcompiler inspect` shows what stayed float, and why"
+    return f"int8 is not faster than float here: it takes {ratio:.2f} of its time. {advice}; so may a target with 8-bit dot products, and `qcompiler tune`"
+
+
+def _csv(steps: Sequence[Any]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("value", "operator", "kernel", "int8_us", "float_us"))
+    rows.writerows([s.name, s.op, s.kernel, f"{s.int8 * 1e6:.2f}", "" if s.float32 is None else f"{s.float32 * 1e6:.2f}"] for s in steps)
+    return text.getvalue().rstrip("\n")
+
+
+def trace_of(networks: Mapping[str, Sequence[tuple[str, str, str, float]]]) -> dict[str, Any]:
+    """Steps one after the other in the format of Chrome's tracing, a process per network; times in microseconds."""
+    events: list[dict[str, Any]] = []
+    for process, (name, steps) in enumerate(networks.items()):
+        events.append({"name": "process_name", "ph": "M", "pid": process, "tid": 0, "args": {"name": name}})
+        begin = 0.0
+        for value, op, kernel, seconds in steps:
+            events.append({"name": value, "cat": op, "ph": "X", "ts": begin * 1e6, "dur": seconds * 1e6, "pid": process, "tid": 0, "args": {"kernel": kernel}})
+            begin += seconds
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
