@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from qcompiler.calibration.preprocess import Preprocess
     from qcompiler.calibration.table import CalibrationTable
     from qcompiler.exporters.export_onnx import export_onnx
+    from qcompiler.pipeline.calibrate import calibrate
     from qcompiler.pipeline.compile import compile
     from qcompiler.pipeline.explain import explain
     from qcompiler.pipeline.options import Options
@@ -50,6 +51,7 @@ _PUBLIC = {
     "calibration.preprocess": "Preprocess",
     "calibration.table": "CalibrationTable",
     "exporters.export_onnx": "export_onnx",
+    "pipeline.calibrate": "calibrate",
     "pipeline.compile": "compile",
     "pipeline.explain": "explain",
     "pipeline.options": "Options",
@@ -82,6 +84,7 @@ __all__ = [  # spelled out for type checkers
     "TargetError",
     "Thresholds",
     "TuningError",
+    "calibrate",
     "compile",
     "explain",
     "export_onnx",

@@ -139,10 +139,11 @@ def _samples(options: argparse.Namespace, session: qcompiler.Session) -> list[di
     """Those of --data, at most QUANTIZING_SAMPLES; none without it."""
     if not options.data:
         return []
-    from qcompiler.calibration.data import at_most, open_samples
+    from qcompiler.calibration.data import at_most
+    from qcompiler.calibration.stored import open_source
 
     most = QUANTIZING_SAMPLES if options.against else 1
-    return list(itertools.islice(at_most(open_samples(options.data, session.inputs, options.preprocess), most), most))
+    return list(itertools.islice(at_most(open_source(options.data, session.inputs, options.preprocess), most), most))
 
 
 def _not_faster(ratio: float, steps: Sequence[Any]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen
-from qcompiler.cli.process import watched
+from qcompiler.cli.process import complain, watched
+from qcompiler.pipeline.options import DATA_HELP
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -15,6 +16,17 @@ Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
 
 def add(verb: Verb, show: Show) -> None:
     """Add the verbs."""
+    p = verb(
+        "calibrate",
+        lambda options: _calibrate(options, show),
+        "run a model over its calibration data once, into a file that the other commands take in the place of data",
+        "Measure MODEL on DATA, and store what was seen together with the samples. compile, explain, export-onnx, tune and verify take the file for "
+        "--calibration (or --data), make the same of it as of the data, and refuse it for another model.",
+    )
+    add_model(p, "model")
+    p.add_argument("--data", "--calibration", dest="calibration", required=True, metavar="DATA", help=f"typical inputs: {DATA_HELP}")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.qcal", help="the file to write; it appears only when it is complete")
+    add_options(p, ["network", "recipe", "work"])
     p = verb(
         "explain",
         lambda options: _explain(options, show),
@@ -35,6 +47,21 @@ def add(verb: Verb, show: Show) -> None:
     add_model(p)
     add_options(p, QUANTIZING, without=["tuning_log"])
     p.add_argument("-o", "--output", required=True, metavar="FILE.onnx", help="the model to write; it appears only when it is complete")
+
+
+def _calibrate(options: argparse.Namespace, show: Show) -> int:
+    import qcompiler
+    from qcompiler.base.text import size
+
+    with watched(options) as progress:
+        made = qcompiler.calibrate(options.model, options.output, options.calibration, **chosen(options), progress=progress)
+    for warning in made.warnings:
+        complain(f"warning: {warning}")
+    count = made.path.stat().st_size
+    document = {"output": str(made.path), "bytes": count, "samples": made.samples, "values": len(made.table.values), "warnings": made.warnings}
+    text = f"{made.path}: {size(count)}, {made.samples} samples, statistics of {len(made.table.values)} values. Next: qcompiler compile {options.model} "
+    show(options, document, lambda: f"{text}--calibration {made.path} -o FILE.so")
+    return 0
 
 
 def _explain(options: argparse.Namespace, show: Show) -> int:

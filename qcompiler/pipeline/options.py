@@ -155,7 +155,7 @@ ARGUMENTS = {
     "target": Option("a row of `qcompiler targets`, a triple, a triple+feature, or native for the best of this machine", "network", "T", default="native"),
     "calibration": Option(
         f"typical inputs, 100 are usually enough: {DATA_HELP}; in Python also any iterable of {{input name: array}}. "
-        "Not needed for a model that states its own ranges",
+        "Or FILE.qcal, which `qcompiler calibrate` stored. Not needed for a model that states its own ranges",
         "network",
         "DATA",
     ),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
+from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel, load
@@ -91,7 +93,7 @@ def equalize(job: Job) -> Equalized:
     imported = check_import(job.model.path, twin.session(), itertools.islice(job.samples, 1), exactness(job.model.path), job.model.fixed)
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
         return Equalized(job, twin, Equalization(), imported)
-    calibration.calibrate(twin.session(), job.samples, ids=(), watchers=[seen], progress=job.progress, stage="measure channels")
+    observe(job, twin, (), [seen], "measure channels")
     found = decide_channels(job.model.module, seen.values, "shift" in job.recipe.steps)
     layers = equalized_layers(job.model.module, found.channels)
     for value_id, operands in layers.items():
@@ -99,6 +101,23 @@ def equalize(job: Job) -> Equalized:
             twin.program.replace_operand(value_id, index, array)
     module = run(REPLACE_WEIGHTS, job.model.module, layers, dump=job.dump)
     return Equalized(dataclasses.replace(job, model=dataclasses.replace(job.model, module=module)), twin, found, imported)
+
+
+def observe(job: Job, twin: Built, ids: Sequence[str], watchers: Sequence[Remembering], stage: str, decided_by: Sequence[int] = ()) -> CalibrationTable:
+    """One pass over the samples; or what a stored calibration knows of the same pass. ids: values of the table. decided_by: what a watcher looks at, beside
+    the recipe's steps that changed the network before."""
+    before = sorted(job.recipe.steps & ({"streams"} if stage == "measure channels" else {"streams", "equalize", "shift"}))
+    decisive = [qcompiler.__version__, before, job.recipe.judges_ranges, list(ids), list(decided_by), job.model.fixed]
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
+    known = job.samples.known(stage, key) if isinstance(job.samples, StoredSamples) else None
+    if known is not None and len(known.watchers) == len(watchers):
+        for watcher, state in zip(watchers, known.watchers, strict=True):
+            watcher.restore(state)
+        return known.table
+    table = calibration.calibrate(twin.session(), job.samples, ids=ids, watchers=watchers, progress=job.progress, stage=stage)
+    if job.passes is not None:
+        job.passes[stage] = Pass(key, table, [w.state() for w in watchers])
+    return table
 
 
 @dataclass
@@ -149,7 +168,7 @@ def calibrate(equalized: Equalized) -> Measured:
     ids = observed_ids(job.model)
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
-    table = calibration.calibrate(equalized.twin.session(), job.samples, ids=ids, watchers=[means, ends], progress=job.progress)
+    table = observe(job, equalized.twin, ids, [means, ends], "calibrate", [means.limit])
     job.dump("calibration", table)
     warnings = doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
     if equalized.imported is not None and equalized.imported.failure:

@@ -48,6 +48,12 @@ class SampleEnds:
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Outputs are of no interest here."""
 
+    def state(self) -> dict[str, np.ndarray]:
+        return {name: np.array(ends, np.float64).reshape(-1, 2) for name, ends in self.ends.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self.ends = {name: [(float(low), float(high)) for low, high in ends] for name, ends in state.items()}
+
     def weights(self, value_id: str, count: int, spread: int, furthest: int) -> dict[int, float]:
         """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, `spread` others for the rest."""
         ends = np.array(self.ends.get(value_id, ())).reshape(-1, 2)

@@ -115,6 +115,15 @@ class ChannelWatcher:
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Outputs are of no interest here."""
 
+    def state(self) -> dict[str, np.ndarray]:
+        return {f"{name}/{k}": np.asarray(v) for name, seen in self.values.items() for k, v in vars(seen).items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self.values = {}
+        for key, array in state.items():
+            name, _, part = key.rpartition("/")
+            setattr(self.values.setdefault(name, Extremes()), part, array.copy() if array.ndim else int(array))
+
 
 # -- which values may be equalized ----------------------------------------------------------------------------------------------------------
 

@@ -116,6 +116,23 @@ class FloatMeans:
         if len(self.outputs) < self._kept:
             self.outputs.append({k: np.array(v) for k, v in outputs.items()})
 
+    def state(self) -> dict[str, np.ndarray]:
+        kept = {f"means/{k}": v for k, v in self._means.items()} | {f"residual/{k}": v for k, v in self._residuals.items()}
+        outputs = {f"output/{name}": np.stack([o[name] for o in self.outputs]) for name in (self.outputs[0] if self.outputs else ())}
+        return {k: np.stack(v) for k, v in kept.items() if v} | outputs
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        places = {"means": self._means, "residual": self._residuals}
+        self.outputs = []
+        for key, array in state.items():
+            kind, _, name = key.partition("/")
+            if kind in places:
+                places[kind][name] = list(array.copy())
+                continue
+            self.outputs = self.outputs or [{} for _ in array]
+            for output, value in zip(self.outputs, array, strict=True):
+                output[name] = value.copy()
+
     def expected(self, group_id: str, count: int, residual: bool) -> np.ndarray:
         """float64[S, O]: the mean pre-activation of a group in each of the first `count` samples, bias and (if asked for) residual included."""
         group = self.groups[group_id]

@@ -23,8 +23,9 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import load_targets
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
-from qcompiler.calibration.data import Samples, Source, at_most, load_labels, open_samples
+from qcompiler.calibration.data import Samples, Source, at_most, load_labels
 from qcompiler.calibration.preprocess import Preprocess
+from qcompiler.calibration.stored import StoredSamples, open_source
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
@@ -219,7 +220,7 @@ def verify(
             opened = Session(library.save(folder / "library.so"), threads=threads)
         library = opened  # which has its own copy of the file
     actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
-    data = at_most(open_samples(samples, actual.inputs, preprocess), max_samples)
+    data = at_most(evaluation_data(samples, actual, preprocess), max_samples)
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
     options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     options |= judges(labels, metric, data)
@@ -228,6 +229,14 @@ def verify(
     with temporary_folder() as folder:
         twin = float_session(model, actual, folder, threads)
         return with_import(compare(actual, twin, data, **options), model, twin, data)
+
+
+def evaluation_data(samples: Source | Samples, actual: Runner, preprocess: Any) -> Samples:
+    """Samples for a library; those of a stored calibration of its own model too."""
+    data = open_source(samples, actual.inputs, preprocess)
+    if isinstance(data, StoredSamples):
+        data.check_model(actual.manifest.get("digests", {}).get("model"))
+    return data
 
 
 def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Calibrate once: a file with the samples of a calibration, as the network got them, and with what every pass over them saw.
+
+Corrections and judged ranges look at samples again, so a file of statistics alone could not lead to the same library. A compilation from the file makes the
+same bytes as one from the data; passes that the file knows are not made again. The file is an `.npz` under another name: arrays only, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qcompiler.base.errors import DataError
+from qcompiler.base.files import open_regular, parse_json, replacing
+from qcompiler.base.tensor import TensorInfo
+from qcompiler.calibration.arrays import Header, damage, read_headers, read_rows, skip_header
+from qcompiler.calibration.data import Sample, Samples, Source, check_sample, open_samples
+from qcompiler.calibration.preprocess import Preprocess
+from qcompiler.calibration.table import CalibrationTable, Watcher
+
+SUFFIX = ".qcal"
+FORMAT = 1
+LARGEST = 1 << 30
+"""Bytes of samples that a file holds at most, before they are compressed."""
+
+
+class Remembering(Watcher, Protocol):
+    """A watcher whose findings can be kept: `state` gives them as arrays by name, `restore` takes them."""
+
+    def state(self) -> dict[str, np.ndarray]: ...
+    def restore(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over all samples saw. key: of all that decides it beside the model and the samples. watchers: the state of each that looked on."""
+
+    key: str
+    table: CalibrationTable
+    watchers: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+
+class StoredSamples:
+    """The samples in a file, read one at a time; passes are read when they are asked for. Raises DataError for what `save` did not write, and for samples of
+    other inputs than `inputs`."""
+
+    names: Sequence[str] = ()
+
+    def __init__(self, path: Path, inputs: Sequence[TensorInfo]) -> None:
+        self._path, self._inputs = path, inputs
+        self._headers = read_headers(path)
+        meta = self._json("meta")
+        try:
+            if meta["format"] != FORMAT:
+                raise DataError(f"{path}: format {meta['format']} is not supported (this version reads {FORMAT}); calibrate again")
+            self.count: int | None = int(meta["samples"])
+            self.model, self.digest, self._passes = str(meta["model"]), str(meta["digest"]), dict(meta["passes"])
+            given = [(str(i["name"]), tuple(map(int, i["shape"])), str(i["dtype"])) for i in meta["inputs"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a calibration that qcompiler stored ({type(error).__name__}: {error}); calibrate again") from error
+        wanted = [(i.name, tuple(i.shape), i.dtype) for i in inputs]
+        if given != wanted:
+            raise DataError(f"{path}: its samples are for the inputs {given}, the model has {wanted}; calibrate again")
+
+    def check_model(self, digest: str | None) -> None:
+        """Raises DataError unless the samples were stored for the model with this digest (None: unknown)."""
+        if digest not in (None, self.model):
+            raise DataError(f"{self._path}: made for another model (its digest is {self.model}, this one's {digest}); calibrate this model")
+
+    def known(self, name: str, key: str) -> Pass | None:
+        """The pass of that name, where the file has it and nothing that decides it differs."""
+        entry = self._passes.get(name)
+        if entry is None or entry.get("key") != key:
+            return None
+        with damage(self._path, SUFFIX, f"pass '{name}'"):
+            table = CalibrationTable.from_json(self._array(entry["table"]).tobytes().decode(), str(self._path))
+            return Pass(key, table, [{k: self._array(member) for k, member in state.items()} for state in entry["watchers"]])
+
+    def __iter__(self) -> Iterator[Sample]:
+        digest = hashlib.sha256()
+        assert self.count is not None
+        for index in range(self.count):
+            where = f"{self._path}: sample {index}"
+            with damage(self._path, SUFFIX, f"sample {index}"):
+                sample = {info.name: self._array(f"sample/{index}/{number}") for number, info in enumerate(self._inputs)}
+            digest.update(_bytes(sample))
+            yield check_sample(sample, self._inputs, where)
+        if digest.hexdigest() != self.digest:
+            raise DataError(f"{self._path}: its samples are not those that were stored (their digest differs); calibrate again")
+
+    def _array(self, name: str) -> np.ndarray:
+        header: Header = self._headers[name]
+        with open_regular(self._path) as file, zipfile.ZipFile(file) as archive, archive.open(header.member) as stream:
+            skip_header(stream)
+            return read_rows(stream, header, math.prod(header.shape)).reshape(header.shape)
+
+    def _json(self, name: str) -> Any:
+        if name not in self._headers:
+            raise DataError(f"{self._path}: not a calibration that qcompiler stored; make one with `qcompiler calibrate`")
+        with damage(self._path, SUFFIX):
+            return parse_json(self._array(name).tobytes().decode())
+
+
+def open_source(
+    source: Source | Samples, inputs: Sequence[TensorInfo], preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None
+) -> Samples:
+    """As `open_samples`; a stored calibration too."""
+    if isinstance(source, StoredSamples):
+        return source
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == SUFFIX:
+        if preprocess is not None:
+            raise DataError(f"{source}: preprocessing applies to a folder of images only; a stored calibration holds what was made of them")
+        return StoredSamples(Path(source), inputs)
+    return open_samples(source, inputs, preprocess)
+
+
+def save(path: str | os.PathLike[str], model: str, inputs: Sequence[TensorInfo], samples: Samples, passes: Mapping[str, Pass]) -> int:
+    """Write a calibration; how many samples it holds. model: the digest of the model. Equal arguments give equal bytes.
+
+    Raises OutputError when `path` can't be written, DataError for samples of more than `LARGEST` bytes.
+    """
+    digest, count, size = hashlib.sha256(), 0, 0
+    with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
+
+        def put(name: str, array: np.ndarray) -> str:
+            stream = io.BytesIO()
+            np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), stream.getvalue(), zipfile.ZIP_DEFLATED, 4)
+            return name
+
+        def text(name: str, content: str) -> str:
+            return put(name, np.frombuffer(content.encode(), np.uint8))
+
+        for sample in samples:
+            digest.update(_bytes(sample))
+            size += sum(a.nbytes for a in sample.values())
+            if size > LARGEST:
+                raise DataError(f"the samples come to more than {LARGEST >> 20} MiB, and a stored calibration holds no more; use fewer (--samples N)")
+            for number, info in enumerate(inputs):
+                put(f"sample/{count}/{number}", sample[info.name])
+            count += 1
+        described: dict[str, Any] = {}
+        for name, seen in passes.items():
+            states = [{k: put(f"pass/{name}/{i}/{j}", state[k]) for j, k in enumerate(state)} for i, state in enumerate(seen.watchers)]
+            described[name] = {"key": seen.key, "table": text(f"pass/{name}/table", seen.table.to_json()), "watchers": states}
+        meta = {"format": FORMAT, "model": model, "samples": count, "digest": digest.hexdigest(), "passes": described}
+        text("meta", json.dumps(meta | {"inputs": [{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in inputs]}))
+    return count
+
+
+def _bytes(sample: Mapping[str, np.ndarray]) -> bytes:
+    return b"".join(f"{name} {a.dtype} {a.shape}".encode() + np.ascontiguousarray(a).tobytes() for name, a in sorted(sample.items()))

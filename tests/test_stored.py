@@ -1,0 +1,116 @@
+"""A stored calibration in the place of data: the same library, fewer passes, and nothing for another model."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx_nets import OnnxNet
+
+import qcompiler
+from qcompiler.base.errors import DataError, PlanError
+from qcompiler.calibration.stored import StoredSamples, open_source
+from qcompiler.cli.demo import MODEL, demo_data
+from qcompiler.cli.main import main
+from qcompiler.pipeline.explain import Explanation
+
+COUNT = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("data") / "x.npy"
+    np.save(path, np.stack([s["image"] for s in demo_data()[0][:COUNT]]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stored(data: Path) -> Path:
+    path = data.with_name("table.qcal")
+    made = qcompiler.calibrate(MODEL, path, data)
+    assert made.samples == COUNT and made.warnings == [] and len(made.table.values) > 10
+    return path
+
+
+def bytes_of(calibration: Any, **options: Any) -> tuple[bytes, list[str]]:
+    """The library, and the passes over samples that were made."""
+    stages: list[str] = []
+    artifact = qcompiler.compile(MODEL, calibration=calibration, progress=lambda stage, done, total: stages.append(stage), **options)
+    return _saved(artifact), [s for s in dict.fromkeys(stages) if s in ("measure channels", "calibrate")]
+
+
+def _saved(artifact: Any) -> bytes:
+    from qcompiler.base.files import temporary_folder
+
+    with temporary_folder() as folder:
+        return Path(artifact.save(folder / "m.so")).read_bytes()
+
+
+@pytest.mark.parametrize(("options", "passes"), [({}, []), ({"preset": "fast"}, ["calibrate"])])
+def test_the_library_is_the_same_bytes(options: dict[str, Any], passes: list[str], stored: Path, data: Path) -> None:
+    expected, made = bytes_of(data, **options)
+    assert made
+    assert bytes_of(stored, **options) == (expected, passes)
+
+
+def test_storing_twice_gives_the_same_bytes(stored: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = tmp_path / "again.qcal"
+    assert main(["calibrate", str(MODEL), "--data", str(data), "-o", str(again), "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == COUNT
+    assert again.read_bytes() == stored.read_bytes()
+
+
+def test_other_functions_take_it(stored: Path, data: Path, tmp_path: Path) -> None:
+    plans = [qcompiler.explain(MODEL, calibration=c, preset="fast") for c in (data, stored)]
+    assert all(isinstance(p, Explanation) for p in plans) and plans[0].to_json() == plans[1].to_json()
+    library = qcompiler.compile(MODEL, calibration=stored, preset="fast", max_samples=8)
+    assert library.manifest["calibration_samples"] == 8
+    report = qcompiler.verify(library, MODEL, stored, max_samples=4)
+    assert report.samples == 4 and report.passed
+
+
+def test_it_is_for_its_model_alone(stored: Path, tmp_path: Path) -> None:
+    net = OnnxNet()
+    x = net.input("image", 1, 1, 16, 16)
+    other = net.save(tmp_path / "other.onnx", [net.op("Relu", net.op("Conv", x, net.weight(4, 1, 3, 3)))])
+    with pytest.raises(DataError, match="made for another model"):
+        qcompiler.compile(other, calibration=stored)
+    with pytest.raises(DataError, match="its samples are for the inputs"):
+        StoredSamples(stored, [])
+    library = qcompiler.compile(other, calibration=demo_data()[0][:4], preset="fast")
+    with pytest.raises(DataError, match="made for another model"):
+        qcompiler.verify(library, other, stored)
+
+
+def test_what_cannot_be_stored_or_read(stored: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for output, options, error, said in (
+        ("t.npz", {}, DataError, "name a file that ends so"),
+        ("t.qcal", {"min_sqnr": 20.0}, PlanError, "calibration has no part in min_sqnr"),
+    ):
+        with pytest.raises(error, match=said):
+            qcompiler.calibrate(MODEL, tmp_path / output, data, **options)  # type: ignore[arg-type]
+    monkeypatch.setattr("qcompiler.calibration.stored.LARGEST", 1000)
+    with pytest.raises(DataError, match=r"use fewer \(--samples N\)"):
+        qcompiler.calibrate(MODEL, tmp_path / "t.qcal", data, preset="fast")
+    assert list(tmp_path.iterdir()) == []
+    assert open_source(data, _inputs()).count == COUNT
+    damaged = tmp_path / "d.qcal"
+    for content, said in ((b"hello", "can't be read"), (stored.read_bytes()[:-200], "can't be read")):
+        damaged.write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            StoredSamples(damaged, _inputs())
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(damaged, "w") as new:
+        for member in old.namelist():
+            new.writestr(member, old.read("sample/1/0.npy" if member == "sample/0/0.npy" else member))
+    with pytest.raises(DataError, match="not those that were stored"):
+        list(StoredSamples(damaged, _inputs()))
+
+
+def _inputs() -> Any:
+    from qcompiler.base.tensor import TensorInfo
+
+    return [TensorInfo("image", (1, 1, 16, 16), "float32")]
