@@ -43,7 +43,8 @@ def measure(network: networks.Network, target: str, recipe: Recipe, images: int 
     import qcompiler
     from qcompiler.base.progress import terminal_progress
     from qcompiler.calibration.data import load_labels, open_samples
-    from qcompiler.verification.parity import Thresholds, compare, float_session
+    from qcompiler.verification.parity import Thresholds, compare
+    from qcompiler.verification.twin import float_session
 
     with terminal_progress() as progress, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

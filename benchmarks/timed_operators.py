@@ -39,6 +39,9 @@ DEPTHWISE = [  # (image size, channels, kernel, stride, how often), MobileNetV2 
 UNTIMED = {  # operator: why it has no case
     "qc.reshape": "its output is its input's bytes",
     "qc.bitcast": "its output is its input's bytes",
+    "qc.enter": "as qc.copy, or qc.transpose",
+    "qc.leave": "as qc.copy, or qc.transpose",
+    "qc.pixels": "its input is pixels; `qcompiler bench --layers` times it beside qc.quantize in a library of each kind",
     "qc.f32.dense": "as qc.f32.conv2d of one pixel, which networks end with",
     "qc.f32.dense_weight_only": "weight_only.py times it",
 }

@@ -3,6 +3,7 @@
     importer --IMPORTED--> module in the file's layout --CANONICAL--> canonical float module --WIDE--> the same, with copies of its streams
     canonical float module --REPLACE_WEIGHTS--> the same, equalized
     canonical float module --INSERT_QDQ--> QDQ module --INTEGER--> integer module --REPLACE_OPERANDS--> the same, corrected
+    integer module --PORTS--> the same with pixels or integers at its edges
     canonical float module --FLOAT--> float network of our kernels
     integer module, float network --CPU_KERNELS, but for GPUs--> --LOWERABLE--> what `qcompiler/backend/lowering.py` reads
 
@@ -28,6 +29,7 @@ from qcompiler.passes.layout import to_channels_last
 from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.legalize import legalize
 from qcompiler.passes.merge_pad import merge_pad
+from qcompiler.passes.ports import with_ports
 from qcompiler.passes.realize import realize
 from qcompiler.passes.recognise import recognise
 from qcompiler.passes.replace_operands import replace_operands
@@ -57,11 +59,12 @@ REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
 INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
 INTEGER: tuple[Pass, ...] = (realize, fuse_edges, legal_layouts, settle_account)
 REPLACE_OPERANDS: tuple[Pass, ...] = (replace_operands,)
+PORTS: tuple[Pass, ...] = (with_ports,)
 FLOAT: tuple[Pass, ...] = (select_float, legal_layouts)
 CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
 LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
 
-PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
+PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *PORTS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
 
 
 def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: Dump = no_dump) -> tvm.IRModule:

@@ -15,6 +15,7 @@ if _TYPE_CHECKING:
         ModelError,
         OutputError,
         PlanError,
+        PoolClosed,
         QCompilerError,
         SessionBusy,
         TargetError,
@@ -30,6 +31,7 @@ if _TYPE_CHECKING:
     from qcompiler.pipeline.explain import explain
     from qcompiler.pipeline.options import Options
     from qcompiler.plan.quant_plan import QuantPlan
+    from qcompiler.runtime.pool import SessionPool
     from qcompiler.runtime.session import Session
     from qcompiler.runtime.session import Session as load
     from qcompiler.tuning.search import tune
@@ -45,8 +47,8 @@ __version__ = "0.1.0"
 # Imported on first use: running a library needs numpy alone, and listing targets needs no compiler.
 _PUBLIC = {
     "backend.artifact": "Artifact",
-    "base.errors": "ArtifactError DataError DeviceFailure IncompatibleDevice InternalError ModelError OutputError PlanError QCompilerError SessionBusy "
-    "TargetError TuningError",
+    "base.errors": "ArtifactError DataError DeviceFailure IncompatibleDevice InternalError ModelError OutputError PlanError PoolClosed QCompilerError "
+    "SessionBusy TargetError TuningError",
     "base.targets": "Target load_targets:targets",
     "calibration.preprocess": "Preprocess",
     "calibration.table": "CalibrationTable",
@@ -56,6 +58,7 @@ _PUBLIC = {
     "pipeline.explain": "explain",
     "pipeline.options": "Options",
     "plan.quant_plan": "QuantPlan",
+    "runtime.pool": "SessionPool",
     "runtime.session": "Session Session:load",
     "tuning.search": "tune",
     "verification.parity": "ParityReport Thresholds verify",
@@ -75,11 +78,13 @@ __all__ = [  # spelled out for type checkers
     "OutputError",
     "ParityReport",
     "PlanError",
+    "PoolClosed",
     "Preprocess",
     "QCompilerError",
     "QuantPlan",
     "Session",
     "SessionBusy",
+    "SessionPool",
     "Target",
     "TargetError",
     "Thresholds",

@@ -26,24 +26,30 @@ WIDE = 64  # bytes of a register of AVX512
 def narrowed(value: Any, zero: Any, dtype: str, lanes: int) -> Any:
     """clip(rint(value) + zero) in `dtype` (int8, uint8 or int16, whose zero is 0), for a float32 vector with |value| < 2^31 and an int16 scalar.
     `lanes`: 8, 16 or 32; 64 where there is AVX512, whose registers also hold 32 lanes of int16.
+    """
+    n = 16 if lanes == WIDE else WORDS
+    return packed([rounded(shuffle([value], range(i, i + n)), n) for i in range(0, lanes, n)], zero, dtype, lanes)
+
+
+def packed(words: list[Any], zero: Any, dtype: str, lanes: int) -> Any:
+    """clip(word + zero) in `dtype` for int32 vectors of 8 lanes (of 16 where `lanes` is 64), `lanes` in all; as `narrowed` otherwise. zero None: 0.
 
     Each of the three saturating steps keeps the sign of an excess, so together they equal one exact saturation. Packs work in parts of 128 bits;
     one permutation at the end puts the elements in order.
     """
     bytes_ = 1 if dtype != "int16" else 2
-    wide = lanes == WIDE
-    n, prefix, suffix = (16, "llvm.x86.avx512", ".512") if wide else (WORDS, "llvm.x86.avx2", "")
-    parts = [shuffle([value], range(i, i + n)) for i in range(0, lanes, n)]
-    words = [T.bind(rounded(p, n)) for p in parts]
+    n, prefix, suffix = (16, "llvm.x86.avx512", ".512") if lanes == WIDE else (WORDS, "llvm.x86.avx2", "")
+    words = [T.bind(w) for w in words]
     pairs = [call(f"int16x{2 * n}", f"{prefix}.packssdw{suffix}", words[i], words[min(i + 1, len(words) - 1)]) for i in range(0, len(words), 2)]
     if bytes_ == 2:
         order = [2 * part + side for side in (0, 1) for part in range(n // 4)]
         found = [T.bind(T.reinterpret(f"int16x{2 * n}", shuffle([T.reinterpret(f"int64x{n // 2}", p)], order))) for p in pairs]
         return found[0] if lanes == 2 * n else shuffle(found, range(lanes))
-    pairs = [call(f"int16x{2 * n}", "llvm.sadd.sat", p, T.broadcast(zero, 2 * n)) for p in pairs]
-    packed = T.reinterpret(f"int32x{n}", call(f"int8x{4 * n}", f"{prefix}.pack{'ss' if dtype == 'int8' else 'us'}wb{suffix}", pairs[0], pairs[-1]))
+    if zero is not None:
+        pairs = [call(f"int16x{2 * n}", "llvm.sadd.sat", p, T.broadcast(zero, 2 * n)) for p in pairs]
+    both = T.reinterpret(f"int32x{n}", call(f"int8x{4 * n}", f"{prefix}.pack{'ss' if dtype == 'int8' else 'us'}wb{suffix}", pairs[0], pairs[-1]))
     order = [4 * part + slot for slot in range(min(4, lanes // n)) for part in range(n // 4)]
-    return T.reinterpret(f"{dtype}x{lanes}", shuffle([packed], order))
+    return T.reinterpret(f"{dtype}x{lanes}", shuffle([both], order))
 
 
 def rounded(value: Any, lanes: int) -> Any:

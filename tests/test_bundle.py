@@ -31,6 +31,8 @@ FILES = {
     "example/CMakeLists.txt",
     "example/main.cc",
     "include/qcompiler/loader.h",
+    "include/qcompiler/pool.h",
+    "include/qcompiler/pool.hpp",
     "include/qcompiler/qcompiler.h",
     "include/qcompiler/qcompiler.hpp",
     "lib/cmake/qcompiler/qcompiler-config.cmake",

@@ -11,7 +11,7 @@ import pytest
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibration.data import at_most, check_sample, load_labels, open_samples
+from qcompiler.calibration.data import at_most, check_sample, load_labels, open_samples, take
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 
 IMAGE = [TensorInfo("image", (1, 3, 4, 5), "float32")]
@@ -349,3 +349,26 @@ def test_at_most_so_many_samples_and_their_labels(tmp_path: Path) -> None:
     spread = at_most(open_samples(tmp_path, [TensorInfo("x", (1, 1, 1, 2), "float32")], {"color": "GRAY"}), 3)
     assert list(spread.names) == ["0.png", "2.png", "4.png"]
     np.testing.assert_array_equal(load_labels(np.arange(6) + 10, spread), [10, 12, 14])
+
+
+def test_images_fill_batches_and_none_counts_twice(tmp_path: Path) -> None:
+    shades = [10 * i for i in range(8)]
+    for i, shade in enumerate(shades):
+        Image.new("L", (5, 4), shade).save(tmp_path / f"{i}.png")
+    settings, info = Preprocess(color="GRAY", scale=1.0), [TensorInfo("image", (3, 1, 4, 5), "float32")]
+    samples = open_samples(tmp_path, info, settings)
+    assert samples.count == 2 and list(samples.names) == [f"{i}.png" for i in range(6)] and getattr(samples, "left_out") == 2  # noqa: B009
+    got = [s["image"] for s in samples]
+    assert [x.shape for x in got] == [(3, 1, 4, 5)] * 2
+    assert [int(row[0, 0, 0]) for x in got for row in x] == shades[:6]
+    pixels = [s["image"] for s in open_samples(tmp_path, [TensorInfo("image", (3, 4, 5, 1), "uint8")], settings, pixels=True)]
+    assert [int(row[0, 0, 0]) for x in pixels for row in x] == shades[:6]
+    second = take(samples, [1])
+    assert [int(row[0, 0, 0]) for s in second for row in s["image"]] == shades[3:6] and list(second.names) == ["3.png", "4.png", "5.png"]
+    (tmp_path / "labels.tsv").write_text("".join(f"{i}.png\t{i}\n" for i in range(8)))
+    assert load_labels(tmp_path / "labels.tsv", samples).tolist() == load_labels(range(8), samples).tolist() == [0, 1, 2, 3, 4, 5]
+    assert load_labels(range(8), second).tolist() == [3, 4, 5]
+    with pytest.raises(DataError, match="8 images, and input 'image' takes 9 at a time"):
+        open_samples(tmp_path, [TensorInfo("image", (9, 1, 4, 5), "float32")], settings)
+    with pytest.raises(DataError, match=r"makes float32\[1, 1, 4, 5\], but input 'image' is float32\[1, 1, 4, 6\], 2 of them at a time"):
+        open_samples(tmp_path, [TensorInfo("image", (2, 1, 4, 6), "float32")], settings)

@@ -15,7 +15,8 @@ ROOMS = (
     *("tuning", "exporters", "cli"),
 )
 NAMED = re.compile(r"(?<![\w.:/-])((?:[\w-]+/)*(?:[\w-]+|\{[\w,-]+\})\.(?:py|c|cc|h|hpp|cuh|md|yaml))(?![\w.(])")
-OURS_ELSEWHERE = {"qcompiler.h", "qcompiler.hpp", "qcompiler/qcompiler.h", "loader.h"}  # as programs include them
+OURS_ELSEWHERE = {f"{folder}{n}" for n in ("qcompiler.h", "qcompiler.hpp", "loader.h", "pool.h", "pool.hpp") for folder in ("", "qcompiler/")}
+"""As programs include them."""
 OTHERS = {"model.h", "qcompiler/model/model.h", "mobilenet.yaml", "make_resnet50.py", "FILE.py", "mine.py"}  # made for or by users, or lying beside data
 
 

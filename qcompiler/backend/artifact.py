@@ -144,7 +144,8 @@ def port_parameters(program: Program, values: Mapping[str, Any]) -> dict[str, An
     behind |= {s.writes: s.reads[0] for s in program.steps if s.name == "qc.dequantize"}
 
     def ports(described: list[Port]) -> list[dict[str, Any]]:
-        return [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype, **values.get(behind.get(p.value, p.value), {})} for p in described]
+        found = {p.name: values.get(p.value) or values.get(behind.get(p.value, ""), {}) for p in described}
+        return [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype, **found[p.name]} for p in described]
 
     return {"inputs": ports(program.inputs), "outputs": ports(program.outputs)}
 

@@ -22,7 +22,7 @@ from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.runtime.elf import mapped, read_section
 from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
 
-HEADERS = ("qcompiler.h", "loader.h", "qcompiler.hpp")
+HEADERS = ("qcompiler.h", "loader.h", "pool.h", "qcompiler.hpp", "pool.hpp")
 
 # How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).
 _PROCESSORS = {"x86_64": "x86_64|AMD64|amd64", "aarch64": "aarch64|arm64|ARM64", "armv7a": "armv7.*|arm|armhf|armv8l"}
@@ -149,7 +149,7 @@ def _needs(manifest: Mapping[str, Any]) -> str:
 def _build_runner(path: Path, target: str, compiler: str) -> None:
     """bin/qc_run: the C++ runtime inside, so that a device needs libc only."""
     command = [compiler, "-std=c++17", "-O2", "-ffunction-sections", f"-I{RUNTIME / 'include'}", str(RUNTIME / "qc_run.cc"), "-o", str(path)]
-    command += ["-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--build-id=none", "-s", "-ldl"]
+    command += ["-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--build-id=none", "-s", "-ldl", "-lpthread"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise TargetError(f"building bin/qc_run for '{target}' with {compiler} failed: {done.stderr.strip()[:600]}")

@@ -44,7 +44,12 @@ class DeviceFailure(ArtifactError):
 
 
 class SessionBusy(QCompilerError):
-    """A call of a session can't begin and waiting would never end: it comes from inside another call, or in a child of a process that was inside one."""
+    """A call of a session can't begin and waiting would never end: it comes from inside another call, or in a child of a process that was inside one. Or a
+    pool has no room in the time that was given."""
+
+
+class PoolClosed(QCompilerError):
+    """A request to a pool of sessions that accepts none any more."""
 
 
 class OutputError(QCompilerError):

@@ -32,6 +32,10 @@ Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """What samples are read from: a path, or `{input name: array, or tensor of another library}` each."""
 
 
+Preprocessing = str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None
+"""How images become inputs: a YAML file, a mapping with the same keys, or what was read from them."""
+
+
 class Samples(Protocol):
     """A stream of checked samples that can be iterated any number of times. `names` label them where the source does (file names)."""
 
@@ -42,12 +46,11 @@ class Samples(Protocol):
     def count(self) -> int | None: ...
 
 
-def open_samples(
-    source: Source | Samples, inputs: Sequence[TensorInfo], preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None
-) -> Samples:
+def open_samples(source: Source | Samples, inputs: Sequence[TensorInfo], preprocess: Preprocessing = None, pixels: bool = False) -> Samples:
     """The samples of `source` (a path, an iterable of `{name: array}`, or what this function returned before), checked against `inputs`.
 
-    `preprocess` (a YAML path, a mapping with the same keys, or a `Preprocess`) is required for a folder of images, and refused for anything else.
+    `preprocess` (a YAML path, a mapping with the same keys, or a `Preprocess`) is required for a folder of images, and refused for anything else. pixels:
+    images are handed out as uint8 pixels, only resized and cropped.
     An iterator that can be read only once is read into a list. Raises DataError.
     """
     settings = None if preprocess is None else load_preprocess(preprocess)
@@ -63,7 +66,7 @@ def open_samples(
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}") from error
     if there is not None and stat.S_ISDIR(there.st_mode):
-        return ImageSamples(path, inputs, settings)
+        return ImageSamples(path, inputs, settings, pixels)
     if there is None:
         raise DataError(f"{path}: no such file or folder. Data is an .npz, an .npy, or a folder of images with a preprocessing file")
     if settings is not None:
@@ -234,9 +237,11 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 class ImageSamples:
-    """Samples from the images below a folder, sorted by relative path; one image per sample. Needs Pillow (the extra `images`)."""
+    """Samples from the images below a folder, sorted by relative path; as many images per sample as the input's first axis says. Of the last images that
+    make no whole sample, none is used (`left_out`). pixels: uint8 [N, H, W, C], resized and cropped, as a library with such an input takes them; else
+    float32 in the layout of `preprocess`. Needs Pillow (the extra `images`)."""
 
-    def __init__(self, folder: Path, inputs: Sequence[TensorInfo], preprocess: Preprocess | None) -> None:
+    def __init__(self, folder: Path, inputs: Sequence[TensorInfo], preprocess: Preprocess | None, pixels: bool = False) -> None:
         if preprocess is None:
             raise DataError(f"{folder}: a folder of images needs a preprocessing file (--preprocess FILE.yaml)")
         files = sorted(p for p in _below(folder) if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -244,43 +249,53 @@ class ImageSamples:
             raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
         if len(inputs) != 1:
             raise DataError(f"{folder}: a folder of images serves a model with one input, this one has {len(inputs)}: use an .npz. {describe(inputs)}")
-        self._folder, self._inputs, self._preprocess, self._files = folder, inputs, preprocess, files
+        self._folder, self._inputs, self._preprocess, self._pixels, self._files = folder, inputs, preprocess, pixels, files
+        self._batch = inputs[0].shape[0] if inputs[0].shape else 1
+        self.left_out = len(files) % self._batch
         self.chosen: tuple[int, list[int]] | None = None  # of how many samples these are which
-        self._check(preprocess(files[0]), files[0])
+        self._check(self._image(files[0]), files[0])
+        if len(files) < self._batch:
+            raise DataError(f"{folder}: {len(files)} images, and input '{inputs[0].name}' takes {self._batch} at a time; give at least as many images")
 
     @property
     def names(self) -> Sequence[str]:
-        """File names relative to the folder."""
-        return [p.relative_to(self._folder).as_posix() for p in self._files]
+        """File names relative to the folder, of the images that are used."""
+        return [p.relative_to(self._folder).as_posix() for p in self._files[: len(self._files) // self._batch * self._batch]]
 
     @property
     def count(self) -> int | None:
-        return len(self._files)
+        return len(self._files) // self._batch
 
     def spread(self, count: int | None) -> ImageSamples:
-        """`count` of these images, evenly spread (None, or more than there are: all)."""
-        total = len(self._files)
+        """`count` of these samples, evenly spread (None, or more than there are: all)."""
+        total = len(self._files) // self._batch
         return self if count is None or count >= total else self.take([i * total // count for i in range(count)])
 
     def take(self, indices: Sequence[int]) -> ImageSamples:
-        """Some of these images."""
+        """Some of these samples."""
         chosen = copy.copy(self)
-        chosen._files = [self._files[i] for i in indices]
-        chosen.chosen = (len(self._files), list(indices)) if self.chosen is None else None
+        chosen._files = [file for i in indices for file in self._files[i * self._batch : (i + 1) * self._batch]]
+        chosen.chosen = (len(self._files) // self._batch, list(indices)) if self.chosen is None else None
         return chosen
+
+    def _image(self, path: Path) -> np.ndarray:
+        assert self._preprocess is not None
+        return self._preprocess.pixels(path)[None] if self._pixels else self._preprocess(path)
 
     def _check(self, image: np.ndarray, path: Path) -> np.ndarray:
         info = self._inputs[0]
-        if image.shape != tuple(info.shape) or str(image.dtype) != info.dtype:
+        if image.shape[1:] != tuple(info.shape[1:]) or str(image.dtype) != info.dtype:
+            one = [1, *info.shape[1:]]
             raise DataError(
-                f"{path}: preprocessing makes {image.dtype}{list(image.shape)}, but input '{info.name}' is {info.dtype}{list(info.shape)}; "
-                "check crop, layout and color"
+                f"{path}: preprocessing makes {image.dtype}{list(image.shape)}, but input '{info.name}' is {info.dtype}{one if info.shape else []}"
+                f"{f', {self._batch} of them at a time' if self._batch > 1 else ''}; check crop, layout and color"
             )
         return image
 
     def __iter__(self) -> Iterator[Sample]:
-        for path in self._files:
-            yield {self._inputs[0].name: self._check(self._preprocess(path), path)}
+        for first in range(0, len(self._files) - self._batch + 1, self._batch):
+            images = [self._check(self._image(path), path) for path in self._files[first : first + self._batch]]
+            yield {self._inputs[0].name: np.concatenate(images) if len(images) > 1 else images[0]}
 
 
 class _Taken:
@@ -314,6 +329,12 @@ def at_most(samples: Samples, count: int | None) -> Samples:
     return samples.spread(count) if isinstance(samples, ImageSamples) else _Taken(samples, range(count))
 
 
+def unused(samples: object) -> list[str]:
+    """A sentence where images were left out because they make no whole batch."""
+    left = getattr(samples, "left_out", 0)
+    return [f"the last {left} images make no whole batch and were left out"] if left else []
+
+
 def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples) -> np.ndarray:
     """Class indices, int64, one per sample: given as such, or a file of them.
 
@@ -335,8 +356,11 @@ def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples
 
 
 def _chosen(labels: np.ndarray, samples: Samples) -> np.ndarray:
-    """Of the labels of a whole source, those of the samples that were taken from it."""
+    """Of the labels of a whole source, those of the samples that were taken from it; images that fill no batch have none."""
     total, indices = getattr(samples, "chosen", None) or (0, [])
+    left, whole = getattr(samples, "left_out", 0), total or samples.count or 1
+    if left and len(labels) > whole and (len(labels) - left) % whole == 0:
+        labels = labels[:-left]
     if not total or len(labels) % total or len(labels) == len(indices):
         return labels
     return np.ascontiguousarray(labels.reshape(total, -1)[indices].ravel())

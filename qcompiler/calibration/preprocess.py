@@ -74,6 +74,29 @@ class Preprocess:
     def __call__(self, path: Path) -> np.ndarray:
         """The image file as float32 [1, C, H, W] (or [1, H, W, C]). Raises DataError for a file that is no image, or smaller than the
         crop."""
+        values = self.normalized(self.pixels(path))
+        if not np.isfinite(values).all():
+            raise DataError(f"{path}: preprocessing makes NaN or Inf of it; check scale, mean and std")
+        return self.laid_out(values[None])
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Which channel of a pixel (R, G, B, or grey) each channel of the result is made from."""
+        return {"RGB": (0, 1, 2), "BGR": (2, 1, 0), "GRAY": (0,)}[self.color]
+
+    def normalized(self, pixels: np.ndarray) -> np.ndarray:
+        """`y` of uint8 pixels [..., R G B or grey], float32 [..., C] with channels in the order of `color`."""
+        chosen = np.asarray(pixels, np.float32)[..., list(self.channels)]
+        with np.errstate(all="ignore"):
+            values: np.ndarray = (chosen * np.float32(self.scale) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return values
+
+    def laid_out(self, values: np.ndarray) -> np.ndarray:
+        """[N, H, W, C] in `layout`."""
+        return np.ascontiguousarray(values.transpose(0, 3, 1, 2) if self.layout == "NCHW" else values)
+
+    def pixels(self, path: Path) -> np.ndarray:
+        """The image file resized and cropped, uint8 [H, W, C], channels R, G, B or grey. Raises DataError as `__call__`."""
         try:
             from PIL import Image
         except ImportError as error:
@@ -91,14 +114,7 @@ class Preprocess:
             if left < 0 or top < 0:
                 raise DataError(f"{path}: {image.width} x {image.height} pixels after resizing, smaller than the crop {width} x {height}")
             image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
-        if self.color == "BGR":
-            pixels = pixels[..., ::-1]
-        with np.errstate(all="ignore"):
-            values = (pixels * np.float32(self.scale) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        if not np.isfinite(values).all():
-            raise DataError(f"{path}: preprocessing makes NaN or Inf of it; check scale, mean and std")
-        return np.ascontiguousarray(values.transpose(2, 0, 1) if self.layout == "NCHW" else values)[None]
+        return np.asarray(image, np.uint8).reshape(image.height, image.width, -1)
 
     def _opened(self, path: Path) -> Any:
         """The image in the colours of `color`, 8 bits each, upright, without transparency."""

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -110,13 +110,18 @@ class StoredSamples:
             return parse_json(self._array(name).tobytes().decode())
 
 
+def stored(source: Any) -> TypeGuard[str | os.PathLike[str]]:
+    """Is it the path of a stored calibration?"""
+    return isinstance(source, (str, os.PathLike)) and Path(source).suffix == SUFFIX
+
+
 def open_source(
     source: Source | Samples, inputs: Sequence[TensorInfo], preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None
 ) -> Samples:
     """As `open_samples`; a stored calibration too."""
     if isinstance(source, StoredSamples):
         return source
-    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == SUFFIX:
+    if stored(source):
         if preprocess is not None:
             raise DataError(f"{source}: preprocessing applies to a folder of images only; a stored calibration holds what was made of them")
         return StoredSamples(Path(source), inputs)

@@ -69,7 +69,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
     for name, option in OPTIONS.items():
         value = getattr(options, name, None)
         if value is not None and value != [] and value != option.default:
-            found[name] = dict(value) if name in ("input_shapes", "input_values") else value
+            found[name] = dict(value) if name in ("input_shapes", "input_values", "input_types", "output_types") else value
     return found
 
 
@@ -106,6 +106,14 @@ def input_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def typed(text: str) -> tuple[str, str]:
+    """NAME=TYPE"""
+    name, equals, dtype = text.rpartition("=")
+    if not (name and equals and dtype):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=TYPE, such as image=uint8")
+    return name, dtype
+
+
 def duration(text: str) -> float:
     """Seconds of "90", "90s", "20m" or "1.5h"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
@@ -128,4 +136,4 @@ def positive(text: str) -> int:
     return int(text)
 
 
-_WORDS: dict[str, Any] = {"input_shapes": shape, "input_values": input_value, "time_budget": duration}
+_WORDS: dict[str, Any] = {"input_shapes": shape, "input_values": input_value, "time_budget": duration, "input_types": typed, "output_types": typed}

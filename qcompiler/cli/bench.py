@@ -14,6 +14,7 @@ from typing import Any
 import qcompiler
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable, replacing, temporary_folder
+from qcompiler.cli import throughput as cli_throughput
 from qcompiler.cli.arguments import duration, positive, read_files
 from qcompiler.cli.process import complain, show, watched
 from qcompiler.pipeline.options import DATA_HELP, OPTIONS
@@ -51,6 +52,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
     p.add_argument("--layers", action="store_true", help="print the time of every step as well, with --model beside the float network's")
     p.add_argument("--csv", action="store_true", help="with --layers: print the steps as CSV and nothing else; times in microseconds")
     p.add_argument("--trace", metavar="FILE.json", help="write the steps of one run as a trace for chrome://tracing or ui.perfetto.dev")
+    cli_throughput.add(p)
     p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
 
 
@@ -66,13 +68,15 @@ def _peers(text: str) -> list[tuple[str, str | None]]:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from qcompiler.calibration.ports import real_inputs
     from qcompiler.cli.tables import footprint_text, profile_text, timing_text
     from qcompiler.runtime.bench import BUSY, Neighbours, interleave, random_inputs, ratios
     from qcompiler.runtime.peers import peer_calls
     from qcompiler.verification.evidence import step_times
     from qcompiler.verification.footprint import joules, memory
-    from qcompiler.verification.parity import float_session
+    from qcompiler.verification.twin import float_session
 
+    cli_throughput.check(options)
     against = list(itertools.chain.from_iterable(options.against))
     if against and not options.model:
         raise DataError("--against needs --model: the other runtime runs the ONNX model")
@@ -84,6 +88,9 @@ def _bench(options: argparse.Namespace) -> int:
     session = qcompiler.load(options.library, threads=options.threads)
     samples = _samples(options, session)
     inputs = samples[0] if samples else random_inputs(session.inputs)
+    if options.throughput:
+        return cli_throughput.throughput(options, inputs, show)
+    real = functools.partial(real_inputs, session.manifest)
     candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
     float_twin = None
     with temporary_folder() as folder, watched(options) as progress:
@@ -93,7 +100,7 @@ def _bench(options: argparse.Namespace) -> int:
         for number, (name, file) in enumerate(against):
             place = folder / f"peer{number}"
             place.mkdir()
-            candidates |= peer_calls(name, options.model, inputs, options.threads, samples, place, file)
+            candidates |= peer_calls(name, options.model, real(inputs), options.threads, [real(s) for s in samples], place, file)
         neighbours = Neighbours()
         timings = interleave(candidates, seconds=options.seconds, warmup=max(0, options.warmup), progress=progress)
         busy = neighbours.cores()
@@ -139,11 +146,10 @@ def _samples(options: argparse.Namespace, session: qcompiler.Session) -> list[di
     """Those of --data, at most QUANTIZING_SAMPLES; none without it."""
     if not options.data:
         return []
-    from qcompiler.calibration.data import at_most
-    from qcompiler.calibration.stored import open_source
+    from qcompiler.calibration.ports import open_given
 
     most = QUANTIZING_SAMPLES if options.against else 1
-    return list(itertools.islice(at_most(open_source(options.data, session.inputs, options.preprocess), most), most))
+    return list(itertools.islice(open_given(options.data, session, options.preprocess, most), most))
 
 
 def _not_faster(ratio: float, steps: Sequence[Any]) -> str:

@@ -17,7 +17,8 @@ from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import open_samples
 from qcompiler.runtime.bench import Timing, interleave, ratios
-from qcompiler.verification.parity import Thresholds, compare, float_session
+from qcompiler.verification.parity import Thresholds, compare
+from qcompiler.verification.twin import float_session
 
 FOLDER = Path(__file__).resolve().parent / "demo_data"
 MODEL = FOLDER / "digits.onnx"

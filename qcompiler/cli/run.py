@@ -37,6 +37,8 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
 
 
 def _run(options: argparse.Namespace) -> int:
+    from qcompiler.calibration.ports import real_outputs
+
     output = None if options.output is None else check_writable(options.output, [*read_files(options), *options.images])
     if output is not None and output.suffix != ".npz":
         raise DataError(f"{output}: outputs are written as .npz; name a file that ends so")
@@ -54,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         with replacing(output) as temporary:
             np.savez(temporary, **whole)
     described = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in whole.items()}
-    best = {image: _best(run, names) for image, run in zip(options.images, runs, strict=False)}
+    best = {image: _best(real_outputs(session.manifest, run), names) for image, run in zip(options.images, runs, strict=False)}
     lines = [f"{image}\n" + "\n".join(f"  {value:10.4f}  {name}" for name, value in rows) for image, rows in best.items() if rows]
     lines += [f"{output or 'outputs'}: " + ", ".join(f"{n} {d['dtype']}{d['shape']}" for n, d in described.items())]
     top = {image: [{"class": name, "value": value} for name, value in rows] for image, rows in best.items()}
@@ -75,6 +77,7 @@ def _arrays(options: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def _images(options: argparse.Namespace, session: qcompiler.Session) -> list[dict[str, np.ndarray]]:
+    from qcompiler.calibration.ports import image_of
     from qcompiler.calibration.preprocess import load_preprocess
 
     if len(session.inputs) != 1:
@@ -82,7 +85,7 @@ def _images(options: argparse.Namespace, session: qcompiler.Session) -> list[dic
     if options.preprocess is None:
         raise DataError("image files need --preprocess FILE.yaml: how they become the network's input")
     prepared = load_preprocess(options.preprocess)
-    return [{session.inputs[0].name: prepared(Path(image))} for image in options.images]
+    return [{session.inputs[0].name: image_of(session.manifest, prepared, Path(image))} for image in options.images]
 
 
 def _lines(path: str) -> list[str]:

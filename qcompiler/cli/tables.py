@@ -79,7 +79,22 @@ def footprint_text(measured: Mapping[str, tuple[Memory, float | None]]) -> str:
 
 
 def port_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
-    return [[kind[:-1], port["name"], port["dtype"], str(port["shape"])] for kind in ("inputs", "outputs") for port in manifest[kind]]
+    """Per input and output: name, type, shape, and what its numbers mean where the network's own are float32."""
+    found = []
+    for kind in ("inputs", "outputs"):
+        for port in manifest[kind]:
+            said, meaning = manifest.get("ports", {}).get(kind, {}).get(port["name"]), ""
+            if said is not None and "preprocess" in said:
+                p = said["preprocess"]
+                meaning = (
+                    f"pixels, {p['color']}: (x * {p['scale']:g} - {p['mean']}) / {p['std']}"
+                    if p["color"] == "GRAY"
+                    else (f"pixels R, G, B; {p['color']}: (x * {p['scale']:g} - {p['mean']}) / {p['std']}")
+                )
+            elif said is not None:
+                meaning = f"{port['scale']:.6g} * (q - {port['zero_point']})"
+            found.append([kind[:-1], port["name"], port["dtype"], str(port["shape"]), meaning])
+    return found
 
 
 def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -117,7 +132,7 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     return "\n\n".join(
         [
             table("Library", ("", ""), [["size", size(file_size)], *general]),
-            table("Inputs and outputs", ("", "name", "dtype", "shape"), port_rows(manifest)),
+            table("Inputs and outputs", ("", "name", "dtype", "shape", "its numbers"), port_rows(manifest)),
             table(title, ("value", "operator", "result", "kernel", "MMAC|", "why not int8"), cells, width=180),
             *target,
         ]

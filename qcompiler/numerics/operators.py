@@ -44,6 +44,23 @@ def dequantize(q: Array, *, scale: float, zero_point: int, axes: Sequence[int] |
     return np.ascontiguousarray((q.astype(np.int32) - zero_point).astype(F32) * F32(scale))
 
 
+def pixels(x: Array, table: Array, *, channels: Sequence[int], axes: Sequence[int] | None = None) -> Array:
+    """uint8 [..., C'] -> the type of `table` [C, 256]: channel c is `table[c, x]` of channel `channels[c]`. Then transposed by `axes`."""
+    y = np.stack([table[c, x[..., source]] for c, source in enumerate(channels)], -1)
+    return y if axes is None else np.ascontiguousarray(y.transpose(axes))
+
+
+def enter(x: Array, *, axes: Sequence[int] | None = None) -> Array:
+    """int8 as a user gives them, transposed by `axes`."""
+    return x if axes is None else np.ascontiguousarray(x.transpose(axes))
+
+
+def leave(q: Array, *, dtype: str, axes: Sequence[int] | None = None) -> Array:
+    """int8, transposed by `axes`, as a user gets them: `q`, or `q + 128` in uint8."""
+    q = q if axes is None else np.ascontiguousarray(q.transpose(axes))
+    return q if dtype == "int8" else (q.astype(np.int16) + 128).astype(np.uint8)
+
+
 def rescale(
     x: Array, multiplier: Array, *, x_zero_point: int, zero_point: int, low: int | None = None, high: int | None = None, out_dtype: str = "int8"
 ) -> Array:
@@ -333,6 +350,9 @@ def f32_dense_weight_only(
 OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.quantize": quantize,
     "qc.dequantize": dequantize,
+    "qc.pixels": pixels,
+    "qc.enter": enter,
+    "qc.leave": leave,
     "qc.requantize": rescale,
     "qc.conv2d": conv2d,
     "qc.conv2d_transpose": conv2d_transpose,

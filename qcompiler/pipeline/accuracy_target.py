@@ -27,6 +27,7 @@ from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, tak
 from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.stages import Compilation, calibrate, correct, equalize, generate, integer_network, link
 from qcompiler.pipeline.survey import Survey
 from qcompiler.plan.sensitivity import Sensitivity, conversion_module, conversion_seconds
@@ -259,7 +260,7 @@ class _Search:
             "curve": self.curve(),
             "sensitivity": self.layers(),
         }
-        return link(chosen.compilation.corrected, mixed_precision=account)
+        return link(ported(chosen.compilation.corrected), mixed_precision=account)
 
     def statement(self, chosen: Candidate) -> str:
         kept = len(chosen.keep - set(self.job.kept))

@@ -27,6 +27,7 @@ from qcompiler.pipeline.accuracy_target import search
 from qcompiler.pipeline.goal import Goal
 from qcompiler.pipeline.job import Job, opened
 from qcompiler.pipeline.options import AnyPath, Options, complete, given, takes_options
+from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.rivals import best_of, network, planned
 from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, equalize, link
 from qcompiler.plan.planner import named_groups
@@ -39,7 +40,7 @@ def compiled(job: Job) -> Compilation:
         return best_of(job, rival)  # the stages below for two recipes
     equalized = equalize(job)
     measured = calibrate(equalized)
-    return link(network(measured))
+    return link(ported(network(measured)))
 
 
 @takes_options

@@ -13,8 +13,9 @@ from qcompiler.base.debug import Dump, Dumper, no_dump
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most
-from qcompiler.calibration.stored import Pass, StoredSamples, open_source
+from qcompiler.calibration.data import NO_SAMPLES, Samples
+from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
+from qcompiler.calibration.stored import Pass
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
@@ -27,8 +28,8 @@ from qcompiler.plan.recipes import Recipe, recipe
 @dataclass(frozen=True)
 class Job:
     """One network to be quantized for one target. kept: group id -> why it stays float in every plan. tuned: parameters of kernels, None for the
-    defaults. dump: sees what every pass and stage makes. progress: sees how far long work is. passes: where what passes over the samples saw is collected,
-    if anyone wants it."""
+    defaults. ports: inputs and outputs that shall not be float32. dump: sees what every pass and stage makes. progress: sees how far long work is. passes:
+    where what passes over the samples saw is collected, if anyone wants it."""
 
     model: FloatModel
     samples: Samples
@@ -39,6 +40,7 @@ class Job:
     dump: Dump = no_dump
     progress: Progress = silent
     passes: dict[str, Pass] | None = None
+    ports: Ports = NO_PORTS
 
 
 def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
@@ -57,8 +59,7 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
     if "streams" in steps.steps:
         float_model = replace(float_model, module=run(WIDE, float_model.module, dump=dump))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
-    samples = NO_SAMPLES if calibration is None else open_source(calibration, float_model.inputs, options["preprocess"])
-    if isinstance(samples, StoredSamples):
-        samples.check_model(float_model.digest)
-    samples = at_most(samples, options["max_samples"])
-    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent)
+    ports = asked(options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"])
+    given = (options["preprocess"], options["max_samples"], float_model.digest)
+    samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
+    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, ports=ports)

@@ -32,6 +32,7 @@ PREPROCESS_HELP = (
 )
 GROUPS = {
     "network": ("network and data", ""),
+    "ports": ("inputs and outputs", "Of the library, which are float32 otherwise. Nothing inside the network changes."),
     "recipe": ("quantization", ""),
     "goal": (
         "accuracy target",
@@ -85,6 +86,25 @@ class Options(TypedDict, total=False):
     max_samples: Annotated[
         int | None,
         Option("use at most so many calibration samples: evenly spread ones of a folder of images, of arrays the first", "network", "N", flag="--samples"),
+    ]
+    input_types: Annotated[
+        Mapping[str, str] | None,
+        Option(
+            "types of inputs, by name. uint8: pixels [N, H, W, channels] (R, G, B, or grey), on which the library carries out color, scale, mean, std and "
+            "layout of the preprocessing itself; int8: integers with the scale and zero point that the manifest states",
+            "ports",
+            "NAME=TYPE",
+            flag="--input-type",
+        ),
+    ]
+    output_types: Annotated[
+        Mapping[str, str] | None,
+        Option(
+            "types of outputs, by name: int8 or uint8, integers with the scale and zero point that the manifest states",
+            "ports",
+            "NAME=TYPE",
+            flag="--output-type",
+        ),
     ]
     preset: Annotated[
         str,

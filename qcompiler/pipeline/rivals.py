@@ -16,6 +16,7 @@ from qcompiler.calibration.data import CheckedSamples, Samples, take
 from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import FEWEST, Scores, decibel, held_out
 from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.stages import Compilation, Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network, link
 from qcompiler.plan.recipes import Recipe
 from qcompiler.runtime.session import Session
@@ -53,7 +54,7 @@ def best_of(job: Job, rival: Recipe) -> Compilation:
     where = f"{len(held)} samples that neither was fitted to" if held else f"the calibration samples themselves (fewer than {FEWEST}: none could be held out)"
     better = 0 if noise[0] <= noise[1] else 1
     verdict = f"{own}, {other} on {where}: the plan of {(job.recipe, rival)[better].preset} kept"
-    return link(networks[better], searched={"rivals": verdict})
+    return link(ported(networks[better]), searched={"rivals": verdict})
 
 
 def _scores(made: Corrected, twin: Session, samples: Samples) -> Scores:

@@ -26,6 +26,7 @@ from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
+from qcompiler.calibration.data import unused
 from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
@@ -165,12 +166,13 @@ def calibrate(equalized: Equalized) -> Measured:
     job = equalized.job
     if equalized.twin is None:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
-    ids = observed_ids(job.model)
+    ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
+    ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
     table = observe(job, equalized.twin, ids, [means, ends], "calibrate", [means.limit])
     job.dump("calibration", table)
-    warnings = doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
+    warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
     if equalized.imported is not None and equalized.imported.failure:
         warnings.append(equalized.imported.failure)
     return Measured(equalized, table, means, ends, warnings)
@@ -251,13 +253,15 @@ def generate(network: QuantizedNetwork) -> Built:
 @dataclass
 class Corrected:
     """A network's code with the constants that calibration samples led to. integer: the module that it equals bit for bit. here: its code for this
-    machine, if there is any. corrections: what was tried, by its name in the manifest."""
+    machine, if there is any. corrections: what was tried, by its name in the manifest. ports: what the manifest says of inputs and outputs whose types are
+    not the float network's."""
 
     network: QuantizedNetwork
     built: Built
     integer: tvm.IRModule
     here: Built | None
     corrections: dict[str, Correction]
+    ports: Mapping[str, Any] = field(default_factory=dict)
 
 
 def correct(network: QuantizedNetwork, built: Built) -> Corrected:
@@ -329,6 +333,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
         warnings=[*measured.warnings, *network.warnings],
         notes=network.plan.notes,
+        **({"ports": corrected.ports} if corrected.ports else {}),
         digests={
             "model": job.model.digest,
             "calibration": measured.table.digest,

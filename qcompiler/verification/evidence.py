@@ -94,6 +94,7 @@ class HashedSamples:
 
     def __init__(self, samples: Samples) -> None:
         self._samples, self.names, self.count = samples, samples.names, samples.count
+        self.left_out = getattr(samples, "left_out", 0)
         self.digest = ""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

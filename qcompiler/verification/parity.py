@@ -20,12 +20,11 @@ from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress, silent
-from qcompiler.base.targets import load_targets
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
-from qcompiler.calibration.data import Samples, Source, at_most, load_labels
+from qcompiler.calibration.data import Samples, Source, load_labels, unused
+from qcompiler.calibration.ports import open_given, real_outputs
 from qcompiler.calibration.preprocess import Preprocess
-from qcompiler.calibration.stored import StoredSamples, open_source
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
@@ -33,6 +32,7 @@ from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
 from qcompiler.verification.metric import Metric, MetricFunction, Scored, load_metric
 from qcompiler.verification.reach import Reach
+from qcompiler.verification.twin import Twin, fed_alike, float_session
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""
@@ -220,23 +220,15 @@ def verify(
             opened = Session(library.save(folder / "library.so"), threads=threads)
         library = opened  # which has its own copy of the file
     actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
-    data = at_most(evaluation_data(samples, actual, preprocess), max_samples)
+    data = open_given(samples, actual, preprocess, max_samples)
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
     options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     options |= judges(labels, metric, data)
     if not isinstance(model, (str, os.PathLike)):
-        return compare(actual, model, data, **options)
+        return compare(actual, fed_alike(model, actual), data, **options)
     with temporary_folder() as folder:
         twin = float_session(model, actual, folder, threads)
         return with_import(compare(actual, twin, data, **options), model, twin, data)
-
-
-def evaluation_data(samples: Source | Samples, actual: Runner, preprocess: Any) -> Samples:
-    """Samples for a library; those of a stored calibration of its own model too."""
-    data = open_source(samples, actual.inputs, preprocess)
-    if isinstance(data, StoredSamples):
-        data.check_model(actual.manifest.get("digests", {}).get("model"))
-    return data
 
 
 def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> dict[str, Any]:
@@ -248,31 +240,11 @@ def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> d
 
 def with_import(report: ParityReport, model: str | os.PathLike[str], twin: Runner, samples: Samples) -> ParityReport:
     """The report with the float network `twin` of the file `model` compared with ONNX Runtime as well, on the first samples."""
-    checked = check_import(model, twin, itertools.islice(samples, IMPORT_SAMPLES), exactness(Path(model)), twin.manifest.get("fixed_inputs", {}))
+    first: Iterable[Mapping[str, np.ndarray]] = itertools.islice(samples, IMPORT_SAMPLES)
+    network, fed = (twin.network, map(twin.real, first)) if isinstance(twin, Twin) else (twin, first)
+    checked = check_import(model, network, fed, exactness(Path(model)), twin.manifest.get("fixed_inputs", {}))
     verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
     return replace(report, imported=checked, checks=[*report.checks, *verdict])
-
-
-def float_session(model: str | os.PathLike[str], like: Any, folder: Path, threads: int = 1) -> Any:
-    """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like`; for this CPU, where that is a
-    GPU's or of another targets file.
-
-    Raises ArtifactError when `like` was compiled from another model: its manifest has the digest of its model, or its inputs or outputs are others.
-    """
-    from qcompiler.pipeline.stages import compile_float
-    from qcompiler.runtime.session import Session
-
-    shapes = {i.name: tuple(i.shape) for i in like.inputs}
-    own = like.manifest["target"]
-    target = own if own in load_targets() and not like.manifest["triple"].startswith("nvptx64") else "native"
-    fixed, wanted = like.manifest.get("fixed_inputs"), like.manifest.get("digests", {}).get("model")
-    artifact = compile_float(model, target, shapes, input_values=fixed, wanted=wanted)
-    session = Session(artifact.save(folder / "float.so"), threads=threads)
-    for kind in ("inputs", "outputs"):
-        mine, wanted = ([(i.name, tuple(i.shape)) for i in getattr(s, kind)] for s in (session, like))
-        if mine != wanted:
-            raise ArtifactError(f"the library was not compiled from {model}: its {kind} are {wanted}, the model's are {mine}")
-    return session
 
 
 class _Layers:
@@ -349,6 +321,7 @@ def compare(
             got, expected = layers.add(sample)
         else:
             got, expected = actual.run(sample), reference.run(sample)
+        got = real_outputs(actual.manifest, got)
         for name, accumulator in totals.items():
             accumulator.add(got[name].astype(np.float32), expected[name].astype(np.float32))
         if metric is not None:
@@ -369,7 +342,8 @@ def compare(
         float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
     rows = layers.rows() if layer_samples else []
     scored = None if metric is None else Scored(metric.name, metric.of(e for _, e in collected), metric.of(g for g, _ in collected))
-    report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy, metric=scored, warnings=reach.doubts())
+    warnings = [*unused(samples), *reach.doubts()]
+    report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy, metric=scored, warnings=warnings)
     report.checks.extend(_checks(report))
     return report
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
-from qcompiler.calibration.data import at_most
+from qcompiler.calibration.ports import open_given
 from qcompiler.importers.onnx_file import files_of
 from qcompiler.verification.evidence import HashedSamples, gather
 from qcompiler.verification.metric import MetricFunction
-from qcompiler.verification.parity import ParityReport, Thresholds, compare, evaluation_data, float_session, judges, with_import
+from qcompiler.verification.parity import ParityReport, Thresholds, compare, judges, with_import
+from qcompiler.verification.twin import float_session
 
 
 def verify_report(
@@ -40,7 +41,7 @@ def verify_report(
 
     path = check_writable(output, [library, *files_of(Path(model)), data, labels, preprocess])
     session = Session(library, threads=threads)
-    samples = HashedSamples(at_most(evaluation_data(data, session, preprocess), max_samples))
+    samples = HashedSamples(open_given(data, session, preprocess, max_samples))
     given = judges(labels, metric, samples)
     with temporary_folder() as folder:
         twin = float_session(model, session, folder, threads)

@@ -89,6 +89,16 @@ def transpose(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
 
 
+def border(op: OpCall, target: Target, row: str) -> Kernel:
+    """Integers of the user's: 8-bit numbers from one storage into another, transposed by `axes` when given."""
+
+    def emit(k: Emitter) -> None:
+        source = k.operands()[0]
+        move(k, source.permuted(op.attrs["axes"]) if op.attrs.get("axes") else source, view(k.output, op.output))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
+
+
 def slice_(op: OpCall, target: Target, row: str) -> Kernel:
     """begin, end and strides of full rank, positive strides."""
 
@@ -143,6 +153,8 @@ def bitcast(op: OpCall, target: Target, row: str) -> Kernel:
 
 portable("qc.bitcast", bitcast)
 portable("qc.copy", copy, own_channels=True)
+portable("qc.enter", border, own_channels=True)
+portable("qc.leave", border, own_channels=True)
 portable("qc.fill_halo", fill_halo)
 portable("qc.reshape", reshape, dense=True)
 portable("qc.transpose", transpose, own_channels=True)

@@ -8,19 +8,24 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <future>
 #include <map>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "npy.hpp"
+#include "qcompiler/pool.hpp"
 #include "qcompiler/qcompiler.hpp"
 
 namespace {
 
 constexpr const char* kUsage =
     "usage: qc_run MODEL.so --input NAME=X.npy ... --output DIR [--threads N] [--bench ITERATIONS]\n"
+    "       qc_run MODEL.so --throughput SECONDS [--streams N] [--threads N] [--rate R] [--pin]\n"
     "\n"
     "Run MODEL.so once and write every output as DIR/NAME.npy (characters outside A-Z a-z 0-9 . _ - become _).\n"
     "  --input NAME=X.npy   an array for one input; repeat for more\n"
@@ -28,6 +33,10 @@ constexpr const char* kUsage =
     "  --threads N          threads of one run (default 1)\n"
     "  --bench ITERATIONS   then measure that many runs, and print minimum, median and p99 in seconds as JSON.\n"
     "                       Without --output, inputs that are not given are zeros: int8 kernels take the same time for any values\n"
+    "  --throughput SECONDS put load on several sessions, and print requests a second, p50, p90 and p99 in seconds as JSON\n"
+    "  --streams N          sessions that run at the same time (default 1)\n"
+    "  --rate R             requests a second that are due whatever happens; otherwise the queue is always full\n"
+    "  --pin                keep each stream on CPUs of its own\n"
     "exit status: 0 done, 2 usage or bad input\n";
 
 struct Arguments {
@@ -35,7 +44,17 @@ struct Arguments {
   std::map<std::string, std::string> inputs;
   int threads = 1;
   int iterations = 0;
+  int streams = 0;
+  double throughput = 0, rate = 0;
+  bool pin = false;
 };
+
+double quantity(const std::string& option, const std::string& text) {
+  char* end = nullptr;
+  const double value = text.empty() ? 0 : std::strtod(text.c_str(), &end);
+  if (!(value > 0 && value <= 1e6) || *end) throw std::runtime_error(option + " " + text + ": expected a number above 0, at most 1000000");
+  return value;
+}
 
 int positive(const std::string& option, const std::string& text, int limit) {
   const bool digits = !text.empty() && text.size() < 10 && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
@@ -53,13 +72,24 @@ Arguments parse(int count, char** words) {
       arguments.model = word;
       continue;
     }
-    if (word != "--input" && word != "--output" && word != "--threads" && word != "--bench") throw std::runtime_error("unknown option " + word);
+    if (word == "--pin") {
+      arguments.pin = true;
+      continue;
+    }
+    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate"};
+    if (!known.count(word)) throw std::runtime_error("unknown option " + word);
     if (i + 1 == count) throw std::runtime_error(word + " wants a value");
     const std::string value = words[++i];
     if (word == "--threads") {
       arguments.threads = positive(word, value, 1024);
     } else if (word == "--bench") {
       arguments.iterations = positive(word, value, 100000000);
+    } else if (word == "--streams") {
+      arguments.streams = positive(word, value, 1024);
+    } else if (word == "--throughput") {
+      arguments.throughput = quantity(word, value);
+    } else if (word == "--rate") {
+      arguments.rate = quantity(word, value);
     } else if (word == "--output") {
       arguments.output = value;
     } else {
@@ -70,7 +100,10 @@ Arguments parse(int count, char** words) {
     }
   }
   if (arguments.model.empty()) throw std::runtime_error("no library given");
-  if (arguments.output.empty() && !arguments.iterations) throw std::runtime_error("give --output DIR, or --bench ITERATIONS to measure only");
+  if (!arguments.throughput && (arguments.streams || arguments.rate || arguments.pin)) throw std::runtime_error("--streams, --rate and --pin go with --throughput");
+  if (arguments.throughput && (!arguments.output.empty() || arguments.iterations)) throw std::runtime_error("--throughput measures only; leave out --output and --bench");
+  if (arguments.output.empty() && !arguments.iterations && !arguments.throughput)
+    throw std::runtime_error("give --output DIR, or --bench ITERATIONS or --throughput SECONDS to measure only");
   return arguments;
 }
 
@@ -109,6 +142,56 @@ void measure(qcompiler::Session& session, const Arguments& arguments) {
               session.target().c_str(), arguments.threads, arguments.iterations, seconds.front(), quantile(0.5), quantile(0.99));
 }
 
+// Requests share the inputs; each stream's answers go to buffers of their own, as many as requests can be on their way.
+void load(qcompiler::Session& session, const Arguments& arguments) {
+  using clock = std::chrono::steady_clock;
+  const int streams = std::max(arguments.streams, 1), waiting = 2 * streams;
+  qcompiler::SessionPool pool(arguments.model, {streams, arguments.threads, waiting, arguments.pin});
+  std::vector<const void*> inputs;
+  for (qcompiler::Tensor tensor : session.inputs()) inputs.push_back(tensor.raw_data());
+  struct Place {
+    std::vector<std::vector<std::uint64_t>> memory;
+    std::vector<void*> outputs;
+    std::future<void> done;
+  };
+  std::vector<Place> places(static_cast<std::size_t>(streams + waiting + 1));
+  for (Place& place : places)
+    for (const qc_tensor_info* info : pool.outputs()) {
+      place.memory.emplace_back(info->bytes / 8 + 1);
+      place.outputs.push_back(place.memory.back().data());
+    }
+  std::vector<double> seconds;
+  std::mutex lock;
+  const auto submit = [&](Place& place, clock::time_point due) {
+    if (place.done.valid()) place.done.get();
+    place.done = pool.submit(inputs, place.outputs, [&seconds, &lock, due] {
+      const double taken = std::chrono::duration<double>(clock::now() - due).count();
+      const std::lock_guard<std::mutex> guard(lock);
+      seconds.push_back(taken);
+    });
+  };
+  for (Place& place : places) submit(place, clock::now());
+  for (Place& place : places) place.done.get();
+  seconds.clear();
+  const auto begin = clock::now();
+  const auto since = [&](clock::time_point t) { return std::chrono::duration<double>(t - begin).count(); };
+  for (std::size_t i = 0;; ++i) {
+    clock::time_point due = clock::now();
+    if (arguments.rate > 0) due = begin + std::chrono::duration_cast<clock::duration>(std::chrono::duration<double>(static_cast<double>(i) / arguments.rate));
+    if (i && since(due) >= arguments.throughput) break;
+    std::this_thread::sleep_until(due);
+    submit(places[i % places.size()], due);
+  }
+  for (Place& place : places)
+    if (place.done.valid()) place.done.get();
+  const double total = since(clock::now());
+  std::sort(seconds.begin(), seconds.end());
+  const auto quantile = [&](double q) { return seconds[static_cast<std::size_t>(std::ceil(q * static_cast<double>(seconds.size()))) - 1]; };
+  std::printf("{\"target\": \"%s\", \"streams\": %d, \"threads\": %d, \"requests\": %zu, \"per_second\": %.3f, \"seconds\": {\"p50\": %.9f, \"p90\": %.9f, \"p99\": %.9f}}\n",
+              pool.target().c_str(), streams, arguments.threads, seconds.size(), static_cast<double>(seconds.size()) / total, quantile(0.5), quantile(0.9),
+              quantile(0.99));
+}
+
 void run(const Arguments& arguments) {
   qcompiler::Session session(arguments.model, {arguments.threads});
   for (const auto& [name, path] : arguments.inputs) set_input(session.input(name), path);
@@ -127,6 +210,7 @@ void run(const Arguments& arguments) {
       npy::write(arguments.output + "/" + file_name(tensor.name(), taken), tensor.dtype(), tensor.shape(), tensor.raw_data(), tensor.bytes());
   }
   if (arguments.iterations) measure(session, arguments);
+  if (arguments.throughput > 0) load(session, arguments);
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ typedef struct qc_tensor_info {
   int64_t shape[QC_MAX_RANK];  /**< `rank` extents, in elements */
   size_t bytes;                /**< of the whole tensor */
   float scale;                 /**< of the first (for an output: last) 8-bit value behind this port, real = scale * (q - zero_point); 0 when there is none */
-  int32_t zero_point;          /**< of the same value, -128 to 127 */
+  int32_t zero_point;          /**< of the same value, -128 to 127; 0 to 255 for a port of QC_UINT8 */
 } qc_tensor_info;
 
 /** Memory and threads of one caller. Opaque. */

@@ -65,6 +65,7 @@ class Library {
   Library& operator=(const Library&) = delete;
 
   const qc_library* operator->() const noexcept { return &functions_; }
+  const qc_library& functions() const noexcept { return functions_; }
   void check(qc_status status) const {
     if (status != QC_OK) throw Error(status, functions_.last_error());
   }

@@ -1,0 +1,182 @@
+"""Several sessions on one library, each in a thread of its own, fed from one queue."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from qcompiler.base.errors import DataError, PoolClosed, SessionBusy
+from qcompiler.runtime.session import Session
+
+Outputs = dict[str, np.ndarray]
+_Request = tuple["Future[Outputs]", Mapping[str, np.ndarray]]
+_POOLS: weakref.WeakSet[SessionPool] = weakref.WeakSet()
+
+
+class SessionPool:
+    """`streams` sessions on the library at `path`, `threads` threads each. They share code and weights, and requests begin in the order in which they came.
+
+    `waiting`: so many requests may wait for a stream (two per stream if not given); `submit` then waits for room. `pin`: stream i stays on CPUs
+    i * threads and up, of those that this process may use, in turns.
+    A request's arrays are not copied, where they are contiguous and aligned: they must not change before its future is done.
+
+    `close` accepts no more requests and runs those accepted to their end; leaving a `with` block closes. `submit` raises PoolClosed then, in threads that wait
+    for room at that moment too. Of a child made by fork the pool is closed.
+
+    Raises what Session raises, and DataError for numbers out of range.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], streams: int = 1, threads: int = 1, waiting: int | None = None, pin: bool = False) -> None:
+        waiting = 2 * streams if waiting is None else waiting
+        for name, value in (("streams", streams), ("threads", threads), ("waiting", waiting)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1 << 20:
+                raise DataError(f"{name} is {value!r}; at least 1 is needed")
+        self.streams, self.threads = int(streams), int(threads)
+        self._room = threading.Semaphore(waiting)
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._lock, self._closed, self._owner = threading.Lock(), False, os.getpid()
+        self._sessions: list[Session] = []
+        self._workers = []
+        failed: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        allowed = sorted(os.sched_getaffinity(0))
+        for stream in range(self.streams):
+            own = {allowed[(stream * self.threads + i) % len(allowed)] for i in range(self.threads)} if pin else None
+            worker = threading.Thread(target=self._work, args=(path, own, failed), name=f"stream {stream}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+        errors = [error for error in [failed.get() for _ in self._workers] if error is not None]
+        if errors:
+            self.close()
+            raise errors[0]
+        _POOLS.add(self)
+        self.inputs, self.outputs, self.manifest = self._sessions[0].inputs, self._sessions[0].outputs, self._sessions[0].manifest
+
+    def submit(self, inputs: Mapping[str, np.ndarray], timeout: float | None = None) -> Future[Outputs]:
+        """Ask for one run; its outputs are the future's result. Waits for room in the queue, `timeout` seconds at most where given.
+
+        Raises DataError for inputs that are not the library's, SessionBusy where there is no room in time, PoolClosed.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise DataError(f"timeout is {timeout}; it must be 0 (do not wait) or more seconds")
+        self._check_open()
+        bound = dict(zip([i.name for i in self.inputs], self._sessions[0].bind(inputs), strict=True))
+        if not self._room.acquire(timeout=timeout):
+            raise SessionBusy(f"as many requests wait as may, and none was begun within {timeout:g} s; wait longer, or allow more to wait")
+        with self._lock:
+            if self._closed:
+                self._room.release()
+                self._check_open()
+            future: Future[Outputs] = Future()
+            self._requests.put((future, bound))
+        return future
+
+    def close(self) -> None:
+        """Accept no more requests, run those accepted to their end, and end the streams. Closing twice is fine; not from inside a stream (a callback of a
+        future)."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+            if first and self._owner == os.getpid():
+                self._room.release(1 << 16)  # whoever waits for room finds the pool closed
+                for _ in self._workers:
+                    self._requests.put(None)
+        if self._owner == os.getpid():
+            for worker in self._workers:
+                worker.join()
+
+    def __enter__(self) -> SessionPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed or self._owner != os.getpid():
+            raise PoolClosed("the pool is closed, or belongs to the process that this one was forked from; make another")
+
+    def _work(self, path: Any, cpus: set[int] | None, failed: queue.SimpleQueue[BaseException | None]) -> None:
+        try:
+            if cpus:
+                os.sched_setaffinity(0, cpus)  # of this thread; the session's workers, made here, inherit it
+            session = Session(path, self.threads)
+        except BaseException as error:
+            failed.put(error)
+            return
+        self._sessions.append(session)
+        failed.put(None)
+        while (request := self._requests.get()) is not None:
+            self._room.release()
+            future, inputs = request
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                found = session.run(inputs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(found)
+
+
+@atexit.register
+def _end() -> None:
+    """Pools end with the interpreter, before the sessions do."""
+    for pool in list(_POOLS):
+        pool.close()
+
+
+# -- load -----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Load:
+    """Latencies of requests under load. rate: requests a second that are due whatever happens; None: as many as find room in the queue, which is always full.
+
+    seconds: from the first request to the last answer. latencies: sorted seconds from the moment a request was due to its answer.
+    """
+
+    def __init__(self, seconds: float, latencies: list[float], rate: float | None) -> None:
+        self.seconds, self.latencies, self.rate = seconds, sorted(latencies), rate
+
+    @property
+    def per_second(self) -> float:
+        return len(self.latencies) / self.seconds
+
+    def quantile(self, q: float) -> float:
+        """The latency that a share q of the requests did not exceed."""
+        return self.latencies[max(0, -int(-q * len(self.latencies) // 1) - 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        quantiles = {f"p{round(100 * q)}": self.quantile(q) for q in (0.5, 0.9, 0.99)}
+        return {"requests": len(self.latencies), "per_second": self.per_second, "rate": self.rate, "seconds": quantiles}
+
+
+def measure(pool: SessionPool, inputs: Mapping[str, np.ndarray], duration: float, rate: float | None = None) -> Load:
+    """Put load on a pool for about `duration` seconds, and wait for the last answer."""
+    for future in [pool.submit(inputs) for _ in range(3 * pool.streams)]:
+        future.result()
+    latencies: list[float] = []
+    answered = threading.Semaphore(0)
+    begin = time.perf_counter()
+
+    def ask(due: float) -> None:
+        def answer(future: Future[Outputs]) -> None:
+            latencies.append(time.perf_counter() - due)
+            answered.release()
+
+        pool.submit(inputs).add_done_callback(answer)
+
+    asked = 0
+    while (due := time.perf_counter() if rate is None else begin + asked / rate) - begin < duration or not asked:
+        time.sleep(max(0.0, due - time.perf_counter()))
+        ask(due)
+        asked += 1
+    for _ in range(asked):
+        answered.acquire()
+    return Load(time.perf_counter() - begin, latencies, rate)
