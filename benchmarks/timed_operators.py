@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.numerics import constants as parameters
+from qcompiler.numerics import recurrence
 from qcompiler.numerics.spec import QParams
 from qcompiler.schedules.table import Layout, OpCall
 
@@ -43,6 +44,7 @@ UNTIMED = {  # operator: why it has no case
     "qc.leave": "as qc.copy, or qc.transpose",
     "qc.pixels": "its input is pixels; `qcompiler bench --layers` times it beside qc.quantize in a library of each kind",
     "qc.f32.dense": "as qc.f32.conv2d of one pixel, which networks end with",
+    "qc.f32.recurrence": "sums of exponentials have no exact result; it is what qc.recurrence is compared with",
     "qc.f32.dense_weight_only": "weight_only.py times it",
 }
 
@@ -137,7 +139,7 @@ def others(storage: str) -> list[Case]:
     cases.append(Case("1x3x224x224", OpCall("qc.quantize", [Layout(x.shape, "float32")], {**scale, "axes": [0, 2, 3, 1]}, Layout(image, storage)), [x]))
     logits = integers(rng, (1, 1000))
     cases.append(Case("1x1000", OpCall("qc.dequantize", [Layout(logits.shape, storage)], scale, Layout(logits.shape, "float32")), [logits]))
-    return cases + of_transformers(storage) + ordered()
+    return [*cases, *of_transformers(storage), recurrent(storage), *ordered()]
 
 
 def operator(name: str, operands: list[np.ndarray], constants: tuple[int, ...], attrs: dict[str, Any], output: Layout, storage: str) -> Case:
@@ -173,6 +175,18 @@ def of_transformers(storage: str) -> list[Case]:
         ("qc.prelu", [image, slopes], (1,), prelu, image.shape),
     ]
     return [operator(name, operands, fixed, attrs, Layout(shape, storage), storage) for name, operands, fixed, attrs, shape in rows]
+
+
+def recurrent(storage: str) -> Case:
+    """An LSTM of 256 hidden elements that takes 40 steps, as a text recognizer's."""
+    rng, (steps, hidden) = np.random.default_rng(3), (40, 256)
+    weight, units = rng.standard_normal((4 * hidden, hidden)) / 16, rng.standard_normal(4 * hidden)
+    fixed = recurrence.recurrence_parameters(weight, units, 1e-3, None, QParams(1 / 128, 0))
+    tables = np.stack([recurrence.table(f) for f in ("Sigmoid", "Tanh", "Tanh")])
+    p, none = rng.integers(-6000, 6000, (steps, 1, 4 * hidden)).astype(np.int16), np.zeros((1, hidden), np.float32)
+    attrs = {"cell": "lstm", "reverse": False, "linear_before_reset": False, "sequence": True, "finals": 0, **fixed[3]}
+    operands = [p, *fixed[:3], tables, none, none, np.full(1, steps, np.int32)]
+    return operator("qc.recurrence", operands, tuple(range(1, 8)), attrs, Layout((steps, 1, hidden), storage), storage)
 
 
 def ordered() -> list[Case]:

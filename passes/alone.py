@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from qcompiler.numerics.constants import MAX_KEYS, MAX_LOGIT, MAX_NORMALIZED
-from qcompiler.passes.graph import const_value, dtype_of, is_const, plain, relax_op, shape_of
+from qcompiler.numerics.recurrence import BOUNDED, MAX_HIDDEN
+from qcompiler.passes.graph import const_value, dtype_of, is_const, match_op, plain, relax_op, shape_of
 from qcompiler.passes.kinds import KINDS
 
 _KIND = {op: kind.name for kind in KINDS.values() if kind.alone for op in kind.relax}
@@ -21,6 +22,8 @@ def attention_scale(call: Any) -> float:
 
 def describe_alone(expr: Any) -> dict[str, Any] | None:
     """kind, attrs, weight, bias and reason of a call; None for other operators, and where what should be constant isn't (or the other way round)."""
+    if (own := match_op(expr)) is not None:
+        return _recurrence(own[1], own[2]) if own[0] == "qc.f32.recurrence" else None
     kind = _KIND.get(str(relax_op(expr)))
     if kind is None or dtype_of(expr) != "float32":
         return None
@@ -52,3 +55,22 @@ def describe_alone(expr: Any) -> dict[str, Any] | None:
             if axes[0] != rank - 1 or shape_of(expr)[-1] > MAX_NORMALIZED:
                 found["reason"] = f"a normalization has an integer form over the last axis only, of up to {MAX_NORMALIZED} channels"
     return {"kind": kind, "reason": None, **found} if fits else None
+
+
+def _recurrence(operands: list[Any], attrs: dict[str, Any]) -> dict[str, Any] | None:
+    projection, weight, bias = operands[:3]
+    if is_const(projection):
+        return None
+    unbounded = [f for f in attrs["activations"] if f not in BOUNDED]
+    reason = None
+    if unbounded:
+        reason = f"activation '{unbounded[0]}' of a recurrent layer has no integer form, as nothing bounds its state; supported: {', '.join(BOUNDED)}"
+    elif const_value(weight).shape[1] > MAX_HIDDEN:
+        reason = f"a recurrent layer has an integer form of up to {MAX_HIDDEN} hidden elements"
+    return {
+        "kind": "recurrence",
+        "weight": const_value(weight),
+        "bias": const_value(bias).astype(np.float64),
+        "attrs": {**attrs, "rest": operands[3:]},
+        "reason": reason,
+    }

@@ -8,7 +8,7 @@ values:
     add, sub, mul, matmul, mean, avg_pool2d:  operator -> relu / clip
     unary:  any expression of one tensor and scalars (hard-swish, x * sigmoid(x), ...)
     data movement and max_pool2d:  the operator alone
-    attention, layer_norm, rms_norm, softmax, take:  the operator alone
+    attention, layer_norm, rms_norm, softmax, take, recurrence:  the operator alone
     rescale:  a product with a constant per channel, and nothing else, in networks with 16-bit streams
     quantize, dequantize:  in QDQ modules; group boundaries
 
@@ -47,12 +47,14 @@ class Group:
     kind: a name of the table in `kinds.py`, whose row is `traits`; an output of a split is a "slice".
     id: value id of the output. members: bindings inside, in order. shape: of the output; () for a tuple.
     inputs: value ids of the tensor operands, in order. residual: one more, added after the bias.
-    inputs of attention: q [B, S, H, D], k [B, T, H, D], v [B, T, H, Dv], and a bias that broadcasts to [B, H, S, T] where it is computed; of take: the indices.
+    inputs of attention: q [B, S, H, D], k [B, T, H, D], v [B, T, H, Dv], and a bias that broadcasts to [B, H, S, T] where it is computed; of take: the indices;
+        of recurrence: the projection, and which of initial state, initial cell and lengths are computed.
     weight: conv2d, conv2d_transpose: [O, KH, KW, I/groups]; dense: [N, K]; add, sub, mul with one constant operand: that operand
         (`attrs["constant"]` is its position, 0 or 1). float32; in a QDQ module int8 (the operand of a 16-bit sum or product: int16),
         `real = weight_scale * (weight - weight_zero_point)` with one scale per output channel, or a single one for a constant operand. Always float32:
-        rescale: the factors [C]; layer_norm, rms_norm: gamma [C]; take: the table; attention: a constant bias [B or 1, H or 1, S or 1, T].
-    bias: float64 [O]; layer_norm: beta [C]. low, high: the activation as bounds of the real output, None for none.
+        rescale: the factors [C]; layer_norm, rms_norm: gamma [C]; take: the table; attention: a constant bias [B or 1, H or 1, S or 1, T]; recurrence: those
+        of the state [G * H, H].
+    bias: float64 [O]; layer_norm: beta [C]; recurrence: that of the state [G * H]. low, high: the activation as bounds of the real output, None for none.
     attrs: geometry by the names of the operator table. function: of a unary group.
     reason: why it has no int8 form, as a sentence without full stop; None for groups that have one.
     """
@@ -80,8 +82,8 @@ class Group:
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """The inputs that its integer form reads as they are: indices, the bias of attention."""
-        return self.inputs if self.kind == "take" else self.inputs[3:] if self.kind == "attention" else ()
+        """The inputs that its integer form reads as they are: indices, the bias of attention, initial states."""
+        return self.inputs[{"take": 0, "recurrence": 1, "attention": 3}.get(self.kind, len(self.inputs)) :]
 
     @property
     def operands(self) -> tuple[str, ...]:

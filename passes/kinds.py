@@ -35,7 +35,7 @@ class Kind:
     edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
     normalizes: divides each row by its own spread, so that what is added up before it may lie far apart.
     restates: the same numbers with other scales, which float readers take unrounded.
-    reads_wide, writes_wide: its operands, its result may be stored in 16 bits (docs/numerics.md, section 8).
+    reads_wide, writes_wide: its operands, its result may be stored in 16 bits (docs/numerics.md, section 8). wants_wide: its operands shall be.
     float_kernel: has a float kernel of ours, `qc.f32.<name>`, that takes in the whole group.
     """
 
@@ -64,6 +64,7 @@ class Kind:
     restates: bool = False
     reads_wide: bool = False
     writes_wide: bool = False
+    wants_wide: bool = False
     float_kernel: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class Kind:
         assert not (self.views or self.pads or self.joins) or self.moves, self
         assert not self.moves or self.keeps, self
         assert not (self.sums and not self.elementwise), self
+        assert self.reads_wide or not self.wants_wide, self
         assert not self.moves or (self.reads_wide and self.writes_wide), self
 
     @property
@@ -153,6 +155,7 @@ KINDS: dict[str, Kind] = {
         Kind("rms_norm", ("relax.nn.rms_norm",), "qc.rms_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True),
         Kind("softmax", ("relax.nn.softmax",), "qc.softmax", light=True, alone=True, reads_wide=True, writes_wide=True),
         Kind("take", ("relax.take",), "qc.gather", alone=True, writes_wide=True),
+        Kind("recurrence", (), "qc.recurrence", accumulates=True, reads_wide=True, wants_wide=True),
         Kind("quantize", ("relax.quantize",), edge=True),
         Kind("dequantize", ("relax.dequantize",), edge=True),
         Kind("float"),

@@ -27,7 +27,7 @@ from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.constants import constant_of
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, resize, shape, transformers
+from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, recurrence, resize, shape, transformers
 from qcompiler.passes.realize.site import Site, Tensor, typed
 from qcompiler.passes.select_float import scheduled, sliced
 from qcompiler.passes.trained import ATTRIBUTE
@@ -46,6 +46,7 @@ RULES: dict[str, Callable[[Site], Any]] = {
     "rms_norm": transformers.normalization,
     "softmax": transformers.softmax,
     "take": transformers.gather,
+    "recurrence": recurrence.recurrence,
     "prelu": elementwise.prelu,
     "max_pool2d": pool.max_pool2d,
     **dict.fromkeys(("avg_pool2d", "mean"), pool.average),

@@ -28,7 +28,7 @@ class Importer(Protocol):
 def reads(proto: onnx.NodeProto) -> set[str]:
     """The tensors that a node reads, in its subgraphs too where those don't define them."""
     found = {name for name in proto.input if name}
-    for graph in _subgraphs(proto):
+    for graph in subgraphs(proto):
         inner = {name for node in graph.node for name in reads(node)} | {o.name for o in graph.output}
         found |= inner - {name for node in graph.node for name in node.output} - {t.name for t in graph.initializer} - {v.name for v in graph.input}
     return found
@@ -61,7 +61,7 @@ def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     return [nodes[i] for i in [*order, *(i for i, n in enumerate(left) if n > 0)]]
 
 
-def _subgraphs(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
+def subgraphs(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
     return [g for a in proto.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
 
 
@@ -72,7 +72,7 @@ def renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     for tensors in (copy.input, copy.output):
         for i, name in enumerate(tensors):
             tensors[i] = names.get(name, name)
-    for graph in _subgraphs(copy):
+    for graph in subgraphs(copy):
         own = {t.name for t in graph.initializer} | {v.name for v in graph.input} | {o for n in graph.node for o in n.output}
         visible = {k: v for k, v in names.items() if k not in own}
         for i, node in enumerate(graph.node):

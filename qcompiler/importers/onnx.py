@@ -28,6 +28,7 @@ from qcompiler.importers.nodes import RANDOM, Node, Refused, Undefined, Value, a
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
+from qcompiler.importers.recurrent import RECURRENT, without_unread
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
 from qcompiler.importers.valid import check_kinds, computes
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shape_of
@@ -63,6 +64,7 @@ def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]], requantiz
         model, trained = take_out(model, requantize)
     except Refused as reason:
         raise ModelError(f"{path}: {reason}") from reason
+    without_unread(model)
     importer = _Importer(path, onnx_file.default_opset(model))
     importer.builder = GraphBuilder(naming.attributes() | ({ATTRIBUTE: trained.attribute()} if trained else {}))
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
@@ -173,7 +175,7 @@ class _Importer:
             if node.op == "Size":
                 return [np.asarray(np.prod(shape, dtype=np.int64))]
             return [np.asarray(shape[slice(node.attrs.get("start"), node.attrs.get("end"))], np.int64)]
-        if node.op in RANDOM or any(v is not None and not isinstance(v, np.ndarray) for v in node.inputs):
+        if node.op in (*RANDOM, *RECURRENT) or any(v is not None and not isinstance(v, np.ndarray) for v in node.inputs):
             return None
         if node.op == "Loop":  # may have no end
             return None

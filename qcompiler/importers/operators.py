@@ -10,6 +10,7 @@ from tvm import relax
 from qcompiler.importers import arithmetic, images, indexing, integers, shapes, spectra
 from qcompiler.importers.attention import attention
 from qcompiler.importers.nodes import Node, Refused, Undefined, Value
+from qcompiler.importers.recurrent import recurrent
 from qcompiler.passes.graph import const
 
 
@@ -95,11 +96,13 @@ CONVERTERS: dict[str, Converter] = {
     "Gemm": arithmetic.gemm,
     "GlobalAveragePool": images.global_pool(relax.op.mean),
     "GlobalMaxPool": images.global_pool(relax.op.max),
+    "GRU": recurrent,
     "GroupNormalization": images.group_normalization,
     "HardSigmoid": arithmetic.hard_sigmoid,
     "HardSwish": arithmetic.hard_swish,
     "Identity": arithmetic.identity,
     "IsInf": _infinite,
+    "LSTM": recurrent,
     "LayerNormalization": _only_first_result,
     "LpNormalization": arithmetic.lp_normalization,
     "LpPool": images.lp_pool,
@@ -118,6 +121,7 @@ CONVERTERS: dict[str, Converter] = {
     "Pow": _power,
     "QuantizeLinear": integers.quantize_linear,
     "ReverseSequence": indexing.reverse_sequence,
+    "RNN": recurrent,
     "RMSNormalization": by_definition,
     "ReduceL1": shapes.reduction(relax.op.sum, before=relax.op.abs),
     "ReduceL2": shapes.reduction(relax.op.sum, before=relax.op.square, after=relax.op.sqrt),

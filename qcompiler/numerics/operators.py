@@ -14,6 +14,7 @@ import numpy as np
 
 from qcompiler.numerics.arithmetic import F32, Array, limits, requantize
 from qcompiler.numerics.products import conv2d, conv2d_transpose, convolve, dense, matmul
+from qcompiler.numerics.recurrence import f32_recurrence, recurrence
 from qcompiler.numerics.spec import RESIZE_BITS
 from qcompiler.numerics.transformers import attention, layer_norm, rms_norm, softmax
 
@@ -369,6 +370,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.layer_norm": layer_norm,
     "qc.rms_norm": rms_norm,
     "qc.softmax": softmax,
+    "qc.recurrence": recurrence,
+    "qc.f32.recurrence": f32_recurrence,
     "qc.attention": attention,
     "qc.concat": concat,
     "qc.resize2d": resize2d,

@@ -27,6 +27,7 @@ from qcompiler.schedules.table import KERNELS
 
 CARRIES = "it carries float32 values to float32 operators or outputs"
 LEFT = "the model file leaves it in float"
+LAST_STATES = "it takes last states out of a recurrent layer's result, which are float32"
 _TAIL_ELEMENTS = 1 << 14  # a light operator up to this size at the end of the network stays float: cheap, and its output is what users see
 
 
@@ -62,6 +63,8 @@ class Placer:
             self._impossible |= {
                 g.id: f"'{g.kind}' is computed in integers beside 16-bit streams only" for g in self.groups if g.traits.alone and g.reason is None
             }
+        states = {g.id for g in self.groups if g.attrs.get("finals")}
+        self._impossible |= {g.id: LAST_STATES for g in self.groups if g.traits.moves and not states.isdisjoint(g.inputs)}
         if trained.keeps_float:
             eight = in_eight_bits(graph)
             for group in self.groups:
@@ -89,7 +92,9 @@ class Placer:
                 floating.add(group.id)
         stored = tuple(v for v in self.readers if self._is_stored(v, reasons))
         streams = self._streams
-        return Placement(reasons, stored, frozenset() if streams is None else frozenset(v for v in stored if v in streams or self._is_seen(v, reasons)))
+        wide = set() if streams is None else {v for v in stored if v in streams or self._is_seen(v, reasons)}
+        wide |= {v for g in self.groups if g.traits.wants_wide and g.id not in reasons for v in g.operands if v not in self._trained}
+        return Placement(reasons, stored, frozenset(wide))
 
     def _is_seen(self, value: str, reasons: Mapping[str, str]) -> bool:
         """Is the value a normalization or the like that only float operators and outputs read, so that nothing asks for 8 bits?"""

@@ -42,6 +42,7 @@ _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is commo
     "softmax": (QParams(1 / 256, -128), "a softmax lies in [0, 1)"),
     "hard_sigmoid": (QParams.from_range(0.0, 1.0), "a hard sigmoid lies in [0, 1]"),
     "tanh": (QParams(1 / 128, 0), "a hyperbolic tangent lies in [-1, 1)"),
+    "recurrence": (QParams(1 / 128, 0), "a hidden state lies in [-1, 1)"),
 }
 _APART = 10.0  # quantities whose magnitudes differ by more share no scale at the end of a network
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
@@ -332,7 +333,10 @@ class _Planner:
             reach = _WIDE_MARGIN * max(-histogram.low, histogram.high)
             params = QParams.from_range(-reach, reach, dtype="int16") if reach > _TINY else QParams(1.0, 0, "int16")
             return Quantized(
-                params, "min-max", sqnr_db(histogram, params), f"16 bits for {_WIDE_MARGIN:g} times what was seen: part of a residual stream, or read in float"
+                params,
+                "min-max",
+                sqnr_db(histogram, params),
+                f"16 bits for {_WIDE_MARGIN:g} times what was seen: part of a residual stream, read by a recurrent layer, or in float",
             )
         fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:
@@ -362,6 +366,8 @@ class _Planner:
         group = self.made_by.get(value)
         if group is None:
             return None
+        if group.kind in _FIXED:
+            return group.kind
         if group.reason is None and group.function is not None:
             return group.function.name if group.function.name in _FIXED else None
         return "softmax" if relax_op(self.exprs[value]) == "relax.nn.softmax" else None

@@ -2,5 +2,5 @@
 
 from importlib import import_module as _import_module
 
-for _name in ("depthwise", "conv", "direct", "pool", "matmul", "rows", "attention"):
+for _name in ("depthwise", "conv", "direct", "pool", "matmul", "rows", "attention", "recurrence"):
     _import_module(f"{__name__}.{_name}")

@@ -1,5 +1,9 @@
 """Kernels that run on every target: generic vectors, no intrinsics of any one ISA. Importing this package registers them."""
 
-from qcompiler.schedules.portable import attention, conv, elementwise, embedding, matmul, movement, normalization, ordered, pixels, pool, resize, weight_only
+from importlib import import_module as _import_module
 
-__all__ = ["attention", "conv", "elementwise", "embedding", "matmul", "movement", "normalization", "ordered", "pixels", "pool", "resize", "weight_only"]
+for _name in (
+    *("attention", "conv", "elementwise", "embedding", "matmul", "movement", "normalization", "ordered", "pixels", "pool"),
+    *("recurrence", "resize", "weight_only"),
+):
+    _import_module(f"{__name__}.{_name}")

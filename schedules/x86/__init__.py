@@ -2,5 +2,5 @@
 
 from importlib import import_module as _import_module
 
-for _name in ("depthwise", "amx", "conv", "attention"):  # a depthwise convolution is a grouped one too, but a slow one
+for _name in ("depthwise", "amx", "conv", "attention", "recurrence"):  # a depthwise convolution is a grouped one too, but a slow one
     _import_module(f"{__name__}.{_name}")
