@@ -201,6 +201,9 @@ def _model_header(manifest: dict[str, Any], target: Target) -> str:
     for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
         lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
         lines.append(f"#define QC_{name}_BYTES {', '.join(f'{port_bytes(port)}u' for port in ports)}")
+    numbers = [{p["name"]: i for i, p in enumerate(manifest[ports])} for ports in ("inputs", "outputs")]
+    state = manifest.get("state", {})
+    lines += [f"#define QC_STATE_COUNT {len(state)}", f"#define QC_STATES {', '.join(f'{{{numbers[0][i]}, {numbers[1][o]}}}' for i, o in state.items())}"]
     lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_CONSTANTS {manifest['constants']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target, manifest['features'])}", ""])

@@ -69,7 +69,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
     for name, option in OPTIONS.items():
         value = getattr(options, name, None)
         if value is not None and value != [] and value != option.default:
-            found[name] = dict(value) if name in ("input_shapes", "input_values", "input_types", "output_types") else value
+            found[name] = dict(value) if isinstance(value, list) and name not in LISTS else value
     return found
 
 
@@ -114,6 +114,14 @@ def typed(text: str) -> tuple[str, str]:
     return name, dtype
 
 
+def kept(text: str) -> tuple[str, str]:
+    """INPUT=OUTPUT"""
+    name, equals, output = text.partition("=")
+    if not (name and equals and output):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected INPUT=OUTPUT, such as h=hn")
+    return name, output
+
+
 def duration(text: str) -> float:
     """Seconds of "90", "90s", "20m" or "1.5h"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
@@ -136,4 +144,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-_WORDS: dict[str, Any] = {"input_shapes": shape, "input_values": input_value, "time_budget": duration, "input_types": typed, "output_types": typed}
+_WORDS: dict[str, Any] = {
+    **{"input_shapes": shape, "input_values": input_value, "input_types": typed, "output_types": typed, "state": kept},
+    "time_budget": duration,
+}

@@ -12,7 +12,7 @@ from typing import Any
 import tvm
 
 from qcompiler.base.debug import Dump, no_dump
-from qcompiler.base.errors import ModelError
+from qcompiler.base.errors import ModelError, closest
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.onnx import import_onnx
@@ -27,6 +27,7 @@ class FloatModel:
     Every floating tensor is float32, whatever the file's precision. `digest`: sha256 (hex) of the file, its external data and the input shapes.
     `sources`: value id -> (name, operator type) of the node in the file that computes it, folded ones included; `readers`: value id of the file
     -> the values computed from it directly. `fixed`: inputs of the file that are constants here, and their values as nested lists. `path`: of the file.
+    `state`: input -> the output that is its next value: a session keeps them.
     """
 
     module: tvm.IRModule
@@ -38,6 +39,7 @@ class FloatModel:
     readers: dict[str, list[str]]
     path: Path
     fixed: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def naming(self) -> Naming:
@@ -46,7 +48,7 @@ class FloatModel:
 
     def account(self) -> dict[str, Any]:
         """What a manifest says of the network: its name, and what it takes to load the same from its file again."""
-        return {"model": self.name, **({"fixed_inputs": self.fixed} if self.fixed else {})}
+        return {"model": self.name, **({"fixed_inputs": self.fixed} if self.fixed else {}), **({"state": self.state} if self.state else {})}
 
     def source(self, value_id: str) -> tuple[str, str]:
         """(node name, operator type) behind a value id; a value made by the compiler (`<id>~<what>`) has the source of `<id>`."""
@@ -60,13 +62,15 @@ def load(
     requantize: bool = False,
     dump: Dump = no_dump,
     input_values: Mapping[str, Any] | None = None,
+    state: Mapping[str, str] | None = None,
 ) -> FloatModel:
     """Read a model file and bring it into canonical form.
 
     A symbolic batch dimension is 1 unless `input_shapes` says otherwise; any other symbolic dimension must be in `input_shapes`
     ({input name: whole shape}). requantize: of a file that is quantized in part, the rest may be quantized too.
     input_values: {input name: number, array or text "1,2,3"}, inputs that are the same in every call and become constants.
-    Raises ModelError when the file can't be read, is not ONNX, is damaged, or holds what can't be compiled at all.
+    state: {input name: output name}, outputs that are inputs of the next call.
+    Raises ModelError when the file can't be read, is not ONNX, is damaged, or holds what can't be compiled at all; and for a state that doesn't fit.
     """
     path = Path(path)
     imported = import_onnx(path, input_shapes or {}, requantize, input_values)
@@ -74,8 +78,29 @@ def load(
     if not graph.inputs:
         raise ModelError(f"{path}: the model has no inputs: all of its outputs are constants")
     inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
+    _check_state(path, state or {}, inputs, outputs)
     dump("import", imported.module)
     module = run(CANONICAL, imported.module, dump=dump)
     fixed = {name: array.tolist() for name, array in imported.fixed.items()}
     digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}{fixed or ''}".encode()).hexdigest()
-    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers(), path, fixed)
+    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers(), path, fixed, dict(state or {}))
+
+
+def _check_state(path: Path, state: Mapping[str, str], inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
+    """Raises ModelError unless each state goes from an output to an input of its own, of the same shape and type."""
+    ends = ({i.name: i for i in inputs}, {o.name: o for o in outputs})
+    for pair in state.items():
+        for name, ports, what in zip(pair, ends, ("input", "output"), strict=True):
+            if name not in ports:
+                raise ModelError(f"{path}: state '{'='.join(pair)}': there is no {what} '{name}'.{closest(name, list(ports))} Known: {', '.join(ports)}")
+        into, out = (ports[name] for name, ports in zip(pair, ends, strict=True))
+        if (into.shape, into.dtype) != (out.shape, out.dtype):
+            raise ModelError(
+                f"{path}: state '{'='.join(pair)}': the input is {into.dtype} {list(into.shape)} and the output {out.dtype} {list(out.shape)}; "
+                "a state is the next call's input, so both must be the same"
+            )
+    twice = next((o for o in state.values() if list(state.values()).count(o) > 1), None)
+    if twice is not None:
+        raise ModelError(f"{path}: output '{twice}' is given as the state of two inputs; each state has an output of its own")
+    if state and len(state) == len(inputs):
+        raise ModelError(f"{path}: every input is given as a state, so that a call has no data; leave one out")

@@ -89,13 +89,13 @@ def compile(model: AnyPath, target: str | Target = "native", calibration: Source
 
 def quantize_weights(model: AnyPath, calibration: Source | None, options: Options) -> tuple[FloatModel, tvm.IRModule]:
     """The float network, and the same with its dense weights stored in few bits. Arguments as `compile`; options: complete."""
-    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "input_values", "dump_dir", "targets_file", "progress"}
+    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "input_values", "state", "dump_dir", "targets_file", "progress"}
     asked = {*given(options), *(["calibration"] if calibration is not None else [])}
     if extra := sorted(asked - goes):
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
     dump = Dumper(options["dump_dir"])
     scheme = WeightScheme.of(str(options["weights"]), options["group_size"], options["asymmetric"])
-    float_model = load(Path(model), options["input_shapes"], dump=dump, input_values=options["input_values"])
+    float_model = load(Path(model), options["input_shapes"], dump=dump, input_values=options["input_values"], state=options["state"])
     module = run(FLOAT, float_model.module, scheme, set(named_groups(float_model, options["keep_float"])), dump=dump)
     if not Graph.of(module).attrs["qc.weights"]["layers"]:
         raise PlanError(f"'{float_model.name}' has no layer whose weights could be stored in {scheme.bits} bits: no Gemm or MatMul with constant weights")

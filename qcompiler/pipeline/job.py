@@ -50,7 +50,7 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
     dump = Dumper(options["dump_dir"])
     chosen = find_target(target, options["targets_file"])
     steps = recipe(options["preset"], options["enable"], options["disable"])
-    float_model = load(Path(model), options["input_shapes"], options["requantize"], dump, options["input_values"])
+    float_model = load(Path(model), options["input_shapes"], options["requantize"], dump, options["input_values"], options["state"])
     trained = Trained.of(Graph.of(float_model.module).attrs)
     if trained.quantized:
         steps = steps.without_changes()
@@ -60,6 +60,9 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
         float_model = replace(float_model, module=run(WIDE, float_model.module, dump=dump))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
     ports = asked(options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"])
+    typed = {*(options["input_types"] or {}), *(options["output_types"] or {})}
+    if found := sorted({name for pair in float_model.state.items() for name in pair} & typed):
+        raise DataError(f"'{found[0]}' is a state that sessions keep, in float32; give no type for it")
     given = (options["preprocess"], options["max_samples"], float_model.digest)
     samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
     return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, ports=ports)

@@ -42,7 +42,7 @@ GROUPS = {
     "weights": (
         "weights alone",
         "For networks whose time goes into reading the weights of matrix products: activations stay float32, weights become float32 again in registers. "
-        "No calibration data is needed. Of the other options keep_float, input_shapes, input_values, dump_dir, targets_file and progress go with it.",
+        "No calibration data is needed. Of the other options keep_float, input_shapes, input_values, state, dump_dir, targets_file and progress go with it.",
     ),
     "kernels": ("code", ""),
     "work": ("work under way", ""),
@@ -77,6 +77,15 @@ class Options(TypedDict, total=False):
             "network",
             "NAME=VALUE",
             flag="--input-value",
+        ),
+    ]
+    state: Annotated[
+        Mapping[str, str] | None,
+        Option(
+            "inputs whose next value is an output of this call (h=hn): sessions keep them, zeros at first, and a call takes and gives what is left. "
+            "Calibration data holds them like any other input",
+            "network",
+            "INPUT=OUTPUT",
         ),
     ]
     preprocess: Annotated[

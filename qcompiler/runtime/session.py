@@ -127,6 +127,8 @@ class Session:
     `threads` bounds the threads of one call; it has no meaning for a GPU. Inputs may have any alignment and strides; outputs are fresh arrays.
     The file is copied into memory when it is loaded, once for all sessions of equal contents: it may be replaced, overwritten or removed afterwards.
     A session can't be copied or pickled.
+    `state` {input: output}: what the library was compiled to keep (`--state`). Calls leave those inputs out: they are zeros in the first call, and what the
+    output became in the next. A call that gives all of them is one by itself: it neither reads nor changes what the session keeps.
     A child made by fork may use it, but for one on a GPU, and unless another thread was inside it at that moment.
 
     Raises ArtifactError for a file that is damaged or not ours, IncompatibleDevice when this machine lacks an instruction set, driver or GPU that it needs,
@@ -156,6 +158,8 @@ class Session:
         self._copy.sessions.add(id(self))
         self.inputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["inputs"]]
         self.outputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["outputs"]]
+        self.state: dict[str, str] = dict(self.manifest.get("state", {}))
+        self._kept = {i.name: np.zeros(i.shape, i.dtype) for i in self.inputs if i.name in self.state}
         self._workspace = _aligned(self.manifest["workspace"] + 64)
         self._mutable: np.ndarray | None = None
         self._turn = _Turn()
@@ -196,14 +200,38 @@ class Session:
     # -- running --------------------------------------------------------------------------------------------------------------------
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the network on {input name: array}; returns {output name: fresh array}.
+        """Run the network on {input name: array}; returns {output name: fresh array}, without the states that the session keeps.
 
         Raises DataError for a missing or unknown name, a wrong shape or a wrong dtype, DeviceFailure when a GPU fails.
         """
         with self._turn:
-            context = Context(self, inputs, self._workspace)
+            context = Context(self, self._with_state(inputs), self._workspace)
             context.run(0, len(self.manifest["steps"]))
-        return context.outputs()
+            return self._without_state(inputs, context.outputs())
+
+    def reset(self) -> None:
+        """Make the states that the session keeps zeros again, as for a new stream."""
+        with self._turn:
+            for array in self._kept.values():
+                array[...] = 0
+
+    def _with_state(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """A call's inputs and what the session keeps. Raises DataError where a call gives some states and leaves out others."""
+        if not self.state or not isinstance(inputs, Mapping):
+            return inputs
+        given = [name for name in self.state if name in inputs]
+        if given and len(given) < len(self.state):
+            missing = ", ".join(f"'{name}'" for name in self.state if name not in inputs)
+            raise DataError(f"states are given together or not at all: '{given[0]}' is given, {missing} not")
+        return inputs if given else {**inputs, **self._kept}
+
+    def _without_state(self, inputs: Mapping[str, np.ndarray], outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A call's outputs, but for those that the session keeps for the next one."""
+        if not self.state or any(name in inputs for name in self.state):
+            return outputs
+        for name, output in self.state.items():
+            self._kept[name][...] = outputs[output]
+        return {name: array for name, array in outputs.items() if name not in self.state.values()}
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
         """Run step by step, calling `visit(value id, array)` after each step that computes a value of the model.
@@ -211,21 +239,21 @@ class Session:
         Arrays are float32, or canonical int8, in NHWC, and valid only during the call. Network inputs are visited first. Returns the outputs.
         """
         with self._turn:
-            context = Context(self, inputs, self._workspace)
+            context = Context(self, self._with_state(inputs), self._workspace)
             for name, array in context.inputs().items():
                 visit(name, array)
             for index, step in enumerate(self.manifest["steps"]):
                 context.run(index, index + 1)
                 for value in [] if step.get("auxiliary") else [step["id"], *step.get("more", [])]:
                     visit(value, context.view(value))
-        return context.outputs()
+            return self._without_state(inputs, context.outputs())
 
     def profile(self, inputs: Mapping[str, np.ndarray], iterations: int = 50) -> list[tuple[str, str, str, float]]:
         """(value id, operator, kernel, least seconds) per step, over `iterations` runs; by the GPU's clock on one."""
         steps = self.manifest["steps"]
         best = [math.inf] * len(steps)
         with self._turn:
-            context = Context(self, inputs, self._workspace)
+            context = Context(self, self._with_state(inputs), self._workspace)
             for _ in range(iterations):
                 best = [min(pair) for pair in zip(best, context.profile(), strict=True)]
         return [(s["id"], s["op"], s["kernel"], t) for s, t in zip(steps, best, strict=True)]

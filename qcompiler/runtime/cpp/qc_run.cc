@@ -28,7 +28,7 @@ constexpr const char* kUsage =
     "       qc_run MODEL.so --throughput SECONDS [--streams N] [--threads N] [--rate R] [--pin]\n"
     "\n"
     "Run MODEL.so once and write every output as DIR/NAME.npy (characters outside A-Z a-z 0-9 . _ - become _).\n"
-    "  --input NAME=X.npy   an array for one input; repeat for more\n"
+    "  --input NAME=X.npy   an array for one input; repeat for more. States that the library keeps are zeros unless they are given\n"
     "  --output DIR         folder for the outputs; it is made when missing. Optional with --bench\n"
     "  --threads N          threads of one run (default 1)\n"
     "  --bench ITERATIONS   then measure that many runs, and print minimum, median and p99 in seconds as JSON.\n"
@@ -196,7 +196,7 @@ void run(const Arguments& arguments) {
   qcompiler::Session session(arguments.model, {arguments.threads});
   for (const auto& [name, path] : arguments.inputs) set_input(session.input(name), path);
   for (qcompiler::Tensor tensor : session.inputs())
-    if (!arguments.inputs.count(tensor.name())) {
+    if (!arguments.inputs.count(tensor.name()) && !tensor.is_state()) {
       if (!arguments.output.empty())
         throw std::runtime_error("input '" + tensor.name() + "' is missing: give --input " + tensor.name() + "=FILE.npy, " +
                                  npy::type_of(tensor.dtype()).descr + " of shape " + tensor.text(tensor.shape()));

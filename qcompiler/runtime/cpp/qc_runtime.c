@@ -1,7 +1,7 @@
 /* The runtime inside every compiled library: errors, introspection, sessions, bound buffers. What runs the steps is qc_engine.h's.
  *
  * It is compiled together with `model.h`, which the compiler writes: QC_INPUTS, QC_OUTPUTS (initializers of qc_tensor_info), QC_INPUT_COUNT,
- * QC_OUTPUT_COUNT, QC_WORKSPACE, QC_STEPS, QC_TARGET, QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0),
+ * QC_OUTPUT_COUNT, QC_STATE_COUNT, QC_STATES (pairs: number of the input, of the output that is its next value), QC_WORKSPACE, QC_STEPS, QC_TARGET, QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0),
  * QC_TILES (whether the code uses AMX tiles).
  */
 #define _GNU_SOURCE
@@ -40,6 +40,7 @@ extern const char qc_manifest_end[];
 
 static const qc_tensor_info input_infos[QC_INPUT_COUNT + 1] = {QC_INPUTS};
 static const qc_tensor_info output_infos[QC_OUTPUT_COUNT + 1] = {QC_OUTPUTS};
+static const struct { int32_t input, output; } states[QC_STATE_COUNT + 1] = {QC_STATES};
 
 EXPORT int32_t qc_abi_version(void) { return QC_ABI_VERSION; }
 EXPORT const char* qc_target_name(void) { return QC_TARGET; }
@@ -49,6 +50,12 @@ EXPORT int32_t qc_input_count(void) { return QC_INPUT_COUNT; }
 EXPORT int32_t qc_output_count(void) { return QC_OUTPUT_COUNT; }
 EXPORT const qc_tensor_info* qc_input_info(int32_t i) { return i >= 0 && i < QC_INPUT_COUNT ? &input_infos[i] : 0; }
 EXPORT const qc_tensor_info* qc_output_info(int32_t i) { return i >= 0 && i < QC_OUTPUT_COUNT ? &output_infos[i] : 0; }
+
+EXPORT int32_t qc_input_state(int32_t input) {
+  for (int32_t i = 0; i < QC_STATE_COUNT; ++i)
+    if (states[i].input == input) return states[i].output;
+  return -1;
+}
 
 EXPORT const char* qc_manifest_json(size_t* length) {
   if (length) *length = (size_t)(qc_manifest_end - qc_manifest);
@@ -137,11 +144,20 @@ static qc_status check_buffer(const char* what, const qc_tensor_info* info, cons
   return status;
 }
 
+/* A state's memory is the session's own: the next run reads what this one writes. */
+static qc_status check_free(const char* what, const char* name, int32_t input, int32_t output) {
+  for (int32_t i = 0; i < QC_STATE_COUNT; ++i)
+    if (states[i].input == input || states[i].output == output)
+      return fail(QC_ERROR_STATE, "%s: '%s' is a state that the session keeps; read and write the session's own buffer", what, name);
+  return QC_OK;
+}
+
 EXPORT qc_status qc_session_bind_input(qc_session* s, const char* name, const void* data, size_t bytes) {
   int32_t i;
   qc_status status = enter(s, __func__);
   if (status) return status;
   status = check_port(__func__, name, input_infos, QC_INPUT_COUNT, &i);
+  if (!status) status = check_free(__func__, name, i, -1);
   if (!status) status = check_buffer(__func__, &input_infos[i], data, bytes);
   if (!status) s->inputs[i] = data;
   return leave(s, status);
@@ -152,6 +168,7 @@ EXPORT qc_status qc_session_bind_output(qc_session* s, const char* name, void* d
   qc_status status = enter(s, __func__);
   if (status) return status;
   status = check_port(__func__, name, output_infos, QC_OUTPUT_COUNT, &i);
+  if (!status) status = check_free(__func__, name, -1, i);
   if (!status) status = check_buffer(__func__, &output_infos[i], data, bytes);
   if (!status) s->outputs[i] = data;
   return leave(s, status);
@@ -213,9 +230,24 @@ EXPORT qc_status qc_session_profile(qc_session* s, void* workspace, const void* 
   return execute(__func__, s, workspace, constants, inputs, outputs, begin, end, seconds);
 }
 
+EXPORT qc_status qc_session_reset(qc_session* s) {
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  for (int32_t i = 0; i < QC_STATE_COUNT; ++i) {
+    int32_t in = states[i].input;
+    if (s->own_inputs[in]) memset(s->own_inputs[in], 0, input_infos[in].bytes);
+  }
+  return leave(s, QC_OK);
+}
+
 EXPORT qc_status qc_session_run(qc_session* s) {
   qc_status status = enter(s, __func__);
   if (status) return status;
+  for (int32_t i = 0; i < QC_STATE_COUNT && !status; ++i) {
+    int32_t in = states[i].input;
+    status = own_buffer(__func__, s, &input_infos[in], &s->own_inputs[in]);
+    s->inputs[in] = s->own_inputs[in];
+  }
   for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i)
     if (!s->inputs[i]) status = fail(QC_ERROR_STATE, "%s: input '%s' has not been set", __func__, input_infos[i].name);
   for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i)
@@ -225,5 +257,7 @@ EXPORT qc_status qc_session_run(qc_session* s) {
     }
   engine_memory memory = {0, 0, s->inputs, s->outputs};
   if (!status) status = engine_run(s->engine, &memory, 0, QC_STEPS, 0);
+  for (int32_t i = 0; i < QC_STATE_COUNT && !status; ++i)
+    memcpy(s->own_inputs[states[i].input], s->outputs[states[i].output], input_infos[states[i].input].bytes);
   return leave(s, status);
 }

@@ -39,6 +39,7 @@ typedef struct qc_library {
   int32_t (*output_count)(void);
   const qc_tensor_info* (*input_info)(int32_t);
   const qc_tensor_info* (*output_info)(int32_t);
+  int32_t (*input_state)(int32_t);
   qc_status (*session_create)(int32_t, qc_session**);
   void (*session_destroy)(qc_session*);
   qc_status (*session_bind_input)(qc_session*, const char*, const void*, size_t);
@@ -46,6 +47,7 @@ typedef struct qc_library {
   qc_status (*session_input_buffer)(qc_session*, const char*, void**);
   qc_status (*session_output_buffer)(qc_session*, const char*, void**);
   qc_status (*session_run)(qc_session*);
+  qc_status (*session_reset)(qc_session*);
   qc_status (*session_execute)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t);
   qc_status (*session_profile)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t, double*);
   size_t (*workspace_bytes)(void);
@@ -166,6 +168,8 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   QC_LOAD(session_output_buffer);
   QC_LOAD(session_run);
   QC_LOAD(session_execute);
+  QC_LOAD(session_reset);
+  QC_LOAD(input_state);
   QC_LOAD(session_profile);
   QC_LOAD(workspace_bytes);
   QC_LOAD(step_count);
@@ -200,6 +204,8 @@ static inline qc_library qc_library_linked(void) {
   library.session_output_buffer = qc_session_output_buffer;
   library.session_run = qc_session_run;
   library.session_execute = qc_session_execute;
+  library.session_reset = qc_session_reset;
+  library.input_state = qc_input_state;
   library.session_profile = qc_session_profile;
   library.workspace_bytes = qc_workspace_bytes;
   library.step_count = qc_step_count;

@@ -37,7 +37,7 @@ typedef enum qc_status {
   QC_ERROR_NAME = 2,      /**< no input or output of that name */
   QC_ERROR_SIZE = 3,      /**< a buffer's size or shape is not the tensor's */
   QC_ERROR_ALIGNMENT = 4, /**< a buffer is not aligned to its element type */
-  QC_ERROR_STATE = 5,     /**< run before every input was set */
+  QC_ERROR_STATE = 5,     /**< run before every input was set, or a caller's buffer for a state that the session keeps */
   QC_ERROR_BUSY = 6,      /**< another thread is inside this session */
   QC_ERROR_DEVICE = 7,    /**< another architecture's, this CPU lacks an instruction set, or there is no driver or no GPU that runs the library */
   QC_ERROR_MEMORY = 8,    /**< out of memory (the GPU's, for a library for one), or threads could not be started */
@@ -79,6 +79,9 @@ int32_t qc_output_count(void);
 const qc_tensor_info* qc_input_info(int32_t index);
 const qc_tensor_info* qc_output_info(int32_t index);
 
+/** The output that is the next value of input number `input`, a state that sessions keep; -1 for every other input. */
+int32_t qc_input_state(int32_t input);
+
 /**
  * Make a session with `threads` threads (1 to 1024): the caller's and threads - 1 workers, which sleep between runs.
  * The workspace is allocated here; a run allocates nothing, save a port's own buffer on its first use.
@@ -103,8 +106,14 @@ qc_status qc_session_input_buffer(qc_session* session, const char* name, void** 
 /** The buffer that a run writes this output to: the one bound, else the session's own, allocated on first use. Errors as for inputs. */
 qc_status qc_session_output_buffer(qc_session* session, const char* name, void** data);
 
-/** Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY, GPU. */
+/**
+ * Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY, GPU.
+ * States (compiled with --state INPUT=OUTPUT) need nothing: they are zeros in the first run, and what the output became in the next. They have the
+ * session's own buffers, which may be read and written between runs; binding a caller's is QC_ERROR_STATE.
+ */
 qc_status qc_session_run(qc_session* session);
+/** Make all states zeros again, as for a new stream. Errors: ARGUMENT, BUSY. */
+qc_status qc_session_reset(qc_session* session);
 
 /**
  * Run steps [begin, end) of the manifest on memory of the caller's: what tracing and profiling use.

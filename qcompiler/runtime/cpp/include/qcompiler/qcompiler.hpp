@@ -99,6 +99,9 @@ class Tensor {
   float scale() const noexcept { return info_->scale; }
   std::int32_t zero_point() const noexcept { return info_->zero_point; }
 
+  /// Is it an input that the session keeps from run to run (compiled with --state)? It needs not be set; writing to it starts a stream elsewhere.
+  bool is_state() const noexcept { return state_; }
+
   /// The `size()` elements. Input: the session's own buffer (64-byte aligned), bound by this call. Output: the buffer that runs write to.
   /// Throws Error(QC_ERROR_ARGUMENT) when T is not the tensor's element type.
   template <class T>
@@ -164,8 +167,8 @@ class Tensor {
 
  private:
   friend class Session;
-  Tensor(const detail::Library* library, qc_session* session, const qc_tensor_info* info, bool output)
-      : library_(library), session_(session), info_(info), output_(output) {}
+  Tensor(const detail::Library* library, qc_session* session, const qc_tensor_info* info, bool output, bool state)
+      : library_(library), session_(session), info_(info), output_(output), state_(state) {}
   template <class T>
   void expect() const {
     if (detail::dtype_of<T>() != info_->dtype) throw Error(QC_ERROR_ARGUMENT, "'" + name() + "' has another element type than asked for");
@@ -174,6 +177,7 @@ class Tensor {
   qc_session* session_;
   const qc_tensor_info* info_;
   bool output_;
+  bool state_;
 };
 
 /// A loaded network. Move-only. One call at a time per session; sessions of one file share its code and weights, and run in parallel.
@@ -189,11 +193,11 @@ class Session {
   /// Another session on the same library, with memory and threads of its own, for another thread.
   Session another(Options options = {}) const { return Session(library_, options); }
 
-  ~Session() { reset(); }
+  ~Session() { close(); }
   Session(Session&& other) noexcept : library_(std::move(other.library_)), session_(std::exchange(other.session_, nullptr)) {}
   Session& operator=(Session&& other) noexcept {
     if (this != &other) {
-      reset();
+      close();
       library_ = std::move(other.library_);
       session_ = std::exchange(other.session_, nullptr);
     }
@@ -208,6 +212,8 @@ class Session {
 
   /// Run the network on the inputs as they are now. Throws Error(QC_ERROR_STATE) when one was never set, Error(QC_ERROR_BUSY) while another thread is inside.
   void run() { library_->check((*library_)->session_run(session_)); }
+  /// Make the states that the session keeps from run to run (compiled with --state) zeros again, as for a new stream.
+  void reset() { library_->check((*library_)->session_reset(session_)); }
 
   /// The row of targets.yaml that the library was compiled for.
   std::string target() const { return (*library_)->target_name(); }
@@ -222,14 +228,14 @@ class Session {
   Session(std::shared_ptr<detail::Library> library, Options options) : library_(std::move(library)) {
     library_->check((*library_)->session_create(options.threads, &session_));
   }
-  void reset() noexcept {
+  void close() noexcept {
     if (session_) (*library_)->session_destroy(session_);
     session_ = nullptr;
   }
   template <class Info>
   std::vector<Tensor> ports(int count, Info info, bool output) {
     std::vector<Tensor> all;
-    for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i), output));
+    for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i), output, !output && (*library_)->input_state(i) >= 0));
     return all;
   }
   static Tensor port(const std::string& name, const std::vector<Tensor>& all, const char* what) {

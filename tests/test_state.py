@@ -1,0 +1,118 @@
+"""States that a session keeps: a call takes the next frame alone, and gives the same bits as a call that is handed the states."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recurrent_nets import feeds, network, saved
+
+import qcompiler
+from qcompiler.backend.artifact import RUNTIME
+from qcompiler.base.errors import DataError, ModelError
+from qcompiler.cli.main import main
+from qcompiler.importers.model import load
+from qcompiler.runtime.session import Session
+
+STATE = {"h": "h_out", "c": "c_out"}
+FRAMES = 5
+CPP = Path(__file__).parent / "cpp"
+
+
+def compiled(source: Path, program: Path) -> Path:
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Werror", f"-I{RUNTIME / 'include'}", str(source), "-o", str(program), "-ldl"], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.onnx, an LSTM that takes one step; model.so, which keeps its states; x.npy."""
+    made = tmp_path_factory.mktemp("state")
+    model = network("LSTM", steps=1, batch=1, states=True)
+    path = saved(model, made)
+    qcompiler.compile(path, calibration=[feeds(model, s) for s in range(40)], state=STATE).save(made / "model.so")
+    np.save(made / "x.npy", feeds(model, 99)["x"])
+    return made
+
+
+@pytest.fixture
+def session(folder: Path) -> Session:
+    return qcompiler.load(folder / "model.so")
+
+
+def handed(session: Session, frames: list[np.ndarray]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """y of each frame, and the last states, of calls that hand the states on."""
+    states, results = {i.name: np.zeros(i.shape, i.dtype) for i in session.inputs if i.name in STATE}, []
+    for x in frames:
+        outputs = session.run({"x": x, **states})
+        states = {name: outputs[output] for name, output in STATE.items()}
+        results.append(outputs["y"])
+    return results, states
+
+
+def frames(count: int = FRAMES) -> list[np.ndarray]:
+    return [np.random.default_rng(s).standard_normal((1, 1, 6)).astype(np.float32) for s in range(count)]
+
+
+def test_a_stream(session: Session) -> None:
+    wanted, _ = handed(session, frames())  # which changes nothing in the session
+    for _ in range(2):
+        got = [session.run({"x": x}) for x in frames()]
+        assert [list(g) for g in got] == [["y"]] * FRAMES
+        np.testing.assert_array_equal([g["y"] for g in got], wanted)
+        assert not np.array_equal(session.run({"x": frames()[0]})["y"], wanted[0])
+        session.reset()
+    seen: list[str] = []
+    traced = [session.trace({"x": x}, lambda name, array: seen.append(name)) for x in frames()]
+    np.testing.assert_array_equal([t["y"] for t in traced], wanted)
+    assert {"h", "c", "x"} <= set(seen)
+
+
+def test_states_are_given_together(session: Session) -> None:
+    with pytest.raises(DataError, match="'h' is given, 'c' not"):
+        session.run({"x": frames()[0], "h": np.zeros((1, 1, 5), np.float32)})
+    with pytest.raises(DataError, match="input 'x' is missing"):
+        session.run({})
+
+
+def test_from_cpp(folder: Path, session: Session, tmp_path: Path) -> None:
+    """The program says what it sees; qc_run needs no states."""
+    program = compiled(CPP / "state.cc", tmp_path / "state")
+    lines = subprocess.run([program, folder / "model.so"], capture_output=True, text=True, check=True).stdout.splitlines()
+    wanted, _ = handed(session, [np.array([1, -2, 3, -4, 5, -6], np.float32).reshape(1, 1, 6)] * 2)
+    for line, y in zip(lines, [*wanted, *wanted], strict=False):
+        np.testing.assert_array_equal([float.fromhex(v) for v in line.split()], y.reshape(-1))
+    assert lines[4:7] == ["x 0", "h 1", "c 1"]
+    assert "'h' is a state that the session keeps" in lines[7] and "'c_out' is a state that the session keeps" in lines[8]
+    runner = compiled(RUNTIME / "qc_run.cc", tmp_path / "qc_run")
+    subprocess.run([runner, folder / "model.so", "--input", f"x={folder / 'x.npy'}", "--output", tmp_path / "out"], check=True)
+    session.reset()
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "y.npy"), session.run({"x": np.load(folder / "x.npy")})["y"])
+
+
+BAD = [
+    ({"g": "h_out"}, r"state 'g=h_out': there is no input 'g'"),
+    ({"h": "hout"}, r"state 'h=hout': there is no output 'hout'.*'h_out'"),
+    ({"h": "y"}, r"the input is float32 \[1, 1, 5\] and the output float32 \[1, 1, 3\]"),
+    ({"h": "c_out", "c": "c_out"}, "output 'c_out' is given as the state of two inputs"),
+]
+
+
+@pytest.mark.parametrize(("state", "message"), BAD)
+def test_states_that_do_not_fit(state: dict[str, str], message: str, folder: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(folder / "model.onnx", state=state)
+
+
+def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "data.npz", **{n: np.stack([feeds(network("LSTM", steps=1, batch=1, states=True), s)[n] for s in range(8)]) for n in ("x", "h", "c")})
+    command = ["compile", str(folder / "model.onnx"), "--calibration", str(tmp_path / "data.npz"), "--output", str(tmp_path / "m.so"), "--state"]
+    assert main([*command, "h=h_out", "--input-type", "h=int8"]) == 2
+    assert "'h' is a state that sessions keep" in capsys.readouterr().err
+    assert main([*command, "h=nothing"]) == 2 and not (tmp_path / "m.so").exists()
+    assert main([*command, "h=h_out", "--state", "c=c_out"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "m.so"), "--input", f"x={folder / 'x.npy'}", "--output", str(tmp_path / "y.npz")]) == 0
+    assert np.load(tmp_path / "y.npz").files == ["y"]
