@@ -366,8 +366,8 @@ class _Planner:
         group = self.made_by.get(value)
         if group is None:
             return None
-        if group.kind in _FIXED:
-            return group.kind
+        if group.kind == "recurrence":
+            return group.kind if group.reason is None else None
         if group.reason is None and group.function is not None:
             return group.function.name if group.function.name in _FIXED else None
         return "softmax" if relax_op(self.exprs[value]) == "relax.nn.softmax" else None
