@@ -9,6 +9,7 @@ import onnx
 from onnx_nets import OnnxNet
 
 TOKENS, WIDTH, HEADS, LAYERS, VOCABULARY = 12, 32, 4, 2, 40
+MOST = 64  # places of a `bert` for any number of tokens
 
 
 class _Transformer(OnnxNet):
@@ -41,14 +42,16 @@ class _Transformer(OnnxNet):
         return self.linear(str(self.op("Mul", self.op("Mul", h, cdf), self.const(0.5))), 2 * WIDTH, WIDTH)
 
 
-def bert(path: Path, seed: int = 0) -> Path:
-    """ids, mask int64 [1, TOKENS] -> float32 [1, TOKENS, WIDTH], masked by the least float32."""
+def bert(path: Path, seed: int = 0, tokens: int | str = TOKENS) -> Path:
+    """ids, mask int64 [1, tokens] -> float32 [1, tokens, WIDTH], masked by the least float32. tokens: a symbol for any number up to MOST."""
     net = _Transformer(seed)
-    ids = net.input("ids", 1, TOKENS, dtype=onnx.TensorProto.INT64)
-    mask = net.input("mask", 1, TOKENS, dtype=onnx.TensorProto.INT64)
+    ids = net.input("ids", 1, tokens, dtype=onnx.TensorProto.INT64)
+    mask = net.input("mask", 1, tokens, dtype=onnx.TensorProto.INT64)
     kept = net.op("Cast", net.op("Unsqueeze", mask, net.ints(1, 2)), to=onnx.TensorProto.FLOAT)
     bias = net.op("Mul", net.op("Sub", net.const(1.0), kept), net.const(float(np.finfo(np.float32).min)))
-    words, places = (net.const(net.rng.standard_normal((n, WIDTH))) for n in (VOCABULARY, TOKENS))
+    words, places = (net.const(net.rng.standard_normal((n, WIDTH))) for n in (VOCABULARY, MOST if isinstance(tokens, str) else TOKENS))
+    if isinstance(tokens, str):
+        places = net.op("Slice", places, net.ints(0), net.op("Slice", net.op("Shape", ids), net.ints(1), net.ints(2)), net.ints(0))
     x = net.norm(net.op("Add", net.op("Gather", words, ids, axis=0), places))
     for _ in range(LAYERS):
         x = net.norm(net.op("Add", net.attention(x, bias), x))
@@ -70,13 +73,13 @@ def vit(path: Path, seed: int = 1) -> Path:
     return net.save(path, [net.linear(pooled, WIDTH, 10)])
 
 
-def sentences(count: int, seed: int = 5) -> list[dict[str, np.ndarray]]:
+def sentences(count: int, seed: int = 5, tokens: int = TOKENS) -> list[dict[str, np.ndarray]]:
     """Inputs of `bert`; the last tokens of each are padding."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
-        mask = (np.arange(TOKENS) < rng.integers(3, TOKENS + 1)).astype(np.int64)[None]
-        found.append({"ids": rng.integers(1, VOCABULARY, (1, TOKENS)) * mask, "mask": mask})
+        mask = (np.arange(tokens) < rng.integers(3, tokens + 1)).astype(np.int64)[None]
+        found.append({"ids": rng.integers(1, VOCABULARY, (1, tokens)) * mask, "mask": mask})
     return found
 
 

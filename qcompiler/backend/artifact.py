@@ -22,11 +22,13 @@ from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target
 from qcompiler.runtime.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
 from qcompiler.runtime.reference import ImportCheck
+from qcompiler.runtime.shapes import REPEAT, kinds, specializations
 
 if TYPE_CHECKING:  # a session reads manifests with this file, and needs no compiler
     from qcompiler.backend.lowering import Port, Program
 
 NUMERICS_VERSION = 1
+ENTRY = "qc_run"
 CONSTANTS_SECTION = ".qc.constants"
 CODE_SECTION = ".qc.code"  # zlib: the object file before linking, of which `bundle --static` makes an archive; not loaded with the library
 
@@ -150,6 +152,11 @@ def port_parameters(program: Program, values: Mapping[str, Any]) -> dict[str, An
     return {"inputs": ports(program.inputs), "outputs": ports(program.outputs)}
 
 
+def entry_name(index: int) -> str:
+    """The entry point of a library's shape number `index`, in its object code."""
+    return f"{ENTRY}_{index}" if index else ENTRY
+
+
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
     """Canonical JSON, with a digest of itself: {"digest": sha256 of the rest, ...}."""
     body = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -193,20 +200,35 @@ def _model_header(manifest: dict[str, Any], target: Target) -> str:
         quantization = f"{float(port.get('scale') or 0.0)!r}f, {int(port.get('zero_point') or 0)}"
         return f"{{{_c_string(port['name'])}, (qc_dtype){_DTYPES[port['dtype']]}, {len(port['shape'])}, {{{shape}}}, {port_bytes(port)}u, {quantization}}}"
 
+    shapes = specializations(manifest)
+    kind_of, rules = kinds(shapes), manifest.get("padding", {})
     lines = ["#include <cpuid.h>" if target.architecture == "x86_64" else ""]
     if target.architecture == "x86_64":
         lines.append("__attribute__((unused)) static int qc_cpuid7(unsigned subleaf, int which, int bit) {")
         lines.append("  unsigned r[4] = {0}; return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[which] >> bit & 1); }")
     lines.append(f"#define QC_TILES {int('amx_tile' in manifest['features'])}")
-    for name, ports in (("INPUT", manifest["inputs"]), ("OUTPUT", manifest["outputs"])):
-        lines += [f"#define QC_{name}_COUNT {len(ports)}", f"#define QC_{name}S {', '.join(map(info, ports))}"]
-        lines.append(f"#define QC_{name}_BYTES {', '.join(f'{port_bytes(port)}u' for port in ports)}")
+    lines += [f"#define QC_SHAPES {len(shapes)}", f"#define QC_AXES {max(kind_of.values(), default=0)}", f"#define QC_PADDED {int(bool(rules))}"]
+    for name, what in (("INPUT", "inputs"), ("OUTPUT", "outputs")):
+        at_each = ", ".join(f"{{{', '.join(map(info, m[what]))}}}" for m in shapes)
+        axes = (f"{{{', '.join(str(kind_of.get((what, p['name'], a), 0)) for a in range(8))}}}" for p in manifest[what])
+        lines += [f"#define QC_{name}_COUNT {len(manifest[what])}", f"#define QC_{name}S {at_each}", f"#define QC_{name}_AXES {', '.join(axes)}"]
+        lines.append(f"#define QC_{name}_BYTES {', '.join(f'{port_bytes(port)}u' for port in manifest[what])}")
+    lines.append(f"#define QC_PADS {', '.join(_pad_rule(rules.get(p['name'])) for p in manifest['inputs'])}")
+    lines.append(f"#define QC_ENTRIES(X) {' '.join(f'X({entry_name(i)})' for i in range(len(shapes)))}")
+    lines += [f"#define QC_WORKSPACE {max(m['workspace'] for m in shapes)}u", f"#define QC_CONSTANTS {manifest['constants']}u"]
+    lines += [f"#define QC_STEPS {len(manifest['steps'])}", f"#define QC_STEP_COUNTS {', '.join(str(len(m['steps'])) for m in shapes)}"]
     numbers = [{p["name"]: i for i, p in enumerate(manifest[ports])} for ports in ("inputs", "outputs")]
     state = manifest.get("state", {})
     lines += [f"#define QC_STATE_COUNT {len(state)}", f"#define QC_STATES {', '.join(f'{{{numbers[0][i]}, {numbers[1][o]}}}' for i, o in state.items())}"]
-    lines += [f"#define QC_WORKSPACE {manifest['workspace']}u", f"#define QC_CONSTANTS {manifest['constants']}u", f"#define QC_STEPS {len(manifest['steps'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target, manifest['features'])}", ""])
+
+
+def _pad_rule(rule: Any) -> str:
+    """A pad_rule of qc_shapes.h."""
+    if rule is None:
+        return "{0, 0.0}"
+    return "{2, 0.0}" if rule == REPEAT else f"{{1, {float(rule)!r}}}"
 
 
 def _with_checksum(library: bytes) -> bytes:
@@ -248,6 +270,6 @@ def write_sources(folder: Path, code: bytes, constants: bytes, encoded: bytes, m
     (folder / "data.s").write_text(_DATA)
     (folder / "model.h").write_text(_model_header(manifest, target))
     sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c", *(["qc_arm32.c"] if target.host_architecture == "armv7a" else [])]
-    for name in (*sources, "qc_engine.h", "qc_launches.h"):
+    for name in (*sources, "qc_engine.h", "qc_launches.h", "qc_shapes.h"):
         shutil.copy(RUNTIME / name, folder)
     return sources

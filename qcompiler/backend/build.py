@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 
 from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
-from qcompiler.backend.codegen import object_code
+from qcompiler.backend.codegen import code_added, object_code
 from qcompiler.backend.lowering import Params, Program, lower
+from qcompiler.backend.shared import Places, packed, share
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import bugs_named
 from qcompiler.base.files import temporary_folder
@@ -26,42 +28,100 @@ from qcompiler.runtime.session import Session
 
 @dataclass
 class Built:
-    """A program with its object code: linked again with other constants, no code is generated anew."""
+    """A program with its object code: linked again with other constants, no code is generated anew. others: programs of the same network at other shapes,
+    whose code is in the same object."""
 
     program: Program
     code: bytes
-    _here: tuple[Path, int] | None = field(default=None, repr=False)  # a library for sessions of this process, and the program's revision in it
+    others: tuple[Program, ...] = ()
+    _places: Places | None = field(default=None, repr=False)  # of the constants, as the code has them
+    _here: tuple[Path, int] | None = field(default=None, repr=False)  # a library for sessions of this process, and the revision of the constants in it
 
-    def link(self, **manifest: Any) -> Artifact:
-        """The library, with the program's constants as they are now. manifest: entries beside those that describe the program."""
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return (self.program, *self.others)
+
+    @property
+    def places(self) -> Places:
+        """Where the code looks for its constants."""
+        if self._places is None:
+            self._places = share(self.programs)
+        return self._places
+
+    @property
+    def constants(self) -> np.ndarray:
+        """The library's constants as they are now, where its code looks for them."""
+        return packed(self.programs, self.places)
+
+    @property
+    def revision(self) -> int:
+        return sum(p.revision for p in self.programs)
+
+    def replace_operand(self, value_id: str, index: int, array: np.ndarray) -> None:
+        """`Program.replace_operand` at every shape."""
+        for program in self.programs:
+            program.replace_operand(value_id, index, array)
+
+    def _settle(self) -> None:
+        """Constants of several shapes that were equal by chance, and no longer are, need places of their own, and so other code."""
+        if self.others and (places := share(self.programs)).offsets != self.places.offsets:
+            self.code, self._places, self._here = object_code(self.program, self.others, places), places, None
+
+    def link(self, *, further: Sequence[Mapping[str, Any]] = (), **manifest: Any) -> Artifact:
+        """The library, with the program's constants as they are now. manifest: entries beside those that describe the program; further: the same of the
+        others, where they are not those of the first."""
         with bugs_named("stage 'link'"):
+            self._settle()
+            further = further or [{}] * len(self.others)
             described = artifacts.program_manifest(self.program) | {"values": {}, "float_ops": []} | manifest
             described |= artifacts.port_parameters(self.program, described["values"])
-            return artifacts.link(self.code, self.program.constants, described, self.program.target)
+            if self.others:
+                first, *added = ({"constants_added": c, "code_added": k} for c, k in zip(self.places.own, code_added(self.code, self.programs), strict=True))
+                described |= first | {"constants": self.places.size}
+                described["shapes"] = [self._shape(program, described, more) | size for program, more, size in zip(self.others, further, added, strict=True)]
+            return artifacts.link(self.code, self.constants, described, self.program.target)
+
+    def _shape(self, program: Program, first: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+        """What the manifest says of another shape than the first, where it says something else."""
+        entry = artifacts.program_manifest(program) | dict(more)
+        entry |= artifacts.port_parameters(program, {**first["values"], **entry.get("values", {})})
+        return {k: v for k, v in entry.items() if k != "constants" and (k not in first or first[k] != v)}
 
     def session(self, threads: int | None = None) -> Session:
         """A session on this machine, with the program's constants as they are now. The library behind it is linked once and lives as long as this object.
         threads: all cores of this process where None."""
+        self._settle()
         if self._here is None:
             stack = contextlib.ExitStack()
             folder = stack.enter_context(temporary_folder())
             weakref.finalize(self, stack.close)
-            self._here = self.link().save(folder / "model.so"), self.program.revision
+            self._here = self.link().save(folder / "model.so"), self.revision
         path, revision = self._here
         session = Session(path, threads or len(os.sched_getaffinity(0)))
-        if self.program.revision != revision:
-            session.set_constants(self.program.constants)
+        if self.revision != revision:
+            session.set_constants(self.constants)
         return session
 
 
-def build(module: tvm.IRModule, target: Target, stage: str, params: Params | None = None, *, dump: Dump = no_dump, progress: Progress = silent) -> Built:
-    """Lower a module, with tuned `params` where there are some, and generate its code. stage: what `progress` calls it."""
+def build(
+    module: tvm.IRModule,
+    target: Target,
+    stage: str,
+    params: Params | None = None,
+    *,
+    others: Sequence[tvm.IRModule] = (),
+    dump: Dump = no_dump,
+    progress: Progress = silent,
+) -> Built:
+    """Lower a module, with tuned `params` where there are some, and generate its code. others: the same network at other shapes. stage: what `progress`
+    calls it."""
     with bugs_named(f"lowering for {target.name}", module):
-        program = lower(module, target, params, dump)
+        program, *more = (lower(m, target, params, dump) for m in (module, *others))
+        built = Built(program, b"", tuple(more))
         progress(stage, 0, 1)
-        code = object_code(program)
+        built.code = object_code(program, more, built.places)
     progress(stage, 1, 1)
-    return Built(program, code)
+    return built
 
 
 @contextlib.contextmanager

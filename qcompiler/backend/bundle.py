@@ -21,6 +21,7 @@ from qcompiler.base.files import new_folder
 from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.runtime.elf import mapped, read_section
 from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
+from qcompiler.runtime.shapes import of_inputs, specializations, spelled
 
 HEADERS = ("qcompiler.h", "loader.h", "pool.h", "qcompiler.hpp", "pool.hpp")
 
@@ -113,7 +114,7 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         "STEM": stem,
         "LIBRARY_SIZE": f"{library.stat().st_size} bytes",
         "RUN_SIZE": f"{runner.stat().st_size} bytes",
-        "PORTS": _ports(inputs, outputs),
+        "PORTS": _ports(inputs, outputs) + _shapes(manifest),
         "INPUT_OPTIONS": " ".join(f"--input '{p['name']}=input{i}.npy'" for i, p in enumerate(inputs)),
         "INPUT_NAME": json.dumps(first["name"], ensure_ascii=False),
         "INPUT_TYPE": _C_TYPES.get(first["dtype"], first["dtype"]),
@@ -173,6 +174,16 @@ def _ports(inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:
             quantization = [f"{p['scale']:.6g}", str(p["zero_point"])] if p.get("scale") else ["none", "none"]
             rows.append(f"| {what} | `{p['name']}` | {p['dtype']} | {p['shape']} | {' | '.join(quantization)} |")
     return "\n".join(rows)
+
+
+def _shapes(manifest: Mapping[str, Any]) -> str:
+    """The shapes of a library that has several, as a list."""
+    if "shapes" not in manifest:
+        return ""
+    padding = "".join(f", `{name}` with {rule}" for name, rule in manifest.get("padding", {}).items())
+    what = f"Inputs of lengths in between are padded{padding.replace(',', ':', 1)}." if padding else "Inputs of other shapes are refused."
+    rows = "\n".join(f"- {spelled(of_inputs(m))}" for m in specializations(manifest))
+    return f"\n\nAbove is the first of the shapes that it runs at:\n\n{rows}\n\n{what}"
 
 
 def _glibc(path: Path) -> str:

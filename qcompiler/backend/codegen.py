@@ -1,4 +1,5 @@
-"""Code generation: a Program becomes one object file with the entry point `qc_run`.
+"""Code generation: a Program becomes one object file with the entry point `qc_run`; further programs of the same network, at other shapes, get `qc_run_1`,
+`qc_run_2`, ... in the same file.
 
 `qc_run(workspace, constants, inputs..., outputs..., begin: int32, end: int32)`, all pointers raw, runs steps [begin, end). Each step is a loop over
 its kernel's tasks, parallel when there are several. Every distinct kernel is compiled by itself, on all cores, or taken from the cache (`kernel_cache.py`),
@@ -11,8 +12,9 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import tvm
@@ -20,24 +22,28 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.artifact import entry_name, find_compiler
 from qcompiler.backend.cuda import gpu_object_code
 from qcompiler.backend.kernel_cache import cached, trim
-from qcompiler.backend.lowering import Program, Step
+from qcompiler.backend.lowering import Program, Step, kernels_of
+from qcompiler.backend.shared import Places, share
 from qcompiler.base.errors import TargetError, bugs_named
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
+from qcompiler.runtime.elf import symbol_sizes
 from qcompiler.schedules.table import Kernel
 
-ENTRY = "qc_run"
-ENTRY_SYMBOL = f"__tvm_ffi_{ENTRY}"  # as TVM exports it
+
+def _entry_symbol(index: int) -> str:
+    """The entry point of shape number `index`, as TVM exports it."""
+    return f"__tvm_ffi_{entry_name(index)}"
 
 
-def _entry(program: Program, symbols: Mapping[str, str]) -> Any:
-    """The entry point. symbols: kernel key -> name of its function, in another object."""
+def _entry(name: str, program: Program, offsets: Sequence[Sequence[int]], symbols: Mapping[str, str]) -> Any:
+    """An entry point. offsets: where the constants of each step lie. symbols: kernel key -> name of its function, in another object."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
-            T.func_attr({"global_symbol": ENTRY})
+            T.func_attr({"global_symbol": name})
             workspace, constants = T.arg("workspace", T.handle()), T.arg("constants", T.handle())
             inputs = [T.arg(f"input{i}", T.handle()) for i in range(len(program.inputs))]
             outputs = [T.arg(f"output{i}", T.handle()) for i in range(len(program.outputs))]
@@ -53,34 +59,48 @@ def _entry(program: Program, symbols: Mapping[str, str]) -> Any:
                     return at(workspace, place.offset)
                 return (inputs if place.space == "input" else outputs)[place.offset]
 
-            def arguments(step: Step) -> list[Any]:
-                args = [pointer(v) for v in step.reads] + [at(constants, o) for o in step.constants]
+            def arguments(step: Step, places: Sequence[int]) -> list[Any]:
+                args = [pointer(v) for v in step.reads] + [at(constants, o) for o in places]
                 args += [pointer(v) for v in [step.writes, *step.more]]
                 return args + ([at(workspace, step.scratch)] if step.kernel.scratch else [])
 
-            for index, step in enumerate(program.steps):
+            for index, (step, places) in enumerate(zip(program.steps, offsets, strict=True)):
                 with T.If(tirx.all(begin <= index, end > index)), T.Then():
                     symbol = symbols[step.kernel.key]
                     if step.kernel.tasks == 1:
-                        T.evaluate(tirx.call_extern("int32", symbol, tirx.const(0, "int32"), *arguments(step)))
+                        T.evaluate(tirx.call_extern("int32", symbol, tirx.const(0, "int32"), *arguments(step, places)))
                     else:
                         with T.parallel(0, step.kernel.tasks) as task:
-                            T.evaluate(tirx.call_extern("int32", symbol, task, *arguments(step)))
+                            T.evaluate(tirx.call_extern("int32", symbol, task, *arguments(step, places)))
     return builder.get()
 
 
-def object_code(program: Program) -> bytes:
-    """The object file of a program. Raises TargetError when the target's linker or its compiler for a GPU is missing or fails, InternalError when TVM refuses
-    what we wrote."""
+def object_code(program: Program, others: Sequence[Program] = (), places: Places | None = None) -> bytes:
+    """The object file of a program, and of `others` with it. places: of their constants, those of `share` where None. Raises TargetError when the target's
+    linker or its compiler for a GPU is missing or fails, InternalError when TVM refuses what we wrote."""
+    programs = (program, *others)
     if program.target.gpu:
+        assert not others, "a library for a GPU has one shape"
         return gpu_object_code(program)
     with bugs_named(f"code generation for {program.target.name}"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        kernels = {kernel.key: kernel for kernel in program.kernels().values()}
+        kernels = {kernel.key: kernel for kernel in kernels_of(s for p in programs for s in p.steps).values()}
         symbols = {key: _symbol(kernel) for key, kernel in kernels.items()}
         objects = list(pool.map(lambda key: cached(key, program.target, lambda: _kernel_object(symbols[key], kernels[key], program.target)), kernels))
-        objects.append(_built(tvm.IRModule({ENTRY: _entry(program, symbols)}), program.target))
+        offsets = (places or share(programs)).offsets
+        entries = {entry_name(i): _entry(entry_name(i), p, offsets[i], symbols) for i, p in enumerate(programs)}
+        objects.append(_built(tvm.IRModule(entries), program.target))
     trim()
-    return _joined(objects, program.target)
+    return _joined(objects, map(_entry_symbol, range(len(programs))), program.target)
+
+
+def code_added(code: bytes, programs: Sequence[Program]) -> list[int]:
+    """Of `object_code`: bytes of the entry point of each program, and of the kernels that none before it has."""
+    sizes, seen, added = symbol_sizes(code, Path("code.o")), set[str](), []
+    for index, program in enumerate(programs):
+        own = {_symbol(kernel) for kernel in program.kernels().values()} - seen
+        seen |= own
+        added.append(sum(sizes.get(symbol, 0) for symbol in [_entry_symbol(index), *own]))
+    return added
 
 
 def _symbol(kernel: Kernel) -> str:
@@ -107,14 +127,14 @@ def _built(module: tvm.IRModule, target: Target) -> bytes:
         return path.read_bytes()
 
 
-def _joined(objects: Sequence[bytes], target: Target) -> bytes:
-    """Object files as one, without what the entry point does not reach. Raises TargetError when the linker is missing or fails."""
+def _joined(objects: Sequence[bytes], entries: Iterable[str], target: Target) -> bytes:
+    """Object files as one, without what the entry points do not reach. Raises TargetError when the linker is missing or fails."""
     compiler = find_compiler(target)
     with temporary_folder() as folder:
         names = [f"{i}.o" for i in range(len(objects))]
         for name, content in zip(names, objects, strict=True):
             (folder / name).write_bytes(content)
-        command = [compiler, "-r", "-nostdlib", "-Wl,--build-id=none", "-Wl,--gc-sections", f"-Wl,-u,{ENTRY_SYMBOL}", *names, "-o", "code.o"]
+        command = [compiler, "-r", "-nostdlib", "-Wl,--build-id=none", "-Wl,--gc-sections", *(f"-Wl,-u,{entry}" for entry in entries), *names, "-o", "code.o"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise TargetError(f"linking for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,11 +93,7 @@ class Program:
 
     def kernels(self) -> dict[str, Kernel]:
         """Every distinct kernel by its symbol, in order of first use."""
-        found: dict[str, tuple[str, Kernel]] = {}
-        for step in self.steps:
-            if step.kernel.key not in found:
-                found[step.kernel.key] = (f"k{len(found)}_" + re.sub(r"\W", "_", step.name), step.kernel)
-        return dict(found.values())
+        return kernels_of(self.steps)
 
     def step_of(self, value_id: str) -> Step:
         """The step that computes a value. Raises KeyError."""
@@ -122,6 +118,15 @@ class Program:
             raw, offset = np.ascontiguousarray(packed).view(np.uint8).reshape(-1), step.constants[at]
             self.constants[offset : offset + raw.size] = raw
         self.revision += 1
+
+
+def kernels_of(steps: Iterable[Step]) -> dict[str, Kernel]:
+    """Every distinct kernel of some steps by its symbol, in order of first use."""
+    found: dict[str, tuple[str, Kernel]] = {}
+    for step in steps:
+        if step.kernel.key not in found:
+            found[step.kernel.key] = (f"k{len(found)}_" + re.sub(r"\W", "_", step.name), step.kernel)
+    return dict(found.values())
 
 
 def lower(module: tvm.IRModule, target: Target, params: Params | None = None, dump: Dump = no_dump) -> Program:

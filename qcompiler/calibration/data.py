@@ -314,7 +314,8 @@ class _Taken:
 
 def take(samples: Samples, indices: Sequence[int]) -> Samples:
     """The samples at `indices`, in order."""
-    return samples.take(indices) if isinstance(samples, ImageSamples) else _Taken(samples, indices)
+    taken: Samples = samples.take(indices) if hasattr(samples, "take") else _Taken(samples, indices)
+    return taken
 
 
 def at_most(samples: Samples, count: int | None) -> Samples:
@@ -326,7 +327,7 @@ def at_most(samples: Samples, count: int | None) -> Samples:
         raise DataError(f"{count} samples are asked for; at least 1 is needed")
     if count is None or (samples.count is not None and samples.count <= count):
         return samples
-    return samples.spread(count) if isinstance(samples, ImageSamples) else _Taken(samples, range(count))
+    return samples.spread(count) if isinstance(samples, ImageSamples) else take(samples, range(count))
 
 
 def unused(samples: object) -> list[str]:

@@ -20,6 +20,8 @@ from qcompiler.calibration.data import Preprocessing, Sample, Samples, at_most, 
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 from qcompiler.calibration.stored import StoredSamples, open_source, stored
 from qcompiler.numerics.operators import dequantize, quantize
+from qcompiler.runtime.shapes import Fitting, specializations
+from qcompiler.runtime.shapes import ports as shapes_of
 
 INPUT_TYPES, OUTPUT_TYPES = ("uint8", "int8"), ("int8", "uint8")
 _FOLDED = ("color", "scale", "mean", "std", "layout")  # keys of a preprocessing file that such a library carries out itself
@@ -164,7 +166,10 @@ def open_given(source: Any, library: Any, preprocess: Preprocessing, count: int 
     pixels = [p for p in ports.values() if isinstance(p, PixelInput)]
     settings = None if preprocess is None else load_preprocess(preprocess)
     if not ports or isinstance(source, MappedSamples):
-        return at_most(_of_model(open_source(source, library.inputs, settings), library.manifest.get("digests", {}).get("model")), count)
+        every = specializations(library.manifest)
+        samples = open_source(source, library.inputs, settings, Fitting(library.manifest) if len(every) > 1 else None)
+        at = next((m for m in every if isinstance(samples, StoredSamples) and shapes_of(m["inputs"]) == list(samples.inputs)), library.manifest)
+        return at_most(_of_model(samples, at.get("digests", {}).get("model")), count)
     if settings is not None:
         for port in pixels:
             _check_folded(port, settings)

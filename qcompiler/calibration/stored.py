@@ -23,9 +23,11 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.files import open_regular, parse_json, replacing
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.arrays import Header, damage, read_headers, read_rows, skip_header
-from qcompiler.calibration.data import Sample, Samples, Source, check_sample, open_samples
+from qcompiler.calibration.data import Sample, Samples, Source, check_sample
 from qcompiler.calibration.preprocess import Preprocess
+from qcompiler.calibration.shaped import open_any
 from qcompiler.calibration.table import CalibrationTable, Watcher
+from qcompiler.runtime.shapes import Fitting, like
 
 SUFFIX = ".qcal"
 FORMAT = 1
@@ -51,12 +53,12 @@ class Pass:
 
 class StoredSamples:
     """The samples in a file, read one at a time; passes are read when they are asked for. Raises DataError for what `save` did not write, and for samples of
-    other inputs than `inputs`."""
+    other inputs than `inputs` and those of `others`, the network at other shapes."""
 
     names: Sequence[str] = ()
 
-    def __init__(self, path: Path, inputs: Sequence[TensorInfo]) -> None:
-        self._path, self._inputs = path, inputs
+    def __init__(self, path: Path, inputs: Sequence[TensorInfo], others: Sequence[Sequence[TensorInfo]] = ()) -> None:
+        self._path = path
         self._headers = read_headers(path)
         meta = self._json("meta")
         try:
@@ -68,7 +70,8 @@ class StoredSamples:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a calibration that qcompiler stored ({type(error).__name__}: {error}); calibrate again") from error
         wanted = [(i.name, tuple(i.shape), i.dtype) for i in inputs]
-        if given != wanted:
+        self.inputs = next((form for form in (inputs, *others) if given == [(i.name, tuple(i.shape), i.dtype) for i in form]), ())
+        if not self.inputs:
             raise DataError(f"{path}: its samples are for the inputs {given}, the model has {wanted}; calibrate again")
 
     def check_model(self, digest: str | None) -> None:
@@ -91,9 +94,9 @@ class StoredSamples:
         for index in range(self.count):
             where = f"{self._path}: sample {index}"
             with damage(self._path, SUFFIX, f"sample {index}"):
-                sample = {info.name: self._array(f"sample/{index}/{number}") for number, info in enumerate(self._inputs)}
+                sample = {info.name: self._array(f"sample/{index}/{number}") for number, info in enumerate(self.inputs)}
             digest.update(_bytes(sample))
-            yield check_sample(sample, self._inputs, where)
+            yield check_sample(sample, self.inputs, where)
         if digest.hexdigest() != self.digest:
             raise DataError(f"{self._path}: its samples are not those that were stored (their digest differs); calibrate again")
 
@@ -116,16 +119,20 @@ def stored(source: Any) -> TypeGuard[str | os.PathLike[str]]:
 
 
 def open_source(
-    source: Source | Samples, inputs: Sequence[TensorInfo], preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None
+    source: Source | Samples,
+    inputs: Sequence[TensorInfo],
+    preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None,
+    fitting: Fitting | None = None,
 ) -> Samples:
-    """As `open_samples`; a stored calibration too."""
+    """As `open_any`; a stored calibration too. fitting: of a network at several shapes."""
+    fitting = fitting or like(inputs)
     if isinstance(source, StoredSamples):
         return source
     if stored(source):
         if preprocess is not None:
             raise DataError(f"{source}: preprocessing applies to a folder of images only; a stored calibration holds what was made of them")
-        return StoredSamples(Path(source), inputs)
-    return open_samples(source, inputs, preprocess)
+        return StoredSamples(Path(source), inputs, [[TensorInfo(i.name, shapes[i.name], i.dtype) for i in inputs] for shapes in fitting.inputs])
+    return open_any(source, inputs, fitting, preprocess)
 
 
 def save(path: str | os.PathLike[str], model: str, inputs: Sequence[TensorInfo], samples: Samples, passes: Mapping[str, Pass]) -> int:

@@ -22,6 +22,7 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import check_sample
 from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics
+from qcompiler.calibration.shaped import ShapedSamples
 
 FORMAT = 1
 UNBOUNDED = 2.0**100  # values beyond it stand for infinity: the least float32 that masks add, say
@@ -48,8 +49,8 @@ class Watcher(Protocol):
 class Statistics:
     """What calibration saw of one float32 value over all samples.
 
-    Channels are the last axis. `channel_sum` and `channel_square` (of values and of their squares, float64[C]) are over `channel_count`
-    values per channel; `channel_low` and `channel_high` are float32[C].
+    Channels are the last axis; where samples have last axes of several lengths, all of it is one channel. `channel_sum` and `channel_square` (of values
+    and of their squares, float64[C]) are over `channel_count` values per channel; `channel_low` and `channel_high` are float32[C].
     """
 
     histogram: Histogram = field(default_factory=Histogram)
@@ -85,6 +86,11 @@ class Statistics:
         least, greatest, power = float(low.min()), float(high.max()), float(squares.sum())
         if not (np.isfinite(sums).all() and max(-least, greatest) < UNBOUNDED):
             return False
+        if self.channel_count and len(sums) != len(self.channel_sum):
+            sums, squares, low, high = sums.sum(keepdims=True), squares.sum(keepdims=True), low.min(keepdims=True), high.max(keepdims=True)
+            self.channel_count *= len(self.channel_sum)
+            self.channel_sum, self.channel_square = self.channel_sum.sum(keepdims=True), self.channel_square.sum(keepdims=True)
+            self.channel_low, self.channel_high = self.channel_low.min(keepdims=True), self.channel_high.max(keepdims=True)
         if self.channel_count:
             low, high = np.minimum(low, self.channel_low), np.maximum(high, self.channel_high)
             sums, squares = sums + self.channel_sum, squares + self.channel_square
@@ -150,14 +156,15 @@ def calibrate(
     *,
     ids: Collection[str] | None = None,
     watchers: Sequence[Watcher] = (),
+    at_first: Sequence[Watcher] = (),
     progress: Progress = silent,
     stage: str = "calibrate",
 ) -> CalibrationTable:
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
 
-    Each sample is {input name: array} with exactly the model's shapes and dtypes. `watchers` see every value of the same pass; `stage` is what
-    `progress` calls it. Raises DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, or
-    NaN in a recorded value.
+    Each sample is {input name: array} with exactly the model's shapes and dtypes; `ShapedSamples` are of any shape that the executor has. `watchers` see
+    every value of the same pass, those `at_first` only where the sample has the executor's first shape; `stage` is what `progress` calls it. Raises
+    DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, or NaN in a recorded value.
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
@@ -169,18 +176,20 @@ def calibrate(
             if np.isnan(array).any():
                 bad.append(name)
             table.unbounded.add(name)
-        for watcher in watchers:
+        for watcher in looking:
             watcher.visit(name, array)
 
     for sample in samples:
-        sample = check_sample(sample, executor.inputs, f"calibration sample {table.samples}")
+        if not isinstance(samples, ShapedSamples):
+            sample = check_sample(sample, executor.inputs, f"calibration sample {table.samples}")
+        looking = [*watchers, *(at_first if all(sample[i.name].shape == tuple(i.shape) for i in executor.inputs) else ())]
         outputs = executor.trace(sample, visit)
         if bad:
             raise DataError(
                 f"calibration sample {table.samples}: value '{bad[0]}' is not a number (NaN) although the inputs are; "
                 "check the preprocessing, or leave this sample out"
             )
-        for watcher in watchers:
+        for watcher in looking:
             watcher.end_sample(outputs)
         table.samples += 1
         progress(stage, table.samples, total)

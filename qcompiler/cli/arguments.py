@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qcompiler.base.errors import ModelError
+from qcompiler.base.shape_table import parse_shape
 from qcompiler.pipeline.options import ARGUMENTS, GROUPS, LISTS, OPTIONS, TYPES, Option
+from qcompiler.runtime.shapes import REPEAT
 
 QUANTIZING = ("network", "recipe", "kernels", "work")
 """Groups of options of every verb that quantizes."""
@@ -69,7 +72,17 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
     for name, option in OPTIONS.items():
         value = getattr(options, name, None)
         if value is not None and value != [] and value != option.default:
-            found[name] = dict(value) if isinstance(value, list) and name not in LISTS else value
+            found[name] = once(option, value) if isinstance(value, list) and name not in LISTS else value
+    return found
+
+
+def once(option: Option, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """{input: value} of an option that is given for each input. Raises ModelError for an input that is named twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ModelError(f"{option.flag} {name} is given twice")
+        found[name] = value
     return found
 
 
@@ -77,7 +90,7 @@ def read_files(options: argparse.Namespace) -> Iterator[str | Path]:
     """The files and folders that a command reads."""
     from qcompiler.importers.onnx_file import files_of
 
-    for name in ("model", "library", "calibration", "data", "preprocess", "labels", "tuning_log", "targets_file"):
+    for name in ("model", "library", "calibration", "data", "preprocess", "labels", "tuning_log", "targets_file", "shapes"):
         if given := getattr(options, name, None):
             yield from files_of(Path(given)) if name == "model" else [given]
     yield from (path for _, path in getattr(options, "input", ()))
@@ -86,16 +99,13 @@ def read_files(options: argparse.Namespace) -> Iterator[str | Path]:
 # -- words --------------------------------------------------------------------------------------------------------------------------------------
 
 
-def shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """NAME=1,3,224,224"""
-    name, _, dimensions = text.rpartition("=")
+def shape(text: str) -> tuple[str, tuple[int, ...] | list[tuple[int, ...]]]:
+    """NAME=1,3,224,224 or NAME=1,{16,32}"""
     try:
-        found = tuple(int(d) for d in dimensions.split(",") if d.strip())
-    except ValueError:
-        found = (0,)
-    if not name or any(d < 1 for d in found):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=1,3,224,224 with positive dimensions")
-    return name, found
+        name, found = parse_shape(text)
+        return name, found[0] if len(found) == 1 else found
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
 def input_value(text: str) -> tuple[str, str]:
@@ -122,6 +132,18 @@ def kept(text: str) -> tuple[str, str]:
     return name, output
 
 
+def pad_rule(text: str) -> tuple[str, float | str]:
+    """NAME=0 or NAME=repeat"""
+    name, _, value = text.rpartition("=")
+    try:
+        rule = value if value == REPEAT else float(value)
+    except ValueError:
+        name, rule = "", 0.0
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=0 or NAME={REPEAT}")
+    return name, rule
+
+
 def duration(text: str) -> float:
     """Seconds of "90", "90s", "20m" or "1.5h"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
@@ -145,6 +167,6 @@ def positive(text: str) -> int:
 
 
 _WORDS: dict[str, Any] = {
-    **{"input_shapes": shape, "input_values": input_value, "input_types": typed, "output_types": typed, "state": kept},
+    **{"input_shapes": shape, "pad": pad_rule, "input_values": input_value, "input_types": typed, "output_types": typed, "state": kept},
     "time_budget": duration,
 }

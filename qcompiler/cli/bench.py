@@ -9,13 +9,15 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import qcompiler
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable, replacing, temporary_folder
+from qcompiler.base.shape_table import shape_rows
 from qcompiler.cli import throughput as cli_throughput
-from qcompiler.cli.arguments import duration, positive, read_files
+from qcompiler.cli.arguments import duration, once, positive, read_files, shape
 from qcompiler.cli.process import complain, show, watched
 from qcompiler.pipeline.options import DATA_HELP, OPTIONS
 from qcompiler.runtime.peers import PEERS
@@ -45,6 +47,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
         help=f"measure these on MODEL too, where they are installed: {', '.join(PEERS)}; in float, and with --data in int8 as their own quantizers make it. "
         "LiteRT takes a file of the same network: litert=FILE.tflite",
     )
+    p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,16", type=shape, help="of a library for several shapes: measure these only")
     p.add_argument("--data", metavar="DATA", help=f"measure on the first of these inputs, and let other runtimes quantize with them: {DATA_HELP}")
     p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
     p.add_argument("--duration", "--seconds", dest="seconds", type=duration, default=3.0, metavar="TIME", help="to spend on measuring: 10s, 1m (default 3s)")
@@ -68,6 +71,54 @@ def _peers(text: str) -> list[tuple[str, str | None]]:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from qcompiler.runtime.bench import random_inputs
+    from qcompiler.runtime.shapes import spelled
+
+    cli_throughput.check(options)
+    if any(options.against) and not options.model:
+        raise DataError("--against needs --model: the other runtime runs the ONNX model")
+    if options.csv and not options.layers:
+        raise DataError("--csv prints the steps; it goes with --layers")
+    if options.preprocess and not options.data:
+        raise DataError("--preprocess is for the images of --data")
+    trace = None if options.trace is None else check_writable(options.trace, read_files(options))
+    session = qcompiler.load(options.library, threads=options.threads)
+    picked = _picked(options, session)
+    one = next((word for word in ("csv", "trace", "throughput") if getattr(options, word)), None)
+    if len(picked) > 1 and one is not None:
+        raise DataError(f"--{one} is of one shape, and this library has {len(picked)}; name one with --input-shape")
+    if options.throughput:
+        at, samples = picked[0]
+        return cli_throughput.throughput(options, samples[0] if samples else random_inputs(at.inputs), show)
+    found = [_measured(options, at, samples, trace) for at, samples in picked]
+    if "shapes" in session.manifest:
+        titles = [spelled({i.name: i.shape for i in at.inputs}) for at, _ in picked]
+        found = [({"shape": t, **document}, text if options.csv else f"{t}\n\n{text}") for t, (document, text) in zip(titles, found, strict=True)]
+    show(options, found[0][0] if len(found) == 1 else {"shapes": [document for document, _ in found]}, lambda: "\n\n".join(text for _, text in found))
+    return 0
+
+
+def _picked(options: argparse.Namespace, session: Any) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """(the session at a shape, samples of --data for it) of every shape that is to be measured: those asked for, else those of the data, else all."""
+    from qcompiler.calibration.ports import open_given
+    from qcompiler.calibration.shaped import ShapedSamples
+    from qcompiler.runtime.shapes import chosen_shapes
+
+    most = QUANTIZING_SAMPLES if any(options.against) else 1
+    if "shapes" not in session.manifest and not options.input_shape:
+        return [(session, list(itertools.islice(open_given(options.data, session, options.preprocess, most), most)) if options.data else [])]
+    numbers = chosen_shapes(session.manifest, shape_rows(once(OPTIONS["input_shapes"], options.input_shape)))
+    data = open_given(options.data, session, options.preprocess) if options.data else None
+    if isinstance(data, ShapedSamples):
+        numbers = [i for i in numbers if data.shapes[i]]
+        if not numbers:
+            raise DataError(f"{options.data}: holds no sample of the shapes to be measured")
+        return [(session.specializations[i], list(itertools.islice(data.at(i), most))) for i in numbers]
+    return [(session.specializations[i], []) for i in numbers]
+
+
+def _measured(options: argparse.Namespace, session: Any, samples: list[dict[str, Any]], trace: Path | None) -> tuple[dict[str, Any], str]:
+    """What `bench` finds of a library at one shape, as a document and as text."""
     from qcompiler.calibration.ports import real_inputs
     from qcompiler.cli.tables import footprint_text, profile_text, timing_text
     from qcompiler.runtime.bench import BUSY, Neighbours, interleave, random_inputs, ratios
@@ -76,20 +127,8 @@ def _bench(options: argparse.Namespace) -> int:
     from qcompiler.verification.footprint import joules, memory
     from qcompiler.verification.twin import float_session
 
-    cli_throughput.check(options)
     against = list(itertools.chain.from_iterable(options.against))
-    if against and not options.model:
-        raise DataError("--against needs --model: the other runtime runs the ONNX model")
-    if options.csv and not options.layers:
-        raise DataError("--csv prints the steps; it goes with --layers")
-    if options.preprocess and not options.data:
-        raise DataError("--preprocess is for the images of --data")
-    trace = None if options.trace is None else check_writable(options.trace, read_files(options))
-    session = qcompiler.load(options.library, threads=options.threads)
-    samples = _samples(options, session)
     inputs = samples[0] if samples else random_inputs(session.inputs)
-    if options.throughput:
-        return cli_throughput.throughput(options, inputs, show)
     real = functools.partial(real_inputs, session.manifest)
     candidates: dict[str, Callable[[], object]] = {"int8": lambda: session.run(inputs)}
     float_twin = None
@@ -133,23 +172,11 @@ def _bench(options: argparse.Namespace) -> int:
         "footprint": {name: {**vars(used), "joules": energy} for name, (used, energy) in measured.items()},
     }
     if options.csv:
-        show(options, document, lambda: _csv(step_times(steps, floats)[0]))
-        return 0
+        return document, _csv(step_times(steps, floats)[0])
     parts = [timing_text(timings, base, batch, options.threads)]
     parts += [profile_text(steps, floats)] if options.layers else []
     parts += [footprint_text(measured)] if measured else []
-    show(options, document, lambda: "\n\n".join(parts))
-    return 0
-
-
-def _samples(options: argparse.Namespace, session: qcompiler.Session) -> list[dict[str, Any]]:
-    """Those of --data, at most QUANTIZING_SAMPLES; none without it."""
-    if not options.data:
-        return []
-    from qcompiler.calibration.ports import open_given
-
-    most = QUANTIZING_SAMPLES if options.against else 1
-    return list(itertools.islice(open_given(options.data, session, options.preprocess, most), most))
+    return document, "\n\n".join(parts)
 
 
 def _not_faster(ratio: float, steps: Sequence[Any]) -> str:

@@ -137,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _compile(options: argparse.Namespace) -> int:
     from qcompiler.cli.tables import compiled_text
+    from qcompiler.runtime.shapes import specializations
 
     output = check_writable(options.output, read_files(options))
     with watched(options) as progress:
@@ -148,6 +149,8 @@ def _compile(options: argparse.Namespace) -> int:
     account = manifest.get("mixed_precision")
     document = {"output": str(output), "bytes": artifact.size, **{k: manifest.get(k) for k in ("target", "operators", "sqnr_db", "float_ops", "notes")}}
     document |= {k: v for k, v in (("import", artifact.imported), ("mixed_precision", account), ("weights", manifest.get("weights"))) if v is not None}
+    if "shapes" in manifest:
+        document["shapes"] = [{k: m[k] for k in ("inputs", "code_added", "constants_added", "workspace")} for m in specializations(manifest)]
     show(options, document, lambda: compiled_text(output, artifact, options.model, options.verbose))
     return 0 if account is None or account["met"] else 1
 

@@ -10,6 +10,7 @@ from qcompiler.base.text import count_text, float_layers, milliseconds, number, 
 from qcompiler.numerics.weight_only import heading
 from qcompiler.pipeline.texts import weights_text
 from qcompiler.runtime.bench import Timing, ratios
+from qcompiler.runtime.shapes import of_inputs, specializations, spelled
 
 if TYPE_CHECKING:
     from qcompiler.backend.artifact import Artifact
@@ -31,6 +32,8 @@ def compiled_text(output: Path, artifact: Artifact, model: str, verbose: bool) -
     lines += [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in floats[:shown]]
     if len(floats) > shown:
         lines.append(f"... and {len(floats) - shown} more in float; qcompiler inspect {output} lists them")
+    if "shapes" in manifest:
+        lines += ["", shapes_text(manifest)]
     if "mixed_precision" in manifest:
         lines += ["", target_text(manifest["mixed_precision"])]
     if "weights" in manifest:
@@ -97,6 +100,14 @@ def port_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
+def shapes_text(manifest: Mapping[str, Any]) -> str:
+    """The shapes that a library was compiled for, and what each takes beside those before it."""
+    rows = []
+    for m in specializations(manifest):
+        rows.append([spelled(of_inputs(m)), str(len(m["steps"])), size(m["code_added"]), size(m["constants_added"]), size(m["workspace"])])
+    return table(f"Shapes: {len(rows)}", ("inputs", "steps|", "code added|", "constants added|", "workspace|"), rows, width=180)
+
+
 def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per step of the library: value id, operator, how its result is held, kernel row, multiply-adds, and why it is not int8 (or None)."""
     reasons = {entry["id"]: entry["reason"] for entry in manifest["float_ops"]}
@@ -133,6 +144,8 @@ def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
         [
             table("Library", ("", ""), [["size", size(file_size)], *general]),
             table("Inputs and outputs", ("", "name", "dtype", "shape", "its numbers"), port_rows(manifest)),
+            table("Inputs and outputs", ("", "name", "dtype", "shape"), port_rows(manifest)),
+            *([shapes_text(manifest)] if "shapes" in manifest else []),
             table(title, ("value", "operator", "result", "kernel", "MMAC|", "why not int8"), cells, width=180),
             *target,
         ]

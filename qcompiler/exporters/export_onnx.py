@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import check_writable, replacing
+from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target
 from qcompiler.importers.onnx_file import default_opset, files_of, read
 from qcompiler.importers.qdq import take_out
@@ -32,6 +33,7 @@ from qcompiler.passes.graph import Graph, relax_op, shape_of
 from qcompiler.passes.groups import STREAMS, Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.pipeline.stages import Compilation
 from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
@@ -63,6 +65,7 @@ def export_onnx(
     """
     options = complete(options, "export_onnx")
     path = check_writable(Path(output), [*files_of(Path(model)), calibration, options["preprocess"], options["labels"]])
+    check_single(asked_rows(options), "export_onnx")
     source = _source(Path(model), options["requantize"])
     options["disable"] = [*options["disable"], "streams"]  # QDQ states 8 bits
     export = qdq_model(source, compile_stages(model, target, calibration, **options))

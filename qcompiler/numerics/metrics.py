@@ -131,7 +131,8 @@ class Metrics:
 
 
 class Accumulator:
-    """Collects pairs of equal shape; `metrics` may be asked at any time after the first."""
+    """Collects pairs of equal shape, which may be another from pair to pair; `metrics` may be asked at any time after the first. Of an axis whose length
+    varies no slices or channels are told apart."""
 
     def __init__(self, step: float | None = None) -> None:
         """`step`: the quantization step (scale) of the tensor, when it has one."""
@@ -158,14 +159,18 @@ class Accumulator:
         self._error2 += float(error @ error)
         self._signed += float(everything.sum())
         for axis in _axes(actual.shape):
-            sums = (slice_sums(np.square(x).reshape(actual.shape), axis) for x in (r, error))
-            self._slices[axis] = tuple(x + y for x, y in zip(self._slices.get(axis, (0.0, 0.0)), sums, strict=True))
+            power, noise = (slice_sums(np.square(x).reshape(actual.shape), axis) for x in (r, error))
+            before = self._slices.get(axis, (np.zeros_like(power), np.zeros_like(noise)))
+            same = len(before[0]) == len(power)
+            self._slices[axis] = (before[0] + power, before[1] + noise) if same else (np.zeros(0), np.zeros(0))
         # The bit pattern of a non-negative float32 grows with its value, so its high bits are a histogram bin with 64 bins per octave.
         magnitude = np.abs(everything).astype(np.float32)
         self._maximum = float(np.maximum(self._maximum, magnitude.max(initial=0.0)))  # np.maximum keeps NaN
         self._histogram += np.bincount(magnitude.view(np.uint32) >> _SHIFT, minlength=_BINS)
         if self._step is not None and actual.ndim:
             sums = everything.reshape(-1, actual.shape[-1]).sum(0)
+            if self._channels is not None and len(self._channels) != len(sums):
+                self._channels, sums = self._channels.sum(keepdims=True), sums.sum(keepdims=True)
             self._channels = sums if self._channels is None else self._channels + sums
 
     def metrics(self) -> Metrics:

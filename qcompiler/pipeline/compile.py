@@ -14,21 +14,22 @@ from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import build
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.tuning_log import Tuned
-from qcompiler.base.debug import Dumper
+from qcompiler.base.debug import Dumper, no_dump
 from qcompiler.base.errors import DataError, PlanError
 from qcompiler.base.progress import silent
 from qcompiler.base.targets import Target, find_target
 from qcompiler.calibration.data import Source
-from qcompiler.importers.model import FloatModel, load
+from qcompiler.importers.model import FloatModel
 from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.accuracy_target import search
 from qcompiler.pipeline.goal import Goal
-from qcompiler.pipeline.job import Job, opened
+from qcompiler.pipeline.job import Job, asked_rows, opened
 from qcompiler.pipeline.options import AnyPath, Options, complete, given, takes_options
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.rivals import best_of, network, planned
+from qcompiler.pipeline.shapes import load_all
 from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, equalize, link
 from qcompiler.plan.planner import named_groups
 
@@ -87,19 +88,20 @@ def compile(model: AnyPath, target: str | Target = "native", calibration: Source
     return compile_stages(model, target, calibration, **options).artifact
 
 
-def quantize_weights(model: AnyPath, calibration: Source | None, options: Options) -> tuple[FloatModel, tvm.IRModule]:
-    """The float network, and the same with its dense weights stored in few bits. Arguments as `compile`; options: complete."""
-    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "input_values", "state", "dump_dir", "targets_file", "progress"}
+def quantize_weights(model: AnyPath, calibration: Source | None, options: Options) -> list[tuple[FloatModel, tvm.IRModule]]:
+    """The float network, and the same with its dense weights stored in few bits, at each shape. Arguments as `compile`; options: complete."""
+    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "shapes", "input_values", "state", "dump_dir", "targets_file", "progress"}
     asked = {*given(options), *(["calibration"] if calibration is not None else [])}
     if extra := sorted(asked - goes):
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
     dump = Dumper(options["dump_dir"])
     scheme = WeightScheme.of(str(options["weights"]), options["group_size"], options["asymmetric"])
-    float_model = load(Path(model), options["input_shapes"], dump=dump, input_values=options["input_values"], state=options["state"])
-    module = run(FLOAT, float_model.module, scheme, set(named_groups(float_model, options["keep_float"])), dump=dump)
-    if not Graph.of(module).attrs["qc.weights"]["layers"]:
-        raise PlanError(f"'{float_model.name}' has no layer whose weights could be stored in {scheme.bits} bits: no Gemm or MatMul with constant weights")
-    return float_model, module
+    models = load_all(Path(model), asked_rows(options), dump=dump, input_values=options["input_values"], state=options["state"])
+    kept = set(named_groups(models[0], options["keep_float"]))
+    modules = [run(FLOAT, m.module, scheme, kept, dump=dump if m is models[0] else no_dump) for m in models]
+    if not Graph.of(modules[0]).attrs["qc.weights"]["layers"]:
+        raise PlanError(f"'{models[0].name}' has no layer whose weights could be stored in {scheme.bits} bits: no Gemm or MatMul with constant weights")
+    return list(zip(models, modules, strict=True))
 
 
 def compile_weights(model: AnyPath, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Artifact:
@@ -109,11 +111,12 @@ def compile_weights(model: AnyPath, target: str | Target = "native", calibration
     if chosen.gpu:
         raise PlanError(f"weights in 8 or 4 bits beside float activations have kernels for CPUs only; '{chosen.name}' is a GPU")
     artifacts.find_compiler(chosen)
-    float_model, module = quantize_weights(model, calibration, options)
-    built = build(module, chosen, "generate code", progress=options["progress"] or silent)
+    (float_model, module), *others = quantize_weights(model, calibration, options)
+    built = build(module, chosen, "generate code", others=[m for _, m in others], progress=options["progress"] or silent)
     return built.link(
+        further=[{"digests": {"model": m.digest}} for m, _ in others],
         **float_model.account(),
         weights=Graph.of(module).attrs["qc.weights"],
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
-        digests={"model": float_model.digest, "constants": hashlib.sha256(built.program.constants.tobytes()).hexdigest()},
+        digests={"model": float_model.digest, "constants": hashlib.sha256(built.constants.tobytes()).hexdigest()},
     )

@@ -73,7 +73,7 @@ def explain(
     if options["weights"] is not None:
         if sensitivity:
             raise DataError("--sensitivity is of 8-bit activations; it does not go with --weights, which leaves them float")
-        return WeightsExplanation(Graph.of(quantize_weights(model, calibration, options)[1]).attrs["qc.weights"])
+        return WeightsExplanation(Graph.of(quantize_weights(model, calibration, options)[0][1]).attrs["qc.weights"])
     if sensitivity and calibration is None:
         raise DataError("--sensitivity needs --calibration: what rounding does to the outputs is measured on those samples")
     quantized = quantize(model, target, calibration, **options)

@@ -57,7 +57,7 @@ def _noise(db: float) -> float:
 
 def _estimate(network: QuantizedNetwork) -> float:
     """Noise over power of the worst output."""
-    return Survey(network, network.integer).estimate(network.measured.twin.session(), itertools.islice(network.job.samples, _SAMPLES))
+    return Survey(network, network.integer).estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))
 
 
 @dataclass(frozen=True)

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dump, Dumper, no_dump
-from qcompiler.base.errors import DataError
+from qcompiler.base.errors import DataError, ModelError, TargetError
 from qcompiler.base.progress import Progress, silent
+from qcompiler.base.shape_table import Row, read_shape_table, shape_rows
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import NO_SAMPLES, Samples
+from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most
 from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
-from qcompiler.calibration.stored import Pass
-from qcompiler.importers.model import FloatModel, load
+from qcompiler.calibration.shaped import ShapedSamples
+from qcompiler.calibration.stored import Pass, StoredSamples, open_source
+from qcompiler.importers.model import FloatModel
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.options import Options, complete
+from qcompiler.pipeline.padding import pad_rules
+from qcompiler.pipeline.shapes import fitting_of, load_all
 from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network to be quantized for one target. kept: group id -> why it stays float in every plan. tuned: parameters of kernels, None for the
-    defaults. ports: inputs and outputs that shall not be float32. dump: sees what every pass and stage makes. progress: sees how far long work is. passes:
-    where what passes over the samples saw is collected, if anyone wants it."""
+    """One network to be quantized for one target. others: the same network at the other shapes of its library. pad: how their inputs are padded.
+    kept: group id -> why it stays float in every plan. tuned: parameters of kernels, None for the defaults. dump: sees what every pass and stage makes.
+    progress: sees how far long work is. passes: where what passes over the samples saw is collected, if anyone wants it. ports: inputs and outputs that
+    shall not be float32."""
 
     model: FloatModel
     samples: Samples
@@ -41,6 +46,23 @@ class Job:
     progress: Progress = silent
     passes: dict[str, Pass] | None = None
     ports: Ports = NO_PORTS
+    others: tuple[FloatModel, ...] = ()
+    pad: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[FloatModel, ...]:
+        """The network at every shape, that of the plan first."""
+        return (self.model, *self.others)
+
+    @property
+    def sampled(self) -> tuple[FloatModel, ...]:
+        """The network at the other shapes that samples have."""
+        return tuple(self.others[i - 1] for i in sorted(self.samples.shapes) if i) if isinstance(self.samples, ShapedSamples) else ()
+
+    @property
+    def alike(self) -> Samples:
+        """The samples of the plan's shape."""
+        return self.samples.at(0) if isinstance(self.samples, ShapedSamples) else self.samples
 
 
 def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
@@ -50,19 +72,59 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
     dump = Dumper(options["dump_dir"])
     chosen = find_target(target, options["targets_file"])
     steps = recipe(options["preset"], options["enable"], options["disable"])
-    float_model = load(Path(model), options["input_shapes"], options["requantize"], dump, options["input_values"], options["state"])
+    rows = asked_rows(options)
+    check_target(chosen, len(rows))
+    models = load_all(Path(model), rows, options["requantize"], dump, options["input_values"], options["state"])
+    rules = pad_rules(models, options["pad"])
+    if len(models) > 1 and calibration is not None:
+        calibration, models = in_order(calibration, models, rules, options["preprocess"], options["max_samples"])
+    float_model, *others = models
     trained = Trained.of(Graph.of(float_model.module).attrs)
     if trained.quantized:
         steps = steps.without_changes()
     if calibration is None and not trained.quantized:
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     if "streams" in steps.steps:
-        float_model = replace(float_model, module=run(WIDE, float_model.module, dump=dump))
+        float_model, *others = (replace(m, module=run(WIDE, m.module, dump=dump)) for m in (float_model, *others))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
     ports = asked(options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"])
     typed = {*(options["input_types"] or {}), *(options["output_types"] or {})}
     if found := sorted({name for pair in float_model.state.items() for name in pair} & typed):
         raise DataError(f"'{found[0]}' is a state that sessions keep, in float32; give no type for it")
+    if ports and others:
+        raise DataError("a library for several shapes has the model's own types of inputs and outputs; compile one for each shape, or leave the types out")
     given = (options["preprocess"], options["max_samples"], float_model.digest)
     samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
-    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, ports=ports)
+    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules)
+
+
+def in_order(
+    calibration: Any, models: Sequence[FloatModel], rules: Mapping[str, Any], preprocess: Any, most: int | None
+) -> tuple[Samples, tuple[FloatModel, ...]]:
+    """The samples, and the network at every shape, first at the one that most of the samples used have: there the plan is made."""
+    held = list(calibration) if isinstance(calibration, Iterator) else calibration
+    used = at_most(open_source(held, models[0].inputs, preprocess, fitting_of(models, rules)), most)
+    counts = used.shapes if isinstance(used, ShapedSamples) else {}
+    if isinstance(used, StoredSamples):  # at the one that they were stored for
+        counts = {i: 1 for i, m in enumerate(models) if m.inputs == tuple(used.inputs)}
+    first = max(range(len(models)), key=lambda i: counts.get(i, 0))
+    ordered = (models[first], *models[:first], *models[first + 1 :])
+    return open_source(held, ordered[0].inputs, preprocess, fitting_of(ordered, rules)), ordered
+
+
+def asked_rows(options: Options) -> list[Row]:
+    """The shapes that complete options ask for. Raises ModelError where they contradict each other."""
+    rows = shape_rows(options["input_shapes"])
+    if options["shapes"] is None:
+        return rows
+    table = read_shape_table(options["shapes"])
+    if len(rows) > 1 or (both := sorted(set(rows[0]) & set(table[0]))):
+        what = "several shapes are given" if len(rows) > 1 else f"the shape of '{both[0]}' is given"
+        raise ModelError(f"{what} as input shapes, and others by the table {options['shapes']}; say it in one of them")
+    return [rows[0] | row for row in table]
+
+
+def check_target(target: Target, shapes: int) -> None:
+    """Raises TargetError for a target whose libraries have one shape."""
+    if target.gpu and shapes > 1:
+        raise TargetError(f"'{target.name}' is a GPU, and a library for a GPU has one shape; {shapes} asked for. Compile a library for each")

@@ -25,7 +25,10 @@ from qcompiler.plan.recipes import PRESETS, STEPS
 F = TypeVar("F", bound=Callable[..., Any])
 AnyPath = str | os.PathLike[str]
 
-DATA_HELP = "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, or a folder of images together with preprocess"
+DATA_HELP = (
+    "an .npz (one array per input name, first axis = samples), an .npy for a model with one input, a folder of such .npz, or one of images together with "
+    "preprocess"
+)
 PREPROCESS_HELP = (
     "resize (short side, or [height, width]), crop, interpolation (nearest, bilinear, bicubic), color (RGB, BGR, GRAY), scale, mean, std: "
     "y = (x * scale - mean) / std with x in 0..255, layout (NCHW, NHWC), background (pixel value behind transparent pixels, default 255)"
@@ -42,7 +45,8 @@ GROUPS = {
     "weights": (
         "weights alone",
         "For networks whose time goes into reading the weights of matrix products: activations stay float32, weights become float32 again in registers. "
-        "No calibration data is needed. Of the other options keep_float, input_shapes, input_values, state, dump_dir, targets_file and progress go with it.",
+        "No calibration data is needed. Of the other options keep_float, input_shapes, shapes, input_values, state, dump_dir, targets_file and progress go "
+        "with it.",
     ),
     "kernels": ("code", ""),
     "work": ("work under way", ""),
@@ -67,8 +71,25 @@ class Options(TypedDict, total=False):
     """Keyword arguments of `compile`, `explain`, `export_onnx` and `tune`."""
 
     input_shapes: Annotated[
-        Mapping[str, Sequence[int]] | None,
-        Option("shapes of inputs, by name, for models with symbolic dimensions (a symbolic batch is 1)", "network", "NAME=1,3,224,224", flag="--input-shape"),
+        Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | Sequence[Mapping[str, Sequence[int]]] | None,
+        Option(
+            "shapes of inputs, by name, for models with symbolic dimensions (a symbolic batch is 1). Several, NAME=1,{16,32,64}, make one library that runs at "
+            "each of them; they vary together. In Python {name: [(1, 16), (1, 32)]}, or a list of {name: shape}",
+            "network",
+            "NAME=1,3,224,224",
+            flag="--input-shape",
+        ),
+    ]
+    shapes: Annotated[AnyPath | None, Option("several shapes as a table: a list of {input: [1, 16], ...}, a row for each", "network", "FILE.yaml")]
+    pad: Annotated[
+        Mapping[str, Any] | None,
+        Option(
+            "of a library for several shapes: how an input of a length in between is padded to the next one, with a number (ids=0, mask=0) or by repeating its "
+            "last row (repeat). Every input that varies needs a rule; outputs are cut back, and what belongs to the input never changes",
+            "network",
+            "NAME=VALUE",
+            flag="--pad",
+        ),
     ]
     input_values: Annotated[
         Mapping[str, Any] | None,

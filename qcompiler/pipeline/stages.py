@@ -24,18 +24,21 @@ from qcompiler.backend.lowering import Program
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.progress import Progress, silent
+from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
 from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
-from qcompiler.importers.model import FloatModel, load
+from qcompiler.importers.model import FloatModel
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.padding import check_padding
+from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, Quantized, QuantPlan, count_operators
 from qcompiler.plan.ranges import SampleEnds, choose, output_noise
@@ -52,27 +55,32 @@ from qcompiler.runtime.reference import ImportCheck, check_import
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
 
 
-def float_code(model: FloatModel, target: str = "native", dump: Dump = no_dump, progress: Progress = silent) -> Built:
-    """The float twin of a network: float32 kernels of the same templates."""
-    return build(run(FLOAT, model.module, dump=dump), find_target(target), "generate float code", dump=dump, progress=progress)
+def float_code(model: FloatModel, target: str = "native", dump: Dump = no_dump, progress: Progress = silent, others: Sequence[FloatModel] = ()) -> Built:
+    """The float twin of a network: float32 kernels of the same templates. others: the same network at other shapes."""
+    modules = [run(FLOAT, m.module) for m in others]
+    return build(run(FLOAT, model.module, dump=dump), find_target(target), "generate float code", others=modules, dump=dump, progress=progress)
 
 
 def compile_float(
     model: str | os.PathLike[str],
     target: str = "native",
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: Any = None,
     progress: Progress = silent,
     input_values: Mapping[str, Any] | None = None,
-    wanted: str | None = None,
+    wanted: Sequence[str | None] = (),
 ) -> Artifact:
-    """The float twin as a library, for comparison. Arguments as `compile`; wanted: the digest of a model, ArtifactError when the file's is another."""
-    float_model = load(Path(model), input_shapes, input_values=input_values)
-    if wanted not in (None, float_model.digest):
-        raise ArtifactError(
-            f"the library was not compiled from {model}: its manifest says that its model has the digest {wanted}, and this one has {float_model.digest} "
-            "(of the file, its external data and its input shapes); give the very file that it was compiled from"
-        )
-    return float_code(float_model, target, progress=progress).link(**float_model.account(), digests={"model": float_model.digest})
+    """The float twin as a library, for comparison. Arguments as `compile`; wanted: the digest of a model at each shape, ArtifactError when the file's are
+    others."""
+    models = load_all(Path(model), shape_rows(input_shapes), input_values=input_values)
+    for expected, found in zip(wanted, models, strict=False):
+        if expected not in (None, found.digest):
+            raise ArtifactError(
+                f"the library was not compiled from {model}: its manifest says that its model has the digest {expected}, and this one has {found.digest} "
+                "(of the file, its external data and its input shapes); give the very file that it was compiled from"
+            )
+    first, *others = models
+    further = [{"digests": {"model": m.digest}} for m in others]
+    return float_code(first, target, progress=progress, others=others).link(**first.account(), digests={"model": first.digest}, further=further)
 
 
 @dataclass
@@ -90,7 +98,7 @@ def equalize(job: Job) -> Equalized:
     """FloatModel, samples -> FloatModel: channels scaled against each other, where the recipe asks for it and something is gained."""
     if job.samples.count == 0:
         return Equalized(job, None, Equalization())
-    twin = float_code(job.model, dump=job.dump, progress=job.progress)
+    twin = float_code(job.model, dump=job.dump, progress=job.progress, others=job.sampled)
     imported = check_import(job.model.path, twin.session(), itertools.islice(job.samples, 1), exactness(job.model.path), job.model.fixed)
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
         return Equalized(job, twin, Equalization(), imported)
@@ -99,14 +107,16 @@ def equalize(job: Job) -> Equalized:
     layers = equalized_layers(job.model.module, found.channels)
     for value_id, operands in layers.items():
         for index, array in enumerate(operands, 1):
-            twin.program.replace_operand(value_id, index, array)
-    module = run(REPLACE_WEIGHTS, job.model.module, layers, dump=job.dump)
-    return Equalized(dataclasses.replace(job, model=dataclasses.replace(job.model, module=module)), twin, found, imported)
+            twin.replace_operand(value_id, index, array)
+    model, *others = (dataclasses.replace(m, module=run(REPLACE_WEIGHTS, m.module, layers, dump=job.dump)) for m in job.models)
+    return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), twin, found, imported)
 
 
-def observe(job: Job, twin: Built, ids: Sequence[str], watchers: Sequence[Remembering], stage: str, decided_by: Sequence[int] = ()) -> CalibrationTable:
+def observe(
+    job: Job, twin: Built, ids: Sequence[str], watchers: Sequence[Remembering], stage: str, decided_by: Sequence[int] = (), at_first: bool = False
+) -> CalibrationTable:
     """One pass over the samples; or what a stored calibration knows of the same pass. ids: values of the table. decided_by: what a watcher looks at, beside
-    the recipe's steps that changed the network before."""
+    the recipe's steps that changed the network before. at_first: watchers see samples of the plan's shape only."""
     before = sorted(job.recipe.steps & ({"streams"} if stage == "measure channels" else {"streams", "equalize", "shift"}))
     decisive = [qcompiler.__version__, before, job.recipe.judges_ranges, list(ids), list(decided_by), job.model.fixed]
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
@@ -115,7 +125,8 @@ def observe(job: Job, twin: Built, ids: Sequence[str], watchers: Sequence[Rememb
         for watcher, state in zip(watchers, known.watchers, strict=True):
             watcher.restore(state)
         return known.table
-    table = calibration.calibrate(twin.session(), job.samples, ids=ids, watchers=watchers, progress=job.progress, stage=stage)
+    looking: dict[str, Any] = {"at_first" if at_first else "watchers": watchers}
+    table = calibration.calibrate(twin.session(), job.samples, ids=ids, progress=job.progress, stage=stage, **looking)
     if job.passes is not None:
         job.passes[stage] = Pass(key, table, [w.state() for w in watchers])
     return table
@@ -143,7 +154,7 @@ class Measured:
     @functools.cached_property
     def twin(self) -> Built:
         """The float network's code for this machine."""
-        return self.equalized.twin or float_code(self.model, dump=self.job.dump, progress=self.job.progress)
+        return self.equalized.twin or float_code(self.model, dump=self.job.dump, progress=self.job.progress, others=self.job.sampled)
 
     def under(self, recipe: Recipe) -> Measured:
         """The same statistics for another recipe, which may look at no more samples."""
@@ -155,7 +166,7 @@ class Measured:
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
         if new:
             job = self.job
-            found = output_noise(self.twin.session(), new, self.ends, job.samples, self.table.samples, *job.recipe.judges, job.progress)
+            found = output_noise(self.twin.session(), new, self.ends, job.alike, job.alike.count or self.table.samples, *job.recipe.judges, job.progress)
             self._noise |= {name: (p, found.get(name, {})) for name, p in new.items()}
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
@@ -170,7 +181,7 @@ def calibrate(equalized: Equalized) -> Measured:
     ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
-    table = observe(job, equalized.twin, ids, [means, ends], "calibrate", [means.limit])
+    table = observe(job, equalized.twin, ids, [means, ends], "calibrate", [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
     if equalized.imported is not None and equalized.imported.failure:
@@ -196,6 +207,7 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
         if "judge-ranges" not in job.recipe.steps:
             proposals = {name: p.only_first() for name, p in proposals.items()}
         found = decided(choose(proposals, measured.noise(proposals), "margins" in job.recipe.steps))
+    found.constants |= common_constants(found, job.models) if job.others else {}
     job.dump("plan", found.explain())
     return found
 
@@ -221,12 +233,21 @@ class QuantizedNetwork:
     def model(self) -> FloatModel:
         return self.measured.model
 
+    @functools.cached_property
+    def others(self) -> list[tvm.IRModule]:
+        """The integer modules at the other shapes of the library."""
+        return [run(INTEGER, quantize(self.measured, self.plan, model)) for model in self.job.others]
 
-def quantize(measured: Measured, plan: QuantPlan) -> tvm.IRModule:
-    """FloatModel, QuantPlan -> QDQ module, with biases that undo what rounded weights do to means where the recipe asks for it."""
+
+def quantize(measured: Measured, plan: QuantPlan, model: FloatModel | None = None) -> tvm.IRModule:
+    """FloatModel, QuantPlan -> QDQ module, with biases that undo what rounded weights do to means where the recipe asks for it. model: the network at
+    another shape than that of the plan."""
     module, dump = measured.model.module, measured.job.dump
-    if "analytic-bias" in measured.job.recipe.steps:
-        module = run(REPLACE_WEIGHTS, module, mean_of_rounding(module, plan, measured.table), dump=dump)
+    biases = mean_of_rounding(module, plan, measured.table) if "analytic-bias" in measured.job.recipe.steps else None
+    if model is not None:
+        module, plan, dump = model.module, plan_for(plan, model), no_dump
+    if biases is not None:
+        module = run(REPLACE_WEIGHTS, module, biases, dump=dump)
     return run(INSERT_QDQ, module, plan, dump=dump)
 
 
@@ -247,7 +268,7 @@ def integer_network(measured: Measured, kept: Mapping[str, str]) -> QuantizedNet
 def generate(network: QuantizedNetwork) -> Built:
     """Integer module, target, tuning log -> Program and its object code."""
     job = network.job
-    return build(network.integer, job.target, "generate int8 code", job.tuned, dump=job.dump, progress=job.progress)
+    return build(network.integer, job.target, "generate int8 code", job.tuned, others=network.others, dump=job.dump, progress=job.progress)
 
 
 @dataclass
@@ -270,17 +291,17 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     here = built if built.program.target == host else None
     integer, tried = network.integer, dict[str, Correction]()
     limit = min(measured.means.limit, job.recipe.samples)
-    if limit and job.recipe.optimizes:
-        here = here or build(integer, host, "generate host code", progress=job.progress)
-        executor = SessionExecutor(here.session(), here.program)
+    if limit and job.recipe.optimizes and measured.means.outputs:  # there may be no sample of the plan's shape left
+        here = here or build(integer, host, "generate host code", others=network.others, progress=job.progress)
+        executor = SessionExecutor(here.session(), here)
         for name, change in _corrections(job.recipe):
-            found = tried[name] = change(integer, executor, measured.means, itertools.islice(job.samples, limit), progress=job.progress)
+            found = tried[name] = change(integer, executor, measured.means, itertools.islice(job.alike, limit), progress=job.progress)
             job.dump(name, found)
             if found.kept:
                 integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)
                 for operand, arrays in found.operands().items() if built is not here else ():
                     for value_id, array in arrays.items():
-                        built.program.replace_operand(value_id, operand, array)
+                        built.replace_operand(value_id, operand, array)
     return Corrected(network, built, integer, here, tried)
 
 
@@ -322,6 +343,11 @@ class Compilation:
 def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
     """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
+    warnings = [*measured.warnings, *network.warnings]
+    if job.pad:
+        here = corrected.here or build(corrected.integer, find_target("native"), "generate host code", others=network.others, progress=job.progress)
+        warnings += [w for sample in itertools.islice(job.alike, 1) for w in check_padding(here.session(), job.models, job.pad, sample)]
+        account["padding"] = dict(job.pad)
     artifact = corrected.built.link(
         **describe(corrected.integer, job.model),
         channels={k: c.to_json() for k, c in measured.equalized.equalization.channels.items()},
@@ -331,7 +357,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         operators=count_operators(find_groups(job.model.module), Graph.of(corrected.integer).attrs.get("qc.float_ops", {}).keys()),
         sqnr_db=expected_sqnr(corrected),
         quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
-        warnings=[*measured.warnings, *network.warnings],
+        warnings=warnings,
         notes=network.plan.notes,
         **({"ports": corrected.ports} if corrected.ports else {}),
         digests={
@@ -339,8 +365,9 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
             "calibration": measured.table.digest,
             "plan": network.plan.digest,
             "tuning_log": "" if job.tuned is None else job.tuned.digest,
-            "constants": hashlib.sha256(corrected.built.program.constants.tobytes()).hexdigest(),
+            "constants": hashlib.sha256(corrected.built.constants.tobytes()).hexdigest(),
         },
+        further=[described_further(*pair) for pair in zip(network.others, job.others, strict=True)],
         **account,
     )
     return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
@@ -351,6 +378,12 @@ def expected_sqnr(corrected: Corrected) -> float | None:
     tried, noise = list(corrected.corrections.values()), corrected.network.noise
     found = (tried[-1].after if tried[-1].kept else tried[-1].before) if tried else None if not noise else -10 * math.log10(noise)
     return round(found, 2) if found is not None and math.isfinite(found) else None  # as many digits as every machine agrees on
+
+
+def described_further(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
+    """`describe` of the network at another shape of its library, and its digest."""
+    described = describe(integer, model)
+    return {"values": described["values"], "float_ops": described["float_ops"], "digests": {"model": model.digest}}
 
 
 def effects(network: QuantizedNetwork) -> dict[str, str]:

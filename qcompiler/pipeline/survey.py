@@ -11,7 +11,6 @@ import numpy as np
 import tvm
 
 from qcompiler.backend.build import Built
-from qcompiler.backend.lowering import Program
 from qcompiler.numerics.metrics import Parts
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.kinds import KINDS
@@ -47,7 +46,7 @@ class Survey:
         params = {v: p for v in values if (p := plan.params(v)) is not None}
         layers = rounded_layers(self._integer, measured)
         rounded = self._rounded(layers, twin.threads)
-        return measure_sensitivity(twin, rounded, set(layers), params, measured.job.samples, most=most, seconds=seconds, progress=measured.job.progress)
+        return measure_sensitivity(twin, rounded, set(layers), params, measured.job.alike, most=most, seconds=seconds, progress=measured.job.progress)
 
     def estimate(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> float:
         """Noise over power of the float output where that is greatest, with all roundings at once: the float network `twin` runs with the int8 weights,
@@ -119,18 +118,17 @@ def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple
 
 def constants_with(twin: Built, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """The constants of the float network with other weights and biases. The program is left as it was."""
-    program = twin.program
-    before = {name: program.step_of(name).op.operands[1:3] for name in layers}  # type: ignore[union-attr]
-    _replace(program, layers)
-    constants: np.ndarray = program.constants.copy()
-    _replace(program, before)
+    before = {name: twin.program.step_of(name).op.operands[1:3] for name in layers}  # type: ignore[union-attr]
+    _replace(twin, layers)
+    constants: np.ndarray = twin.constants.copy()
+    _replace(twin, before)
     return constants
 
 
-def _replace(program: Program, layers: Mapping[str, Sequence[Any]]) -> None:
+def _replace(twin: Built, layers: Mapping[str, Sequence[Any]]) -> None:
     for name, arrays in layers.items():
         for index, array in enumerate(arrays, 1):
-            program.replace_operand(name, index, array)
+            twin.replace_operand(name, index, array)
 
 
 @dataclass(frozen=True)

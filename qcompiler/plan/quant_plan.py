@@ -104,7 +104,7 @@ class Judged:
 @dataclass
 class QuantPlan:
     """edges: by value id. reasons: group id -> why it is computed in float32 (absent: in int8). scales: group id -> float64[O].
-    constants: group id -> parameters of an elementwise operator's constant operand, where the model file states them.
+    constants: group id -> parameters of an elementwise operator's constant operand, where the model file states them or several shapes share them.
 
     notes: things a user should know (a value that was always zero, say). `table` is the digest of the calibration table it was made from.
     """
@@ -163,7 +163,7 @@ class QuantPlan:
         scales = [f"    {json.dumps(k)}: {json.dumps(s.tolist())}" for k, s in self.scales.items()]
         head = {"format": FORMAT, "preset": self.preset, "table": self.table, "notes": self.notes, "float": self.reasons}
         if self.constants:
-            head["constants"] = {k: [p.scale, p.zero_point] for k, p in self.constants.items()}
+            head["constants"] = {k: [p.scale, p.zero_point, *([] if p.dtype == "int8" else [p.dtype])] for k, p in self.constants.items()}
         parts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
         parts += [f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }" for name, lines in (("edges", rows), ("scales", scales))]
         return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -190,7 +190,7 @@ class QuantPlan:
                 {str(k): str(v) for k, v in document["float"].items()},
                 {str(k): np.asarray(v, np.float64) for k, v in document["scales"].items()},
                 [str(n) for n in document["notes"]],
-                {str(k): QParams(float(s), int(z)) for k, (s, z) in document.get("constants", {}).items()},
+                {str(k): QParams(float(s), int(z), *map(str, more)) for k, (s, z, *more) in document.get("constants", {}).items()},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{path}: can't be read as a quantization plan ({type(error).__name__}: {error})") from error

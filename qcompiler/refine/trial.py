@@ -48,13 +48,12 @@ class IntegerExecutor(Protocol):
 
 
 class SessionExecutor:
-    """A `Session` on the library that was built from `program`: biases are packed again into the program's constants, code stays as it
-    is."""
+    """A `Session` on the library that is `built`, at its first shape: biases are packed again into the constants of all shapes, code stays as it is."""
 
-    def __init__(self, session: Any, program: Any) -> None:
+    def __init__(self, session: Any, built: Any) -> None:
         self.steps = [str(step["id"]) for step in session.manifest["steps"]]
         self.context_bytes = int(session.manifest["workspace"])
-        self._session, self._program = session, program
+        self._session, self._built = session, built
 
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
         context: Context = self._session.new_context(inputs)
@@ -67,8 +66,8 @@ class SessionExecutor:
         self._replace(value_id, WEIGHT, weight)
 
     def _replace(self, value_id: str, operand: int, array: np.ndarray) -> None:
-        self._program.replace_operand(value_id, operand, array)
-        self._session.set_constants(self._program.constants)
+        self._built.replace_operand(value_id, operand, array)
+        self._session.set_constants(self._built.constants)
 
 
 @dataclass

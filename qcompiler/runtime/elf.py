@@ -1,4 +1,4 @@
-"""Reads named sections of an ELF file without executing it: the manifest of a library for any architecture."""
+"""Reads named sections of an ELF file, and its symbols, without executing it: the manifest of a library for any architecture."""
 
 from __future__ import annotations
 
@@ -57,3 +57,14 @@ def find_section(data: mmap.mmap | bytes, path: Path, section: str) -> tuple[byt
     except (struct.error, ValueError, UnicodeDecodeError, IndexError) as error:
         raise ArtifactError(f"{path}: damaged or cut short ELF file ({error})") from error
     raise ArtifactError(f"{path}: a library, but not one that qcompiler made (no section {section})")
+
+
+def symbol_sizes(data: bytes, path: Path) -> dict[str, int]:
+    """{symbol: bytes} of an object file; `path` names it in errors. Raises ArtifactError when it is damaged or stripped."""
+    symbols, names = (find_section(data, path, section)[0] for section in (".symtab", ".strtab"))
+    found = {}
+    for at in range(0, len(symbols), 24 if data[4] == 2 else 16):
+        name = struct.unpack_from("<I", symbols, at)[0]
+        size = struct.unpack_from("<Q", symbols, at + 16)[0] if data[4] == 2 else struct.unpack_from("<I", symbols, at + 8)[0]
+        found[names[name : names.index(b"\0", name)].decode(errors="replace")] = size
+    return found

@@ -16,39 +16,42 @@ import numpy as np
 
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
-from qcompiler.base.tensor import TensorInfo, as_array, fits
+from qcompiler.base.tensor import as_array, fits
 from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
+from qcompiler.runtime.shapes import Fitting, Shapes, ports
 
 _ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
 
 
 class Context:
-    """Memory of one run: a workspace, inputs and outputs. Contexts of one session share constants and code, not memory."""
+    """Memory of one run: a workspace, inputs and outputs. Contexts of one session share constants and code, not memory. manifest: of the shape that it runs
+    at, as that of a library for it alone would be."""
 
     def __init__(self, session: Session, inputs: Mapping[str, np.ndarray], workspace: np.ndarray | None = None) -> None:
         self._session = session
-        self._workspace = _aligned(session.manifest["workspace"] + 64) if workspace is None else workspace
-        self._inputs = session.bind(inputs)
-        self._outputs = [np.empty(o.shape, o.dtype) for o in session.outputs]
+        self._inputs, self._shape, self._cut = session.bound(inputs)
+        self.manifest = session.fitting.all[self._shape]
+        self._workspace = _aligned(self.manifest["workspace"] + 64) if workspace is None else workspace
+        self._outputs = [np.empty(o.shape, o.dtype) for o in session.outputs_at[self._shape]]
         self._input_pointers = (ctypes.c_void_p * len(self._inputs))(*(a.ctypes.data for a in self._inputs))
         self._output_pointers = (ctypes.c_void_p * len(self._outputs))(*(a.ctypes.data for a in self._outputs))
         self._address = self._workspace.ctypes.data
 
     def run(self, begin: int, end: int) -> None:
         """Run steps [begin, end) of the manifest's list."""
-        self._session.execute(self._address, self._input_pointers, self._output_pointers, begin, end)
+        self._session.execute(self._shape, self._address, self._input_pointers, self._output_pointers, begin, end)
 
     def profile(self) -> list[float]:
         """Run all steps, one after the other; seconds of each."""
-        return self._session.time_steps(self._address, self._input_pointers, self._output_pointers)
+        return self._session.time_steps(self._shape, self._address, self._input_pointers, self._output_pointers)
 
     def view(self, value_id: str) -> np.ndarray:
         """A value as its last step left it: float32, or canonical int8. May be a view of the workspace, valid until the next step.
 
         Raises KeyError for an unknown id.
         """
-        entry = self._session.manifest["layouts"][value_id]
+        entry = self.manifest["layouts"][value_id]
         shape, storage = tuple(entry["shape"]), np.dtype(entry["storage"])
         if entry["space"] != "workspace":
             port: np.ndarray = (self._inputs if entry["space"] == "input" else self._outputs)[entry["offset"]]
@@ -80,8 +83,18 @@ class Context:
         return {i.name: a for i, a in zip(self._session.inputs, self._inputs, strict=True)}
 
     def outputs(self) -> dict[str, np.ndarray]:
-        """Network outputs by name."""
-        return {o.name: a for o, a in zip(self._session.outputs, self._outputs, strict=True)}
+        """Network outputs by name, cut to what belongs to the inputs where these were padded."""
+        found = {o.name: a for o, a in zip(self._session.outputs, self._outputs, strict=True)}
+        return found if self._cut is None else {name: self._session.fitting.cut(name, a, self._cut) for name, a in found.items()}
+
+
+class Specialization:
+    """A session at one of the shapes that its library was compiled for: what a session on a library for that shape alone would be. shape: its number."""
+
+    def __init__(self, session: Session, shape: int) -> None:
+        self._session, self.shape, self.manifest = session, shape, session.fitting.all[shape]
+        self.path, self.threads, self.run, self.trace, self.profile = session.path, session.threads, session.run, session.trace, session.profile
+        self.inputs, self.outputs = ports(self.manifest["inputs"]), session.outputs_at[shape]
 
 
 class _Turn:
@@ -124,6 +137,9 @@ os.register_at_fork(after_in_child=_forked)
 class Session:
     """A loaded library. One call at a time per session, other threads wait; any number of sessions in any threads.
 
+    A library for several shapes runs at the one that its inputs have, or, where it has rules for padding, at the least that they can be padded to; then
+    outputs are cut back. `manifest`, `inputs` and `outputs` are those of the first shape; `specializations` has one entry per shape.
+
     `threads` bounds the threads of one call; it has no meaning for a GPU. Inputs may have any alignment and strides; outputs are fresh arrays.
     The file is copied into memory when it is loaded, once for all sessions of equal contents: it may be replaced, overwritten or removed afterwards.
     A session can't be copied or pickled.
@@ -156,13 +172,20 @@ class Session:
         self._check(self._library.qc_session_create(threads, ctypes.byref(handle)))
         self._handle = handle
         self._copy.sessions.add(id(self))
-        self.inputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["inputs"]]
-        self.outputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["outputs"]]
+        self.fitting = Fitting(self.manifest)
+        self.outputs_at = [ports(m["outputs"]) for m in self.fitting.all]
+        self.inputs, self.outputs = ports(self.manifest["inputs"]), self.outputs_at[0]
+        self._workspace = _aligned(max(m["workspace"] for m in self.fitting.all) + 64)
+        self._shape = 0
         self.state: dict[str, str] = dict(self.manifest.get("state", {}))
         self._kept = {i.name: np.zeros(i.shape, i.dtype) for i in self.inputs if i.name in self.state}
-        self._workspace = _aligned(self.manifest["workspace"] + 64)
         self._mutable: np.ndarray | None = None
         self._turn = _Turn()
+
+    @property
+    def specializations(self) -> list[Specialization]:
+        """This session at each of its library's shapes."""
+        return [Specialization(self, shape) for shape in range(len(self.fitting.all))]
 
     def _check(self, status: int) -> None:
         if status:
@@ -177,7 +200,8 @@ class Session:
     def __repr__(self) -> str:
         kept = "float32" if not self.manifest.get("values") else "int8"
         inputs, outputs = (", ".join(f"{p.name} {p.dtype}{list(p.shape)}" for p in ports) for ports in (self.inputs, self.outputs))
-        return f"<Session {self.path}: {kept} for {self.manifest['target']}, {self.threads} thread{'s' * (self.threads != 1)}; {inputs} -> {outputs}>"
+        more = f", and at {len(self.fitting.all) - 1} other shapes" if len(self.fitting.all) > 1 else ""
+        return f"<Session {self.path}: {kept} for {self.manifest['target']}, {self.threads} thread{'s' * (self.threads != 1)}; {inputs} -> {outputs}{more}>"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a Session holds code and memory of its process and can't be copied or pickled; load {self.path} again where another is needed")
@@ -206,7 +230,7 @@ class Session:
         """
         with self._turn:
             context = Context(self, self._with_state(inputs), self._workspace)
-            context.run(0, len(self.manifest["steps"]))
+            context.run(0, len(context.manifest["steps"]))
             return self._without_state(inputs, context.outputs())
 
     def reset(self) -> None:
@@ -242,7 +266,7 @@ class Session:
             context = Context(self, self._with_state(inputs), self._workspace)
             for name, array in context.inputs().items():
                 visit(name, array)
-            for index, step in enumerate(self.manifest["steps"]):
+            for index, step in enumerate(context.manifest["steps"]):
                 context.run(index, index + 1)
                 for value in [] if step.get("auxiliary") else [step["id"], *step.get("more", [])]:
                     visit(value, context.view(value))
@@ -250,10 +274,10 @@ class Session:
 
     def profile(self, inputs: Mapping[str, np.ndarray], iterations: int = 50) -> list[tuple[str, str, str, float]]:
         """(value id, operator, kernel, least seconds) per step, over `iterations` runs; by the GPU's clock on one."""
-        steps = self.manifest["steps"]
-        best = [math.inf] * len(steps)
         with self._turn:
             context = Context(self, self._with_state(inputs), self._workspace)
+            steps = context.manifest["steps"]
+            best = [math.inf] * len(steps)
             for _ in range(iterations):
                 best = [min(pair) for pair in zip(best, context.profile(), strict=True)]
         return [(s["id"], s["op"], s["kernel"], t) for s, t in zip(steps, best, strict=True)]
@@ -272,38 +296,59 @@ class Session:
     # -- pieces ---------------------------------------------------------------------------------------------------------------------
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Inputs in order, contiguous and of the right dtype alignment; copied only where they are not."""
+        """Inputs in order, contiguous and of the right dtype alignment; copied only where they are not, and not padded. Raises as `run`."""
+        return self.bound(inputs, pad=False)[0]
+
+    def bound(self, inputs: Mapping[str, np.ndarray], pad: bool = True) -> tuple[list[np.ndarray], int, Shapes | None]:
+        """(inputs in order, contiguous and of the right dtype alignment, copied only where they are not; the number of the shape that takes them; their own
+        shapes, where they were padded)."""
         names = [i.name for i in self.inputs]
         if not isinstance(inputs, Mapping):
             raise DataError(f"inputs are a mapping {{name: array}}, not {type(inputs).__name__}; names: {', '.join(names)}")
         for name in inputs:
             if name not in names:
                 raise DataError(f"unknown input '{name}'.{closest(str(name), names)} Inputs: {', '.join(names)}")
-        bound = []
+        arrays = {}
         for info in self.inputs:
             if info.name not in inputs:
                 raise DataError(f"input '{info.name}' is missing; the model wants {', '.join(f'{i.name} {list(i.shape)} {i.dtype}' for i in self.inputs)}")
             whole = as_array(inputs[info.name])
-            array = np.asarray(inputs[info.name]) if whole is None else whole
+            array = arrays[info.name] = np.asarray(inputs[info.name]) if whole is None else whole
             if not fits(array.dtype, info.dtype):
                 raise DataError(f"input '{info.name}' has dtype {array.dtype}; the model wants {info.dtype}")
-            if array.shape != info.shape:
+            if array.shape != info.shape and len(self.fitting.all) == 1:
                 raise DataError(f"input '{info.name}' has shape {list(array.shape)}; the model wants {list(info.shape)}")
-            bound.append(np.require(array, info.dtype, ["C", "A"]))
-        return bound
+        shape, own = 0, None
+        if len(self.fitting.all) > 1:
+            given = {name: array.shape for name, array in arrays.items()}
+            exact = self.fitting.exact(given)
+            found = self.fitting.padded(given) if exact is None else exact
+            if found is None:
+                raise DataError(self.fitting.refusal(given))
+            shape = found
+            if exact is None and pad:
+                own, arrays = given, {name: self.fitting.pad(name, array, shape) for name, array in arrays.items()}
+        return [np.require(arrays[i.name], i.dtype, ["C", "A"]) for i in self.inputs], shape, own
 
-    def execute(self, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:
-        """Run steps [begin, end) on memory given by addresses: `workspace`, and ctypes arrays of pointers."""
+    def execute(self, shape: int, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:
+        """Run steps [begin, end) of shape number `shape` on memory given by addresses: `workspace`, and ctypes arrays of pointers."""
+        self._at(shape)
         status = self._library.qc_session_execute(self._handle, workspace, self._constants(), inputs, outputs, begin, end)
         if status:
             self._check(status)
 
-    def time_steps(self, workspace: int, inputs: Any, outputs: Any) -> list[float]:
+    def time_steps(self, shape: int, workspace: int, inputs: Any, outputs: Any) -> list[float]:
         """`execute` of all steps; seconds of each."""
-        steps = len(self.manifest["steps"])
+        self._at(shape)
+        steps = len(self.fitting.all[shape]["steps"])
         seconds = (ctypes.c_double * steps)()
         self._check(self._library.qc_session_profile(self._handle, workspace, self._constants(), inputs, outputs, 0, steps, seconds))
         return list(seconds)
+
+    def _at(self, shape: int) -> None:
+        if shape != self._shape:
+            self._check(self._library.qc_session_set_shape(self._handle, shape))
+            self._shape = shape
 
     def _constants(self) -> int | None:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
@@ -314,6 +359,8 @@ def _declare(library: Any) -> Any:
     pointer, pointers = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
     library.qc_session_create.argtypes = [ctypes.c_int32, pointers]
     library.qc_session_destroy.argtypes = [pointer]
+    if hasattr(library, "qc_session_set_shape"):  # not in libraries of the first versions, which have one shape
+        library.qc_session_set_shape.argtypes = [pointer, ctypes.c_int32]
     library.qc_session_destroy.restype = None
     library.qc_session_execute.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32]
     library.qc_session_profile.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)]

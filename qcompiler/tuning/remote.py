@@ -27,7 +27,9 @@ from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_w
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
+from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target, find_target
+from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import Kernel
 from qcompiler.tuning.bench import MARGIN, ratio_of
@@ -85,6 +87,7 @@ def export_candidates(
     from qcompiler.pipeline.compile import quantize
 
     options = complete(options, "export_candidates")
+    check_single(asked_rows(options), "export_candidates")
     chosen = find_target(target, options["targets_file"])
     compiler, progress = find_compiler(chosen), options["progress"] or silent
     if candidates < 1 or candidates > 1000:

@@ -22,7 +22,9 @@ from typing import Any, Unpack
 
 from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, allowed, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.base.errors import TargetError, TuningError
+from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.tuning.bench import FREE
@@ -353,6 +355,7 @@ def tune(
     from qcompiler.pipeline.compile import quantize
 
     options = complete(options, "tune")
+    check_single(asked_rows(options), "tune")
     chosen = find_target(target, options["targets_file"])
     threads = check_arguments(chosen, trials, time_limit, threads)
     with opened(log, isa_of(chosen)) as writer:

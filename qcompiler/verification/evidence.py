@@ -93,13 +93,13 @@ class HashedSamples:
     """Samples that remember the digest of what they gave, of the first whole pass."""
 
     def __init__(self, samples: Samples) -> None:
-        self._samples, self.names, self.count = samples, samples.names, samples.count
+        self.source, self.names, self.count = samples, samples.names, samples.count
         self.left_out = getattr(samples, "left_out", 0)
         self.digest = ""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         digest = hashlib.sha256()
-        for sample in self._samples:
+        for sample in self.source:
             for name in sorted(sample):
                 digest.update(f"{name} {sample[name].dtype} {sample[name].shape}".encode())
                 digest.update(np.ascontiguousarray(sample[name]).tobytes())

@@ -30,6 +30,7 @@ from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.runtime.shapes import specializations
 from qcompiler.verification.metric import Metric, MetricFunction, Scored, load_metric
 from qcompiler.verification.reach import Reach
 from qcompiler.verification.twin import Twin, fed_alike, float_session
@@ -227,7 +228,7 @@ def verify(
     if not isinstance(model, (str, os.PathLike)):
         return compare(actual, fed_alike(model, actual), data, **options)
     with temporary_folder() as folder:
-        twin = float_session(model, actual, folder, threads)
+        twin = float_session(model, actual, folder, threads, data)
         return with_import(compare(actual, twin, data, **options), model, twin, data)
 
 
@@ -254,6 +255,7 @@ class _Layers:
         self._actual, self._reference = actual, reference
         self._rows: dict[str, tuple[str, Accumulator]] = {}
         self._skip = {i.name for i in actual.inputs}
+        self._values = {name: value for m in reversed(specializations(actual.manifest)) for name, value in m.get("values", {}).items()}
 
     def add(self, sample: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Trace both networks on a sample; returns their outputs (actual, reference)."""
@@ -272,7 +274,7 @@ class _Layers:
         step, real = None, array
         if array.dtype in (np.int8, np.int16) and reference.dtype.kind == "f":
             try:
-                info = self._actual.manifest["values"][name]
+                info = self._values[name]
                 step, zero = float(info["scale"]), int(info["zero_point"])
             except (KeyError, TypeError) as error:
                 raise ArtifactError(f"the manifest gives no scale and zero point for the int8 value '{name}'") from error

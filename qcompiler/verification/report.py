@@ -44,7 +44,7 @@ def verify_report(
     samples = HashedSamples(open_given(data, session, preprocess, max_samples))
     given = judges(labels, metric, samples)
     with temporary_folder() as folder:
-        twin = float_session(model, session, folder, threads)
+        twin = float_session(model, session, folder, threads, samples.source)
         parity = compare(session, twin, samples, thresholds=thresholds, layer_samples=layer_samples, progress=progress, **given)
         parity = with_import(parity, model, twin, samples)
         evidence = gather(session, twin, samples, parity, Path(model), given.get("labels"), seconds, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from qcompiler.base.errors import ArtifactError
 from qcompiler.base.targets import load_targets
-from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.ports import library_inputs
+from qcompiler.calibration.shaped import ShapedSamples
+from qcompiler.runtime.shapes import of_inputs, ports, specializations
 
 
 class Twin:
@@ -47,25 +48,28 @@ def fed_alike(network: Any, library: Any) -> Any:
     return Twin(network, library) if library_inputs(library.manifest) else network
 
 
-def float_session(model: str | os.PathLike[str], like: Any, folder: Path, threads: int = 1) -> Any:
-    """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like`, whose inputs it takes; for
-    this CPU, where that target is a GPU's or of another targets file.
+def float_session(model: str | os.PathLike[str], like: Any, folder: Path, threads: int = 1, samples: Any = None) -> Any:
+    """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like` (of several, those that `samples`
+    have), whose inputs it takes; for this CPU, where that target is a GPU's or of another targets file.
 
     Raises ArtifactError when `like` was compiled from another model: its manifest has the digest of its model, or its inputs or outputs are others.
     """
     from qcompiler.pipeline.stages import compile_float
     from qcompiler.runtime.session import Session
 
-    ports = library_inputs(like.manifest)
-    shapes = {i.name: tuple(ports[i.name].model.shape if i.name in ports else i.shape) for i in like.inputs}
+    manifests = specializations(like.manifest)
+    if isinstance(samples, ShapedSamples):
+        manifests = [manifests[i] for i in sorted(samples.shapes)]
+    rows = [of_inputs(m) | {name: port.model.shape for name, port in library_inputs(m).items()} for m in manifests]
     own = like.manifest["target"]
     target = own if own in load_targets() and not like.manifest["triple"].startswith("nvptx64") else "native"
-    fixed, wanted = like.manifest.get("fixed_inputs"), like.manifest.get("digests", {}).get("model")
-    artifact = compile_float(model, target, shapes, input_values=fixed, wanted=wanted)
+    wanted = [m.get("digests", {}).get("model") for m in manifests]
+    artifact = compile_float(model, target, rows, input_values=like.manifest.get("fixed_inputs"), wanted=wanted)
     session = Session(artifact.save(folder / "float.so"), threads=threads)
-    outputs: Sequence[TensorInfo] = like.outputs
-    for kind, theirs in (("inputs", list(shapes.items())), ("outputs", [(o.name, tuple(o.shape)) for o in outputs])):
-        mine = [(i.name, tuple(i.shape)) for i in getattr(session, kind)]
-        if mine != theirs:
-            raise ArtifactError(f"the library was not compiled from {model}: its {kind} are {theirs}, the model's are {mine}")
+    for mine, row, manifest in zip(specializations(session.manifest), rows, manifests, strict=True):
+        outputs = [(o.name, o.shape) for o in ports(manifest["outputs"])]
+        for kind, theirs in (("inputs", list(row.items())), ("outputs", outputs)):
+            found = [(p.name, p.shape) for p in ports(mine[kind])]
+            if found != theirs:
+                raise ArtifactError(f"the library was not compiled from {model}: its {kind} are {theirs}, the model's are {found}")
     return fed_alike(session, like)

@@ -9,12 +9,14 @@
 /* Memory and threads, or a stream of a device. */
 typedef struct engine engine;
 
-/* The memory of one run. workspace: null for the engine's own. constants: null for the library's own. One pointer per port, in order. */
+/* The memory of one run, and the compiled shape that it is for. workspace: null for the engine's own. constants: null for the library's own. One pointer per
+ * port, in order. */
 typedef struct {
   void* workspace;
   const void* constants;
   const void* const* inputs;
   void* const* outputs;
+  int32_t shape;
 } engine_memory;
 
 qc_status engine_create(int32_t threads, engine** made);

@@ -28,7 +28,8 @@ constexpr const char* kUsage =
     "       qc_run MODEL.so --throughput SECONDS [--streams N] [--threads N] [--rate R] [--pin]\n"
     "\n"
     "Run MODEL.so once and write every output as DIR/NAME.npy (characters outside A-Z a-z 0-9 . _ - become _).\n"
-    "  --input NAME=X.npy   an array for one input; repeat for more. States that the library keeps are zeros unless they are given\n"
+    "  --input NAME=X.npy   an array for one input; repeat for more. States that the library keeps are zeros unless they are given. A library for\n"
+    "                       several shapes runs at the one that the arrays have, or pads them where it was compiled with rules for that\n"
     "  --output DIR         folder for the outputs; it is made when missing. Optional with --bench\n"
     "  --threads N          threads of one run (default 1)\n"
     "  --bench ITERATIONS   then measure that many runs, and print minimum, median and p99 in seconds as JSON.\n"
@@ -107,13 +108,12 @@ Arguments parse(int count, char** words) {
   return arguments;
 }
 
-void set_input(qcompiler::Tensor tensor, const std::string& path) {
-  const npy::Array array = npy::read(path);
+void set_input(qcompiler::Tensor tensor, const std::string& path, const npy::Array& array) {
   const std::string descr = npy::type_of(tensor.dtype()).descr;
   if (array.dtype != tensor.dtype()) throw std::runtime_error(path + ": has elements of type " + npy::type_of(array.dtype).descr + ", input '" + tensor.name() + "' wants " + descr);
   if (array.shape != tensor.shape())
     throw std::runtime_error(path + ": has shape " + tensor.text(array.shape) + ", input '" + tensor.name() + "' wants " + tensor.text(tensor.shape()));
-  std::memcpy(tensor.raw_data(), array.data.data(), tensor.bytes());
+  tensor.copy_bytes_from(array.data.data());
 }
 
 // A port's name as a file name; `taken` keeps two names from becoming one file.
@@ -194,20 +194,34 @@ void load(qcompiler::Session& session, const Arguments& arguments) {
 
 void run(const Arguments& arguments) {
   qcompiler::Session session(arguments.model, {arguments.threads});
-  for (const auto& [name, path] : arguments.inputs) set_input(session.input(name), path);
+  std::map<std::string, npy::Array> arrays;
+  for (const auto& [name, path] : arguments.inputs) {
+    session.input(name);  // is there one of that name?
+    arrays.emplace(name, npy::read(path));
+  }
+  if (session.shapes().size() > 1 && !arrays.empty()) {
+    qcompiler::Shapes shapes;
+    for (const auto& [name, array] : arrays) shapes[name] = array.shape;
+    session.fit(shapes);
+  }
+  for (const auto& [name, array] : arrays) set_input(session.input(name), arguments.inputs.at(name), array);
   for (qcompiler::Tensor tensor : session.inputs())
     if (!arguments.inputs.count(tensor.name()) && !tensor.is_state()) {
       if (!arguments.output.empty())
         throw std::runtime_error("input '" + tensor.name() + "' is missing: give --input " + tensor.name() + "=FILE.npy, " +
                                  npy::type_of(tensor.dtype()).descr + " of shape " + tensor.text(tensor.shape()));
-      std::memset(tensor.raw_data(), 0, tensor.bytes());
+      const std::vector<char> zeros(tensor.bytes());
+      tensor.copy_bytes_from(zeros.data());
     }
   if (!arguments.output.empty()) {
     if (mkdir(arguments.output.c_str(), 0777) != 0 && errno != EEXIST) throw std::runtime_error(arguments.output + ": can't be made: " + std::strerror(errno));
     session.run();
     std::set<std::string> taken;
-    for (qcompiler::Tensor tensor : session.outputs())
-      npy::write(arguments.output + "/" + file_name(tensor.name(), taken), tensor.dtype(), tensor.shape(), tensor.raw_data(), tensor.bytes());
+    for (qcompiler::Tensor tensor : session.outputs()) {
+      std::vector<char> bytes(tensor.bytes());
+      tensor.copy_bytes_to(bytes.data());
+      npy::write(arguments.output + "/" + file_name(tensor.name(), taken), tensor.dtype(), tensor.shape(), bytes.data(), bytes.size());
+    }
   }
   if (arguments.iterations) measure(session, arguments);
   if (arguments.throughput > 0) load(session, arguments);

@@ -1,7 +1,9 @@
 /* The runtime inside every compiled library: errors, introspection, sessions, bound buffers. What runs the steps is qc_engine.h's.
  *
- * It is compiled together with `model.h`, which the compiler writes: QC_INPUTS, QC_OUTPUTS (initializers of qc_tensor_info), QC_INPUT_COUNT,
- * QC_OUTPUT_COUNT, QC_STATE_COUNT, QC_STATES (pairs: number of the input, of the output that is its next value), QC_WORKSPACE, QC_STEPS, QC_TARGET, QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0),
+ * It is compiled together with `model.h`, which the compiler writes: QC_SHAPES, QC_INPUTS, QC_OUTPUTS (initializers of qc_tensor_info, for each shape),
+ * QC_INPUT_COUNT, QC_OUTPUT_COUNT, QC_STATE_COUNT, QC_STATES (pairs: number of the input, of the output that is its next value), QC_WORKSPACE (of the
+ * shape that needs most), QC_STEP_COUNTS, what qc_shapes.h needs, QC_TARGET,
+ * QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0),
  * QC_TILES (whether the code uses AMX tiles).
  */
 #define _GNU_SOURCE
@@ -15,7 +17,7 @@
 #endif
 
 #include "qc_engine.h"
-#include "model.h"
+#include "qc_shapes.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -38,18 +40,25 @@ extern const char qc_manifest_end[];
 
 /* ---- introspection --------------------------------------------------------------------------------------------------------------- */
 
-static const qc_tensor_info input_infos[QC_INPUT_COUNT + 1] = {QC_INPUTS};
-static const qc_tensor_info output_infos[QC_OUTPUT_COUNT + 1] = {QC_OUTPUTS};
 static const struct { int32_t input, output; } states[QC_STATE_COUNT + 1] = {QC_STATES};
 
 EXPORT int32_t qc_abi_version(void) { return QC_ABI_VERSION; }
 EXPORT const char* qc_target_name(void) { return QC_TARGET; }
 EXPORT size_t qc_workspace_bytes(void) { return QC_WORKSPACE + 64; }
-EXPORT int32_t qc_step_count(void) { return QC_STEPS; }
+EXPORT int32_t qc_step_count(void) { return step_counts[0]; }
 EXPORT int32_t qc_input_count(void) { return QC_INPUT_COUNT; }
 EXPORT int32_t qc_output_count(void) { return QC_OUTPUT_COUNT; }
-EXPORT const qc_tensor_info* qc_input_info(int32_t i) { return i >= 0 && i < QC_INPUT_COUNT ? &input_infos[i] : 0; }
-EXPORT const qc_tensor_info* qc_output_info(int32_t i) { return i >= 0 && i < QC_OUTPUT_COUNT ? &output_infos[i] : 0; }
+EXPORT const qc_tensor_info* qc_input_info(int32_t i) { return qc_shape_input_info(0, i); }
+EXPORT const qc_tensor_info* qc_output_info(int32_t i) { return qc_shape_output_info(0, i); }
+
+EXPORT int32_t qc_shape_count(void) { return QC_SHAPES; }
+EXPORT int32_t qc_shape_step_count(int32_t shape) { return shape >= 0 && shape < QC_SHAPES ? step_counts[shape] : 0; }
+EXPORT const qc_tensor_info* qc_shape_input_info(int32_t shape, int32_t i) {
+  return shape >= 0 && shape < QC_SHAPES && i >= 0 && i < QC_INPUT_COUNT ? &input_infos[shape][i] : 0;
+}
+EXPORT const qc_tensor_info* qc_shape_output_info(int32_t shape, int32_t i) {
+  return shape >= 0 && shape < QC_SHAPES && i >= 0 && i < QC_OUTPUT_COUNT ? &output_infos[shape][i] : 0;
+}
 
 EXPORT int32_t qc_input_state(int32_t input) {
   for (int32_t i = 0; i < QC_STATE_COUNT; ++i)
@@ -67,6 +76,9 @@ EXPORT const char* qc_manifest_json(size_t* length) {
 struct qc_session {
   atomic_flag busy;
   engine* engine;
+  int32_t shape;                            /* the compiled one that runs */
+  qc_tensor_info in[QC_INPUT_COUNT + 1];    /* the ports as the caller sees them: before padding */
+  qc_tensor_info out[QC_OUTPUT_COUNT + 1];
   const void* inputs[QC_INPUT_COUNT + 1];
   void* outputs[QC_OUTPUT_COUNT + 1];
   void* own_inputs[QC_INPUT_COUNT + 1];
@@ -81,6 +93,15 @@ EXPORT void qc_session_destroy(qc_session* s) {
   free(s);
 }
 
+/* Run at a compiled shape from now on: all buffers have to be bound again. */
+static void use_shape(qc_session* s, int32_t shape) {
+  s->shape = shape;
+  memcpy(s->in, input_infos[shape], sizeof s->in);
+  memcpy(s->out, output_infos[shape], sizeof s->out);
+  memset(s->inputs, 0, sizeof s->inputs);
+  memset(s->outputs, 0, sizeof s->outputs);
+}
+
 EXPORT qc_status qc_session_create(int32_t threads, qc_session** session) {
   if (!session) return fail(QC_ERROR_ARGUMENT, "qc_session_create: the pointer for the new session is null");
   *session = 0;
@@ -90,6 +111,7 @@ EXPORT qc_status qc_session_create(int32_t threads, qc_session** session) {
   qc_session* s = calloc(1, sizeof *s);
   if (!s) return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   atomic_flag_clear(&s->busy);
+  use_shape(s, 0);
   qc_status status = engine_create(threads, &s->engine);
   if (status) free(s);
   else *session = s;
@@ -100,11 +122,6 @@ static int32_t find(const qc_tensor_info* infos, int32_t count, const char* name
   for (int32_t i = 0; i < count; ++i)
     if (strcmp(infos[i].name, name) == 0) return i;
   return -1;
-}
-
-static size_t alignment_of(qc_dtype dtype) {
-  static const size_t bytes[] = {4, 1, 1, 4, 8, 1, 8, 2, 2, 2, 4, 8};
-  return bytes[dtype];
 }
 
 /* Every call that reads or writes a session's state holds it; a second thread is told so instead of waiting. */
@@ -132,7 +149,7 @@ static qc_status check_port(const char* what, const char* name, const qc_tensor_
 
 static qc_status check_pointer(const char* what, const qc_tensor_info* info, const void* data) {
   if (!data) return fail(QC_ERROR_ARGUMENT, "%s: the buffer for '%s' is null", what, info->name);
-  size_t alignment = alignment_of(info->dtype);
+  size_t alignment = element_bytes(info->dtype);
   if ((uintptr_t)data % alignment)
     return fail(QC_ERROR_ALIGNMENT, "%s: the buffer for '%s' must be aligned to %zu bytes (its element type)", what, info->name, alignment);
   return QC_OK;
@@ -156,9 +173,9 @@ EXPORT qc_status qc_session_bind_input(qc_session* s, const char* name, const vo
   int32_t i;
   qc_status status = enter(s, __func__);
   if (status) return status;
-  status = check_port(__func__, name, input_infos, QC_INPUT_COUNT, &i);
+  status = check_port(__func__, name, input_infos[0], QC_INPUT_COUNT, &i);
   if (!status) status = check_free(__func__, name, i, -1);
-  if (!status) status = check_buffer(__func__, &input_infos[i], data, bytes);
+  if (!status) status = check_buffer(__func__, &input_infos[s->shape][i], data, bytes);
   if (!status) s->inputs[i] = data;
   return leave(s, status);
 }
@@ -167,17 +184,41 @@ EXPORT qc_status qc_session_bind_output(qc_session* s, const char* name, void* d
   int32_t i;
   qc_status status = enter(s, __func__);
   if (status) return status;
-  status = check_port(__func__, name, output_infos, QC_OUTPUT_COUNT, &i);
+  status = check_port(__func__, name, output_infos[0], QC_OUTPUT_COUNT, &i);
   if (!status) status = check_free(__func__, name, -1, i);
-  if (!status) status = check_buffer(__func__, &output_infos[i], data, bytes);
+  if (!status) status = check_buffer(__func__, &output_infos[s->shape][i], data, bytes);
   if (!status) s->outputs[i] = data;
   return leave(s, status);
 }
 
-/* The session's own buffer of a port, allocated on first use. */
-static qc_status own_buffer(const char* what, qc_session* s, const qc_tensor_info* info, void** own) {
-  if (*own || (*own = engine_allocate(s->engine, info->bytes))) return QC_OK;
-  return fail(QC_ERROR_MEMORY, "%s: out of memory (%zu bytes for '%s')", what, info->bytes, info->name);
+/* The session's own buffer of a port, allocated on first use, large enough for every shape. */
+static qc_status own_buffer(const char* what, qc_session* s, const qc_tensor_info* infos, int32_t ports, int32_t i, void** own) {
+  size_t bytes = most_bytes(infos, ports, i);
+  if (*own || (*own = engine_allocate(s->engine, bytes))) return QC_OK;
+  return fail(QC_ERROR_MEMORY, "%s: out of memory (%zu bytes for '%s')", what, bytes, infos[i].name);
+}
+
+static qc_status own_input(const char* what, qc_session* s, int32_t i) {
+  qc_status status = own_buffer(what, s, input_infos[0], QC_INPUT_COUNT + 1, i, &s->own_inputs[i]);
+  if (!status) s->inputs[i] = s->own_inputs[i];
+  return status;
+}
+
+/* Where a run writes an output: what is bound, else the session's own buffer. */
+static qc_status any_output(const char* what, qc_session* s, int32_t i) {
+  if (s->outputs[i]) return QC_OK;
+  qc_status status = own_buffer(what, s, output_infos[0], QC_OUTPUT_COUNT + 1, i, &s->own_outputs[i]);
+  if (!status) s->outputs[i] = s->own_outputs[i];
+  return status;
+}
+
+/* A padded port has no buffer that a caller could use as it is. */
+static qc_status check_whole(const char* what, const qc_tensor_info* seen, const qc_tensor_info* run) {
+  if (seen->bytes == run->bytes) return QC_OK;
+  sentence s = {"", 0};
+  say_shape(&s, "from", seen->shape, seen->rank);
+  say_shape(&s, " to", run->shape, run->rank);
+  return fail(QC_ERROR_STATE, "%s: '%s' is padded %s; use qc_session_write and qc_session_read", what, seen->name, s.text);
 }
 
 EXPORT qc_status qc_session_input_buffer(qc_session* s, const char* name, void** data) {
@@ -185,9 +226,10 @@ EXPORT qc_status qc_session_input_buffer(qc_session* s, const char* name, void**
   if (!data) return fail(QC_ERROR_ARGUMENT, "%s: the pointer for the result is null", __func__);
   qc_status status = enter(s, __func__);
   if (status) return status;
-  status = check_port(__func__, name, input_infos, QC_INPUT_COUNT, &i);
-  if (!status) status = own_buffer(__func__, s, &input_infos[i], &s->own_inputs[i]);
-  if (!status) s->inputs[i] = *data = s->own_inputs[i];
+  status = check_port(__func__, name, input_infos[0], QC_INPUT_COUNT, &i);
+  if (!status) status = check_whole(__func__, &s->in[i], &input_infos[s->shape][i]);
+  if (!status) status = own_input(__func__, s, i);
+  if (!status) *data = s->own_inputs[i];
   return leave(s, status);
 }
 
@@ -196,11 +238,9 @@ EXPORT qc_status qc_session_output_buffer(qc_session* s, const char* name, void*
   if (!data) return fail(QC_ERROR_ARGUMENT, "%s: the pointer for the result is null", __func__);
   qc_status status = enter(s, __func__);
   if (status) return status;
-  status = check_port(__func__, name, output_infos, QC_OUTPUT_COUNT, &i);
-  if (!status && !s->outputs[i]) {
-    status = own_buffer(__func__, s, &output_infos[i], &s->own_outputs[i]);
-    if (!status) s->outputs[i] = s->own_outputs[i];
-  }
+  status = check_port(__func__, name, output_infos[0], QC_OUTPUT_COUNT, &i);
+  if (!status) status = check_whole(__func__, &s->out[i], &output_infos[s->shape][i]);
+  if (!status) status = any_output(__func__, s, i);
   if (!status) *data = s->outputs[i];
   return leave(s, status);
 }
@@ -208,14 +248,15 @@ EXPORT qc_status qc_session_output_buffer(qc_session* s, const char* name, void*
 static qc_status execute(const char* what, qc_session* s, void* workspace, const void* constants, const void* const* inputs, void* const* outputs,
                          int32_t begin, int32_t end, double* seconds) {
   if (!s || !workspace || !inputs || !outputs) return fail(QC_ERROR_ARGUMENT, "%s: a null pointer", what);
-  if (begin < 0 || end > QC_STEPS || begin > end) return fail(QC_ERROR_ARGUMENT, "%s: steps [%d, %d) asked for; there are %d", what, begin, end, QC_STEPS);
+  int32_t steps = step_counts[s->shape];
+  if (begin < 0 || end > steps || begin > end) return fail(QC_ERROR_ARGUMENT, "%s: steps [%d, %d) asked for; there are %d", what, begin, end, steps);
   if ((uintptr_t)workspace % 64 || (uintptr_t)constants % 64)
     return fail(QC_ERROR_ALIGNMENT, "%s: the workspace and the constants must be aligned to 64 bytes", what);
   qc_status status = QC_OK;
-  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i) status = check_pointer(what, &input_infos[i], inputs[i]);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = check_pointer(what, &output_infos[i], outputs[i]);
+  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i) status = check_pointer(what, &input_infos[s->shape][i], inputs[i]);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = check_pointer(what, &output_infos[s->shape][i], outputs[i]);
   if (!status) status = enter(s, what);
-  engine_memory memory = {workspace, constants, inputs, outputs};
+  engine_memory memory = {workspace, constants, inputs, outputs, s->shape};
   return status ? status : leave(s, engine_run(s->engine, &memory, begin, end, seconds));
 }
 
@@ -235,7 +276,7 @@ EXPORT qc_status qc_session_reset(qc_session* s) {
   if (status) return status;
   for (int32_t i = 0; i < QC_STATE_COUNT; ++i) {
     int32_t in = states[i].input;
-    if (s->own_inputs[in]) memset(s->own_inputs[in], 0, input_infos[in].bytes);
+    if (s->own_inputs[in]) memset(s->own_inputs[in], 0, input_infos[s->shape][in].bytes);
   }
   return leave(s, QC_OK);
 }
@@ -243,21 +284,95 @@ EXPORT qc_status qc_session_reset(qc_session* s) {
 EXPORT qc_status qc_session_run(qc_session* s) {
   qc_status status = enter(s, __func__);
   if (status) return status;
-  for (int32_t i = 0; i < QC_STATE_COUNT && !status; ++i) {
-    int32_t in = states[i].input;
-    status = own_buffer(__func__, s, &input_infos[in], &s->own_inputs[in]);
-    s->inputs[in] = s->own_inputs[in];
-  }
+  for (int32_t i = 0; i < QC_STATE_COUNT && !status; ++i) status = own_input(__func__, s, states[i].input);
   for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i)
-    if (!s->inputs[i]) status = fail(QC_ERROR_STATE, "%s: input '%s' has not been set", __func__, input_infos[i].name);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i)
-    if (!s->outputs[i]) {
-      status = own_buffer(__func__, s, &output_infos[i], &s->own_outputs[i]);
-      s->outputs[i] = s->own_outputs[i];
-    }
-  engine_memory memory = {0, 0, s->inputs, s->outputs};
-  if (!status) status = engine_run(s->engine, &memory, 0, QC_STEPS, 0);
+    if (!s->inputs[i]) status = fail(QC_ERROR_STATE, "%s: input '%s' has not been set", __func__, s->in[i].name);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = any_output(__func__, s, i);
+  engine_memory memory = {0, 0, s->inputs, s->outputs, s->shape};
+  if (!status) status = engine_run(s->engine, &memory, 0, step_counts[s->shape], 0);
   for (int32_t i = 0; i < QC_STATE_COUNT && !status; ++i)
-    memcpy(s->own_inputs[states[i].input], s->outputs[states[i].output], input_infos[states[i].input].bytes);
+    memcpy(s->own_inputs[states[i].input], s->outputs[states[i].output], input_infos[s->shape][states[i].input].bytes);
+  return leave(s, status);
+}
+
+/* ---- shapes ---------------------------------------------------------------------------------------------------------------------- */
+
+EXPORT qc_status qc_session_set_shape(qc_session* s, int32_t shape) {
+  if (shape < 0 || shape >= QC_SHAPES) return fail(QC_ERROR_ARGUMENT, "%s: shape %d asked for; there are %d, counted from 0", __func__, shape, QC_SHAPES);
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  use_shape(s, shape);
+  return leave(s, QC_OK);
+}
+
+/* Fill in a port as the caller sees it: as long as `extents` says where it varies. */
+static void see(qc_tensor_info* info, const int8_t* axes, const int64_t* extents) {
+  info->bytes = element_bytes(info->dtype);
+  for (int32_t a = 0; a < info->rank; ++a) {
+    if (axes[a]) info->shape[a] = extents[axes[a]];
+    info->bytes *= (size_t)info->shape[a];
+  }
+}
+
+EXPORT qc_status qc_session_fit(qc_session* s, const qc_shape* shapes, int32_t count) {
+  if (!shapes || count < 1 || count > QC_INPUT_COUNT) return fail(QC_ERROR_ARGUMENT, "%s: 1 to %d shapes are needed", __func__, QC_INPUT_COUNT);
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  int32_t ports[QC_INPUT_COUNT + 1];
+  sentence asked = {"", 0}, known = {"", 0};
+  for (int32_t g = 0; g < count && !status; ++g) {
+    status = check_port(__func__, shapes[g].name, input_infos[0], QC_INPUT_COUNT, &ports[g]);
+    if (!status) say(&asked, "%s", g ? ", " : ""), say_shape(&asked, shapes[g].name, shapes[g].shape, shapes[g].rank);
+  }
+  int64_t extents[QC_AXES + 1];
+  int32_t shape = status ? -1 : fitting(shapes, ports, count, extents);
+  if (shape >= 0) {
+    use_shape(s, shape);
+    for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) see(&s->in[i], input_axes[i], extents);
+    for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) see(&s->out[i], output_axes[i], extents);
+  } else if (!status) {
+    for (int32_t i = 0; i < QC_SHAPES; ++i)
+      for (int32_t p = 0; p < QC_INPUT_COUNT; ++p) {
+        say(&known, "%s", p ? ", " : i ? "; " : "");
+        say_shape(&known, input_infos[i][p].name, input_infos[i][p].shape, input_infos[i][p].rank);
+      }
+    status = fail(QC_ERROR_SIZE, "%s: %s is no shape that this library was compiled for%s: %s", __func__, asked.text,
+                  QC_PADDED ? ", nor can it be padded to one" : "", known.text);
+  }
+  return leave(s, status);
+}
+
+EXPORT const qc_tensor_info* qc_session_input_info(qc_session* s, int32_t i) { return s && i >= 0 && i < QC_INPUT_COUNT ? &s->in[i] : 0; }
+EXPORT const qc_tensor_info* qc_session_output_info(qc_session* s, int32_t i) { return s && i >= 0 && i < QC_OUTPUT_COUNT ? &s->out[i] : 0; }
+
+EXPORT qc_status qc_session_write(qc_session* s, const char* name, const void* data, size_t bytes) {
+  int32_t i;
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  status = check_port(__func__, name, input_infos[0], QC_INPUT_COUNT, &i);
+  if (!status && !data) status = fail(QC_ERROR_ARGUMENT, "%s: the array for '%s' is null", __func__, name);
+  if (!status && bytes != s->in[i].bytes) status = fail(QC_ERROR_SIZE, "%s: '%s' has %zu bytes, the array %zu", __func__, name, s->in[i].bytes, bytes);
+  if (!status) status = own_input(__func__, s, i);
+  if (!status) {
+    const qc_tensor_info* run = &input_infos[s->shape][i];
+    char filling[8] = {0};
+    write_element(run->dtype, pad_rules[i].value, filling);
+    move(s->own_inputs[i], run->shape, (char*)data, s->in[i].shape, run->rank, element_bytes(run->dtype), 1, &pad_rules[i], filling);
+  }
+  return leave(s, status);
+}
+
+EXPORT qc_status qc_session_read(qc_session* s, const char* name, void* data, size_t bytes) {
+  int32_t i;
+  qc_status status = enter(s, __func__);
+  if (status) return status;
+  status = check_port(__func__, name, output_infos[0], QC_OUTPUT_COUNT, &i);
+  if (!status && !data) status = fail(QC_ERROR_ARGUMENT, "%s: the array for '%s' is null", __func__, name);
+  if (!status && bytes != s->out[i].bytes) status = fail(QC_ERROR_SIZE, "%s: '%s' has %zu bytes, the array %zu", __func__, name, s->out[i].bytes, bytes);
+  if (!status) status = any_output(__func__, s, i);
+  if (!status) {
+    const qc_tensor_info* run = &output_infos[s->shape][i];
+    move(s->outputs[i], run->shape, data, s->out[i].shape, run->rank, element_bytes(run->dtype), 0, 0, 0);
+  }
   return leave(s, status);
 }

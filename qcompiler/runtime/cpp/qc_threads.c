@@ -22,7 +22,11 @@
 /* The calling convention of generated entry points (TVM FFI): 16-byte tagged values. */
 typedef struct { int32_t type; uint32_t padding; union { int64_t integer; void* pointer; } value; } argument;
 enum { ARGUMENT_NONE = 0, ARGUMENT_INT = 1, ARGUMENT_POINTER = 4 };
-int __tvm_ffi_qc_run(void* self, const argument* arguments, int32_t count, argument* result);
+typedef int entry(void* self, const argument* arguments, int32_t count, argument* result);
+#define DECLARE(name) entry __tvm_ffi_##name;
+#define POINTER(name) __tvm_ffi_##name,
+QC_ENTRIES(DECLARE)
+static entry* const entries[QC_SHAPES] = {QC_ENTRIES(POINTER)};
 
 /* Generated code reports a wrong argument type this way; the types below are always right. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int32_t count) {
@@ -253,12 +257,12 @@ qc_status engine_create(int32_t threads, engine** made) {
   return QC_OK;
 }
 
-static qc_status run_steps(engine* e, argument* a, int32_t n, int32_t begin, int32_t end) {
+static qc_status run_steps(engine* e, entry* run, argument* a, int32_t n, int32_t begin, int32_t end) {
   argument result = {ARGUMENT_NONE, 0, {0}};
   a[n - 2].value.integer = begin;
   a[n - 1].value.integer = end;
   begin_run(e);
-  int error = __tvm_ffi_qc_run(0, a, n, &result); /* has called `fail` itself */
+  int error = run(0, a, n, &result); /* has called `fail` itself */
   end_run(e);
   return error ? QC_ERROR_LIBRARY : QC_OK;
 }
@@ -272,11 +276,11 @@ qc_status engine_run(engine* e, const engine_memory* memory, int32_t begin, int3
   for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = memory->outputs[i];
   a[n++].type = ARGUMENT_INT;
   a[n++].type = ARGUMENT_INT;
-  if (!seconds) return run_steps(e, a, n, begin, end);
+  if (!seconds) return run_steps(e, entries[memory->shape], a, n, begin, end);
   qc_status status = QC_OK;
   for (int32_t i = begin; i < end && !status; ++i) {
     int64_t start = now_ns();
-    status = run_steps(e, a, n, i, i + 1);
+    status = run_steps(e, entries[memory->shape], a, n, i, i + 1);
     seconds[i] = (double)(now_ns() - start) * 1e-9;
   }
   return status;

@@ -52,6 +52,17 @@ typedef struct qc_library {
   qc_status (*session_profile)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t, double*);
   size_t (*workspace_bytes)(void);
   int32_t (*step_count)(void);
+  /* Null in libraries of the first versions, which have one shape: */
+  int32_t (*shape_count)(void);
+  const qc_tensor_info* (*shape_input_info)(int32_t, int32_t);
+  const qc_tensor_info* (*shape_output_info)(int32_t, int32_t);
+  int32_t (*shape_step_count)(int32_t);
+  qc_status (*session_set_shape)(qc_session*, int32_t);
+  qc_status (*session_fit)(qc_session*, const qc_shape*, int32_t);
+  const qc_tensor_info* (*session_input_info)(qc_session*, int32_t);
+  const qc_tensor_info* (*session_output_info)(qc_session*, int32_t);
+  qc_status (*session_write)(qc_session*, const char*, const void*, size_t);
+  qc_status (*session_read)(qc_session*, const char*, void*, size_t);
 } qc_library;
 
 /** Check the file at `path` without executing it. On failure `message` (of `size` bytes) gets a sentence. Errors: LIBRARY, DEVICE. */
@@ -146,11 +157,17 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   }
   const char* missing = 0;
 /* ISO C has no conversion from dlsym's object pointer to a function pointer; POSIX guarantees that the bits are the same. */
+#define QC_LOAD_IF_THERE(name)                                          \
+  void* symbol = dlsym(library->handle, "qc_" #name);                   \
+  memcpy((void*)&library->name, &symbol, sizeof symbol)
 #define QC_LOAD(name)                                                   \
   do {                                                                  \
-    void* symbol = dlsym(library->handle, "qc_" #name);                 \
+    QC_LOAD_IF_THERE(name);                                             \
     if (!symbol && !missing) missing = "qc_" #name;                     \
-    memcpy((void*)&library->name, &symbol, sizeof symbol);              \
+  } while (0)
+#define QC_LOAD_LATER(name)                                             \
+  do {                                                                  \
+    QC_LOAD_IF_THERE(name);                                             \
   } while (0)
   QC_LOAD(abi_version);
   QC_LOAD(last_error);
@@ -173,7 +190,19 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   QC_LOAD(session_profile);
   QC_LOAD(workspace_bytes);
   QC_LOAD(step_count);
+  QC_LOAD_LATER(shape_count);
+  QC_LOAD_LATER(shape_input_info);
+  QC_LOAD_LATER(shape_output_info);
+  QC_LOAD_LATER(shape_step_count);
+  QC_LOAD_LATER(session_set_shape);
+  QC_LOAD_LATER(session_fit);
+  QC_LOAD_LATER(session_input_info);
+  QC_LOAD_LATER(session_output_info);
+  QC_LOAD_LATER(session_write);
+  QC_LOAD_LATER(session_read);
 #undef QC_LOAD
+#undef QC_LOAD_LATER
+#undef QC_LOAD_IF_THERE
   if (library->abi_version && library->abi_version() != QC_ABI_VERSION) /* first: another version may have other functions */
     snprintf(message, size, "%s: has ABI version %d, this header is version %d; compile the model again", path, (int)library->abi_version(), QC_ABI_VERSION);
   else if (missing)
@@ -209,6 +238,16 @@ static inline qc_library qc_library_linked(void) {
   library.session_profile = qc_session_profile;
   library.workspace_bytes = qc_workspace_bytes;
   library.step_count = qc_step_count;
+  library.shape_count = qc_shape_count;
+  library.shape_input_info = qc_shape_input_info;
+  library.shape_output_info = qc_shape_output_info;
+  library.shape_step_count = qc_shape_step_count;
+  library.session_set_shape = qc_session_set_shape;
+  library.session_fit = qc_session_fit;
+  library.session_input_info = qc_session_input_info;
+  library.session_output_info = qc_session_output_info;
+  library.session_write = qc_session_write;
+  library.session_read = qc_session_read;
   return library;
 }
 

@@ -50,7 +50,7 @@ typedef enum qc_dtype {
   QC_UINT16 = 9, QC_UINT32 = 10, QC_UINT64 = 11
 } qc_dtype;
 
-/** A network input or output: row-major, dense, static shape. */
+/** A network input or output: row-major, dense. */
 typedef struct qc_tensor_info {
   const char* name; /**< UTF-8, the model's own name */
   qc_dtype dtype;
@@ -60,6 +60,13 @@ typedef struct qc_tensor_info {
   float scale;                 /**< of the first (for an output: last) 8-bit value behind this port, real = scale * (q - zero_point); 0 when there is none */
   int32_t zero_point;          /**< of the same value, -128 to 127; 0 to 255 for a port of QC_UINT8 */
 } qc_tensor_info;
+
+/** An input's name, and the shape that a caller has for it: `rank` extents. */
+typedef struct qc_shape {
+  const char* name;
+  int32_t rank;
+  int64_t shape[QC_MAX_RANK];
+} qc_shape;
 
 /** Memory and threads of one caller. Opaque. */
 typedef struct qc_session qc_session;
@@ -75,12 +82,20 @@ const char* qc_target_name(void);
 
 int32_t qc_input_count(void);
 int32_t qc_output_count(void);
-/** Port number `index`; null when out of range. */
+/** Port number `index` at the first shape; null when out of range. */
 const qc_tensor_info* qc_input_info(int32_t index);
 const qc_tensor_info* qc_output_info(int32_t index);
 
 /** The output that is the next value of input number `input`, a state that sessions keep; -1 for every other input. */
 int32_t qc_input_state(int32_t input);
+
+/** How many shapes the library was compiled for: 1 for most. Ports have the same names and types at all of them. */
+int32_t qc_shape_count(void);
+/** Port number `index` at shape number `shape`; null when out of range. */
+const qc_tensor_info* qc_shape_input_info(int32_t shape, int32_t index);
+const qc_tensor_info* qc_shape_output_info(int32_t shape, int32_t index);
+/** Steps at shape number `shape`; 0 when out of range. */
+int32_t qc_shape_step_count(int32_t shape);
 
 /**
  * Make a session with `threads` threads (1 to 1024): the caller's and threads - 1 workers, which sleep between runs.
@@ -107,6 +122,25 @@ qc_status qc_session_input_buffer(qc_session* session, const char* name, void** 
 qc_status qc_session_output_buffer(qc_session* session, const char* name, void** data);
 
 /**
+ * Run at shape number `shape` from now on; a new session has shape 0. Every buffer has to be bound, or asked for, again. The session's workspace and own
+ * buffers serve all shapes, so nothing is allocated. Errors: ARGUMENT, BUSY.
+ */
+qc_status qc_session_set_shape(qc_session* session, int32_t shape);
+/**
+ * The same, by the shapes that the caller has for `count` inputs (those not named follow): the compiled shape that they are, or, where the library was
+ * compiled with rules for padding, the one that they are padded to with least work. Ports are then as long as the caller's arrays: use qc_session_write and
+ * qc_session_read, which pad and cut; a padded port has no buffer. Errors: ARGUMENT, NAME, SIZE (listing the compiled shapes), BUSY; nothing changes then.
+ */
+qc_status qc_session_fit(qc_session* session, const qc_shape* shapes, int32_t count);
+/** Port number `index` as long as the session now has it; belongs to the session and follows it. Null when out of range. */
+const qc_tensor_info* qc_session_input_info(qc_session* session, int32_t index);
+const qc_tensor_info* qc_session_output_info(qc_session* session, int32_t index);
+/** Copy a whole input in from `data`, of any alignment, padded as the library's rules say. Errors: ARGUMENT, NAME, SIZE, MEMORY, BUSY. */
+qc_status qc_session_write(qc_session* session, const char* name, const void* data, size_t bytes);
+/** Copy a whole output out to `data`, cut to what belongs to the caller's input. Errors: ARGUMENT, NAME, SIZE, MEMORY, BUSY. */
+qc_status qc_session_read(qc_session* session, const char* name, void* data, size_t bytes);
+
+/**
  * Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY, GPU.
  * States (compiled with --state INPUT=OUTPUT) need nothing: they are zeros in the first run, and what the output became in the next. They have the
  * session's own buffers, which may be read and written between runs; binding a caller's is QC_ERROR_STATE.
@@ -116,7 +150,7 @@ qc_status qc_session_run(qc_session* session);
 qc_status qc_session_reset(qc_session* session);
 
 /**
- * Run steps [begin, end) of the manifest on memory of the caller's: what tracing and profiling use.
+ * Run steps [begin, end) of the manifest, at the session's shape, on memory of the caller's: what tracing and profiling use.
  * workspace: qc_workspace_bytes() bytes, 64-byte aligned, zeroed before its first use. constants: null for the library's own.
  * inputs, outputs: one pointer per port, in order, aligned to the element type.
  * On a GPU a part of the steps starts from the workspace's and outputs' bytes and leaves what they have become; a run of all steps leaves the workspace alone.
@@ -125,12 +159,14 @@ qc_status qc_session_reset(qc_session* session);
 qc_status qc_session_execute(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end);
 /**
- * qc_session_execute, step by step: writes how many seconds step i took to seconds[i] (of qc_step_count() elements; those of other steps are left alone). On a
+ * qc_session_execute, step by step: writes how many seconds step i took to seconds[i] (of qc_shape_step_count() elements; those of other steps are left alone). On a
  * GPU that is the mean of some repetitions, by its own clock, without copies.
  */
 qc_status qc_session_profile(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end, double* seconds);
+/** Of the shape that needs most. */
 size_t qc_workspace_bytes(void);
+/** Steps at the first shape. */
 int32_t qc_step_count(void);
 
 #ifdef __cplusplus

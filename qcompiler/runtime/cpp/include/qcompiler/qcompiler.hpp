@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstring>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -76,12 +77,16 @@ class Library {
 
 }  // namespace detail
 
+/// Inputs' shapes by name: extents in elements, outermost first.
+using Shapes = std::map<std::string, std::vector<std::int64_t>>;
+
 /// How a session runs.
 struct Options {
   int threads = 1;  ///< threads of one run: the caller's and threads - 1 workers
 };
 
-/// A network input or output of a session. Cheap to copy; valid as long as the session's memory, wherever the Session object moves.
+/// A network input or output of a session. Cheap to copy; valid as long as the session's memory, wherever the Session object moves. Its shape is the one that
+/// the session has now.
 class Tensor {
  public:
   std::string name() const { return info_->name; }
@@ -103,7 +108,7 @@ class Tensor {
   bool is_state() const noexcept { return state_; }
 
   /// The `size()` elements. Input: the session's own buffer (64-byte aligned), bound by this call. Output: the buffer that runs write to.
-  /// Throws Error(QC_ERROR_ARGUMENT) when T is not the tensor's element type.
+  /// Throws Error(QC_ERROR_ARGUMENT) when T is not the tensor's element type, Error(QC_ERROR_STATE) where the session pads this tensor (Session::fit).
   template <class T>
   T* data() {
     expect<T>();
@@ -117,12 +122,17 @@ class Tensor {
     return pointer;
   }
 
-  /// Copy `size()` elements in; the source may have any alignment.
+  /// Copy `size()` elements in; the source may have any alignment. Padded as the library's rules say, where the session pads this tensor.
   template <class T>
   void copy_from(const T* source) {
-    T* destination = data<T>();
+    expect<T>();
     if (!source) throw Error(QC_ERROR_ARGUMENT, "'" + name() + "': the source is null");
-    std::memcpy(destination, source, bytes());
+    copy_bytes_from(source);
+  }
+  /// The same, whatever the element type: `bytes()` bytes.
+  void copy_bytes_from(const void* source) {
+    if (output_ || !(*library_)->session_write) std::memcpy(raw_data(), source, bytes());
+    else library_->check((*library_)->session_write(session_, info_->name, source, bytes()));
   }
   /// Copy in from a contiguous container; throws Error(QC_ERROR_SIZE) when its size is not the tensor's.
   template <class C>
@@ -137,11 +147,18 @@ class Tensor {
     if (source_shape != shape()) throw Error(QC_ERROR_SIZE, "'" + name() + "' has shape " + text(shape()) + ", the source " + text(source_shape));
     copy_from(source);
   }
-  /// Copy the tensor out.
+  /// Copy the tensor out; of a padded output what belongs to the caller's input.
   template <class T>
   std::vector<T> to_vector() {
-    const T* begin = data<T>();
-    return {begin, begin + size()};
+    expect<T>();
+    std::unique_ptr<T[]> copy(new T[size()]);  // a std::vector<bool> has no array
+    copy_bytes_to(copy.get());
+    return {copy.get(), copy.get() + size()};
+  }
+  /// The same, whatever the element type: `bytes()` bytes.
+  void copy_bytes_to(void* destination) {
+    if (!output_ || !(*library_)->session_read) std::memcpy(destination, raw_data(), bytes());
+    else library_->check((*library_)->session_read(session_, info_->name, destination, bytes()));
   }
 
   /// Zero copy: use the caller's `count` elements, aligned to their type, from the next run on. They stay the caller's and must outlive the session
@@ -204,11 +221,41 @@ class Session {
     return *this;
   }
 
-  std::vector<Tensor> inputs() { return ports((*library_)->input_count(), (*library_)->input_info, false); }
-  std::vector<Tensor> outputs() { return ports((*library_)->output_count(), (*library_)->output_info, true); }
+  std::vector<Tensor> inputs() { return ports((*library_)->input_count(), false); }
+  std::vector<Tensor> outputs() { return ports((*library_)->output_count(), true); }
   /// The port of that name. Throws Error(QC_ERROR_NAME), listing the names there are.
   Tensor input(const std::string& name) { return port(name, inputs(), "input"); }
   Tensor output(const std::string& name) { return port(name, outputs(), "output"); }
+
+  /// The shapes that the library was compiled for: of each the inputs' shapes by name.
+  std::vector<Shapes> shapes() const {
+    std::vector<Shapes> all(static_cast<std::size_t>((*library_)->shape_count ? (*library_)->shape_count() : 1));
+    for (std::size_t i = 0; i < all.size(); ++i)
+      for (int p = 0; p < (*library_)->input_count(); ++p) {
+        const qc_tensor_info* info = (*library_)->shape_count ? (*library_)->shape_input_info(static_cast<std::int32_t>(i), p) : (*library_)->input_info(p);
+        all[i][info->name] = {info->shape, info->shape + info->rank};
+      }
+    return all;
+  }
+  /// Run from now on at the shapes that the caller has for these inputs: compiled ones, or such as the library's rules pad to one. Every tensor has then the
+  /// shape that belongs to them; set all inputs, and bind or ask for all buffers, again.
+  /// Throws Error: QC_ERROR_SIZE, listing the compiled shapes, QC_ERROR_NAME, QC_ERROR_ARGUMENT; nothing changes then.
+  void fit(const Shapes& shapes) {
+    std::vector<qc_shape> given;
+    for (const auto& [name, extents] : shapes) {
+      if (extents.size() > QC_MAX_RANK) throw Error(QC_ERROR_SIZE, "'" + name + "' has more than " + std::to_string(QC_MAX_RANK) + " dimensions");
+      qc_shape shape{name.c_str(), static_cast<std::int32_t>(extents.size()), {}};
+      for (std::size_t a = 0; a < extents.size(); ++a) shape.shape[a] = extents[a];
+      given.push_back(shape);
+    }
+    if ((*library_)->session_fit) {
+      library_->check((*library_)->session_fit(session_, given.data(), static_cast<std::int32_t>(given.size())));
+      return;
+    }
+    for (const auto& [name, extents] : shapes)  // a library of the first versions has one shape
+      if (input(name).shape() != extents)
+        throw Error(QC_ERROR_SIZE, "'" + name + "' has shape " + Tensor::text(input(name).shape()) + ", not " + Tensor::text(extents));
+  }
 
   /// Run the network on the inputs as they are now. Throws Error(QC_ERROR_STATE) when one was never set, Error(QC_ERROR_BUSY) while another thread is inside.
   void run() { library_->check((*library_)->session_run(session_)); }
@@ -232,11 +279,15 @@ class Session {
     if (session_) (*library_)->session_destroy(session_);
     session_ = nullptr;
   }
-  template <class Info>
-  std::vector<Tensor> ports(int count, Info info, bool output) {
+  std::vector<Tensor> ports(int count, bool output) {
     std::vector<Tensor> all;
-    for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i), output, !output && (*library_)->input_state(i) >= 0));
+    for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i, output), output, !output && (*library_)->input_state(i) >= 0));
     return all;
+  }
+  const qc_tensor_info* info(int index, bool output) const {
+    if ((*library_)->session_input_info)
+      return output ? (*library_)->session_output_info(session_, index) : (*library_)->session_input_info(session_, index);
+    return output ? (*library_)->output_info(index) : (*library_)->input_info(index);
   }
   static Tensor port(const std::string& name, const std::vector<Tensor>& all, const char* what) {
     std::string known;

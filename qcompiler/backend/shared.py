@@ -1,0 +1,67 @@
+"""Programs of one network at several shapes share one blob of constants.
+
+    program at 1 x 16:  w0 w1 p16            blob: w0 w1 p16 p32      (w0, w1: weights packed alike; p16, p32: places, cut to the length)
+    program at 1 x 32:  w0 w1 p32
+
+A constant is shared where the step of the same value id has equal bytes in its place, never between two layers, whose constants may change apart. One
+program alone keeps its own blob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.backend.lowering import Program, Step
+from qcompiler.base.memory import round_up
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where constants lie in the shared blob. offsets: of each program, of each of its steps. size: of the blob in bytes. own: bytes that each program
+    added to those before it."""
+
+    offsets: list[list[list[int]]]
+    size: int
+    own: list[int]
+
+
+def share(programs: Sequence[Program]) -> Places:
+    """Places for the constants of all programs as they are now, every one 64-byte aligned."""
+    if len(programs) == 1:
+        return Places([[list(s.constants) for s in programs[0].steps]], int(programs[0].constants.size), [int(programs[0].constants.size)])
+    known: dict[tuple[str, int, bytes], int] = {}
+    places = Places([], 0, [])
+    size = 0
+    for program in programs:
+        before, found = size, list[list[int]]()
+        for step in program.steps:
+            found.append([])
+            for index, raw in enumerate(_arrays(program, step)):
+                key = step.writes, index, raw.tobytes()
+                if key not in known:
+                    known[key] = size
+                    size = round_up(size + raw.size)
+                found[-1].append(known[key])
+        places.offsets.append(found)
+        places.own.append(size - before)
+    return Places(places.offsets, size + 64, places.own)  # vector loads may read past the last array
+
+
+def packed(programs: Sequence[Program], places: Places) -> np.ndarray:
+    """The blob, uint8: the constants of all programs as they are now, in their places."""
+    if len(programs) == 1:
+        return programs[0].constants
+    blob = np.zeros(places.size, np.uint8)
+    for program, offsets in zip(programs, places.offsets, strict=True):
+        for step, at in zip(program.steps, offsets, strict=True):
+            for start, raw in zip(at, _arrays(program, step), strict=True):
+                blob[start : start + raw.size] = raw
+    return blob
+
+
+def _arrays(program: Program, step: Step) -> Iterator[np.ndarray]:
+    for start, array in zip(step.constants, step.kernel.constants, strict=True):
+        yield program.constants[start : start + array.nbytes]
