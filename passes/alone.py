@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from tvm import relax
 
 from qcompiler.numerics.constants import MAX_KEYS, MAX_LOGIT, MAX_NORMALIZED
 from qcompiler.numerics.recurrence import BOUNDED, MAX_HIDDEN
@@ -18,6 +20,20 @@ def attention_scale(call: Any) -> float:
     """What a `relax.nn.attention` multiplies its logits with; Relax's default is the inverse root of the queries' width."""
     scale = call.attrs.scale
     return shape_of(call.args[0])[-1] ** -0.5 if scale is None else float(scale.value)
+
+
+def counted_from_the_end(values: Mapping[str, Any], index: Any, size: int) -> tuple[Any, tuple[str, ...]] | None:
+    """(i, the bindings between) for an index that is where(i < 0, i + size, i), as imports spell ONNX's negative indices; `qc.gather` reads i itself."""
+    names = (str(index.name),) if isinstance(index, relax.Var) else ()
+    chosen: Any = values.get(names[0]) if names else None
+    if relax_op(chosen) != "relax.where" or any(not isinstance(a, relax.Var) for a in chosen.args):
+        return None
+    i, spelled = chosen.args[2], (("relax.less", 0), ("relax.add", size))
+    for variable, (op, constant) in zip(chosen.args[:2], spelled, strict=True):
+        inner: Any = values.get(str(variable.name))
+        if relax_op(inner) != op or not inner.args[0].same_as(i) or not is_const(inner.args[1]) or (const_value(inner.args[1]) != constant).any():
+            return None
+    return i, (str(chosen.args[0].name), str(chosen.args[1].name), *names)
 
 
 def describe_alone(expr: Any) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.alone import describe_alone
+from qcompiler.passes.alone import counted_from_the_end, describe_alone
 from qcompiler.passes.constants import Constant, constant_of, kernel_form
 from qcompiler.passes.graph import Graph, arguments, dtype_of, match_op, plain, relax_op, shape_of
 from qcompiler.passes.kinds import KINDS, Kind
@@ -129,6 +129,9 @@ class _Finder:
             if name not in self.claimed:
                 self.claim(self.scalar_function(name, expr))
         for name, expr in self.graph.bindings:
+            if relax_op(expr) in KINDS["take"].relax:
+                self.claim(self.lookup(name, expr))
+        for name, expr in self.graph.bindings:
             if name not in self.claimed and (not self.is_constant(expr) or not self.uses[name]):
                 self.claim(self.single(name, expr))
         for name, expr in self.graph.bindings:  # constants that only float operators read
@@ -225,6 +228,16 @@ class _Finder:
         allowed = group.traits.residual and relax_op(expr) == "relax.add" and not self.is_constant(other)
         allowed = allowed and (self.stated is None or self.stated.get(str(other.name)) is not None)  # a float one stays what it is, and the sum with it
         return str(other.name) if allowed and shape_of(other) == group.shape else None
+
+    def lookup(self, name: str, expr: Any) -> Group | None:
+        """A look-up with what makes its negative indices count from the end, where nothing else reads that."""
+        found = describe_alone(expr)
+        if found is None or found["reason"] or (inner := counted_from_the_end(self.values, expr.args[1], len(found["weight"]))) is None:
+            return None
+        index, between = inner
+        if any(self.only_consumer(b) not in (*between, name) for b in between):
+            return None
+        return replace(self.float_group(name, expr, ""), **found, members=(*between, name), inputs=_names([index]))
 
     # -- elementwise --------------------------------------------------------------------------------------------------------------------
 

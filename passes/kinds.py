@@ -31,6 +31,8 @@ class Kind:
     light: computed in float where its operands are float anyway.
     per_channel: (attributes, shapes of the operands, shape of the result) -> is each channel of the result made from that channel of the operands, whatever
         positive factor the channel has? None: never.
+    row_by_row: (attributes, rank of the result, number of leading axes) -> is each row of the result, an index of the leading axes, made of that row of the
+        operands that have it? None: never, or as the kind itself says (attention).
     alone: one operator by itself, with constants of its own (`alone.py`).
     edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
     normalizes: divides each row by its own spread, so that what is added up before it may lie far apart.
@@ -58,6 +60,7 @@ class Kind:
     keeps: bool = False
     light: bool = False
     per_channel: Callable[[Mapping[str, Any], Sequence[Shape], Shape], bool] | None = None
+    row_by_row: Callable[[Mapping[str, Any], int, int], bool] | None = None
     alone: bool = False
     edge: bool = False
     normalizes: bool = False
@@ -112,6 +115,22 @@ def _slice(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
     return attrs["strides"][-1] == 1 and _channels(attrs, xs, y)
 
 
+def _any_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
+    return True
+
+
+def _last_axis(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
+    return bool(attrs.get("axis", rank - 1) % rank >= axes)
+
+
+def _averaged_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
+    return all(axis >= axes for axis in attrs["axes"])
+
+
+def _moved_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
+    return list(attrs["axes"][:axes]) == list(range(axes))
+
+
 _RESHAPES = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
 _MEANS = ("relax.mean", "relax.nn.adaptive_avg_pool2d")
 
@@ -133,28 +152,84 @@ KINDS: dict[str, Kind] = {
         Kind(
             "conv2d_transpose", ("relax.nn.conv2d_transpose",), "qc.conv2d_transpose", weighted=True, window=True, scatters=True, accumulates=True, clamped=True
         ),
-        Kind("dense", ("relax.matmul",), "qc.dense", weighted=True, accumulates=True, clamped=True, residual=True, float_kernel=True, writes_wide=True),
+        Kind(
+            "dense",
+            ("relax.matmul",),
+            "qc.dense",
+            weighted=True,
+            accumulates=True,
+            clamped=True,
+            residual=True,
+            float_kernel=True,
+            writes_wide=True,
+            row_by_row=_last_axis,
+        ),
         Kind("matmul", ("relax.matmul",), "qc.matmul", accumulates=True, bound=_product, clamped=True, writes_wide=True),
-        Kind("add", ("relax.add",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, per_channel=_shapes, reads_wide=True, writes_wide=True),
-        Kind("sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, reads_wide=True, writes_wide=True),
-        Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True, reads_wide=True, writes_wide=True),
-        Kind("rescale", (), "qc.requantize", light=True, restates=True, reads_wide=True, writes_wide=True),
-        Kind("unary", (), "qc.lut", light=True, reads_wide=True),
-        Kind("prelu", ("relax.nn.prelu",), "qc.prelu", clamped=True, light=True, per_channel=_channels),
+        Kind(
+            "add",
+            ("relax.add",),
+            "qc.add",
+            elementwise=True,
+            sums=True,
+            clamped=True,
+            light=True,
+            per_channel=_shapes,
+            reads_wide=True,
+            writes_wide=True,
+            row_by_row=_any_rows,
+        ),
+        Kind(
+            "sub", ("relax.subtract",), "qc.add", elementwise=True, sums=True, clamped=True, light=True, reads_wide=True, writes_wide=True, row_by_row=_any_rows
+        ),
+        Kind("mul", ("relax.multiply",), "qc.mul", elementwise=True, clamped=True, light=True, reads_wide=True, writes_wide=True, row_by_row=_any_rows),
+        Kind("rescale", (), "qc.requantize", light=True, restates=True, reads_wide=True, writes_wide=True, row_by_row=_any_rows),
+        Kind("unary", (), "qc.lut", light=True, reads_wide=True, row_by_row=_any_rows),
+        Kind("prelu", ("relax.nn.prelu",), "qc.prelu", clamped=True, light=True, per_channel=_channels, row_by_row=_any_rows),
         Kind("max_pool2d", ("relax.nn.max_pool2d",), "qc.max_pool2d", keeps=True, per_channel=_channels),
         Kind("avg_pool2d", ("relax.nn.avg_pool2d",), "qc.avg_pool2d", clamped=True, per_channel=_channels),
-        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=_mean, reads_wide=True, writes_wide=True),
+        Kind("mean", _MEANS, "qc.mean", bound=_total, clamped=True, per_channel=_mean, reads_wide=True, writes_wide=True, row_by_row=_averaged_rows),
         Kind("resize2d", ("relax.image.resize2d",), "qc.resize2d", keeps=True),
-        Kind("concat", ("relax.concat",), "qc.concat", moves=True, joins=True, keeps=True, reads_wide=True, writes_wide=True),
-        Kind("reshape", _RESHAPES, "qc.reshape", moves=True, views=True, keeps=True, per_channel=_channels, reads_wide=True, writes_wide=True),
-        Kind("transpose", ("relax.permute_dims",), "qc.transpose", moves=True, keeps=True, per_channel=_transpose, reads_wide=True, writes_wide=True),
-        Kind("slice", ("relax.strided_slice", "relax.split"), "qc.slice", moves=True, keeps=True, per_channel=_slice, reads_wide=True, writes_wide=True),
-        Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True, reads_wide=True, writes_wide=True),
+        Kind("concat", ("relax.concat",), "qc.concat", moves=True, joins=True, keeps=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
+        Kind(
+            "reshape",
+            _RESHAPES,
+            "qc.reshape",
+            moves=True,
+            views=True,
+            keeps=True,
+            per_channel=_channels,
+            reads_wide=True,
+            writes_wide=True,
+            row_by_row=_any_rows,
+        ),
+        Kind(
+            "transpose",
+            ("relax.permute_dims",),
+            "qc.transpose",
+            moves=True,
+            keeps=True,
+            per_channel=_transpose,
+            reads_wide=True,
+            writes_wide=True,
+            row_by_row=_moved_rows,
+        ),
+        Kind(
+            "slice",
+            ("relax.strided_slice", "relax.split"),
+            "qc.slice",
+            moves=True,
+            keeps=True,
+            per_channel=_slice,
+            reads_wide=True,
+            writes_wide=True,
+            row_by_row=_any_rows,
+        ),
+        Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True, reads_wide=True, writes_wide=True, row_by_row=_any_rows),
         Kind("attention", ("relax.nn.attention", "relax.nn.attention_bias"), "qc.attention", alone=True, writes_wide=True),
-        Kind("layer_norm", ("relax.nn.layer_norm",), "qc.layer_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True),
-        Kind("rms_norm", ("relax.nn.rms_norm",), "qc.rms_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True),
-        Kind("softmax", ("relax.nn.softmax",), "qc.softmax", light=True, alone=True, reads_wide=True, writes_wide=True),
-        Kind("take", ("relax.take",), "qc.gather", alone=True, writes_wide=True),
+        Kind("layer_norm", ("relax.nn.layer_norm",), "qc.layer_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
+        Kind("rms_norm", ("relax.nn.rms_norm",), "qc.rms_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
+        Kind("softmax", ("relax.nn.softmax",), "qc.softmax", light=True, alone=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
+        Kind("take", ("relax.take",), "qc.gather", alone=True, writes_wide=True, row_by_row=_any_rows),
         Kind("recurrence", (), "qc.recurrence", accumulates=True, reads_wide=True, wants_wide=True),
         Kind("quantize", ("relax.quantize",), edge=True),
         Kind("dequantize", ("relax.dequantize",), edge=True),

@@ -1,7 +1,7 @@
 """Every pass, in the order in which a module meets them, and the one way to run them.
 
     importer --IMPORTED--> module in the file's layout --CANONICAL--> canonical float module --WIDE--> the same, with copies of its streams
-    canonical float module --REPLACE_WEIGHTS--> the same, equalized
+    canonical float module --REPLACE_WEIGHTS--> the same, equalized --HALVED--> the same, some operands in halves
     canonical float module --INSERT_QDQ--> QDQ module --INTEGER--> integer module --REPLACE_OPERANDS--> the same, corrected
     integer module --PORTS--> the same with pixels or integers at its edges
     canonical float module --FLOAT--> float network of our kernels
@@ -24,6 +24,7 @@ from qcompiler.passes.account import settle_account
 from qcompiler.passes.fold_batch_norm import fold_batch_norm
 from qcompiler.passes.fold_constants import fold_constants
 from qcompiler.passes.fuse_edges import fuse_edges
+from qcompiler.passes.halves import in_halves
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.layout import to_channels_last
 from qcompiler.passes.legal_layouts import legal_layouts
@@ -55,6 +56,7 @@ CANONICAL: tuple[Pass, ...] = (
     to_channels_last,
 )
 WIDE: tuple[Pass, ...] = (with_copies,)
+HALVED: tuple[Pass, ...] = (in_halves,)
 REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
 INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
 INTEGER: tuple[Pass, ...] = (realize, fuse_edges, legal_layouts, settle_account)
@@ -64,7 +66,7 @@ FLOAT: tuple[Pass, ...] = (select_float, legal_layouts)
 CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
 LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
 
-PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *PORTS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
+PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *HALVED, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *PORTS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
 
 
 def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: Dump = no_dump) -> tvm.IRModule:

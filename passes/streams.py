@@ -2,9 +2,9 @@
 
     dense(x, w)      -->      dense(multiply(x, ones), w)          x in a stream; the product is the value `x~copy`
 
-A stream is what normalizations read, and what adds up to it: the sums, the residuals of layers, and what moves their data. Every layer of a transformer adds
-to it, so that the rounding of 8 bits would add up too. No dot product reads 16-bit numbers: those that read a stream get one copy, whose channels have freely
-chosen scales (`qcompiler/refine/equalization.py`): its factors become the multipliers of a `qc.requantize`.
+A stream is what normalizations read, or hand out of the network, and what adds up to it: the sums, the residuals of layers, and what moves their data.
+Every layer of a transformer adds to it, so that the rounding of 8 bits would add up too. No dot product reads 16-bit numbers: those that read a stream get
+one copy, whose channels have freely chosen scales (`qcompiler/refine/equalization.py`): its factors become the multipliers of a `qc.requantize`.
 
 Works on the canonical float module, which computes the same; what quantizes must follow.
 """
@@ -26,8 +26,9 @@ from qcompiler.passes.trained import Trained
 COPY = "copy"
 
 
-def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset()) -> set[str]:
-    """The values that are worth 16 bits. stated: those that the model file rounds itself, which stay as they are."""
+def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset(), outputs: frozenset[str] = frozenset()) -> set[str]:
+    """The values that are worth 16 bits. stated: those that the model file rounds itself, which stay as they are. outputs: of the network; what a normalization
+    hands out is worth them too, whoever else reads it."""
     made_by = {g.id: g for g in groups}
     movers: dict[str, list[str]] = defaultdict(list)  # what has its operand's numbers
     for group in groups:
@@ -35,7 +36,8 @@ def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset())
             for value in group.inputs:
                 movers[value].append(group.id)
     found: set[str] = set()
-    front = [g.inputs[0] for g in groups if g.traits.normalizes and g.reason is None]
+    normalizations = [g for g in groups if g.traits.normalizes and g.reason is None]
+    front = [g.inputs[0] for g in normalizations] + [g.id for g in normalizations if g.id in outputs]
     while front:
         value = front.pop()
         maker = made_by.get(value)
@@ -65,7 +67,7 @@ def _holds(maker: Group) -> bool:
 def with_copies(module: tvm.IRModule) -> tvm.IRModule:
     """The module with a copy of each value of a stream for the operators that read 8 bits only, and the streams as an attribute; itself without any."""
     graph, groups = Graph.of(module), find_groups(module)
-    streams = stream_values(groups, frozenset(Trained.of(graph.attrs).values))
+    streams = stream_values(groups, frozenset(Trained.of(graph.attrs).values), frozenset(str(v.name) for _, v in graph.outputs))
     wanted = {name: (set(g.inputs) - set(g.plain)) & streams for g in groups if g.reason is None and not g.traits.reads_wide for name in g.members}
     if not streams and not any(g.kind == "attention" and g.reason is None for g in groups):
         return module

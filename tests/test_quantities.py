@@ -89,6 +89,13 @@ def test_other_outputs_are_one_quantity(shape: tuple[int, ...]) -> None:
     assert Parts.of(channels).members == ((),), "a slope, no gap"
 
 
+def test_dead_channels_are_no_quantity() -> None:
+    """A normalization whose gamma and beta are next to nothing leaves numbers that no integer keeps."""
+    hidden = RNG.standard_normal((1, 12, 32)).astype(np.float32)
+    hidden[..., 5] *= 1e-7
+    assert Parts.of(hidden).members == ((),)
+
+
 class Runner:
     """A network with one output, which some error is added to."""
 

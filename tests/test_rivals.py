@@ -27,7 +27,7 @@ def test_only_steps_beyond_default_have_a_rival() -> None:
     other = recipe("accurate", disable=["equalize", "shift"]).rival
     assert other is not None and other.preset == "default" and other.steps == PRESETS["default"] - {"equalize", "shift"}
     assert other.samples == recipe("default").samples and other.judges == recipe("default").judges
-    assert recipe("accurate", disable=["mixed", "round-all"]).rival is None
+    assert recipe("accurate", disable=["halves", "mixed", "round-all"]).rival is None
     assert recipe("accurate").without_changes().rival is None, "a network that is quantized already"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcompiler.passes.realize.site import Site
+from qcompiler.passes.realize.site import Site, typed
 
 
 def max_pool2d(site: Site) -> Any:
@@ -18,5 +18,5 @@ def max_pool2d(site: Site) -> Any:
 def average(site: Site) -> Any:
     """avg_pool2d and mean; `ratio` is a float64, the kernel divides it by its count before rounding to float32."""
     x, y = site.inputs[0].params, site.quantized
-    attrs = {**site.group.attrs, "x_zero_point": x.zero_point, "ratio": x.scale / y.scale, "zero_point": y.zero_point, **site.bounds()}
+    attrs = {**site.group.attrs, "x_zero_point": x.zero_point, "ratio": x.scale / y.scale, "zero_point": y.zero_point, **site.bounds(), **typed(y)}
     return site.call(f"qc.{site.group.kind}", [site.inputs[0].expr], attrs)

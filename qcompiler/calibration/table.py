@@ -22,6 +22,7 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import check_sample
 from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics
+from qcompiler.calibration.padding import ALL, Padding
 from qcompiler.calibration.shaped import ShapedSamples
 
 FORMAT = 1
@@ -39,7 +40,8 @@ class Executor(Protocol):
 
 
 class Watcher(Protocol):
-    """Something else that looks at the values of the same pass (the means that bias correction needs, say)."""
+    """Something else that looks at the values of the same pass (the means that bias correction needs, say). It sees what counts: without rows of padding
+    (`Counted.rows`), outputs with zeros there."""
 
     def visit(self, value_id: str, array: np.ndarray) -> None: ...
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None: ...
@@ -157,21 +159,25 @@ def calibrate(
     ids: Collection[str] | None = None,
     watchers: Sequence[Watcher] = (),
     at_first: Sequence[Watcher] = (),
+    padding: Padding | None = None,
     progress: Progress = silent,
     stage: str = "calibrate",
 ) -> CalibrationTable:
     """Run the float network over `samples` and record the float32 values named in `ids` (None: all), the network's inputs among them.
 
     Each sample is {input name: array} with exactly the model's shapes and dtypes; `ShapedSamples` are of any shape that the executor has. `watchers` see
-    every value of the same pass, those `at_first` only where the sample has the executor's first shape; `stage` is what `progress` calls it. Raises
-    DataError for no samples; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, or NaN in a recorded value.
+    every value of the same pass, those `at_first` only where the sample has the executor's first shape; `stage` is what `progress` calls it. padding:
+    positions that the network masks, which are left out; `executor` is a `Session` then. Raises DataError for no samples; samples that are all padding, or
+    that a watcher refuses; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, or NaN in a recorded value.
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
     total = len(samples) if isinstance(samples, Sized) else getattr(samples, "count", None)
     bad: list[str] = []
+    counted = ALL
 
     def visit(name: str, array: np.ndarray) -> None:
+        array = counted.rows(name, array)
         if array.dtype == np.float32 and (wanted is None or name in wanted) and not table.values.setdefault(name, Statistics()).add(array):
             if np.isnan(array).any():
                 bad.append(name)
@@ -183,14 +189,18 @@ def calibrate(
         if not isinstance(samples, ShapedSamples):
             sample = check_sample(sample, executor.inputs, f"calibration sample {table.samples}")
         looking = [*watchers, *(at_first if all(sample[i.name].shape == tuple(i.shape) for i in executor.inputs) else ())]
-        outputs = executor.trace(sample, visit)
+        try:
+            counted = padding.of(executor, sample) if padding else ALL
+            outputs = executor.trace(sample, visit)
+        except DataError as error:
+            raise DataError(f"calibration sample {table.samples}: {error}") from None
         if bad:
             raise DataError(
                 f"calibration sample {table.samples}: value '{bad[0]}' is not a number (NaN) although the inputs are; "
                 "check the preprocessing, or leave this sample out"
             )
         for watcher in looking:
-            watcher.end_sample(outputs)
+            watcher.end_sample(counted.outputs(outputs))
         table.samples += 1
         progress(stage, table.samples, total)
     if table.samples == 0:

@@ -25,6 +25,7 @@ _MASK = -1e3  # a softmax makes nothing of what lies so far below the rest
 _APART = 64  # times the magnitude of all that is no mask
 _HUGE = 2.0**100  # no network computes with such numbers
 _GAP = 100.0  # of mean squares, between quantities of one tensor: ten times in magnitude
+_DUST = 1e-12  # of the greatest sum of squares: a millionth in magnitude, as dead channels leave it, is no quantity
 _SLICES = 4096  # more of them are positions, not quantities
 _LEAST = 16  # elements that tell a slice's magnitude
 
@@ -60,7 +61,7 @@ class Parts:
         best, chosen = _GAP, Parts()
         for axis, sums in power.items():
             order = np.argsort(sums, kind="stable")
-            order = order[sums[order] > 0]  # what is always zero says nothing
+            order = order[sums[order] > _DUST * sums.max(initial=0.0)]  # what is always zero says nothing
             jumps = sums[order[1:]] / sums[order[:-1]]
             if len(jumps) and jumps.max() > best:
                 best = float(jumps.max())

@@ -171,7 +171,8 @@ class _Search:
         floats, classified = [o.name for o in outputs if o.dtype == "float32"], classifying(outputs)
         power, noise, votes = [], [], []
         for done, sample in enumerate(self.job.samples, 1):
-            got, expected = session.run(sample), self.twin.run(sample)
+            counted = self.measured.padding.of(self.twin, sample)
+            got, expected = counted.outputs(session.run(sample)), counted.outputs(self.twin.run(sample))
             power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
             noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
             if classified:

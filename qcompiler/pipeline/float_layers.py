@@ -106,7 +106,7 @@ def _mixed(network: QuantizedNetwork) -> QuantizedNetwork:
     points = trade.affordable(network.job.kept)
     first, last = points[0], points[first_below(points, _noise(_BEYOND_NOTICE))]
     found = _with(network, trade.reasons(first, last, "mixed"))
-    return dataclasses.replace(found, account={"mixed": _summary(first, last, first.noise, last.noise)})
+    return dataclasses.replace(found, account={**network.account, "mixed": _summary(first, last, first.noise, last.noise)})
 
 
 def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[QuantizedNetwork, float]:
@@ -129,7 +129,7 @@ def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[Qu
         if found <= _noise(ENOUGH):
             break
         limit = min(limit, point.noise) * min(_noise(ENOUGH) / found, 0.5)
-    return dataclasses.replace(best, account={"rescue": _summary(first, chosen, noise, least)}), least
+    return dataclasses.replace(best, account={**network.account, "rescue": _summary(first, chosen, noise, least)}), least
 
 
 def _warning(network: QuantizedNetwork, noise: float, trade: _Trade) -> str:

@@ -15,6 +15,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import CheckedSamples, Samples, take
 from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import FEWEST, Scores, decibel, held_out
+from qcompiler.pipeline.halves import halved
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.stages import Compilation, Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network, link
@@ -26,7 +27,8 @@ _MOST = 32  # samples held out
 
 def planned(measured: Measured) -> QuantizedNetwork:
     """The stages from statistics to the integer network."""
-    return settled(integer_network(measured, measured.job.kept))  # plan, quantize, realize; again with layers in float, where the recipe asks for it
+    made = integer_network(measured, measured.job.kept)  # plan, quantize, realize; again with operands in halves, with layers in float, where asked for
+    return settled(halved(made) if "halves" in measured.job.recipe.steps else made)
 
 
 def network(measured: Measured) -> Corrected:
@@ -62,7 +64,8 @@ def _scores(made: Corrected, twin: Session, samples: Samples) -> Scores:
     session, floats = here.session(), [o.name for o in twin.outputs if o.dtype == "float32"]
     power, noise = [], []
     for done, sample in enumerate(samples, 1):
-        got, expected = session.run(sample), twin.run(sample)
+        counted = made.network.measured.padding.of(twin, sample)
+        got, expected = counted.outputs(session.run(sample)), counted.outputs(twin.run(sample))
         power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
         noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
         made.network.job.progress(f"judge the plan of {made.network.job.recipe.preset}", done, samples.count)

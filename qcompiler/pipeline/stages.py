@@ -28,6 +28,8 @@ from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
+from qcompiler.calibration.lookups import Lookups
+from qcompiler.calibration.padding import Padding
 from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
@@ -125,8 +127,10 @@ def observe(
         for watcher, state in zip(watchers, known.watchers, strict=True):
             watcher.restore(state)
         return known.table
-    looking: dict[str, Any] = {"at_first" if at_first else "watchers": watchers}
-    table = calibration.calibrate(twin.session(), job.samples, ids=ids, progress=job.progress, stage=stage, **looking)
+    looking: dict[str, Any] = {"at_first": watchers} if at_first else {}
+    everyone = [Lookups(job.model.module), *(() if at_first else watchers)]
+    padding = Padding(*(m.module for m in job.models))
+    table = calibration.calibrate(twin.session(), job.samples, ids=ids, watchers=everyone, padding=padding, progress=job.progress, stage=stage, **looking)
     if job.passes is not None:
         job.passes[stage] = Pass(key, table, [w.state() for w in watchers])
     return table
@@ -152,6 +156,11 @@ class Measured:
         return self.job.model
 
     @functools.cached_property
+    def padding(self) -> Padding:
+        """The positions that the network's masks hide."""
+        return Padding(*(m.module for m in self.job.models))
+
+    @functools.cached_property
     def twin(self) -> Built:
         """The float network's code for this machine."""
         return self.equalized.twin or float_code(self.model, dump=self.job.dump, progress=self.job.progress, others=self.job.sampled)
@@ -161,19 +170,24 @@ class Measured:
         job = dataclasses.replace(self.job, recipe=recipe)
         return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job, twin=self.twin), _noise={})
 
+    def with_noise_of(self, before: Measured) -> Measured:
+        """The same, with what `before` knows of ranges: of a network that computes the same values."""
+        return dataclasses.replace(self, _noise=dict(before._noise))
+
     def noise(self, proposals: Mapping[str, Proposals]) -> dict[str, dict[str, float]]:
         """`ranges.output_noise` of proposals; what an earlier plan asked for is known."""
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
         if new:
             job = self.job
-            found = output_noise(self.twin.session(), new, self.ends, job.alike, job.alike.count or self.table.samples, *job.recipe.judges, job.progress)
+            session, count = self.twin.session(), job.alike.count or self.table.samples
+            found = output_noise(session, new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding)
             self._noise |= {name: (p, found.get(name, {})) for name, p in new.items()}
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
-def calibrate(equalized: Equalized) -> Measured:
+def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     """FloatModel, samples -> CalibrationTable: the float network runs, on this machine whatever the target, over all samples. Without any (a model that
-    states its own ranges) nothing is run."""
+    states its own ranges) nothing is run. stage: what the pass is called."""
     job = equalized.job
     if equalized.twin is None:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
@@ -181,7 +195,7 @@ def calibrate(equalized: Equalized) -> Measured:
     ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids if job.recipe.judges_ranges else ())
-    table = observe(job, equalized.twin, ids, [means, ends], "calibrate", [means.limit], at_first=True)
+    table = observe(job, equalized.twin, ids, [means, ends], stage, [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
     if equalized.imported is not None and equalized.imported.failure:
@@ -293,7 +307,8 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     limit = min(measured.means.limit, job.recipe.samples)
     if limit and job.recipe.optimizes and measured.means.outputs:  # there may be no sample of the plan's shape left
         here = here or build(integer, host, "generate host code", others=network.others, progress=job.progress)
-        executor = SessionExecutor(here.session(), here)
+        twin = measured.twin.session()
+        executor = SessionExecutor(here.session(), here, lambda sample: measured.padding.of(twin, sample), network.model.naming)
         for name, change in _corrections(job.recipe):
             found = tried[name] = change(integer, executor, measured.means, itertools.islice(job.alike, limit), progress=job.progress)
             job.dump(name, found)

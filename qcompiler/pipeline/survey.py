@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,20 +46,35 @@ class Survey:
         params = {v: p for v in values if (p := plan.params(v)) is not None}
         layers = rounded_layers(self._integer, measured)
         rounded = self._rounded(layers, twin.threads)
-        return measure_sensitivity(twin, rounded, set(layers), params, measured.job.alike, most=most, seconds=seconds, progress=measured.job.progress)
+        job, padding = measured.job, measured.padding
+        return measure_sensitivity(twin, rounded, set(layers), params, job.alike, most=most, seconds=seconds, padding=padding, progress=job.progress)
+
+    def value_noise(self, twin: Session, values: Collection[str], most: int) -> dict[str, np.ndarray]:
+        """value id -> float64[outputs], noise over power, when that value alone is rounded as the plan has it."""
+        measured = self._quantized.measured
+        params = {v: p for v in values if (p := self._quantized.plan.params(v)) is not None}
+        found = measure_sensitivity(
+            twin, twin, (), params, measured.job.alike, most=most, seconds=math.inf, padding=measured.padding, progress=measured.job.progress
+        )
+        return found.values
 
     def estimate(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> float:
-        """Noise over power of the float output where that is greatest, with all roundings at once: the float network `twin` runs with the int8 weights,
+        """Noise over power of the float output where that is greatest; see `noise`."""
+        return float(self.noise(twin, samples).max())
+
+    def noise(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
+        """Noise over power of each float output, with all roundings at once: the float network `twin` runs with the int8 weights,
         and every value that the plan stores is rounded before its readers see it. No code is generated."""
         params = {v: p for v in self._placement.stored if (p := self._quantized.plan.params(v)) is not None}
         rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
         power = noise = np.zeros(1)
         parts: list[Parts] = []
         for sample in samples:
-            walk = Walk(twin, sample, rounded, parts)
+            walk = Walk(twin, sample, rounded, parts, self._quantized.measured.padding)
             parts = walk.parts
             power, noise = power + walk.power, noise + walk.errors_of_plan(params)
-        return float(np.divide(noise, power, out=np.zeros_like(power), where=power > 0).max())
+        result: np.ndarray = np.divide(noise, power, out=np.zeros_like(power), where=power > 0)
+        return result
 
     def _rounded(self, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], threads: int) -> Session:
         """The float network with other weights."""

@@ -97,10 +97,10 @@ class Placer:
         return Placement(reasons, stored, frozenset(wide))
 
     def _is_seen(self, value: str, reasons: Mapping[str, str]) -> bool:
-        """Is the value a normalization or the like that only float operators and outputs read, so that nothing asks for 8 bits?"""
+        """Is the value the result of a normalization, a sum, a product or the like that only float operators and outputs read? Nothing asks for 8 bits then."""
         maker = self.made_by.get(value)
-        alone = maker is not None and maker.traits.alone and maker.traits.writes_wide and maker.id not in reasons
-        return alone and value not in self._trained and all(g.id in reasons for g in self.readers[value])
+        wide = maker is not None and maker.traits.writes_wide and not maker.traits.keeps and maker.id not in reasons
+        return wide and value not in self._trained and all(g.id in reasons for g in self.readers[value])
 
     def _is_stored(self, value: str, reasons: Mapping[str, str]) -> bool:
         """Is the value ever int8: read by an int8 operator, or made by one that can't hand out float32?"""

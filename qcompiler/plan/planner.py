@@ -31,6 +31,7 @@ from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.halves import HALVES
 from qcompiler.passes.trained import Trained
 from qcompiler.plan.placement import Placer
 from qcompiler.plan.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
@@ -146,6 +147,7 @@ class _Planner:
         self.table, self.ranges = table, ranges
         graph = Graph.of(module)
         self.exprs, self.trained = graph.values(), Trained.of(graph.attrs)
+        self.halves = {half: (value, i == 0) for value, pair in graph.attrs.get(HALVES, {}).items() for i, half in enumerate(pair)}
         self.missing: list[str] = []  # values that have neither statistics nor parameters of their own
         self.placer = Placer(module, target)
         self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
@@ -328,6 +330,11 @@ class _Planner:
         if not self.table.values:
             self.missing.append(leader)
             return Float("no range")
+        if leader in self.halves and (whole := self.plan.params(self.halves[leader][0])) is not None and whole.dtype == "int16":
+            value, upper = self.halves[leader]
+            if upper:
+                return Fixed(QParams(whole.scale * 256, 0), math.inf, f"the upper half of '{value}', in steps of 256")
+            return Fixed(QParams(whole.scale, 0), math.inf, f"the lower half of '{value}', what its upper half leaves")
         histogram = self.histogram(members)
         if members & self.wide:
             reach = _WIDE_MARGIN * max(-histogram.low, histogram.high)

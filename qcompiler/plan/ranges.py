@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from qcompiler.base.progress import Progress, silent
+from qcompiler.calibration.padding import Padding
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.plan.quant_plan import Judged, Proposals
@@ -77,11 +78,12 @@ def output_noise(
     part: float = 1.0,
     work: float = math.inf,
     progress: Progress = silent,
+    padding: Padding | None = None,
 ) -> dict[str, dict[str, float]]:
     """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
     each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
     network's multiplications lies are left out, like those that `twin` does not compute. work: so many times the multiplications of calibration (of
-    `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides.
+    `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides. padding: positions that don't count.
     """
     behind = work_behind(twin)
     judged = {name: p for name, p in proposals.items() if p.members and all(behind.get(m, math.inf) <= part for m in p.members)}
@@ -96,7 +98,7 @@ def output_noise(
     for index, sample in enumerate(samples):
         wanted = {member: weights[index] for member, weights in standing.items() if index in weights}
         if wanted:
-            walk = Walk(twin, sample, parts=parts)
+            walk = Walk(twin, sample, parts=parts, padding=padding)
             parts = walk.parts
             for new, _ in walk.advance():
                 for member in wanted.keys() & set(new):

@@ -22,6 +22,7 @@ import tvm
 
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.value_ids import Naming
+from qcompiler.calibration.padding import ALL, Padding
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, make_op
@@ -49,10 +50,12 @@ def measure_sensitivity(
     *,
     most: int = 16,
     seconds: float = 60.0,
+    padding: Padding | None = None,
     progress: Progress = silent,
 ) -> Sensitivity:
     """plain: the float network. rounded: the same library with int8 weights, dequantized, in the constants of `layers`. params: 8-bit parameters by
-    value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`."""
+    value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`. padding: positions that
+    don't count."""
     begin = time.monotonic()
     weights, values, power = dict[str, np.ndarray](), dict[str, np.ndarray](), np.zeros(1)
     written = [v for s in plain.manifest["steps"] for v in values_of(s)]
@@ -60,7 +63,7 @@ def measure_sensitivity(
     done = count = 0
     parts: list[Parts] = []
     for sample in samples:
-        walk = Walk(plain, sample, rounded, parts)
+        walk = Walk(plain, sample, rounded, parts, padding)
         parts = walk.parts
         power = power + walk.power
         for noise, name, errors in _variants(walk, weights, values, layers, params):
@@ -98,10 +101,18 @@ class Walk:
     """One sample on its way through the float network, and back to where it was after each variant. `rounded`: the same library with other constants.
 
     power: float64[outputs], sums of squares of the float outputs, of which one that holds several quantities counts as several: `parts` of each, found in this
-    sample where they are not given.
+    sample where they are not given. padding: positions of the outputs that don't count.
     """
 
-    def __init__(self, plain: Session, sample: Mapping[str, np.ndarray], rounded: Session | None = None, parts: Sequence[Parts] = ()) -> None:
+    def __init__(
+        self,
+        plain: Session,
+        sample: Mapping[str, np.ndarray],
+        rounded: Session | None = None,
+        parts: Sequence[Parts] = (),
+        padding: Padding | None = None,
+    ) -> None:
+        self._counted = padding.of(plain, sample) if padding else ALL
         self._context = plain.new_context({name: array.copy() for name, array in sample.items()})
         self._rounded = None if rounded is None else self._context.on(rounded)
         self._steps = plain.manifest["steps"]
@@ -154,7 +165,7 @@ class Walk:
 
     def _finished(self, begin: int) -> list[np.ndarray]:
         self._context.run(begin, len(self._steps))
-        outputs = self._context.outputs()
+        outputs = self._counted.outputs(self._context.outputs())
         return [outputs[name].astype(np.float64) for name in self._floats]
 
     def _errors(self, step: int) -> np.ndarray:

@@ -104,7 +104,7 @@ class FloatMeans:
         if len(self.outputs) >= self.limit:
             return
         for group, means, shape in self._readers.get(value_id, ()):
-            x = array if shape is None else array.reshape(shape)
+            x = array if shape is None else array.reshape(shape if group.traits.window and means is self._means else (-1, shape[-1]))
             assert group.weight is not None
             if means is self._means:
                 found = tap_means(x, group.kind, group.attrs, kernel_size(group.weight), group.shape)

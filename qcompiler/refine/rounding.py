@@ -169,9 +169,9 @@ class DataRounder:
     def _patches(self, layer: IntegerLayer, weight: np.ndarray, context: Context, random: np.random.Generator) -> np.ndarray:
         """float32[G, P, K]: what the layer meets at some positions of one sample, in int8 steps."""
         kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
-        total = int(np.prod(layer.shape[:-1]))
-        at = np.sort(random.choice(total, min(total, self._positions), replace=False))
         x = context.view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
+        total = int(np.prod(layer.shape[:-1])) if KINDS[layer.kind].window else x.size // x.shape[-1]
+        at = np.sort(random.choice(total, min(total, self._positions), replace=False))
         return patches(x, layer.kind, layer.attrs, kernel, layer.shape, at)
 
 

@@ -7,7 +7,7 @@ the SQNR of its outputs, stays in force.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ import tvm
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.progress import Progress
+from qcompiler.base.value_ids import Naming
+from qcompiler.calibration.padding import Counted
 from qcompiler.numerics.metrics import Parts
 from qcompiler.passes.replace_operands import BIAS, WEIGHT
 from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
@@ -30,6 +32,22 @@ class Context(Protocol):
     def run(self, begin: int, end: int) -> None: ...
     def view(self, value_id: str) -> np.ndarray: ...
     def outputs(self) -> dict[str, np.ndarray]: ...
+
+
+class _Counting:
+    """A context that shows only what counts (`qcompiler/calibration/padding.py`)."""
+
+    def __init__(self, context: Context, counted: Counted, naming: Naming) -> None:
+        self._context, self._counted, self._naming = context, counted, naming
+
+    def run(self, begin: int, end: int) -> None:
+        self._context.run(begin, end)
+
+    def view(self, value_id: str) -> np.ndarray:
+        return self._counted.rows(self._naming.nearest(value_id, self._counted.kept), self._context.view(value_id))
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        return self._counted.outputs(self._context.outputs())
 
 
 class IntegerExecutor(Protocol):
@@ -48,16 +66,18 @@ class IntegerExecutor(Protocol):
 
 
 class SessionExecutor:
-    """A `Session` on the library that is `built`, at its first shape: biases are packed again into the constants of all shapes, code stays as it is."""
+    """A `Session` on the library that is `built`, at its first shape: biases are packed again into the constants of all shapes, code stays as it is. counted:
+    what counts of a sample; naming: of the network's values."""
 
-    def __init__(self, session: Any, built: Any) -> None:
+    def __init__(self, session: Any, built: Any, counted: Callable[[Mapping[str, np.ndarray]], Counted], naming: Naming) -> None:
+        self._counted, self._naming = counted, naming
         self.steps = [str(step["id"]) for step in session.manifest["steps"]]
         self.context_bytes = int(session.manifest["workspace"])
         self._session, self._built = session, built
 
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
         context: Context = self._session.new_context(inputs)
-        return context
+        return _Counting(context, self._counted(inputs), self._naming)
 
     def set_bias(self, value_id: str, bias: np.ndarray) -> None:
         self._replace(value_id, BIAS, bias)
