@@ -334,12 +334,28 @@ def test_inspect_says_why_an_operator_is_not_int8(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "m.so").write_bytes(b"x" * 1000)
     assert main(["inspect", str(tmp_path / "m.so")]) == 0
     out = capsys.readouterr().out
-    assert "1 of 2 operators in int8; steps:" in out
+    assert "1 of 2 operators in int8" in out and " 0.5 " in out
     rows = {line.split()[0]: line for line in out.splitlines() if line}
-    assert rows["conv1"].split()[1:] == ["qc.conv2d", "int8", "x86-avx2/conv2d", "1.50"]
+    assert rows["conv1"].split()[1:] == ["qc.conv2d", "int8", "0.5", "3", "x86-avx2/conv2d", "1.50"]
     assert rows["y"].endswith("softmax stays in float")
     assert main(["inspect", str(tmp_path / "m.so"), "--json"]) == 0
     assert [o["id"] for o in json.loads(capsys.readouterr().out)["operators"]] == ["conv1", "y"]
+
+
+def test_inspect_in_every_format(digits: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert main(["inspect", str(digits("native")), *words]) == 0
+        return capsys.readouterr().out
+
+    text = said()
+    assert "13 of 13 operators in int8" in text and f"qcompiler {qcompiler.__version__}" in text and "equaliz" not in text.lower(), "preset fast"
+    library = text.split("\n\n")[1].splitlines()
+    assert all(len(line.split(None, 1)) == 2 for line in library if line.strip()), "no row without a value"
+    rows = list(csv.DictReader(said("--format", "csv").splitlines()))
+    assert rows[1]["value"] == "relu1" and float(rows[1]["scale"]) > 0 and -128 <= int(rows[1]["zero point"]) <= 127
+    page = said("--format", "html")
+    assert page.startswith("<!doctype html>") and "<h2>Steps</h2>" in page and "<td>relu1</td>" in page
+    assert said("--format", "json") == said("--json")
 
 
 def test_inspect_of_what_is_no_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

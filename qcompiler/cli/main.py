@@ -20,6 +20,7 @@ from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
 from qcompiler.cli.process import complain, guarded, show, watched
+from qcompiler.cli.sheets import add_format
 from qcompiler.cli.tuning import add_verbs
 from qcompiler.pipeline.options import DATA_HELP, GROUPS, OPTIONS
 
@@ -104,10 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
         "inspect",
         _inspect,
         "show what is inside a library",
-        "Read the manifest of FILE.so without executing it (it may be for another CPU): inputs, outputs, and for every operator the type "
-        "of its result, its kernel, and why it is not int8 when it is not.",
+        "Read the manifest of FILE.so without executing it (it may be for another CPU): inputs, outputs, what the quantization did, and for every operator "
+        "the type and scale of its result, its kernel, and why it is not int8 when it is not.",
     )
     p.add_argument("library", metavar="FILE.so")
+    add_format(p)
 
     verb(
         "targets",
@@ -183,12 +185,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from qcompiler.cli.tables import manifest_text, step_rows
+    from qcompiler.cli.sheets import present
+    from qcompiler.cli.tables import manifest_sheets, manifest_text, step_rows
     from qcompiler.runtime.library import read_manifest
 
     manifest = read_manifest(options.library)
     count = Path(options.library).stat().st_size
-    show(options, {"bytes": count, "operators": step_rows(manifest), "manifest": manifest}, lambda: manifest_text(manifest, count))
+    document = {"bytes": count, "operators": step_rows(manifest), "manifest": manifest}
+    present(options, options.library, document, lambda: manifest_text(manifest, count), manifest_sheets(manifest, count))
     return 0
 
 

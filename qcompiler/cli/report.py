@@ -8,6 +8,7 @@ from typing import Any
 
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen
 from qcompiler.cli.process import complain, watched
+from qcompiler.cli.sheets import add_format
 from qcompiler.pipeline.options import DATA_HELP
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -29,13 +30,14 @@ def add(verb: Verb, show: Show) -> None:
     add_options(p, ["network", "recipe", "work"])
     p = verb(
         "explain",
-        lambda options: _explain(options, show),
+        _explain,
         "show how a model would be quantized, and why, without compiling it",
         "Measure MODEL on the calibration data and print the plan: for every value how it is stored, under which range, with what estimated error, and "
         "why; for every operator that stays float the reason. With --weights: how the weights would be stored, with what error.",
     )
     add_model(p)
     add_options(p, [*QUANTIZING, "weights"], without=["tuning_log"])
+    add_format(p)
     p.add_argument("--sensitivity", action="store_true", help="measure what rounding each layer alone does to the outputs as well (about a minute)")
     p = verb(
         "export-onnx",
@@ -64,12 +66,23 @@ def _calibrate(options: argparse.Namespace, show: Show) -> int:
     return 0
 
 
-def _explain(options: argparse.Namespace, show: Show) -> int:
+def _explain(options: argparse.Namespace) -> int:
     import qcompiler
+    from qcompiler.base.text import count_text
+    from qcompiler.cli.sheets import Sheet, present
+    from qcompiler.pipeline.explain import Explanation
+    from qcompiler.pipeline.texts import NOISE_COLUMNS, WEIGHT_COLUMNS, noise_rows, noise_title, weight_rows
 
     with watched(options) as progress:
         found = qcompiler.explain(options.model, options.target, options.calibration, sensitivity=options.sensitivity, **chosen(options), progress=progress)
-    show(options, found.to_json(), lambda: str(found))
+    if not isinstance(found, Explanation):
+        present(options, options.model, found.to_json(), lambda: str(found), [Sheet("Weights", WEIGHT_COLUMNS, weight_rows(found.account))])
+        return 0
+    sheets = [Sheet(f"{options.model}: {count_text(found.count)}, preset {found.plan.preset}", found.plan.COLUMNS, found.plan.rows(found.groups))]
+    if found.sensitivity is not None:
+        samples, estimate, rows = found.sensitivity
+        sheets.append(Sheet(noise_title(samples, estimate), NOISE_COLUMNS, noise_rows(rows)))
+    present(options, options.model, found.to_json(), lambda: str(found), sheets)
     return 0
 
 

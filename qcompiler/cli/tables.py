@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.base.text import count_text, float_layers, milliseconds, number, percent, size, table
+from qcompiler.cli.sheets import Sheet
 from qcompiler.numerics.weight_only import heading
 from qcompiler.pipeline.texts import weights_text
 from qcompiler.runtime.bench import Timing, ratios
@@ -129,27 +130,52 @@ def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return steps
 
 
+def manifest_sheets(manifest: Mapping[str, Any], file_size: int) -> list[Sheet]:
+    """What `qcompiler inspect` shows: the library, what the quantization did, what to know it by, its ports, its steps."""
+    compiler = ", ".join(f"{name} {version}" for name, version in manifest.get("compiler", {}).items())
+    quality = manifest.get("sqnr_db")
+    general = {
+        "model": manifest.get("model"),
+        "target": f"{manifest['target']} ({', '.join(manifest['features'])})",
+        "triple": manifest.get("triple"),
+        "size": size(file_size),
+        "weights and tables": size(manifest["constants"]) if "constants" in manifest else None,
+        "memory of a run": size(manifest["workspace"]) if "workspace" in manifest else None,
+        "compiled by": compiler,
+        "format, numerics": ", ".join(str(manifest[k]) for k in ("format", "numerics") if k in manifest),
+        "preset": manifest.get("preset"),
+        "calibration samples": manifest.get("calibration_samples"),
+        "operators": None if (count := manifest.get("operators")) is None else count_text(count),
+        "expected SQNR": None if quality is None else f"{number(quality)} dB on calibration samples",
+        "warnings": "; ".join(manifest.get("warnings", [])),
+        "notes": "; ".join(manifest.get("notes", [])),
+    }
+    sheets = [Sheet("Library", ("", ""), _filled(general))]
+    if done := _filled(manifest.get("quantization", {})):
+        sheets.append(Sheet("What the steps of the quantization did", ("", ""), done))
+    if known := _filled(manifest.get("digests", {})):
+        sheets.append(Sheet("Digests (SHA-256)", ("", ""), known))
+    sheets.append(Sheet("Inputs and outputs", ("", "name", "dtype", "shape", "its numbers"), port_rows(manifest)))
+    values, cells = manifest.get("values", {}), []
+    for s in step_rows(manifest):
+        stored = values.get(s["id"], {}) if s["dtype"] in ("int8", "int16") else {}
+        scale = f"{stored['scale']:.5g}" if "scale" in stored else ""
+        cells.append([s["id"], s["op"], s["dtype"], scale, str(stored.get("zero_point", "")), s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""])
+    columns = ("value", "operator", "result", "scale|", "zero point|", "kernel", "MMAC|", "why not int8")
+    return [*sheets, Sheet("Steps", columns, cells)]
+
+
+def _filled(rows: Mapping[str, Any]) -> list[list[str]]:
+    """The rows that say something."""
+    return [[key.replace("_", " "), str(value)] for key, value in rows.items() if value not in (None, "")]
+
+
 def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
-    """What `qcompiler inspect` prints."""
-    plain = {k: v for k, v in manifest.items() if isinstance(v, (str, int, float)) or (isinstance(v, list) and all(isinstance(i, str) for i in v))}
-    plain |= {f"{k} of {n}": d for k in ("digests",) if isinstance(manifest.get(k), dict) for n, d in manifest[k].items()}
-    general = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in plain.items()]
-    steps = step_rows(manifest)
-    cells = [[s["id"], s["op"], s["dtype"], s["kernel"], f"{s['macs'] / 1e6:.2f}", s["reason"] or ""] for s in steps]
-    count = manifest.get("operators")
-    title = "Steps" if count is None else f"{count_text(count)}; steps:"
-    target = [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
-    target += [weights_text(manifest["weights"])] if "weights" in manifest else []
-    return "\n\n".join(
-        [
-            table("Library", ("", ""), [["size", size(file_size)], *general]),
-            table("Inputs and outputs", ("", "name", "dtype", "shape", "its numbers"), port_rows(manifest)),
-            table("Inputs and outputs", ("", "name", "dtype", "shape"), port_rows(manifest)),
-            *([shapes_text(manifest)] if "shapes" in manifest else []),
-            table(title, ("value", "operator", "result", "kernel", "MMAC|", "why not int8"), cells, width=180),
-            *target,
-        ]
-    )
+    """The same as text, with what an accuracy target tried and how weights are stored."""
+    more = [shapes_text(manifest)] if "shapes" in manifest else []
+    more += [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
+    more += [weights_text(manifest["weights"])] if "weights" in manifest else []
+    return "\n\n".join([*(s.text() for s in manifest_sheets(manifest, file_size)), *more])
 
 
 def target_text(account: Mapping[str, Any]) -> str:

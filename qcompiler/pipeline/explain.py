@@ -9,13 +9,14 @@ from typing import Any, Unpack
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import Target
+from qcompiler.base.text import table
 from qcompiler.calibration.data import Source
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.pipeline.compile import quantize, quantize_weights
 from qcompiler.pipeline.options import AnyPath, Options, complete, takes_options
 from qcompiler.pipeline.survey import LayerNoise, layer_noise
-from qcompiler.pipeline.texts import noise_text, weights_text
+from qcompiler.pipeline.texts import NOISE_COLUMNS, noise_rows, noise_title, weights_text
 from qcompiler.plan.quant_plan import QuantPlan, count_operators
 
 
@@ -33,10 +34,15 @@ class Explanation:
     samples: int
     sensitivity: tuple[int, float, list[LayerNoise]] | None = None
 
+    @property
+    def count(self) -> dict[str, int]:
+        """Operators by type."""
+        return count_operators(self.groups, self.plan.reasons.keys() | self.refused.keys())
+
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.plan.to_json())
         document |= {"operators": {g.id: g.kind for g in self.groups}, "refused": dict(self.refused), "samples": self.samples, "digest": self.plan.digest}
-        document["count"] = count_operators(self.groups, self.plan.reasons.keys() | self.refused.keys())
+        document["count"] = self.count
         if self.sensitivity is not None:
             samples, estimate, rows = self.sensitivity
             document["sensitivity"] = {"samples": samples, "sqnr_db": estimate, "layers": [vars(row) for row in rows]}
@@ -44,7 +50,10 @@ class Explanation:
 
     def __str__(self) -> str:
         parts = [*(f"'{value}' stays float after all: {reason}" for value, reason in self.refused.items()), self.plan.explain(self.groups).rstrip()]
-        return "\n".join([*parts, *(["", noise_text(*self.sensitivity)] if self.sensitivity is not None else [])])
+        if self.sensitivity is not None:
+            samples, estimate, rows = self.sensitivity
+            parts += ["", table(noise_title(samples, estimate), NOISE_COLUMNS, noise_rows(rows))]
+        return "\n".join(parts)
 
 
 @dataclass(frozen=True)

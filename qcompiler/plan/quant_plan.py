@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tvm
@@ -244,11 +244,12 @@ class QuantPlan:
 
     # -- text ---------------------------------------------------------------------------------------------------------------------------
 
-    def explain(self, groups: Sequence[Group] = ()) -> str:
-        """The plan as a text table: one row per value in order, with its decision, range, estimated SQNR and reason. `groups` adds
-        operators."""
+    COLUMNS: ClassVar = ("value", "operator", "stored as", "scale", "zero point", "range", "SQNR dB", "why")
+
+    def rows(self, groups: Sequence[Group] = ()) -> list[tuple[str, ...]]:
+        """One row per value in order, under `COLUMNS`: its decision, range, estimated SQNR and reason. `groups` adds operators."""
         kinds = {g.id: g.kind for g in groups}
-        rows = [("value", "operator", "stored as", "scale", "zero point", "range", "SQNR dB", "why")]
+        rows: list[tuple[str, ...]] = []
         for value, edge in self.edges.items():
             params = self.params(value)
             operator = kinds.get(value, "") + (" (float32)" if value in self.reasons and kinds.get(value) != "float" else "")
@@ -257,6 +258,11 @@ class QuantPlan:
             why = edge.reason + (f"; computed in float32: {self.reasons[value]}" if value in self.reasons and self.reasons[value] != edge.reason else "")
             stored = type(edge).__name__.lower() if params is None else f"{params.dtype} {type(edge).__name__.lower()}"
             rows.append((value, operator, stored, *numbers, "" if sqnr is None else f"{sqnr:.1f}", why))
+        return rows
+
+    def explain(self, groups: Sequence[Group] = ()) -> str:
+        """The plan as a text table of `rows`."""
+        rows = [self.COLUMNS, *self.rows(groups)]
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]).rstrip() for r in rows]
         summary = [f"preset {self.preset}: {count_text(count_operators(groups, self.reasons))}"] if groups else [f"preset {self.preset}"]
