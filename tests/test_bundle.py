@@ -59,7 +59,7 @@ def bundle(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture
 def ready_runner(bundle: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bundles made here get the `bin/qc_run` of `bundle` instead of building their own."""
-    monkeypatch.setattr(bundle_module, "_build_runner", lambda path, target, compiler: shutil.copy(bundle.folder / "bin" / "qc_run", path))
+    monkeypatch.setattr(bundle_module, "build_runner", lambda path, target: shutil.copy(bundle.folder / "bin" / "qc_run", path))
 
 
 def pattern_answer(library: Path) -> np.ndarray:

@@ -12,12 +12,20 @@ import pytest
 # A room imports only from rooms before it; neither of passes and schedules imports the other.
 ROOMS = (
     *("base", "numerics", "passes", "schedules", "runtime", "calibration", "importers", "plan", "refine", "backend", "pipeline", "verification"),
-    *("tuning", "exporters", "cli"),
+    *("boards", "tuning", "exporters", "cli"),
 )
 NAMED = re.compile(r"(?<![\w.:/-])((?:[\w-]+/)*(?:[\w-]+|\{[\w,-]+\})\.(?:py|c|cc|h|hpp|cuh|md|yaml))(?![\w.(])")
 OURS_ELSEWHERE = {f"{folder}{n}" for n in ("qcompiler.h", "qcompiler.hpp", "loader.h", "pool.h", "pool.hpp") for folder in ("", "qcompiler/")}
 """As programs include them."""
-OTHERS = {"model.h", "qcompiler/model/model.h", "mobilenet.yaml", "make_resnet50.py", "FILE.py", "mine.py"}  # made for or by users, or lying beside data
+OTHERS = {
+    "boards.yaml",
+    "model.h",
+    "qcompiler/model/model.h",
+    "mobilenet.yaml",
+    "make_resnet50.py",
+    "FILE.py",
+    "mine.py",
+}  # made for or by users, or lying beside data
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:

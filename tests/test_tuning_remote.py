@@ -17,7 +17,7 @@ from tools import require_target
 from tuning_rows import FaultyRow, copy_op
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.programs import build_measurer
 from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import TuningError
 from qcompiler.base.host import host_architecture
@@ -27,7 +27,7 @@ from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 from qcompiler.tuning import remote as tuning_remote
 from qcompiler.tuning.candidates import candidate_library, output_sums, plan_lines, recipe_input
-from qcompiler.tuning.remote import PENDING, SIZE_LIMIT, _build_program, import_results
+from qcompiler.tuning.remote import PENDING, SIZE_LIMIT, import_results
 
 # -- the measuring program ------------------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def test_the_device_finds_what_is_wrong(name: str, tmp_path: Path) -> None:
     (tmp_path / "task000.so").write_bytes(candidate_library(row, op, target, points))
     lines = plan_lines("task000.so", op, [row.build(op, p, target) for p in points])
     (tmp_path / "candidates.txt").write_text("\n".join(["qcompiler-candidates 1 abc 2 1", *lines, ""]))
-    _build_program(tmp_path / "qc_measure", target, find_compiler(target))
+    build_measurer(tmp_path / "qc_measure", target)
     emulator = [] if target.architecture == host_architecture() else target.emulator
     done = subprocess.run([*emulator, "./qc_measure"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_the_device_finds_what_is_wrong(name: str, tmp_path: Path) -> None:
 
 def test_the_program_says_what_it_lacks(tmp_path: Path) -> None:
     target = find_target("native")
-    _build_program(tmp_path / "qc_measure", target, find_compiler(target))
+    build_measurer(tmp_path / "qc_measure", target)
     done = subprocess.run(["./qc_measure"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "candidates.txt: not in this folder" in done.stderr
     (tmp_path / "candidates.txt").write_text("qcompiler-candidates 1 abc 1 1\ntask000.so 3 1")

@@ -29,6 +29,8 @@ PROGRAMS = {
     "arm-linux-gnueabihf-g++": (APT, "g++-arm-linux-gnueabihf"),
     "qemu-aarch64-static": (APT, "qemu-user-static"),
     "qemu-arm-static": (APT, "qemu-user-static"),
+    "sshd": (APT, "openssh-server"),
+    "ssh": (APT, "openssh-client"),
     "cmake": (APT, "cmake"),
     "valgrind": (APT, "valgrind"),
     "chromium": (APT, "chromium"),
@@ -61,7 +63,7 @@ def one_line(remedies: Iterable[tuple[str, str]]) -> str:
 
 def require_programs(what: str, *names: str) -> None:
     """Programs on PATH."""
-    lack(what, [n for n in names if not shutil.which(n)])
+    lack(what, [n for n in names if not shutil.which(n, path=f"{os.environ.get('PATH', '')}:/usr/sbin")])
 
 
 def lack(what: str, names: list[str]) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import string
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import qcompiler
 from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.programs import build_runner
 from qcompiler.backend.static_library import identifier, write_static
 from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
@@ -92,7 +92,7 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         shutil.copyfile(RUNTIME / "include" / "qcompiler" / header, folder / "include" / "qcompiler" / header)
     shutil.copytree(RUNTIME / "bundle" / "example", folder / "example", ignore=shutil.ignore_patterns("__pycache__"))
     runner = folder / "bin" / "qc_run"
-    _build_runner(runner, manifest["target"], find_compiler(target))
+    build_runner(runner, target)
 
     _, architecture = read_section(library, MANIFEST_SECTION)
     facts = {
@@ -145,15 +145,6 @@ def _needs(manifest: Mapping[str, Any]) -> str:
     if manifest["triple"].startswith("nvptx64"):
         return f"Needed: an NVIDIA driver, and a GPU of architecture {features} or later"
     return f"CPU features needed: {features or 'no more than the architecture has'}"
-
-
-def _build_runner(path: Path, target: str, compiler: str) -> None:
-    """bin/qc_run: the C++ runtime inside, so that a device needs libc only."""
-    command = [compiler, "-std=c++17", "-O2", "-ffunction-sections", f"-I{RUNTIME / 'include'}", str(RUNTIME / "qc_run.cc"), "-o", str(path)]
-    command += ["-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--build-id=none", "-s", "-ldl", "-lpthread"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise TargetError(f"building bin/qc_run for '{target}' with {compiler} failed: {done.stderr.strip()[:600]}")
 
 
 class _Template(string.Template):

@@ -60,6 +60,14 @@ class TuningError(QCompilerError):
     """A tuning log can't be used, or there is nothing to tune."""
 
 
+class BoardError(QCompilerError):
+    """A board is unknown or badly described, can't be reached, or lacks something that was asked of it."""
+
+
+class BoardLost(BoardError):
+    """A board stopped answering, or answered with what can't be right, in the middle of work that another board, or a later try, can do."""
+
+
 class InternalError(QCompilerError):
     """A bug of this program: nothing that a user gives should cause it. `__cause__` is the exception behind it; `subject` is what was worked on when it
     happened (a module, say), for a report."""

@@ -16,6 +16,7 @@ import qcompiler
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.shape_table import shape_rows
+from qcompiler.cli import boards as cli_boards
 from qcompiler.cli import throughput as cli_throughput
 from qcompiler.cli.arguments import duration, once, positive, read_files, shape
 from qcompiler.cli.process import complain, show, watched
@@ -56,6 +57,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
     p.add_argument("--csv", action="store_true", help="with --layers: print the steps as CSV and nothing else; times in microseconds")
     p.add_argument("--trace", metavar="FILE.json", help="write the steps of one run as a trace for chrome://tracing or ui.perfetto.dev")
     cli_throughput.add(p)
+    cli_boards.add_board(p, "measure")
     p.add_argument("--footprint", action="store_true", help="measure memory as well, and energy where the machine has counters that may be read")
 
 
@@ -74,6 +76,8 @@ def _bench(options: argparse.Namespace) -> int:
     from qcompiler.runtime.bench import random_inputs
     from qcompiler.runtime.shapes import spelled
 
+    if options.board is not None:
+        return cli_boards.bench(options)
     cli_throughput.check(options)
     if any(options.against) and not options.model:
         raise DataError("--against needs --model: the other runtime runs the ONNX model")

@@ -15,10 +15,12 @@ from qcompiler.base.debug import SWITCHES, switch
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable
 from qcompiler.cli import bench as cli_bench
+from qcompiler.cli import boards as cli_boards
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
+from qcompiler.cli.boards import add_board, refuse_on_board, session_of
 from qcompiler.cli.process import complain, guarded, show, watched
 from qcompiler.cli.sheets import add_format
 from qcompiler.cli.tuning import add_verbs
@@ -96,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
     p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of both networks (default 1)")
+    add_board(p, "run FILE.so, every layer of it,")
     p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
     cli_bench.add(verb)
@@ -127,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-o", "--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
     cli_bundle.add(verb)
+    cli_boards.add(verb)
     p = verb(
         "completion",
         lambda options: _completion(options, parser),
@@ -160,11 +164,12 @@ def _compile(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from qcompiler.verification.parity import parity_text
 
+    refuse_on_board(options, "report")
     if options.report:
         return cli_report.verify(options, show)
-    with watched(options) as progress:
+    with session_of(options) as session, watched(options) as progress:
         report = qcompiler.verify(
-            options.library,
+            session,
             options.model,
             options.data,
             labels=options.labels,

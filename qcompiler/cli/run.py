@@ -13,6 +13,7 @@ import qcompiler
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import check_writable, read_regular, replacing
 from qcompiler.cli.arguments import pair, positive, read_files
+from qcompiler.cli.boards import add_board, session_of
 from qcompiler.cli.process import show
 from qcompiler.pipeline.options import OPTIONS
 
@@ -34,6 +35,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
     p.add_argument("--labels-names", metavar="FILE", help="names of the classes, one per line, for what is printed")
     p.add_argument("-o", "--output", metavar="OUT.npz", help="file for the outputs, one array per output name; of images one after the other")
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of a run (default 1)")
+    add_board(p, "run FILE.so")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -48,9 +50,9 @@ def _run(options: argparse.Namespace) -> int:
         raise DataError("--input needs --output: the outputs are arrays, and go to a file")
     if options.input and (options.preprocess or options.labels_names):
         raise DataError("--preprocess and --labels-names are for image files; arrays are taken as they are")
-    session = qcompiler.load(options.library, threads=options.threads)
     names = [] if options.labels_names is None else _lines(options.labels_names)
-    runs = [session.run(sample) for sample in (_images(options, session) if options.images else [_arrays(options)])]
+    with session_of(options) as session:
+        runs = [session.run(sample) for sample in (_images(options, session) if options.images else [_arrays(options)])]
     whole: dict[str, Any] = {name: np.concatenate([r[name] for r in runs]) if len(runs) > 1 else runs[0][name] for name in runs[0]}
     if output is not None:
         with replacing(output) as temporary:

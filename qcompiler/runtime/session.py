@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,17 +52,11 @@ class Context:
         Raises KeyError for an unknown id.
         """
         entry = self.manifest["layouts"][value_id]
-        shape, storage = tuple(entry["shape"]), np.dtype(entry["storage"])
         if entry["space"] != "workspace":
             port: np.ndarray = (self._inputs if entry["space"] == "input" else self._outputs)[entry["offset"]]
-            return port.reshape(shape)
-        top, left, bottom, right = entry.get("halo", (0, 0, 0, 0))
-        full = shape if "halo" not in entry else (shape[0], shape[1] + top + bottom, shape[2] + left + right, entry["pitch"])
+            return port.reshape(tuple(entry["shape"]))
         start = entry["offset"]
-        image: np.ndarray = self._workspace[start : start + math.prod(full) * storage.itemsize].view(storage).reshape(full)
-        if "halo" in entry:
-            image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
-        return (image ^ 128).view(np.int8) if storage == np.uint8 else image
+        return decoded(entry, self._workspace[start : start + stored_bytes(entry)])
 
     def value(self, value_id: str) -> np.ndarray:
         """A copy of `view`."""
@@ -302,22 +296,7 @@ class Session:
     def bound(self, inputs: Mapping[str, np.ndarray], pad: bool = True) -> tuple[list[np.ndarray], int, Shapes | None]:
         """(inputs in order, contiguous and of the right dtype alignment, copied only where they are not; the number of the shape that takes them; their own
         shapes, where they were padded)."""
-        names = [i.name for i in self.inputs]
-        if not isinstance(inputs, Mapping):
-            raise DataError(f"inputs are a mapping {{name: array}}, not {type(inputs).__name__}; names: {', '.join(names)}")
-        for name in inputs:
-            if name not in names:
-                raise DataError(f"unknown input '{name}'.{closest(str(name), names)} Inputs: {', '.join(names)}")
-        arrays = {}
-        for info in self.inputs:
-            if info.name not in inputs:
-                raise DataError(f"input '{info.name}' is missing; the model wants {', '.join(f'{i.name} {list(i.shape)} {i.dtype}' for i in self.inputs)}")
-            whole = as_array(inputs[info.name])
-            array = arrays[info.name] = np.asarray(inputs[info.name]) if whole is None else whole
-            if not fits(array.dtype, info.dtype):
-                raise DataError(f"input '{info.name}' has dtype {array.dtype}; the model wants {info.dtype}")
-            if array.shape != info.shape and len(self.fitting.all) == 1:
-                raise DataError(f"input '{info.name}' has shape {list(array.shape)}; the model wants {list(info.shape)}")
+        arrays = checked(inputs, self.inputs, len(self.fitting.all) == 1)
         shape, own = 0, None
         if len(self.fitting.all) > 1:
             given = {name: array.shape for name, array in arrays.items()}
@@ -352,6 +331,51 @@ class Session:
 
     def _constants(self) -> int | None:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
+
+
+def checked(inputs: Mapping[str, np.ndarray], infos: Sequence[TensorInfo], fixed: bool = True) -> dict[str, np.ndarray]:
+    """{name: array} of a call's inputs. fixed: the shapes must be those of `infos`. Raises DataError."""
+    names = [i.name for i in infos]
+    if not isinstance(inputs, Mapping):
+        raise DataError(f"inputs are a mapping {{name: array}}, not {type(inputs).__name__}; names: {', '.join(names)}")
+    for name in inputs:
+        if name not in names:
+            raise DataError(f"unknown input '{name}'.{closest(str(name), names)} Inputs: {', '.join(names)}")
+    arrays = {}
+    for info in infos:
+        if info.name not in inputs:
+            raise DataError(f"input '{info.name}' is missing; the model wants {', '.join(f'{i.name} {list(i.shape)} {i.dtype}' for i in infos)}")
+        whole = as_array(inputs[info.name])
+        array = arrays[info.name] = np.asarray(inputs[info.name]) if whole is None else whole
+        if not fits(array.dtype, info.dtype):
+            raise DataError(f"input '{info.name}' has dtype {array.dtype}; the model wants {info.dtype}")
+        if fixed and array.shape != info.shape:
+            raise DataError(f"input '{info.name}' has shape {list(array.shape)}; the model wants {list(info.shape)}")
+    return arrays
+
+
+def _stored_shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of a value with what lies around it; entry: of the manifest's layouts."""
+    shape = tuple(entry["shape"])
+    if "halo" not in entry:
+        return shape
+    top, left, bottom, right = entry["halo"]
+    return (shape[0], shape[1] + top + bottom, shape[2] + left + right, entry["pitch"])
+
+
+def stored_bytes(entry: Mapping[str, Any]) -> int:
+    """Bytes that a value takes in memory."""
+    return int(math.prod(_stored_shape(entry)) * np.dtype(entry["storage"]).itemsize)
+
+
+def decoded(entry: Mapping[str, Any], raw: np.ndarray) -> np.ndarray:
+    """A value from its bytes in memory: float32, or canonical int8; a view of them where they are stored so."""
+    shape, storage = entry["shape"], np.dtype(entry["storage"])
+    image: np.ndarray = raw.view(storage).reshape(_stored_shape(entry))
+    if "halo" in entry:
+        top, left, _, _ = entry["halo"]
+        image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
+    return (image ^ 128).view(np.int8) if storage == np.uint8 else image
 
 
 def _declare(library: Any) -> Any:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any, Unpack
 
 import tvm_ffi
 
-from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.programs import build_measurer
 from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, opened, read_file
-from qcompiler.base.errors import TargetError, TuningError
+from qcompiler.base.errors import TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
 from qcompiler.base.shape_table import check_single
@@ -89,7 +89,8 @@ def export_candidates(
     options = complete(options, "export_candidates")
     check_single(asked_rows(options), "export_candidates")
     chosen = find_target(target, options["targets_file"])
-    compiler, progress = find_compiler(chosen), options["progress"] or silent
+    find_compiler(chosen)  # a missing one shows before anything long is begun
+    progress = options["progress"] or silent
     if candidates < 1 or candidates > 1000:
         raise TuningError(f"candidates is {candidates}; 1 to 1000 are supported")
     threads = threads if threads is not None else 1 if chosen.gpu else chosen.cores
@@ -105,7 +106,7 @@ def export_candidates(
         search = Search(chosen, tasks, read_file(writer.path))
         tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
         exported = Exported(Path(output), "")
-        described = _fill(folder, search, chosen, compiler, candidates, threads, exported, progress, limits)
+        described = _fill(folder, search, chosen, candidates, threads, exported, progress, limits)
         if not described["tasks"]:
             why = f"every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed"
             raise TuningError(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")
@@ -117,10 +118,10 @@ def export_candidates(
 
 
 def _fill(
-    folder: Path, search: Search, target: Target, compiler: str, candidates: int, threads: int, exported: Exported, progress: Report, limits: Limits | None
+    folder: Path, search: Search, target: Target, candidates: int, threads: int, exported: Exported, progress: Report, limits: Limits | None
 ) -> dict[str, Any]:
     """Write an export; returns the manifest."""
-    _build_program(folder / "qc_measure", target, compiler)
+    build_measurer(folder / "qc_measure", target)
     left = SIZE_LIMIT - (folder / "qc_measure").stat().st_size - (64 << 10)
     described: list[dict[str, Any]] = []
     plan: list[str] = []
@@ -201,13 +202,6 @@ def _library(worker: Worker, task: Task, target: Target, chosen: list[tuple[Poin
     if len(chosen) < 2 or chosen[0][0] != default:
         return b""
     return built([point for point, _ in chosen]) or b""
-
-
-def _build_program(path: Path, target: Target, compiler: str) -> None:
-    command = [compiler, "-x", "c", "-std=gnu11", "-O2", f"-I{RUNTIME / 'include'}", str(RUNTIME / "qc_measure.c"), "-o", str(path)]
-    done = subprocess.run([*command, "-Wl,--build-id=none", "-s", "-ldl"], capture_output=True, text=True)
-    if done.returncode:
-        raise TargetError(f"building qc_measure for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
 
 
 # -- import ---------------------------------------------------------------------------------------------------------------------------------

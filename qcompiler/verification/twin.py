@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qcompiler.backend.artifact import Artifact
 from qcompiler.base.errors import ArtifactError
-from qcompiler.base.targets import load_targets
+from qcompiler.base.targets import load_targets, missing_features
 from qcompiler.calibration.ports import library_inputs
 from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.runtime.shapes import of_inputs, ports, specializations
@@ -48,23 +49,36 @@ def fed_alike(network: Any, library: Any) -> Any:
     return Twin(network, library) if library_inputs(library.manifest) else network
 
 
+def _manifests(like: Any, samples: Any) -> list[dict[str, Any]]:
+    """Of the session `like` at each of its shapes, or at those that `samples` have."""
+    manifests = specializations(like.manifest)
+    return [manifests[i] for i in sorted(samples.shapes)] if isinstance(samples, ShapedSamples) else manifests
+
+
+def _rows(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [of_inputs(m) | {name: port.model.shape for name, port in library_inputs(m).items()} for m in manifests]
+
+
+def float_artifact(model: str | os.PathLike[str], like: Any, here: bool, samples: Any = None) -> Artifact:
+    """The float network of `float_session` before it is opened. here: it must run on this machine."""
+    from qcompiler.pipeline.stages import compile_float
+
+    row, manifests = load_targets().get(like.manifest["target"]), _manifests(like, samples)
+    target = row.name if row is not None and not row.gpu and not (here and missing_features(row)) else "native"
+    wanted = [m.get("digests", {}).get("model") for m in manifests]
+    return compile_float(model, target, _rows(manifests), input_values=like.manifest.get("fixed_inputs"), wanted=wanted)
+
+
 def float_session(model: str | os.PathLike[str], like: Any, folder: Path, threads: int = 1, samples: Any = None) -> Any:
     """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like` (of several, those that `samples`
-    have), whose inputs it takes; for this CPU, where that target is a GPU's or of another targets file.
+    have), whose inputs it takes; for this CPU, where that target is another machine's, a GPU's or of another targets file.
 
     Raises ArtifactError when `like` was compiled from another model: its manifest has the digest of its model, or its inputs or outputs are others.
     """
-    from qcompiler.pipeline.stages import compile_float
     from qcompiler.runtime.session import Session
 
-    manifests = specializations(like.manifest)
-    if isinstance(samples, ShapedSamples):
-        manifests = [manifests[i] for i in sorted(samples.shapes)]
-    rows = [of_inputs(m) | {name: port.model.shape for name, port in library_inputs(m).items()} for m in manifests]
-    own = like.manifest["target"]
-    target = own if own in load_targets() and not like.manifest["triple"].startswith("nvptx64") else "native"
-    wanted = [m.get("digests", {}).get("model") for m in manifests]
-    artifact = compile_float(model, target, rows, input_values=like.manifest.get("fixed_inputs"), wanted=wanted)
+    manifests = _manifests(like, samples)
+    rows, artifact = _rows(manifests), float_artifact(model, like, True, samples)
     session = Session(artifact.save(folder / "float.so"), threads=threads)
     for mine, row, manifest in zip(specializations(session.manifest), rows, manifests, strict=True):
         outputs = [(o.name, o.shape) for o in ports(manifest["outputs"])]

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -224,7 +225,10 @@ static int supervise(const task* t, int threads, double limit, board* b) {
   for (int attempt = 0; attempt <= t->steps; ++attempt) {
     pid_t child = fork();
     if (child < 0) die("fork", strerror(errno));
-    if (child == 0) measure(t, threads, limit, b);
+    if (child == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL); /* whoever ends this program ends its work */
+      measure(t, threads, limit, b);
+    }
     int status;
     waitpid(child, &status, 0);
     if (WIFEXITED(status) && WEXITSTATUS(status) != START_OVER) {

@@ -6,12 +6,15 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <future>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -38,10 +41,16 @@ constexpr const char* kUsage =
     "  --streams N          sessions that run at the same time (default 1)\n"
     "  --rate R             requests a second that are due whatever happens; otherwise the queue is always full\n"
     "  --pin                keep each stream on CPUs of its own\n"
+    "  --numbered DIR       instead of --input and --output: input number N is DIR/inN.npy, output number N becomes DIR/outN.npy\n"
+    "  --profile ITERATIONS measure every step in that many runs, and print the least seconds of each as JSON. Inputs as for --bench\n"
+    "  --steps PLAN         run step by step, and write what steps leave in memory into DIR/steps.bin: PLAN has lines `STEP workspace OFFSET BYTES` and\n"
+    "                       `STEP output INDEX BYTES`, in the order of the steps; those bytes are appended after the step\n"
     "exit status: 0 done, 2 usage or bad input\n";
 
 struct Arguments {
-  std::string model, output;
+  std::string model, output, plan;
+  bool numbered = false;
+  int profiled = 0;
   std::map<std::string, std::string> inputs;
   int threads = 1;
   int iterations = 0;
@@ -77,7 +86,7 @@ Arguments parse(int count, char** words) {
       arguments.pin = true;
       continue;
     }
-    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate"};
+    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate", "--profile", "--steps", "--numbered"};
     if (!known.count(word)) throw std::runtime_error("unknown option " + word);
     if (i + 1 == count) throw std::runtime_error(word + " wants a value");
     const std::string value = words[++i];
@@ -91,8 +100,13 @@ Arguments parse(int count, char** words) {
       arguments.throughput = quantity(word, value);
     } else if (word == "--rate") {
       arguments.rate = quantity(word, value);
-    } else if (word == "--output") {
+    } else if (word == "--profile") {
+      arguments.profiled = positive(word, value, 100000000);
+    } else if (word == "--steps") {
+      arguments.plan = value;
+    } else if (word == "--output" || word == "--numbered") {
       arguments.output = value;
+      arguments.numbered = word == "--numbered";
     } else {
       const std::size_t equals = value.find('=');
       if (equals == std::string::npos || equals == 0 || equals + 1 == value.size()) throw std::runtime_error("--input " + value + ": expected NAME=FILE.npy");
@@ -103,7 +117,9 @@ Arguments parse(int count, char** words) {
   if (arguments.model.empty()) throw std::runtime_error("no library given");
   if (!arguments.throughput && (arguments.streams || arguments.rate || arguments.pin)) throw std::runtime_error("--streams, --rate and --pin go with --throughput");
   if (arguments.throughput && (!arguments.output.empty() || arguments.iterations)) throw std::runtime_error("--throughput measures only; leave out --output and --bench");
-  if (arguments.output.empty() && !arguments.iterations && !arguments.throughput)
+  if (arguments.output.empty() && !arguments.plan.empty()) throw std::runtime_error("--steps wants --output DIR or --numbered DIR");
+  if (arguments.numbered && !arguments.inputs.empty()) throw std::runtime_error("--numbered names the inputs; leave --input out");
+  if (arguments.output.empty() && !arguments.iterations && !arguments.throughput && !arguments.profiled)
     throw std::runtime_error("give --output DIR, or --bench ITERATIONS or --throughput SECONDS to measure only");
   return arguments;
 }
@@ -138,8 +154,9 @@ void measure(qcompiler::Session& session, const Arguments& arguments) {
   }
   std::sort(seconds.begin(), seconds.end());
   const auto quantile = [&](double q) { return seconds[static_cast<std::size_t>(std::ceil(q * static_cast<double>(seconds.size()))) - 1]; };
-  std::printf("{\"target\": \"%s\", \"threads\": %d, \"iterations\": %d, \"seconds\": {\"minimum\": %.9f, \"median\": %.9f, \"p99\": %.9f}}\n",
-              session.target().c_str(), arguments.threads, arguments.iterations, seconds.front(), quantile(0.5), quantile(0.99));
+  std::printf("{\"target\": \"%s\", \"threads\": %d, \"iterations\": %d, \"seconds\": {\"minimum\": %.9f, \"median\": %.9f, \"mean\": %.9f, \"p90\": %.9f, \"p99\": %.9f}}\n",
+              session.target().c_str(), arguments.threads, arguments.iterations, seconds.front(), quantile(0.5),
+              std::accumulate(seconds.begin(), seconds.end(), 0.0) / static_cast<double>(seconds.size()), quantile(0.9), quantile(0.99));
 }
 
 // Requests share the inputs; each stream's answers go to buffers of their own, as many as requests can be on their way.
@@ -192,12 +209,65 @@ void load(qcompiler::Session& session, const Arguments& arguments) {
               quantile(0.99));
 }
 
+// The caller's memory for step by step: zeroed, 64-byte aligned.
+struct Workspace {
+  explicit Workspace(std::size_t bytes) : held(bytes + 64) {}
+  char* data() { return held.data() + (64 - reinterpret_cast<std::uintptr_t>(held.data()) % 64) % 64; }
+  std::vector<char> held;
+};
+
+void trace(qcompiler::Session& session, const std::string& plan, const std::string& path) {
+  const std::vector<char> bytes = npy::read_bytes(plan);
+  std::istringstream lines(std::string(bytes.begin(), bytes.end()));
+  std::vector<qcompiler::Tensor> outputs = session.outputs();
+  Workspace workspace(session.workspace_bytes());
+  std::FILE* file = std::fopen(path.c_str(), "wb");
+  if (!file) throw std::runtime_error(path + ": can't be written: " + std::strerror(errno));
+  int done = 0, step = 0;
+  std::string space;
+  std::size_t at = 0, count = 0;
+  bool fine = true;
+  while (fine && lines >> step >> space >> at >> count) {
+    const bool held = space == "workspace" && at <= session.workspace_bytes() && count <= session.workspace_bytes() - at;
+    const bool port = space == "output" && at < outputs.size() && count <= outputs[at].bytes();
+    if (step < done - 1 || step >= session.steps() || !(held || port)) {
+      std::fclose(file);
+      throw std::runtime_error(plan + ": has a line that does not fit the library");
+    }
+    session.execute(workspace.data(), done, step + 1);
+    done = step + 1;
+    const void* source = held ? workspace.data() + at : outputs[at].raw_data();
+    fine = std::fwrite(source, 1, count, file) == count;
+  }
+  session.execute(workspace.data(), done, session.steps());
+  fine = std::fclose(file) == 0 && fine;
+  if (!fine) throw std::runtime_error(path + ": can't be written: " + std::strerror(errno));
+}
+
+void profile(qcompiler::Session& session, int iterations) {
+  Workspace workspace(session.workspace_bytes());
+  std::vector<double> least = session.profile(workspace.data());
+  for (int i = 0; i < iterations; ++i) {
+    const std::vector<double> seconds = session.profile(workspace.data());
+    std::transform(least.begin(), least.end(), seconds.begin(), least.begin(), [](double a, double b) { return std::min(a, b); });
+  }
+  std::printf("{\"steps\": [");
+  for (std::size_t i = 0; i < least.size(); ++i) std::printf("%s%.9g", i ? ", " : "", least[i]);
+  std::printf("]}\n");
+}
+
 void run(const Arguments& arguments) {
   qcompiler::Session session(arguments.model, {arguments.threads});
   std::map<std::string, npy::Array> arrays;
   for (const auto& [name, path] : arguments.inputs) {
     session.input(name);  // is there one of that name?
     arrays.emplace(name, npy::read(path));
+  }
+  if (arguments.numbered && session.shapes().size() > 1) throw std::runtime_error(arguments.model + ": has several shapes; name the inputs with --input");
+  std::vector<qcompiler::Tensor> ports = session.inputs();
+  for (std::size_t i = 0; i < ports.size() && arguments.numbered; ++i) {
+    const std::string path = arguments.output + "/in" + std::to_string(i) + ".npy";
+    set_input(ports[i], path, npy::read(path));
   }
   if (session.shapes().size() > 1 && !arrays.empty()) {
     qcompiler::Shapes shapes;
@@ -206,7 +276,7 @@ void run(const Arguments& arguments) {
   }
   for (const auto& [name, array] : arrays) set_input(session.input(name), arguments.inputs.at(name), array);
   for (qcompiler::Tensor tensor : session.inputs())
-    if (!arguments.inputs.count(tensor.name()) && !tensor.is_state()) {
+    if (!arguments.numbered && !arguments.inputs.count(tensor.name()) && !tensor.is_state()) {
       if (!arguments.output.empty())
         throw std::runtime_error("input '" + tensor.name() + "' is missing: give --input " + tensor.name() + "=FILE.npy, " +
                                  npy::type_of(tensor.dtype()).descr + " of shape " + tensor.text(tensor.shape()));
@@ -215,15 +285,19 @@ void run(const Arguments& arguments) {
     }
   if (!arguments.output.empty()) {
     if (mkdir(arguments.output.c_str(), 0777) != 0 && errno != EEXIST) throw std::runtime_error(arguments.output + ": can't be made: " + std::strerror(errno));
-    session.run();
+    if (arguments.plan.empty()) session.run();
+    else trace(session, arguments.plan, arguments.output + "/steps.bin");
     std::set<std::string> taken;
+    int count = 0;
     for (qcompiler::Tensor tensor : session.outputs()) {
+      const std::string name = arguments.numbered ? "out" + std::to_string(count++) + ".npy" : file_name(tensor.name(), taken);
       std::vector<char> bytes(tensor.bytes());
       tensor.copy_bytes_to(bytes.data());
-      npy::write(arguments.output + "/" + file_name(tensor.name(), taken), tensor.dtype(), tensor.shape(), bytes.data(), bytes.size());
+      npy::write(arguments.output + "/" + name, tensor.dtype(), tensor.shape(), bytes.data(), bytes.size());
     }
   }
   if (arguments.iterations) measure(session, arguments);
+  if (arguments.profiled) profile(session, arguments.profiled);
   if (arguments.throughput > 0) load(session, arguments);
 }
 

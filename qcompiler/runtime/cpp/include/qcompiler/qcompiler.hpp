@@ -262,6 +262,23 @@ class Session {
   /// Make the states that the session keeps from run to run (compiled with --state) zeros again, as for a new stream.
   void reset() { library_->check((*library_)->session_reset(session_)); }
 
+  /// Run steps [begin, end) of the manifest on memory of the caller's, for tracing: qc_session_execute says how it must be aligned. `inputs` and `outputs` are
+  /// those of the session. Throws Error.
+  void execute(void* workspace, int begin, int end) {
+    const auto [in, out] = pointers();
+    library_->check((*library_)->session_execute(session_, workspace, nullptr, in.data(), out.data(), begin, end));
+  }
+  /// The same for all steps; seconds of each.
+  std::vector<double> profile(void* workspace) {
+    const auto [in, out] = pointers();
+    std::vector<double> seconds(static_cast<std::size_t>(steps()) + 1);
+    library_->check((*library_)->session_profile(session_, workspace, nullptr, in.data(), out.data(), 0, steps(), seconds.data()));
+    seconds.pop_back();
+    return seconds;
+  }
+  std::size_t workspace_bytes() const { return (*library_)->workspace_bytes(); }
+  int steps() const { return (*library_)->step_count(); }
+
   /// The row of targets.yaml that the library was compiled for.
   std::string target() const { return (*library_)->target_name(); }
   /// The whole manifest, JSON.
@@ -274,6 +291,15 @@ class Session {
  private:
   Session(std::shared_ptr<detail::Library> library, Options options) : library_(std::move(library)) {
     library_->check((*library_)->session_create(options.threads, &session_));
+  }
+  /// Buffers of the inputs and outputs, in order; one element more, so that there is one.
+  std::pair<std::vector<const void*>, std::vector<void*>> pointers() {
+    std::pair<std::vector<const void*>, std::vector<void*>> all;
+    for (Tensor tensor : inputs()) all.first.push_back(tensor.raw_data());
+    for (Tensor tensor : outputs()) all.second.push_back(tensor.raw_data());
+    all.first.push_back(nullptr);
+    all.second.push_back(nullptr);
+    return all;
   }
   void close() noexcept {
     if (session_) (*library_)->session_destroy(session_);

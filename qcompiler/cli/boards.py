@@ -1,0 +1,120 @@
+"""The verb `boards`, and the options with which other verbs do on a board what they do here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from qcompiler.base.errors import DataError
+from qcompiler.base.text import milliseconds, size, table
+from qcompiler.boards.board import DEFAULT_FILE, Board, find_board, load_boards
+from qcompiler.cli.process import REFUSED, show
+
+FILE_HELP = f"what boards there are: a file as docs/boards.md describes it (default {DEFAULT_FILE})"
+
+
+def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]) -> None:
+    """Add the verb with `verb(name, run, summary, description)`, which makes its parser."""
+    p = verb(
+        "boards",
+        _boards,
+        "check the boards of boards.yaml",
+        "Reach every board (by ssh, adb, or an emulator here), and print what it is, how hot and how full, and whether it computes a small network "
+        "rightly, and how fast. Nothing is installed on a board, and nothing is left there. Exit status 2 when one is not fit for work.",
+    )
+    p.add_argument("name", nargs="*", metavar="NAME", help="check these boards only")
+    p.add_argument("--boards", default=DEFAULT_FILE, metavar="FILE", help=FILE_HELP)
+
+
+def add_board(p: argparse.ArgumentParser, what: str) -> None:
+    """The options --board and --boards of a verb."""
+    p.add_argument("--board", metavar="NAME", help=f"{what} on this board instead of on this machine")
+    p.add_argument("--boards", default=DEFAULT_FILE, metavar="FILE", help=FILE_HELP)
+
+
+def chosen_boards(options: argparse.Namespace, names: Sequence[str]) -> list[Board]:
+    """The boards of these names. Raises BoardError."""
+    known = load_boards(options.boards)
+    return [find_board(known, name, options.boards) for name in dict.fromkeys(names)]
+
+
+@contextlib.contextmanager
+def session_of(options: argparse.Namespace) -> Iterator[Any]:
+    """The library `options.library`: on the board that was named, else here."""
+    if options.board is None:
+        import qcompiler
+
+        yield qcompiler.load(options.library, threads=options.threads)
+        return
+    from qcompiler.boards.device import opened
+    from qcompiler.boards.session import BoardSession
+
+    (board,) = chosen_boards(options, [options.board])
+    with opened(board) as device:
+        yield BoardSession(device, options.library, options.threads)
+
+
+def refuse_on_board(options: argparse.Namespace, *names: str) -> None:
+    """Raises DataError for an option that has no meaning on a board."""
+    for name in names:
+        if options.board is not None and getattr(options, name):
+            raise DataError(f"--{name} measures on this machine, and --board asks for another; leave one of them out")
+
+
+def bench(options: argparse.Namespace) -> int:
+    """The verb `bench` on a board: the library, and with --model the float network for the same target, in turns there."""
+    from qcompiler.base.files import temporary_folder
+    from qcompiler.boards.device import opened
+    from qcompiler.boards.session import BoardSession, take_turns
+    from qcompiler.cli.tables import profile_text, timing_text
+    from qcompiler.runtime.bench import ratios
+    from qcompiler.verification.twin import float_artifact
+
+    refuse_on_board(options, "against", "footprint", "data", "trace", "csv", "throughput")
+    (board,) = chosen_boards(options, [options.board])
+    with temporary_folder() as folder, opened(board) as device:
+        session = BoardSession(device, options.library, options.threads)
+        sessions = {"int8": session}
+        if options.model:
+            twin = float_artifact(options.model, session, here=False).save(folder / "float.so")
+            sessions["float"] = BoardSession(device, twin, options.threads)
+        timings = take_turns(sessions, options.seconds)
+        steps = session.profile() if options.layers else []
+        floats = sessions["float"].profile() if options.layers and options.model else []
+    base = "float" if options.model else "int8"
+    batch = max((port.shape[0] for port in session.inputs if port.shape), default=1)
+    document = {
+        "board": board.name,
+        "threads": options.threads,
+        "seconds": {t.name: {k: v for k, v in vars(t).items() if k != "name"} | {"samples_per_second": batch / t.mean} for t in timings},
+        f"ratio to {base}": ratios(timings, base),
+        "steps": [dict(zip(("id", "op", "kernel", "seconds"), step, strict=True)) for step in steps],
+    }
+    parts = [timing_text(timings, base, batch, options.threads), *([profile_text(steps, floats)] if steps else [])]
+    show(options, document, lambda: "\n\n".join(parts))
+    return 0
+
+
+def _boards(options: argparse.Namespace) -> int:
+    from qcompiler.boards.check import check_boards
+
+    known = load_boards(options.boards)
+    boards = [find_board(known, name, options.boards) for name in options.name] or list(known.values())
+    found = check_boards(boards)
+    show(options, {"boards": [c.to_json() for c in found]}, lambda: boards_text([c.to_json() for c in found]))
+    return REFUSED if any(c.trouble for c in found) else 0
+
+
+def boards_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """One row per board, and a line for each that is not fit."""
+    columns = ("board", "target", "core", "by", "machine", "kernel", "libc", "cores|", "MHz|", "governor", "deg C|", "free|", "canary", "ms|", "")
+    rows = []
+    for c in found:
+        clock, warm = (("" if c[k] is None else f"{c[k]:.0f}") for k in ("clock", "temperature"))
+        cells = [c["name"], c["target"], c["core"], c["way"], c["machine"], c["kernel"], c["libc"], str(c["cores"] or ""), clock, c["governor"], warm]
+        cells += ["" if c["free"] is None else size(c["free"]), c["digest"], "" if c["seconds"] is None else milliseconds(c["seconds"])]
+        rows.append([*cells, "NOT FIT" if c["trouble"] else "fit"])
+    lines = [table("Boards", columns, rows, width=200)]
+    return "\n".join(lines + [f"{c['name']}: {c['trouble']}" for c in found if c["trouble"]])
