@@ -30,7 +30,7 @@ PATH={folder}/tools:$PATH
 run='sh {emulator} ./qc_'
 case $mode in
   full) PATH={folder}/full:$PATH ;;
-  hang) run='sh sleep 1000 ./qc_' ;;
+  hang) run='sh {folder}/hanger ./qc_' ;;
   other) PATH={folder}/other:$PATH ;;
   garbage) head -c 100000 /dev/urandom; exit 0 ;;
   endless) exec cat /dev/zero ;;
@@ -49,6 +49,7 @@ _SCRIPTS = {
     "liar": '#!/bin/sh\n"$@"; status=$?\n[ -f results.jsonl ] && sed -i \'s/"status": "ok", "seconds": .*/"status": "wrong"}/\' results.jsonl\nexit $status\n',
     # Results with a wrong bit.
     "faulty": '#!/bin/sh\n"$@"; status=$?\n[ -f out0.npy ] && printf "\\\\377" | dd of=out0.npy bs=1 seek=200 conv=notrunc 2>/dev/null\nexit $status\n',
+    "hanger": "#!/bin/sh\nexec sleep 1000\n",
     "killer": "#!/bin/sh\nkill -9 $1\nsleep 1000\n",
 }
 _ADB = """\

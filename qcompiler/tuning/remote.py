@@ -22,6 +22,7 @@ from typing import Any, Unpack
 import tvm_ffi
 
 from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.lowering import Program
 from qcompiler.backend.programs import build_measurer
 from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, opened, read_file
 from qcompiler.base.errors import TuningError
@@ -50,12 +51,17 @@ Report = Callable[[str, int, int], None]
 # -- export ---------------------------------------------------------------------------------------------------------------------------------
 
 
+class NothingNew(TuningError):
+    """Every candidate is known."""
+
+
 @dataclass
 class Exported:
     """An exported round. `skipped`: tasks that are left for another round (the folder is full) or have nothing new; `failed`: what couldn't be built."""
 
     folder: Path
     digest: str
+    plans: list[list[str]] = field(default_factory=list)  # of every task: its library, and its lines of candidates.txt
     tasks: int = 0
     candidates: int = 0
     size: int = 0
@@ -83,33 +89,58 @@ def export_candidates(
 
     Raises TuningError (nothing to tune, nothing new to try), TargetError (a compiler is missing), OutputError, and what `compile` raises.
     """
-    from qcompiler.backend.lowering import lower
-    from qcompiler.pipeline.compile import quantize
-
     options = complete(options, "export_candidates")
     check_single(asked_rows(options), "export_candidates")
     chosen = find_target(target, options["targets_file"])
     find_compiler(chosen)  # a missing one shows before anything long is begun
-    progress = options["progress"] or silent
+    threads = check_round(chosen, candidates, threads)
+    with opened(log, isa_of(chosen)):  # so does a log that can't be written
+        pass
+    program = lowered(model, chosen, calibration, options)
+    return export_round(program, log, output, candidates, threads, options["progress"] or silent, limits)
+
+
+def check_round(target: Target, candidates: int, threads: int | None) -> int:
+    """The number of threads to judge on. Raises TuningError for what no round can be made of."""
     if candidates < 1 or candidates > 1000:
         raise TuningError(f"candidates is {candidates}; 1 to 1000 are supported")
-    threads = threads if threads is not None else 1 if chosen.gpu else chosen.cores
+    threads = threads if threads is not None else 1 if target.gpu else target.cores
     if threads < 1:
         raise TuningError(f"threads is {threads}; at least 1 is needed")
-    with opened(log, isa_of(chosen)) as writer, new_folder(Path(output)) as folder:
-        quantized = quantize(model, chosen, calibration, **options)
-        program = lower(quantized.integer, chosen)
+    return threads
+
+
+def lowered(model: str | os.PathLike[str], target: Target, calibration: Any, options: Options) -> Program:
+    """The program whose kernels are tuned. Raises what `compile` raises."""
+    from qcompiler.backend.lowering import lower
+    from qcompiler.pipeline.compile import quantize
+
+    return lower(quantize(model, target, calibration, **options).integer, target)
+
+
+def measurable_tasks(program: Program) -> list[Task]:
+    """The tasks of a program that a device can check, in its order. Raises TuningError where there are none."""
+    tasks = [t for t in tasks_of(program.steps, program.target) if measurable(t.op)]
+    if not tasks:
+        raise TuningError(f"nothing to tune: no operator of this network has tunables on {program.target.name}")
+    return tasks
+
+
+def export_round(
+    program: Program, log: str | os.PathLike[str], output: str | os.PathLike[str], candidates: int, threads: int, progress: Report, limits: Limits | None
+) -> Exported:
+    """The next round for a program; arguments as `export_candidates`. Raises NothingNew where every candidate is known."""
+    target = program.target
+    with opened(log, isa_of(target)) as writer, new_folder(Path(output)) as folder:
         work = {s.op.value_id: s.kernel.macs for s in program.steps if s.op is not None}
-        tasks = [t for t in tasks_of(program.steps, chosen) if measurable(t.op)]
-        if not tasks:
-            raise TuningError(f"nothing to tune: no operator of this network has tunables on {chosen.name}")
-        search = Search(chosen, tasks, read_file(writer.path))
+        tasks = measurable_tasks(program)
+        search = Search(target, tasks, read_file(writer.path))
         tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
         exported = Exported(Path(output), "")
-        described = _fill(folder, search, chosen, candidates, threads, exported, progress, limits)
+        described = _fill(folder, search, target, candidates, threads, exported, progress, limits)
         if not described["tasks"]:
             why = f"every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed"
-            raise TuningError(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")
+            raise NothingNew(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")
         exported.digest = described["set"]
         exported.size = sum(p.stat().st_size for p in folder.rglob("*"))
         with replacing(Path(log) / PENDING) as temporary:
@@ -124,7 +155,6 @@ def _fill(
     build_measurer(folder / "qc_measure", target)
     left = SIZE_LIMIT - (folder / "qc_measure").stat().st_size - (64 << 10)
     described: list[dict[str, Any]] = []
-    plan: list[str] = []
     digest = hashlib.sha256()
     with Worker(1, limits) as worker:
         for number, task in enumerate(search.tasks):
@@ -139,7 +169,7 @@ def _fill(
             name = f"task{len(described):03}.so"
             (folder / name).write_bytes(library)
             digest.update(library)
-            plan += plan_lines(name, task.op, [kernel for _, kernel in chosen])
+            exported.plans.append([name, *plan_lines(name, task.op, [kernel for _, kernel in chosen])])
             described.append({"row": task.row.name, "workload": task.workload, "points": [point for point, _ in chosen], "layers": task.count})
             exported.tasks += 1
             exported.candidates += len(chosen) - 1
@@ -147,9 +177,14 @@ def _fill(
     manifest = {"format": FORMAT, "target": target.name, "isa": isa_of(target), "threads": threads, "tasks": described}
     digest.update(json.dumps(manifest, sort_keys=True).encode())
     manifest["set"] = digest.hexdigest()[:32]
-    (folder / "candidates.txt").write_text("\n".join([f"qcompiler-candidates {FORMAT} {manifest['set']} {threads} {len(described)}", *plan, ""]))
+    (folder / "candidates.txt").write_text(candidates_text(str(manifest["set"]), threads, exported.plans))
     (folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1))
     return manifest
+
+
+def candidates_text(digest: str, threads: int, plans: Sequence[Sequence[str]]) -> str:
+    """candidates.txt, as qc_measure reads it, of some tasks of a round (`Exported.plans`)."""
+    return "\n".join([f"qcompiler-candidates {FORMAT} {digest} {threads} {len(plans)}", *(line for _, *lines in plans for line in lines), ""])
 
 
 def _choose(search: Search, task: Task, target: Target, count: int, room: int) -> list[tuple[Point, Kernel]]:
@@ -268,22 +303,27 @@ def _read_pending(path: Path) -> dict[str, Any]:
 
 
 def _read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(header, results); a half-written last line, as a stopped measurement leaves it, is dropped."""
+    """(header, results) of a file."""
     try:
         text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TuningError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    return parse_results(text, str(path))
+
+
+def parse_results(text: str, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(header, results); a half-written last line, as a stopped measurement leaves it, is dropped. Raises TuningError, naming `where`."""
     lines = text.split("\n")[:-1]
     if not lines:
-        raise TuningError(f"{path}: empty, or cut short before its first line ends; copy it again, or run qc_measure again")
+        raise TuningError(f"{where}: empty, or cut short before its first line ends; copy it again, or run qc_measure again")
     try:
         documents = [parse_json(line) for line in lines]
         header = documents[0]
         if header["results"] != FORMAT:
-            raise TuningError(f"{path}: results of format {header['results']}, this version of qcompiler reads format {FORMAT}")
+            raise TuningError(f"{where}: results of format {header['results']}, this version of qcompiler reads format {FORMAT}")
         header["host"], header["set"], header["threads"] = str(header["host"]), str(header["set"]), int(header["threads"])
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise TuningError(f"{path}: not a results file of qc_measure, or damaged ({error})") from error
+        raise TuningError(f"{where}: not a results file of qc_measure, or damaged ({error})") from error
     return header, documents[1:]
 
 
