@@ -176,7 +176,7 @@ def test_the_same_commands_on_a_board(server: Server, network: Path, tmp_path: P
     measured = json.loads(capsys.readouterr().out)
     assert set(measured["seconds"]) == {"int8", "float"} and measured["ratio to float"]["float"] == 1 and len(measured["steps"]) > 4
     for words, message in (
-        (["run", str(network / "one.so"), "--input", "x=y", "--output", "o.npz", *place], "y: "),
+        (["run", str(network / "one.so"), "--input", "x=y", "--output", "o.npz", *place], "board 'phone' is x86_64"),
         (["bench", str(network / "one.so"), *place], "compiled for aarch64 .* board 'phone' is x86_64"),
         (["bench", library, "--footprint", *place], "--footprint measures on this machine"),
         (["bench", library, "--boards", str(server.file), "--board", "phon"], "no board 'phon'. Did you mean 'phone'"),

@@ -97,8 +97,6 @@ def judge(device: Device, found: Checked, canary: Canary) -> None:
     if found.free is not None and found.free < LEAST_FREE:
         raise BoardError(f"{where}: {found.free >> 20} MB are free in its folder, {LEAST_FREE >> 20} are needed; free some, or name another place ('folder')")
     found.digest, found.seconds = sing(device, canary)
-    if too_hot(board, found):
-        raise BoardError(f"{where}: is at {found.temperature:g} degrees, {board.hottest:g} is its limit ('hottest'); let it cool")
 
 
 def too_hot(board: Board, found: Checked) -> bool:
@@ -126,6 +124,8 @@ def _check(board: Board, canaries: Mapping[Target, Canary | QCompilerError]) -> 
             if isinstance(canary, QCompilerError):
                 raise canary
             judge(device, found, canary)
+            if too_hot(board, found):
+                raise BoardError(f"is at {found.temperature:g} degrees, {board.hottest:g} is its limit ('hottest'); let it cool")
     except QCompilerError as error:
         found.trouble = str(error).removeprefix(f"board '{board.name}': ")
     return found

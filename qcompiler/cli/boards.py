@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qcompiler.base.errors import DataError
+from qcompiler.base.errors import BoardError, DataError
+from qcompiler.base.targets import find_target
 from qcompiler.base.text import milliseconds, size, table
 from qcompiler.boards.board import DEFAULT_FILE, Board, find_board, load_boards
 from qcompiler.cli.process import REFUSED, show
@@ -38,6 +39,24 @@ def chosen_boards(options: argparse.Namespace, names: Sequence[str]) -> list[Boa
     """The boards of these names. Raises BoardError."""
     known = load_boards(options.boards)
     return [find_board(known, name, options.boards) for name in dict.fromkeys(names)]
+
+
+def tuning_boards(options: argparse.Namespace) -> list[Board]:
+    """The boards that `tune` was told to measure on; none for this machine. Raises BoardError."""
+    if options.any is not None and options.board:
+        raise BoardError("--board names boards and --any takes all of a target; give one of them")
+    if options.any is not None:
+        known, target = load_boards(options.boards), find_target(options.any)
+        found = [b for b in known.values() if b.target == target]
+        if not found:
+            raise BoardError(
+                f"{options.boards}: no board for {target.name}; its boards are for {', '.join(dict.fromkeys(b.target.name for b in known.values()))}"
+            )
+    else:
+        found = chosen_boards(options, options.board) if options.board else []
+    if found and options.target not in ("native", found[0].target.name):
+        raise BoardError(f"--target {options.target}: the boards are for {found[0].target.name}; leave --target out")
+    return found
 
 
 @contextlib.contextmanager

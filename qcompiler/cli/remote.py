@@ -19,8 +19,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise TuningError("--import-results takes the results and --log only; the next round is another --export-candidates")
     if not options.import_results and not (options.model and options.calibration):
         raise TuningError("MODEL.onnx and --calibration are needed (only --import-results does without)")
-    if options.candidates is not None and not options.export_candidates:
-        raise TuningError("--candidates belongs to --export-candidates; a search on this machine has --trials")
+    on_boards = bool(options.board or options.any)
+    if on_boards and (options.import_results or options.export_candidates):
+        raise TuningError("--board and --any measure by themselves; --export-candidates and --import-results carry rounds by hand")
+    if options.candidates is not None and not (options.export_candidates or on_boards):
+        raise TuningError("--candidates belongs to --export-candidates and --board; a search on this machine has --trials")
     if options.export_candidates and options.time_limit:
         raise TuningError("--time-limit is for a search on this machine; --candidates says how large an exported round is")
 

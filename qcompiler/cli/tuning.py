@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qcompiler.boards.board import DEFAULT_FILE
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen, common_options, duration
+from qcompiler.cli.boards import FILE_HELP, tuning_boards
 from qcompiler.cli.process import watched
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -38,7 +40,14 @@ def add_verbs(verb: Verb, show: Show) -> None:
         metavar="DIR",
         help="for a device that is not on the network: write the next candidates into the new folder DIR, below 60 MB, with a program that measures them there",
     )
-    p.add_argument("--candidates", type=int, metavar="N", help="with --export-candidates: at most N per kernel shape (default 32)")
+    p.add_argument(
+        "--candidates", type=int, metavar="N", help="of a round, with --export-candidates or --board: at most N per kernel shape (default 32, with --board 12)"
+    )
+    p.add_argument(
+        "--board", action="append", default=[], metavar="NAME", help="measure on this board instead of on this machine; repeat for more, of one target"
+    )
+    p.add_argument("--any", metavar="T", help="measure on every board of --boards that has this target")
+    p.add_argument("--boards", default=DEFAULT_FILE, metavar="FILE", help=FILE_HELP)
     p.add_argument("--import-results", metavar="FILE", help="add what that program wrote to the log; MODEL is not needed")
 
     p = verb("log", None, "show or merge tuning logs", "Work with the folders that `qcompiler tune` writes.")
@@ -66,18 +75,15 @@ def _tune(options: argparse.Namespace, show: Show) -> int:
     interrupted = False
     with Display(options) as display:
         try:
-            display.state = qcompiler.tune(
-                options.model,
-                options.target,
-                options.calibration,
-                log=options.log,
-                trials=options.trials,
-                time_limit=options.time_limit,
-                threads=options.threads,
-                **chosen(options),
-                progress=display.progress,
-                watch=display.watch,
-            )
+            settings: dict[str, Any] = {"log": options.log, "trials": options.trials, "time_limit": options.time_limit, "threads": options.threads}
+            settings |= {**chosen(options), "progress": display.progress, "watch": display.watch}
+            if boards := tuning_boards(options):
+                from qcompiler.tuning.boards import CANDIDATES, tune_on_boards
+
+                settings["candidates"] = options.candidates or CANDIDATES
+                display.state = tune_on_boards(options.model, boards, options.calibration, **settings)
+            else:
+                display.state = qcompiler.tune(options.model, options.target, options.calibration, **settings)
         except KeyboardInterrupt:
             if display.state is None:
                 raise
