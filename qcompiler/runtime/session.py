@@ -16,7 +16,7 @@ import numpy as np
 
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
-from qcompiler.base.tensor import as_array, fits
+from qcompiler.base.tensor import TensorInfo, as_array, fits
 from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
 from qcompiler.runtime.shapes import Fitting, Shapes, ports
