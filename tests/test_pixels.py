@@ -10,10 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulated import TARGET as GPU
+from cuda_emulated import Emulated
+from emulated import ARM
+from emulated_kernels import Prepared, run_prepared
 from onnx_nets import OnnxNet
+from tools import require_programs, require_target
 
 import qcompiler
 from qcompiler import schedules
+from qcompiler.backend.lowering import Step
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.calibration.preprocess import Preprocess
@@ -23,7 +29,7 @@ from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.harness import fetch, run_kernel
 from qcompiler.schedules.portable.pixels import lines
-from qcompiler.schedules.table import KERNELS, Layout, OpCall
+from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
 
@@ -89,6 +95,58 @@ def test_lines_are_found_for_what_preprocessing_makes_and_for_nothing_crooked() 
     almost = straight(1, 3).copy()
     almost[0, 100] += 1 if almost[0, 100] < 127 else -1
     assert lines(almost) is None
+
+
+def cases(target: Target) -> dict[str, tuple[OpCall, np.ndarray, np.ndarray]]:
+    """Operator, what lies in its input, and what it must give: tables of every type, and integers of the user's in another storage than the target's."""
+    rng = np.random.default_rng(8)
+    x, q = rng.integers(0, 256, (1, 5, 37, 3)).astype(np.uint8), rng.integers(-128, 128, (1, 3, 4, 9)).astype(np.int8)
+    floats = rng.standard_normal((3, 256)).astype(np.float32)
+    found = {}
+    for name, table, attrs in (
+        ("straight", straight(3), {"channels": [2, 1, 0]}),
+        ("crooked", crooked(3), {"channels": [0, 1, 2]}),
+        ("wide", straight(3, out_dtype="int16"), {"channels": [0, 1, 2]}),
+        ("floats", floats, {"channels": [0, 1, 2], "axes": [0, 3, 1, 2]}),
+    ):
+        want = numerics.pixels(x, table, **attrs)
+        out = {"pitch": 4, "halo": (1, 2, 0, 1)} if name == "straight" else {}
+        layout = Layout(want.shape, target.storage if want.dtype == np.int8 else str(want.dtype), **out)
+        found[name] = OpCall("qc.pixels", [Layout(x.shape, "uint8"), table], attrs, layout, name), x, want
+    entered = numerics.enter(q, axes=[0, 2, 3, 1])
+    found["enter"] = OpCall("qc.enter", [Layout(q.shape, "int8")], {"axes": [0, 2, 3, 1]}, Layout(entered.shape, target.storage), "enter"), q, entered
+    stored = (q.astype(np.int16) + 128).astype(np.uint8) if target.storage == "uint8" else q
+    for dtype in ("int8", "uint8"):
+        want = numerics.leave(q, dtype=dtype)
+        found[dtype] = OpCall("qc.leave", [Layout(q.shape, target.storage)], {"dtype": dtype}, Layout(q.shape, dtype), dtype), stored, want
+    return found
+
+
+def as_stored(want: np.ndarray, layout: Layout) -> np.ndarray:
+    """What `fetch` makes of a result: uint8 of the user's is q + 128 there too."""
+    return (want ^ 128).view(np.int8) if want.dtype == np.uint8 else want
+
+
+@pytest.mark.parametrize("name", ARM)
+def test_edges_on_arm(name: str, tmp_path: Path) -> None:
+    target = find_target(name)
+    require_target(target)
+    schedules.load(target)
+    prepared = []
+    for label, (op, x, want) in cases(target).items():
+        kernel = select(op, target).build(op, {}, target)
+        step, inputs = Step(label, op, op.name, kernel, [f"{label}~0"]), {f"{label}~0": (op.tensors[0], x.reshape(-1))}
+        prepared.append(Prepared(step, inputs, op.output, as_stored(want, op.output), None))
+    run_prepared(prepared, target, tmp_path)
+
+
+def test_edges_on_a_gpu(tmp_path: Path) -> None:
+    require_programs("g++")
+    schedules.load(GPU)
+    made = cases(GPU)
+    emulated = Emulated({f"k_{label}": select(op, GPU).build(op, {}, GPU) for label, (op, _, _) in made.items()}, GPU, tmp_path)
+    for label, (op, x, want) in made.items():
+        np.testing.assert_array_equal(fetch(emulated.run(f"k_{label}", [x.reshape(-1)], op.output), op.output), as_stored(want, op.output))
 
 
 # -- whole libraries ------------------------------------------------------------------------------------------------------------------------
