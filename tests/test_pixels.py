@@ -275,5 +275,7 @@ def test_ports_that_can_not_be_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=re.escape(text)):
             qcompiler.compile(model, calibration=floats, **options)
+    with pytest.raises(DataError, match="an ONNX model keeps its inputs and outputs in float32"):
+        qcompiler.export_onnx(model, tmp_path / "q.onnx", floats, output_types={"gemm5": "int8"})
     with pytest.raises(DataError, match="dtype float32, the model wants uint8"):
         qcompiler.compile(model, calibration=floats, input_types={"image": "uint8"}, preprocess=SETTINGS)

@@ -22,7 +22,7 @@ import onnx
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.base.errors import ModelError
+from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target
@@ -64,6 +64,9 @@ def export_onnx(
     Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
     """
     options = complete(options, "export_onnx")
+    for name in ("input_types", "output_types"):
+        if options[name]:
+            raise DataError(f"{name} is for libraries; an ONNX model keeps its inputs and outputs in float32. Leave it out")
     path = check_writable(Path(output), [*files_of(Path(model)), calibration, options["preprocess"], options["labels"]])
     check_single(asked_rows(options), "export_onnx")
     source = _source(Path(model), options["requantize"])
