@@ -87,6 +87,6 @@ def _recurrence(operands: list[Any], attrs: dict[str, Any]) -> dict[str, Any] | 
         "kind": "recurrence",
         "weight": const_value(weight),
         "bias": const_value(bias).astype(np.float64),
-        "attrs": {**attrs, "rest": operands[3:]},
+        "attrs": {**attrs, "rest": [const_value(v) if is_const(v) else v for v in operands[3:]]},
         "reason": reason,
     }

@@ -92,3 +92,15 @@ def test_rows_without_steps(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got["h_out"][0, 0], inputs["h"][0, 0])
     ends = interpreter.run(module, {**inputs, "lengths": np.array([-7, 99], np.int32)})
     np.testing.assert_array_equal(ends["y"], interpreter.run(module, {**inputs, "lengths": np.array([0, 4], np.int32)})["y"])
+
+
+def test_what_keeps_a_layer_in_float(tmp_path: Path) -> None:
+    """The name of its node, for all that it became; an initial state beyond what integers hold."""
+    model = network("GRU", states=True, direction="bidirectional")
+    path, samples = saved(model, tmp_path), [feeds(model, s) for s in range(6)]
+    operators = ("qc.recurrence", "qc.f32.recurrence", "qc.f32.dense")
+    made = [qcompiler.compile(path, calibration=samples, preset="fast", keep_float=keep).manifest for keep in ((), ["layer"])]
+    assert [[sum(s["op"] == op for s in m["steps"]) for op in operators] for m in made] == [[2, 0, 0], [0, 2, 2]]
+    far = [{**s, "h": s["h"] * 5} for s in samples]
+    manifest = qcompiler.compile(path, calibration=far, preset="fast").manifest
+    assert any("its initial state reaches" in f["reason"] and f["op"] == "GRU" for f in manifest["float_ops"])

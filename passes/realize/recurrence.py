@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tvm import relax
 
 from qcompiler.numerics.recurrence import recurrence_parameters, table
 from qcompiler.passes.graph import const
@@ -24,6 +23,6 @@ def recurrence(site: Site) -> Any:
     functions = zip(attrs["activations"], attrs["alpha"], attrs["beta"], strict=True)
     tables = np.stack([table(*f) for f in functions])
     computed = iter(site.plain)
-    rest = [next(computed) if isinstance(v, relax.Var) else v for v in group.attrs["rest"]]
+    rest = [const(v) if isinstance(v, np.ndarray) else next(computed) for v in attrs["rest"]]
     operands = [site.inputs[0].expr, *(const(a) for a in (weight, bias, multiplier, tables)), *rest]
     return site.call("qc.recurrence", operands, {**{k: attrs[k] for k in KEPT}, **made}, made["out_dtype"])

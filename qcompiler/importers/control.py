@@ -14,6 +14,7 @@ from tvm import relax
 from qcompiler.importers.nodes import Node, Refused, Value
 
 UNROLLED = 20_000  # nodes that a loop may become
+ROUNDS = "Export its body as a model of its own, and call that once a round; what a round hands to the next can stay in the session (--state INPUT=OUTPUT)"
 
 
 class Importer(Protocol):
@@ -120,7 +121,7 @@ class _Unroller:
         here = naming.made(self.node.id, self.count)
         self.count += 1
         if self.count * max(len(graph.node), 1) > UNROLLED:
-            raise Refused(f"unrolled, it has more than {UNROLLED} nodes after {self.count} rounds; supported: loops of fewer nodes in all")
+            raise Refused(f"unrolled, it has more than {UNROLLED} nodes after {self.count} rounds; supported: loops of fewer nodes in all. {ROUNDS}")
         return inlined(self.importer, graph, lambda name: naming.made(here, name), operands)
 
     def stacked(self, rows: list[Value], axis: int) -> Value:
@@ -137,13 +138,18 @@ class _Unroller:
 def loop(importer: Importer, node: Node) -> list[Value]:
     """A Loop whose trip count and conditions are known, unrolled."""
     unroller, graph = _Unroller(importer, node), node.attrs["body"]
-    trips, going = (node.constant(i, what) for i, what in ((0, "trip count"), (1, "condition")))
+    try:
+        trips, going = (node.constant(i, what) for i, what in ((0, "trip count"), (1, "condition")))
+    except Refused as reason:
+        raise Refused(f"{reason}. {ROUNDS}") from reason
     carried, collected = list(node.inputs[2:]), [list[Value]() for _ in range(len(graph.output) - 1 - len(node.inputs[2:]))]
     rounds = 0
     while (trips is None or rounds < int(trips.reshape(-1)[0])) and (going is None or bool(going.all())):
         going, *rest = unroller.step(graph, [np.asarray(rounds, np.int64), np.asarray(True), *carried])
         if not isinstance(going, np.ndarray):
-            raise Refused("how often it runs depends on data: its condition is computed at run time; supported: loops whose length is known when compiling")
+            raise Refused(
+                f"how often it runs depends on data: its condition is computed at run time; supported: loops whose length is known when compiling. {ROUNDS}"
+            )
         carried, rows = rest[: len(carried)], rest[len(carried) :]
         for column, row in zip(collected, rows, strict=True):
             column.append(row)

@@ -178,16 +178,21 @@ class _Reader:
         shape = ((self.steps if sequence else 0) + finals, self.batch, self.hidden)
         return self.node.emit(f"{name}-states", make_op("qc.f32.recurrence", operands, attrs, shape, "float32"))
 
-    def joined(self, name: str, parts: list[tuple[Any, int, int]]) -> Any:
+    def joined(self, name: str, rows: list[tuple[Any, int, int]]) -> Any:
         """Rows [begin, end) of each direction's states, as ONNX orders axes: [T, D, B, H] or [D, B, H], batch first where the node says so."""
-        node, found = self.node, []
+        node, found = self.node, list[Any]()
         sequence = name == "Y"
-        for d, (states, begin, end) in enumerate(parts):
+        for d, (states, begin, end) in enumerate(rows):
             part = states
             if (begin, end) != (0, shape_of(states)[0]):
                 part = node.emit(f"{name}-{d}-part", relax.op.strided_slice(states, [0], [begin], [end]))
-            found.append(node.emit(f"{name}-{d}", relax.op.expand_dims(part, 1)) if sequence else part)
-        whole = found[0] if len(found) == 1 else node.emit(name, relax.op.concat(found, 1 if sequence else 0))
+            shape = (end - begin, 1, self.batch, self.hidden) if sequence else (1, self.batch, self.hidden)
+            found.append(relax.op.reshape(part, shape))
+        if len(found) == 1 and not self.batch_first:
+            return found[0]
+        parts = [node.emit(f"{name}-{d}", part) for d, part in enumerate(found)]
+        whole = parts[0] if len(parts) == 1 else relax.op.concat(parts, 1 if sequence else 0)
         if not self.batch_first:
             return whole
-        return node.emit(f"{name}-batch-first", relax.op.permute_dims(whole, [2, 0, 1, 3] if sequence else [1, 0, 2]))
+        whole = whole if len(parts) == 1 else node.emit(name, whole)
+        return relax.op.permute_dims(whole, [2, 0, 1, 3] if sequence else [1, 0, 2])

@@ -24,6 +24,8 @@ STATE_BITS = 15  # of fractions of a hidden state and of every gate
 CELL_BITS = 16  # of fractions of an LSTM's cell, which reaches across (-256, 256)
 PIECE_BITS = 6  # of a place between two entries of a table
 STATE_LIMIT, CELL_LIMIT, GATE_LIMIT = 2**15 - 1, 2**24 - 1, 2**15 - 1
+STATE_LIMITS = (1.0, 256.0)
+"""What integers hold of a hidden state, and of a cell."""
 TERM_LIMIT = 2**20  # of each addend of a gate
 RESET_LIMIT = 2**16 - 1  # of the one that a GRU's reset gate multiplies
 BIAS_LIMIT = 2**29

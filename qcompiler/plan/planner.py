@@ -28,6 +28,7 @@ from qcompiler.base.targets import Target
 from qcompiler.calibration.histogram import Histogram
 from qcompiler.calibration.observers import OBSERVERS, relative_error, sqnr_db
 from qcompiler.calibration.table import CalibrationTable
+from qcompiler.numerics.recurrence import STATE_LIMITS
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import Group, find_groups
@@ -48,6 +49,7 @@ _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is commo
 _APART = 10.0  # quantities whose magnitudes differ by more share no scale at the end of a network
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
 _WIDE_MARGIN = 2.0  # of a 16-bit range beyond what was seen: one bit of sixteen against saturation
+_SLACK = 1.01  # a state that was rounded may lie a little beyond its bound
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
 
@@ -71,12 +73,13 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
     """The groups of a `FloatModel` that compute what `names` name: values, or nodes of the model file, by name, by a pattern of names (`/encoder/*`), or by
     the type of the file's operator (`op:Softmax`). In order of execution.
 
-    A node that was folded into the next one (a convolution into its BatchNorm) stands for the group of that one. Raises PlanError for a name that
-    the model does not have, and for a pattern or a type that nothing in it has.
+    A node that was folded into the next one (a convolution into its BatchNorm) stands for the group of that one, a recurrent one for all that it became.
+    Raises PlanError for a name that the model does not have, and for a pattern or a type that nothing in it has.
     """
     groups = find_groups(model.module)
     owner = {member: g.id for g in groups for member in g.members}
     values = {node: value for value, (node, _) in reversed(model.sources.items())} | {v: v for v in [*model.sources, *owner]}
+    recurrent = {model.source(g.id)[0] for g in groups if g.kind == "recurrence"}
     wanted: set[str] = set()
     for name in names:
         found = set[str]()
@@ -84,6 +87,8 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
         while front:
             found |= {owner[v] for v in front if v in owner}
             front = {reader for v in front if v not in owner for reader in model.readers.get(v, ())}
+        whole = recurrent & {model.source(g)[0] for g in found}
+        found |= {g.id for g in groups if model.source(g.id)[0] in whole}
         if not found:
             raise PlanError(f"'{name}' is no operator of the compiled network: it was computed in advance")
         wanted |= found
@@ -107,7 +112,7 @@ def _matching(name: str, model: Any, values: Mapping[str, str]) -> list[str]:
 def observed_ids(model: Any) -> list[str]:
     """The values whose statistics a plan may need: what groups with an int8 form read and write."""
     module = model if isinstance(model, tvm.IRModule) else model.module
-    wanted = {v: None for g in find_groups(module) if g.reason is None for v in (*g.operands, g.id)}
+    wanted = {v: None for g in find_groups(module) if g.reason is None for v in (*g.operands, *(g.plain if g.kind == "recurrence" else ()), g.id)}
     return list(wanted)
 
 
@@ -192,7 +197,27 @@ class _Planner:
     def unbounded(self) -> dict[str, str]:
         """group id -> why it stays float: it reads or makes what no scale can state."""
         touching = {g.id: next((v for v in (*g.operands, g.id) if v in self.table.unbounded), None) for g in self.groups}
-        return {name: f"value '{value}' was infinite in the calibration data, or as good as that (a mask)" for name, value in touching.items() if value}
+        found = {name: f"value '{value}' was infinite in the calibration data, or as good as that (a mask)" for name, value in touching.items() if value}
+        for group in self.groups:
+            if group.kind == "recurrence" and (why := self.beyond(group)):
+                found[group.id] = why
+        return found
+
+    def beyond(self, group: Group) -> str | None:
+        """Why the initial state or cell of a recurrent layer is more than its integers hold."""
+        given = iter(group.plain)
+        for what, limit, known in zip(("state", "cell"), STATE_LIMITS, group.attrs["rest"], strict=False):
+            reach = float(np.abs(known).max(initial=0.0)) if isinstance(known, np.ndarray) else self.reach(next(given))
+            if reach > limit * _SLACK:
+                return f"its initial {what} reaches {reach:.4g}; integers hold up to {limit:g}"
+        return None
+
+    def reach(self, value: str) -> float:
+        """The greatest magnitude of a value in the calibration data; 0 without any."""
+        if not self.table.values:
+            return 0.0
+        histogram = self.statistics(value)
+        return max(-histogram.low, histogram.high)
 
     def parted(self, reasons: Mapping[str, str]) -> dict[str, str]:
         """group id -> why it shall stay float, of concatenations at the end of the network whose operands differ in magnitude by more than `_APART`: under one
