@@ -1,4 +1,6 @@
 # make demo   install into .venv and run the example on this machine
+# make docs   the documentation as a site in build/site
+# make package  source archive and wheel in dist/, checked
 # make test   install everything the tests need and run them all, lint included, files side by side on JOBS cores
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
@@ -6,7 +8,7 @@ BIN     = $(VENV)/bin
 JOBS   ?= 2
 TYPED   = build/typed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -22,6 +24,19 @@ lint: $(VENV)/.test
 	rm -rf $(TYPED) && mkdir -p $(TYPED)/qcompiler
 	ln -s $(CURDIR)/qcompiler/* $(CURDIR)/passes $(CURDIR)/schedules $(TYPED)/qcompiler/
 	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p qcompiler
+
+# The documentation as a site in build/site; a warning is an error.
+docs: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Source archive and wheel in dist/, the wheel made from the archive; both checked.
+package: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable '.[package]'
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -227,7 +227,7 @@ def complete(options: Mapping[str, Any], function: str = "compile") -> Options:
         if name not in OPTIONS:
             raise TypeError(f"{function}() has no keyword argument '{name}'.{closest(name, list(OPTIONS))}")
         if not (_fits(value, TYPES[name]) or value is None):
-            raise TypeError(f"{function}(): {name} is {value!r:.60}, a {type(value).__name__}; expected {_spelled(TYPES[name])}")
+            raise TypeError(f"{function}(): {name} is {value!r:.60}, a {type(value).__name__}; expected {spelled(TYPES[name])}")
     found: dict[str, Any] = {name: option.default if options.get(name) is None else options[name] for name, option in OPTIONS.items()}
     for name in LISTS:
         found[name] = [found[name]] if isinstance(found[name], str) else list(found[name])
@@ -262,7 +262,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, origin or wanted)
 
 
-def _spelled(kind: Any) -> str:
+def spelled(kind: Any) -> str:
     """A type as its source says it, without module names."""
     text = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
     for module in ("collections.abc.", "typing.", "os.", "qcompiler.calibration.preprocess.", "numpy."):
@@ -280,7 +280,7 @@ def takes_options(function: F) -> F:
     """For functions that take `**options: Unpack[Options]`: their signature and their docstring show the options one by one. A decorator."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=_spelled(TYPES[n])) for n, o in OPTIONS.items()]
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=spelled(TYPES[n])) for n, o in OPTIONS.items()]
     function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     parts = [explained(p.name for p in own if p.name in ARGUMENTS)]
     for group, (title, what) in GROUPS.items():
