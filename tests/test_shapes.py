@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(folder: Path) -> tuple[Compilation, Path]:
     """A sentence encoder at three lengths, calibrated at the first, its weights corrected there; the library."""
     model = bert(folder / "bert.onnx", tokens="s")
-    made = compile_stages(model, "native", sentences(5, tokens=8), input_shapes={"ids": [(1, n) for n in LENGTHS]}, pad={"ids": 0, "mask": 0})
+    made = compile_stages(model, "native", sentences(8, tokens=8), input_shapes={"ids": [(1, n) for n in LENGTHS]}, pad={"ids": 0, "mask": 0})
     return made, made.artifact.save(folder / "bert.so")
 
 

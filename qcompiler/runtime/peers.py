@@ -113,14 +113,16 @@ def openvino_call(model: Any, inputs: Inputs, threads: int) -> Call:
     return lambda: request.infer(feed)
 
 
-def nncf_model(model: Path, samples: list[Any], fast_bias_correction: bool = True) -> Any:
-    """The network as an OpenVINO model, quantized by NNCF's defaults, or with its sequential bias correction in the place of the fast one."""
+def nncf_model(model: Path, samples: list[Any], fast_bias_correction: bool = True, transformer: bool = False) -> Any:
+    """The network as an OpenVINO model, quantized by NNCF's defaults, or with its sequential bias correction in the place of the fast one; as a
+    transformer where asked for."""
     import nncf
     import openvino
 
     network = openvino.convert_model(str(model))  # `read_model` leaves the ONNX biases in a form in which NNCF doesn't see them
     network.reshape({name: list(x.shape) for name, x in samples[0].items()})
-    return nncf.quantize(network, nncf.Dataset(samples), subset_size=len(samples), fast_bias_correction=fast_bias_correction)
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    return nncf.quantize(network, nncf.Dataset(samples), subset_size=len(samples), fast_bias_correction=fast_bias_correction, model_type=kind)
 
 
 def litert_call(model: Path, inputs: Inputs, threads: int) -> Call:
