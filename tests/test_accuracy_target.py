@@ -85,6 +85,7 @@ def test_sensitivity_of_values(plain: Compilation, sessions: Twins) -> None:
     assert len(params) == 4
     found = measure_sensitivity(original, rounded, [], params, few)
     assert found.samples == 3 and found.weights == {}
+    assert measure_sensitivity(original, rounded, [], params, few, work=1.0).samples == 1, "of large networks fewer samples tell"
     power = sum(np.square(b.astype(np.float64)).sum() for b in before)
     for name in ("image", "relu2", "relu5"):
         noise = sum(np.square(with_value(plain, name, s).astype(np.float64) - b).sum() for s, b in zip(few, before, strict=True))

@@ -17,8 +17,8 @@ from qcompiler.pipeline.compile import compile_stages, quantize
 from qcompiler.pipeline.stages import Compilation, QuantizedNetwork
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
-from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, SampleEnds, choose, output_noise, widened, work_behind
-from qcompiler.plan.sensitivity import Walk
+from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, SampleEnds, choose, output_noise, widened
+from qcompiler.plan.sensitivity import Walk, work_behind
 from qcompiler.runtime.session import Session
 from qcompiler.verification.interpreter import run
 

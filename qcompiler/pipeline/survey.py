@@ -25,6 +25,7 @@ from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.runtime.session import Session
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
+_WORK = 2.0**42  # float multiplications that one survey may take: a minute or two; behind it fewer samples tell
 ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it
 
 
@@ -47,16 +48,15 @@ class Survey:
         layers = rounded_layers(self._integer, measured)
         rounded = self._rounded(layers, twin.threads)
         job, padding = measured.job, measured.padding
-        return measure_sensitivity(twin, rounded, set(layers), params, job.alike, most=most, seconds=seconds, padding=padding, progress=job.progress)
+        return measure_sensitivity(
+            twin, rounded, set(layers), params, job.alike, most=most, seconds=seconds, work=_WORK, padding=padding, progress=job.progress
+        )
 
     def value_noise(self, twin: Session, values: Collection[str], most: int) -> dict[str, np.ndarray]:
         """value id -> float64[outputs], noise over power, when that value alone is rounded as the plan has it."""
-        measured = self._quantized.measured
+        job, padding = self._quantized.job, self._quantized.measured.padding
         params = {v: p for v in values if (p := self._quantized.plan.params(v)) is not None}
-        found = measure_sensitivity(
-            twin, twin, (), params, measured.job.alike, most=most, seconds=math.inf, padding=measured.padding, progress=measured.job.progress
-        )
-        return found.values
+        return measure_sensitivity(twin, twin, (), params, job.alike, most=most, seconds=math.inf, work=_WORK, padding=padding, progress=job.progress).values
 
     def estimate(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> float:
         """Noise over power of the float output where that is greatest; see `noise`."""

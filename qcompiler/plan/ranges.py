@@ -27,7 +27,7 @@ from qcompiler.calibration.padding import Padding
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.plan.quant_plan import Judged, Proposals
-from qcompiler.plan.sensitivity import Walk, values_of
+from qcompiler.plan.sensitivity import Walk, work_behind
 from qcompiler.runtime.session import Session
 
 REACH = 2.0
@@ -122,17 +122,6 @@ def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most
     total = np.cumsum([cost[name] for name in order])
     kept = {name for name, spent in zip(order, total.tolist(), strict=True) if spent <= most}
     return {name: p for name, p in judged.items() if name in kept}
-
-
-def work_behind(twin: Session) -> dict[str, float]:
-    """value id -> the part of the network's multiplications that is still to come when the value is at hand."""
-    steps = twin.manifest["steps"]
-    total = sum(step["macs"] for step in steps)
-    left, found = total, {i.name: 1.0 for i in twin.inputs}
-    for step in steps:
-        left -= step["macs"]
-        found |= dict.fromkeys(values_of(step), left / max(total, 1))
-    return found
 
 
 def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], margins: bool) -> dict[str, Judged]:

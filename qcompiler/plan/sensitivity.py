@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,16 +51,18 @@ def measure_sensitivity(
     *,
     most: int = 16,
     seconds: float = 60.0,
+    work: float = math.inf,
     padding: Padding | None = None,
     progress: Progress = silent,
 ) -> Sensitivity:
     """plain: the float network. rounded: the same library with int8 weights, dequantized, in the constants of `layers`. params: 8-bit parameters by
-    value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`. padding: positions that
-    don't count."""
+    value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`, and in `work`
+    multiplications of the float network. padding: positions that don't count."""
     begin = time.monotonic()
     weights, values, power = dict[str, np.ndarray](), dict[str, np.ndarray](), np.zeros(1)
     written = [v for s in plain.manifest["steps"] for v in values_of(s)]
     variants = len(set(layers).intersection(written)) + len(params.keys() & {*written, *(i.name for i in plain.inputs)})
+    most = max(1, int(min(work / max(_work(plain, layers, params), 1.0), most)))
     done = count = 0
     parts: list[Parts] = []
     for sample in samples:
@@ -76,6 +79,23 @@ def measure_sensitivity(
     progress("sensitivity of layers", done, done)
     power = np.maximum(power, np.finfo(np.float64).tiny)
     return Sensitivity(count, {n: e / power for n, e in weights.items()}, {n: e / power for n, e in values.items()})
+
+
+def work_behind(twin: Session) -> dict[str, float]:
+    """value id -> the part of the network's multiplications that is still to come when the value is at hand."""
+    steps = twin.manifest["steps"]
+    total = sum(step["macs"] for step in steps)
+    left, found = total, {i.name: 1.0 for i in twin.inputs}
+    for step in steps:
+        left -= step["macs"]
+        found |= dict.fromkeys(values_of(step), left / max(total, 1))
+    return found
+
+
+def _work(twin: Session, layers: Collection[str], params: Collection[str]) -> float:
+    """Multiplications of one sample's variants: each runs what is behind it."""
+    behind, whole = work_behind(twin), float(sum(step["macs"] for step in twin.manifest["steps"]))
+    return whole * sum(behind.get(name, 0.0) for name in [*layers, *params])
 
 
 def values_of(step: Mapping[str, Any]) -> list[str]:
