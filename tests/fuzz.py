@@ -32,6 +32,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from tflite_cases import BOTH
+from tflite_nets import TfliteNet
 
 from qcompiler.backend.lowering import lower
 from qcompiler.backend.tuning_log import SHIPPED, best_of, merge, read_log, workload_text
@@ -294,6 +296,32 @@ def model(rng: random.Random, folder: Path, library: Path) -> None:
         lower(select_float(imported.module), find_target("x86-avx2"))
 
 
+@cache
+def tflite_models() -> list[bytes]:
+    """A float network, and a quantized one; loaded once before the processes part."""
+    made = []
+    for quantization in (None, (0.05, -3)):
+        net = TfliteNet(quantization)
+        x = net.input((1, 6, 6, 4), "float32" if quantization is None else "int8", quantization, name="x")
+        parts = [case(net, x) for case in (BOTH["conv same"], BOTH["pieces"], BOTH["sliced"], BOTH["bilinear"], BOTH["dense flattened"])]
+        made.append(net.bytes([p for part in parts for p in (part if isinstance(part, list) else [part])]))
+    return made
+
+
+def tflite(rng: random.Random, folder: Path, library: Path) -> None:
+    whole = bytearray(rng.choice(tflite_models()))
+    if rng.random() < 0.3:
+        whole = bytearray(damaged(bytes(whole), rng))
+    else:  # numbers in place: what moves makes offsets wrong, and little else is seen then
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at = rng.randrange(8, len(whole))
+            number = rng.choice((-(2**31), -2, -1, 0, 1, 2, 3, 5, 7, 64, 127, 255, 2**20, 2**31 - 1, rng.randrange(2**32)))
+            size = rng.choice((1, 1, 4))
+            whole[at : at + size] = (number % 2**32).to_bytes(4, "little")[:size]
+    (folder / "m.tflite").write_bytes(whole)
+    load(folder / "m.tflite")
+
+
 def arrays(rng: random.Random, folder: Path, library: Path) -> None:
     stream = io.BytesIO()
     values = np.random.default_rng(0).standard_normal((5, 3, 4, 4)).astype(np.float32)
@@ -401,7 +429,18 @@ def libraries(rng: random.Random, folder: Path, library: Path) -> None:
         session.run({i.name: np.zeros(i.shape, i.dtype) for i in session.inputs})
 
 
-CASES: list[tuple[int, Case]] = [(10, model), (4, arrays), (3, images), (3, settings), (1, labels), (3, logs), (2, results), (1, plans), (3, libraries)]
+CASES: list[tuple[int, Case]] = [
+    (10, model),
+    (4, tflite),
+    (4, arrays),
+    (3, images),
+    (3, settings),
+    (1, labels),
+    (3, logs),
+    (2, results),
+    (1, plans),
+    (3, libraries),
+]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------------------------------------
@@ -470,7 +509,7 @@ def work(seed: int, numbers: range, library: Path, scratch: Path, pipe: int) -> 
 def run(seed: int, first: int, count: int, workers: int, library: Path, scratch: Path, say: Callable[[str], None] = lambda text: None) -> Outcome:
     """Cases first .. first + count - 1, dealt out to worker processes; one that dies is replaced by another that goes on behind the case it died of."""
     outcome = Outcome()
-    models(), log_lines(), load(_saved(scratch))  # once, before the processes part
+    models(), tflite_models(), log_lines(), load(_saved(scratch))  # once, before the processes part
     left = [range(first + w, first + count, workers) for w in range(workers)]
     running: dict[int, tuple[int, io.TextIOWrapper, range]] = {}
     import select

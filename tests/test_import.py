@@ -349,11 +349,11 @@ def simple(opset: int = 17) -> tuple[OnnxNet, str]:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing.onnx: can't read the model: No such file"):
         load(tmp_path / "nothing.onnx")
-    with pytest.raises(ModelError, match="can't read the model: Is a directory"):
+    with pytest.raises(ModelError, match=r"this is a folder\. Supported: .*give one file"):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world, this is no model\n" * 9, b"\x00" * 64, b"PK\x03\x04rest"])
+@pytest.mark.parametrize("content", [b"", b"hello world, this is no model\n" * 9, b"\x00" * 64])
 def test_not_onnx(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(ModelError, match="not an ONNX model"):

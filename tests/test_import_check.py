@@ -17,7 +17,7 @@ from qcompiler.base.errors import ArtifactError
 from qcompiler.importers import operators
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.pipeline.stages import compile_float
-from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.runtime.reference import ImportCheck, OnnxRuntime, check_import
 from qcompiler.runtime.session import Session
 
 
@@ -68,11 +68,11 @@ def test_where_onnxruntime_is_missing_or_refuses(tmp_path: Path, data: Path, mon
     strange = onnx.load(model)
     strange.ir_version = 99
     onnx.save(strange, tmp_path / "strange.onnx")
-    checked = check_import(tmp_path / "strange.onnx", Session(library), [{"x": np.zeros((1, 8), np.float32)}], 60)
-    assert checked.status == "not run" and checked.failure is None and "can't run the file: " in str(checked)
+    checked = check_import(OnnxRuntime(str(tmp_path / "strange.onnx")), Session(library), [{"x": np.zeros((1, 8), np.float32)}], 60)
+    assert checked.status == "not run" and checked.failure is None and "can't run the model: " in str(checked)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     report = qcompiler.verify(library, model, data)
-    assert report.passed and report.imported == ImportCheck("not installed")
+    assert report.passed and report.imported == ImportCheck("not installed", "onnxruntime")
     assert "onnxruntime is not installed" in str(report)
 
 
@@ -91,7 +91,7 @@ def check(tmp_path: Path, ours: np.ndarray, theirs: np.ndarray, least_db: float 
     kind = helper.np_dtype_to_tensor_dtype(theirs.dtype)
     ports = [[helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])], [helper.make_tensor_value_info("y", kind, list(theirs.shape))]]
     onnx.save(helper.make_model(helper.make_graph([node], "g", *ports, [constant]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8), model)
-    return check_import(model, Fixed(ours), [{"x": np.zeros(1, np.float32)}], least_db)
+    return check_import(OnnxRuntime(str(model)), Fixed(ours), [{"x": np.zeros(1, np.float32)}], least_db)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_integers_may_differ_where_ties_flip(tmp_path: Path) -> None:
 
 
 def test_halves_and_quantized_files_are_less_exact(tmp_path: Path) -> None:
-    assert exactness(saved(tmp_path / "m.onnx", RELU)) == 60
-    assert exactness(saved(tmp_path / "h.onnx", RELU, kind=TensorProto.FLOAT16, dtype=np.float16)) == 30
-    assert exactness(saved(tmp_path / "q.onnx", helper.make_node("QuantizeLinear", ["m", "s"], ["y"]))) == 10
+    assert exactness(onnx.load(saved(tmp_path / "m.onnx", RELU))) == 60
+    assert exactness(onnx.load(saved(tmp_path / "h.onnx", RELU, kind=TensorProto.FLOAT16, dtype=np.float16))) == 30
+    assert exactness(onnx.load(saved(tmp_path / "q.onnx", helper.make_node("QuantizeLinear", ["m", "s"], ["y"])))) == 10
     session = Session(compile_float(tmp_path / "h.onnx").save(tmp_path / "h.so"))
     sample = {"x": np.random.default_rng(0).standard_normal((1, 8)).astype(np.float32)}
-    checked = check_import(tmp_path / "h.onnx", session, [sample], 30)
+    checked = check_import(OnnxRuntime(str(tmp_path / "h.onnx")), session, [sample], 30)
     assert checked.status == "equal" and checked.outputs[0].sqnr_db < 120
 
 

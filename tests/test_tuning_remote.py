@@ -226,7 +226,7 @@ def test_a_damaged_result(tmp_path: Path, bad: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--log", "l"], "MODEL.onnx and --calibration are needed"),
+        (["--log", "l"], "MODEL and --calibration are needed"),
         (["m.onnx", "--calibration", "d", "--log", "l", "--candidates", "3"], "--candidates belongs to --export-candidates"),
         (["m.onnx", "--log", "l", "--import-results", "r"], "takes the results and --log only"),
     ],

@@ -31,7 +31,7 @@ def add_model(p: argparse._ActionsContainer, *names: str) -> None:
     for name in names or ARGUMENTS:
         option = ARGUMENTS[name]
         if name == "model":
-            p.add_argument(name, metavar="MODEL.onnx", help=option.help)
+            p.add_argument(name, metavar="MODEL", help=option.help)
         else:
             p.add_argument(f"--{name}", default=option.default, metavar=option.metavar, help=_escaped(option))
 
@@ -88,11 +88,11 @@ def once(option: Option, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_files(options: argparse.Namespace) -> Iterator[str | Path]:
     """The files and folders that a command reads."""
-    from qcompiler.importers.onnx_file import files_of
+    from qcompiler.importers.origin import files_of
 
     for name in ("model", "library", "calibration", "data", "preprocess", "labels", "tuning_log", "targets_file", "shapes"):
         if given := getattr(options, name, None):
-            yield from files_of(Path(given)) if name == "model" else [given]
+            yield from files_of(given) if name == "model" else [given]
     yield from (path for _, path in getattr(options, "input", ()))
 
 

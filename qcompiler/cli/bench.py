@@ -38,7 +38,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
     )
     p.add_argument("library", metavar="FILE.so")
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each candidate (default 1)")
-    p.add_argument("--model", metavar="MODEL.onnx", help="the float model: measure it too")
+    p.add_argument("--model", metavar="MODEL", help="the model it was compiled from: measure it in float too")
     p.add_argument(
         "--against",
         action="append",

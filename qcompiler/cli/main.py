@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     table = "\n".join(f"  {name:20} {meaning}" for name, meaning in SWITCHES.items())
     parser = argparse.ArgumentParser(
         prog="qcompiler",
-        description="Compile a trained float ONNX network into a small, fast int8 library, and prove what it computes.",
+        description="Compile a trained network (ONNX, TFLite) into a small, fast int8 library, and prove what it computes.",
         epilog="exit status: 0 done, 1 parity below a threshold or an accuracy target missed, 2 usage or bad input, 3 a bug of qcompiler, "
         "130 interrupted, 143 terminated\n\n"
         f"environment:\n{table}",
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb(
         "compile",
         _compile,
-        "make an int8 library from an ONNX model",
+        "make an int8 library from an ONNX or TFLite model",
         "Import MODEL, measure the range of every tensor on the calibration data, choose the quantization, and write a shared library "
         "(code, weights and manifest in one file). The same inputs give the same bytes.",
     )
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Without any threshold every output must reach an SQNR of 10 dB.",
     )
     p.add_argument("library", metavar="FILE.so", help="a library that `qcompiler compile` wrote")
-    p.add_argument("--model", required=True, metavar="MODEL.onnx", help="the float model it was compiled from")
+    p.add_argument("--model", required=True, metavar="MODEL", help="the model it was compiled from")
     p.add_argument("--data", required=True, metavar="DATA", help=f"evaluation inputs, other than those of the calibration: {DATA_HELP}")
     p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
     p.add_argument("--samples", dest="max_samples", type=positive, metavar="N", help="evaluate on at most N samples: evenly spread images, or the first arrays")

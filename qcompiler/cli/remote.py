@@ -18,7 +18,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.import_results and (options.export_candidates or options.model or options.calibration):
         raise TuningError("--import-results takes the results and --log only; the next round is another --export-candidates")
     if not options.import_results and not (options.model and options.calibration):
-        raise TuningError("MODEL.onnx and --calibration are needed (only --import-results does without)")
+        raise TuningError("MODEL and --calibration are needed (only --import-results does without)")
     on_boards = bool(options.board or options.any)
     if on_boards and (options.import_results or options.export_candidates):
         raise TuningError("--board and --any measure by themselves; --export-candidates and --import-results carry rounds by hand")

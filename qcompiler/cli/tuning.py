@@ -27,7 +27,7 @@ def add_verbs(verb: Verb, show: Show) -> None:
         "Build, check and time variants of MODEL's kernels on this machine. Every variant is compared with the reference arithmetic before it is timed, "
         "and is in the log as soon as it is; stop whenever you like, the same command goes on. Results never depend on tuning, only times do.",
     )
-    p.add_argument("model", nargs="?", metavar="MODEL.onnx", help="float32 ONNX model")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a model, as `qcompiler compile` takes it")
     p.add_argument("--target", default="native", metavar="T", help="a target that this machine can run (default native); any with --export-candidates")
     add_model(p, "calibration")
     p.add_argument("--log", required=True, metavar="DIR", help="folder of the log; made when missing, continued when not, one run at a time")

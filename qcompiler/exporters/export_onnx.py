@@ -26,7 +26,8 @@ from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target
-from qcompiler.importers.onnx_file import default_opset, files_of, read
+from qcompiler.importers.onnx_file import default_opset
+from qcompiler.importers.origin import AnyModel, files_of, origin_of
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
@@ -57,7 +58,7 @@ class Export:
 
 @takes_options
 def export_onnx(
-    model: str | os.PathLike[str], output: str | os.PathLike[str], calibration: Any = None, target: str | Target = "native", **options: Unpack[Options]
+    model: AnyModel, output: str | os.PathLike[str], calibration: Any = None, target: str | Target = "native", **options: Unpack[Options]
 ) -> Export:
     """Quantize `model` as `compile` does (same errors) and write the network as ONNX QDQ to `output`.
 
@@ -67,11 +68,12 @@ def export_onnx(
     for name in ("input_types", "output_types"):
         if options[name]:
             raise DataError(f"{name} is for libraries; an ONNX model keeps its inputs and outputs in float32. Leave it out")
-    path = check_writable(Path(output), [*files_of(Path(model)), calibration, options["preprocess"], options["labels"]])
+    path = check_writable(Path(output), [*files_of(model), calibration, options["preprocess"], options["labels"]])
     check_single(asked_rows(options), "export_onnx")
-    source = _source(Path(model), options["requantize"])
+    origin = origin_of(model)
+    source = _source(origin, options["requantize"])
     options["disable"] = [*options["disable"], "streams"]  # QDQ states 8 bits
-    export = qdq_model(source, compile_stages(model, target, calibration, **options))
+    export = qdq_model(source, compile_stages(origin, target, calibration, **options))
     with replacing(path) as temporary:
         temporary.write_bytes(export.model.SerializeToString(deterministic=True))
     return export
@@ -84,19 +86,20 @@ def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
     return _Exporter(source, compilation).run()
 
 
-def _source(path: Path, requantize: bool = False) -> onnx.ModelProto:
-    model, _ = take_out(read(path)[0], requantize)
+def _source(given: AnyModel, requantize: bool = False) -> onnx.ModelProto:
+    origin = origin_of(given)
+    model, _ = take_out(origin.read()[0], requantize)
     kinds = {t.data_type for t in model.graph.initializer} | {i.type.tensor_type.elem_type for i in model.graph.input}
     for kind in sorted(kinds & _INEXACT):
         raise ModelError(
-            f"{path}: it holds {TensorProto.DataType.Name(kind).lower()} tensors; supported by export-onnx: float32 networks. Export it in float32"
+            f"{origin.where}: it holds {TensorProto.DataType.Name(kind).lower()} tensors; supported by export-onnx: float32 networks. Export it in float32"
         )
     if default_opset(model) >= OPSET:
         return model
     try:
         return onnx.version_converter.convert_version(model, OPSET)
     except Exception as error:  # the converter raises classes of its own
-        raise ModelError(f"{path}: operator set {default_opset(model)} can't be converted to {OPSET}: {error}. Export it with 13 or later") from error
+        raise ModelError(f"{origin.where}: operator set {default_opset(model)} can't be converted to {OPSET}: {error}. Export it with 13 or later") from error
 
 
 @dataclass

@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -16,6 +15,8 @@ from qcompiler.base.errors import ModelError, closest
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.onnx import import_onnx
+from qcompiler.importers.onnx_file import exactness
+from qcompiler.importers.origin import AnyModel, Origin, origin_of
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
 from qcompiler.passes.sequence import CANONICAL, run
 
@@ -24,9 +25,10 @@ from qcompiler.passes.sequence import CANONICAL, run
 class FloatModel:
     """The canonical float module (docs/architecture.md) and what a user calls its inputs and outputs.
 
-    Every floating tensor is float32, whatever the file's precision. `digest`: sha256 (hex) of the file, its external data and the input shapes.
+    Every floating tensor is float32, whatever the file's precision. `digest`: sha256 (hex) of what the network was read from and the input shapes.
     `sources`: value id -> (name, operator type) of the node in the file that computes it, folded ones included; `readers`: value id of the file
-    -> the values computed from it directly. `fixed`: inputs of the file that are constants here, and their values as nested lists. `path`: of the file.
+    -> the values computed from it directly. `fixed`: inputs of the file that are constants here, and their values as nested lists.
+    `origin`: where it came from; `exactness`: the dB that another runtime on the origin comes near it at least (`onnx_file.exactness`).
     `state`: input -> the output that is its next value: a session keeps them.
     """
 
@@ -37,7 +39,8 @@ class FloatModel:
     digest: str
     sources: dict[str, tuple[str, str]]
     readers: dict[str, list[str]]
-    path: Path
+    origin: Origin
+    exactness: float
     fixed: dict[str, Any] = field(default_factory=dict)
     state: dict[str, str] = field(default_factory=dict)
 
@@ -57,50 +60,53 @@ class FloatModel:
 
 
 def load(
-    path: str | Path,
+    model: AnyModel,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     requantize: bool = False,
     dump: Dump = no_dump,
     input_values: Mapping[str, Any] | None = None,
     state: Mapping[str, str] | None = None,
 ) -> FloatModel:
-    """Read a model file and bring it into canonical form.
+    """Read a network and bring it into canonical form.
 
     A symbolic batch dimension is 1 unless `input_shapes` says otherwise; any other symbolic dimension must be in `input_shapes`
     ({input name: whole shape}). requantize: of a file that is quantized in part, the rest may be quantized too.
     input_values: {input name: number, array or text "1,2,3"}, inputs that are the same in every call and become constants.
     state: {input name: output name}, outputs that are inputs of the next call.
-    Raises ModelError when the file can't be read, is not ONNX, is damaged, or holds what can't be compiled at all; and for a state that doesn't fit.
+    Raises ModelError when the file can't be read, is of no format that is read here, is damaged, or holds what can't be compiled at all; and for a state
+    that doesn't fit.
     """
-    path = Path(path)
-    imported = import_onnx(path, input_shapes or {}, requantize, input_values)
+    origin = origin_of(model)
+    proto, origin_digest = origin.read()
+    near = exactness(proto)
+    imported = import_onnx(origin.where, proto, input_shapes or {}, requantize, input_values)
     graph = Graph.of(imported.module)
     if not graph.inputs:
-        raise ModelError(f"{path}: the model has no inputs: all of its outputs are constants")
+        raise ModelError(f"{origin.where}: the model has no inputs: all of its outputs are constants")
     inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
-    _check_state(path, state or {}, inputs, outputs)
+    _check_state(origin.where, state or {}, inputs, outputs)
     dump("import", imported.module)
     module = run(CANONICAL, imported.module, dump=dump)
     fixed = {name: array.tolist() for name, array in imported.fixed.items()}
-    digest = hashlib.sha256(f"{imported.digest} {[(i.name, i.shape) for i in inputs]}{fixed or ''}".encode()).hexdigest()
-    return FloatModel(module, tuple(inputs), tuple(outputs), path.stem, digest, imported.sources, graph.consumers(), path, fixed, dict(state or {}))
+    digest = hashlib.sha256(f"{origin_digest} {[(i.name, i.shape) for i in inputs]}{fixed or ''}".encode()).hexdigest()
+    return FloatModel(module, tuple(inputs), tuple(outputs), origin.name, digest, imported.sources, graph.consumers(), origin, near, fixed, dict(state or {}))
 
 
-def _check_state(path: Path, state: Mapping[str, str], inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
+def _check_state(where: str, state: Mapping[str, str], inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
     """Raises ModelError unless each state goes from an output to an input of its own, of the same shape and type."""
     ends = ({i.name: i for i in inputs}, {o.name: o for o in outputs})
     for pair in state.items():
         for name, ports, what in zip(pair, ends, ("input", "output"), strict=True):
             if name not in ports:
-                raise ModelError(f"{path}: state '{'='.join(pair)}': there is no {what} '{name}'.{closest(name, list(ports))} Known: {', '.join(ports)}")
+                raise ModelError(f"{where}: state '{'='.join(pair)}': there is no {what} '{name}'.{closest(name, list(ports))} Known: {', '.join(ports)}")
         into, out = (ports[name] for name, ports in zip(pair, ends, strict=True))
         if (into.shape, into.dtype) != (out.shape, out.dtype):
             raise ModelError(
-                f"{path}: state '{'='.join(pair)}': the input is {into.dtype} {list(into.shape)} and the output {out.dtype} {list(out.shape)}; "
+                f"{where}: state '{'='.join(pair)}': the input is {into.dtype} {list(into.shape)} and the output {out.dtype} {list(out.shape)}; "
                 "a state is the next call's input, so both must be the same"
             )
     twice = next((o for o in state.values() if list(state.values()).count(o) > 1), None)
     if twice is not None:
-        raise ModelError(f"{path}: output '{twice}' is given as the state of two inputs; each state has an output of its own")
+        raise ModelError(f"{where}: output '{twice}' is given as the state of two inputs; each state has an output of its own")
     if state and len(state) == len(inputs):
-        raise ModelError(f"{path}: every input is given as a state, so that a call has no data; leave one out")
+        raise ModelError(f"{where}: every input is given as a state, so that a call has no data; leave one out")

@@ -1,4 +1,4 @@
-"""ONNX file -> Relax module in ONNX's own layout, one node at a time.
+"""ONNX model -> Relax module in ONNX's own layout, one node at a time.
 
 Values are either constants (numpy arrays) or Relax variables of static shape. A node whose operands are all constants, or that asks for a shape, is
 evaluated on the spot, so shape computations vanish; the rest is converted by our table (`operators.py`), by Relax's importer, or by the operator's
@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,42 +48,46 @@ class Imported:
 
     module: tvm.IRModule
     sources: dict[str, tuple[str, str]]
-    digest: str
     fixed: dict[str, np.ndarray]
 
 
-def import_onnx(path: Path, input_shapes: Mapping[str, Sequence[int]], requantize: bool = False, input_values: Mapping[str, Any] | None = None) -> Imported:
-    """requantize: as in `Trained`. input_values: inputs that are the same in every call.
+def import_onnx(
+    where: str,
+    model: onnx.ModelProto,
+    input_shapes: Mapping[str, Sequence[int]],
+    requantize: bool = False,
+    input_values: Mapping[str, Any] | None = None,
+) -> Imported:
+    """where: what messages call the model. requantize: as in `Trained`. input_values: inputs that are the same in every call.
 
-    Raises ModelError for whatever the file holds that can't be compiled, every node of it at once.
+    Raises ModelError for whatever the model holds that can't be compiled, every node of it at once.
     """
-    model, digest = onnx_file.read(path)
     naming = Naming.beside(onnx_file.names(model))
     try:
         model, trained = take_out(model, requantize)
     except Refused as reason:
-        raise ModelError(f"{path}: {reason}") from reason
+        raise ModelError(f"{where}: {reason}") from reason
     without_unread(model)
-    importer = _Importer(path, onnx_file.default_opset(model))
+    importer = _Importer(where, onnx_file.default_opset(model))
     importer.builder = GraphBuilder(naming.attributes() | ({ATTRIBUTE: trained.attribute()} if trained else {}))
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
     importer.constants(model.graph)
     fixed = importer.inputs(model.graph, input_shapes, input_values or {})
     importer.graph(model.graph)
     variables = {name: str(v.name) for name, v in importer.values.items() if isinstance(v, relax.Var)}
-    return Imported(run(IMPORTED, importer.finish(model.graph.output), variables), importer.sources, digest, fixed)
+    return Imported(run(IMPORTED, importer.finish(model.graph.output), variables), importer.sources, fixed)
 
 
 @dataclass
 class _Importer:
-    path: Path
+    where: str
     opset: int
     values: dict[str, Value] = field(default_factory=dict)
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
     builder: GraphBuilder = field(default_factory=GraphBuilder)
 
     def fail(self, proto: onnx.NodeProto, reason: object) -> ModelError:
-        return ModelError(f"{self.path}: {_spelled(proto)}: {reason}")
+        return ModelError(f"{self.where}: {_spelled(proto)}: {reason}")
 
     # -- what the graph starts from -----------------------------------------------------------------------------------------------------
 
@@ -95,11 +98,11 @@ class _Importer:
             try:
                 self.values[(names or {}).get(name, name)] = dense(tensor) if sparse else numpy_helper.to_array(tensor)
             except (ValueError, TypeError, KeyError, IndexError, Refused) as error:
-                raise ModelError(f"{self.path}: the data of tensor '{name}' is damaged: {error}") from error
+                raise ModelError(f"{self.where}: the data of tensor '{name}' is damaged: {error}") from error
 
     def inputs(self, graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Declares the inputs; returns those that `values` fixes. A tensor listed as input and initializer is a constant, as since ONNX IR version 4."""
-        found = read_inputs(str(self.path), [v for v in graph.input if v.name not in self.values], shapes, values)
+        found = read_inputs(self.where, [v for v in graph.input if v.name not in self.values], shapes, values)
         self.values.update(found.fixed)
         for port in found.ports:
             self.values[port.name] = self.builder.input(port.name, port.shape, port.dtype)
@@ -119,11 +122,11 @@ class _Importer:
                     self.node(proto)
                     continue
             except ModelError as error:
-                refusals.append(str(error).removeprefix(f"{self.path}: "))
+                refusals.append(str(error).removeprefix(f"{self.where}: "))
             lost |= set(proto.output) - {""}
         if refusals:
             shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} nodes more"] if len(refusals) > SHOWN else [])
-            raise ModelError(f"{self.path}: {'; '.join(shown)}")
+            raise ModelError(f"{self.where}: {'; '.join(shown)}")
 
     def check_known(self, proto: onnx.NodeProto) -> None:
         """Raise ModelError for an operator that has no conversion, whatever its operands are."""
@@ -163,7 +166,7 @@ class _Importer:
             raise
         except Exception as error:
             if not isinstance(error, MemoryError) and node is not None and computes(node):  # so the file is right, and we are not
-                with bugs_named(f"the conversion of {self.path}, {_spelled(proto)}", str(proto)):
+                with bugs_named(f"the conversion of {self.where}, {_spelled(proto)}", str(proto)):
                     raise
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise self.fail(proto, f"its operands or attributes contradict its definition ({type(error).__name__}: {text[-1][:120]})") from error
@@ -245,18 +248,18 @@ class _Importer:
 
     def finish(self, outputs: Sequence[onnx.ValueInfoProto]) -> tvm.IRModule:
         if not outputs:
-            raise ModelError(f"{self.path}: the model has no outputs")
+            raise ModelError(f"{self.where}: the model has no outputs")
         results = []
         for output in outputs:
             if output.name not in self.values:
-                raise ModelError(f"{self.path}: output '{output.name}' is computed by no node")
+                raise ModelError(f"{self.where}: output '{output.name}' is computed by no node")
             value = self.values[output.name]
             if isinstance(value, np.ndarray):
                 if value.size == 0:
-                    raise ModelError(f"{self.path}: output '{output.name}' is empty (shape {list(value.shape)}). Is the input too small for this network?")
+                    raise ModelError(f"{self.where}: output '{output.name}' is empty (shape {list(value.shape)}). Is the input too small for this network?")
                 value = self.builder.emit(self.builder.fresh(output.name), const(real(value)))
             if not isinstance(value.ty, relax.TensorType):
-                raise ModelError(f"{self.path}: output '{output.name}' is not a tensor; supported: tensors")
+                raise ModelError(f"{self.where}: output '{output.name}' is not a tensor; supported: tensors")
             results.append((output.name, value))
         return self.builder.finish(results)
 

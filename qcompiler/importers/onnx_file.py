@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -15,10 +16,66 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import open_regular, read_regular
+from qcompiler.importers.formats import by_name
+from qcompiler.runtime.reference import OnnxRuntime
 
 OLDEST, UPGRADED = 7, 13  # operator sets: older files are converted to UPGRADED first
 _HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 LARGEST, DEEPEST = 100_000, 100  # nodes of a model; functions that call each other
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A `Origin`: an ONNX file, with its external data beside it."""
+
+    path: Path
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def files(self) -> list[Path]:
+        return files_of(self.path)
+
+    def read(self) -> tuple[onnx.ModelProto, str]:
+        return read(self.path)
+
+    def elsewhere(self) -> OnnxRuntime:
+        return OnnxRuntime(str(self.path))
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxInMemory:
+    """A `Origin`: an ONNX model with all of its data inside."""
+
+    model: onnx.ModelProto
+
+    @property
+    def where(self) -> str:
+        return f"the model '{self.name}'"
+
+    @property
+    def name(self) -> str:
+        return self.model.graph.name or "model"
+
+    @property
+    def files(self) -> list[Path]:
+        return []
+
+    def read(self) -> tuple[onnx.ModelProto, str]:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.model)
+        if any(uses_external_data(t) for t in tensors(copy)):
+            raise ModelError(f"{self.where}: some of its tensors are stored in other files; load it with onnx.load(path), which reads them, or give the path")
+        return checked(self.where, copy), hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
+
+    def elsewhere(self) -> OnnxRuntime:
+        return OnnxRuntime(self.model.SerializeToString())
 
 
 def read(path: Path) -> tuple[onnx.ModelProto, str]:
@@ -34,21 +91,29 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError
-        raise ModelError(f"{path}: not an ONNX model, or truncated ({len(data)} bytes can't be decoded). Export or download it again") from error
+        raise ModelError(f"{path}: not an ONNX model, or truncated ({len(data)} bytes can't be decoded). Export or download it again{by_name(path)}") from error
     if not model.ir_version or not model.opset_import or not (model.graph.node or model.graph.output):
-        raise ModelError(f"{path}: not an ONNX model: it has no graph or no operator set. Expected a file written by an ONNX exporter")
+        raise ModelError(f"{path}: not an ONNX model: it has no graph or no operator set. Expected a file written by an ONNX exporter{by_name(path)}")
     digest = hashlib.sha256(data)
     loaded: dict[str, bytes] = {}
     for tensor in tensors(model):
         if uses_external_data(tensor):
             _load_external(path, tensor, loaded)
+    for location in sorted(loaded):
+        digest.update(location.encode() + b"\0" + loaded[location])
+    return checked(str(path), model), digest.hexdigest()
+
+
+def checked(where: str, model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its functions inlined, its operator set upgraded. Raises ModelError for one that contradicts itself."""
+    if not model.opset_import or not (model.graph.node or model.graph.output):
+        raise ModelError(f"{where}: not an ONNX model: it has no graph or no operator set. Expected a model made by an ONNX exporter")
+    for tensor in tensors(model):
         try:
             numpy_helper.to_array(tensor)
         except Exception as error:  # of an unknown type, or with more or fewer bytes than its shape takes
-            raise ModelError(f"{path}: the data of tensor '{tensor.name}' is damaged: {type(error).__name__}: {error}") from error
-    for location in sorted(loaded):
-        digest.update(location.encode() + b"\0" + loaded[location])
-    return _modern(path, model), digest.hexdigest()
+            raise ModelError(f"{where}: the data of tensor '{tensor.name}' is damaged: {type(error).__name__}: {error}") from error
+    return _modern(where, model)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -74,14 +139,9 @@ def names(model: onnx.ModelProto) -> Iterator[str]:
             graphs += [a.g for a in node.attribute if a.HasField("g")] + [g for a in node.attribute for g in a.graphs]
 
 
-def exactness(path: Path) -> float:
-    """The SQNR, in dB, that two implementations of the float network of a file reach at least: 60 where everything is float32 (sums in another order,
+def exactness(model: onnx.ModelProto) -> float:
+    """The SQNR, in dB, that two implementations of the float network of a model reach at least: 60 where everything is float32 (sums in another order,
     other approximations of exp), 30 where halves are stored or computed, 10 where the file is quantized, whose steps the float network leaves out."""
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(read_regular(path))
-    except Exception as error:
-        raise ModelError(f"{path}: can't be read any more: {error}") from error
     nodes = list(_nodes([*model.graph.node, *(n for function in model.functions for n in function.node)]))
     if any(n.op_type.startswith(("QLinear", "QGemm")) or n.op_type.endswith(("QuantizeLinear", "Integer")) for n in nodes):
         return 10.0
@@ -138,7 +198,7 @@ def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 left += graph.node
 
 
-def check_size(path: Path, model: onnx.ModelProto) -> None:
+def check_size(where: str, model: onnx.ModelProto) -> None:
     """Raises ModelError for a model of more than `LARGEST` nodes, those of its functions counted wherever they are called: a few nested functions that
     call each other twice are millions. Nothing is expanded for it."""
     functions = {(f.domain, f.name): f for f in model.functions}
@@ -151,7 +211,7 @@ def check_size(path: Path, model: onnx.ModelProto) -> None:
             name = (node.domain, node.op_type)
             if name in under_way or len(under_way) > DEEPEST:
                 problem = "calls itself" if name in under_way else f"is one of more than {DEEPEST} that call each other"
-                raise ModelError(f"{path}: its function '{node.op_type}' {problem}; export the model without functions")
+                raise ModelError(f"{where}: its function '{node.op_type}' {problem}; export the model without functions")
             if name in functions and name not in sizes:
                 under_way.add(name)
                 sizes[name] = size(functions[name].node)
@@ -160,33 +220,33 @@ def check_size(path: Path, model: onnx.ModelProto) -> None:
         return total
 
     if size(model.graph.node) > LARGEST:
-        raise ModelError(f"{path}: the model has more than {LARGEST} nodes, its functions expanded; cut it into parts")
+        raise ModelError(f"{where}: the model has more than {LARGEST} nodes, its functions expanded; cut it into parts")
 
 
-def check_nodes(path: Path, model: onnx.ModelProto) -> None:
+def check_nodes(where: str, model: onnx.ModelProto) -> None:
     """Raises ModelError for a node that lacks a result or an operand that its operator must have, and for a name that is no text."""
     version = default_opset(model)
     for node in _nodes(model.graph.node):  # functions may be of other operator sets
-        where = f"{path}: node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
+        node_name = f"{where}: node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
         if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
-            raise ModelError(f"{where}: a name is damaged (it is no UTF-8)")
+            raise ModelError(f"{node_name}: a name is damaged (it is no UTF-8)")
         if not any(node.output):
-            raise ModelError(f"{where}: has no result")
+            raise ModelError(f"{node_name}: has no result")
         try:
             formals = onnx.defs.get_schema(node.op_type, version, "").inputs if node.domain in ("", "ai.onnx") else []
         except onnx.defs.SchemaError:
             continue
         for index, formal in enumerate(formals):
             if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not (index < len(node.input) and node.input[index]):
-                raise ModelError(f"{where}: its operand {index} ({formal.name}) is missing")
+                raise ModelError(f"{node_name}: its operand {index} ({formal.name}) is missing")
 
 
-def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
-    check_size(path, model)
+def _modern(where: str, model: onnx.ModelProto) -> onnx.ModelProto:
+    check_size(where, model)
     for opset in model.opset_import:
         if not 1 <= opset.version <= 10_000:
-            raise ModelError(f"{path}: asks for version {opset.version} of the operator set '{opset.domain or 'ai.onnx'}', which there can't be")
-    check_nodes(path, model)
+            raise ModelError(f"{where}: asks for version {opset.version} of the operator set '{opset.domain or 'ai.onnx'}', which there can't be")
+    check_nodes(where, model)
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
@@ -195,7 +255,7 @@ def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
             model = onnx.version_converter.convert_version(model, UPGRADED)
     except Exception as error:
         reason = f"operator set {default_opset(model)} can't be converted to {UPGRADED}: {error}"
-        raise ModelError(f"{path}: {reason}. Export the model with operator set 13 or later") from error
+        raise ModelError(f"{where}: {reason}. Export the model with operator set 13 or later") from error
     return model
 
 

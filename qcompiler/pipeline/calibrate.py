@@ -13,7 +13,7 @@ from qcompiler.base.shape_table import check_single
 from qcompiler.calibration.data import Source
 from qcompiler.calibration.stored import SUFFIX, save
 from qcompiler.calibration.table import CalibrationTable
-from qcompiler.importers.onnx_file import files_of
+from qcompiler.importers.origin import AnyModel, files_of
 from qcompiler.pipeline import stages
 from qcompiler.pipeline.job import asked_rows, opened
 from qcompiler.pipeline.options import OPTIONS, AnyPath, Options, complete, given, takes_options
@@ -32,7 +32,7 @@ class Calibration:
 
 
 @takes_options
-def calibrate(model: AnyPath, output: AnyPath, calibration: Source, **options: Unpack[Options]) -> Calibration:
+def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: Unpack[Options]) -> Calibration:
     """Run `model` over the calibration data and store what was seen, with the samples, in `output` (FILE.qcal). `compile`, `explain`, `export_onnx`, `tune` and
     `verify` take the file in the place of data, for this model alone, and make of it what they make of the data itself. What was stored for one preset and its
     steps is measured anew, from the samples in the file, for another one that looks at other things.
@@ -41,7 +41,7 @@ def calibrate(model: AnyPath, output: AnyPath, calibration: Source, **options: U
     """
     options = complete(options, "calibrate")
     check_single(asked_rows(options), "a stored calibration")
-    path = check_writable(Path(output), [*files_of(Path(model)), *([calibration] if isinstance(calibration, (str, Path)) else [])])
+    path = check_writable(Path(output), [*files_of(model), *([calibration] if isinstance(calibration, (str, Path)) else [])])
     if path.suffix != SUFFIX:
         raise DataError(f"{path}: a calibration is stored as {SUFFIX}; name a file that ends so")
     if calibration is None:

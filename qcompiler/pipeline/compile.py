@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Unpack
 
 import tvm
@@ -20,13 +19,14 @@ from qcompiler.base.progress import silent
 from qcompiler.base.targets import Target, find_target
 from qcompiler.calibration.data import Source
 from qcompiler.importers.model import FloatModel
+from qcompiler.importers.origin import AnyModel
 from qcompiler.numerics.weight_only import WeightScheme
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.accuracy_target import search
 from qcompiler.pipeline.goal import Goal
 from qcompiler.pipeline.job import Job, asked_rows, opened
-from qcompiler.pipeline.options import AnyPath, Options, complete, given, takes_options
+from qcompiler.pipeline.options import Options, complete, given, takes_options
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.rivals import best_of, network, planned
 from qcompiler.pipeline.shapes import load_all
@@ -45,13 +45,13 @@ def compiled(job: Job) -> Compilation:
 
 
 @takes_options
-def quantize(model: AnyPath, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> QuantizedNetwork:
+def quantize(model: AnyModel, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> QuantizedNetwork:
     """The stages from the model file to the integer network that the preset itself makes. Errors as `compile`."""
     return planned(calibrate(equalize(opened(model, target, calibration, options))))
 
 
 @takes_options
-def compile_stages(model: AnyPath, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Compilation:
+def compile_stages(model: AnyModel, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Compilation:
     """`compile`, with the values between the stages. Same arguments, same errors."""
     options = complete(options)
     if options["weights"] is not None:
@@ -77,8 +77,8 @@ def compile_stages(model: AnyPath, target: str | Target = "native", calibration:
 
 
 @takes_options
-def compile(model: AnyPath, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Artifact:
-    """Compile a float ONNX network into an int8 library for `target`. The artifact is saved with `artifact.save("model.so")`.
+def compile(model: AnyModel, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Artifact:
+    """Compile a trained network into an int8 library for `target`. The artifact is saved with `artifact.save("model.so")`.
 
     Raises a QCompilerError: for anything a user can mend, the model, the data, the target; InternalError, with the cause attached, for a bug of ours.
     TypeError for an argument that there is not, or of another type.
@@ -88,7 +88,7 @@ def compile(model: AnyPath, target: str | Target = "native", calibration: Source
     return compile_stages(model, target, calibration, **options).artifact
 
 
-def quantize_weights(model: AnyPath, calibration: Source | None, options: Options) -> list[tuple[FloatModel, tvm.IRModule]]:
+def quantize_weights(model: AnyModel, calibration: Source | None, options: Options) -> list[tuple[FloatModel, tvm.IRModule]]:
     """The float network, and the same with its dense weights stored in few bits, at each shape. Arguments as `compile`; options: complete."""
     goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "shapes", "input_values", "state", "dump_dir", "targets_file", "progress"}
     asked = {*given(options), *(["calibration"] if calibration is not None else [])}
@@ -96,7 +96,7 @@ def quantize_weights(model: AnyPath, calibration: Source | None, options: Option
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
     dump = Dumper(options["dump_dir"])
     scheme = WeightScheme.of(str(options["weights"]), options["group_size"], options["asymmetric"])
-    models = load_all(Path(model), asked_rows(options), dump=dump, input_values=options["input_values"], state=options["state"])
+    models = load_all(model, asked_rows(options), dump=dump, input_values=options["input_values"], state=options["state"])
     kept = set(named_groups(models[0], options["keep_float"]))
     modules = [run(FLOAT, m.module, scheme, kept, dump=dump if m is models[0] else no_dump) for m in models]
     if not Graph.of(modules[0]).attrs["qc.weights"]["layers"]:
@@ -104,7 +104,7 @@ def quantize_weights(model: AnyPath, calibration: Source | None, options: Option
     return list(zip(models, modules, strict=True))
 
 
-def compile_weights(model: AnyPath, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Artifact:
+def compile_weights(model: AnyModel, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> Artifact:
     """A library that computes in float32, with the weights of dense layers in 8 or 4 bits. Arguments and errors as `compile`."""
     options = complete(options)
     chosen = find_target(target, options["targets_file"])

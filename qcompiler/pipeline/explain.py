@@ -11,10 +11,11 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.targets import Target
 from qcompiler.base.text import table
 from qcompiler.calibration.data import Source
+from qcompiler.importers.origin import AnyModel
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.pipeline.compile import quantize, quantize_weights
-from qcompiler.pipeline.options import AnyPath, Options, complete, takes_options
+from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.pipeline.survey import LayerNoise, layer_noise
 from qcompiler.pipeline.texts import NOISE_COLUMNS, noise_rows, noise_title, weights_text
 from qcompiler.plan.quant_plan import QuantPlan, count_operators
@@ -71,7 +72,7 @@ class WeightsExplanation:
 
 @takes_options
 def explain(
-    model: AnyPath, target: str | Target = "native", calibration: Source | None = None, *, sensitivity: bool = False, **options: Unpack[Options]
+    model: AnyModel, target: str | Target = "native", calibration: Source | None = None, *, sensitivity: bool = False, **options: Unpack[Options]
 ) -> Explanation | WeightsExplanation:
     """The plan that `compile` would make of the same arguments: for every value how it is stored, under which range, with what estimated error and why; for
     every operator that stays float the reason. With `weights`: how these would be stored, with what error.

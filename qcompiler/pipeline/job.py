@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from qcompiler.backend.tuning_log import Tuned
@@ -19,6 +17,7 @@ from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
 from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.calibration.stored import Pass, StoredSamples, open_source
 from qcompiler.importers.model import FloatModel
+from qcompiler.importers.origin import AnyModel
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.passes.trained import Trained
@@ -65,7 +64,7 @@ class Job:
         return self.samples.at(0) if isinstance(self.samples, ShapedSamples) else self.samples
 
 
-def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
+def opened(model: AnyModel, target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
     """The job that the arguments of `compile` describe: the model loaded, its 16-bit streams copied where the recipe has such, the samples not yet read.
     options: as they were given."""
     options = complete(options)
@@ -74,7 +73,7 @@ def opened(model: str | os.PathLike[str], target: str | Target, calibration: Any
     steps = recipe(options["preset"], options["enable"], options["disable"])
     rows = asked_rows(options)
     check_target(chosen, len(rows))
-    models = load_all(Path(model), rows, options["requantize"], dump, options["input_values"], options["state"])
+    models = load_all(model, rows, options["requantize"], dump, options["input_values"], options["state"])
     rules = pad_rules(models, options["pad"])
     if len(models) > 1 and calibration is not None:
         calibration, models = in_order(calibration, models, rules, options["preprocess"], options["max_samples"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
 from qcompiler.base.shape_table import Row
 from qcompiler.importers.model import FloatModel, load
+from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.groups import find_groups
 from qcompiler.plan.quant_plan import Derived, Float, QuantPlan
@@ -24,7 +24,7 @@ from qcompiler.runtime.shapes import Fitting, spelled
 
 
 def load_all(
-    path: Path,
+    model: AnyModel,
     rows: Sequence[Row],
     requantize: bool = False,
     dump: Dump = no_dump,
@@ -32,12 +32,13 @@ def load_all(
     state: Mapping[str, str] | None = None,
 ) -> tuple[FloatModel, ...]:
     """The network at every row of shapes. Raises ModelError where it can't have one of them, or is another network there."""
-    models = tuple(load(path, row or None, requantize, dump if number == 0 else no_dump, input_values, state) for number, row in enumerate(rows))
+    origin = origin_of(model)
+    models = tuple(load(origin, row or None, requantize, dump if number == 0 else no_dump, input_values, state) for number, row in enumerate(rows))
     known: dict[str, int] = {}
-    for number, model in enumerate(models):
-        check_alike(models[0], model)
-        if (shape := shape_of(model)) in known:
-            raise ModelError(f"{path}: rows {known[shape] + 1} and {number + 1} of the input shapes are the same: {shape}")
+    for number, found in enumerate(models):
+        check_alike(models[0], found)
+        if (shape := shape_of(found)) in known:
+            raise ModelError(f"{origin.where}: rows {known[shape] + 1} and {number + 1} of the input shapes are the same: {shape}")
         known[shape] = number
     return models
 
@@ -58,7 +59,7 @@ def check_alike(first: FloatModel, other: FloatModel) -> None:
 
     def refuse(what: str) -> ModelError:
         return ModelError(
-            f"{first.path}: at {shape_of(other)} it is another network than at {shape_of(first)}: {what}. "
+            f"{first.origin.where}: at {shape_of(other)} it is another network than at {shape_of(first)}: {what}. "
             "Several shapes share one plan and one copy of the weights; compile a library for each"
         )
 

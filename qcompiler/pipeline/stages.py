@@ -8,10 +8,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -34,7 +32,7 @@ from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
-from qcompiler.importers.onnx_file import exactness
+from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
@@ -64,7 +62,7 @@ def float_code(model: FloatModel, target: str = "native", dump: Dump = no_dump, 
 
 
 def compile_float(
-    model: str | os.PathLike[str],
+    model: AnyModel,
     target: str = "native",
     input_shapes: Any = None,
     progress: Progress = silent,
@@ -73,12 +71,13 @@ def compile_float(
 ) -> Artifact:
     """The float twin as a library, for comparison. Arguments as `compile`; wanted: the digest of a model at each shape, ArtifactError when the file's are
     others."""
-    models = load_all(Path(model), shape_rows(input_shapes), input_values=input_values)
+    origin = origin_of(model)
+    models = load_all(origin, shape_rows(input_shapes), input_values=input_values)
     for expected, found in zip(wanted, models, strict=False):
         if expected not in (None, found.digest):
             raise ArtifactError(
-                f"the library was not compiled from {model}: its manifest says that its model has the digest {expected}, and this one has {found.digest} "
-                "(of the file, its external data and its input shapes); give the very file that it was compiled from"
+                f"the library was not compiled from {origin.where}: its manifest says that its model has the digest {expected}, and this one has "
+                f"{found.digest} (of all that is read, and the input shapes); give the very model that it was compiled from"
             )
     first, *others = models
     further = [{"digests": {"model": m.digest}} for m in others]
@@ -101,7 +100,7 @@ def equalize(job: Job) -> Equalized:
     if job.samples.count == 0:
         return Equalized(job, None, Equalization())
     twin = float_code(job.model, dump=job.dump, progress=job.progress, others=job.sampled)
-    imported = check_import(job.model.path, twin.session(), itertools.islice(job.samples, 1), exactness(job.model.path), job.model.fixed)
+    imported = check_import(job.model.origin.elsewhere(), twin.session(), itertools.islice(job.samples, 1), job.model.exactness, job.model.fixed)
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
         return Equalized(job, twin, Equalization(), imported)
     observe(job, twin, (), [seen], "measure channels")

@@ -1,13 +1,12 @@
-"""A second opinion on an import: what ONNX Runtime computes from the model file itself, beside what the imported float network does.
+"""A second opinion on an import: what the runtime that a model was made for computes from the model itself, beside what the imported float network does.
 
-Parity alone compares a library with the float network of the same importer, so an operator that is read wrongly is wrong on both sides. Where ONNX
-Runtime is installed, it runs the file as it is, without its own optimizations.
+Parity alone compares a library with the float network of the same importer, so an operator that is read wrongly is wrong on both sides. Where that
+runtime is installed, it runs the model as it is, without optimizations of its own.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +25,80 @@ class Runs(Protocol):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
 
+Outputs = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""{input name: array} -> {output name: array}; inputs that the model does not have are passed over."""
+
+
+class Elsewhere(Protocol):
+    """Another runtime that runs a model as its user has it. `package`: what has to be installed for it."""
+
+    @property
+    def package(self) -> str: ...
+    def open(self) -> tuple[str, Outputs]:
+        """(name and version of the runtime, the model in it). Raises ImportError when it isn't installed, anything else when it can't run the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime on a file (its path) or on the bytes of a model."""
+
+    model: str | bytes = field(repr=False)
+    package: str = "onnxruntime"
+
+    def open(self) -> tuple[str, Outputs]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
+        names = [o.name for o in session.get_outputs()]
+        types = {i.name: _TYPES[i.type] for i in session.get_inputs()}
+
+        def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            feeds = {name: np.asarray(value).astype(types[name]) for name, value in inputs.items() if name in types}
+            return dict(zip(names, session.run(None, feeds), strict=True))
+
+        return f"onnxruntime {onnxruntime.__version__}", run
+
+
+@dataclass(frozen=True)
+class LiteRt:
+    """LiteRT on a file: its reference kernels, or its usual ones where those lack an operator. `inputs` and `outputs`: what the file's inputs and outputs
+    are called here, in its order."""
+
+    path: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    package: str = "ai-edge-litert"
+
+    def open(self) -> tuple[str, Outputs]:
+        import importlib.metadata
+
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+        try:
+            interpreter = Interpreter(self.path, experimental_op_resolver_type=OpResolverType.BUILTIN_REF, num_threads=1)
+        except ValueError:
+            usual = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            interpreter = Interpreter(self.path, experimental_op_resolver_type=usual, num_threads=1)
+        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+
+        def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            for name, port in zip(self.inputs, inputs, strict=True):
+                if tuple(port["shape"]) != np.shape(given[name]):
+                    interpreter.resize_tensor_input(port["index"], np.shape(given[name]))
+            interpreter.allocate_tensors()
+            for name, port in zip(self.inputs, inputs, strict=True):
+                interpreter.set_tensor(port["index"], np.asarray(given[name]).astype(port["dtype"]))
+            interpreter.invoke()
+            return {name: interpreter.get_tensor(port["index"]) for name, port in zip(self.outputs, outputs, strict=True)}
+
+        return f"LiteRT {importlib.metadata.version('ai-edge-litert')}", run
+
+
 @dataclass(frozen=True)
 class OutputCheck:
     """One output. sqnr_db: of the imported network against the file's, infinite where they are equal, -infinite where infinities or shapes differ;
@@ -40,7 +113,7 @@ class OutputCheck:
 
 @dataclass(frozen=True)
 class ImportCheck:
-    """Whether the imported float network computes what ONNX Runtime does. status: "equal", "different", "not run" (`reason` says why) or "not installed".
+    """Whether the imported float network computes what another runtime does. status: "equal", "different", "not run" (`reason` says why) or "not installed".
 
     least_db: the SQNR that every floating output must reach; `samples`: on how many it was measured.
     """
@@ -54,13 +127,13 @@ class ImportCheck:
 
     def __str__(self) -> str:
         if self.status == "not installed":
-            return "import: not compared with another runtime (onnxruntime is not installed)"
+            return f"import: not compared with another runtime ({self.runtime} is not installed)"
         if self.status == "not run":
-            return f"import: not compared with another runtime: {self.runtime} can't run the file: {self.reason}"
+            return f"import: not compared with another runtime: {self.runtime} can't run the model: {self.reason}"
         worst = min(self.outputs, key=lambda o: (o.equal, o.sqnr_db))
         measured = f"'{worst.name}' {worst.sqnr_db:.1f} dB, {worst.differing} elements differ by up to {worst.max_error:.3g}"
         verdict = "is" if self.status == "equal" else "is NOT"
-        return f"import: the float network {verdict} what {self.runtime} computes from the file, on {self.samples} samples: at the worst {measured}"
+        return f"import: the float network {verdict} what {self.runtime} computes from the model, on {self.samples} samples: at the worst {measured}"
 
     @property
     def failure(self) -> str | None:
@@ -69,48 +142,31 @@ class ImportCheck:
             return None
         wrong = ", ".join(f"'{o.name}' {o.sqnr_db:.1f} dB (largest error {o.max_error:.3g})" for o in self.outputs if not o.equal)
         return (
-            f"the imported float network is not what {self.runtime} computes from the model file: {wrong}, at least {self.least_db:g} dB expected. "
+            f"the imported float network is not what {self.runtime} computes from the model: {wrong}, at least {self.least_db:g} dB expected. "
             "An operator is read wrongly; please report the model"
         )
 
 
-def check_import(
-    model: str | os.PathLike[str], imported: Runs, samples: Iterable[Mapping[str, np.ndarray]], least_db: float, fixed: Mapping[str, Any] = {}
-) -> ImportCheck:
-    """Compare the float network `imported` from the file `model` with ONNX Runtime on the file, over `samples`, each as the network takes them.
+def check_import(other: Elsewhere, imported: Runs, samples: Iterable[Mapping[str, np.ndarray]], least_db: float, fixed: Mapping[str, Any] = {}) -> ImportCheck:
+    """Compare the float network `imported` with its model in the runtime `other`, over `samples`, each as the network takes them.
 
-    least_db: how near floating outputs must come. fixed: inputs of the file that the network has as constants. What ONNX Runtime
+    least_db: how near floating outputs must come. fixed: inputs of the model that the network has as constants. What the other runtime
     can't do is no error, but in the result.
     """
+    runtime, totals, done = other.package, dict[str, _Total](), 0
     try:
-        import onnxruntime
-    except ImportError:
-        return ImportCheck("not installed")
-    runtime = f"onnxruntime {onnxruntime.__version__}"
-    totals: dict[str, _Total] = {}
-    done = 0
-    try:
-        session = _session(onnxruntime, model)
-        names = [o.name for o in session.get_outputs()]
-        types = {i.name: _TYPES[i.type] for i in session.get_inputs()}
+        runtime, run = other.open()
         for sample in samples:
-            feeds = {name: np.asarray(value).astype(types[name]) for name, value in {**fixed, **sample}.items() if name in types}
-            wanted = dict(zip(names, session.run(None, feeds), strict=True))
+            wanted = run({**{name: np.asarray(value) for name, value in fixed.items()}, **sample})
             for name, array in imported.run(sample).items():
                 totals.setdefault(name, _Total()).add(array, np.asarray(wanted[name]))
             done += 1
-    except Exception as error:  # onnxruntime's exceptions have no common class of their own
+    except ImportError:
+        return ImportCheck("not installed", runtime)
+    except Exception as error:  # the runtimes' exceptions have no common class of their own
         return ImportCheck("not run", runtime, reason=" ".join(str(error).split())[:300] or type(error).__name__)
     outputs = [total.result(name, least_db) for name, total in totals.items()]
     return ImportCheck("equal" if all(o.equal for o in outputs) else "different", runtime, done, least_db, outputs)
-
-
-def _session(onnxruntime: Any, model: str | os.PathLike[str]) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
 
 
 class _Total:

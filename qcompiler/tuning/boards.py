@@ -31,6 +31,7 @@ from qcompiler.boards.board import Board
 from qcompiler.boards.canary import Canary, make_canary
 from qcompiler.boards.check import Checked, judge, probe, too_hot
 from qcompiler.boards.device import Device, program
+from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.tuning.remote import Exported, NothingNew, candidates_text, check_round, export_round, import_results, lowered, measurable_tasks, parse_results
 from qcompiler.tuning.search import Search, Tuning, Watcher
@@ -283,7 +284,7 @@ class Fleet:
 
 @takes_options
 def tune_on_boards(
-    model: str | os.PathLike[str],
+    model: AnyModel,
     boards: Sequence[Board],
     calibration: Any = None,
     *,

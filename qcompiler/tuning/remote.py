@@ -30,6 +30,7 @@ from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
 from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target, find_target
+from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import Kernel
@@ -71,7 +72,7 @@ class Exported:
 
 @takes_options
 def export_candidates(
-    model: str | os.PathLike[str],
+    model: AnyModel,
     target: str | Target,
     calibration: Any,
     *,
@@ -110,7 +111,7 @@ def check_round(target: Target, candidates: int, threads: int | None) -> int:
     return threads
 
 
-def lowered(model: str | os.PathLike[str], target: Target, calibration: Any, options: Options) -> Program:
+def lowered(model: AnyModel, target: Target, calibration: Any, options: Options) -> Program:
     """The program whose kernels are tuned. Raises what `compile` raises."""
     from qcompiler.backend.lowering import lower
     from qcompiler.pipeline.compile import quantize

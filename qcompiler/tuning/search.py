@@ -24,6 +24,7 @@ from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, all
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import OpCall, Row
@@ -331,7 +332,7 @@ def cpu_name() -> str:
 
 @takes_options
 def tune(
-    model: str | os.PathLike[str],
+    model: AnyModel,
     target: str | Target = "native",
     calibration: Any = None,
     *,

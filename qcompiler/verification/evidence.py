@@ -19,6 +19,7 @@ import numpy as np
 import qcompiler
 from qcompiler.base.progress import Progress
 from qcompiler.calibration.data import Samples
+from qcompiler.importers.origin import Origin
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.numerics.spec import QParams
 from qcompiler.runtime.bench import Neighbours, Timing, interleave
@@ -108,7 +109,7 @@ class HashedSamples:
 
 
 def gather(
-    session: Any, twin: Any, samples: HashedSamples, parity: ParityReport, model: Path, labels: np.ndarray | None, seconds: float, progress: Progress
+    session: Any, twin: Any, samples: HashedSamples, parity: ParityReport, model: Origin, labels: np.ndarray | None, seconds: float, progress: Progress
 ) -> Evidence:
     """The rest of the evidence beside `parity`, from the two sessions that it compared."""
     layers = _Layers(session.manifest, [r.name for r in parity.layers], [r.name for r in parity.worst_layers(WORST)])
@@ -141,7 +142,7 @@ def gather(
         float_only,
         session.threads,
         session.path.stat().st_size,
-        model.stat().st_size,
+        sum(p.stat().st_size for p in model.files[:1]),
         parameter_bytes(model),
         manifest,
         dict(digests),
@@ -170,14 +171,14 @@ def step_times(int8: Sequence[tuple[str, str, str, float]], float32: Sequence[tu
     return joined, sum(spent.values())
 
 
-def parameter_bytes(model: Path) -> int:
-    """Bytes of the floating-point tensors that an ONNX file stores, in the file's own precision."""
+def parameter_bytes(model: Origin) -> int:
+    """Bytes of the floating-point tensors that a model stores, in its own precision."""
     from onnx import TensorProto, numpy_helper
 
-    from qcompiler.importers.onnx_file import read, tensors
+    from qcompiler.importers.onnx_file import tensors
 
     floating = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
-    return sum(numpy_helper.to_array(t).nbytes for t in tensors(read(model)[0]) if t.data_type in floating)
+    return sum(numpy_helper.to_array(t).nbytes for t in tensors(model.read()[0]) if t.data_type in floating)
 
 
 def environment(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from qcompiler.calibration.data import Samples, Source, load_labels, unused
 from qcompiler.calibration.ports import open_given, real_outputs
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
+from qcompiler.importers.origin import AnyModel, Origin, origin_of
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
@@ -187,7 +187,7 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
 
 def verify(
     library: str | os.PathLike[str] | Artifact | Runner,
-    model: str | os.PathLike[str] | Runner,
+    model: AnyModel | Runner,
     samples: Source | Samples,
     *,
     labels: str | os.PathLike[str] | Iterable[int] | None = None,
@@ -205,12 +205,13 @@ def verify(
 ) -> ParityReport:
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
-    `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: the ONNX file it was compiled from, or a Session of
+    `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: what it was compiled from, or a Session of
     it in float. `samples`, `preprocess`, `max_samples` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
     `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the better, or
     "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
-    Layers are compared on the first `layer_samples` samples; 0 skips them. Where onnxruntime is installed, the float network is compared with what it
-    computes from the file, too (`ParityReport.imported`): an operator that was imported wrongly would be wrong on both sides of every other comparison.
+    Layers are compared on the first `layer_samples` samples; 0 skips them. Where the runtime that the model was made for is installed (ONNX Runtime,
+    LiteRT), the float network is compared with what that computes from it, too (`ParityReport.imported`): an operator that was imported wrongly would be
+    wrong on both sides of every other comparison.
 
     Raises DataError for bad data, ModelError for a bad model, ArtifactError for a bad library or one of another model.
     """
@@ -225,11 +226,12 @@ def verify(
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
     options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     options |= judges(labels, metric, data)
-    if not isinstance(model, (str, os.PathLike)):
+    if hasattr(model, "trace"):
         return compare(actual, fed_alike(model, actual), data, **options)
+    origin = origin_of(model)
     with temporary_folder() as folder:
-        twin = float_session(model, actual, folder, threads, data)
-        return with_import(compare(actual, twin, data, **options), model, twin, data)
+        twin = float_session(origin, actual, folder, threads, data)
+        return with_import(compare(actual, twin, data, **options), origin, twin, data)
 
 
 def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> dict[str, Any]:
@@ -239,11 +241,11 @@ def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> d
     return {"labels": None if labels is None else load_labels(labels, data)}
 
 
-def with_import(report: ParityReport, model: str | os.PathLike[str], twin: Runner, samples: Samples) -> ParityReport:
-    """The report with the float network `twin` of the file `model` compared with ONNX Runtime as well, on the first samples."""
+def with_import(report: ParityReport, origin: Origin, twin: Runner, samples: Samples) -> ParityReport:
+    """The report with the float network `twin` of `origin` compared with the runtime that it was made for as well, on the first samples."""
     first: Iterable[Mapping[str, np.ndarray]] = itertools.islice(samples, IMPORT_SAMPLES)
     network, fed = (twin.network, map(twin.real, first)) if isinstance(twin, Twin) else (twin, first)
-    checked = check_import(model, network, fed, exactness(Path(model)), twin.manifest.get("fixed_inputs", {}))
+    checked = check_import(origin.elsewhere(), network, fed, exactness(origin.read()[0]), twin.manifest.get("fixed_inputs", {}))
     verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
     return replace(report, imported=checked, checks=[*report.checks, *verdict])
 

@@ -9,7 +9,7 @@ from typing import Any
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.ports import open_given
-from qcompiler.importers.onnx_file import files_of
+from qcompiler.importers.origin import AnyModel, files_of, origin_of
 from qcompiler.verification.evidence import HashedSamples, gather
 from qcompiler.verification.metric import MetricFunction
 from qcompiler.verification.parity import ParityReport, Thresholds, compare, judges, with_import
@@ -18,7 +18,7 @@ from qcompiler.verification.twin import float_session
 
 def verify_report(
     library: str | Path,
-    model: str | Path,
+    model: AnyModel,
     data: Any,
     output: str | Path,
     *,
@@ -39,17 +39,18 @@ def verify_report(
     from qcompiler.runtime.session import Session
     from qcompiler.verification.page import page
 
-    path = check_writable(output, [library, *files_of(Path(model)), data, labels, preprocess])
+    path = check_writable(output, [library, *files_of(model), data, labels, preprocess])
+    origin = origin_of(model)
     session = Session(library, threads=threads)
     samples = HashedSamples(open_given(data, session, preprocess, max_samples))
     given = judges(labels, metric, samples)
     with temporary_folder() as folder:
-        twin = float_session(model, session, folder, threads, samples.source)
+        twin = float_session(origin, session, folder, threads, samples.source)
         parity = compare(session, twin, samples, thresholds=thresholds, layer_samples=layer_samples, progress=progress, **given)
-        parity = with_import(parity, model, twin, samples)
-        evidence = gather(session, twin, samples, parity, Path(model), given.get("labels"), seconds, progress)
+        parity = with_import(parity, origin, twin, samples)
+        evidence = gather(session, twin, samples, parity, origin, given.get("labels"), seconds, progress)
     sources = {"evaluation data": data, "labels": labels, "preprocessing": preprocess, "metric": metric}
     evidence.source.update({k: str(v) if isinstance(v, (str, Path)) else "given in Python" for k, v in sources.items() if v is not None})
     with replacing(path) as temporary:
-        temporary.write_text(page(evidence, Path(library).name, Path(model).name), encoding="utf-8")
+        temporary.write_text(page(evidence, Path(library).name, origin.files[0].name if origin.files else origin.name), encoding="utf-8")
     return parity

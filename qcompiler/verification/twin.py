@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from qcompiler.base.errors import ArtifactError
 from qcompiler.base.targets import load_targets, missing_features
 from qcompiler.calibration.ports import library_inputs
 from qcompiler.calibration.shaped import ShapedSamples
+from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.runtime.shapes import of_inputs, ports, specializations
 
 
@@ -59,7 +59,7 @@ def _rows(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [of_inputs(m) | {name: port.model.shape for name, port in library_inputs(m).items()} for m in manifests]
 
 
-def float_artifact(model: str | os.PathLike[str], like: Any, here: bool, samples: Any = None) -> Artifact:
+def float_artifact(model: AnyModel, like: Any, here: bool, samples: Any = None) -> Artifact:
     """The float network of `float_session` before it is opened. here: it must run on this machine."""
     from qcompiler.pipeline.stages import compile_float
 
@@ -69,7 +69,7 @@ def float_artifact(model: str | os.PathLike[str], like: Any, here: bool, samples
     return compile_float(model, target, _rows(manifests), input_values=like.manifest.get("fixed_inputs"), wanted=wanted)
 
 
-def float_session(model: str | os.PathLike[str], like: Any, folder: Path, threads: int = 1, samples: Any = None) -> Any:
+def float_session(model: AnyModel, like: Any, folder: Path, threads: int = 1, samples: Any = None) -> Any:
     """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like` (of several, those that `samples`
     have), whose inputs it takes; for this CPU, where that target is another machine's, a GPU's or of another targets file.
 
@@ -85,5 +85,5 @@ def float_session(model: str | os.PathLike[str], like: Any, folder: Path, thread
         for kind, theirs in (("inputs", list(row.items())), ("outputs", outputs)):
             found = [(p.name, p.shape) for p in ports(mine[kind])]
             if found != theirs:
-                raise ArtifactError(f"the library was not compiled from {model}: its {kind} are {theirs}, the model's are {found}")
+                raise ArtifactError(f"the library was not compiled from {origin_of(model).where}: its {kind} are {theirs}, the model's are {found}")
     return fed_alike(session, like)

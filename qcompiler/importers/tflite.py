@@ -1,0 +1,140 @@
+"""A TFLite network as an ONNX model in memory: the same tensors, an operator at a time, images NHWC as in the file.
+
+    x8 -> CONV_2D, fused RELU -> y8    -->    x = DequantizeLinear(x8); y8 = QuantizeLinear(Relu(Conv(x, DequantizeLinear(w8), DequantizeLinear(b32))))
+
+Scales, zero points and integers are the file's; `qdq.py` takes them over. The transpositions around what ONNX defines for NCHW go again when the compiler
+brings images into the layout that they had. An int32 bias has the scales' product as its scale, which is what its integers are added to, whatever scale
+the file states. A product of float activations with int8 weights rounds its activations as it runs, and is written so (DynamicQuantizeLinear).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompiler.base.errors import ModelError
+from qcompiler.importers.nodes import Refused
+from qcompiler.importers.tflite_file import DAMAGED, Network, Operator, read_network
+from qcompiler.importers.tflite_graph import Graph
+from qcompiler.importers.tflite_operators import OPERATORS
+from qcompiler.runtime.reference import LiteRt
+
+OPSET = 21  # the first whose QuantizeLinear knows 16 bits
+SHOWN = 8  # refused operators in one error
+_ADVICE = "replace it before conversion (for LiteRT alone that would do: it may be a kernel of the program that runs the network), or cut the network before it"
+
+
+@dataclass(frozen=True)
+class TfliteFile:
+    """A `Origin`: a TFLite file."""
+
+    path: Path
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def read(self) -> tuple[onnx.ModelProto, str]:
+        network, digest = read_network(self.path)
+        return _Translation(str(self.path), network).run(), digest
+
+    def elsewhere(self) -> LiteRt:
+        network, _ = read_network(self.path)
+        inputs, outputs = ([network.tensors[i].name for i in ports] for ports in (network.inputs, network.outputs))
+        return LiteRt(str(self.path), inputs, outputs)
+
+
+class _Translation(Graph):
+    def __init__(self, where: str, network: Network) -> None:
+        super().__init__(network.tensors, set(network.outputs))
+        self.where, self.network = where, network
+
+    def run(self) -> onnx.ModelProto:
+        if not self.network.outputs:
+            raise ModelError(f"{self.where}: the model has no outputs")
+        self.check_known()
+        inputs = [self.input(i) for i in self.network.inputs]
+        refusals: list[str] = []
+        lost: set[int] = set()
+        for operator in self.network.operators:
+            if lost.isdisjoint(operator.inputs):
+                try:
+                    self.translate(operator)
+                    continue
+                except Refused as reason:
+                    refusals.append(f"{self.spelled(operator)}: {reason}")
+            lost |= set(operator.outputs)
+        if refusals:
+            shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} operators more"] if len(refusals) > SHOWN else [])
+            raise ModelError(f"{self.where}: {'; '.join(shown)}")
+        outputs = [self.output(i) for i in dict.fromkeys(self.network.outputs)]
+        used = {name for node in self.nodes for name in node.input} | {o.name for o in outputs}
+        initializers = [numpy_helper.from_array(array, name) for name, array in self.constants.items() if name in used]
+        graph = helper.make_graph(self.nodes, "tflite", inputs, outputs, initializers)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+    def check_known(self) -> None:
+        """Raises ModelError that names every kind of operator without a translation, and how many there are of each."""
+        unknown: Counter[str] = Counter()
+        for operator in self.network.operators:
+            if operator.custom.startswith("Flex"):
+                unknown[f"TensorFlow's {operator.custom.removeprefix('Flex')} (a Flex operator)"] += 1
+            elif operator.op == "CUSTOM":
+                unknown[f"the custom operator {operator.custom}"] += 1
+            elif operator.op not in OPERATORS:
+                unknown[operator.op] += 1
+        if unknown:
+            listed = ", ".join(f"{name}{f' ({count} times)' if count > 1 else ''}" for name, count in sorted(unknown.items()))
+            raise ModelError(f"{self.where}: no conversion exists for {listed}; {_ADVICE}")
+
+    def spelled(self, operator: Operator) -> str:
+        return f"operator {self.network.operators.index(operator)} ({operator.op}, of '{self.tensors[operator.outputs[0]].name if operator.outputs else ''}')"
+
+    def translate(self, operator: Operator) -> None:
+        if not operator.outputs or any(o < 0 or o in self.reals or self.tensors[o].data is not None for o in operator.outputs):
+            raise Refused("its results are missing, or computed by another operator too")
+        for i in operator.inputs:
+            if i >= 0 and i not in self.reals and self.tensors[i].data is None:
+                raise Refused(f"its operand '{self.tensors[i].name}' is computed by no operator before it")
+        self.current = self.tensors[operator.outputs[0]].name
+        try:
+            OPERATORS[operator.op](self, operator)
+        except DAMAGED as error:
+            raise Refused(f"its operands or options contradict its definition ({type(error).__name__}: {str(error)[:120]})") from error
+
+    # -- the edges ----------------------------------------------------------------------------------------------------------------------
+
+    def input(self, index: int) -> onnx.ValueInfoProto:
+        tensor = self.tensors[index]
+        if index in self.reals or tensor.data is not None:
+            raise ModelError(f"{self.where}: input '{tensor.name}' is listed twice, or a constant")
+        self.reals[index] = self.dequantized(tensor.name, tensor, self.fresh(tensor.name, "real")) if tensor.quantized else tensor.name
+        return helper.make_tensor_value_info(tensor.name, _element(tensor.dtype), [None if d < 0 else d for d in tensor.shape])
+
+    def output(self, index: int) -> onnx.ValueInfoProto:
+        tensor = self.tensors[index]
+        if index not in self.reals and tensor.data is None:
+            raise ModelError(f"{self.where}: output '{tensor.name}' is computed by no operator")
+        if tensor.data is not None:
+            self.constants[tensor.name] = tensor.data
+        elif tensor.quantized and index in self.network.inputs:
+            pass
+        elif not tensor.quantized and self.reals[index] != tensor.name:
+            self.nodes.append(helper.make_node("Identity", [self.reals[index]], [tensor.name], name=tensor.name))
+        return helper.make_tensor_value_info(tensor.name, _element(tensor.dtype), None)
+
+
+def _element(dtype: str) -> int:
+    return int(TensorProto.DataType.Value({"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())))
