@@ -275,6 +275,17 @@ def test_ports_that_can_not_be_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=re.escape(text)):
             qcompiler.compile(model, calibration=floats, **options)
+    net = OnnxNet()
+    x, h = net.input("x", 1, 4), net.input("h", 1, 4)
+    after = net.op("Tanh", net.op("Add", net.op("MatMul", x, net.weight(4, 4)), h))
+    kept, zeros = net.save(tmp_path / "state.onnx", [after, net.op("Neg", after)]), np.zeros((1, 4), np.float32)
+    for types in ({"input_types": {"h": "int8"}}, {"output_types": {after: "int8"}}):
+        with pytest.raises(DataError, match="is a state, which stays inside of sessions"):
+            qcompiler.compile(kept, calibration=[{"x": zeros, "h": zeros}], state={"h": after}, **types)
+    wide = OnnxNet()
+    many = wide.save(tmp_path / "shapes.onnx", [wide.op("MatMul", wide.input("x", "n", 4), wide.weight(4, 4))])
+    with pytest.raises(DataError, match="a library for several shapes has the model's own types"):
+        qcompiler.compile(many, calibration=[{"x": zeros}], input_shapes=[{"x": (1, 4)}, {"x": (2, 4)}], input_types={"x": "int8"})
     with pytest.raises(DataError, match="an ONNX model keeps its inputs and outputs in float32"):
         qcompiler.export_onnx(model, tmp_path / "q.onnx", floats, output_types={"gemm5": "int8"})
     with pytest.raises(DataError, match="dtype float32, the model wants uint8"):

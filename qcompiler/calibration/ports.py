@@ -101,9 +101,15 @@ NO_PORTS = Ports()
 
 
 def asked(
-    input_types: Mapping[str, str], output_types: Mapping[str, str], inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], preprocess: Preprocessing
+    input_types: Mapping[str, str],
+    output_types: Mapping[str, str],
+    inputs: Sequence[TensorInfo],
+    outputs: Sequence[TensorInfo],
+    preprocess: Preprocessing,
+    state: Mapping[str, str] = {},
 ) -> Ports:
-    """The ports that {name: type} ask for. Raises DataError for an unknown name or type, what is not float32, and pixels without preprocessing."""
+    """The ports that {name: type} ask for. state: inputs and the outputs that sessions keep for them. Raises DataError for an unknown name or type, what is
+    not float32, a state, and pixels without preprocessing."""
     for kind, types, infos, allowed in (("input", input_types, inputs, INPUT_TYPES), ("output", output_types, outputs, OUTPUT_TYPES)):
         known = {i.name: i for i in infos}
         for name, dtype in types.items():
@@ -111,6 +117,8 @@ def asked(
                 raise DataError(f"type {dtype} for {kind} '{name}': there is no such {kind}.{closest(name, list(known))} The model has: {describe(infos)}")
             if dtype not in allowed:
                 raise DataError(f"{kind} '{name}': type '{dtype}' is not supported; supported: {', '.join(allowed)}; without the option it is float32")
+            if name in {*state.keys(), *state.values()}:
+                raise DataError(f"{kind} '{name}' is a state, which stays inside of sessions, in float32; leave its type out")
             if known[name].dtype != "float32":
                 raise DataError(f"{kind} '{name}' is {known[name].dtype} in the model and stays so; a type can be chosen for float32 only")
     settings = None if preprocess is None else load_preprocess(preprocess)

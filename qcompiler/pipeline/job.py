@@ -86,7 +86,9 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     if "streams" in steps.steps:
         float_model, *others = (replace(m, module=run(WIDE, m.module, dump=dump)) for m in (float_model, *others))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
-    ports = asked(options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"])
+    ports = asked(
+        options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"], float_model.state
+    )
     typed = {*(options["input_types"] or {}), *(options["output_types"] or {})}
     if found := sorted({name for pair in float_model.state.items() for name in pair} & typed):
         raise DataError(f"'{found[0]}' is a state that sessions keep, in float32; give no type for it")
