@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx_nets import OnnxNet
 from tools import require_programs
 
 import qcompiler
@@ -22,6 +23,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import demo_data
 from qcompiler.cli.main import main
 from qcompiler.runtime.pool import Load, measure
+from qcompiler.runtime.session import Session
 
 CPP = Path(__file__).resolve().parent.parent / "qcompiler" / "runtime" / "cpp"
 
@@ -131,6 +133,32 @@ pool.submit(sample).add_done_callback(lambda f: print("answered", len(f.result()
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "answered 1\n"), done.stderr
+
+
+def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = OnnxNet()
+    hidden = net.op("Relu", net.op("Gemm", net.input("x", "n", 6), net.weight(6, 8), net.weight(8)))
+    model = net.save(tmp_path / "m.onnx", [net.op("Gemm", hidden, net.weight(8, 3), net.weight(3)), hidden])
+    samples = [{"x": np.random.default_rng(i).standard_normal((1, 6)).astype(np.float32)} for i in range(11)]
+    path = qcompiler.compile(model, calibration=samples, input_shapes={"x": [(1, 6), (2, 6), (4, 6)]}, preset="fast").save(tmp_path / "m.so")
+    session, ran = qcompiler.load(path), []
+    expected = [session.run(s) for s in samples]
+    plain = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, inputs: ran.append(len(inputs["x"])) or plain(self, inputs))
+    with SessionPool(path, waiting=20, deadline=0.2) as pool:
+        futures = [pool.submit(s) for s in samples]
+        whole = pool.submit({"x": np.concatenate([s["x"] for s in samples[:4]])})
+        for future, wanted in zip(futures, expected, strict=True):
+            assert all(np.array_equal(future.result()[name], wanted[name]) for name in wanted)
+        assert np.array_equal(whole.result()[hidden], np.concatenate([e[hidden] for e in expected[:4]]))
+        assert sum(ran) == 15 and ran[:2] == [4, 4] and len(ran) == 5  # then 2, 1, and the request of four
+        cancelled = [pool.submit(samples[0]) for _ in range(3)]
+        assert "x" not in cancelled[0].result() and all(f.done() or f.result() for f in cancelled)
+    for seconds in (0, -1):
+        with pytest.raises(DataError, match=f"deadline is {seconds}; expected a number of seconds above 0"):
+            SessionPool(path, deadline=seconds)
+    with pytest.raises(DataError, match="a deadline is for a library for several batches"):
+        SessionPool(library, deadline=0.01)
 
 
 def test_figures_under_load(pool: SessionPool) -> None:

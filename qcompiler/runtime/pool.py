@@ -8,17 +8,36 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qcompiler.base.errors import DataError, PoolClosed, SessionBusy
+from qcompiler.runtime.library import read_manifest
 from qcompiler.runtime.session import Session
+from qcompiler.runtime.shapes import specializations
 
 Outputs = dict[str, np.ndarray]
-_Request = tuple["Future[Outputs]", Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """due: when (time.monotonic) it wants to run, alone if it must."""
+
+    future: Future[Outputs]
+    inputs: Mapping[str, np.ndarray]
+    due: float
+
+    @property
+    def rows(self) -> int:
+        first = next(iter(self.inputs.values()))
+        return len(first) if first.ndim else 1
+
+
 _POOLS: weakref.WeakSet[SessionPool] = weakref.WeakSet()
 
 
@@ -26,7 +45,8 @@ class SessionPool:
     """`streams` sessions on the library at `path`, `threads` threads each. They share code and weights, and requests begin in the order in which they came.
 
     `waiting`: so many requests may wait for a stream (two per stream if not given); `submit` then waits for room. `pin`: stream i stays on CPUs
-    i * threads and up, of those that this process may use, in turns.
+    i * threads and up, of those that this process may use, in turns. `deadline`: of a library for several batches, a stream waits so many seconds for more
+    requests, and runs as many together as the largest batch takes that they fill; each must have the least batch. Their arrays are copied side by side.
     A request's arrays are not copied, where they are contiguous and aligned: they must not change before its future is done.
 
     `close` accepts no more requests and runs those accepted to their end; leaving a `with` block closes. `submit` raises PoolClosed then, in threads that wait
@@ -35,12 +55,23 @@ class SessionPool:
     Raises what Session raises, and DataError for numbers out of range.
     """
 
-    def __init__(self, path: str | os.PathLike[str], streams: int = 1, threads: int = 1, waiting: int | None = None, pin: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        streams: int = 1,
+        threads: int = 1,
+        waiting: int | None = None,
+        pin: bool = False,
+        deadline: float | None = None,
+    ) -> None:
         waiting = 2 * streams if waiting is None else waiting
         for name, value in (("streams", streams), ("threads", threads), ("waiting", waiting)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1 << 20:
                 raise DataError(f"{name} is {value!r}; at least 1 is needed")
-        self.streams, self.threads = int(streams), int(threads)
+        if deadline is not None and not 0 < deadline <= 3600:
+            raise DataError(f"deadline is {deadline:g}; expected a number of seconds above 0, or None for requests that run one by one")
+        self.streams, self.threads, self.deadline = int(streams), int(threads), deadline
+        self._batches = [1] if deadline is None else batches(read_manifest(path), Path(path))
         self._room = threading.Semaphore(waiting)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._lock, self._closed, self._owner = threading.Lock(), False, os.getpid()
@@ -69,6 +100,7 @@ class SessionPool:
             raise DataError(f"timeout is {timeout}; it must be 0 (do not wait) or more seconds")
         self._check_open()
         bound = dict(zip([i.name for i in self.inputs], self._sessions[0].bind(inputs), strict=True))
+        due = time.monotonic() + (self.deadline or 0.0)
         if not self._room.acquire(timeout=timeout):
             raise SessionBusy(f"as many requests wait as may, and none was begun within {timeout:g} s; wait longer, or allow more to wait")
         with self._lock:
@@ -76,7 +108,7 @@ class SessionPool:
                 self._room.release()
                 self._check_open()
             future: Future[Outputs] = Future()
-            self._requests.put((future, bound))
+            self._requests.put(_Request(future, bound, due))
         return future
 
     def close(self) -> None:
@@ -112,17 +144,66 @@ class SessionPool:
             return
         self._sessions.append(session)
         failed.put(None)
-        while (request := self._requests.get()) is not None:
-            self._room.release()
-            future, inputs = request
-            if not future.set_running_or_notify_cancel():
-                continue
+        for group in self._groups():
             try:
-                found = session.run(inputs)
+                found = _run(session, group)
             except BaseException as error:
-                future.set_exception(error)
+                for request in group:
+                    request.future.set_exception(error)
             else:
-                future.set_result(found)
+                for request, outputs in zip(group, found, strict=True):
+                    request.future.set_result(outputs)
+
+    def _groups(self) -> Iterator[list[_Request]]:
+        """For one stream: the requests that are to run together, until the pool is closed."""
+        held: list[_Request] = []
+        least, most = self._batches[0], self._batches[-1] // self._batches[0]
+        open_ = True
+        while held or open_:
+            joining = not held or (held[0].rows == least and most > 1)
+            while open_ and joining and len(held) < most:
+                try:
+                    request = self._requests.get(timeout=max(0.0, held[0].due - time.monotonic()) if held else None)
+                except queue.Empty:
+                    break
+                if request is None:
+                    open_ = False
+                    break
+                self._room.release()
+                if request.future.set_running_or_notify_cancel():
+                    held.append(request)
+                    joining = most > 1 and request.rows == least
+            if not held:
+                continue
+            alike = next((i for i, r in enumerate(held) if r.rows != least), len(held))
+            size = max((b // least for b in self._batches if b // least <= alike), default=1)
+            yield held[:size]
+            held = held[size:]
+
+
+def _run(session: Session, group: Sequence[_Request]) -> list[Outputs]:
+    """The outputs of each request of a group, which run together."""
+    if len(group) == 1:
+        return [session.run(group[0].inputs)]
+    whole = session.run({name: np.concatenate([r.inputs[name] for r in group]) for name in group[0].inputs})
+    parts = {name: np.split(array, len(group)) for name, array in whole.items()}
+    return [{name: parts[name][i].copy() for name in parts} for i in range(len(group))]
+
+
+def batches(manifest: Mapping[str, Any], path: Path) -> list[int]:
+    """The batches that a library was compiled for, least first. Raises DataError where its shapes differ in anything else, or there is one only."""
+    found = set()
+    for at in specializations(manifest):
+        shapes = [tuple(p["shape"]) for kind in ("inputs", "outputs") for p in at[kind]]
+        rows = {s[0] if s else 0 for s in shapes}
+        found.add((rows.pop() if len(rows) == 1 else 0, tuple(s[1:] for s in shapes)))
+    sizes = sorted(size for size, _ in found)
+    if len({rest for _, rest in found}) > 1 or len(sizes) < 2 or sizes[0] == 0 or any(size % sizes[0] for size in sizes):
+        raise DataError(
+            f"{path}: a deadline is for a library for several batches, multiples of the least, and alike in all else; compile one with "
+            "--input-shape NAME={1,8},... or leave the deadline out"
+        )
+    return sizes
 
 
 @atexit.register
