@@ -75,11 +75,11 @@ def _described(name: str, member: Any, called: bool = True) -> list[str]:
         signature = inspect.signature(member)
     except (TypeError, ValueError):
         return [text]
-    own = [p for p in signature.parameters.values() if p.name not in OPTIONS and p.name != "self"]
-    shown = [str(p).replace("'", "") for p in own]
+    whole = set(OPTIONS) <= set(signature.parameters)
+    own = [p for p in signature.parameters.values() if p.name != "self" and not (whole and p.name in OPTIONS)]
+    shown = [_parameter(p) for p in own]
     if stars := next((i for i, p in enumerate(own) if p.kind is p.KEYWORD_ONLY), None):
         shown.insert(stars, "*")
-    whole = set(OPTIONS) <= set(signature.parameters)
     shown += ["**options"] if whole else []
     returned = "" if signature.return_annotation is inspect.Signature.empty else f" -> {str(signature.return_annotation).strip(chr(39))}"
     lines = f"{name}({', '.join(shown)}){returned}"
@@ -88,6 +88,13 @@ def _described(name: str, member: Any, called: bool = True) -> list[str]:
     told = [f"- `{p.name}`: {ARGUMENTS[p.name].help}." for p in own if whole and p.name in ARGUMENTS]
     told += ["- `options`: see [Options](#options)."] if whole else []
     return [*([f"```python\n{lines}\n```"] if called else []), text, "\n".join(told)]
+
+
+def _parameter(p: inspect.Parameter) -> str:
+    stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    kind = "" if p.annotation is p.empty else f": {p.annotation!s}"
+    default = "" if p.default is p.empty else f" = {'...' if callable(p.default) else repr(p.default)}"
+    return f"{stars}{p.name}{kind}{default}"
 
 
 def _options() -> list[str]:

@@ -204,7 +204,8 @@ class Session:
         if architecture != host_architecture():
             raise IncompatibleDevice(
                 f"{self.path}: compiled for {architecture} ({self.manifest['target']}), this machine is {host_architecture()}; "
-                "compiled from the same model and data with --target native, a library has the same 8-bit values bit for bit, and can be run and verified here"
+                "compiled from the same model and data with --target native, a library has the same 8-bit values, and can be run and verified here; "
+                "verify, run and bench take --board for a device or an emulator (docs/boards.md)"
             )
         if self.manifest["triple"].startswith("nvptx64"):
             return  # the library looks at the GPU when a session is made
