@@ -194,7 +194,10 @@ class Layer(ABC):
     # -- cells --------------------------------------------------------------------------------------------------------------------------
 
     def gate(self, which: int, gate: int, j: Any, n: int) -> Any:
-        return self.function(which, T.bind(self.input(gate, j, n) + self.term(gate, j, n)), n)
+        """A gate behind its function, by way of memory: TVM takes minutes over one expression of a whole cell."""
+        value = self.function(which, T.bind(self.input(gate, j, n) + self.term(gate, j, n)), n)
+        self.hold(self.g.sums + gate * self.g.padded, j, value, n)
+        return self.held(self.g.sums + gate * self.g.padded, j, n)
 
     def advance(self, write: Callable[[Any, Any, int], None]) -> None:
         """One step; `write(j, state, lanes)` takes its result."""
@@ -224,7 +227,7 @@ class Layer(ABC):
             return new + self.product(z, T.bind(self.held(g.state, j, n) - new), n)
         i, o, f = (self.gate(0, gate, j, n) for gate in range(3))
         self.hold(g.cell, j, self.updated(f, self.held(g.cell, j, n), i, self.gate(1, 3, j, n), n), n)
-        argument = self.cell_argument(self.held(g.cell, j, n), n)  # read back: TVM takes minutes over one expression of all of this
+        argument = self.cell_argument(self.held(g.cell, j, n), n)
         return self.product(o, self.function(2, argument, n, bounded=False), n)
 
     def run(self) -> None:
