@@ -144,7 +144,7 @@ def test_verify_exit_status_is_the_verdict(calls: list[Any], capsys: pytest.Capt
     words = "verify m.so --model m.onnx --data d --preprocess p.yaml --labels l.tsv --min-agreement 0.9 --max-accuracy-drop 1.5"
     assert main(words.split()) == 0
     _, args, kwargs = calls[0]
-    assert args == ("m.so", "m.onnx", "d")
+    assert (args[0].path, *args[1:]) == ("m.so", "m.onnx", "d")
     assert (kwargs["labels"], kwargs["preprocess"], kwargs["min_agreement"], kwargs["max_accuracy_drop"]) == ("l.tsv", "p.yaml", 0.9, 1.5)
     assert "PASSED" in capsys.readouterr().out
     assert main([*words.split(), "--min-sqnr", "10"]) == 1
