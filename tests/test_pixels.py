@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import qcompiler
 from qcompiler import schedules
 from qcompiler.backend.lowering import Step
 from qcompiler.base.errors import DataError
+from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.cli.main import main
@@ -290,3 +292,19 @@ def test_ports_that_can_not_be_are_refused(tmp_path: Path) -> None:
         qcompiler.export_onnx(model, tmp_path / "q.onnx", floats, output_types={"gemm5": "int8"})
     with pytest.raises(DataError, match="dtype float32, the model wants uint8"):
         qcompiler.compile(model, calibration=floats, input_types={"image": "uint8"}, preprocess=SETTINGS)
+
+
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="the runner is compiled for x86-64 hosts")
+def test_the_runner_takes_pixels_and_hands_out_integers(tmp_path: Path) -> None:
+    require_programs("g++")
+    samples = pictures(3)
+    model = network(tmp_path / "m.onnx", tail=False)
+    options: dict[str, Any] = {"input_types": {"image": "uint8"}, "output_types": {"gemm5": "uint8"}, "preprocess": SETTINGS, "preset": "fast"}
+    library = load(qcompiler.compile(model, calibration=samples, **options), tmp_path, "m.so")
+    cpp, runner = Path(qcompiler.__file__).parent / "runtime" / "cpp", tmp_path / "qc_run"
+    subprocess.run(["g++", "-std=c++17", "-O0", f"-I{cpp / 'include'}", str(cpp / "qc_run.cc"), "-o", str(runner), "-ldl", "-lpthread"], check=True)
+    np.save(tmp_path / "x.npy", samples[0]["image"])
+    subprocess.run([runner, library.path, "--input", f"image={tmp_path / 'x.npy'}", "--output", tmp_path / "out"], check=True)
+    found = np.load(tmp_path / "out" / "gemm5.npy")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, library.run(samples[0])["gemm5"])
