@@ -135,7 +135,7 @@ pool.submit(sample).add_done_callback(lambda f: print("answered", len(f.result()
     assert (done.returncode, done.stdout) == (0, "answered 1\n"), done.stderr
 
 
-def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     net = OnnxNet()
     hidden = net.op("Relu", net.op("Gemm", net.input("x", "n", 6), net.weight(6, 8), net.weight(8)))
     model = net.save(tmp_path / "m.onnx", [net.op("Gemm", hidden, net.weight(8, 3), net.weight(3)), hidden])
@@ -154,6 +154,10 @@ def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path,
         assert sum(ran) == 15 and ran[:2] == [4, 4] and len(ran) == 5  # then 2, 1, and the request of four
         cancelled = [pool.submit(samples[0]) for _ in range(3)]
         assert "x" not in cancelled[0].result() and all(f.done() or f.result() for f in cancelled)
+    assert main(["bench", str(path), "--throughput", "--input-shape", "x=1,6", "--deadline", "0.002", "--duration", "0.05", "--json"]) == 0
+    assert main(["bench", str(path), "--throughput", "--input-shape", "x=4,6", "--duration", "0.05", "--json"]) == 0
+    each, four = (json.loads(part) for part in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
+    assert each["samples_per_second"] == each["per_second"] and four["samples_per_second"] == pytest.approx(4 * four["per_second"])
     for seconds in (0, -1):
         with pytest.raises(DataError, match=f"deadline is {seconds}; expected a number of seconds above 0"):
             SessionPool(path, deadline=seconds)
@@ -178,6 +182,8 @@ def test_throughput_on_the_command_line(library: Path, capsys: pytest.CaptureFix
     for words, text in (
         (["--streams", "2"], "--streams describes --throughput"),
         (["--throughput", "--layers"], "leave out --layers"),
+        (["--deadline", "0.1"], "--deadline describes --throughput"),
+        (["--throughput", "--deadline", "0"], "deadline is 0; expected"),
         (["--throughput", "--rate", "0"], "--rate 0: expected"),
         (["--throughput", "--duration", "0"], "--duration 0: expected"),
     ):

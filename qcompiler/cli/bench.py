@@ -93,7 +93,7 @@ def _bench(options: argparse.Namespace) -> int:
         raise DataError(f"--{one} is of one shape, and this library has {len(picked)}; name one with --input-shape")
     if options.throughput:
         at, samples = picked[0]
-        return cli_throughput.throughput(options, samples[0] if samples else random_inputs(at.inputs), show)
+        return cli_throughput.throughput(options, at.manifest, samples[0] if samples else random_inputs(at.inputs), show)
     found = [_measured(options, at, samples, trace) for at, samples in picked]
     if "shapes" in session.manifest:
         titles = [spelled({i.name: i.shape for i in at.inputs}) for at, _ in picked]

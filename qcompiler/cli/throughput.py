@@ -19,13 +19,14 @@ def add(p: argparse.ArgumentParser) -> None:
     g.add_argument("--throughput", action="store_true", help="measure requests a second instead of the latency of one session")
     g.add_argument("--streams", type=positive, metavar="N", help="sessions that run at the same time (default: as many as the CPUs allow, with --threads each)")
     g.add_argument("--rate", type=float, metavar="R", help="requests a second that come whatever happens; otherwise the queue is always full")
+    g.add_argument("--deadline", type=float, metavar="S", help="of a library for several batches: seconds that a request waits for others to run with")
     g.add_argument("--pin", action="store_true", help="keep each stream on CPUs of its own")
 
 
 def check(options: argparse.Namespace) -> None:
     """Raises DataError for options that don't go together."""
-    for name in ("streams", "rate", "pin"):
-        if getattr(options, name) and not options.throughput:
+    for name in ("streams", "rate", "deadline", "pin"):
+        if getattr(options, name) not in (None, False) and not options.throughput:
             raise DataError(f"--{name} describes --throughput, which is not given")
     for name in ("model", "against", "layers", "csv", "trace", "footprint"):
         if options.throughput and getattr(options, name):
@@ -36,16 +37,17 @@ def check(options: argparse.Namespace) -> None:
         raise DataError(f"--duration {options.seconds:g}: expected more than 0 seconds")
 
 
-def throughput(options: argparse.Namespace, inputs: Mapping[str, np.ndarray], show: Callable[..., None]) -> int:
-    """Measure, and print."""
+def throughput(options: argparse.Namespace, manifest: Mapping[str, Any], inputs: Mapping[str, np.ndarray], show: Callable[..., None]) -> int:
+    """Measure, and print. manifest: of the library at the shape of `inputs`."""
     import os
 
     from qcompiler.runtime.pool import SessionPool, measure
 
     streams = options.streams or max(1, len(os.sched_getaffinity(0)) // options.threads)
-    with SessionPool(options.library, streams, options.threads, pin=options.pin) as pool:
+    waiting = None if options.deadline is None else 64 * streams  # as many as fill batches
+    with SessionPool(options.library, streams, options.threads, waiting, options.pin, options.deadline) as pool:
         load = measure(pool, inputs, options.seconds, options.rate)
-        rows = rows_of(pool.manifest)
+    rows = rows_of(manifest)
     document: dict[str, Any] = {
         "streams": streams,
         "threads": options.threads,
