@@ -14,7 +14,8 @@ from qcompiler.base.files import open_regular
 ONNX, TFLITE = "ONNX", "TFLite"
 READ = "ONNX models (.onnx) and TFLite models (.tflite)"
 _HEAD = 4096  # bytes that tell
-_TORCH = "load the network in Python, and export it: torch.onnx.export(network, (x,), 'network.onnx', dynamo=True)"
+_TORCH = "load the network in Python, and give qcompiler.compile an exported program: torch.export.export(network.eval(), (x,))"
+_PT2 = "load it in Python, if you trust it (that may run code from the file), and give qcompiler.compile the program: torch.export.load(PATH)"
 _FROM_KERAS = "export it: model.export('network.onnx', format='onnx'), or make a .tflite of it with tf.lite.TFLiteConverter"
 _FROM_TF = "convert it: python -m tf2onnx.convert --saved-model FOLDER --output network.onnx, or make a .tflite of it with tf.lite.TFLiteConverter"
 _FROM_HUB = "export the network it belongs to: optimum-cli export onnx --model FOLDER out/, or torch.export"
@@ -103,7 +104,7 @@ def _zip(path: Path, file: object) -> str:
         raise _refusal(path, f"a damaged zip archive ({error})", "download or export it again") from error
     ends = {n.partition("/")[2] or n for n in names} | set(names)
     if any(n.startswith("models/") and n.endswith(".json") for n in ends) or "serialized_exported_program.json" in ends:
-        raise _refusal(path, "an exported PyTorch program", _TORCH)
+        raise _refusal(path, "an exported PyTorch program in a file", _PT2)
     if "data.pkl" in ends and any(n.startswith("code/") for n in ends):
         raise _refusal(path, "a TorchScript program", _TORCH)
     if "data.pkl" in ends:

@@ -15,6 +15,7 @@ from qcompiler.base.errors import ModelError
 from qcompiler.importers import formats
 from qcompiler.importers.onnx_file import OnnxFile, OnnxInMemory
 from qcompiler.importers.tflite import TfliteFile
+from qcompiler.importers.torch_program import TorchProgram, is_module, is_program
 from qcompiler.runtime.reference import Elsewhere
 
 
@@ -47,10 +48,15 @@ def origin_of(model: AnyModel) -> Origin:
     """
     if isinstance(model, onnx.ModelProto):
         return OnnxInMemory(model)
+    if is_program(model):
+        return TorchProgram(model)
+    if is_module(model):
+        way = "give an exported program instead, which has shapes: torch.export.export(module.eval(), (x,))"
+        raise ModelError(f"the module {type(model).__name__}: {way}")
     if all(hasattr(model, name) for name in ("where", "read", "elsewhere")):
         return cast(Origin, model)
     if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"a model is a path or an onnx.ModelProto; {type(model).__module__}.{type(model).__qualname__} given")
+        raise TypeError(f"a model is a path, an onnx.ModelProto or a torch.export.ExportedProgram; {type(model).__module__}.{type(model).__qualname__} given")
     path = Path(model)
     kind = formats.recognised(path)
     return TfliteFile(path) if kind == formats.TFLITE else OnnxFile(path)

@@ -201,7 +201,10 @@ class Options(TypedDict, total=False):
 
 
 ARGUMENTS = {
-    "model": Option("an ONNX or TFLite file: a float network, or one that is quantized already; in Python also an `onnx.ModelProto`", "network"),
+    "model": Option(
+        "an ONNX or TFLite file: a float network, or one that is quantized already; in Python also an `onnx.ModelProto` or a `torch.export.ExportedProgram`",
+        "network",
+    ),
     "target": Option("a row of `qcompiler targets`, a triple, a triple+feature, or native for the best of this machine", "network", "T", default="native"),
     "calibration": Option(
         f"typical inputs, 100 are usually enough: {DATA_HELP}; in Python also any iterable of {{input name: array}}. "
