@@ -123,6 +123,7 @@ def test_weights_are_there_once(text: tuple[Compilation, Path]) -> None:
     assert all(0 < a < 0.1 * programs[0].constants.size for a in added)  # places, and what else depends on the length
     assert len(made.built.constants) == manifest["constants"] and library.stat().st_size < 2 * manifest["constants"] + 2**20
     assert "steps" in manifest["shapes"][0] and "triple" not in manifest["shapes"][0]
+    assert all(m["code_added"] > 1000 for m in (manifest, *manifest["shapes"]))
 
 
 def test_a_library_for_one_shape_is_as_before(tmp_path: Path) -> None:
@@ -371,6 +372,16 @@ def test_images_of_several_sizes(tmp_path: Path) -> None:
     artifact = qcompiler.compile(model, calibration=data, input_shapes={"x": [(1, 3, 6, 8), (1, 3, 8, 10)]})
     assert artifact.manifest["inputs"][0]["shape"] == [1, 3, 8, 10] and artifact.manifest["calibration_samples"] == 5
     assert qcompiler.verify(artifact, model, data).passed
+
+
+def test_a_pool_takes_any_shape(text: tuple[Compilation, Path]) -> None:
+    session, samples = Session(text[1]), [sentences(1, seed=n, tokens=n)[0] for n in (8, 24, 11, 16, 3)]
+    with qcompiler.SessionPool(text[1], streams=2) as pool:
+        for sample, future in [(s, pool.submit(s)) for s in samples]:
+            mine, its = future.result(), session.run(sample)
+            assert {k: (v.shape, v.tobytes()) for k, v in mine.items()} == {k: (v.shape, v.tobytes()) for k, v in its.items()}
+        with pytest.raises(DataError, match="is no shape that this library was compiled for"):
+            pool.submit(sentences(1, tokens=25)[0])
 
 
 def test_cpp(text: tuple[Compilation, Path], tmp_path: Path) -> None:

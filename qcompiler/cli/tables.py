@@ -34,7 +34,7 @@ def compiled_text(output: Path, artifact: Artifact, model: str, verbose: bool) -
     if len(floats) > shown:
         lines.append(f"... and {len(floats) - shown} more in float; qcompiler inspect {output} lists them")
     if "shapes" in manifest:
-        lines += ["", shapes_text(manifest)]
+        lines += ["", shapes_sheet(manifest).text()]
     if "mixed_precision" in manifest:
         lines += ["", target_text(manifest["mixed_precision"])]
     if "weights" in manifest:
@@ -101,12 +101,12 @@ def port_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
-def shapes_text(manifest: Mapping[str, Any]) -> str:
+def shapes_sheet(manifest: Mapping[str, Any]) -> Sheet:
     """The shapes that a library was compiled for, and what each takes beside those before it."""
     rows = []
     for m in specializations(manifest):
         rows.append([spelled(of_inputs(m)), str(len(m["steps"])), size(m["code_added"]), size(m["constants_added"]), size(m["workspace"])])
-    return table(f"Shapes: {len(rows)}", ("inputs", "steps|", "code added|", "constants added|", "workspace|"), rows, width=180)
+    return Sheet(f"Shapes: {len(rows)}", ("inputs", "steps|", "code added|", "constants added|", "workspace|"), rows)
 
 
 def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -156,6 +156,8 @@ def manifest_sheets(manifest: Mapping[str, Any], file_size: int) -> list[Sheet]:
     if known := _filled(manifest.get("digests", {})):
         sheets.append(Sheet("Digests (SHA-256)", ("", ""), known))
     sheets.append(Sheet("Inputs and outputs", ("", "name", "dtype", "shape", "its numbers"), port_rows(manifest)))
+    if "shapes" in manifest:
+        sheets.append(shapes_sheet(manifest))
     values, cells = manifest.get("values", {}), []
     for s in step_rows(manifest):
         stored = values.get(s["id"], {}) if s["dtype"] in ("int8", "int16") else {}
@@ -172,8 +174,7 @@ def _filled(rows: Mapping[str, Any]) -> list[list[str]]:
 
 def manifest_text(manifest: Mapping[str, Any], file_size: int) -> str:
     """The same as text, with what an accuracy target tried and how weights are stored."""
-    more = [shapes_text(manifest)] if "shapes" in manifest else []
-    more += [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
+    more = [target_text(manifest["mixed_precision"])] if "mixed_precision" in manifest else []
     more += [weights_text(manifest["weights"])] if "weights" in manifest else []
     return "\n\n".join([*(s.text() for s in manifest_sheets(manifest, file_size)), *more])
 

@@ -194,7 +194,7 @@ class Session:
     def __repr__(self) -> str:
         kept = "float32" if not self.manifest.get("values") else "int8"
         inputs, outputs = (", ".join(f"{p.name} {p.dtype}{list(p.shape)}" for p in ports) for ports in (self.inputs, self.outputs))
-        more = f", and at {len(self.fitting.all) - 1} other shapes" if len(self.fitting.all) > 1 else ""
+        more = f", at {len(self.fitting.all)} shapes in all" if len(self.fitting.all) > 1 else ""
         return f"<Session {self.path}: {kept} for {self.manifest['target']}, {self.threads} thread{'s' * (self.threads != 1)}; {inputs} -> {outputs}{more}>"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
