@@ -416,7 +416,7 @@ def test_cpp(text: tuple[Compilation, Path], tmp_path: Path) -> None:
 
 def test_a_static_archive_of_several_shapes(text: tuple[Compilation, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its functions are those of the library, and the bundle's README lists the shapes."""
-    monkeypatch.setattr(bundles, "_build_runner", lambda path, target, compiler: path.write_bytes(b"a runner"))
+    monkeypatch.setattr(bundles, "build_runner", lambda path, target: path.write_bytes(b"a runner"))
     bundle = bundles.make_bundle(text[1], tmp_path / "device", static=True)
     assert "[1, 24]" in (bundle.folder / "README.md").read_text()
     (tmp_path / "main.cc").write_text(
