@@ -129,8 +129,8 @@ def _of_file(path: Path, forms: Sequence[Sequence[TensorInfo]], fitting: Fitting
 
 
 def _of_iterable(source: Iterable[Mapping[str, Any]], forms: Sequence[Sequence[TensorInfo]], fitting: Fitting, preprocess: Any) -> ShapedSamples:
-    open_samples(source, forms[0], preprocess)  # refuses what is no iterable of samples
     held = list(source) if isinstance(source, Iterator) else source
+    open_samples(held, forms[0], preprocess)  # refuses what is no iterable of samples
 
     def read() -> Iterator[Sample]:
         for place, sample in enumerate(held):
