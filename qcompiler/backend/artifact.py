@@ -101,7 +101,8 @@ class Artifact:
 
 
 def program_manifest(program: Program) -> dict[str, Any]:
-    """What the runtime and `inspect` need to know of a program: ports, memory, steps, values."""
+    """What the runtime and `inspect` need to know of a program: ports, memory, steps, values. Inexact steps are those in float, and those that read what they
+    make: their last bits may differ between CPUs."""
 
     def layout(value: str) -> dict[str, Any]:
         v = program.values[value]
@@ -111,6 +112,10 @@ def program_manifest(program: Program) -> dict[str, Any]:
             entry |= {"halo": list(v.layout.halo), "pitch": v.layout.channel_pitch}
         return entry
 
+    inexact: set[str] = set()
+    for s in program.steps:
+        if not s.name.startswith("qc.") or s.name.startswith("qc.f32.") or inexact & set(s.reads):
+            inexact |= {s.writes, *s.more}
     return {
         "target": program.target.name,
         "triple": program.target.triple,
@@ -129,6 +134,7 @@ def program_manifest(program: Program) -> dict[str, Any]:
                 "params": s.params,
                 **({"launch": list(s.kernel.launch)} if s.kernel.launch else {}),
                 **({"auxiliary": True} if s.auxiliary else {}),
+                **({"inexact": True} if s.writes in inexact else {}),
                 **({"more": s.more} if s.more else {}),
             }
             for s in program.steps
@@ -220,8 +226,23 @@ def _model_header(manifest: dict[str, Any], target: Target) -> str:
     numbers = [{p["name"]: i for i, p in enumerate(manifest[ports])} for ports in ("inputs", "outputs")]
     state = manifest.get("state", {})
     lines += [f"#define QC_STATE_COUNT {len(state)}", f"#define QC_STATES {', '.join(f'{{{numbers[0][i]}, {numbers[1][o]}}}' for i, o in state.items())}"]
+    test = manifest.get("selftest", {"vectors": 0, "probes": []})
+    lines += [f"#define QC_VECTORS {test['vectors']}", f"#define QC_PROBES {', '.join(_probe(p, manifest['layouts'][p['value']]) for p in test['probes'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target, manifest['features'])}", ""])
+
+
+def _probe(probe: dict[str, Any], layout: dict[str, Any]) -> str:
+    """A probe of qc_selftest.c."""
+    shape, size = layout["shape"], np.dtype(layout["storage"]).itemsize
+    numbers = [1, 1, 1, math.prod(shape), 0, 0, 1, 1, math.prod(shape)]  # n, rows, columns, pitch, top, left, height, width, channels
+    if "halo" in layout:
+        top, left, bottom, right = layout["halo"]
+        n, height, width, channels = shape
+        numbers = [n, top + height + bottom, left + width + right, layout["pitch"], top, left, height, width, channels]
+    sums = ", ".join(f"{{0x{a}u, 0x{b}u}}" for a, b in probe["sums"])
+    place = [probe["step"], int(layout["space"] == "output"), layout["offset"], *numbers, size, 128 * (layout["storage"] == "uint8")]
+    return f"{{{_c_string(probe['value'])}, {', '.join(map(str, place))}, {{{sums}}}}}"
 
 
 def _pad_rule(rule: Any) -> str:
@@ -269,7 +290,12 @@ def write_sources(folder: Path, code: bytes, constants: bytes, encoded: bytes, m
     (folder / "manifest.json").write_bytes(encoded)
     (folder / "data.s").write_text(_DATA)
     (folder / "model.h").write_text(_model_header(manifest, target))
-    sources = ["qc_runtime.c", "qc_cuda.c" if target.gpu else "qc_threads.c", *(["qc_arm32.c"] if target.host_architecture == "armv7a" else [])]
+    sources = [
+        "qc_runtime.c",
+        "qc_selftest.c",
+        "qc_cuda.c" if target.gpu else "qc_threads.c",
+        *(["qc_arm32.c"] if target.host_architecture == "armv7a" else []),
+    ]
     for name in (*sources, "qc_engine.h", "qc_launches.h", "qc_shapes.h"):
         shutil.copy(RUNTIME / name, folder)
     return sources

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.base.errors import BoardLost, DataError, IncompatibleDevice
+from qcompiler.base.errors import ArtifactError, BoardLost, DataError, DeviceFailure, IncompatibleDevice
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.boards.device import Device, program
 from qcompiler.runtime.bench import Timing
@@ -89,6 +89,16 @@ class BoardSession:
         if len(least) != len(steps):
             raise BoardLost(f"board '{self.device.board.name}': the times of the steps are incomplete")
         return [(s["id"], s["op"], s["kernel"], float(t)) for s, t in zip(steps, least, strict=True)]
+
+    def selftest(self) -> None:
+        """As `Session.selftest`."""
+        if "selftest" not in self.manifest:
+            raise ArtifactError(f"{self.path}: has no test vectors; compile it with selftest=2")
+        answer = self.device.run([*self._command(), "--selftest"], staying=self._staying)
+        if answer.status == 1:
+            raise DeviceFailure(str(self.device.failed(answer, "the self-test failed")))
+        if answer.status:
+            raise self.device.failed(answer, "qc_run")
 
     # -- pieces ---------------------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from qcompiler.base.files import check_writable
 from qcompiler.cli import bench as cli_bench
 from qcompiler.cli import boards as cli_boards
 from qcompiler.cli import bundle as cli_bundle
+from qcompiler.cli import digest as cli_digest
 from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
     p.add_argument("--layer-samples", type=int, default=8, metavar="N", help="compare layers on the first N samples (default 8)")
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of both networks (default 1)")
+    p.add_argument("--expect-digest", metavar="HEX", help="fail when `qcompiler digest` would print another digest of FILE.so and DATA")
     add_board(p, "run FILE.so, every layer of it,")
     p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
@@ -131,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
     cli_bundle.add(verb)
     cli_boards.add(verb)
+    cli_digest.add(verb)
     p = verb(
         "completion",
         lambda options: _completion(options, parser),
@@ -165,6 +168,8 @@ def _verify(options: argparse.Namespace) -> int:
     from qcompiler.verification.parity import parity_text
 
     refuse_on_board(options, "report")
+    if options.report and options.expect_digest:
+        raise DataError("--report writes what a sign-off asks for, and checks no digest; run verify once more with --expect-digest alone")
     if options.report:
         return cli_report.verify(options, show)
     with session_of(options) as session, watched(options) as progress:
@@ -181,6 +186,7 @@ def _verify(options: argparse.Namespace) -> int:
             max_metric_drop=options.max_metric_drop,
             preprocess=options.preprocess,
             max_samples=options.max_samples,
+            expect_digest=options.expect_digest,
             layer_samples=options.layer_samples,
             threads=options.threads,
             progress=progress,

@@ -34,7 +34,7 @@ def add_verbs(verb: Verb, show: Show) -> None:
     p.add_argument("--trials", type=int, default=1000, metavar="N", help="variants to measure, those of earlier runs included (default 1000)")
     p.add_argument("--time-limit", type=duration, metavar="TIME", help="end the search after this time: 90s, 20m, 1.5h")
     p.add_argument("--threads", type=int, metavar="N", help="judge kernels on one thread and on N (default: the target's cores that are free to use)")
-    add_options(p, QUANTIZING, without=["tuning_log"])
+    add_options(p, QUANTIZING, without=["tuning_log", "selftest"])
     p.add_argument(
         "--export-candidates",
         metavar="DIR",

@@ -27,13 +27,15 @@ from qcompiler.pipeline.shapes import fitting_of, load_all
 from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
 
+MOST_VECTORS = 64
+
 
 @dataclass(frozen=True)
 class Job:
     """One network to be quantized for one target. others: the same network at the other shapes of its library. pad: how their inputs are padded.
     kept: group id -> why it stays float in every plan. tuned: parameters of kernels, None for the defaults. dump: sees what every pass and stage makes.
     progress: sees how far long work is. passes: where what passes over the samples saw is collected, if anyone wants it. ports: inputs and outputs that
-    shall not be float32."""
+    shall not be float32. selftest: test vectors that the library gets."""
 
     model: FloatModel
     samples: Samples
@@ -47,6 +49,7 @@ class Job:
     ports: Ports = NO_PORTS
     others: tuple[FloatModel, ...] = ()
     pad: Mapping[str, Any] = field(default_factory=dict)
+    selftest: int = 0
 
     @property
     def models(self) -> tuple[FloatModel, ...]:
@@ -68,6 +71,9 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     """The job that the arguments of `compile` describe: the model loaded, its 16-bit streams copied where the recipe has such, the samples not yet read.
     options: as they were given."""
     options = complete(options)
+    count = options["selftest"] or 0
+    if not 0 <= count <= MOST_VECTORS or options["selftest"] == 0:
+        raise DataError(f"selftest is {options['selftest']}; 1 to {MOST_VECTORS} test vectors are supported, and 2 will do")
     dump = Dumper(options["dump_dir"])
     chosen = find_target(target, options["targets_file"])
     steps = recipe(options["preset"], options["enable"], options["disable"])
@@ -96,7 +102,7 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
         raise DataError("a library for several shapes has the model's own types of inputs and outputs; compile one for each shape, or leave the types out")
     given = (options["preprocess"], options["max_samples"], float_model.digest)
     samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
-    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules)
+    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules, count)
 
 
 def in_order(

@@ -188,6 +188,10 @@ class Options(TypedDict, total=False):
     group_size: Annotated[int | None, Option("weights of a row that share a scale: a multiple of 8; 64 if not given", "weights", "N")]
     asymmetric: Annotated[bool, Option("a zero point beside each scale", "weights", "", default=False)]
     tuning_log: Annotated[AnyPath | None, Option("use the tuned kernels recorded in this folder", "kernels", "DIR")]
+    selftest: Annotated[
+        int | None,
+        Option("test vectors to put into the library, 1 to 64: with a few hundred bytes it can find out that a machine computes wrongly", "kernels", "N"),
+    ]
     targets_file: Annotated[AnyPath | None, Option("a file like targets.yaml, whose rows are used instead", "kernels", "FILE.yaml")]
     dump_dir: Annotated[AnyPath | None, Option("write what every pass and stage made (modules, ranges, plan) into this folder", "work", "DIR")]
     progress: Annotated[

@@ -15,12 +15,12 @@ from typing import Any
 import tvm
 
 import qcompiler
-from qcompiler.backend.artifact import Artifact
+from qcompiler.backend.artifact import Artifact, port_parameters, program_manifest
 from qcompiler.backend.build import Built, build
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.lowering import Program
 from qcompiler.base.debug import Dump, no_dump
-from qcompiler.base.errors import ArtifactError, bugs_named
+from qcompiler.base.errors import ArtifactError, PlanError, bugs_named
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
@@ -51,6 +51,7 @@ from qcompiler.refine.rounding import NARROW, DataRounder
 from qcompiler.refine.trial import Correction, SessionExecutor
 from qcompiler.refine.weight_rounding import round_weights
 from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.runtime.selftest import probes, vectors
 
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
 
@@ -358,8 +359,12 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
     """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
     warnings = [*measured.warnings, *network.warnings]
-    if job.pad:
-        here = corrected.here or build(corrected.integer, find_target("native"), "generate host code", others=network.others, progress=job.progress)
+    here = corrected.built if job.target == find_target("native") else corrected.here
+    if here is None and (job.pad or job.selftest):
+        here = build(corrected.integer, find_target("native"), "generate host code", others=network.others, progress=job.progress)
+    if job.selftest and here is not None:
+        account["selftest"] = self_test(corrected, here, job.selftest)
+    if job.pad and here is not None:
         warnings += [w for sample in itertools.islice(job.alike, 1) for w in check_padding(here.session(), job.models, job.pad, sample)]
         account["padding"] = dict(job.pad)
     artifact = corrected.built.link(
@@ -385,6 +390,16 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         **account,
     )
     return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
+
+
+def self_test(corrected: Corrected, here: Built, count: int) -> dict[str, Any]:
+    """The manifest's entry of that name: what this machine makes of `count` test vectors. Raises PlanError where nothing has the same bits on every CPU."""
+    program = corrected.built.program
+    manifest = program_manifest(program) | port_parameters(program, describe(corrected.integer, corrected.network.job.model)["values"])
+    wanted = probes(manifest, [(s.writes, s.reads) for s in program.steps])
+    if not wanted:
+        raise PlanError("a self-test is not possible: all of this network is computed in float, and no value has the same bits on every CPU")
+    return vectors(here.session(1), manifest, wanted, count)
 
 
 def expected_sqnr(corrected: Corrected) -> float | None:

@@ -21,7 +21,8 @@ from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
 from qcompiler.runtime.shapes import Fitting, Shapes, ports
 
-_ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure}  # QC_ERROR_DEVICE, _MEMORY, _GPU
+# QC_ERROR_DEVICE, _MEMORY, _GPU, _SELFTEST
+_ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure, 11: DeviceFailure}
 
 
 class Context:
@@ -251,6 +252,15 @@ class Session:
         for name, output in self.state.items():
             self._kept[name][...] = outputs[output]
         return {name: array for name, array in outputs.items() if name not in self.state.values()}
+
+    def selftest(self) -> None:
+        """Run the library's test vectors, and compare what has the same bits on every CPU. It takes as long as that many calls.
+
+        Raises DeviceFailure when this machine computes wrongly, naming the value; ArtifactError for a library without test vectors.
+        """
+        if "selftest" not in self.manifest:
+            raise ArtifactError(f"{self.path}: has no test vectors; compile it with selftest=2")
+        self._check(self._library.qc_selftest())
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
         """Run step by step, calling `visit(value id, array)` after each step that computes a value of the model.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from qcompiler.backend.lowering import Place, Program, Step, Value
 from qcompiler.base.memory import round_up
 from qcompiler.base.targets import Target
-from qcompiler.runtime.library import checksum
+from qcompiler.runtime.selftest import splitmix, sums_of
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
 
 GUARD, MAX_INPUTS = 4096, 8  # bytes around the output, and streams per case, as in qc_measure.c
@@ -72,15 +71,6 @@ def candidate_library(row: Row, op: OpCall, target: Target, points: Sequence[Map
 # -- inputs and sums ------------------------------------------------------------------------------------------------------------------------
 
 
-def splitmix(seed: int, count: int) -> np.ndarray:
-    """uint64[count]: the first numbers of a stream (splitmix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")."""
-    with np.errstate(over="ignore"):
-        z = np.uint64(seed << 32) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(z ^ (z >> np.uint64(31)))
-
-
 def recipe_input(layout: Layout, case: int, number: int) -> np.ndarray:
     """Input `number` of case 0 (random) or 1 (extremes only), canonical: int8 or float32 of `layout.shape`."""
     count = int(np.prod(layout.shape, dtype=np.int64))
@@ -103,9 +93,7 @@ def output_sums(op: OpCall, case: int) -> tuple[int, int]:
     arrays = [recipe_input(o, case, next(numbers)) if isinstance(o, Layout) else o for o in op.operands]
     result = np.ascontiguousarray(OPERATORS[op.name](*arrays, **op.attrs))
     stored = result.view(np.uint8) ^ np.uint8(128) if op.output.dtype == "uint8" else result
-    raw = stored.tobytes()
-    a, b = struct.unpack("<QQ", checksum(raw + bytes(-len(raw) % 4)))
-    return a, b
+    return sums_of(stored)
 
 
 # -- the plan that qc_measure reads ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 
 from qcompiler.backend.artifact import Artifact
 from qcompiler.base.debug import plain_json
-from qcompiler.base.errors import ArtifactError, DataError
+from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
@@ -30,6 +31,7 @@ from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.runtime.selftest import digest
 from qcompiler.runtime.shapes import specializations
 from qcompiler.verification.metric import Metric, MetricFunction, Scored, load_metric
 from qcompiler.verification.reach import Reach
@@ -199,6 +201,7 @@ def verify(
     max_metric_drop: float | None = None,
     preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None,
     max_samples: int | None = None,
+    expect_digest: str | None = None,
     layer_samples: int = 8,
     threads: int = 1,
     progress: Progress | None = None,
@@ -209,6 +212,7 @@ def verify(
     it in float. `samples`, `preprocess`, `max_samples` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
     `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the better, or
     "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
+    `expect_digest`: what `qcompiler digest` says of the same plan and data on any target; another one fails. A library with test vectors runs them, too.
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where the runtime that the model was made for is installed (ONNX Runtime,
     LiteRT), the float network is compared with what that computes from it, too (`ParityReport.imported`): an operator that was imported wrongly would be
     wrong on both sides of every other comparison.
@@ -226,12 +230,34 @@ def verify(
     thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
     options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     options |= judges(labels, metric, data)
+    bits = bit_checks(actual, data, expect_digest)
     if hasattr(model, "trace"):
-        return compare(actual, fed_alike(model, actual), data, **options)
+        report = compare(actual, fed_alike(model, actual), data, **options)
+        return replace(report, checks=[*report.checks, *bits])
     origin = origin_of(model)
     with temporary_folder() as folder:
         twin = float_session(origin, actual, folder, threads, data)
-        return with_import(compare(actual, twin, data, **options), origin, twin, data)
+        report = with_import(compare(actual, twin, data, **options), origin, twin, data)
+        return replace(report, checks=[*report.checks, *bits])
+
+
+def bit_checks(actual: Any, data: Samples, expect_digest: str | None) -> list[Check]:
+    """What can be said of a library's very bits: its test vectors, where it has some, and the digest of its results. Raises DataError for what is no digest."""
+    found = []
+    if "selftest" in actual.manifest and hasattr(actual, "selftest"):
+        try:
+            actual.selftest()
+            found.append(Check("selftest", 1.0, True, ""))
+        except DeviceFailure as error:
+            found.append(Check("selftest", 0.0, False, str(error)))
+    if expect_digest is not None:
+        wanted = expect_digest.lower().removeprefix("sha256:")
+        if not re.fullmatch("[0-9a-f]{64}", wanted):
+            raise DataError(f"'{expect_digest}' is no digest; `qcompiler digest` prints 64 hexadecimal digits")
+        own, count, _ = digest(actual, data)
+        missed = f"the digest of {count} samples is {own}, expected was {wanted}: some result has other bits"
+        found.append(Check("digest", float(own == wanted), own == wanted, missed))
+    return found
 
 
 def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> dict[str, Any]:

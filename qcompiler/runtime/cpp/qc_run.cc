@@ -45,11 +45,12 @@ constexpr const char* kUsage =
     "  --profile ITERATIONS measure every step in that many runs, and print the least seconds of each as JSON. Inputs as for --bench\n"
     "  --steps PLAN         run step by step, and write what steps leave in memory into DIR/steps.bin: PLAN has lines `STEP workspace OFFSET BYTES` and\n"
     "                       `STEP output INDEX BYTES`, in the order of the steps; those bytes are appended after the step\n"
-    "exit status: 0 done, 2 usage or bad input\n";
+    "  --selftest           run the library's test vectors first\n"
+    "exit status: 0 done, 1 the self-test failed, 2 usage or bad input\n";
 
 struct Arguments {
   std::string model, output, plan;
-  bool numbered = false;
+  bool numbered = false, selftest = false;
   int profiled = 0;
   std::map<std::string, std::string> inputs;
   int threads = 1;
@@ -80,6 +81,10 @@ Arguments parse(int count, char** words) {
     if (word.compare(0, 2, "--") != 0) {
       if (!arguments.model.empty()) throw std::runtime_error("two libraries given: " + arguments.model + " and " + word);
       arguments.model = word;
+      continue;
+    }
+    if (word == "--selftest") {
+      arguments.selftest = true;
       continue;
     }
     if (word == "--pin") {
@@ -119,7 +124,7 @@ Arguments parse(int count, char** words) {
   if (arguments.throughput && (!arguments.output.empty() || arguments.iterations)) throw std::runtime_error("--throughput measures only; leave out --output and --bench");
   if (arguments.output.empty() && !arguments.plan.empty()) throw std::runtime_error("--steps wants --output DIR or --numbered DIR");
   if (arguments.numbered && !arguments.inputs.empty()) throw std::runtime_error("--numbered names the inputs; leave --input out");
-  if (arguments.output.empty() && !arguments.iterations && !arguments.throughput && !arguments.profiled)
+  if (arguments.output.empty() && !arguments.iterations && !arguments.throughput && !arguments.profiled && !arguments.selftest)
     throw std::runtime_error("give --output DIR, or --bench ITERATIONS or --throughput SECONDS to measure only");
   return arguments;
 }
@@ -258,6 +263,10 @@ void profile(qcompiler::Session& session, int iterations) {
 
 void run(const Arguments& arguments) {
   qcompiler::Session session(arguments.model, {arguments.threads});
+  if (arguments.selftest) {
+    session.selftest();
+    std::printf("{\"selftest\": \"passed\"}\n");
+  }
   std::map<std::string, npy::Array> arrays;
   for (const auto& [name, path] : arguments.inputs) {
     session.input(name);  // is there one of that name?
@@ -310,6 +319,9 @@ int main(int count, char** words) {
   }
   try {
     run(parse(count, words));
+  } catch (const qcompiler::Error& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return error.code() == QC_ERROR_SELFTEST ? 1 : 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     if (count == 1) std::fputs(kUsage, stderr);

@@ -53,6 +53,7 @@ typedef struct qc_library {
   size_t (*workspace_bytes)(void);
   int32_t (*step_count)(void);
   /* Null in libraries of the first versions, which have one shape: */
+  qc_status (*selftest)(void);
   int32_t (*shape_count)(void);
   const qc_tensor_info* (*shape_input_info)(int32_t, int32_t);
   const qc_tensor_info* (*shape_output_info)(int32_t, int32_t);
@@ -200,6 +201,7 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   QC_LOAD_LATER(session_output_info);
   QC_LOAD_LATER(session_write);
   QC_LOAD_LATER(session_read);
+  QC_LOAD_LATER(selftest);
 #undef QC_LOAD
 #undef QC_LOAD_LATER
 #undef QC_LOAD_IF_THERE
@@ -234,6 +236,7 @@ static inline qc_library qc_library_linked(void) {
   library.session_run = qc_session_run;
   library.session_execute = qc_session_execute;
   library.session_reset = qc_session_reset;
+  library.selftest = qc_selftest;
   library.input_state = qc_input_state;
   library.session_profile = qc_session_profile;
   library.workspace_bytes = qc_workspace_bytes;

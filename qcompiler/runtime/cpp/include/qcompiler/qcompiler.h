@@ -42,7 +42,8 @@ typedef enum qc_status {
   QC_ERROR_DEVICE = 7,    /**< another architecture's, this CPU lacks an instruction set, or there is no driver or no GPU that runs the library */
   QC_ERROR_MEMORY = 8,    /**< out of memory (the GPU's, for a library for one), or threads could not be started */
   QC_ERROR_LIBRARY = 9,   /**< the file is missing, damaged, no library of ours, or of another ABI version */
-  QC_ERROR_GPU = 10       /**< the GPU failed during a run: outputs are undefined, and after most such failures so is every session of this process */
+  QC_ERROR_GPU = 10,      /**< the GPU failed during a run: outputs are undefined, and after most such failures so is every session of this process */
+  QC_ERROR_SELFTEST = 11  /**< a test vector's results are wrong: this machine computes wrongly, or the library is damaged */
 } qc_status;
 
 typedef enum qc_dtype {
@@ -165,6 +166,11 @@ qc_status qc_session_execute(qc_session* session, void* workspace, const void* c
 qc_status qc_session_profile(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end, double* seconds);
 /** Of the shape that needs most. */
+/**
+ * Run the library's test vectors (compiled with --selftest) in a session of its own, on one thread, and compare what has the same bits on every CPU.
+ * Takes as long as that many runs. Errors: SELFTEST, naming the value; STATE: there are no vectors; and those of qc_session_create and qc_session_execute.
+ */
+qc_status qc_selftest(void);
 size_t qc_workspace_bytes(void);
 /** Steps at the first shape. */
 int32_t qc_step_count(void);

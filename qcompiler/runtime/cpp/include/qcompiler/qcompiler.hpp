@@ -279,6 +279,12 @@ class Session {
   std::size_t workspace_bytes() const { return (*library_)->workspace_bytes(); }
   int steps() const { return (*library_)->step_count(); }
 
+  /// Run the library's test vectors. Throws Error: QC_ERROR_SELFTEST when this machine computes wrongly, QC_ERROR_STATE when there are none.
+  void selftest() const {
+    if (!(*library_)->selftest) throw Error(QC_ERROR_STATE, "this library has no test vectors; compile it with --selftest 2");
+    library_->check((*library_)->selftest());
+  }
+
   /// The row of targets.yaml that the library was compiled for.
   std::string target() const { return (*library_)->target_name(); }
   /// The whole manifest, JSON.
