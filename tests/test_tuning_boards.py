@@ -24,7 +24,9 @@ from qcompiler.boards.board import Board, load_boards
 from qcompiler.boards.canary import Canary, make_canary
 from qcompiler.cli.main import main
 from qcompiler.tuning import boards as tuning_boards
-from qcompiler.tuning.boards import Fleet, _Round, _Share, tune_on_boards
+from qcompiler.tuning import fleet as tuning_fleet
+from qcompiler.tuning.boards import tune_on_boards
+from qcompiler.tuning.fleet import Fleet, _Round, _Share
 
 __all__ = ["served", "server"]
 
@@ -52,8 +54,8 @@ def canary(served: Server) -> Canary:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, canary: Canary) -> Iterator[None]:
     """Short timings, one canary for all tests, and no board that counts as slow because this machine is busy."""
-    monkeypatch.setattr(tuning_boards, "SECONDS", 0)
-    monkeypatch.setattr(tuning_boards, "SLOW", 1e9)
+    monkeypatch.setattr(tuning_fleet, "SECONDS", 0)
+    monkeypatch.setattr(tuning_fleet, "SLOW", 1e9)
     monkeypatch.setattr(tuning_boards, "make_canary", lambda target: canary)
     yield
 
@@ -98,6 +100,7 @@ def test_three_boards_find_what_one_finds_by_hand(server: Server, model: tuple[P
     subprocess.run([*target.emulator, "./qc_measure", "results.jsonl", "0"], cwd=tmp_path / "round", check=True, capture_output=True)
     assert main(["tune", "--log", str(tmp_path / "by hand"), "--import-results", str(tmp_path / "round" / "results.jsonl")]) == 0
     assert points(tmp_path / "log") == points(tmp_path / "by hand")
+    assert {r.core for r in read_log(tmp_path / "log")} == {"cortex-a76"} and {r.core for r in read_log(tmp_path / "by hand")} == {""}
     text = (tmp_path / "log" / f"{target.rows[0]}.jsonl").read_text()
     assert server.left() == [] and "127.0.0.1" not in text and str(server.folder) not in text
 
@@ -136,7 +139,7 @@ def test_a_wrong_canary_keeps_a_board_out(server: Server, model: tuple[Path, Pat
 
 def test_an_interrupted_tune_keeps_what_it_has(server: Server, model: tuple[Path, Path], tmp_path: Path) -> None:
     """Ctrl-C while one board hangs: what the others measured is in the log, the boards are left clean, and the same command goes on."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from qcompiler.tuning import boards; boards.SECONDS = 0; boards.SLOW = 1e9; "
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from qcompiler.tuning import fleet; fleet.SECONDS = 0; fleet.SLOW = 1e9; "
     code += "from qcompiler.cli.main import main; sys.exit(main(sys.argv[1:]))"
     words = ["tune", str(model[0]), "--calibration", str(model[1]), "--preset", "fast", "--candidates", "2", "--trials", "6", "--threads", "1"]
     command = [sys.executable, "-c", code, *words, "--log", str(tmp_path / "log"), "--boards", str(server.file), "--board", "one", "--board", "two"]
@@ -187,7 +190,7 @@ def test_doubts_that_nobody_can_settle_are_believed() -> None:
 
 def test_a_library_that_no_board_can_measure_is_left() -> None:
     shared = _Round([share(0)], ["a"], time.monotonic() + 10)
-    for _ in range(tuning_boards.ATTEMPTS):
+    for _ in range(tuning_fleet.ATTEMPTS):
         taken = shared.take("a")
         assert taken is not None
         taken.attempts += 1

@@ -37,6 +37,8 @@ from qcompiler.backend.tuning_log import (
 from qcompiler.base.errors import OutputError, TuningError
 from qcompiler.base.targets import Target, load_targets
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
+from qcompiler.tuning.model import Space
+from qcompiler.tuning.search import Search, Task
 
 TARGET = load_targets()["x86-avx2"]
 ISA = "x86-avx2"
@@ -339,3 +341,33 @@ def test_the_shipped_log_is_small_and_every_record_in_it_pays() -> None:
         target = next(t for t in load_targets().values() if isa_of(t) == file.name.removesuffix(".jsonl"))
         schedules.load(target)
         assert {r.row for r in records} <= {row.name for rows in KERNELS.values() for row in rows}
+
+
+# -- cores ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_of_a_core(tmp_path: Path) -> None:
+    """What is best on one core is not silently best on another, nor where none is named; logs that mix cores keep them apart."""
+    a72, a76 = dataclasses.replace(record(0.9, 2), core="cortex-a72"), dataclasses.replace(record(0.5, 1), core="cortex-a76")
+    assert Record.of_line(a72.line()) == a72 and '"core"' not in record(0.9).line()
+    log = log_of(tmp_path / "both", a72, a76)
+    assert Tuned(TARGET, log, None, "cortex-a72")(SomeRow(), convolution()) == {"size": 2, "order": "a"}
+    assert Tuned(TARGET, log, None, "cortex-a76")(SomeRow(), convolution()) == {"size": 1, "order": "a"}
+    with pytest.raises(TuningError, match="its records are of cortex-a72, cortex-a76, and none is of neoverse-n1. Name one of its cores with --core"):
+        Tuned(TARGET, log, None, "neoverse-n1")
+    with pytest.raises(TuningError, match="and no core is named"):
+        Tuned(TARGET, log, None)
+    mixed = log_of(tmp_path / "mixed", record(0.8, 4), a76)
+    assert Tuned(TARGET, mixed, None)(SomeRow(), convolution()) == {"size": 4, "order": "a"}
+    assert merge([log, mixed], tmp_path / "merged") == {ISA: 3}
+    shipped = log_of(tmp_path / "shipped", record(0.7, 4))
+    assert Tuned(TARGET, None, shipped, "cortex-a72")(SomeRow(), convolution()) is None
+
+
+def test_another_core_is_a_point_to_start_from() -> None:
+    others = [dataclasses.replace(record(0.5, 1), core="cortex-a76"), dataclasses.replace(record(0.6, 2), core="cortex-a72")]
+    space = Space.of(SomeRow().space(convolution(), TARGET), SomeRow().default(convolution(), TARGET))
+    task = Task(SomeRow(), convolution(), workload_of(convolution()), space)
+    search = Search(TARGET, [task], others, "cortex-a72")
+    assert task.trials == 1 and task.best == {"size": 2, "order": "a"}
+    assert {"size": 1, "order": "a"} in search.starts(task, space)

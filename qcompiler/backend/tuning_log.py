@@ -2,8 +2,10 @@
 
 A log is a folder with one file of JSON lines per ISA. A line is one measured candidate, complete in itself:
 
-    {"schema": 1, "isa", "row", "workload": {...}, "params": {...}, "ratio", "seconds": [...], "threads", "host"}
+    {"schema": 1, "isa", "row", "workload": {...}, "params": {...}, "ratio", "seconds": [...], "threads", "host"[, "core"]}
 
+`core` is the type of core that was measured, as people name it (cortex-a72), where one was named. A record is the answer for that core alone; for others of the
+same ISA it is a point to start from.
 `ratio` is the candidate's time over that of the row's default, both timed in turns by one process: below 1 is faster. `seconds` is the least time
 on one thread and, where `threads` is more than 1, the least on so many. Every `ratio` belongs to a kernel that was bit-exact. A line with
 `"failed": reason` instead of `ratio` keeps a candidate that could not be built or timed from being tried again. Lines are only ever appended, each
@@ -21,7 +23,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +95,7 @@ class Record:
     threads: int
     host: str
     failed: str = ""
+    core: str = ""
 
     @property
     def key(self) -> str:
@@ -111,7 +114,7 @@ class Record:
     def line(self) -> str:
         fields: dict[str, Any] = {"schema": SCHEMA, "isa": self.isa, "row": self.row, "workload": self.workload, "params": self.params}
         fields |= {"failed": self.failed} if self.failed else {"ratio": round(self.ratio, 5), "seconds": [float(f"{s:.5g}") for s in self.seconds]}
-        return _canonical(fields | {"threads": self.threads, "host": self.host}) + "\n"
+        return _canonical(fields | {"threads": self.threads, "host": self.host} | ({"core": self.core} if self.core else {})) + "\n"
 
     @staticmethod
     def of_line(text: str) -> Record:
@@ -122,13 +125,13 @@ class Record:
                 raise TuningError(f"schema version {f['schema']}, this version of qcompiler reads version {SCHEMA}; tune again into another folder")
             failed = str(f.get("failed", ""))
             ratio, seconds = (math.inf, []) if failed else (f["ratio"], f["seconds"])
-            names, threads = (f["isa"], f["row"], f["host"]), f["threads"]
+            names, threads = (f["isa"], f["row"], f["host"], f.get("core", "")), f["threads"]
             times = isinstance(seconds, list) and all(_number(s) and s > 0 for s in seconds)
             if not (times and (failed or (_number(ratio) and ratio > 0)) and _number(threads) and threads >= 1 and all(isinstance(n, str) for n in names)):
                 raise ValueError("a field has the wrong form")
             check_workload(f["workload"])
             check_point(f["params"])
-            return Record(f["isa"], f["row"], f["workload"], f["params"], float(ratio), tuple(map(float, seconds)), int(threads), f["host"], failed)
+            return Record(f["isa"], f["row"], f["workload"], f["params"], float(ratio), tuple(map(float, seconds)), int(threads), f["host"], failed, names[-1])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"missing or malformed: {error}") from error
 
@@ -311,13 +314,14 @@ def merge(sources: Iterable[str | os.PathLike[str]], output: str | os.PathLike[s
         raise OutputError(f"{output}: can't be made: {error.strerror}") from error
     if taken:
         raise OutputError(f"{output}: holds a tuning log already; name a new folder")
-    merged: dict[str, dict[tuple[str, str, int], Record]] = {}
+    merged: dict[str, dict[tuple[str, str, str, int], Record]] = {}
     for source in sources:
         for record in read_log(source):
             points = merged.setdefault(record.isa, {})
-            known = points.get((record.key, record.point, record.threads))
+            place = (record.key, record.core, record.point, record.threads)
+            known = points.get(place)
             if known is None or record.rank < known.rank:
-                points[record.key, record.point, record.threads] = record
+                points[place] = record
     write_log(output, [record for points in merged.values() for record in points.values()])
     return {isa: len(points) for isa, points in sorted(merged.items())}
 
@@ -340,14 +344,17 @@ def write_log(folder: Path, records: Iterable[Record]) -> None:
 
 
 class Tuned:
-    """Tuned parameters for `lower`: the best record of the user's log, else of the shipped one, else None (the row's heuristic)."""
+    """Tuned parameters for `lower`: the best record of the user's log, else of the shipped one, else None (the row's heuristic).
 
-    def __init__(self, target: Target, log: str | os.PathLike[str] | None = None, shipped: Path | None = SHIPPED) -> None:
-        """Raises TuningError, see `read_log`, when `log` is no log for `target`."""
+    core: only records of this type of core count, and the shipped ones, which name none, not; empty: only those that name none.
+    """
+
+    def __init__(self, target: Target, log: str | os.PathLike[str] | None = None, shipped: Path | None = SHIPPED, core: str = "") -> None:
+        """Raises TuningError, see `read_log`, when `log` is no log for `target`, and when all its records are of other cores."""
         self.target = target
         self.used: dict[str, Record] = {}
-        own = _ranked(read_log(log, isa_of(target))) if log is not None else {}
-        file = None if shipped is None else shipped / f"{isa_of(target)}{SUFFIX}"
+        own = _ranked(of_core(read_log(log, isa_of(target)), core, log)) if log is not None else {}
+        file = None if shipped is None or core else shipped / f"{isa_of(target)}{SUFFIX}"
         self.records = (_ranked(read_file(file)) if file is not None and file.is_file() else {}) | own
 
     def __call__(self, row: Row, op: OpCall) -> dict[str, Any] | None:
@@ -375,6 +382,16 @@ class Tuned:
     def digest(self) -> str:
         """Of the records that were used: equal schedules have equal digests, whatever else the logs hold."""
         return hashlib.sha256(_canonical([[k, self.used[k].params] for k in sorted(self.used)]).encode()).hexdigest()
+
+
+def of_core(records: Sequence[Record], core: str, log: str | os.PathLike[str]) -> list[Record]:
+    """The records of one type of core. Raises TuningError where there are only others: what is best for them is not silently best for this one."""
+    found = [r for r in records if r.core == core]
+    if records and not found:
+        others = ", ".join(sorted({r.core or "a core without a name" for r in records}))
+        wanted = f"none is of {core}" if core else "no core is named"
+        raise TuningError(f"{log}: its records are of {others}, and {wanted}. Name one of its cores with --core, or tune for yours: these are a good start")
+    return found
 
 
 def _ranked(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -36,7 +36,7 @@ def add(verb: Verb, show: Show) -> None:
         "why; for every operator that stays float the reason. With --weights: how the weights would be stored, with what error.",
     )
     add_model(p)
-    add_options(p, [*QUANTIZING, "weights"], without=["tuning_log", "selftest"])
+    add_options(p, [*QUANTIZING, "weights"], without=["tuning_log", "core", "selftest"])
     add_format(p)
     p.add_argument("--sensitivity", action="store_true", help="measure what rounding each layer alone does to the outputs as well (about a minute)")
     p = verb(
@@ -47,7 +47,7 @@ def add(verb: Verb, show: Show) -> None:
         "int8 weights and int32 biases. Sums that lie between two 8-bit steps may round to the other one in another runtime.",
     )
     add_model(p)
-    add_options(p, QUANTIZING, without=["tuning_log", "selftest"])
+    add_options(p, QUANTIZING, without=["tuning_log", "core", "selftest"])
     p.add_argument("-o", "--output", required=True, metavar="FILE.onnx", help="the model to write; it appears only when it is complete")
 
 

@@ -207,16 +207,16 @@ def _show_log(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.backend.tuning_log import Record, best_of, read_log, workload_text
 
     records = read_log(options.log)
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.isa, record.key), []).append(record)
+        groups.setdefault((record.isa, record.core, record.key), []).append(record)
     rows = []
-    for (isa, _), group in groups.items():
+    for (isa, core, _), group in groups.items():
         best = next(iter(best_of(group).values()), None)
-        row: dict[str, Any] = {"isa": isa, "row": group[0].row, "workload": workload_text(group[0].workload), "trials": len(group)}
+        row: dict[str, Any] = {"isa": isa, "core": core, "row": group[0].row, "workload": workload_text(group[0].workload), "trials": len(group)}
         row |= {"failed": sum(bool(r.failed) for r in group), "ratio": best and best.ratio, "seconds": best and list(best.seconds)}
         rows.append(row | {"threads": best and best.threads, "host": group[0].host, "params": best and best.params})
-    rows.sort(key=lambda r: (r["isa"], -max(r["seconds"] or [0]), r["workload"]))
+    rows.sort(key=lambda r: (r["isa"], r["core"], -max(r["seconds"] or [0]), r["workload"]))
     show(options, {"records": len(records), "workloads": rows}, lambda: log_text(options.log, len(records), rows))
     return 0
 
@@ -227,9 +227,9 @@ def log_text(name: str, count: int, rows: Sequence[Mapping[str, Any]]) -> str:
     def cells(r: Mapping[str, Any]) -> list[str]:
         measured = [f"{r['ratio']:.3f}", " / ".join(f"{s * 1e6:.1f}" for s in r["seconds"]), str(r["threads"])] if r["ratio"] else ["", "", ""]
         point = " ".join(f"{k}={v}" for k, v in sorted(r["params"].items())) if r["ratio"] and r["ratio"] < 1 else "default"
-        return [r["row"], r["workload"], str(r["trials"]), str(r["failed"] or ""), *measured, point]
+        return [r["row"], r["core"], r["workload"], str(r["trials"]), str(r["failed"] or ""), *measured, point]
 
-    columns = ("kernel", "workload", "trials|", "failed|", "ratio|", "best us, 1 / all threads|", "threads|", "best variant")
+    columns = ("kernel", "core", "workload", "trials|", "failed|", "ratio|", "best us, 1 / all threads|", "threads|", "best variant")
     hosts = ", ".join(sorted({r["host"] for r in rows}))
     return table(f"{name}: {count} records of {len(rows)} workloads, measured on {hosts}", columns, [cells(r) for r in rows], width=230)
 

@@ -63,7 +63,7 @@ def compile_stages(model: AnyModel, target: str | Target = "native", calibration
     chosen = find_target(target, options["targets_file"])
     artifacts.find_compiler(chosen)
     toolkit_versions(chosen)  # a missing toolkit shows before anything long is begun
-    tuned = Tuned(chosen, options["tuning_log"])
+    tuned = Tuned(chosen, options["tuning_log"], core=options["core"] or "")
     goal = Goal(options["min_sqnr"], options["min_agreement"], options["max_accuracy_drop"])
     for name in () if goal else ("labels", "time_budget"):
         if name in asked:

@@ -188,6 +188,10 @@ class Options(TypedDict, total=False):
     group_size: Annotated[int | None, Option("weights of a row that share a scale: a multiple of 8; 64 if not given", "weights", "N")]
     asymmetric: Annotated[bool, Option("a zero point beside each scale", "weights", "", default=False)]
     tuning_log: Annotated[AnyPath | None, Option("use the tuned kernels recorded in this folder", "kernels", "DIR")]
+    core: Annotated[
+        str | None,
+        Option("the type of core that tuning records are of, such as cortex-a72; records of other cores are only points to start from", "kernels", "CORE"),
+    ]
     selftest: Annotated[
         int | None,
         Option("test vectors to put into the library, 1 to 64: with a few hundred bytes it can find out that a machine computes wrongly", "kernels", "N"),

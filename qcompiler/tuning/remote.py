@@ -98,7 +98,7 @@ def export_candidates(
     with opened(log, isa_of(chosen)):  # so does a log that can't be written
         pass
     program = lowered(model, chosen, calibration, options)
-    return export_round(program, log, output, candidates, threads, options["progress"] or silent, limits)
+    return export_round(program, log, output, candidates, threads, options["progress"] or silent, limits, options["core"] or "")
 
 
 def check_round(target: Target, candidates: int, threads: int | None) -> int:
@@ -128,14 +128,21 @@ def measurable_tasks(program: Program) -> list[Task]:
 
 
 def export_round(
-    program: Program, log: str | os.PathLike[str], output: str | os.PathLike[str], candidates: int, threads: int, progress: Report, limits: Limits | None
+    program: Program,
+    log: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    candidates: int,
+    threads: int,
+    progress: Report,
+    limits: Limits | None,
+    core: str = "",
 ) -> Exported:
     """The next round for a program; arguments as `export_candidates`. Raises NothingNew where every candidate is known."""
     target = program.target
     with opened(log, isa_of(target)) as writer, new_folder(Path(output)) as folder:
         work = {s.op.value_id: s.kernel.macs for s in program.steps if s.op is not None}
         tasks = measurable_tasks(program)
-        search = Search(target, tasks, read_file(writer.path))
+        search = Search(target, tasks, read_file(writer.path), core)
         tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
         exported = Exported(Path(output), "")
         described = _fill(folder, search, target, candidates, threads, exported, progress, limits)
@@ -175,7 +182,7 @@ def _fill(
             exported.tasks += 1
             exported.candidates += len(chosen) - 1
         progress("build candidates", len(search.tasks), len(search.tasks))
-    manifest = {"format": FORMAT, "target": target.name, "isa": isa_of(target), "threads": threads, "tasks": described}
+    manifest = {"format": FORMAT, "target": target.name, "isa": isa_of(target), "threads": threads, "core": search.core, "tasks": described}
     digest.update(json.dumps(manifest, sort_keys=True).encode())
     manifest["set"] = digest.hexdigest()[:32]
     (folder / "candidates.txt").write_text(candidates_text(str(manifest["set"]), threads, exported.plans))
@@ -291,7 +298,9 @@ def _read_pending(path: Path) -> dict[str, Any]:
             check_workload(task["workload"])
             for point in task["points"]:
                 check_point(point)
-        if not all(isinstance(text, str) for text in (manifest["set"], manifest["isa"], *(task["row"] for task in manifest["tasks"]))):
+        if not all(
+            isinstance(text, str) for text in (manifest["set"], manifest["isa"], manifest.get("core", ""), *(task["row"] for task in manifest["tasks"]))
+        ):
             raise ValueError("a field has the wrong form")
     except FileNotFoundError as error:
         why = "imported already, or never exported: `qcompiler tune --export-candidates` does"
@@ -335,6 +344,7 @@ def _records(
         found = {(int(line["task"]), int(line["step"])): (str(line["status"]), [float(s) for s in line.get("seconds", [])]) for line in lines}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TuningError(f"{path}: damaged ({error})") from error
+    core = manifest.get("core", "")
     for number, task in enumerate(manifest["tasks"]):
         points: list[Point] = task["points"]
         measured: list[tuple[float, Point]] = []
@@ -350,7 +360,9 @@ def _records(
                 imported.wrong.append(where)
             elif status != "ok":
                 imported.failed.append(f"{where}: {status}")
-                yield Record(manifest["isa"], task["row"], task["workload"], point, math.inf, (), header["threads"], header["host"], f"{status} on the device")
+                yield Record(
+                    manifest["isa"], task["row"], task["workload"], point, math.inf, (), header["threads"], header["host"], f"{status} on the device", core
+                )
             elif not seconds or len(seconds) != len(default[1]) or not all(0 < s < 1e6 for s in [*seconds, *default[1]]):
                 raise TuningError(f"{path}: damaged: the times of task {number}, candidate {step} are {seconds}, of its default {default[1]}")
             else:
@@ -358,7 +370,7 @@ def _records(
                 ratio = ratio if ratio < MARGIN else max(ratio, 1.0)  # not clearly faster is not faster
                 measured.append((ratio, point))
                 imported.measured += 1
-                yield Record(manifest["isa"], task["row"], task["workload"], point, ratio, tuple(seconds), header["threads"], header["host"])
+                yield Record(manifest["isa"], task["row"], task["workload"], point, ratio, tuple(seconds), header["threads"], header["host"], core=core)
         ratio, point = min(measured, key=lambda m: m[0], default=(1.0, {}))
         if ratio < 1:
             imported.best.append((task["row"], task["workload"], ratio, point))

@@ -99,6 +99,7 @@ class Tuning:
     wrong: list[str] = field(default_factory=list)  # kernels with wrong results: never logged, always reported
     current: Task | None = None
     stopped: str = ""  # why the run ended
+    core: str = ""  # the type of core that is measured, where it was named
 
     @property
     def trials(self) -> int:
@@ -142,13 +143,16 @@ def tasks_of(steps: Sequence[Any], target: Target) -> list[Task]:
 
 
 class Search:
-    """What is known of the tasks of a network, and which points to try next."""
+    """What is known of the tasks of a network, and which points to try next. core: whose records count; those of other cores are points to start from."""
 
-    def __init__(self, target: Target, tasks: Sequence[Task], records: Sequence[Record]) -> None:
-        self.tasks = tasks
+    def __init__(self, target: Target, tasks: Sequence[Task], records: Sequence[Record], core: str = "") -> None:
+        others = [r for r in records if r.core != core]
+        records = [r for r in records if r.core == core]
+        self.tasks, self.core = tasks, core
         self.models: dict[str, CostModel] = {}
         file = SHIPPED / f"{isa_of(target)}{SUFFIX}"
         self.good = [r for r in best_of([*(read_file(file) if file.is_file() else []), *records]).values() if r.ratio < 1]
+        self.good += [r for r in best_of(others).values() if r.ratio < 1]
         by_key: dict[str, list[Record]] = {}
         for record in records:
             by_key.setdefault(record.key, []).append(record)
@@ -199,7 +203,7 @@ class Tuner(Search):
     """The search over the tasks of one run."""
 
     def __init__(self, state: Tuning, worker: Worker, log: LogWriter, records: Sequence[Record], watch: Watcher) -> None:
-        super().__init__(state.target, state.tasks, records)
+        super().__init__(state.target, state.tasks, records, state.core)
         self.state, self.worker, self.log, self.watch = state, worker, log, watch
         self.host = cpu_name()
 
@@ -318,7 +322,7 @@ class Tuner(Search):
         return True
 
     def record(self, task: Task, point: Point, threads: int, ratio: float = math.inf, seconds: tuple[float, ...] = (), failed: str = "") -> Record:
-        return Record(isa_of(self.state.target), task.row.name, task.workload, point, ratio, seconds, threads, self.host, failed)
+        return Record(isa_of(self.state.target), task.row.name, task.workload, point, ratio, seconds, threads, self.host, failed, self.state.core)
 
 
 def cpu_name() -> str:
@@ -362,7 +366,7 @@ def tune(
     with opened(log, isa_of(chosen)) as writer:
         records = read_file(writer.path)
         quantized = quantize(model, chosen, calibration, **options)
-        return tune_module(quantized.integer, chosen, writer, records, trials, time_limit, threads, watch, limits)
+        return tune_module(quantized.integer, chosen, writer, records, trials, time_limit, threads, watch, limits, options["core"] or "")
 
 
 def check_arguments(target: Target, trials: int, time_limit: float | None, threads: int | None) -> int:
@@ -395,6 +399,7 @@ def tune_module(
     threads: int,
     watch: Watcher = lambda state: None,
     limits: Limits | None = None,
+    core: str = "",
 ) -> Tuning:
     """The search itself, on a module as `lower` takes it; arguments as `tune`. Raises TuningError when no operator has anything to tune."""
     from qcompiler.backend.lowering import lower
@@ -404,7 +409,7 @@ def tune_module(
     if not tasks:
         rows = sorted({s.row.name for s in program.steps if s.row is not None})
         raise TuningError(f"nothing to tune: no operator of this network has tunables on {target.name} (its kernels: {', '.join(rows)})")
-    state = Tuning(target, threads, tasks, trials, time_limit)
+    state = Tuning(target, threads, tasks, trials, time_limit, core=core)
     with Worker(threads, limits) as worker:
         tuner = Tuner(state, worker, log, records, watch)
         state.started = time.monotonic()
