@@ -50,7 +50,7 @@ def test_in_integers(name: str, tmp_path: Path) -> None:
     """Near the float network, and the same bits as the definition; what nothing bounds stays float."""
     model = network(**NETWORKS[name])
     path = saved(model, tmp_path)
-    artifact = qcompiler.compile(path, calibration=[feeds(model, s) for s in range(100, 200)])
+    artifact = qcompiler.compile(path, calibration=[feeds(model, s) for s in range(100, 200)], preset="fast")
     operators = {step["op"] for step in artifact.manifest["steps"]}
     assert ("qc.f32.recurrence" if name == "rnn_relu" else "qc.recurrence") in operators
     session = qcompiler.load(artifact.save(tmp_path / "model.so"))
