@@ -110,7 +110,7 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     np.savez(tmp_path / "data.npz", **{n: np.stack([feeds(network("LSTM", steps=1, batch=1, states=True), s)[n] for s in range(8)]) for n in ("x", "h", "c")})
     command = ["compile", str(folder / "model.onnx"), "--calibration", str(tmp_path / "data.npz"), "--output", str(tmp_path / "m.so"), "--state"]
     assert main([*command, "h=h_out", "--input-type", "h=int8"]) == 2
-    assert "'h' is a state that sessions keep" in capsys.readouterr().err
+    assert "input 'h' is a state, which stays inside of sessions" in capsys.readouterr().err
     assert main([*command, "h=nothing"]) == 2 and not (tmp_path / "m.so").exists()
     assert main([*command, "h=h_out", "--state", "c=c_out"]) == 0
     capsys.readouterr()

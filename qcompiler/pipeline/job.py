@@ -95,9 +95,6 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     ports = asked(
         options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"], float_model.state
     )
-    typed = {*(options["input_types"] or {}), *(options["output_types"] or {})}
-    if found := sorted({name for pair in float_model.state.items() for name in pair} & typed):
-        raise DataError(f"'{found[0]}' is a state that sessions keep, in float32; give no type for it")
     if ports and others:
         raise DataError("a library for several shapes has the model's own types of inputs and outputs; compile one for each shape, or leave the types out")
     given = (options["preprocess"], options["max_samples"], float_model.digest)
