@@ -188,8 +188,8 @@ def test_pixels_give_what_the_float_input_of_the_same_pixels_gives(tmp_path: Pat
     model, settings = network(tmp_path / "m.onnx", layout=layout), dataclasses.replace(SETTINGS, layout=layout)
     samples = pictures(6)
     floats = [real(s, settings) for s in samples]
-    plain = load(qcompiler.compile(model, calibration=floats), tmp_path, "plain.so")
-    made = compile_stages(model, calibration=samples, input_types={"image": "uint8"}, preprocess=settings)
+    plain = load(qcompiler.compile(model, calibration=floats, preset="fast"), tmp_path, "plain.so")
+    made = compile_stages(model, calibration=samples, input_types={"image": "uint8"}, preprocess=settings, preset="fast")
     library = load(made.artifact, tmp_path, "pixels.so")
     assert [(i.shape, i.dtype) for i in library.inputs] == [((1, 18, 20, 3), "uint8")]
     for sample, same in zip(samples, floats, strict=True):
@@ -215,9 +215,9 @@ def test_pixels_are_found_in_every_kind_of_compilation(tmp_path: Path) -> None:
 def test_integers_at_the_edges_are_the_float_numbers_rounded(tmp_path: Path, dtype: str) -> None:
     model = network(tmp_path / "m.onnx")
     floats = [real(s) for s in pictures(6)]
-    plain = load(qcompiler.compile(model, calibration=floats), tmp_path, "plain.so")
+    plain = load(qcompiler.compile(model, calibration=floats, preset="fast"), tmp_path, "plain.so")
     names = [o.name for o in plain.outputs]
-    made = compile_stages(model, calibration=floats, input_types={"image": "int8"}, output_types=dict.fromkeys(names, dtype))
+    made = compile_stages(model, calibration=floats, input_types={"image": "int8"}, output_types=dict.fromkeys(names, dtype), preset="fast")
     library = load(made.artifact, tmp_path, "integers.so")
     port = library.manifest["inputs"][0]
     scale, zero = port["scale"], port["zero_point"]
@@ -244,7 +244,9 @@ def test_images_are_fed_as_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "q.yaml").write_text((tmp_path / "p.yaml").read_text().replace("0.25", "0.5"))
     model, so = network(tmp_path / "m.onnx", batch=2), str(tmp_path / "m.so")
     data = ["--preprocess", str(tmp_path / "p.yaml")]
-    assert main(["compile", str(model), "--calibration", str(tmp_path / "images"), *data, "--input-type", "image=uint8", "--output", so]) == 0
+    assert (
+        main(["compile", str(model), "--calibration", str(tmp_path / "images"), *data, "--preset", "fast", "--input-type", "image=uint8", "--output", so]) == 0
+    )
     assert "the last 1 images make no whole batch" in capsys.readouterr().err
     assert main(["verify", so, "--model", str(model), "--data", str(tmp_path / "images"), *data, "--min-sqnr", "12"]) == 0
     said = capsys.readouterr().out
@@ -254,7 +256,17 @@ def test_images_are_fed_as_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "std 0.5, the library has 0.25" in capsys.readouterr().err
     assert main(["verify", so, "--model", str(model), "--data", str(tmp_path / "images"), *data, "--report", str(tmp_path / "r.html")]) == 0
     single = str(tmp_path / "one.so")
-    words = ["compile", str(network(tmp_path / "one.onnx", tail=False)), "--calibration", str(tmp_path / "images"), *data, "--output-type", "gemm5=uint8"]
+    words = [
+        "compile",
+        str(network(tmp_path / "one.onnx", tail=False)),
+        "--calibration",
+        str(tmp_path / "images"),
+        *data,
+        "--preset",
+        "fast",
+        "--output-type",
+        "gemm5=uint8",
+    ]
     assert main([*words, "--input-type", "image=uint8", "-o", single]) == 0
     capsys.readouterr()
     assert main(["run", single, str(tmp_path / "images" / "0.png"), *data, "--json"]) == 0
