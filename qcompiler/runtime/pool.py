@@ -254,7 +254,8 @@ def measure(pool: SessionPool, inputs: Mapping[str, np.ndarray], duration: float
         pool.submit(inputs).add_done_callback(answer)
 
     asked = 0
-    while (due := time.perf_counter() if rate is None else begin + asked / rate) - begin < duration or not asked:
+    while (after := time.perf_counter() - begin if rate is None else asked / rate) < duration or not asked:
+        due = begin + after
         time.sleep(max(0.0, due - time.perf_counter()))
         ask(due)
         asked += 1
