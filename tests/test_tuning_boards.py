@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,9 +122,20 @@ def test_boards_that_fail_are_given_up_and_nothing_is_lost(server: Server, model
         tuned(model, boards[:2], tmp_path / "log", trials=99)
 
 
-def test_a_board_that_lies_is_found_out(server: Server, model: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_board_that_lies_is_found_out(server: Server, model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong results that another board does not have are that board's fault. Alone it is believed, and no wrong candidate gets into the log."""
     server.mode("one", "lie")
+    taken, take = threading.Event(), _Round.take
+
+    def after_one(shared: _Round, board: str) -> _Share | None:
+        if board != "one":
+            taken.wait(60)
+        share = take(shared, board)
+        if board == "one":
+            taken.set()
+        return share
+
+    monkeypatch.setattr(_Round, "take", after_one)
     state = tuned(model, boards_of(server), tmp_path / "log")
     assert state.wrong == [] and len(points(tmp_path / "log")) == 9
     assert [f for f in state.failed if f.startswith("board one: its results are wrong where those of ")]

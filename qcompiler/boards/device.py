@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import tempfile
@@ -111,6 +112,7 @@ def _turn(board: Board, stop: threading.Event) -> Iterator[None]:
         os.close(file)
 
 
+@functools.cache
 def program(name: str, target: Target) -> bytes:
     """`qc_run` or `qc_measure` for a target. Raises TargetError."""
     with temporary_folder() as folder:

@@ -14,7 +14,6 @@
 #include <mutex>
 #include <numeric>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -222,19 +221,21 @@ struct Workspace {
 };
 
 void trace(qcompiler::Session& session, const std::string& plan, const std::string& path) {
-  const std::vector<char> bytes = npy::read_bytes(plan);
-  std::istringstream lines(std::string(bytes.begin(), bytes.end()));
+  std::vector<char> lines = npy::read_bytes(plan);
+  lines.push_back('\0');
   std::vector<qcompiler::Tensor> outputs = session.outputs();
   Workspace workspace(session.workspace_bytes());
   std::FILE* file = std::fopen(path.c_str(), "wb");
   if (!file) throw std::runtime_error(path + ": can't be written: " + std::strerror(errno));
   int done = 0, step = 0;
-  std::string space;
+  char space[16];
   std::size_t at = 0, count = 0;
   bool fine = true;
-  while (fine && lines >> step >> space >> at >> count) {
-    const bool held = space == "workspace" && at <= session.workspace_bytes() && count <= session.workspace_bytes() - at;
-    const bool port = space == "output" && at < outputs.size() && count <= outputs[at].bytes();
+  for (const char* line = lines.data(); fine && std::sscanf(line, "%d %15s %zu %zu", &step, space, &at, &count) == 4;) {
+    line += std::strcspn(line, "\n");
+    line += *line == '\n';
+    const bool held = std::strcmp(space, "workspace") == 0 && at <= session.workspace_bytes() && count <= session.workspace_bytes() - at;
+    const bool port = std::strcmp(space, "output") == 0 && at < outputs.size() && count <= outputs[at].bytes();
     if (step < done - 1 || step >= session.steps() || !(held || port)) {
       std::fclose(file);
       throw std::runtime_error(plan + ": has a line that does not fit the library");
