@@ -50,7 +50,7 @@ _SCRIPTS = {
     # Results with a wrong bit.
     "faulty": '#!/bin/sh\n"$@"; status=$?\n[ -f out0.npy ] && printf "\\\\377" | dd of=out0.npy bs=1 seek=200 conv=notrunc 2>/dev/null\nexit $status\n',
     "hanger": "#!/bin/sh\nexec sleep 1000\n",
-    "killer": "#!/bin/sh\nkill -9 $1\nsleep 1000\n",
+    "killer": "#!/bin/sh\nkill -9 $1\nsleep 5\n",
 }
 _ADB = """\
 #!/bin/sh

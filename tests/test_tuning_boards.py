@@ -19,15 +19,18 @@ import pytest
 from board_server import BOARDS, Server, served, server
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler.backend.lowering import Program
 from qcompiler.backend.tuning_log import read_log
 from qcompiler.base.errors import BoardError
 from qcompiler.boards.board import Board, load_boards
 from qcompiler.boards.canary import Canary, make_canary
 from qcompiler.cli.main import main
+from qcompiler.pipeline.options import complete
 from qcompiler.tuning import boards as tuning_boards
 from qcompiler.tuning import fleet as tuning_fleet
 from qcompiler.tuning.boards import tune_on_boards
 from qcompiler.tuning.fleet import Fleet, _Round, _Share
+from qcompiler.tuning.remote import lowered
 
 __all__ = ["served", "server"]
 
@@ -52,9 +55,15 @@ def canary(served: Server) -> Canary:
     return make_canary(load_boards(served.file)["one"].target)
 
 
+@pytest.fixture(scope="module")
+def program(served: Server, model: tuple[Path, Path]) -> Program:
+    return lowered(model[0], load_boards(served.file)["one"].target, model[1], complete({"preset": "fast"}))
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, canary: Canary) -> Iterator[None]:
-    """Short timings, one canary for all tests, and no board that counts as slow because this machine is busy."""
+def quick(monkeypatch: pytest.MonkeyPatch, canary: Canary, program: Program) -> Iterator[None]:
+    """Short timings, one canary and one program for all tests, and no board that counts as slow because this machine is busy."""
+    monkeypatch.setattr(tuning_boards, "lowered", lambda *arguments: program)
     monkeypatch.setattr(tuning_fleet, "SECONDS", 0)
     monkeypatch.setattr(tuning_fleet, "SLOW", 1e9)
     monkeypatch.setattr(tuning_boards, "make_canary", lambda target: canary)
