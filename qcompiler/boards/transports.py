@@ -123,7 +123,7 @@ class Ssh(Transport):
         super().__init__(board, stop)
         self._sockets = tempfile.mkdtemp(prefix="qc-ssh-")  # private, and short enough for the path of a socket
         options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3", "ControlMaster=auto", "ControlPersist=30"]
-        self._command = ["ssh", "-T", *(word for o in [*options, f"ControlPath={self._sockets}/%C"] for word in ("-o", o))]
+        self._command = ["ssh", "-T", *(word for o in [*options, f"ControlPath={self._sockets}/s"] for word in ("-o", o))]
 
     def close(self) -> None:
         super().close()
