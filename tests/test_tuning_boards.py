@@ -70,11 +70,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, canary: Canary, program: Program) -> 
     yield
 
 
-def boards_of(server: Server, **changes: Any) -> list[Board]:
+def boards_of(server: Server) -> list[Board]:
     found = load_boards(server.file)
-    for name in BOARDS:
-        for key, value in changes.items():
-            object.__setattr__(found[name], key, value)
     return [found[name] for name in BOARDS]
 
 
@@ -117,7 +114,8 @@ def test_three_boards_find_what_one_finds_by_hand(server: Server, model: tuple[P
 
 def test_boards_that_fail_are_given_up_and_nothing_is_lost(server: Server, model: tuple[Path, Path], tmp_path: Path, canary: Canary) -> None:
     """One dies in the middle and one hangs from then on; the third does what they leave. Then the last one goes too."""
-    boards = boards_of(server, patience=8.0)
+    boards = boards_of(server)
+    object.__setattr__(boards[1], "patience", 5.0)
     modes = iter(("die", "hang"))
 
     def watch(state: Any) -> None:
