@@ -163,13 +163,13 @@ def test_an_interrupted_tune_keeps_what_it_has(server: Server, model: tuple[Path
     words = ["tune", str(model[0]), "--calibration", str(model[1]), "--preset", "fast", "--candidates", "2", "--trials", "6", "--threads", "1"]
     command = [sys.executable, "-c", code, *words, "--log", str(tmp_path / "log"), "--boards", str(server.file), "--board", "one", "--board", "two"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    waited = time.monotonic() + 120
+    waited = time.monotonic() + 600
     while not (tmp_path / "log" / "candidates.json").exists() and time.monotonic() < waited:  # the first round is out
         time.sleep(0.02)
     server.mode("two", "hang")
     time.sleep(4)
     running.send_signal(signal.SIGINT)
-    output, error = running.communicate(timeout=120)
+    output, error = running.communicate(timeout=600)
     assert running.returncode == 130, error
     assert "interrupted; the same command goes on" in output
     assert server.left() == []
