@@ -21,7 +21,7 @@ from tools import require_programs, require_target
 import qcompiler
 from qcompiler import schedules
 from qcompiler.backend.lowering import Step
-from qcompiler.base.errors import DataError
+from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.calibration.preprocess import Preprocess
@@ -154,7 +154,7 @@ def test_edges_on_a_gpu(tmp_path: Path) -> None:
 # -- whole libraries ------------------------------------------------------------------------------------------------------------------------
 
 
-def network(path: Path, batch: int = 1, layout: str = "NCHW", tail: bool = True) -> Path:
+def network(path: Path, batch: int | str = 1, layout: str = "NCHW", tail: bool = True) -> Path:
     """image -> convolutions -> logits, and beside them a sum of the image's own float numbers."""
     net = OnnxNet()
     x = net.input("image", *((batch, 3, 18, 20) if layout == "NCHW" else (batch, 18, 20, 3)))
@@ -234,6 +234,43 @@ def test_integers_at_the_edges_are_the_float_numbers_rounded(tmp_path: Path, dty
     assert qcompiler.verify(library, model, floats, min_sqnr=10).passed
 
 
+def test_pixels_and_integers_at_several_shapes(tmp_path: Path) -> None:
+    """At every batch, compiled or padded: what a library with float inputs and outputs makes of the same pixels. Samples may be of any of them."""
+    model, rng = network(tmp_path / "m.onnx", batch="n", tail=False), np.random.default_rng(11)
+    samples = [s for count in (3, 1, 3, 2) for s in pictures(1, count)]
+    for sample in samples:
+        sample["image"] = rng.integers(0, 256, sample["image"].shape).astype(np.uint8)
+    shapes: dict[str, Any] = {
+        "input_shapes": {"image": [(1, 3, 18, 20), (3, 3, 18, 20)]},
+        "pad": {"image": "repeat"},
+        "preset": "fast",
+        "enable": ["correct-bias"],
+    }
+    options: dict[str, Any] = {"input_types": {"image": "uint8"}, "output_types": {"gemm5": "uint8"}, "preprocess": SETTINGS}
+    made = compile_stages(model, calibration=samples, **shapes, **options)
+    library = load(made.artifact, tmp_path, "pixels.so")
+    assert [[i.shape for i in at.inputs] for at in library.specializations] == [[(3, 18, 20, 3)], [(1, 18, 20, 3)]]
+    (out,) = library.manifest["outputs"]
+    for sample in samples:
+        got = library.run(sample)[out["name"]]
+        assert got.dtype == np.uint8 and got.shape == (len(sample["image"]), 5)
+        one = [library.run({"image": row[None]})[out["name"]] for row in sample["image"]]
+        np.testing.assert_array_equal(got, np.concatenate(one))
+    for sample, module in zip(samples[:2], [made.integer, *made.corrected.others], strict=True):
+        assert not bit_parity(library, interpreter.run(module, sample, keep="all"), sample)
+    floats = [{"image": np.concatenate([s["image"], s["image"][-1:]])} if len(s["image"]) == 2 else s for s in samples]  # as the compiler pads them
+    plain = load(qcompiler.compile(model, calibration=[real(s) for s in floats], **shapes), tmp_path, "plain.so")
+    for sample in samples:
+        wanted = plain.run(real(sample))["gemm5"]
+        q = numerics.quantize(wanted, scale=out["scale"], zero_point=out["zero_point"] - 128)
+        np.testing.assert_array_equal(library.run(sample)["gemm5"], q.astype(int) + 128)
+    (tmp_path / "data").mkdir()
+    for number, sample in enumerate(samples):
+        np.savez(tmp_path / "data" / f"{number}.npz", **sample)
+    report = qcompiler.verify(library, model, tmp_path / "data", min_sqnr=12)
+    assert report.passed and report.samples >= len(samples)
+
+
 def test_images_are_fed_as_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "images").mkdir()
@@ -298,8 +335,9 @@ def test_ports_that_can_not_be_are_refused(tmp_path: Path) -> None:
             qcompiler.compile(kept, calibration=[{"x": zeros, "h": zeros}], state={"h": after}, **types)
     wide = OnnxNet()
     many = wide.save(tmp_path / "shapes.onnx", [wide.op("MatMul", wide.input("x", "n", 4), wide.weight(4, 4))])
-    with pytest.raises(DataError, match="a library for several shapes has the model's own types"):
-        qcompiler.compile(many, calibration=[{"x": zeros}], input_shapes=[{"x": (1, 4)}, {"x": (2, 4)}], input_types={"x": "int8"})
+    shaped: dict[str, Any] = {"input_shapes": [{"x": (1, 4)}, {"x": (2, 4)}], "input_types": {"x": "int8"}}
+    with pytest.raises(ModelError, match="input 'x' takes int8 numbers, whose scale calibration finds, and can't be padded with 0; supported: repeat"):
+        qcompiler.compile(many, calibration=[{"x": zeros}], pad={"x": 0}, **shaped)
     with pytest.raises(DataError, match="an ONNX model keeps its inputs and outputs in float32"):
         qcompiler.export_onnx(model, tmp_path / "q.onnx", floats, output_types={"gemm5": "int8"})
     with pytest.raises(DataError, match="dtype float32, the model wants uint8"):

@@ -274,7 +274,7 @@ def test_padding_never_changes_what_belongs_to_the_input(text: tuple[Compilation
     session, job = Session(library), made.quantized.job
     assert made.artifact.manifest["padding"] == {"ids": 0, "mask": 0}
     for length in (3, 8, 9, 17, 23):
-        exact = load_all(job.model.path, [{"ids": (1, length)}])[0]
+        exact = load_all(job.model.origin, [{"ids": (1, length)}])[0]
         exact = dataclasses.replace(exact, module=run(WIDE, exact.module))
         measured = made.quantized.measured
         module = run(INTEGER, quantize(measured, made.quantized.plan, equalized(measured, exact)))

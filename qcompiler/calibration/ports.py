@@ -16,11 +16,12 @@ import numpy as np
 
 from qcompiler.base.errors import DataError, closest
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibration.data import Preprocessing, Sample, Samples, at_most, describe, open_samples
+from qcompiler.calibration.data import Preprocessing, Sample, Samples, at_most, describe
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
+from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.calibration.stored import StoredSamples, open_source, stored
 from qcompiler.numerics.operators import dequantize, quantize
-from qcompiler.runtime.shapes import Fitting, specializations
+from qcompiler.runtime.shapes import Fitting, of_inputs, specializations
 from qcompiler.runtime.shapes import ports as shapes_of
 
 INPUT_TYPES, OUTPUT_TYPES = ("uint8", "int8"), ("int8", "uint8")
@@ -58,6 +59,15 @@ class PixelInput:
         """The float network's input of the same pixels."""
         return self.preprocess.laid_out(self.preprocess.normalized(array))
 
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """The pixels that the float network's input comes from, or nearest to."""
+        planes, values = array.transpose(self.axes_back), self.values
+        pixels = np.empty(planes.shape, np.uint8)
+        for place, channel in enumerate(self.preprocess.channels):
+            order = np.argsort(values[place], kind="stable")
+            pixels[..., channel] = np.rint(np.interp(planes[..., place], values[place][order], order))
+        return pixels
+
     def account(self) -> dict[str, Any]:
         """What the manifest says of it."""
         settings = {k: v for k, v in dataclasses.asdict(self.preprocess).items() if k in _FOLDED}
@@ -91,6 +101,20 @@ class Ports:
 
     def __bool__(self) -> bool:
         return bool(self.pixels or self.integers or self.outputs)
+
+    def at(self, inputs: Sequence[TensorInfo]) -> Ports:
+        """The same for the network at another shape."""
+        return dataclasses.replace(self, pixels={i.name: dataclasses.replace(self.pixels[i.name], model=i) for i in inputs if i.name in self.pixels})
+
+    def given(self, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """The float network's inputs as data holds them: pixels for inputs of pixels, and float32 for all others."""
+        pixels = self.at(inputs).pixels
+        return [pixels[i.name].given if i.name in pixels else i for i in inputs]
+
+    def fitting(self, real: Fitting) -> Fitting:
+        """`real`, which chooses among the shapes of the float network, for data."""
+        first, *others = ({**m, "inputs": [vars(i) for i in self.given(shapes_of(m["inputs"]))]} for m in real.all)
+        return Fitting({**first, "shapes": others, "padding": real.rules})
 
     def real(self, sample: Sample) -> Sample:
         """A sample with pixels as the float network takes it."""
@@ -158,13 +182,26 @@ class MappedSamples:
         return map(self._form, self._source)
 
 
-def open_real(source: Any, inputs: Sequence[TensorInfo], ports: Ports, preprocess: Preprocessing, count: int | None, model: str) -> Samples:
+def mapped(source: Samples, form: Callable[[Sample], Sample]) -> Samples:
+    """Samples of a source, each put into another form."""
+    return source.mapped(form) if isinstance(source, ShapedSamples) else MappedSamples(source, form)
+
+
+def open_real(
+    source: Any,
+    inputs: Sequence[TensorInfo],
+    ports: Ports,
+    preprocess: Preprocessing,
+    count: int | None = None,
+    model: str | None = None,
+    fitting: Fitting | None = None,
+) -> Samples:
     """The samples of `source`, at most `count` of them, as the float network takes them. Arrays hold pixels for inputs of pixels, and float32 for all others;
-    see `open_source`. model: the digest of the model."""
-    if not ports.pixels or isinstance(source, MappedSamples) or _folder(source) or stored(source):
-        return at_most(_of_model(open_source(source, inputs, None if ports.pixels and stored(source) else preprocess), model), count)
-    given = [ports.pixels[i.name].given if i.name in ports.pixels else i for i in inputs]
-    return MappedSamples(at_most(open_samples(source, given), count), ports.real)
+    see `open_source`. model: the digest of the model. fitting: of a network at several shapes."""
+    if not ports.pixels or isinstance(source, (MappedSamples, ShapedSamples)) or _images(source) or stored(source):
+        return at_most(_of_model(open_source(source, inputs, None if ports.pixels and stored(source) else preprocess, fitting), model), count)
+    data = open_source(source, ports.given(inputs), None, None if fitting is None else ports.fitting(fitting))
+    return mapped(at_most(data, count), ports.real)
 
 
 def open_given(source: Any, library: Any, preprocess: Preprocessing, count: int | None = None) -> Samples:
@@ -173,24 +210,29 @@ def open_given(source: Any, library: Any, preprocess: Preprocessing, count: int 
     ports = library_inputs(library.manifest)
     pixels = [p for p in ports.values() if isinstance(p, PixelInput)]
     settings = None if preprocess is None else load_preprocess(preprocess)
-    if not ports or isinstance(source, MappedSamples):
-        every = specializations(library.manifest)
-        samples = open_source(source, library.inputs, settings, Fitting(library.manifest) if len(every) > 1 else None)
-        at = next((m for m in every if isinstance(samples, StoredSamples) and shapes_of(m["inputs"]) == list(samples.inputs)), library.manifest)
-        return at_most(_of_model(samples, at.get("digests", {}).get("model")), count)
+    every = specializations(library.manifest)
+    fitting = Fitting(library.manifest) if len(every) > 1 else None
+    if not ports or isinstance(source, (MappedSamples, ShapedSamples)):
+        return at_most(_of_library(open_source(source, library.inputs, settings, fitting), every), count)
     if settings is not None:
         for port in pixels:
             _check_folded(port, settings)
-    folder = _folder(source)
+    images = _images(source)
     infos = [i if (p := ports.get(i.name)) is None else p.given if isinstance(p, PixelInput) else p.model for i in library.inputs]
     if stored(source):
         if pixels:
             raise DataError(f"{source}: a stored calibration holds float32 numbers, and the library takes pixels; give images, or arrays of pixels")
-        samples = at_most(_of_model(open_source(source, infos), library.manifest.get("digests", {}).get("model")), count)
+        samples = at_most(_of_library(open_source(source, infos, None, fitting), every), count)
     else:
-        samples = at_most(open_samples(source, infos, settings if folder or not pixels else None, pixels=bool(pixels)), count)
+        samples = at_most(open_source(source, infos, settings if images or not pixels else None, fitting, bool(pixels)), count)
     integers = {n: p for n, p in ports.items() if isinstance(p, IntegerInput)}
-    return MappedSamples(samples, lambda s: {n: integers[n].stored(a) if n in integers else a for n, a in s.items()}) if integers else samples
+    return mapped(samples, lambda s: {n: integers[n].stored(a) if n in integers else a for n, a in s.items()}) if integers else samples
+
+
+def _of_library(samples: Samples, every: Sequence[Mapping[str, Any]]) -> Samples:
+    """The samples, which a stored calibration must have of the model of one of these manifests."""
+    at = next((m for m in every if isinstance(samples, StoredSamples) and of_inputs(m) == {i.name: tuple(i.shape) for i in samples.inputs}), every[0])
+    return _of_model(samples, at.get("digests", {}).get("model"))
 
 
 def _of_model(samples: Samples, digest: str | None) -> Samples:
@@ -215,8 +257,8 @@ def _check_folded(port: PixelInput, settings: Preprocess) -> None:
         raise DataError(f"the preprocessing file is not the one that the library was compiled with: {said}")
 
 
-def _folder(source: Any) -> bool:
-    return isinstance(source, (str, os.PathLike)) and Path(source).is_dir()
+def _images(source: Any) -> bool:
+    return isinstance(source, (str, os.PathLike)) and Path(source).is_dir() and not any(Path(source).glob("*.npz"))
 
 
 # -- libraries ------------------------------------------------------------------------------------------------------------------------------
@@ -242,6 +284,12 @@ def real_inputs(manifest: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -
     """A library's inputs as its float network takes them."""
     ports = library_inputs(manifest)
     return {name: ports[name].real(array) if name in ports else array for name, array in inputs.items()}
+
+
+def stored_inputs(manifest: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A float network's inputs as its library takes them."""
+    ports = library_inputs(manifest)
+    return {name: ports[name].stored(array) if name in ports else array for name, array in inputs.items()}
 
 
 def real_outputs(manifest: Mapping[str, Any], outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

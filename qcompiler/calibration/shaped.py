@@ -57,19 +57,23 @@ class ShapedSamples:
         """Some of these samples, in order."""
         return ShapedSamples(self._read, self._which, sorted(self._kept[i] for i in indices), self._names)
 
+    def mapped(self, form: Callable[[Sample], Sample]) -> ShapedSamples:
+        """These samples, each put into another form."""
+        return ShapedSamples(lambda: map(form, self._read()), self._which, self._kept, self._names)
+
     def at(self, shape: int) -> ShapedSamples:
         """Those of one shape."""
         return ShapedSamples(self._read, self._which, [i for i in self._kept if self._which[i] == shape], self._names)
 
 
-def open_any(source: Source | Samples, inputs: Sequence[TensorInfo], fitting: Fitting, preprocess: Any = None) -> Samples:
-    """`open_shaped` for several shapes, or a folder of `.npz`; else `open_samples`."""
+def open_any(source: Source | Samples, inputs: Sequence[TensorInfo], fitting: Fitting, preprocess: Any = None, pixels: bool = False) -> Samples:
+    """`open_shaped` for several shapes, or a folder of `.npz`; else `open_samples`. pixels: what is made of images."""
     folder = isinstance(source, (str, os.PathLike)) and preprocess is None and any(Path(source).glob("*.npz"))
     several = len(fitting.all) > 1 or folder or isinstance(source, ShapedSamples)
-    return open_shaped(source, inputs, fitting, preprocess) if several else open_samples(source, inputs, preprocess)
+    return open_shaped(source, inputs, fitting, preprocess, pixels) if several else open_samples(source, inputs, preprocess, pixels)
 
 
-def open_shaped(source: Source | Samples, inputs: Sequence[TensorInfo], fitting: Fitting, preprocess: Any = None) -> ShapedSamples:
+def open_shaped(source: Source | Samples, inputs: Sequence[TensorInfo], fitting: Fitting, preprocess: Any = None, pixels: bool = False) -> ShapedSamples:
     """The samples of `source`, each checked against the shape of `fitting` that it has or is padded to. inputs: names and types.
 
     Raises DataError for a sample that no shape fits, and whatever `open_samples` refuses.
@@ -82,7 +86,7 @@ def open_shaped(source: Source | Samples, inputs: Sequence[TensorInfo], fitting:
     path = Path(source)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.suffix in (".npz", ".npy") and path.is_file() else []
     if not files or preprocess is not None:  # images, or a mistake
-        return _first_fit(lambda form: open_samples(path, form, preprocess), forms)
+        return _first_fit(lambda form: open_samples(path, form, preprocess, pixels), forms)
     return _joined([_of_file(file, forms, fitting) for file in files])
 
 

@@ -123,6 +123,7 @@ def open_source(
     inputs: Sequence[TensorInfo],
     preprocess: str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None = None,
     fitting: Fitting | None = None,
+    pixels: bool = False,
 ) -> Samples:
     """As `open_any`; a stored calibration too. fitting: of a network at several shapes."""
     fitting = fitting or like(inputs)
@@ -132,7 +133,7 @@ def open_source(
         if preprocess is not None:
             raise DataError(f"{source}: preprocessing applies to a folder of images only; a stored calibration holds what was made of them")
         return StoredSamples(Path(source), inputs, [[TensorInfo(i.name, shapes[i.name], i.dtype) for i in inputs] for shapes in fitting.inputs])
-    return open_any(source, inputs, fitting, preprocess)
+    return open_any(source, inputs, fitting, preprocess, pixels)
 
 
 def save(path: str | os.PathLike[str], model: str, inputs: Sequence[TensorInfo], samples: Samples, passes: Mapping[str, Pass]) -> int:

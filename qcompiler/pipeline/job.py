@@ -12,10 +12,10 @@ from qcompiler.base.errors import DataError, ModelError, TargetError
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import Row, read_shape_table, shape_rows
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most
+from qcompiler.calibration.data import NO_SAMPLES, Samples
 from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
 from qcompiler.calibration.shaped import ShapedSamples
-from qcompiler.calibration.stored import Pass, StoredSamples, open_source
+from qcompiler.calibration.stored import Pass, StoredSamples
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel
 from qcompiler.passes.graph import Graph
@@ -80,9 +80,11 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     rows = asked_rows(options)
     check_target(chosen, len(rows))
     models = load_all(model, rows, options["requantize"], dump, options["input_values"], options["state"])
-    rules = pad_rules(models, options["pad"])
+    types = (options["input_types"] or {}, options["output_types"] or {})
+    ports, *_ = [asked(*types, m.inputs, m.outputs, options["preprocess"], m.state) for m in models]
+    rules = pad_rules(models, options["pad"], ports)
     if len(models) > 1 and calibration is not None:
-        calibration, models = in_order(calibration, models, rules, options["preprocess"], options["max_samples"])
+        calibration, models = in_order(calibration, models, rules, ports, options["preprocess"], options["max_samples"])
     float_model, *others = models
     trained = Trained.of(Graph.of(float_model.module).attrs)
     if trained.quantized:
@@ -92,28 +94,24 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     if "streams" in steps.steps:
         float_model, *others = (replace(m, module=run(WIDE, m.module, dump=dump)) for m in (float_model, *others))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
-    ports = asked(
-        options["input_types"] or {}, options["output_types"] or {}, float_model.inputs, float_model.outputs, options["preprocess"], float_model.state
-    )
-    if ports and others:
-        raise DataError("a library for several shapes has the model's own types of inputs and outputs; compile one for each shape, or leave the types out")
+    ports = ports.at(float_model.inputs)
     given = (options["preprocess"], options["max_samples"], float_model.digest)
     samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
     return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules, count)
 
 
 def in_order(
-    calibration: Any, models: Sequence[FloatModel], rules: Mapping[str, Any], preprocess: Any, most: int | None
+    calibration: Any, models: Sequence[FloatModel], rules: Mapping[str, Any], ports: Ports, preprocess: Any, most: int | None
 ) -> tuple[Samples, tuple[FloatModel, ...]]:
     """The samples, and the network at every shape, first at the one that most of the samples used have: there the plan is made."""
     held = list(calibration) if isinstance(calibration, Iterator) else calibration
-    used = at_most(open_source(held, models[0].inputs, preprocess, fitting_of(models, rules)), most)
+    used = open_real(held, models[0].inputs, ports, preprocess, most, fitting=fitting_of(models, rules))
     counts = used.shapes if isinstance(used, ShapedSamples) else {}
     if isinstance(used, StoredSamples):  # at the one that they were stored for
         counts = {i: 1 for i, m in enumerate(models) if m.inputs == tuple(used.inputs)}
     first = max(range(len(models)), key=lambda i: counts.get(i, 0))
     ordered = (models[first], *models[:first], *models[first + 1 :])
-    return open_source(held, ordered[0].inputs, preprocess, fitting_of(ordered, rules)), ordered
+    return open_real(held, ordered[0].inputs, ports, preprocess, fitting=fitting_of(ordered, rules)), ordered
 
 
 def asked_rows(options: Options) -> list[Row]:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qcompiler.base.errors import ModelError, PlanError, closest
+from qcompiler.calibration.ports import NO_PORTS, Ports
 from qcompiler.importers.model import FloatModel
-from qcompiler.pipeline.shapes import fitting_of, shape_of
+from qcompiler.pipeline.shapes import fitting_of
 from qcompiler.runtime.session import Session
-from qcompiler.runtime.shapes import REPEAT, spelled
+from qcompiler.runtime.shapes import REPEAT, Fitting, spelled
 
 _CLOSE = 1e-4  # of the largest element: what the order of additions in float32 may change
 
 
-def pad_rules(models: Sequence[FloatModel], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """{input: number or "repeat"} as a manifest has it.
+def pad_rules(models: Sequence[FloatModel], given: Mapping[str, Any] | None, ports: Ports = NO_PORTS) -> dict[str, Any]:
+    """{input: number or "repeat"} as a manifest has it; of an input of pixels the number is a pixel's.
 
     Raises ModelError for an input that there is not, or that is as long at every shape, or that varies and has no rule; for a value that is none of its
-    type; and for an output that could not be cut back.
+    type, or no repetition where the type is int8, whose scale calibration finds; and for an output that could not be cut back.
     """
     if not given:
         return {}
@@ -45,7 +46,12 @@ def pad_rules(models: Sequence[FloatModel], given: Mapping[str, Any] | None) -> 
                 f"padding: axis {axis} of output '{name}' has the lengths {lengths}, those of no input, so what belongs to a padded input can't be told; "
                 "compile without padding"
             )
-    return {i.name: _rule(i.name, i.dtype, given[i.name]) for i in first.inputs if i.name in varying}
+    for name in ports.integers:
+        if name in varying and given[name] != REPEAT:
+            raise ModelError(
+                f"padding: input '{name}' takes int8 numbers, whose scale calibration finds, and can't be padded with {given[name]!r}; supported: {REPEAT}"
+            )
+    return {i.name: _rule(i.name, i.dtype, given[i.name]) for i in ports.given(first.inputs) if i.name in varying}
 
 
 def _rule(name: str, dtype: str, value: Any) -> Any:
@@ -61,17 +67,18 @@ def _rule(name: str, dtype: str, value: Any) -> Any:
     return number if np.dtype(dtype).kind == "f" else int(number)
 
 
-def check_padding(session: Session, models: Sequence[FloatModel], rules: Mapping[str, Any], sample: Mapping[str, np.ndarray]) -> list[str]:
-    """Run `sample`, or its beginning, as it is and padded to every larger shape, on the network at all shapes (`session`).
+def check_padding(session: Session, rules: Mapping[str, Any], sample: Mapping[str, np.ndarray], rounded: Container[str] = ()) -> list[str]:
+    """Run `sample`, or its beginning, as it is and padded to every larger shape, on the network at all shapes (`session`). rounded: outputs that are float32
+    numbers in 8 bits.
 
     Returns warnings where outputs differ by the rounding of float sums. Raises PlanError where they differ by more: the network does not look away from
     what is padded.
     """
-    fitting = fitting_of(models, rules)
+    fitting = Fitting({**session.manifest, "padding": rules})
     warnings: list[str] = []
     own = fitting.exact({name: array.shape for name, array in sample.items()})
     assert own is not None
-    for small in range(len(models)):
+    for small in range(len(fitting.all)):
         part = _beginning(sample, fitting.inputs[small])
         if part is None:
             continue
@@ -86,9 +93,10 @@ def check_padding(session: Session, models: Sequence[FloatModel], rules: Mapping
                     continue
                 said = f"padding {spelled(fitting.inputs[small])} to {spelled(shapes)} changes what belongs to the input in output '{name}'"
                 error = float(np.abs(got.astype(np.float64) - wanted).max())
-                if wanted.dtype.kind != "f" or not error <= _CLOSE * float(np.abs(wanted).max()):
+                allowed = _CLOSE * float(np.abs(wanted).max()) if wanted.dtype.kind == "f" else float(name in rounded)
+                if not error <= allowed:
                     raise PlanError(
-                        f"{said}, by up to {error:.3g}: the network {shape_of(models[small])} does not look away from what it is padded with "
+                        f"{said}, by up to {error:.3g}: the network does not look away from what it is padded with "
                         f"({', '.join(f'{n}={r}' for n, r in rules.items())}). Give other rules, or compile without padding"
                     )
                 warnings.append(f"{said}, by up to {error:.2g}: float sums of other lengths round differently")

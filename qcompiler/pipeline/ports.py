@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from qcompiler.backend.build import build
+from qcompiler.base.debug import no_dump
 from qcompiler.base.errors import PlanError
+from qcompiler.calibration.ports import Ports
+from qcompiler.importers.model import FloatModel
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.ports import IntegerPort, PixelPort, quantizations, stored_output
@@ -19,24 +23,33 @@ def ported(corrected: Corrected) -> Corrected:
     ports = job.ports
     if not ports:
         return corrected
-    integer = corrected.integer
+    modules = [corrected.integer, *corrected.others]
+    integer = modules[0]
     inputs: dict[str, PixelPort | IntegerPort] = {n: PixelPort(p.values, p.preprocess.channels, p.axes) for n, p in ports.pixels.items()}
     for name in ports.integers:
         found = quantizations(integer, name)
         inputs[name] = IntegerPort(found[0] if found else _seen(measured, "input", name, name))
     values = {name: str(var.name) for name, var in Graph.of(job.model.module).outputs}
-    outputs = {
-        name: IntegerPort(None if stored_output(integer, name) else _seen(measured, "output", name, values[name]), dtype)
-        for name, dtype in ports.outputs.items()
-    }
-    module = run(PORTS, integer, inputs, outputs, dump=job.dump)
-    built = build(module, job.target, "generate code for inputs and outputs", job.tuned, dump=job.dump, progress=job.progress)
-    shapes = {i.name: list(i.shape) for i in (*job.model.inputs, *job.model.outputs)}
-    said = {
+    made = []
+    for number, module in enumerate(modules):
+        outputs = {
+            name: IntegerPort(None if stored_output(module, name) else _seen(measured, "output", name, values[name]), dtype)
+            for name, dtype in ports.outputs.items()
+        }
+        made.append(run(PORTS, module, inputs, outputs, dump=no_dump if number else job.dump))
+    first, *others = made
+    built = build(first, job.target, "generate code for inputs and outputs", job.tuned, others=others, dump=job.dump, progress=job.progress)
+    said = [_account(ports.at(model.inputs), model) for model in job.models]
+    return dataclasses.replace(corrected, built=built, integer=first, others=others, here=None, ports=said)
+
+
+def _account(ports: Ports, model: FloatModel) -> dict[str, Any]:
+    """What the manifest says of the ports of the network at one shape."""
+    shapes = {i.name: list(i.shape) for i in (*model.inputs, *model.outputs)}
+    return {
         "inputs": {n: p.account() for n, p in ports.pixels.items()} | {n: {"shape": shapes[n]} for n in ports.integers},
         "outputs": {n: {"shape": shapes[n]} for n in ports.outputs},
     }
-    return dataclasses.replace(corrected, built=built, integer=module, here=None, ports=said)
 
 
 def _seen(measured: Measured, kind: str, name: str, value: str) -> QParams:

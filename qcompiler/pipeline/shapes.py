@@ -44,7 +44,7 @@ def load_all(
 
 
 def fitting_of(models: Sequence[FloatModel], rules: Mapping[str, Any]) -> Fitting:
-    """What chooses among the shapes, in the order of `models`. rules: how inputs are padded."""
+    """What chooses among the shapes of the float network, in the order of `models`. rules: how inputs are padded."""
     first, *others = ({kind: [vars(port) for port in getattr(m, kind)] for kind in ("inputs", "outputs")} for m in models)
     return Fitting({**first, "shapes": others, "padding": rules})
 

@@ -28,6 +28,7 @@ from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
 from qcompiler.calibration.lookups import Lookups
 from qcompiler.calibration.padding import Padding
+from qcompiler.calibration.ports import stored_inputs
 from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
@@ -287,26 +288,33 @@ def generate(network: QuantizedNetwork) -> Built:
 
 @dataclass
 class Corrected:
-    """A network's code with the constants that calibration samples led to. integer: the module that it equals bit for bit. here: its code for this
-    machine, if there is any. corrections: what was tried, by its name in the manifest. ports: what the manifest says of inputs and outputs whose types are
-    not the float network's."""
+    """A network's code with the constants that calibration samples led to. integer: the module that it equals bit for bit; others: at the other shapes of
+    the library. here: its code for this machine, if there is any. corrections: what was tried, by its name in the manifest. ports: what the manifest says
+    of inputs and outputs whose types are not the float network's, at each shape."""
 
     network: QuantizedNetwork
     built: Built
     integer: tvm.IRModule
     here: Built | None
     corrections: dict[str, Correction]
-    ports: Mapping[str, Any] = field(default_factory=dict)
+    others: Sequence[tvm.IRModule] = ()
+    ports: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def described_ports(self) -> dict[str, Any]:
+        """What the manifest says of inputs and outputs at the first shape."""
+        values = describe(self.integer, self.network.job.model)["values"]
+        return {**port_parameters(self.built.program, values), **({"ports": self.ports[0]} if self.ports else {})}
 
 
 def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     """Integer module, samples -> integer module: biases and weights with which the int8 network comes measurably closer to the float one."""
     measured, job, host = network.measured, network.job, find_target("native")
     here = built if built.program.target == host else None
-    integer, tried = network.integer, dict[str, Correction]()
+    integer, others, tried = network.integer, network.others, dict[str, Correction]()
     limit = min(measured.means.limit, job.recipe.samples)
     if limit and job.recipe.optimizes and measured.means.outputs:  # there may be no sample of the plan's shape left
-        here = here or build(integer, host, "generate host code", others=network.others, progress=job.progress)
+        here = here or build(integer, host, "generate host code", others=others, progress=job.progress)
         twin = measured.twin.session()
         executor = SessionExecutor(here.session(), here, lambda sample: measured.padding.of(twin, sample), network.model.naming)
         for name, change in _corrections(job.recipe):
@@ -314,10 +322,11 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
             job.dump(name, found)
             if found.kept:
                 integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)
+                others = [run(REPLACE_OPERANDS, module, found.operands()) for module in others]
                 for operand, arrays in found.operands().items() if built is not here else ():
                     for value_id, array in arrays.items():
                         built.replace_operand(value_id, operand, array)
-    return Corrected(network, built, integer, here, tried)
+    return Corrected(network, built, integer, here, tried, others)
 
 
 def _corrections(recipe: Recipe) -> list[tuple[str, Callable[..., Correction]]]:
@@ -361,11 +370,12 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
     warnings = [*measured.warnings, *network.warnings]
     here = corrected.built if job.target == find_target("native") else corrected.here
     if here is None and (job.pad or job.selftest):
-        here = build(corrected.integer, find_target("native"), "generate host code", others=network.others, progress=job.progress)
+        here = build(corrected.integer, find_target("native"), "generate host code", others=corrected.others, progress=job.progress)
     if job.selftest and here is not None:
         account["selftest"] = self_test(corrected, here, job.selftest)
     if job.pad and here is not None:
-        warnings += [w for sample in itertools.islice(job.alike, 1) for w in check_padding(here.session(), job.models, job.pad, sample)]
+        first = [stored_inputs(corrected.described_ports, sample) for sample in itertools.islice(job.alike, 1)]
+        warnings += [w for sample in first for w in check_padding(here.session(), job.pad, sample, job.ports.outputs)]
         account["padding"] = dict(job.pad)
     artifact = corrected.built.link(
         **describe(corrected.integer, job.model),
@@ -378,7 +388,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
         warnings=warnings,
         notes=network.plan.notes,
-        **({"ports": corrected.ports} if corrected.ports else {}),
+        **({"ports": corrected.ports[0]} if corrected.ports else {}),
         digests={
             "model": job.model.digest,
             "calibration": measured.table.digest,
@@ -386,7 +396,10 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
             "tuning_log": "" if job.tuned is None else job.tuned.digest,
             "constants": hashlib.sha256(corrected.built.constants.tobytes()).hexdigest(),
         },
-        further=[described_further(*pair) for pair in zip(network.others, job.others, strict=True)],
+        further=[
+            described_further(module, model) | ({"ports": corrected.ports[number]} if corrected.ports else {})
+            for number, (module, model) in enumerate(zip(corrected.others, job.others, strict=True), 1)
+        ],
         **account,
     )
     return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
@@ -395,7 +408,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
 def self_test(corrected: Corrected, here: Built, count: int) -> dict[str, Any]:
     """The manifest's entry of that name: what this machine makes of `count` test vectors. Raises PlanError where nothing has the same bits on every CPU."""
     program = corrected.built.program
-    manifest = program_manifest(program) | port_parameters(program, describe(corrected.integer, corrected.network.job.model)["values"])
+    manifest = program_manifest(program) | corrected.described_ports
     wanted = probes(manifest, [(s.writes, s.reads) for s in program.steps])
     if not wanted:
         raise PlanError("a self-test is not possible: all of this network is computed in float, and no value has the same bits on every CPU")
