@@ -56,6 +56,8 @@ def _add(p: argparse._ActionsContainer, name: str, option: Option) -> None:
     settings["metavar"] = option.metavar
     if name in LISTS or (collections.abc.Mapping in kinds and name in _WORDS):
         settings |= {"action": "append", "default": [], "help": f"{settings['help']}; repeat for more"}
+    if name == "outputs":
+        settings |= {"action": "extend", "nargs": "+", "help": _escaped(option)}
     if option.choices:
         settings |= {"choices": option.choices, "default": option.default, "metavar": None}
     read = _WORDS.get(name) or (float if float in kinds else int if int in kinds else str)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from tvm import relax
 
-from qcompiler.importers.nodes import Node, Refused, Value
+from qcompiler.importers.nodes import Beyond, Node, Refused, Value
 
 UNROLLED = 20_000  # nodes that a loop may become
 ROUNDS = "Export its body as a model of its own, and call that once a round; what a round hands to the next can stay in the session (--state INPUT=OUTPUT)"
@@ -98,7 +98,7 @@ def branch(importer: Importer, node: Node) -> list[Value]:
     """An If whose condition is known: its branch."""
     condition = node.inputs[0]
     if not isinstance(condition, np.ndarray):
-        raise Refused(
+        raise Beyond(
             f"which branch it takes is computed at run time (from '{node.proto.input[0]}'); supported: a condition known when compiling. "
             "If it depends on an input that is the same in every call, fix that with --input-value NAME=VALUE"
         )
@@ -141,13 +141,13 @@ def loop(importer: Importer, node: Node) -> list[Value]:
     try:
         trips, going = (node.constant(i, what) for i, what in ((0, "trip count"), (1, "condition")))
     except Refused as reason:
-        raise Refused(f"{reason}. {ROUNDS}") from reason
+        raise Beyond(f"{reason}. {ROUNDS}") from reason
     carried, collected = list(node.inputs[2:]), [list[Value]() for _ in range(len(graph.output) - 1 - len(node.inputs[2:]))]
     rounds = 0
     while (trips is None or rounds < int(trips.reshape(-1)[0])) and (going is None or bool(going.all())):
         going, *rest = unroller.step(graph, [np.asarray(rounds, np.int64), np.asarray(True), *carried])
         if not isinstance(going, np.ndarray):
-            raise Refused(
+            raise Beyond(
                 f"how often it runs depends on data: its condition is computed at run time; supported: loops whose length is known when compiling. {ROUNDS}"
             )
         carried, rows = rest[: len(carried)], rest[len(carried) :]

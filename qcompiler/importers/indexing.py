@@ -11,7 +11,7 @@ import numpy as np
 from onnx import helper
 from tvm import relax
 
-from qcompiler.importers.nodes import Node, Refused, Value, real
+from qcompiler.importers.nodes import Beyond, Node, Refused, Value, real
 from qcompiler.passes.graph import const, dtype_of, make_op, shape_of
 
 _REDUCTIONS = ("none", "add", "mul", "max", "min")
@@ -263,7 +263,7 @@ def compress(node: Node) -> list[Value]:
     """The elements, or slices along an axis, where a condition known when compiling holds."""
     condition = node.inputs[1]
     if not isinstance(condition, np.ndarray):
-        raise Refused("how many elements it keeps depends on data: its condition is computed at run time; supported: a constant condition")
+        raise Beyond("how many elements it keeps depends on data: its condition is computed at run time; supported: a constant condition")
     x, places = node.tensor(0), np.flatnonzero(condition)
     if "axis" not in node.attrs:
         flat = node.emit("flat", relax.op.reshape(x, (math.prod(node.shape()),)))

@@ -16,7 +16,7 @@ from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.onnx import import_onnx
 from qcompiler.importers.onnx_file import exactness
-from qcompiler.importers.origin import AnyModel, Origin, origin_of
+from qcompiler.importers.origin import AnyModel, Origin, cut_of, origin_of
 from qcompiler.passes.graph import Graph, dtype_of, shape_of
 from qcompiler.passes.sequence import CANONICAL, run
 
@@ -51,7 +51,8 @@ class FloatModel:
 
     def account(self) -> dict[str, Any]:
         """What a manifest says of the network: its name, and what it takes to load the same from its file again."""
-        return {"model": self.name, **({"fixed_inputs": self.fixed} if self.fixed else {}), **({"state": self.state} if self.state else {})}
+        more = {"fixed_inputs": self.fixed, "cut": cut_of(self.origin), "state": self.state}
+        return {"model": self.name, **{what: value for what, value in more.items() if value}}
 
     def source(self, value_id: str) -> tuple[str, str]:
         """(node name, operator type) behind a value id; a value made by the compiler (`<id>~<what>`) has the source of `<id>`."""

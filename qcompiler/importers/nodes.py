@@ -28,6 +28,10 @@ class Refused(Exception):
     """This node can't be converted; the message is the reason, the node is named by whoever catches it."""
 
 
+class Beyond(Refused):
+    """This node can't be compiled, though the file is right: its result has no static shape, or it has no conversion. The network may be cut before it."""
+
+
 def check_bytes(what: str, shape: Sequence[int], itemsize: int = 4) -> None:
     """Raises Refused for a tensor of more than `LARGEST_BYTES`: kernels count elements in 32 bits, and no memory would hold a network of such."""
     size = math.prod(int(d) for d in shape) * itemsize
@@ -119,7 +123,7 @@ class Node:
             return None
         value = self.inputs[index]
         if not isinstance(value, np.ndarray):
-            raise Refused(f"its {what} (operand '{self.proto.input[index]}') is computed at run time; supported: constants and functions of shapes")
+            raise Beyond(f"its {what} (operand '{self.proto.input[index]}') is computed at run time; supported: constants and functions of shapes")
         return value
 
     def param(self, name: str, index: int) -> list[int] | None:

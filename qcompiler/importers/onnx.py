@@ -7,8 +7,9 @@ definition, in that order. Each variable is named by the ONNX tensor it holds.
 
 from __future__ import annotations
 
+import shlex
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.control import CONTROL, in_order, reads
-from qcompiler.importers.nodes import RANDOM, Node, Refused, Undefined, Value, attributes, check_finite, is_tensor, real
+from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
@@ -114,6 +115,7 @@ class _Importer:
         """All nodes. Every node that can't be converted is named, in one error; what reads the results of such a node is left out."""
         refusals: list[str] = []
         lost: set[str] = set()
+        ends, beyond = {o.name for o in graph.output}, True
         for proto in in_order(graph.node):
             try:
                 if lost & reads(proto):
@@ -121,22 +123,34 @@ class _Importer:
                 else:
                     self.node(proto)
                     continue
+            except Beyond as reason:
+                refusals.append(f"{_spelled(proto)}: {reason}")
             except ModelError as error:
                 refusals.append(str(error).removeprefix(f"{self.where}: "))
+                beyond &= isinstance(error.__cause__, Beyond)
             lost |= set(proto.output) - {""}
+            ends |= reads(proto)
         if refusals:
             shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} nodes more"] if len(refusals) > SHOWN else [])
-            raise ModelError(f"{self.where}: {'; '.join(shown)}")
+            raise ModelError(f"{self.where}: {'; '.join(shown)}{self.offer(ends) if beyond else ''}")
+
+    def offer(self, ends: Container[str]) -> str:
+        """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network."""
+        names = [name for name, value in self.values.items() if name in ends and name in self.sources and isinstance(value, relax.Var)]
+        if not names:
+            return ""
+        option = " ".join(map(shlex.quote, names))
+        return f". What stands before is compiled with --outputs {option} (in Python outputs={names}), and the rest runs outside, on these"
 
     def check_known(self, proto: onnx.NodeProto) -> None:
-        """Raise ModelError for an operator that has no conversion, whatever its operands are."""
+        """Raises Beyond for an operator that has no conversion, whatever its operands are."""
         domain = "" if proto.domain in _STANDARD else proto.domain
         if (domain, proto.op_type) in CONTRIBUTED or defined(proto.op_type, self.opset, domain):
             return
         if domain:
-            raise self.fail(proto, f"operator '{domain}::{proto.op_type}' is not one of the ONNX standard, whatever its name; {ADVICE}")
+            raise Beyond(f"operator '{domain}::{proto.op_type}' is not one of the ONNX standard, whatever its name; {ADVICE}")
         if proto.op_type not in CONVERTERS and proto.op_type not in CONTROL and not known_to_relax(proto.op_type):
-            raise self.fail(proto, NO_CONVERSION)
+            raise Beyond(NO_CONVERSION)
 
     def nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
         for proto in nodes:
@@ -150,10 +164,10 @@ class _Importer:
             if name and name in self.values:
                 raise self.fail(proto, f"its result '{name}' is computed by another node too; names must be unique")
         domain = "" if proto.domain in _STANDARD else proto.domain
-        if domain:
-            self.check_known(proto)
         inputs, node = [self.values[name] if name else None for name in proto.input], None
         try:
+            if domain:
+                self.check_known(proto)
             node = Node(proto.op_type, domain, self.opset, inputs, list(proto.output), attributes(proto), proto, self.builder)
             check_finite(node)
             check_kinds(node)
@@ -215,7 +229,7 @@ class _Importer:
             refused = reason
         nodes = definition(node)
         if nodes is None:
-            raise refused or Refused(NO_CONVERSION)
+            raise refused or Beyond(NO_CONVERSION)
         for proto in nodes:
             if not proto.name:
                 proto.name = node.proto.name or node.id

@@ -9,7 +9,7 @@ from tvm import relax
 
 from qcompiler.importers import arithmetic, images, indexing, integers, shapes, spectra
 from qcompiler.importers.attention import attention
-from qcompiler.importers.nodes import Node, Refused, Undefined, Value
+from qcompiler.importers.nodes import Beyond, Node, Refused, Undefined, Value
 from qcompiler.importers.recurrent import recurrent
 from qcompiler.passes.graph import const
 
@@ -58,7 +58,7 @@ def _roi_align(node: Node) -> list[Value] | None:
 
 
 def _data_dependent(node: Node) -> list[Value]:
-    raise Refused("how many results it yields depends on data. Cut the model before it and run it outside, on this network's outputs")
+    raise Beyond("how many results it yields depends on data. Cut the model before it and run it outside, on this network's outputs")
 
 
 Converter = Callable[[Node], list[Value] | None]  # None: leave this node to Relax's importer

@@ -6,6 +6,7 @@ What stands behind this file has no part in the format: `Origin.read` ends in th
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, TypeAlias, cast
 
@@ -13,6 +14,7 @@ import onnx
 
 from qcompiler.base.errors import ModelError
 from qcompiler.importers import formats
+from qcompiler.importers.cut import Cut
 from qcompiler.importers.onnx_file import OnnxFile, OnnxInMemory
 from qcompiler.importers.tflite import TfliteFile
 from qcompiler.importers.torch_program import TorchProgram, is_module, is_program
@@ -41,11 +43,22 @@ AnyModel: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | Origin
 """A network as a user gives it: a path, a model in memory, or where it comes from."""
 
 
-def origin_of(model: AnyModel) -> Origin:
-    """The origin of a network that a user gives.
+def origin_of(model: AnyModel, cut: Iterable[str] = ()) -> Origin:
+    """The origin of a network that a user gives. cut: names of values that it ends at, all of it where there are none.
 
     Raises ModelError, with the way in, for a file of a format that is not read here; TypeError for an object that is no network.
     """
+    whole = _whole(model)
+    names = tuple(cut)
+    return Cut(whole, names) if names and not isinstance(whole, Cut) else whole
+
+
+def cut_of(origin: Origin) -> list[str]:
+    """The names of the values that a network ends at where it was cut; none for a whole one."""
+    return list(origin.cut) if isinstance(origin, Cut) else []
+
+
+def _whole(model: AnyModel) -> Origin:
     if isinstance(model, onnx.ModelProto):
         return OnnxInMemory(model)
     if is_program(model):

@@ -24,7 +24,7 @@ from tvm.relax.frontend.onnx import from_onnx
 from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
 from qcompiler.importers.control import renamed
-from qcompiler.importers.nodes import Node, Refused, Value, check_bytes, real
+from qcompiler.importers.nodes import Beyond, Node, Refused, Value, check_bytes, real
 from qcompiler.passes.graph import relax_op, shape_of, substitute
 
 _READ_SEQUENCES = {"ConcatFromSequence", "SequenceAt", "SequenceErase", "SequenceInsert", "SequenceLength"}
@@ -178,7 +178,7 @@ def check_static(var: Any) -> None:
         except (TypeError, ValueError, AttributeError):
             shape = None
         if shape is None:
-            raise Refused("the shape of its result depends on data; supported: operators whose shapes are known when compiling")
+            raise Beyond("the shape of its result depends on data; supported: operators whose shapes are known when compiling")
         if any(d < 0 for d in shape):
             raise Refused(f"its result has the shape {list(shape)}. Is the input too small for this network?")
         check_bytes("its result", shape)

@@ -17,7 +17,7 @@ from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
 from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.calibration.stored import Pass, StoredSamples
 from qcompiler.importers.model import FloatModel
-from qcompiler.importers.origin import AnyModel
+from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.passes.trained import Trained
@@ -79,7 +79,7 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     steps = recipe(options["preset"], options["enable"], options["disable"])
     rows = asked_rows(options)
     check_target(chosen, len(rows))
-    models = load_all(model, rows, options["requantize"], dump, options["input_values"], options["state"])
+    models = load_all(origin_of(model, options["outputs"]), rows, options["requantize"], dump, options["input_values"], options["state"])
     types = (options["input_types"] or {}, options["output_types"] or {})
     ports, *_ = [asked(*types, m.inputs, m.outputs, options["preprocess"], m.state) for m in models]
     rules = pad_rules(models, options["pad"], ports)

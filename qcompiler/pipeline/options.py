@@ -45,8 +45,8 @@ GROUPS = {
     "weights": (
         "weights alone",
         "For networks whose time goes into reading the weights of matrix products: activations stay float32, weights become float32 again in registers. "
-        "No calibration data is needed. Of the other options keep_float, input_shapes, shapes, input_values, state, dump_dir, targets_file and progress go "
-        "with it.",
+        "No calibration data is needed. Of the other options keep_float, input_shapes, shapes, input_values, outputs, state, dump_dir, targets_file and "
+        "progress go with it.",
     ),
     "kernels": ("code", ""),
     "work": ("work under way", ""),
@@ -98,6 +98,16 @@ class Options(TypedDict, total=False):
             "network",
             "NAME=VALUE",
             flag="--input-value",
+        ),
+    ]
+    outputs: Annotated[
+        str | Sequence[str],
+        Option(
+            "cut the network at these values (names of tensors in the model file), which are its outputs then. What stands behind them, such as a "
+            "non-maximum suppression, runs outside",
+            "network",
+            "NAME",
+            default=(),
         ),
     ]
     state: Annotated[

@@ -234,7 +234,7 @@ def verify(
     if hasattr(model, "trace"):
         report = compare(actual, fed_alike(model, actual), data, **options)
         return replace(report, checks=[*report.checks, *bits])
-    origin = origin_of(model)
+    origin = origin_of(model, actual.manifest.get("cut", ()))
     with temporary_folder() as folder:
         twin = float_session(origin, actual, folder, threads, data)
         report = with_import(compare(actual, twin, data, **options), origin, twin, data)

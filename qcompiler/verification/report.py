@@ -40,8 +40,8 @@ def verify_report(
     from qcompiler.verification.page import page
 
     path = check_writable(output, [library, *files_of(model), data, labels, preprocess])
-    origin = origin_of(model)
     session = Session(library, threads=threads)
+    origin = origin_of(model, session.manifest.get("cut", ()))
     samples = HashedSamples(open_given(data, session, preprocess, max_samples))
     given = judges(labels, metric, samples)
     with temporary_folder() as folder:

@@ -63,6 +63,7 @@ def float_artifact(model: AnyModel, like: Any, here: bool, samples: Any = None) 
     """The float network of `float_session` before it is opened. here: it must run on this machine."""
     from qcompiler.pipeline.stages import compile_float
 
+    model = origin_of(model, like.manifest.get("cut", ()))
     row, manifests = load_targets().get(like.manifest["target"]), _manifests(like, samples)
     target = row.name if row is not None and not row.gpu and not (here and missing_features(row)) else "native"
     wanted = [m.get("digests", {}).get("model") for m in manifests]
