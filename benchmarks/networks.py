@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("mobilenet_v2", "efficientnet_lite0", "resnet50")  # trained: these have images and labels
@@ -19,12 +22,14 @@ RANDOM_IMAGES = 16  # enough for the ranges of random weights
 
 @dataclass(frozen=True)
 class Network:
-    """`images` holds calibration/ and evaluation/ with a .tsv beside each, and `preprocess` says how they are read; both are None for made networks."""
+    """`images` holds calibration/ and evaluation/ with a .tsv beside each, and `preprocess` says how they are read; both are None for made networks.
+    `tokens`: how many words each input of integers takes its ids from, of a network that reads text."""
 
     name: str
     model: Path
     preprocess: Path | None
     images: Path | None
+    tokens: Mapping[str, int] | None = None
 
     def calibration(self) -> Any:
         """What `qcompiler.compile` takes as `calibration`."""
@@ -33,9 +38,40 @@ class Network:
         import onnx
         from generated import random_images
 
-        port = onnx.load(str(self.model), load_external_data=False).graph.input[0]
+        ports = onnx.load(str(self.model), load_external_data=False).graph.input
+        if self.tokens is not None:
+            rng = np.random.default_rng(0)
+            sizes = {p.name: tuple(d.dim_value for d in p.type.tensor_type.shape.dim) for p in ports}
+            return [{n: rng.integers(*_ids(self.tokens[n]), sizes[n], np.int64) for n in sizes} for _ in range(RANDOM_IMAGES)]
+        port = ports[0]
         shape = tuple(max(1, d.dim_value) for d in port.type.tensor_type.shape.dim)
         return [{port.name: image} for image in random_images(shape, RANDOM_IMAGES)]
+
+
+def _ids(words: int) -> tuple[int, int]:
+    """Half-open range of the ids of an input: all words of its table, or 1 for a mask, which has no table."""
+    return (0, words) if words else (1, 2)
+
+
+def text_network(path: Path, length: int, cache: Path) -> Network:
+    """A network that reads tokens, batch 1, in a copy of so many tokens. Its inputs are integers; those that index no table are masks, and all ones."""
+    import onnx
+
+    model = onnx.load(str(path))
+    graph = model.graph
+    tables = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 2}
+    looked_up = [(n.input[1], tables[n.input[0]]) for n in graph.node if n.op_type == "Gather" and n.input[0] in tables]
+    words = {p.name: min((size for name, size in looked_up if name == p.name), default=0) for p in graph.input}
+    for port in graph.input:
+        for dim, size in zip(port.type.tensor_type.shape.dim, (1, length), strict=True):
+            dim.Clear()
+            dim.dim_value = size
+    del graph.value_info[:]
+    cache.mkdir(parents=True, exist_ok=True)
+    target, part = cache / f"{path.stem}-{length}.onnx", cache / f"{path.stem}-{length}.{os.getpid()}.onnx"
+    onnx.save(model, str(part))
+    part.replace(target)
+    return Network(f"{path.stem}, {length} tokens", target, None, None, words)
 
 
 def default_data() -> Path:

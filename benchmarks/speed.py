@@ -1,13 +1,13 @@
 """Latency of whole networks, side by side in one process: ours, OpenVINO, ONNX Runtime and LiteRT, in int8 and in float, where installed.
 
-    python benchmarks/speed.py --data ../shared/data [--network resnet50]... [--threads 1 2] [--seconds 10] [--target T] [--tuning-log DIR]
-                               [--tflite NAME=FILE.tflite]... [--without "onnxruntime float"]... [--layers N] [--json FILE]
+    python benchmarks/speed.py --data ../shared/data [--network resnet50]... [--text FILE.onnx]... [--tokens 32 128 384] [--threads 1 2] [--seconds 10]
+                               [--target T] [--tuning-log DIR] [--tflite NAME=FILE.tflite]... [--without "onnxruntime float"]... [--layers N] [--json FILE]
 
 Candidates take turns, so read the ratios: absolute times drift by 10 % and more between runs. The peers' int8 networks are made by their own tools
-(NNCF, ONNX Runtime's static quantization) from the same images. "of peak" counts the network's multiply-accumulates against a loop of the machine's
-8-bit dot instructions (of VPDPBUSD for x86-amx too), which takes turns with the candidates; "speed-up" is the time on one thread over the time on so
-many. --layers adds our steps on one thread, those that lose most time against the peak first. With --target, our libraries are for another row that
-this machine can run; ONEDNN_MAX_CPU_ISA=AVX2 (AVX512_CORE_VNNI, ...) in the environment holds OpenVINO to as much.
+(NNCF, ONNX Runtime's static quantization, and its dynamic one for text) from the same samples. "of peak" counts the network's multiply-accumulates against
+a loop of the machine's 8-bit dot instructions (of VPDPBUSD for x86-amx too), which takes turns with the candidates; "speed-up" is the time on one thread
+over the time on so many. --layers adds our steps on one thread, those that lose most time against the peak first. With --target, our libraries are for
+another row that this machine can run; ONEDNN_MAX_CPU_ISA=AVX2 (AVX512_CORE_VNNI, ...) in the environment holds OpenVINO to as much.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qcompiler.runtime import peers
 
 OURS = "int8"
 BASES = ("openvino int8", "onnxruntime int8", "onnxruntime float", "float", OURS)  # what ratios refer to: the first that was measured
-CANDIDATES = (OURS, "int8 tuned", "float", "openvino int8", "openvino float", "onnxruntime int8", "onnxruntime float", "litert int8")
+CANDIDATES = (OURS, "int8 tuned", "float", "openvino int8", "openvino float", "onnxruntime int8", "onnxruntime dynamic", "onnxruntime float", "litert int8")
 CALIBRATION = 20  # samples: times do not depend on the ranges
 PEAK = "peak"
 
@@ -65,11 +65,13 @@ class Prepared:
         if peers.installed("openvino"):
             self.peers["openvino float"] = network.model
             if peers.installed("nncf") and "openvino int8" in wanted:
-                self.peers["openvino int8"] = peers.nncf_model(network.model, self.samples)
+                self.peers["openvino int8"] = peers.nncf_model(network.model, self.samples, transformer=network.tokens is not None)
         if peers.installed("onnxruntime"):
             self.peers["onnxruntime float"] = network.model
             if "onnxruntime int8" in wanted:
                 self.peers["onnxruntime int8"] = peers.onnxruntime_int8(network.model, self.samples, folder)
+            if "onnxruntime dynamic" in wanted and network.tokens is not None:
+                self.peers["onnxruntime dynamic"] = peers.onnxruntime_dynamic(network.model, folder)
         if peers.installed("ai_edge_litert") and tflite is not None:
             self.peers["litert int8"] = tflite
         self.peers = {name: self.peers[name] for name in CANDIDATES if name in self.peers and name in wanted}
@@ -210,6 +212,8 @@ def main() -> int:
     parser.add_argument("--target", default="native", help="of our libraries (default native)")
     parser.add_argument("--without", action="append", default=[], choices=CANDIDATES[1:], help="leave a candidate out; repeat for more")
     parser.add_argument("--tuning-log", type=Path, help="measure our library with these tuned kernels too")
+    parser.add_argument("--text", action="append", default=[], type=Path, metavar="FILE", help="a network that reads tokens (ONNX), measured with random ones")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128, 384], help="of each of --text (default 32 128 384)")
     parser.add_argument("--tflite", action="append", default=[], metavar="NAME=FILE", help="the TFLite twin of a network, for LiteRT")
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="print our N steps that lose most time, on one thread")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -220,13 +224,13 @@ def main() -> int:
     target = find_target(options.target)
     if missing := missing_features(target):
         parser.error(f"this machine can't run {target.name}: it lacks {', '.join(missing)}")
-    found, twins = networks.chosen(options), pairs(options.tflite)
+    found, twins = networks.chosen(options) if options.network or not options.text else [], pairs(options.tflite)
+    found += [networks.text_network(path, length, options.cache) for path in options.text for length in options.tokens]
     results: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as name, terminal_progress() as progress:
         for network in found:
-            folder = Path(name) / network.name
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(dir=name))
             prepared = Prepared(network, target, folder, set(options.without), options.tuning_log, twins.get(network.name), progress)
             results += measure(prepared, options.threads, options.seconds, progress)
             layers += [profile(prepared)] if options.layers else []

@@ -399,10 +399,19 @@ class ConvKernel:
         return [T.Cast(f"int32x{isa.lanes}", shuffle([words], channels)) for words in loaded for channels in order]
 
     def save_part(self, index: Any, vector: Any, total: int, begin: int, count: int) -> None:
-        """Store elements [begin, begin + count) of a vector of `total`, as powers of two."""
+        """Store elements [begin, begin + count) of a vector of `total`, as powers of two.
+
+        Bytes that one register holds leave the vector as one number: LLVM 22 never ends merging many vectors of them that lie side by side.
+        """
         while count > 0:
             size = 1 << (count.bit_length() - 1)
-            part = vector if size == total else shuffle([vector], range(begin, begin + size))
+            if size == total:
+                part = vector
+            elif self.out.dtype.endswith("int8") and size <= 8 and begin % size == 0:
+                words = T.reinterpret(f"int{8 * size}x{total // size}", vector)
+                part = T.reinterpret(f"{self.out.dtype}x{size}" if size > 1 else self.out.dtype, shuffle([words], [begin // size]))
+            else:
+                part = shuffle([vector], range(begin, begin + size))
             save(self.out, index, part, size)
             index, begin, count = index + size, begin + size, count - size
 

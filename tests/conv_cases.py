@@ -119,6 +119,8 @@ CASES = {
     "residual-clamped": Case((1, 7, 7, 16), 16, residual=True, attrs={"low": 5, "high": 90}),
     "residual-overflow": Case((1, 4, 7, 16), 32, residual=True, scale=1e10),
     "clamped": Case((1, 7, 9, 16), 48, attrs={"low": -20, "high": 33}),
+    "clamped-8": Case((1, 4, 4, 16), 8, attrs={"low": -20, "high": 33}),
+    "clamped-2": Case((1, 6, 6, 16), 2, (3, 3), pad=1, attrs={"low": -20, "high": 33}),
     "signed-storage": Case((1, 7, 9, 16), 48, storage="int8", attrs={"low": -100}),
     "overflow": Case((1, 4, 7, 16), 32, scale=1e9),
     "bell": Case((1, 8, 9, 32), 48, (3, 3), pad=1, spread=30),

@@ -113,6 +113,15 @@ def openvino_call(model: Any, inputs: Inputs, threads: int) -> Call:
     return lambda: request.infer(feed)
 
 
+def onnxruntime_dynamic(model: Path, folder: Path) -> Path:
+    """The network with ranges of activations measured in every call, as ONNX Runtime advises for text."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantized = folder / "ort_dynamic.onnx"
+    quantize_dynamic(str(model), str(quantized), per_channel=True, weight_type=QuantType.QInt8)
+    return quantized
+
+
 def nncf_model(model: Path, samples: list[Any], fast_bias_correction: bool = True, transformer: bool = False) -> Any:
     """The network as an OpenVINO model, quantized by NNCF's defaults, or with its sequential bias correction in the place of the fast one; as a
     transformer where asked for."""
