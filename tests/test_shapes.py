@@ -326,12 +326,21 @@ def test_samples_of_their_own_lengths(folder: Path, text: tuple[Compilation, Pat
     for number, sample in enumerate(data):
         np.savez(tmp_path / "data" / f"{number}.npz", **sample)
     shapes: dict[str, Any] = {"ids": [(1, n) for n in LENGTHS[:2]]}
-    again = qcompiler.compile(folder / "bert.onnx", calibration=tmp_path / "data", input_shapes=shapes, pad={"ids": 0, "mask": 0}, preset="fast")
+    options: dict[str, Any] = {"input_shapes": shapes, "pad": {"ids": 0, "mask": 0}, "preset": "fast"}
+    again = qcompiler.compile(folder / "bert.onnx", calibration=tmp_path / "data", **options)
     manifest = again.manifest
     assert manifest["calibration_samples"] == len(lengths) and [p["shape"] for p in manifest["inputs"]] == [[1, 16], [1, 16]]
     report = qcompiler.verify(again, folder / "bert.onnx", data)
     assert report.passed and report.samples == len(lengths) and report.outputs[0].metrics.sqnr_db > 15
     session = Session(again.save(tmp_path / "b.so"))
+    assert qcompiler.calibrate(folder / "bert.onnx", tmp_path / "t.qcal", tmp_path / "data", **options).samples == len(lengths)
+    passes: list[str] = []
+    stored = qcompiler.compile(folder / "bert.onnx", calibration=tmp_path / "t.qcal", progress=lambda stage, *_: passes.append(stage), **options)
+    assert stored.library == again.library and "calibrate" not in passes
+    kept = open_source(tmp_path / "t.qcal", session.inputs, None, session.fitting)
+    assert isinstance(kept, ShapedSamples) and kept.shapes == {0: 5, 1: 2}
+    with pytest.raises(DataError, match=r"its samples are for the inputs .*8.*, the model has .*16"):
+        qcompiler.compile(folder / "bert.onnx", calibration=tmp_path / "t.qcal", input_shapes={"ids": (1, 16)}, preset="fast")
     given = [open_source(source, session.inputs, None, session.fitting) for source in (data, iter(data), tmp_path / "data")]
     assert [g.count for g in given] == [len(lengths)] * 3 and all(isinstance(g, ShapedSamples) for g in given)
     for one, *others in zip(*given, strict=True):

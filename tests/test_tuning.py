@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx_nets import OnnxNet
 from tuning_rows import FaultyRow, copy_op
 
 import qcompiler
 from qcompiler import schedules
 from qcompiler.backend.tuning_log import best_of, isa_of, opened, read_log, workload_of
-from qcompiler.base.errors import TargetError, TuningError
+from qcompiler.base.errors import ModelError, TargetError, TuningError
 from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
@@ -354,6 +355,18 @@ def test_a_target_that_is_not_this_machine_is_refused() -> None:
 
     with pytest.raises(TargetError, match="lacks made_up"):
         check_arguments(dataclasses.replace(NATIVE, features=("made_up",)), 1, None, None)
+
+
+def test_kernels_of_several_shapes_are_tuned_together(tmp_path: Path) -> None:
+    net = OnnxNet(seed=3)
+    model = net.save(tmp_path / "n.onnx", [net.op("Conv", net.input("x", "n", 8, 6, 6), net.weight(16, 8, 3, 3))])
+    data = [{"x": np.random.default_rng(0).standard_normal((1, 8, 6, 6)).astype(np.float32)}]
+    options: dict[str, Any] = {"input_shapes": {"x": [(1, 8, 6, 6), (4, 8, 6, 6)]}, "preset": "fast"}
+    found = qcompiler.tune(model, "native", data, log=tmp_path / "log", trials=2, threads=1, **options)
+    assert sorted(t.workload["operands"][0][0][0] for t in found.tasks if t.op.name == "qc.conv2d") == [1, 4]
+    assert found.measured == 2
+    with pytest.raises(ModelError, match=r"export_onnx takes one shape of each input, and 2 are given; name one of them, such as x \[1, 8, 6, 6\]"):
+        qcompiler.export_onnx(model, tmp_path / "q.onnx", data, **options)
 
 
 def test_a_network_without_tunables_is_refused(tmp_path: Path) -> None:

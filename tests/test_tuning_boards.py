@@ -56,14 +56,14 @@ def canary(served: Server) -> Canary:
 
 
 @pytest.fixture(scope="module")
-def program(served: Server, model: tuple[Path, Path]) -> Program:
+def programs(served: Server, model: tuple[Path, Path]) -> list[Program]:
     return lowered(model[0], load_boards(served.file)["one"].target, model[1], complete({"preset": "fast"}))
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, canary: Canary, program: Program) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch, canary: Canary, programs: list[Program]) -> Iterator[None]:
     """Short timings, one canary and one program for all tests, and no board that counts as slow because this machine is busy."""
-    monkeypatch.setattr(tuning_boards, "lowered", lambda *arguments: program)
+    monkeypatch.setattr(tuning_boards, "lowered", lambda *arguments: programs)
     monkeypatch.setattr(tuning_fleet, "SECONDS", 0)
     monkeypatch.setattr(tuning_fleet, "SLOW", 1e9)
     monkeypatch.setattr(tuning_boards, "make_canary", lambda target: canary)

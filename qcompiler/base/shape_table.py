@@ -51,7 +51,8 @@ def shape_rows(given: Any) -> list[Row]:
 def check_single(rows: Sequence[Row], what: str) -> None:
     """Raises ModelError, naming `what`, for several rows."""
     if len(rows) > 1:
-        raise ModelError(f"{what} takes one shape of each input, not {len(rows)}")
+        first = ", ".join(f"{name} {list(shape)}" for name, shape in rows[0].items())
+        raise ModelError(f"{what} takes one shape of each input, and {len(rows)} are given; name one of them, such as {first}")
 
 
 def read_shape_table(path: str | os.PathLike[str]) -> list[Row]:

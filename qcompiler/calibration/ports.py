@@ -19,7 +19,7 @@ from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import Preprocessing, Sample, Samples, at_most, describe
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 from qcompiler.calibration.shaped import ShapedSamples
-from qcompiler.calibration.stored import StoredSamples, open_source, stored
+from qcompiler.calibration.stored import file_behind, open_source, stored
 from qcompiler.numerics.operators import dequantize, quantize
 from qcompiler.runtime.shapes import Fitting, of_inputs, specializations
 from qcompiler.runtime.shapes import ports as shapes_of
@@ -231,14 +231,15 @@ def open_given(source: Any, library: Any, preprocess: Preprocessing, count: int 
 
 def _of_library(samples: Samples, every: Sequence[Mapping[str, Any]]) -> Samples:
     """The samples, which a stored calibration must have of the model of one of these manifests."""
-    at = next((m for m in every if isinstance(samples, StoredSamples) and of_inputs(m) == {i.name: tuple(i.shape) for i in samples.inputs}), every[0])
+    file = file_behind(samples)
+    at = next((m for m in every if file and of_inputs(m) == {i.name: tuple(i.shape) for i in file.inputs}), every[0])
     return _of_model(samples, at.get("digests", {}).get("model"))
 
 
 def _of_model(samples: Samples, digest: str | None) -> Samples:
     """The samples, which a stored calibration must have of the model with this digest."""
-    if isinstance(samples, StoredSamples):
-        samples.check_model(digest)
+    if file := file_behind(samples):
+        file.check_model(digest)
     return samples
 
 

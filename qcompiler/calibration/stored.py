@@ -25,7 +25,7 @@ from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.arrays import Header, damage, read_headers, read_rows, skip_header
 from qcompiler.calibration.data import Sample, Samples, Source, check_sample
 from qcompiler.calibration.preprocess import Preprocess
-from qcompiler.calibration.shaped import open_any
+from qcompiler.calibration.shaped import ShapedSamples, open_any
 from qcompiler.calibration.table import CalibrationTable, Watcher
 from qcompiler.runtime.shapes import Fitting, like
 
@@ -52,8 +52,9 @@ class Pass:
 
 
 class StoredSamples:
-    """The samples in a file, read one at a time; passes are read when they are asked for. Raises DataError for what `save` did not write, and for samples of
-    other inputs than `inputs` and those of `others`, the network at other shapes."""
+    """The samples in a file, read one at a time; passes are read when they are asked for. inputs: those of the shape at which the file was made. forms: the
+    inputs at every shape of the samples; which: of every sample, at which. Raises DataError for what `save` did not write, and for samples of other inputs
+    than `inputs` and those of `others`, the network at other shapes."""
 
     names: Sequence[str] = ()
 
@@ -66,13 +67,17 @@ class StoredSamples:
                 raise DataError(f"{path}: format {meta['format']} is not supported (this version reads {FORMAT}); calibrate again")
             self.count: int | None = int(meta["samples"])
             self.model, self.digest, self._passes = str(meta["model"]), str(meta["digest"]), dict(meta["passes"])
-            given = [(str(i["name"]), tuple(map(int, i["shape"])), str(i["dtype"])) for i in meta["inputs"]]
+            forms = [[TensorInfo(str(i["name"]), tuple(map(int, i["shape"])), str(i["dtype"])) for i in f] for f in [meta["inputs"], *meta.get("shapes", [])]]
+            self.which = [int(i) for i in meta.get("which", [0] * self.count)]
+            if len(self.which) != self.count or any(not 0 <= i < len(forms) for i in self.which):
+                raise ValueError("shapes of samples")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a calibration that qcompiler stored ({type(error).__name__}: {error}); calibrate again") from error
-        wanted = [(i.name, tuple(i.shape), i.dtype) for i in inputs]
-        self.inputs = next((form for form in (inputs, *others) if given == [(i.name, tuple(i.shape), i.dtype) for i in form]), ())
-        if not self.inputs:
-            raise DataError(f"{path}: its samples are for the inputs {given}, the model has {wanted}; calibrate again")
+        known = {_described(form): form for form in (*others, inputs)}
+        if lost := [form for form in forms if _described(form) not in known]:
+            raise DataError(f"{path}: its samples are for the inputs {list(_described(lost[0]))}, the model has {list(_described(inputs))}; calibrate again")
+        self.forms = [known[_described(form)] for form in forms]
+        self.inputs = self.forms[0]
 
     def check_model(self, digest: str | None) -> None:
         """Raises DataError unless the samples were stored for the model with this digest (None: unknown)."""
@@ -94,9 +99,10 @@ class StoredSamples:
         for index in range(self.count):
             where = f"{self._path}: sample {index}"
             with damage(self._path, SUFFIX, f"sample {index}"):
-                sample = {info.name: self._array(f"sample/{index}/{number}") for number, info in enumerate(self.inputs)}
+                form = self.forms[self.which[index]]
+                sample = {info.name: self._array(f"sample/{index}/{number}") for number, info in enumerate(form)}
             digest.update(_bytes(sample))
-            yield check_sample(sample, self.inputs, where)
+            yield check_sample(sample, form, where)
         if digest.hexdigest() != self.digest:
             raise DataError(f"{self._path}: its samples are not those that were stored (their digest differs); calibrate again")
 
@@ -111,6 +117,20 @@ class StoredSamples:
             raise DataError(f"{self._path}: not a calibration that qcompiler stored; make one with `qcompiler calibrate`")
         with damage(self._path, SUFFIX):
             return parse_json(self._array(name).tobytes().decode())
+
+
+class StoredShaped(ShapedSamples):
+    """The samples in a file that has some of several shapes. forms: the inputs at every shape of the network."""
+
+    def __init__(self, file: StoredSamples, forms: Sequence[Sequence[TensorInfo]]) -> None:
+        numbers = [_described(form) for form in forms]
+        super().__init__(lambda: iter(file), [numbers.index(_described(file.forms[i])) for i in file.which])
+        self.file, self.first = file, numbers.index(_described(file.inputs))
+
+
+def file_behind(samples: Samples) -> StoredSamples | None:
+    """The stored calibration that these are all samples of."""
+    return samples.file if isinstance(samples, StoredShaped) else samples if isinstance(samples, StoredSamples) else None
 
 
 def stored(source: Any) -> TypeGuard[str | os.PathLike[str]]:
@@ -132,16 +152,27 @@ def open_source(
     if stored(source):
         if preprocess is not None:
             raise DataError(f"{source}: preprocessing applies to a folder of images only; a stored calibration holds what was made of them")
-        return StoredSamples(Path(source), inputs, [[TensorInfo(i.name, shapes[i.name], i.dtype) for i in inputs] for shapes in fitting.inputs])
+        forms = [[TensorInfo(i.name, shapes[i.name], i.dtype) for i in inputs] for shapes in fitting.inputs]
+        file = StoredSamples(Path(source), inputs, forms)
+        return file if len(file.forms) == 1 else StoredShaped(file, forms)
     return open_any(source, inputs, fitting, preprocess, pixels)
 
 
-def save(path: str | os.PathLike[str], model: str, inputs: Sequence[TensorInfo], samples: Samples, passes: Mapping[str, Pass]) -> int:
-    """Write a calibration; how many samples it holds. model: the digest of the model. Equal arguments give equal bytes.
+def save(
+    path: str | os.PathLike[str],
+    model: str,
+    inputs: Sequence[TensorInfo],
+    samples: Samples,
+    passes: Mapping[str, Pass],
+    others: Sequence[Sequence[TensorInfo]] = (),
+) -> int:
+    """Write a calibration; how many samples it holds. model: the digest of the model. others: its inputs at the other shapes that samples have. Equal
+    arguments give equal bytes.
 
     Raises OutputError when `path` can't be written, DataError for samples of more than `LARGEST` bytes.
     """
-    digest, count, size = hashlib.sha256(), 0, 0
+    digest, size, which = hashlib.sha256(), 0, list[int]()
+    numbers = {tuple(tuple(i.shape) for i in form): number for number, form in enumerate((inputs, *others))}
     with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
 
         def put(name: str, array: np.ndarray) -> str:
@@ -159,15 +190,20 @@ def save(path: str | os.PathLike[str], model: str, inputs: Sequence[TensorInfo],
             if size > LARGEST:
                 raise DataError(f"the samples come to more than {LARGEST >> 20} MiB, and a stored calibration holds no more; use fewer (--samples N)")
             for number, info in enumerate(inputs):
-                put(f"sample/{count}/{number}", sample[info.name])
-            count += 1
+                put(f"sample/{len(which)}/{number}", sample[info.name])
+            which.append(numbers[tuple(sample[i.name].shape for i in inputs)])
         described: dict[str, Any] = {}
         for name, seen in passes.items():
             states = [{k: put(f"pass/{name}/{i}/{j}", state[k]) for j, k in enumerate(state)} for i, state in enumerate(seen.watchers)]
             described[name] = {"key": seen.key, "table": text(f"pass/{name}/table", seen.table.to_json()), "watchers": states}
-        meta = {"format": FORMAT, "model": model, "samples": count, "digest": digest.hexdigest(), "passes": described}
-        text("meta", json.dumps(meta | {"inputs": [{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in inputs]}))
-    return count
+        first, *more = ([{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in form] for form in (inputs, *others))
+        meta = {"format": FORMAT, "model": model, "samples": len(which), "digest": digest.hexdigest(), "passes": described, "inputs": first}
+        text("meta", json.dumps(meta | ({"shapes": more, "which": which} if more else {})))
+    return len(which)
+
+
+def _described(form: Sequence[TensorInfo]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    return tuple((i.name, tuple(i.shape), i.dtype) for i in form)
 
 
 def _bytes(sample: Mapping[str, np.ndarray]) -> bytes:

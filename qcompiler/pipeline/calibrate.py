@@ -9,13 +9,12 @@ from typing import Unpack
 
 from qcompiler.base.errors import DataError, PlanError
 from qcompiler.base.files import check_writable
-from qcompiler.base.shape_table import check_single
 from qcompiler.calibration.data import Source
 from qcompiler.calibration.stored import SUFFIX, save
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.origin import AnyModel, files_of
 from qcompiler.pipeline import stages
-from qcompiler.pipeline.job import asked_rows, opened
+from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.options import OPTIONS, AnyPath, Options, complete, given, takes_options
 
 _GROUPS = ("network", "recipe", "work")  # of options that may decide what calibration sees
@@ -40,7 +39,6 @@ def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: 
     Raises OutputError when `output` can't be written, PlanError for options that calibration has no part in, and what `compile` raises.
     """
     options = complete(options, "calibrate")
-    check_single(asked_rows(options), "a stored calibration")
     path = check_writable(Path(output), [*files_of(model), *([calibration] if isinstance(calibration, (str, Path)) else [])])
     if path.suffix != SUFFIX:
         raise DataError(f"{path}: a calibration is stored as {SUFFIX}; name a file that ends so")
@@ -51,5 +49,5 @@ def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: 
     job = dataclasses.replace(opened(model, "native", calibration, options), passes={})
     measured = stages.calibrate(stages.equalize(job))
     assert job.passes is not None
-    count = save(path, job.model.digest, job.model.inputs, job.samples, job.passes)
+    count = save(path, job.model.digest, job.model.inputs, job.samples, job.passes, [m.inputs for m in job.sampled])
     return Calibration(path, count, measured.table, measured.warnings)

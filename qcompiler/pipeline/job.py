@@ -15,7 +15,7 @@ from qcompiler.base.targets import Target, find_target
 from qcompiler.calibration.data import NO_SAMPLES, Samples
 from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
 from qcompiler.calibration.shaped import ShapedSamples
-from qcompiler.calibration.stored import Pass, StoredSamples
+from qcompiler.calibration.stored import Pass, file_behind
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
@@ -107,8 +107,8 @@ def in_order(
     held = list(calibration) if isinstance(calibration, Iterator) else calibration
     used = open_real(held, models[0].inputs, ports, preprocess, most, fitting=fitting_of(models, rules))
     counts = used.shapes if isinstance(used, ShapedSamples) else {}
-    if isinstance(used, StoredSamples):  # at the one that they were stored for
-        counts = {i: 1 for i, m in enumerate(models) if m.inputs == tuple(used.inputs)}
+    if file := file_behind(used):  # at the one that they were stored for
+        counts = {i: 1 for i, m in enumerate(models) if m.inputs == tuple(file.inputs)}
     first = max(range(len(models)), key=lambda i: counts.get(i, 0))
     ordered = (models[first], *models[:first], *models[first + 1 :])
     return open_real(held, ordered[0].inputs, ports, preprocess, fitting=fitting_of(ordered, rules)), ordered

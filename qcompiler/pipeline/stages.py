@@ -29,7 +29,7 @@ from qcompiler.calibration.data import unused
 from qcompiler.calibration.lookups import Lookups
 from qcompiler.calibration.padding import Padding
 from qcompiler.calibration.ports import stored_inputs
-from qcompiler.calibration.stored import Pass, Remembering, StoredSamples
+from qcompiler.calibration.stored import Pass, Remembering, file_behind
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
@@ -123,7 +123,8 @@ def observe(
     before = sorted(job.recipe.steps & ({"streams"} if stage == "measure channels" else {"streams", "equalize", "shift"}))
     decisive = [qcompiler.__version__, before, job.recipe.judges_ranges, list(ids), list(decided_by), job.model.fixed]
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
-    known = job.samples.known(stage, key) if isinstance(job.samples, StoredSamples) else None
+    file = file_behind(job.samples)
+    known = file.known(stage, key) if file else None
     if known is not None and len(known.watchers) == len(watchers):
         for watcher, state in zip(watchers, known.watchers, strict=True):
             watcher.restore(state)

@@ -64,8 +64,8 @@ def tune_on_boards(
         raise TuningError(f"trials is {trials}; at least 1 is needed")
     with opened(log, isa_of(target)):  # a log that can't be written shows before anything long is begun
         pass
-    lowered_program = lowered(model, target, calibration, options)
-    state = Tuning(target, threads, measurable_tasks(lowered_program), trials, time_limit, core=boards[0].core)
+    programs = lowered(model, target, calibration, options)
+    state = Tuning(target, threads, measurable_tasks(programs), trials, time_limit, core=boards[0].core)
     progress = options["progress"] or silent
     with Fleet(boards, make_canary(target)) as fleet:
         state.started = time.monotonic()
@@ -74,7 +74,7 @@ def tune_on_boards(
             before = state.trials
             with temporary_folder() as folder:
                 try:
-                    made = export_round(lowered_program, log, folder / "round", min(candidates, _fair(state)), threads, progress, None, state.core)
+                    made = export_round(programs, log, folder / "round", min(candidates, _fair(state)), threads, progress, None, state.core)
                 except NothingNew:
                     state.stopped = "nothing is left to try"
                     break

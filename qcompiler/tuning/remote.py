@@ -28,10 +28,8 @@ from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_w
 from qcompiler.base.errors import TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
-from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target, find_target
 from qcompiler.importers.origin import AnyModel
-from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import Kernel
 from qcompiler.tuning.bench import MARGIN, ratio_of
@@ -91,14 +89,13 @@ def export_candidates(
     Raises TuningError (nothing to tune, nothing new to try), TargetError (a compiler is missing), OutputError, and what `compile` raises.
     """
     options = complete(options, "export_candidates")
-    check_single(asked_rows(options), "export_candidates")
     chosen = find_target(target, options["targets_file"])
     find_compiler(chosen)  # a missing one shows before anything long is begun
     threads = check_round(chosen, candidates, threads)
     with opened(log, isa_of(chosen)):  # so does a log that can't be written
         pass
-    program = lowered(model, chosen, calibration, options)
-    return export_round(program, log, output, candidates, threads, options["progress"] or silent, limits, options["core"] or "")
+    programs = lowered(model, chosen, calibration, options)
+    return export_round(programs, log, output, candidates, threads, options["progress"] or silent, limits, options["core"] or "")
 
 
 def check_round(target: Target, candidates: int, threads: int | None) -> int:
@@ -111,24 +108,26 @@ def check_round(target: Target, candidates: int, threads: int | None) -> int:
     return threads
 
 
-def lowered(model: AnyModel, target: Target, calibration: Any, options: Options) -> Program:
-    """The program whose kernels are tuned. Raises what `compile` raises."""
+def lowered(model: AnyModel, target: Target, calibration: Any, options: Options) -> list[Program]:
+    """The programs whose kernels are tuned, one for each shape. Raises what `compile` raises."""
     from qcompiler.backend.lowering import lower
     from qcompiler.pipeline.compile import quantize
 
-    return lower(quantize(model, target, calibration, **options).integer, target)
+    quantized = quantize(model, target, calibration, **options)
+    return [lower(module, target) for module in (quantized.integer, *quantized.others)]
 
 
-def measurable_tasks(program: Program) -> list[Task]:
-    """The tasks of a program that a device can check, in its order. Raises TuningError where there are none."""
-    tasks = [t for t in tasks_of(program.steps, program.target) if measurable(t.op)]
+def measurable_tasks(programs: Sequence[Program]) -> list[Task]:
+    """The tasks of programs that a device can check, in their order. Raises TuningError where there are none."""
+    target = programs[0].target
+    tasks = [t for t in tasks_of([step for program in programs for step in program.steps], target) if measurable(t.op)]
     if not tasks:
-        raise TuningError(f"nothing to tune: no operator of this network has tunables on {program.target.name}")
+        raise TuningError(f"nothing to tune: no operator of this network has tunables on {target.name}")
     return tasks
 
 
 def export_round(
-    program: Program,
+    programs: Sequence[Program],
     log: str | os.PathLike[str],
     output: str | os.PathLike[str],
     candidates: int,
@@ -137,13 +136,13 @@ def export_round(
     limits: Limits | None,
     core: str = "",
 ) -> Exported:
-    """The next round for a program; arguments as `export_candidates`. Raises NothingNew where every candidate is known."""
-    target = program.target
+    """The next round for a network's programs; arguments as `export_candidates`. Raises NothingNew where every candidate is known."""
+    target = programs[0].target
     with opened(log, isa_of(target)) as writer, new_folder(Path(output)) as folder:
-        work = {s.op.value_id: s.kernel.macs for s in program.steps if s.op is not None}
-        tasks = measurable_tasks(program)
+        work = {id(s.op): s.kernel.macs for program in programs for s in program.steps if s.op is not None}
+        tasks = measurable_tasks(programs)
         search = Search(target, tasks, read_file(writer.path), core)
-        tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.op.value_id, 0)))
+        tasks.sort(key=lambda t: (t.trials, -t.count * work.get(id(t.op), 0)))
         exported = Exported(Path(output), "")
         described = _fill(folder, search, target, candidates, threads, exported, progress, limits)
         if not described["tasks"]:

@@ -22,10 +22,8 @@ from typing import Any, Unpack
 
 from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, allowed, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.base.errors import TargetError, TuningError
-from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.importers.origin import AnyModel
-from qcompiler.pipeline.job import asked_rows
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.tuning.bench import FREE
@@ -348,7 +346,7 @@ def tune(
     limits: Limits | None = None,
     **options: Unpack[Options],
 ) -> Tuning:
-    """Tune the kernels of a network on this machine, into the folder `log`, which `compile(tuning_log=...)` reads.
+    """Tune the kernels of a network, at all the shapes that are given, on this machine, into the folder `log`, which `compile(tuning_log=...)` reads.
 
     trials: candidates to measure, those that the log already has for this network included. time_limit: seconds of search. threads: a candidate is
     judged by the geometric mean of its times on one thread and on so many (default: the target's cores, as far as this process may use them).
@@ -360,13 +358,13 @@ def tune(
     from qcompiler.pipeline.compile import quantize
 
     options = complete(options, "tune")
-    check_single(asked_rows(options), "tune")
     chosen = find_target(target, options["targets_file"])
     threads = check_arguments(chosen, trials, time_limit, threads)
     with opened(log, isa_of(chosen)) as writer:
         records = read_file(writer.path)
         quantized = quantize(model, chosen, calibration, **options)
-        return tune_module(quantized.integer, chosen, writer, records, trials, time_limit, threads, watch, limits, options["core"] or "")
+        modules = [quantized.integer, *quantized.others]
+        return tune_modules(modules, chosen, writer, records, trials, time_limit, threads, watch, limits, options["core"] or "")
 
 
 def check_arguments(target: Target, trials: int, time_limit: float | None, threads: int | None) -> int:
@@ -389,8 +387,8 @@ def check_arguments(target: Target, trials: int, time_limit: float | None, threa
     return threads
 
 
-def tune_module(
-    module: Any,
+def tune_modules(
+    modules: Sequence[Any],
     target: Target,
     log: LogWriter,
     records: Sequence[Record],
@@ -401,13 +399,13 @@ def tune_module(
     limits: Limits | None = None,
     core: str = "",
 ) -> Tuning:
-    """The search itself, on a module as `lower` takes it; arguments as `tune`. Raises TuningError when no operator has anything to tune."""
+    """The search itself, on modules as `lower` takes them, a network's at each shape; arguments as `tune`. Raises TuningError where there are no tunables."""
     from qcompiler.backend.lowering import lower
 
-    program = lower(module, target)
-    tasks = tasks_of(program.steps, target)
+    steps = [step for module in modules for step in lower(module, target).steps]
+    tasks = tasks_of(steps, target)
     if not tasks:
-        rows = sorted({s.row.name for s in program.steps if s.row is not None})
+        rows = sorted({s.row.name for s in steps if s.row is not None})
         raise TuningError(f"nothing to tune: no operator of this network has tunables on {target.name} (its kernels: {', '.join(rows)})")
     state = Tuning(target, threads, tasks, trials, time_limit, core=core)
     with Worker(threads, limits) as worker:
