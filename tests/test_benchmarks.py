@@ -356,3 +356,28 @@ def test_every_script_explains_itself(root: Path) -> None:
     for name, process in running.items():
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and "usage:" in out, f"{name}: {err}"
+
+
+def test_zoo(script: Any, tmp_path: Path) -> None:
+    """A network goes through a process of its own, and what is refused is said with its reason; inputs are the same every time."""
+    import argparse
+    import hashlib
+    import zipfile
+
+    zoo = script("zoo")
+    port = TensorInfo("x", (1, 3, 8, 8), "float32")
+    first, again = (next(zoo.samples("image -1 1", [port], 5, 1))["x"] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first.dtype == np.float32 and -1 <= first.min() < first.max() <= 1
+    node = onnx.helper.make_node("NonZero", ["x"], ["y"])
+    ports = [onnx.helper.make_tensor_value_info(n, t, s) for n, t, s in (("x", 1, [1, 3, 8, 8]), ("y", 7, [4, "n"]))]
+    data = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ports[:1], ports[1:])).SerializeToString()
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "some_nets-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("nets/a.onnx", data)
+    entry = {"file": "nets/a.onnx", "sha256": hashlib.sha256(data).hexdigest(), "kind": "test", "made": "image"}
+    options = argparse.Namespace(cache=tmp_path, seconds=120.0, gigabytes=16.0, preset="fast")
+    found = zoo.in_child("some-nets==1.0", entry, options)
+    assert found["status"] == "refused" and "NonZero" in found["reason"] and "refused" in zoo.rows({"a": {"kind": "test", **found}})
+    with pytest.raises(SystemExit, match="its SHA-256 is"):
+        zoo.fetched("some-nets==1.0", "nets/a.onnx", "0" * 64, tmp_path)

@@ -32,7 +32,7 @@ def detector(path: Path, tail: str) -> tuple[str, str]:
         last = net.op("GatherND", scores, found)
     else:
         found = net.op("NonZero", net.op("Greater", scores, threshold))
-        last = net.op("Gather", boxes, net.op("Gather", found, net.ints(2)), axis=1)
+        last = net.op("Gather", net.op("Identity", boxes), net.op("Gather", found, net.ints(2)), axis=1)
     net.save(path, [last])
     return boxes, scores
 

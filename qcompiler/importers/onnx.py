@@ -132,11 +132,11 @@ class _Importer:
             ends |= reads(proto)
         if refusals:
             shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} nodes more"] if len(refusals) > SHOWN else [])
-            raise ModelError(f"{self.where}: {'; '.join(shown)}{self.offer(ends) if beyond else ''}")
+            raise ModelError(f"{self.where}: {'; '.join(shown)}{self.offer(ends - {v.name for v in graph.input}) if beyond else ''}")
 
     def offer(self, ends: Container[str]) -> str:
-        """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network."""
-        names = [name for name, value in self.values.items() if name in ends and name in self.sources and isinstance(value, relax.Var)]
+        """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network; no inputs."""
+        names = [name for name, value in self.values.items() if name in ends and isinstance(value, relax.Var)]
         if not names:
             return ""
         option = " ".join(map(shlex.quote, names))
