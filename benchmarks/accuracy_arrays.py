@@ -131,7 +131,8 @@ def main() -> int:
         for method, make in makers.items():
             start = time.perf_counter()
             run = make()
-            found += rows(network, method, run, time.perf_counter() - start)
+            found += (new := rows(network, method, run, time.perf_counter() - start))
+            print(*(" ".join(row) for row in new), sep="\n", file=sys.stderr)  # what comes first is known soon
     columns = ("network", "method", "output", "samples|", "SQNR dB|", "cosine|", "least|", "agreement|", "compile s|")
     print(table(options.note or f"{len(network.calibration)} samples for calibration, others to judge", columns, found))
     return 0

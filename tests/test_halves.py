@@ -16,8 +16,11 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import STREAMS
 from qcompiler.passes.halves import HALVES, divisible
 from qcompiler.passes.sequence import HALVED, WIDE, run
-from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline import halves
+from qcompiler.pipeline.compile import compile_stages, quantize
+from qcompiler.pipeline.float_layers import ENOUGH
 from qcompiler.pipeline.stages import Compilation
+from qcompiler.plan import recipes
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
@@ -30,7 +33,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def halved(path: Path) -> Compilation:
-    return compile_stages(path, calibration=pictures(12), enable=["halves"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes._HALVES, "default", recipes._HALVES["accurate"])
+        return compile_stages(path, calibration=pictures(12))
 
 
 def test_the_float_network_stays_the_same(path: Path) -> None:
@@ -60,7 +65,7 @@ def test_both_products_are_exact_together(halved: Compilation, tmp_path: Path) -
 
 
 def test_the_outputs_gain(path: Path, halved: Compilation, tmp_path: Path) -> None:
-    plain = compile_stages(path, calibration=pictures(12))
+    plain = compile_stages(path, calibration=pictures(12), disable=["halves"])
     reference, found = onnxruntime.InferenceSession(str(path)), []
     wanted = np.concatenate([reference.run(None, s)[0] for s in pictures(16, 77)])
     for name, compilation in (("plain", plain), ("halved", halved)):
@@ -74,3 +79,37 @@ def test_networks_without_streams_have_nothing_to_divide(tmp_path: Path) -> None
     x = net.op("Relu", net.op("MatMul", net.input("x", 1, 8), net.weight(8, 8)))
     model = load(net.save(tmp_path / "net.onnx", [net.op("MatMul", x, net.weight(8, 4))]))
     assert divisible(run(WIDE, model.module)) == {}
+
+
+def loud_and_quiet(folder: Path) -> tuple[Path, list[dict[str, np.ndarray]]]:
+    """Tokens of very different loudness through a feed-forward block, alike again behind it: 8 bits leave nothing of the quiet ones."""
+    net = OnnxNet(seed=4)
+    x, gain = net.input("x", 1, 16, 32), net.input("gain", 1, 16, 1)
+    ones, zeros = net.const(np.ones(32)), net.const(np.zeros(32))
+    loud = net.op("Mul", net.op("LayerNormalization", x, ones, zeros, axis=-1), gain)
+    hidden = net.op("Add", net.op("MatMul", loud, net.weight(32, 32)), net.const(0.1 * net.rng.standard_normal(32)))
+    gelu = net.op("Mul", hidden, net.op("Sigmoid", hidden))
+    y = net.op("LayerNormalization", net.op("MatMul", gelu, net.weight(32, 32)), ones, zeros, axis=-1, epsilon=1e-12)
+    for _ in range(4):  # work beside which two small products are little
+        y = net.op("Add", net.op("MatMul", net.op("Relu", net.op("MatMul", y, net.weight(32, 256))), net.weight(256, 32, spread=0.02)), y)
+    rng, levels = np.random.default_rng(6), np.logspace(-1.5, 1, 16).astype(np.float32).reshape(1, 16, 1)
+    samples = [{"x": rng.standard_normal((1, 16, 32)).astype(np.float32), "gain": rng.permuted(levels, axis=1)} for _ in range(12)]
+    return net.save(folder / "loud.onnx", [y]), samples
+
+
+def test_a_rescue_reads_in_halves_before_it_keeps_layers_in_float(tmp_path: Path) -> None:
+    path, samples = loud_and_quiet(tmp_path)
+    network = quantize(path, "native", samples)
+    assert network.plan.reasons == {} and network.warnings == ()
+    before, after = network.account["rescue"].split(" more work: ")[1].split(" dB, estimated")[0].split(" dB -> ")
+    assert float(before) < ENOUGH <= float(after)
+    assert quantize(path, "native", samples, disable=["halves"]).plan.reasons
+
+
+def test_default_takes_what_stands_out_for_little_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`default`: one operand that holds most of the noise, for at most a sixteenth of the work; none where the outputs are good enough."""
+    path, samples = loud_and_quiet(tmp_path)
+    said = quantize(path, "native", samples, disable=["rescue"]).account["halves"]
+    assert said.startswith("1 operand ") and float(said.split(" for ")[1].split(" %")[0]) <= 100 / 16
+    monkeypatch.setattr(halves, "BEYOND_NOTICE", 10.0)
+    assert "halves" not in quantize(path, "native", samples, disable=["rescue"]).account

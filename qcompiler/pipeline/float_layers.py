@@ -1,8 +1,9 @@
 """The layers that a compilation takes in float of its own accord, and what it says where the outputs stay poor all the same.
 
 An estimate decides: the float network with all roundings of the plan at once, on calibration samples. From 20 dB on nothing happens. Below, the step
-"rescue" takes layers in float, those first that bring back most for their work, until the estimate comes to 20 dB or they cost a fifth of the network's
-work. The step "mixed" does the same up to 40 dB, and whatever the estimate. A network below 15 dB is never handed out without a warning.
+"rescue" reads operands of dense layers in halves (`halves.py`); where that is not enough it takes layers in float, those first that bring back most for
+their work, until the estimate comes to 20 dB or they cost a fifth of the network's work. The step "mixed" takes layers in float up to 40 dB, and whatever
+the estimate. A network below 15 dB is never handed out without a warning.
 
 Work is counted, not timed: the same layers are taken on every machine.
 """
@@ -16,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qcompiler.pipeline.goal import decibel
+from qcompiler.pipeline.halves import RESCUE, halved
 from qcompiler.pipeline.stages import QuantizedNetwork, integer_network
-from qcompiler.pipeline.survey import ELEMENT, Survey
+from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import Network, Point, first_below
 
 ENOUGH = 20.0  # dB, estimated, of every output: from here on no layer is rescued
 POOR = 15.0  # dB, below which compilation warns
-_BEYOND_NOTICE = 40.0  # dB, from which on the step mixed takes no more layers
 _ALLOWANCE = 0.2  # of the network's work, for layers in float
 _SAMPLES = 8
 _FEW = 2  # samples that tell which roundings to name
@@ -43,6 +44,10 @@ def settled(network: QuantizedNetwork) -> QuantizedNetwork:
     if noise <= limit or not math.isfinite(noise):
         return dataclasses.replace(network, noise=noise)
     rescues = limit == _noise(ENOUGH)
+    if rescues and "halves" in steps:
+        network, noise = _in_halves(network, noise)
+        if noise <= limit:
+            return dataclasses.replace(network, noise=noise)
     trade = _Trade.of(network, _SAMPLES if rescues else _FEW)
     if rescues:
         network, noise = _rescued(network, noise, trade)
@@ -104,9 +109,18 @@ def _mixed(network: QuantizedNetwork) -> QuantizedNetwork:
     """With the layers in float whose 8-bit roundings cost the outputs most for the work that float32 takes."""
     trade = _Trade.of(network)
     points = trade.affordable(network.job.kept)
-    first, last = points[0], points[first_below(points, _noise(_BEYOND_NOTICE))]
+    first, last = points[0], points[first_below(points, _noise(BEYOND_NOTICE))]
     found = _with(network, trade.reasons(first, last, "mixed"))
     return dataclasses.replace(found, account={**network.account, "mixed": _summary(first, last, first.noise, last.noise)})
+
+
+def _in_halves(network: QuantizedNetwork, noise: float) -> tuple[QuantizedNetwork, float]:
+    """(the network with all operands in halves that are worth it to a rescue, or as it was where that brings nothing; its estimated noise)."""
+    found = halved(network, RESCUE)
+    if found is network or (after := _estimate(found)) >= noise:
+        return network, noise
+    said = f"{found.account['halves']}: {decibel(noise):.2f} dB -> {decibel(after):.2f} dB, estimated"
+    return dataclasses.replace(found, account={**network.account, "rescue": said}), after
 
 
 def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[QuantizedNetwork, float]:
@@ -129,7 +143,8 @@ def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[Qu
         if found <= _noise(ENOUGH):
             break
         limit = min(limit, point.noise) * min(_noise(ENOUGH) / found, 0.5)
-    return dataclasses.replace(best, account={**network.account, "rescue": _summary(first, chosen, noise, least)}), least
+    said = "; ".join([*filter(None, [network.account.get("rescue")]), _summary(first, chosen, noise, least)])
+    return dataclasses.replace(best, account={**network.account, "rescue": said}), least
 
 
 def _warning(network: QuantizedNetwork, noise: float, trade: _Trade) -> str:

@@ -26,6 +26,7 @@ from qcompiler.runtime.session import Session
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
 _WORK = 2.0**42  # float multiplications that one survey may take: a minute or two; behind it fewer samples tell
+BEYOND_NOTICE = 40.0  # dB, from which on no step spends work on accuracy
 ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it
 
 

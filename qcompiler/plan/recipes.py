@@ -15,9 +15,9 @@ STEPS = {
     "ranges": "let observers compete for the range of every value; off: everything seen",
     "judge-ranges": "let these ranges compete once more, by the error of the network's outputs",
     "margins": "widen ranges beyond all that was seen where the outputs lose next to nothing by it",
-    "halves": "read in 16 bits, as two halves, the operands of dense layers that lose most in 8, for at most a third more work (with streams)",
+    "halves": "read in 16 bits, as two halves, the operands of dense layers that lose most in 8, where that is worth the work (with streams)",
     "mixed": "keep in float the layers that raise the accuracy most, for at most a fifth more work",
-    "rescue": "keep in float what brings outputs that lose too much back to 20 dB, for at most a fifth more work (beside mixed: nothing left to do)",
+    "rescue": "bring outputs that lose too much back to 20 dB: operands in halves, then layers in float, for at most a fifth more work each (not beside mixed)",
     "clip-weights": "try clipped weight scales; off: the largest weight of a channel",
     "analytic-bias": "undo what rounded weights do to the mean of every channel, by the float network's means",
     "correct-bias": "undo the mean shift of every channel on calibration samples",
@@ -26,7 +26,7 @@ STEPS = {
 }
 """Every step by name, in order of execution."""
 
-_DEFAULT = frozenset(STEPS) - {"halves", "mixed", "round-all"}
+_DEFAULT = frozenset(STEPS) - {"mixed", "round-all"}
 PRESETS = {"fast": frozenset({"streams", "analytic-bias"}), "default": _DEFAULT, "accurate": frozenset(STEPS)}
 
 
@@ -34,13 +34,15 @@ PRESETS = {"fast": frozenset({"streams", "analytic-bias"}), "default": _DEFAULT,
 class Recipe:
     """samples: how many calibration samples correction and rounding look at. positions: of each sample's outputs, how many decide a rounding.
     judges: of `ranges.output_noise`, half the samples that judge a value's ranges, the part of the network in which values are judged, and the work
-    that this may take, in calibrations."""
+    that this may take, in calibrations. halves: how many times its part in the work an operand's part in the noise has to be to be read in halves, and
+    the work, as a part of the network's, that all of them may take."""
 
     preset: str
     steps: frozenset[str]
     samples: int
     positions: int
     judges: tuple[int, float, float]
+    halves: tuple[float, float]
 
     @property
     def observers(self) -> tuple[str, ...]:
@@ -77,6 +79,7 @@ class Recipe:
 _SAMPLES = {"fast": 32, "default": 32, "accurate": 64}
 _POSITIONS = {"fast": 128, "default": 256, "accurate": 512}
 _JUDGES = {"fast": (4, 0.5, 8.0), "default": (8, 0.5, 16.0), "accurate": (16, 1.0, 64.0)}
+_HALVES = {"fast": (2.5, 1 / 16), "default": (2.5, 1 / 16), "accurate": (0.2, 1 / 3)}
 
 
 def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable: Iterable[str] = ()) -> Recipe:
@@ -91,4 +94,4 @@ def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable
             raise PlanError(f"unknown step '{step}'.{closest(step, list(STEPS))} Known: {', '.join(STEPS)}")
     if both := sorted(set(on) & set(off)):
         raise PlanError(f"step '{both[0]}' is both enabled and disabled; leave one out")
-    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset], _JUDGES[preset])
+    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset], _JUDGES[preset], _HALVES[preset])

@@ -69,7 +69,9 @@ def onnxruntime_call(model: AnyPath, inputs: Inputs, threads: int) -> Call:
 
 
 def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path, ranges: str = "MinMax") -> Path:
-    """The network quantized by ONNX Runtime: QDQ, per-channel weights, uint8 activations and int8 weights. ranges: "MinMax", "Percentile" or "Entropy"."""
+    """The network quantized by ONNX Runtime: QDQ, per-channel weights, which ONNX has from operator set 13 on, uint8 activations and int8 weights. ranges:
+    "MinMax", "Percentile" or "Entropy"."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -82,12 +84,13 @@ def onnxruntime_int8(model: Path, samples: Iterable[Any], folder: Path, ranges: 
 
     prepared, quantized = folder / "prepared.onnx", folder / "ort_int8.onnx"
     quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    opset = next(o.version for o in onnx.load(str(prepared), load_external_data=False).opset_import if o.domain in ("", "ai.onnx"))
     quantize_static(
         str(prepared),
         str(quantized),
         Reader(),
         quant_format=QuantFormat.QDQ,
-        per_channel=True,
+        per_channel=opset >= 13,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod[ranges],
