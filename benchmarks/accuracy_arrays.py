@@ -1,10 +1,11 @@
 """Accuracy of int8 against float on a network of your own that takes arrays (sentences, lines of text, spectra): SQNR, cosine and agreement of each output.
 
     python benchmarks/accuracy_arrays.py --model encoder.onnx --calibration calibration.npz --evaluation others.npz
-        [--preset accurate]... [--rivals] [--transformer] [--note TEXT]
+        [--preset accurate]... [--rivals] [--transformer] [--ctc BLANK] [--note TEXT]
 
 One array per input name, first axis = samples. Outputs are judged where they count: positions that the network's own masks hide are left out, for every method
-alike. Cosine: of each sample's whole output, mean and least. Agreement: how often the largest element of the last axis is in the same place.
+alike. Cosine: of each sample's whole output, mean and least. Agreement: how often the largest element of the last axis is in the same place; with --ctc, how
+many samples have the same text (the classes of the largest elements, without repetitions and blanks).
 """
 
 from __future__ import annotations
@@ -88,8 +89,14 @@ def nncf_of(network: Network, transformer: bool) -> Callable[[Sample], Outputs]:
     return lambda sample: dict(zip(names, (np.array(a) for a in compiled(dict(sample)).to_tuple()), strict=True))
 
 
-def rows(network: Network, method: str, run: Callable[[Sample], Outputs], seconds: float) -> list[list[str]]:
-    """A row for each float output that changes."""
+def text(scores: np.ndarray, blank: int) -> list[int]:
+    """What a CTC network [positions, classes] reads: the best class of each position, once where it repeats, without blanks."""
+    best = scores.argmax(-1).ravel()
+    return [int(c) for i, c in enumerate(best) if c != blank and (i == 0 or c != best[i - 1])]
+
+
+def rows(network: Network, method: str, run: Callable[[Sample], Outputs], seconds: float, blank: int | None = None) -> list[list[str]]:
+    """A row for each float output that changes. blank: the class that means nothing, of a CTC network."""
     reference = onnxruntime_of(network.path)
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for sample in network.evaluation:
@@ -103,7 +110,10 @@ def rows(network: Network, method: str, run: Callable[[Sample], Outputs], second
         if noise <= 1e-9 * power:
             continue  # an input that is handed out
         cosine = [float((w * g).sum() / max(np.sqrt(np.square(w).sum() * np.square(g).sum()), 1e-30)) for w, g in both]
-        same = [(w.argmax(-1) == g.argmax(-1))[np.abs(w).max(-1) > 0] for w, g in both]
+        if blank is None:
+            same = [(w.argmax(-1) == g.argmax(-1))[np.abs(w).max(-1) > 0] for w, g in both]
+        else:
+            same = [np.array([text(w, blank) == text(g, blank)]) for w, g in both]
         values = [number(10 * np.log10(power / noise)), number(float(np.mean(cosine)), ".5f"), number(min(cosine), ".5f")]
         found.append([network.path.stem, method, name, str(len(both)), *values, percent(float(np.concatenate(same).mean())), number(seconds, ".1f")])
     return found
@@ -116,6 +126,7 @@ def main() -> int:
     parser.add_argument("--preset", action="append", choices=["fast", "default", "accurate"], help="repeat for more (default: default)")
     parser.add_argument("--rivals", action="store_true", help="NNCF's and ONNX Runtime's quantization too, where they are installed")
     parser.add_argument("--transformer", action="store_true", help="tell NNCF that the network is a transformer")
+    parser.add_argument("--ctc", type=int, metavar="BLANK", help="outputs are scores of a CTC network, whose class BLANK means nothing: compare texts")
     parser.add_argument("--note", default="", help="a line above the table")
     options = parser.parse_args()
     from qcompiler.runtime import peers
@@ -131,7 +142,7 @@ def main() -> int:
         for method, make in makers.items():
             start = time.perf_counter()
             run = make()
-            found += (new := rows(network, method, run, time.perf_counter() - start))
+            found += (new := rows(network, method, run, time.perf_counter() - start, options.ctc))
             print(*(" ".join(row) for row in new), sep="\n", file=sys.stderr)  # what comes first is known soon
     columns = ("network", "method", "output", "samples|", "SQNR dB|", "cosine|", "least|", "agreement|", "compile s|")
     print(table(options.note or f"{len(network.calibration)} samples for calibration, others to judge", columns, found))

@@ -69,7 +69,7 @@ def bad_arrays() -> list[Any]:
         pytest.param({"image": images(2)[:, :, :3]}, r"shape \[2, 3, 3, 5\], expected \[samples, 3, 4, 5\]", id="shape"),
         pytest.param({"image": np.float32(3)}, "is empty", id="scalar"),
         pytest.param({"image": nan}, "sample 1: input 'image' holds NaN", id="nan"),
-        pytest.param({"image": inf}, "sample 2: input 'image' holds Inf", id="inf"),
+        pytest.param({"image": inf}, "sample 2: input 'image' holds -Inf beside other numbers than 0", id="inf"),
         pytest.param({"image": np.array([{}], object)}, "Python objects", id="pickled"),
         pytest.param({"image": np.asfortranarray(images(2))}, "Fortran order", id="fortran"),
     ]

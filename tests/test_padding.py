@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx_nets import OnnxNet, execute
-from transformer_nets import HEADS, TOKENS, VOCABULARY, WIDTH, _Transformer, bert, sentences, vit
+from transformer_nets import HEADS, TOKENS, VOCABULARY, WIDTH, Transformer, bert, sentences, vit
 
 import qcompiler
 from qcompiler.base.errors import DataError
@@ -89,7 +89,7 @@ def test_corrections_see_what_counts(path: Path, monkeypatch: pytest.MonkeyPatch
     assert seen == {int(s["mask"].sum()) for s in samples}
 
 
-class _Mean(_Transformer):
+class _Mean(Transformer):
     """A block, and the mean over all positions behind it: masked by a product with the mask, or not at all."""
 
     def made(self, path: Path, masked: bool) -> Path:

@@ -12,7 +12,7 @@ TOKENS, WIDTH, HEADS, LAYERS, VOCABULARY = 12, 32, 4, 2, 40
 MOST = 64  # places of a `bert` for any number of tokens
 
 
-class _Transformer(OnnxNet):
+class Transformer(OnnxNet):
     def __init__(self, seed: int) -> None:
         super().__init__(opset=17, seed=seed)
 
@@ -44,7 +44,7 @@ class _Transformer(OnnxNet):
 
 def bert(path: Path, seed: int = 0, tokens: int | str = TOKENS) -> Path:
     """ids, mask int64 [1, tokens] -> float32 [1, tokens, WIDTH], masked by the least float32. tokens: a symbol for any number up to MOST."""
-    net = _Transformer(seed)
+    net = Transformer(seed)
     ids = net.input("ids", 1, tokens, dtype=onnx.TensorProto.INT64)
     mask = net.input("mask", 1, tokens, dtype=onnx.TensorProto.INT64)
     kept = net.op("Cast", net.op("Unsqueeze", mask, net.ints(1, 2)), to=onnx.TensorProto.FLOAT)
@@ -61,7 +61,7 @@ def bert(path: Path, seed: int = 0, tokens: int | str = TOKENS) -> Path:
 
 def vit(path: Path, seed: int = 1) -> Path:
     """image float32 [1, 3, 16, 16] -> logits float32 [1, 10]."""
-    net = _Transformer(seed)
+    net = Transformer(seed)
     image = net.input("image", 1, 3, 16, 16)
     patches = net.op("Conv", image, net.weight(WIDTH, 3, 4, 4), strides=[4, 4])
     x = net.op("Transpose", net.op("Reshape", patches, net.ints(1, WIDTH, 16)), perm=[0, 2, 1])

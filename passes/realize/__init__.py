@@ -181,6 +181,7 @@ class _Realizer:
             lambda t, p: self.requantized(t, p, self.builder.naming.made(group.id, "requantized")),
             self.interior,
             self.packed,
+            self.exprs,
         )
 
     def interior(self, group: Group, what: str, call: Any) -> Any:

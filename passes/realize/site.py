@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Site:
 
     inputs, residual: its integer operands. plain: what it reads as it is (`Group.plain`). output: parameters of its integer output, or None when float32
     consumers read the accumulator directly. requantized(tensor, params): the same real values under other parameters (a `qc.lut` or `qc.requantize` when they
-    differ). interior(group, what, call): a value inside. packed(tensor, shape): the same numbers under another shape.
+    differ). interior(group, what, call): a value inside. packed(tensor, shape): the same numbers under another shape. behind: the float module's bindings.
     """
 
     group: Group
@@ -38,6 +38,7 @@ class Site:
     requantized: Callable[[Tensor, QParams], Tensor]
     interior: Callable[[Group, str, Any], Any]
     packed: Callable[[Tensor, Sequence[int]], Any]
+    behind: Mapping[str, Any]
 
     @property
     def quantized(self) -> QParams:

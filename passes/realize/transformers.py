@@ -9,7 +9,7 @@ q(multiply(dq(x), factors))   -->   qc.requantize(x, multiplier per channel)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from qcompiler.numerics.constants import (
     rms_norm_parameters,
     softmax_parameters,
 )
-from qcompiler.passes.graph import const, make_op, shape_of
+from qcompiler.passes.graph import const, const_value, dtype_of, is_const, make_op, relax_op, shape_of
 from qcompiler.passes.realize.site import Site, typed
 
 MASKED = -1e4  # what a bias adds at most to a key that does not count: exporters write -10^4, the least float of some type, or -inf
@@ -107,7 +107,7 @@ def _constant(bias: np.ndarray, multiplier: np.ndarray, keys: int) -> dict[str, 
 
 
 def _computed(site: Site, multiplier: np.ndarray, keys: int) -> dict[str, Any]:
-    """The same of a bias that is computed, by float operators: rint(clip(bias / unit)), and what is above -10^4."""
+    """The same of a bias that is computed, by float operators: what is above -10^4, and rint(clip(bias / unit)) unless that is 0 wherever it counts."""
 
     def step(what: str, call: Any) -> Any:
         return site.interior(site.group, what, call)
@@ -118,6 +118,40 @@ def _computed(site: Site, multiplier: np.ndarray, keys: int) -> dict[str, Any]:
         ranked = step("bias", relax.op.reshape(bias, (1,) * (4 - len(shape_of(bias))) + shape_of(bias)))
         bias = ranked if shape_of(ranked) == full else step("bias", relax.op.broadcast_to(ranked, full))
     mask = step("mask", relax.op.astype(step("counts", relax.op.greater(bias, const(np.float32(MASKED)))), "int8"))
+    if _hides_only(site.behind, site.group.plain[0]):
+        return {"mask": mask}
     units = step("bias", relax.op.multiply(bias, const(np.float32(ATTENTION.steps / float(multiplier[0])))))
     whole = step("bias", relax.op.round(step("bias", relax.op.clip(units, -MAX_BIAS, MAX_BIAS))))
     return {"mask": mask, "bias": step("bias", relax.op.astype(whole, "int32"))}
+
+
+def _hides_only(exprs: Mapping[str, Any], bias: Any) -> bool:
+    """Is a value 0 or at most -10^4 everywhere, whatever the network's inputs are?"""
+    if is_const(bias):
+        return bool(((const_value(bias) == 0) | (const_value(bias) <= MASKED)).all())
+    expr: Any = exprs.get(str(getattr(bias, "name", bias)))
+    match relax_op(expr):
+        case "relax.where":
+            return all(_hides_only(exprs, a) for a in expr.args[1:])
+        case "relax.add" | "relax.minimum":
+            return all(_hides_only(exprs, a) for a in expr.args)
+        case "relax.multiply":
+            return is_const(expr.args[1]) and bool((const_value(expr.args[1]) <= MASKED).all()) and _is_bit(exprs, expr.args[0])
+        case "relax.reshape" | "relax.broadcast_to" | "relax.permute_dims" | "relax.expand_dims":
+            return _hides_only(exprs, expr.args[0])
+    return False
+
+
+def _is_bit(exprs: Mapping[str, Any], value: Any) -> bool:
+    """Is a value 0 or 1 everywhere?"""
+    if is_const(value):
+        return bool(np.isin(const_value(value), (0, 1)).all())
+    if not isinstance(value, relax.Var) or dtype_of(value) == "bool":
+        return isinstance(value, relax.Var)
+    expr: Any = exprs.get(str(value.name))
+    match relax_op(expr):
+        case "relax.subtract":
+            return is_const(expr.args[0]) and bool((const_value(expr.args[0]) == 1).all()) and _is_bit(exprs, expr.args[1])
+        case "relax.astype" | "relax.reshape" | "relax.broadcast_to" | "relax.permute_dims" | "relax.expand_dims":
+            return _is_bit(exprs, expr.args[0])
+    return False

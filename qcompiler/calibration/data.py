@@ -114,8 +114,9 @@ def check_sample(sample: Any, inputs: Sequence[TensorInfo], where: str) -> Sampl
 def check_finite(array: np.ndarray, name: str, where: str) -> None:
     """Raises DataError when `array` holds NaN or Inf, unless it is an additive mask: nothing but 0 and -Inf."""
     if array.dtype.kind == "f" and not np.isfinite(array).all() and not ((array == 0) | (array == -np.inf)).all():
-        kind = "NaN" if np.isnan(array).any() else "Inf"
-        raise DataError(f"{where}: input '{name}' holds {kind}; remove or mend the sample")
+        kind = "NaN" if np.isnan(array).any() else "Inf" if (array == np.inf).any() else "-Inf beside other numbers than 0"
+        advice = "; where it is added to the logits of an attention, -10000 hides a key as -Inf does" if kind.startswith("-") else ""
+        raise DataError(f"{where}: input '{name}' holds {kind}; remove or mend the sample{advice}")
 
 
 class CheckedSamples:
