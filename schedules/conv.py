@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from qcompiler.schedules.conv_kernel import FLOAT_MAX, ConvKernel, Epilogue, Par
 from qcompiler.schedules.conv_steps import sort_steps
 from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
+
+ALIKE = 0.02  # of an operator's estimated time, that constants packed alike for several shapes may cost at one of them
 
 
 @dataclass
@@ -74,6 +76,21 @@ class ConvRow:
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         return plan.default_tiling(self.geometry(op)[0], self.unit).params()
+
+    def alike(self, ops: Sequence[OpCall], target: Target) -> list[dict[str, Any]]:
+        own = [self.default(op, target) for op in ops]
+        if len({p["blocks"] for p in own}) == 1:
+            return own
+        least = [self.within(op, target, p["blocks"])[0] for op, p in zip(ops, own, strict=True)]
+        found = [[self.within(op, target, blocks) for op in ops] for blocks in sorted({p["blocks"] for p in own})]
+        cost, best = min(((max(c / a for (c, _), a in zip(points, least, strict=True)), i) for i, points in enumerate(found)))
+        return [params for _, params in found[best]] if cost <= 1 + ALIKE else own
+
+    def within(self, op: OpCall, target: Target, blocks: int) -> tuple[float, dict[str, Any]]:
+        """Estimated cycles of the best point of so many blocks, by which channels are packed; the point."""
+        geometry = self.geometry(op)[0]
+        tile = plan.best_tile(geometry, self.unit, [blocks])
+        return plan.cycles(geometry, self.unit, *tile), plan.tiling_of(geometry, self.unit, tile).params()
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         geometry, joined = self.geometry(op)

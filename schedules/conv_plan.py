@@ -7,6 +7,7 @@ vectors of output channels, with all its accumulators in registers, over the who
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -254,13 +255,13 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
     return count * geometry.groups * (channels.full * tile(blocks) + (tile(channels.last) if channels.last else 0))
 
 
-def best_tile(geometry: Geometry, isa: Isa) -> tuple[int, int, int]:
-    """(rows, cols, blocks) with the lowest estimate."""
+def best_tile(geometry: Geometry, isa: Isa, choice: Sequence[int] = (1, 2, 3, 4, 6, 8)) -> tuple[int, int, int]:
+    """(rows, cols, blocks) with the lowest estimate, blocks of `choice`."""
     _, height, width = geometry.pixels
     vectors, form = -(-geometry.outputs // isa.lanes), isa if sorts_steps(geometry, isa) else isa.forms[-1]
     candidates = [
         (rows, cols, blocks)
-        for blocks in (1, 2, 3, 4, 6, 8)
+        for blocks in choice
         if blocks <= vectors
         for rows in range(1, min(height, 8) + 1)
         for cols in range(1, min(width, isa.registers) + 1)
@@ -288,7 +289,11 @@ def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int], total:
 
 
 def default_tiling(geometry: Geometry, isa: Isa) -> Tiling:
-    tile = best_tile(geometry, isa)
+    return tiling_of(geometry, isa, best_tile(geometry, isa))
+
+
+def tiling_of(geometry: Geometry, isa: Isa, tile: tuple[int, int, int]) -> Tiling:
+    """The heuristic's point among those of a tile."""
     pixel_tasks, channel_tasks = split_tasks(geometry, isa, tile, cycles(geometry, isa, *tile))
     # pixels outside write whole cache lines of the output at a time; channels outside keep the weights of an unrolled reduction at hand
     order = "pixels" if sorts_steps(geometry, isa) else "channels"

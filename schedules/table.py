@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -159,6 +159,14 @@ class Row(Protocol):
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         """The kernel for decided layouts. Raises ValueError for a combination of tunables that can't be built."""
+
+
+@runtime_checkable
+class Packs(Protocol):
+    """A row one of whose tunables decides how constants are packed."""
+
+    def alike(self, ops: Sequence[OpCall], target: Target) -> list[dict[str, Any]]:
+        """The heuristic's points for one operator at several shapes: those by which its constants are packed alike, where they cost little."""
 
 
 def kernel_key(*parts: Any) -> str:

@@ -9,7 +9,7 @@ of different types for independent. Edge tiles are moved back, as in `conv_kerne
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -282,6 +282,10 @@ class WinogradRow(ConvRow):
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         g = plan.geometry_of(op)
         return self.point(g, min(self.forms(g), key=lambda m: self.work(g, m)))
+
+    def alike(self, ops: Sequence[OpCall], target: Target) -> list[dict[str, Any]]:
+        """Weights are transformed by the form, which is chosen for each shape."""
+        return [self.default(op, target) for op in ops]
 
     def point(self, g: plan.Geometry, form: int) -> dict[str, Any]:
         """The heuristic's point among those of one form."""

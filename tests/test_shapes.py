@@ -16,11 +16,13 @@ from test_cpp import run as call
 from transformer_nets import bert, sentences
 
 import qcompiler
+from qcompiler import schedules
 from qcompiler.backend import bundle as bundles
 from qcompiler.backend.build import Built, build
 from qcompiler.backend.shared import packed, share
 from qcompiler.base.errors import DataError, ModelError, PlanError, TargetError
 from qcompiler.base.shape_table import parse_shape, shape_rows
+from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import take
 from qcompiler.calibration.shaped import ShapedSamples
@@ -34,6 +36,8 @@ from qcompiler.pipeline.stages import Compilation, Measured, quantize
 from qcompiler.refine.equalization import equalized_layers
 from qcompiler.runtime.session import Session
 from qcompiler.runtime.shapes import Fitting
+from qcompiler.schedules.conv import ConvRow
+from qcompiler.schedules.table import Layout, OpCall, select
 
 LENGTHS = (8, 16, 24)
 BATCHES = (1, 3, 4)
@@ -130,6 +134,32 @@ def test_weights_are_there_once(text: tuple[Compilation, Path]) -> None:
     assert all(m["code_added"] > 1000 for m in (manifest, *manifest["shapes"]))
 
 
+@pytest.mark.parametrize("name", ["x86-avx512vnni", "x86-avx2", "x86-amx", "arm64-dotprod"])
+def test_weights_are_packed_alike_where_that_costs_little(name: str) -> None:
+    target, rng, changed = find_target(name), np.random.default_rng(0), 0
+    schedules.load(target)
+    for size, inputs, outputs in ((7, 160, 960), (14, 64, 384), (14, 96, 160), (28, 192, 64), (3, 64, 80)):
+        weight, ones = rng.integers(-127, 128, (outputs, 1, 1, inputs)).astype(np.int8), np.ones(outputs, np.float32)
+        attrs = {"strides": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1, "x_zero_point": 3, "zero_point": 0, "low": -128, "high": 127}
+        ops = []
+        for count in (1, 8, 32):
+            x, out = (Layout((count, size, size, channels), target.storage) for channels in (inputs, outputs))
+            ops.append(OpCall("qc.conv2d", [x, weight, np.zeros(outputs, np.int32), ones], attrs, out, "y"))
+        row = select(ops[-1], target)
+        if not isinstance(row, ConvRow) or any(select(op, target) is not row for op in ops):
+            continue
+        own, points = [row.default(op, target) for op in ops], row.alike(ops, target)
+        least, costs = ([row.within(op, target, p["blocks"])[0] for op, p in zip(ops, ps, strict=True)] for ps in (own, points))
+        assert all(cost <= 1.02 * best for cost, best in zip(costs, least, strict=True))
+        if len({p["blocks"] for p in points}) > 1:
+            assert points == own
+            continue
+        changed += points != own
+        first, *others = (row.build(op, p, target).constants for op, p in zip(ops, points, strict=True))
+        assert all(a.tobytes() == b.tobytes() for other in others for a, b in zip(first, other, strict=True))
+    assert changed or name != "x86-avx512vnni"
+
+
 def test_a_library_for_one_shape_is_as_before(tmp_path: Path) -> None:
     model = pictures(tmp_path / "n.onnx")
     plain = qcompiler.compile(model, calibration=[batch(1)], preset="fast")
@@ -215,7 +245,6 @@ def test_shapes_that_the_network_can_not_have(folder: Path, text: tuple[Compilat
         with pytest.raises(ModelError, match=said):
             qcompiler.compile(model, calibration=sentences(1, tokens=8), input_shapes=shapes)
     with pytest.raises(TargetError, match="a library for a GPU has one shape"):
-        from qcompiler.base.targets import find_target
         from qcompiler.pipeline.job import check_target
 
         check_target(find_target("cuda-sm80"), 2)

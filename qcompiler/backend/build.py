@@ -16,8 +16,8 @@ import tvm
 from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.codegen import code_added, object_code
-from qcompiler.backend.lowering import Params, Program, lower
-from qcompiler.backend.shared import Places, packed, share
+from qcompiler.backend.lowering import Params, Program
+from qcompiler.backend.shared import Places, lower_all, packed, share
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import bugs_named
 from qcompiler.base.files import temporary_folder
@@ -116,7 +116,7 @@ def build(
     """Lower a module, with tuned `params` where there are some, and generate its code. others: the same network at other shapes. stage: what `progress`
     calls it."""
     with bugs_named(f"lowering for {target.name}", module):
-        program, *more = (lower(m, target, params, dump) for m in (module, *others))
+        program, *more = lower_all([module, *others], target, params, dump)
         built = Built(program, b"", tuple(more))
         progress(stage, 0, 1)
         built.code = object_code(program, more, built.places)

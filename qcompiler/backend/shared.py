@@ -4,18 +4,47 @@
     program at 1 x 32:  w0 w1 p32
 
 A constant is shared where the step of the same value id has equal bytes in its place, never between two layers, whose constants may change apart. One
-program alone keeps its own blob.
+program alone keeps its own blob. How a step's constants are packed is chosen for all shapes together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import tvm
 
-from qcompiler.backend.lowering import Program, Step
+from qcompiler.backend.lowering import Params, Program, Step, lower
+from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.memory import round_up
+from qcompiler.base.targets import Target
+from qcompiler.schedules.table import OpCall, Packs, Row
+
+
+def lower_all(modules: Sequence[tvm.IRModule], target: Target, params: Params | None = None, dump: Dump = no_dump) -> list[Program]:
+    """`lower` one network at several shapes. What `params` says of an operator at one of them holds; others pack their constants alike where they can."""
+    given: Params = params or (lambda row, op: None)
+    programs = [lower(module, target, given, dump) for module in modules]
+    chosen = [dict[tuple[str, str], dict[str, Any]]() for _ in programs]
+    steps: dict[tuple[str, str], list[tuple[int, Row, OpCall]]] = {}
+    for number, program in enumerate(programs):
+        for step in program.steps:
+            if step.row is not None and step.op is not None and isinstance(step.row, Packs):
+                steps.setdefault((step.row.name, step.op.value_id), []).append((number, step.row, step.op))
+    for key, found in steps.items():
+        row, ops = found[0][1], [op for _, _, op in found]
+        if len(ops) > 1 and isinstance(row, Packs) and all(given(row, op) is None for op in ops):
+            for (number, _, op), point in zip(found, row.alike(ops, target), strict=True):
+                if point != row.default(op, target):
+                    chosen[number][key] = point
+
+    def lowered(number: int) -> Program:
+        known = chosen[number]
+        return lower(modules[number], target, lambda row, op: known.get((row.name, op.value_id)) or given(row, op), dump)
+
+    return [lowered(number) if chosen[number] else program for number, program in enumerate(programs)]
 
 
 @dataclass(frozen=True)

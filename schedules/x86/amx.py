@@ -275,11 +275,15 @@ class AmxRow(ConvRow):
         }
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
+        found = [self.within(op, target, blocks) for blocks in self.space(op, target)["blocks"] if blocks <= SUMS]
+        return min(found, key=lambda f: (f[0], f[1]["rows"], f[1]["cols"], f[1]["blocks"]))[1]
+
+    def within(self, op: OpCall, target: Target, blocks: int) -> tuple[float, dict[str, Any]]:
         g, space = self.geometry(op)[0], self.space(op, target)
-        points = [p for p in product(space["rows"], space["cols"], space["blocks"]) if p[0] * columns(p[1])[0] * p[2] <= SUMS]
+        points = [(r, c, blocks) for r, c in product(space["rows"], space["cols"]) if r * columns(c)[0] * blocks <= SUMS]
         best = min(points, key=lambda p: (cycles(g, *p), p))
         pixel_tasks, channel_tasks = plan.split_tasks(g, self.unit, best, cycles(g, *best))
-        return plan.Tiling(*best, "pixels", 1, pixel_tasks, channel_tasks).params()
+        return cycles(g, *best), plan.Tiling(*best, "pixels", 1, pixel_tasks, channel_tasks).params()
 
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return TileKernel(geometry, tiling, epilogue)
