@@ -213,3 +213,29 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
     with pytest.raises(ModelError, match=r"read with the package ai-edge-litert, which is not installed: pip install 'qcompiler\[tflite\]'"):
         load(path)
+
+
+def test_cut_before_an_operator_that_is_not_known(tmp_path: Path) -> None:
+    """The refusal offers the tensor that the operator reads; cut there, it need not be known."""
+    net, y = small("float32")
+    assert "--outputs boxes (in" in refused(tmp_path, net, net.op("CUSTOM", [renamed(net, y)], (1, 4), custom="MyBoxes"))
+    path = tmp_path / "bad.tflite"
+    assert [o.name for o in load(origin_of(path, ["boxes"])).outputs] == ["boxes"]
+    with pytest.raises(ModelError, match="no operator computes 'box'. Did you mean 'boxes'"):
+        load(origin_of(path, ["box"]))
+
+
+def test_cut_networks_are_compared_with_litert(tmp_path: Path) -> None:
+    net, y = small("float32")
+    path = net.save(tmp_path / "net.tflite", [net.op("TANH", [renamed(net, y)], (1, 3, 3, 16))])
+    whole, cut = origin_of(path), origin_of(path, ["boxes"])
+    session = Session(compile_float(cut, target="x86-avx2").save(tmp_path / "net.so"))
+    feeds = {"x": np.random.default_rng(0).standard_normal(IMAGE).astype(np.float32)}
+    found = check_import(cut.elsewhere(), session, [feeds], 90.0)
+    assert found.status == "equal" and [o.name for o in found.outputs] == ["boxes"]
+    assert load(cut).digest != load(whole).digest and session.manifest["cut"] == ["boxes"]
+
+
+def renamed(net: TfliteNet, index: int) -> int:
+    net.tensors[index].name = "boxes"
+    return index

@@ -7,6 +7,7 @@ input computed from shapes (newer ones).
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,14 @@ class Refused(Exception):
 
 class Beyond(Refused):
     """This node can't be compiled, though the file is right: its result has no static shape, or it has no conversion. The network may be cut before it."""
+
+
+def cut_offer(names: Sequence[str]) -> str:
+    """How to compile what stands before values that can't be computed; nothing where `names` has none."""
+    if not names:
+        return ""
+    option = " ".join(map(shlex.quote, names))
+    return f". What stands before is compiled with --outputs {option} (in Python outputs={list(names)}), and the rest runs outside, on these"
 
 
 def check_bytes(what: str, shape: Sequence[int], itemsize: int = 4) -> None:

@@ -7,7 +7,6 @@ definition, in that order. Each variable is named by the ONNX tensor it holds.
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.control import CONTROL, in_order, reads
-from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, is_tensor, real
+from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, cut_offer, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS
 from qcompiler.importers.qdq import take_out
@@ -136,11 +135,7 @@ class _Importer:
 
     def offer(self, ends: Container[str]) -> str:
         """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network; no inputs."""
-        names = [name for name, value in self.values.items() if name in ends and isinstance(value, relax.Var)]
-        if not names:
-            return ""
-        option = " ".join(map(shlex.quote, names))
-        return f". What stands before is compiled with --outputs {option} (in Python outputs={names}), and the rest runs outside, on these"
+        return cut_offer([name for name, value in self.values.items() if name in ends and isinstance(value, relax.Var)])
 
     def check_known(self, proto: onnx.NodeProto) -> None:
         """Raises Beyond for an operator that has no conversion, whatever its operands are."""

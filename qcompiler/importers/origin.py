@@ -48,14 +48,15 @@ def origin_of(model: AnyModel, cut: Iterable[str] = ()) -> Origin:
 
     Raises ModelError, with the way in, for a file of a format that is not read here; TypeError for an object that is no network.
     """
-    whole = _whole(model)
-    names = tuple(cut)
-    return Cut(whole, names) if names and not isinstance(whole, Cut) else whole
+    whole, names = _whole(model), tuple(cut)
+    if not names or cut_of(whole):
+        return whole
+    return TfliteFile(whole.path, names) if isinstance(whole, TfliteFile) else Cut(whole, names)
 
 
 def cut_of(origin: Origin) -> list[str]:
     """The names of the values that a network ends at where it was cut; none for a whole one."""
-    return list(origin.cut) if isinstance(origin, Cut) else []
+    return list(origin.cut) if isinstance(origin, (Cut, TfliteFile)) else []
 
 
 def _whole(model: AnyModel) -> Origin:

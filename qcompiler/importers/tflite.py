@@ -9,15 +9,17 @@ the file states. A product of float activations with int8 weights rounds its act
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.base.errors import ModelError
-from qcompiler.importers.nodes import Refused
+from qcompiler.base.errors import ModelError, closest
+from qcompiler.importers.nodes import Refused, cut_offer
 from qcompiler.importers.tflite_file import DAMAGED, Network, Operator, read_network
 from qcompiler.importers.tflite_graph import Graph
 from qcompiler.importers.tflite_operators import OPERATORS
@@ -30,9 +32,10 @@ _ADVICE = "replace it before conversion (for LiteRT alone that would do: it may 
 
 @dataclass(frozen=True)
 class TfliteFile:
-    """A `Origin`: a TFLite file."""
+    """A `Origin`: a TFLite file, up to the tensors `cut` where some are named: what stands behind them need not be known here."""
 
     path: Path
+    cut: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -47,13 +50,35 @@ class TfliteFile:
         return [self.path]
 
     def read(self) -> tuple[onnx.ModelProto, str]:
-        network, digest = read_network(self.path)
+        network, digest = self._network()
         return _Translation(str(self.path), network).run(), digest
 
     def elsewhere(self) -> LiteRt:
-        network, _ = read_network(self.path)
+        network, _ = self._network()
         inputs, outputs = ([network.tensors[i].name for i in ports] for ports in (network.inputs, network.outputs))
-        return LiteRt(str(self.path), inputs, outputs)
+        return LiteRt(str(self.path), inputs, outputs, network.outputs if self.cut else None)
+
+    def _network(self) -> tuple[Network, str]:
+        network, digest = read_network(self.path)
+        if not self.cut:
+            return network, digest
+        return _cut(self.where, network, self.cut), hashlib.sha256(f"{digest} {self.cut}".encode()).hexdigest()
+
+
+def _cut(where: str, network: Network, wanted: Sequence[str]) -> Network:
+    """The network with the outputs `wanted`, and what they are computed from. Raises ModelError for a name that no operator computes."""
+    places = {network.tensors[i].name: i for operator in network.operators for i in operator.outputs if i >= 0}
+    for name in wanted:
+        if name not in places:
+            own = ", ".join(network.tensors[i].name for i in network.outputs)
+            raise ModelError(f"{where}: outputs: no operator computes '{name}'.{closest(name, list(places))} Its own outputs: {own}")
+    outputs = [places[name] for name in dict.fromkeys(wanted)]
+    needed, operators = set(outputs), list[Operator]()
+    for operator in reversed(network.operators):
+        if not needed.isdisjoint(operator.outputs):
+            needed |= set(operator.inputs)
+            operators.append(operator)
+    return Network(network.tensors, operators[::-1], network.inputs, outputs)
 
 
 class _Translation(Graph):
@@ -97,7 +122,17 @@ class _Translation(Graph):
                 unknown[operator.op] += 1
         if unknown:
             listed = ", ".join(f"{name}{f' ({count} times)' if count > 1 else ''}" for name, count in sorted(unknown.items()))
-            raise ModelError(f"{self.where}: no conversion exists for {listed}; {_ADVICE}")
+            raise ModelError(f"{self.where}: no conversion exists for {listed}; {_ADVICE}{self.offer()}")
+
+    def offer(self) -> str:
+        """The tensors that unknown operators, and what reads their results, need, as an option; empty where they need the inputs alone."""
+        lost, ends = set[int](), set(self.network.outputs)
+        for operator in self.network.operators:
+            if operator.op not in OPERATORS or not lost.isdisjoint(operator.inputs):
+                lost |= set(operator.outputs)
+                ends |= set(operator.inputs)
+        made = [i for operator in self.network.operators for i in operator.outputs]
+        return cut_offer([self.tensors[i].name for i in made if i in ends - lost])
 
     def spelled(self, operator: Operator) -> str:
         return f"operator {self.network.operators.index(operator)} ({operator.op}, of '{self.tensors[operator.outputs[0]].name if operator.outputs else ''}')"

@@ -67,11 +67,12 @@ class OnnxRuntime:
 @dataclass(frozen=True)
 class LiteRt:
     """LiteRT on a file: its reference kernels, or its usual ones where those lack an operator. `inputs` and `outputs`: what the file's inputs and outputs
-    are called here, in its order."""
+    are called here, in its order. places: the tensors that are wanted in the place of its outputs."""
 
     path: str
     inputs: Sequence[str]
     outputs: Sequence[str]
+    places: Sequence[int] | None = None
     package: str = "ai-edge-litert"
 
     def open(self) -> tuple[str, Outputs]:
@@ -79,12 +80,14 @@ class LiteRt:
 
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+        kept = {"num_threads": 1, "experimental_preserve_all_tensors": self.places is not None}
         try:
-            interpreter = Interpreter(self.path, experimental_op_resolver_type=OpResolverType.BUILTIN_REF, num_threads=1)
+            interpreter = Interpreter(self.path, experimental_op_resolver_type=OpResolverType.BUILTIN_REF, **kept)
         except ValueError:
             usual = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-            interpreter = Interpreter(self.path, experimental_op_resolver_type=usual, num_threads=1)
-        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+            interpreter = Interpreter(self.path, experimental_op_resolver_type=usual, **kept)
+        inputs = interpreter.get_input_details()
+        places = [port["index"] for port in interpreter.get_output_details()] if self.places is None else self.places
 
         def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             for name, port in zip(self.inputs, inputs, strict=True):
@@ -94,7 +97,7 @@ class LiteRt:
             for name, port in zip(self.inputs, inputs, strict=True):
                 interpreter.set_tensor(port["index"], np.asarray(given[name]).astype(port["dtype"]))
             interpreter.invoke()
-            return {name: interpreter.get_tensor(port["index"]) for name, port in zip(self.outputs, outputs, strict=True)}
+            return {name: interpreter.get_tensor(place) for name, place in zip(self.outputs, places, strict=True)}
 
         return f"LiteRT {importlib.metadata.version('ai-edge-litert')}", run
 
