@@ -8,6 +8,7 @@
 #include <iterator>
 #include <string>
 
+#include "qcompiler/pool.hpp"
 #include "qcompiler/qcompiler.hpp"
 
 using qcompiler::Error;
@@ -48,6 +49,38 @@ static std::vector<float> answer(Session& session, const std::string& folder, st
   return session.outputs().at(0).to_vector<float>();
 }
 
+static void pooled(const std::string& library, const std::string& folder, const std::vector<std::string>& lengths) {
+  struct Request {
+    std::vector<std::int64_t> ids, mask;
+    std::vector<float> wanted, got;
+    std::future<void> done;
+  };
+  qcompiler::SessionPool pool(library, {2});
+  std::vector<Request> requests;
+  for (int turn = 0; turn < 3; ++turn)
+    for (const std::string& length : lengths) {
+      const std::string stem = folder + "/" + length;
+      requests.push_back({read<std::int64_t>(stem + ".ids"), read<std::int64_t>(stem + ".mask"), read<float>(stem + ".out"), {}, {}});
+    }
+  for (Request& r : requests) {
+    r.got.assign(r.wanted.size(), 0);
+    const std::int64_t length = static_cast<std::int64_t>(r.ids.size());
+    const std::vector<const void*> in = {r.ids.data(), r.mask.data()};
+    r.done = length == 8 ? pool.submit(in, {r.got.data()}) : pool.submit_at({{1, length}, {1, length}}, in, {r.got.data()});
+  }
+  bool equal = true;
+  for (Request& r : requests) {
+    r.done.get();
+    equal = equal && std::memcmp(r.got.data(), r.wanted.data(), r.got.size() * sizeof(float)) == 0;
+  }
+  expect(equal, "a pool runs each request at its shape");
+  Request& r = requests.front();
+  const std::vector<const void*> in = {r.ids.data(), r.mask.data()};
+  throws(QC_ERROR_SIZE, "is no shape that this library was compiled for", [&] { pool.submit_at({{1, 25}, {1, 25}}, in, {r.got.data()}).get(); });
+  throws(QC_ERROR_SIZE, "compiled for", [&] { pool.submit_at({std::vector<std::int64_t>(9, 1), {1, 8}}, in, {r.got.data()}).get(); });
+  throws(QC_ERROR_SIZE, "1 shapes given; the library has 2 inputs", [&] { pool.submit_at({{1, 8}}, in, {r.got.data()}); });
+}
+
 int main(int count, char** words) {
   if (count < 3) return 2;
   const std::string folder = words[2];
@@ -85,6 +118,8 @@ int main(int count, char** words) {
   session.outputs().at(0).bind(out.data(), out.size());
   session.run();
   expect(out == read<float>(folder + "/24.out"), "bound buffers at another shape");
+
+  pooled(words[1], folder, {words + 3, words + count});
 
   qc_library library;
   char message[256];

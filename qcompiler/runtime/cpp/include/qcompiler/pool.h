@@ -57,6 +57,8 @@ typedef struct qc_pool qc_pool;
 typedef struct qc_pool_request {
   const void** inputs;
   void** outputs;
+  qc_shape* shapes; /* of the inputs */
+  int shaped;       /* 0: at the library's first shape */
   qc_pool_done done;
   void* user;
 } qc_pool_request;
@@ -74,6 +76,7 @@ struct qc_pool {
   pthread_cond_t filled, drained, ready; /* a request came; a request left the queue; a stream has its session or failed */
   qc_pool_request* queue;                /* a ring of options.waiting requests */
   const void** pointers;                 /* of the requests in the ring: input_count + output_count each */
+  qc_shape* shapes;                      /* and input_count each */
   int32_t first, count, closed, begun, started;
   qc_status status; /* of the sessions */
   char message[256];
@@ -93,8 +96,33 @@ static inline void qc_pool_pin(const qc_pool* pool, int32_t index) {
   pthread_setaffinity_np(pthread_self(), sizeof mine, &mine);
 }
 
+/* At the shapes of the request. What is padded is copied, nothing else. */
+static inline qc_status qc_pool_run_at(const qc_library* library, qc_session* session, const qc_pool_request* request) {
+  qc_status status = library->session_fit(session, request->shapes, library->input_count());
+  for (int32_t i = 0; i < library->input_count() && status == QC_OK; ++i) {
+    const qc_tensor_info* info = library->session_input_info(session, i);
+    status = library->session_bind_input(session, info->name, request->inputs[i], info->bytes);
+    if (status == QC_ERROR_SIZE) status = library->session_write(session, info->name, request->inputs[i], info->bytes);
+  }
+  for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i) {
+    const qc_tensor_info* info = library->session_output_info(session, i);
+    status = library->session_bind_output(session, info->name, request->outputs[i], info->bytes);
+    if (status == QC_ERROR_SIZE) status = QC_OK; /* padded, and read below */
+  }
+  if (status == QC_OK) status = library->session_run(session);
+  for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i) {
+    const qc_tensor_info* info = library->session_output_info(session, i);
+    void* own = 0;
+    status = library->session_output_buffer(session, info->name, &own);
+    if (status == QC_ERROR_STATE || (status == QC_OK && own != request->outputs[i]))
+      status = library->session_read(session, info->name, request->outputs[i], info->bytes);
+  }
+  return status;
+}
+
 static inline qc_status qc_pool_run(const qc_library* library, qc_session* session, const qc_pool_request* request) {
-  qc_status status = QC_OK;
+  if (request->shaped) return qc_pool_run_at(library, session, request);
+  qc_status status = library->shape_count && library->shape_count() > 1 ? library->session_set_shape(session, 0) : QC_OK;
   for (int32_t i = 0; i < library->input_count() && status == QC_OK; ++i)
     status = library->session_bind_input(session, library->input_info(i)->name, request->inputs[i], library->input_info(i)->bytes);
   for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i)
@@ -108,13 +136,14 @@ static inline void* qc_pool_work(void* argument) {
   const qc_library* library = pool->library;
   size_t ports = (size_t)library->input_count() + (size_t)library->output_count();
   const void** own = (const void**)calloc(ports + 1, sizeof *own);
+  qc_shape* shapes = (qc_shape*)calloc((size_t)library->input_count() + 1, sizeof *shapes);
   qc_session* session = 0;
   if (pool->options.pin) qc_pool_pin(pool, stream->index); /* the session's workers, made here, inherit it */
-  qc_status status = own ? library->session_create(pool->options.threads, &session) : QC_ERROR_MEMORY;
+  qc_status status = own && shapes ? library->session_create(pool->options.threads, &session) : QC_ERROR_MEMORY;
   pthread_mutex_lock(&pool->lock);
   if (status != QC_OK && pool->status == QC_OK) {
     pool->status = status;
-    snprintf(pool->message, sizeof pool->message, "stream %d: %s", (int)stream->index, own ? library->last_error() : "out of memory");
+    snprintf(pool->message, sizeof pool->message, "stream %d: %s", (int)stream->index, own && shapes ? library->last_error() : "out of memory");
   }
   ++pool->begun;
   pthread_cond_broadcast(&pool->ready);
@@ -123,7 +152,8 @@ static inline void* qc_pool_work(void* argument) {
     if (!pool->count) break;
     qc_pool_request request = pool->queue[pool->first];
     memcpy(own, request.inputs, ports * sizeof *own);
-    request.inputs = own, request.outputs = (void**)(own + library->input_count());
+    if (request.shaped) memcpy(shapes, request.shapes, (size_t)library->input_count() * sizeof *shapes);
+    request.inputs = own, request.outputs = (void**)(own + library->input_count()), request.shapes = shapes;
     pool->first = (pool->first + 1) % pool->options.waiting;
     --pool->count;
     pthread_cond_signal(&pool->drained);
@@ -135,6 +165,7 @@ static inline void* qc_pool_work(void* argument) {
   pthread_mutex_unlock(&pool->lock);
   library->session_destroy(session);
   free(own);
+  free(shapes);
   return 0;
 }
 
@@ -159,6 +190,7 @@ static inline void qc_pool_destroy(qc_pool* pool) {
   pthread_cond_destroy(&pool->ready);
   free(pool->queue);
   free(pool->pointers);
+  free(pool->shapes);
   free(pool->streams);
   free(pool);
 }
@@ -192,8 +224,9 @@ static inline qc_status qc_pool_create(const qc_library* library, const qc_pool_
   pthread_cond_init(&pool->ready, 0);
   pool->queue = (qc_pool_request*)calloc((size_t)o.waiting, sizeof *pool->queue);
   pool->pointers = (const void**)calloc((size_t)o.waiting * (ports + 1), sizeof *pool->pointers);
+  pool->shapes = (qc_shape*)calloc((size_t)o.waiting * ((size_t)library->input_count() + 1), sizeof *pool->shapes);
   pool->streams = (qc_pool_stream*)calloc((size_t)o.streams, sizeof *pool->streams);
-  qc_status status = pool->queue && pool->pointers && pool->streams ? QC_OK : QC_ERROR_MEMORY;
+  qc_status status = pool->queue && pool->pointers && pool->shapes && pool->streams ? QC_OK : QC_ERROR_MEMORY;
   for (int32_t i = 0; i < o.streams && status == QC_OK; ++i) {
     qc_pool_stream* stream = &pool->streams[i];
     stream->pool = pool, stream->index = i;
@@ -220,9 +253,12 @@ static inline qc_status qc_pool_create(const qc_library* library, const qc_pool_
   return QC_OK;
 }
 
-static inline qc_status qc_pool_enter(qc_pool* pool, const void* const* inputs, void* const* outputs, qc_pool_done done, void* user, int wait) {
-  if (!pool || !inputs || !outputs) return QC_ERROR_ARGUMENT;
+static inline qc_status qc_pool_enter(qc_pool* pool, const qc_shape* shapes, const void* const* inputs, void* const* outputs, qc_pool_done done, void* user,
+                                      int wait) {
+  if (!pool || !inputs || !outputs || (shapes && !pool->library->session_fit)) return QC_ERROR_ARGUMENT;
   size_t in = (size_t)pool->library->input_count(), out = (size_t)pool->library->output_count();
+  for (size_t i = 0; shapes && i < in; ++i)
+    if (!shapes[i].name || strcmp(shapes[i].name, pool->library->input_info((int32_t)i)->name) != 0) return QC_ERROR_NAME;
   pthread_mutex_lock(&pool->lock);
   while (wait && pool->count == pool->options.waiting && !pool->closed) pthread_cond_wait(&pool->drained, &pool->lock);
   qc_status status = pool->closed ? QC_ERROR_STATE : pool->count == pool->options.waiting ? QC_ERROR_BUSY : QC_OK;
@@ -232,6 +268,12 @@ static inline qc_status qc_pool_enter(qc_pool* pool, const void* const* inputs, 
     memcpy(own, inputs, in * sizeof *own);
     memcpy(own + in, outputs, out * sizeof *own);
     pool->queue[place].inputs = own;
+    pool->queue[place].shapes = pool->shapes + (size_t)place * (in + 1);
+    pool->queue[place].shaped = shapes != 0;
+    for (size_t i = 0; shapes && i < in; ++i) {
+      pool->queue[place].shapes[i] = shapes[i];
+      pool->queue[place].shapes[i].name = pool->library->input_info((int32_t)i)->name;
+    }
     pool->queue[place].done = done;
     pool->queue[place].user = user;
     pthread_cond_signal(&pool->filled);
@@ -245,12 +287,21 @@ static inline qc_status qc_pool_enter(qc_pool* pool, const void* const* inputs, 
  * what was wrong with a buffer. Errors: ARGUMENT (a null pointer; of a single buffer `done` hears), STATE (the pool is closed).
  */
 static inline qc_status qc_pool_submit(qc_pool* pool, const void* const* inputs, void* const* outputs, qc_pool_done done, void* user) {
-  return qc_pool_enter(pool, inputs, outputs, done, user, 1);
+  return qc_pool_enter(pool, 0, inputs, outputs, done, user, 1);
 }
 
 /** The same without waiting: QC_ERROR_BUSY where the queue is full. */
 static inline qc_status qc_pool_try_submit(qc_pool* pool, const void* const* inputs, void* const* outputs, qc_pool_done done, void* user) {
-  return qc_pool_enter(pool, inputs, outputs, done, user, 0);
+  return qc_pool_enter(pool, 0, inputs, outputs, done, user, 0);
+}
+
+/**
+ * As qc_pool_submit, of a library for several shapes: at the shapes that the caller's inputs have, one for each, by name and in order (they are copied). Buffers
+ * are as long as those say; what is padded is copied, nothing else. `done` hears of a shape that the library was not compiled for (QC_ERROR_SIZE). Errors:
+ * NAME (a shape is not that of the input in its place), ARGUMENT (the library is of a version that has one shape), and those of qc_pool_submit.
+ */
+static inline qc_status qc_pool_submit_at(qc_pool* pool, const qc_shape* shapes, const void* const* inputs, void* const* outputs, qc_pool_done done, void* user) {
+  return shapes ? qc_pool_enter(pool, shapes, inputs, outputs, done, user, 1) : QC_ERROR_ARGUMENT;
 }
 
 #ifdef __cplusplus

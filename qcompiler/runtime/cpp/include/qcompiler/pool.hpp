@@ -8,6 +8,7 @@
 /// Link with ${CMAKE_DL_LIBS} and Threads::Threads.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <future>
 #include <memory>
@@ -45,6 +46,24 @@ class SessionPool {
   /// then: called in the stream's thread when the run has succeeded, before the future is ready; it must not throw, nor close the pool.
   std::future<void> submit(const std::vector<const void*>& inputs, const std::vector<void*>& outputs, std::function<void()> then = {}) {
     return enter(inputs, outputs, qc_pool_submit, std::move(then));
+  }
+  /// The same at the shapes that the inputs have, one for each, in order, of a library for several: compiled ones, or such as it pads. Buffers are as long as
+  /// those say. The future throws Error(QC_ERROR_SIZE) for any other shape; Error(QC_ERROR_SIZE) is thrown at once for a wrong number of them.
+  std::future<void> submit_at(const std::vector<std::vector<std::int64_t>>& shapes, const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
+                              std::function<void()> then = {}) {
+    const std::vector<const qc_tensor_info*> known = this->inputs();
+    if (shapes.size() != known.size())
+      throw Error(QC_ERROR_SIZE, "submit_at: " + std::to_string(shapes.size()) + " shapes given; the library has " + std::to_string(known.size()) + " inputs");
+    std::vector<qc_shape> given(shapes.size());
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      given[i].name = known[i]->name;
+      given[i].rank = static_cast<std::int32_t>(shapes[i].size());
+      for (std::size_t a = 0; a < shapes[i].size() && a < QC_MAX_RANK; ++a) given[i].shape[a] = shapes[i][a];
+    }
+    const auto submit = [&given](qc_pool* pool, const void* const* in, void* const* out, qc_pool_done done, void* user) {
+      return qc_pool_submit_at(pool, given.data(), in, out, done, user);
+    };
+    return enter(inputs, outputs, submit, std::move(then));
   }
   /// The same without waiting: throws Error(QC_ERROR_BUSY) when the queue is full.
   std::future<void> try_submit(const std::vector<const void*>& inputs, const std::vector<void*>& outputs) { return enter(inputs, outputs, qc_pool_try_submit, {}); }
