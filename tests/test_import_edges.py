@@ -150,6 +150,34 @@ def test_indices_from_the_end_and_beyond_it(tmp_path: Path) -> None:
     assert np.isfinite(scattered).all() and (scattered[:, 2] != x_[:, 2]).sum() == 1, "the row behind the data is left out"
 
 
+def test_constant_indices(tmp_path: Path) -> None:
+    """One element is a scalar; what is beyond the data in every call is refused."""
+    net = OnnxNet(18)
+    x = net.input("x", 3, 4)
+    model = load(net.save(tmp_path / "net.onnx", [net.op("GatherND", x, net.ints(1, -1))]))
+    (found,) = execute(model.module, {"x": (x_ := samples(model)["x"])}).values()
+    assert found.shape == () and found == x_[1, 3]
+    for op, index, message in (
+        ("GatherND", [[0, 4]], "index 4 is out of range for an axis of 4"),
+        ("GatherND", [[-4]], "index -4 is out of range for an axis of 3"),
+        ("GatherElements", [[3]], "index 3 is out of range for an axis of 3"),
+        ("Gather", [3], "an index is out of range for an axis of 3"),
+    ):
+        net = OnnxNet(18)
+        with pytest.raises(ModelError, match=message):
+            load(net.save(tmp_path / "net.onnx", [net.op(op, net.input("x", 3, 4), net.const(index, "int64"))]))
+    net = OnnxNet(18)
+    with pytest.raises(ModelError, match=r"its batch axes are \[3\] in the data and \[2\] in the indices"):
+        load(net.save(tmp_path / "net.onnx", [net.op("GatherND", net.input("x", 3, 4), net.const([[1], [2]], "int64"), batch_dims=1)]))
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_resizes_of_integers(mode: str, tmp_path: Path) -> None:
+    net = OnnxNet(18)
+    with pytest.raises(ModelError, match="rounds sums of uint8, which ONNX leaves open; supported: float32"):
+        load(net.save(tmp_path / "net.onnx", [net.op("Resize", net.input("x", 1, 3, 4, 4, dtype=TensorProto.UINT8), "", net.const([1, 1, 2, 2]), mode=mode)]))
+
+
 def test_sparse_tensors(tmp_path: Path) -> None:
     def sparse(indices: object, values: object, dims: Sequence[int]) -> onnx.SparseTensorProto:
         return helper.make_sparse_tensor(tensor(np.asarray(values, np.float32)), tensor(np.asarray(indices, np.int64), "i"), dims)

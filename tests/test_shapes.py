@@ -335,8 +335,19 @@ def test_pad_rules_that_do_not_fit(folder: Path, text: tuple[Compilation, Path],
     for pad, shapes, said in cases:
         with pytest.raises(ModelError, match=said):
             qcompiler.compile(folder / "bert.onnx", calibration=sentences(1, tokens=8), input_shapes=shapes, pad=pad)
-    with pytest.raises(PlanError, match=r"changes what belongs to the input in output .* does not look away from what it is padded with \(ids=0, mask=1\)"):
-        qcompiler.compile(folder / "bert.onnx", calibration=sentences(2, tokens=8), input_shapes=lengths, pad={"ids": 0, "mask": 1}, preset="fast")
+    for tokens in (8, 16):  # whichever shape the samples have
+        with pytest.raises(PlanError, match=r"changes what belongs to the input in output .* does not look away from what it is padded with \(ids=0, mask=1\)"):
+            qcompiler.compile(folder / "bert.onnx", calibration=sentences(2, tokens=tokens), input_shapes=lengths, pad={"ids": 0, "mask": 1}, preset="fast")
+
+
+def test_pad_rules_that_nothing_can_be_tried_on(tmp_path: Path) -> None:
+    """A network that is quantized already needs no samples, but for its rules."""
+    net = OnnxNet(seed=3)
+    scale, zero = net.const(np.float32(0.1)), net.const(np.int8(0), "int8")
+    x = net.op("DequantizeLinear", net.op("QuantizeLinear", net.input("x", 1, "n"), scale, zero), scale, zero)
+    model = net.save(tmp_path / "n.onnx", [net.op("ReduceSum", x, keepdims=1)])
+    with pytest.raises(DataError, match="tried on a sample before they are trusted: give calibration data"):
+        qcompiler.compile(model, input_shapes={"x": [(1, 4), (1, 8)]}, pad={"x": 0})
 
 
 def test_an_output_that_can_not_be_cut_back(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from qcompiler.backend.artifact import RUNTIME
 from qcompiler.base.errors import DataError, ModelError
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
+from qcompiler.runtime.library import CHECKSUM_MAGIC, checksum
 from qcompiler.runtime.session import Session
 
 STATE = {"h": "h_out", "c": "c_out"}
@@ -90,6 +91,18 @@ def test_from_cpp(folder: Path, session: Session, tmp_path: Path) -> None:
     subprocess.run([runner, folder / "model.so", "--input", f"x={folder / 'x.npy'}", "--output", tmp_path / "out"], check=True)
     session.reset()
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "y.npy"), session.run({"x": np.load(folder / "x.npy")})["y"])
+
+
+def test_cpp_takes_libraries_without_later_functions(folder: Path, tmp_path: Path) -> None:
+    data = (folder / "model.so").read_bytes()[:-24]
+    for name in (b"qc_session_reset", b"qc_input_state", b"qc_selftest", b"qc_session_fit", b"qc_session_input_info", b"qc_session_write", b"qc_session_read"):
+        assert data.count(b"\0" + name + b"\0") >= 1
+        data = data.replace(b"\0" + name + b"\0", b"\0" + b"x" * len(name) + b"\0")  # in the table of names
+    (tmp_path / "old.so").write_bytes(data + CHECKSUM_MAGIC + checksum(data))
+    lines = subprocess.run(
+        [compiled(CPP / "state.cc", tmp_path / "state"), tmp_path / "old.so"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert lines[4:7] == ["x 0", "h 0", "c 0"] and len(lines[0].split()) == 3
 
 
 BAD = [

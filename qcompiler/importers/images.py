@@ -269,6 +269,8 @@ def resize(node: Node) -> list[Value]:
         axis = Axis(shape[a], sizes[a], scales[a], coordinates, bounds)
         if mode == "nearest" and roi is None:
             x = relax.op.take(x, const(nearest_indices(axis, rounding)), a)
+        elif node.dtype() != "float32":
+            raise Refused(f"mode '{mode}' rounds sums of {node.dtype()}, which ONNX leaves open; supported: float32. Cast its input to float32")
         else:
             matrix = weights(
                 axis, mode, rounding, bool(node.attrs.get("antialias", 0)), float(node.attrs.get("cubic_coeff_a", -0.75)),

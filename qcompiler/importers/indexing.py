@@ -82,10 +82,12 @@ def gather_elements(node: Node) -> list[Value]:
 def gather_nd(node: Node) -> list[Value]:
     """The last axis of the indices addresses axes of the data behind the batch axes; what lies behind those is a row."""
     shape, form, batch = node.shape(), node.shape(1), int(node.attrs.get("batch_dims", 0))
+    if shape[:batch] != form[:batch]:
+        raise Refused(f"its batch axes are {list(shape[:batch])} in the data and {list(form[:batch])} in the indices")
     depth = batch + form[-1]
     strides = np.asarray(_strides(shape[:depth]), np.int64)
     parts = _combined(node, "parts", relax.op.multiply, _wrapped(node, 1, np.asarray(shape[batch:depth], np.int64)), strides[batch:])
-    places = parts.sum(-1) if isinstance(parts, np.ndarray) else node.emit("row", relax.op.sum(parts, [-1]))
+    places = np.asarray(parts.sum(-1)) if isinstance(parts, np.ndarray) else node.emit("row", relax.op.sum(parts, [-1]))
     if batch:
         places = _combined(node, "places", relax.op.add, places, _positions(form[:-1], [*strides[:batch], *[0] * (len(form) - 1 - batch)]))
     rows = math.prod(shape[:depth])
@@ -100,9 +102,12 @@ def _inside(node: Node, places: Value, size: int) -> Any:
 
 
 def _wrapped(node: Node, index: int, size: Any) -> Value:
-    """Operand `index`, int64, with negative indices counted from the end; `size`: what they count in, an integer or an array that broadcasts."""
+    """Operand `index`, int64, with negative indices counted from the end; `size`: what they count in, an integer or an array that broadcasts. Raises Refused
+    for constants beyond it."""
     indices = node.inputs[index]
     if isinstance(indices, np.ndarray):
+        if (wrong := (indices < -np.asarray(size)) | (indices >= size)).any():
+            raise Refused(f"index {indices[wrong][0]} is out of range for an axis of {np.broadcast_to(size, indices.shape)[wrong][0]}")
         return np.where(indices < 0, indices.astype(np.int64) + size, indices)
     wide = indices if dtype_of(indices) == "int64" else node.emit("wide", relax.op.astype(indices, "int64"))
     behind = node.emit("behind", relax.op.add(wide, const(np.asarray(size, np.int64))))
@@ -164,7 +169,7 @@ def scatter_nd(node: Node) -> list[Value]:
     depth = form[-1]
     rows, width = math.prod(shape[:depth]), math.prod(shape[depth:])
     parts = _combined(node, "parts", relax.op.multiply, _wrapped(node, 1, np.asarray(shape[:depth], np.int64)), np.asarray(_strides(shape[:depth]), np.int64))
-    places = parts.sum(-1) if isinstance(parts, np.ndarray) else node.emit("places", relax.op.sum(parts, [-1]))
+    places = np.asarray(parts.sum(-1)) if isinstance(parts, np.ndarray) else node.emit("places", relax.op.sum(parts, [-1]))
     return [_scatter(node, node.inputs[0], rows, width, places, node.inputs[2], _reduction(node), shape)]
 
 

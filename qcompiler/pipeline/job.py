@@ -91,6 +91,8 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
         steps = steps.without_changes()
     if calibration is None and not trained.quantized:
         raise DataError("calibration data is needed to quantize: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
+    if calibration is None and rules:
+        raise DataError("rules for padding are tried on a sample before they are trusted: give calibration data, or compile without padding")
     if "streams" in steps.steps:
         float_model, *others = (replace(m, module=run(WIDE, m.module, dump=dump)) for m in (float_model, *others))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")

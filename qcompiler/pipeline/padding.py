@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -68,44 +69,30 @@ def _rule(name: str, dtype: str, value: Any) -> Any:
 
 
 def check_padding(session: Session, rules: Mapping[str, Any], sample: Mapping[str, np.ndarray], rounded: Container[str] = ()) -> list[str]:
-    """Run `sample`, or its beginning, as it is and padded to every larger shape, on the network at all shapes (`session`). rounded: outputs that are float32
-    numbers in 8 bits.
+    """Run the beginning of `sample` that two shapes have in common at both, padded where it must be, on the network at all shapes (`session`). rounded:
+    outputs that are float32 numbers in 8 bits.
 
     Returns warnings where outputs differ by the rounding of float sums. Raises PlanError where they differ by more: the network does not look away from
     what is padded.
     """
     fitting = Fitting({**session.manifest, "padding": rules})
     warnings: list[str] = []
-    own = fitting.exact({name: array.shape for name, array in sample.items()})
-    assert own is not None
-    for small in range(len(fitting.all)):
-        part = _beginning(sample, fitting.inputs[small])
-        if part is None:
-            continue
-        plain = session.run(part)
-        for large, shapes in enumerate(fitting.inputs):
-            if large == small or any(a > b for name in shapes for a, b in zip(part[name].shape, shapes[name], strict=True)):
+    by_size = sorted(range(len(fitting.all)), key=lambda shape: sum(map(math.prod, fitting.inputs[shape].values())))
+    for pair in itertools.combinations(by_size, 2):
+        common = {name: tuple(map(min, array.shape, *(fitting.inputs[shape][name] for shape in pair))) for name, array in sample.items()}
+        part = {name: array[tuple(map(slice, common[name]))] for name, array in sample.items()}
+        less, more = (session.run({name: fitting.pad(name, array, shape) for name, array in part.items()}) for shape in pair)
+        for name in less:
+            wanted, got = fitting.cut(name, less[name], common), fitting.cut(name, more[name], common)
+            if got.tobytes() == wanted.tobytes():
                 continue
-            padded = session.run({name: fitting.pad(name, array, large) for name, array in part.items()})
-            for name, wanted in plain.items():
-                got = fitting.cut(name, padded[name], {n: a.shape for n, a in part.items()})
-                if got.tobytes() == wanted.tobytes():
-                    continue
-                said = f"padding {spelled(fitting.inputs[small])} to {spelled(shapes)} changes what belongs to the input in output '{name}'"
-                error = float(np.abs(got.astype(np.float64) - wanted).max())
-                allowed = _CLOSE * float(np.abs(wanted).max()) if wanted.dtype.kind == "f" else float(name in rounded)
-                if not error <= allowed:
-                    raise PlanError(
-                        f"{said}, by up to {error:.3g}: the network does not look away from what it is padded with "
-                        f"({', '.join(f'{n}={r}' for n, r in rules.items())}). Give other rules, or compile without padding"
-                    )
-                warnings.append(f"{said}, by up to {error:.2g}: float sums of other lengths round differently")
-        if small == own:
-            break
+            said = f"padding {spelled(common)} to {spelled(fitting.inputs[pair[1]])} changes what belongs to the input in output '{name}'"
+            error = float(np.abs(got.astype(np.float64) - wanted).max())
+            allowed = _CLOSE * float(np.abs(wanted).max()) if wanted.dtype.kind == "f" else float(name in rounded)
+            if not error <= allowed:
+                raise PlanError(
+                    f"{said}, by up to {error:.3g}: the network does not look away from what it is padded with "
+                    f"({', '.join(f'{n}={r}' for n, r in rules.items())}). Give other rules, or compile without padding"
+                )
+            warnings.append(f"{said}, by up to {error:.2g}: float sums of other lengths round differently")
     return list(dict.fromkeys(warnings))
-
-
-def _beginning(sample: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
-    if any(a < b for name, shape in shapes.items() for a, b in zip(sample[name].shape, shape, strict=True)):
-        return None
-    return {name: np.ascontiguousarray(sample[name][tuple(map(slice, shape))]) for name, shape in shapes.items()}

@@ -49,7 +49,7 @@ from qcompiler.refine.correction import correct_biases
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.refine.means import FloatMeans
 from qcompiler.refine.rounding import NARROW, DataRounder
-from qcompiler.refine.trial import Correction, SessionExecutor
+from qcompiler.refine.trial import EXACT, Correction, SessionExecutor
 from qcompiler.refine.weight_rounding import round_weights
 from qcompiler.runtime.reference import ImportCheck, check_import
 from qcompiler.runtime.selftest import probes, vectors
@@ -420,7 +420,7 @@ def expected_sqnr(corrected: Corrected) -> float | None:
     """dB of the worst output on calibration samples: as the last correction measured it, else as estimated. None where no sample tells, or nothing is lost."""
     tried, noise = list(corrected.corrections.values()), corrected.network.noise
     found = (tried[-1].after if tried[-1].kept else tried[-1].before) if tried else None if not noise else -10 * math.log10(noise)
-    return round(found, 2) if found is not None and math.isfinite(found) else None  # as many digits as every machine agrees on
+    return round(found, 2) if found is not None and found < EXACT and math.isfinite(found) else None  # as many digits as every machine agrees on
 
 
 def described_further(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:

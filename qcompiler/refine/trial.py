@@ -24,6 +24,7 @@ from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 from qcompiler.refine.means import FloatMeans
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
+EXACT = 200.0  # dB: beyond what float32 tells, as 24 bits are 150 dB; what outputs without any error count as
 
 
 class Context(Protocol):
@@ -197,7 +198,7 @@ class Trial:
 
 
 def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> float:
-    """Mean over the network's float outputs, and the quantities in each, of 10 log10(sum reference^2 / sum error^2), in dB."""
+    """Mean over the network's float outputs, and the quantities in each, of 10 log10(sum reference^2 / sum error^2), in dB; at most `EXACT` each."""
     parts = {name: Parts.of(wanted) for name, wanted in (outputs[0] if outputs else {}).items() if wanted.dtype == np.float32}
     power = {name: np.zeros(len(p.members)) for name, p in parts.items()}
     noise = {name: np.zeros(len(p.members)) for name, p in parts.items()}
@@ -209,4 +210,4 @@ def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray
             noise[name] += p.sums(np.square(actual[name] - reference))
     tiny = np.finfo(np.float64).tiny
     pairs = [pair for name in parts for pair in zip(power[name].tolist(), noise[name].tolist(), strict=True)]
-    return float(np.mean([10 * (math.log10(max(s, tiny)) - math.log10(max(n, tiny))) for s, n in pairs])) if pairs else 0.0
+    return float(np.mean([min(EXACT, 10 * (math.log10(max(s, tiny)) - math.log10(max(n, tiny)))) for s, n in pairs])) if pairs else 0.0

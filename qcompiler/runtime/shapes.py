@@ -115,7 +115,7 @@ class Fitting:
     def refusal(self, given: Shapes) -> str:
         """Why no compiled shape fits."""
         known = "; ".join(spelled(shapes) for shapes in self.inputs)
-        how = ", nor can it be padded to one," if self.rules else ""
+        how = ", nor can it be padded to one" if self.rules else ""
         return f"{spelled(given)} is no shape that this library was compiled for{how}: {known}"
 
 

@@ -213,6 +213,7 @@ def verify(
     `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the better, or
     "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
     `expect_digest`: what `qcompiler digest` says of the same plan and data on any target; another one fails. A library with test vectors runs them, too.
+    Every position of an output counts, also padding that the network's masks hide (calibration leaves it out).
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where the runtime that the model was made for is installed (ONNX Runtime,
     LiteRT), the float network is compared with what that computes from it, too (`ParityReport.imported`): an operator that was imported wrongly would be
     wrong on both sides of every other comparison.

@@ -129,6 +129,7 @@ int main(int count, char** words) {
   expect(library.shape_step_count(0) == library.step_count() && library.shape_step_count(3) == 0 && library.shape_step_count(-1) == 0, "step counts");
   expect(library.shape_input_info(1, 0)->shape[1] == 16 && !library.shape_input_info(3, 0) && !library.shape_output_info(0, 9), "port infos");
   expect(library.session_set_shape(raw, 3) == QC_ERROR_ARGUMENT && library.session_set_shape(raw, -1) == QC_ERROR_ARGUMENT, "no such shape");
+  expect(session.steps() == library.shape_step_count(2), "steps of the shape that the session has");
   expect(library.session_set_shape(nullptr, 0) == QC_ERROR_ARGUMENT && library.session_fit(raw, nullptr, 1) == QC_ERROR_ARGUMENT, "null");
   expect(library.session_set_shape(raw, 2) == QC_OK && library.session_input_info(raw, 1)->shape[1] == 24 && !library.session_input_info(raw, 2), "set_shape");
   expect(library.session_write(raw, "ids", nullptr, 8) == QC_ERROR_ARGUMENT && library.session_write(raw, "ids", ids.data(), 8) == QC_ERROR_SIZE, "write");

@@ -39,7 +39,6 @@ typedef struct qc_library {
   int32_t (*output_count)(void);
   const qc_tensor_info* (*input_info)(int32_t);
   const qc_tensor_info* (*output_info)(int32_t);
-  int32_t (*input_state)(int32_t);
   qc_status (*session_create)(int32_t, qc_session**);
   void (*session_destroy)(qc_session*);
   qc_status (*session_bind_input)(qc_session*, const char*, const void*, size_t);
@@ -47,12 +46,13 @@ typedef struct qc_library {
   qc_status (*session_input_buffer)(qc_session*, const char*, void**);
   qc_status (*session_output_buffer)(qc_session*, const char*, void**);
   qc_status (*session_run)(qc_session*);
-  qc_status (*session_reset)(qc_session*);
   qc_status (*session_execute)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t);
   qc_status (*session_profile)(qc_session*, void*, const void*, const void* const*, void* const*, int32_t, int32_t, double*);
   size_t (*workspace_bytes)(void);
   int32_t (*step_count)(void);
-  /* Null in libraries of the first versions, which have one shape: */
+  /* Null in libraries of the first versions, which have one shape, and neither states nor test vectors: */
+  int32_t (*input_state)(int32_t);
+  qc_status (*session_reset)(qc_session*);
   qc_status (*selftest)(void);
   int32_t (*shape_count)(void);
   const qc_tensor_info* (*shape_input_info)(int32_t, int32_t);
@@ -186,11 +186,11 @@ static inline qc_status qc_library_open(const char* path, qc_library* library, c
   QC_LOAD(session_output_buffer);
   QC_LOAD(session_run);
   QC_LOAD(session_execute);
-  QC_LOAD(session_reset);
-  QC_LOAD(input_state);
   QC_LOAD(session_profile);
   QC_LOAD(workspace_bytes);
   QC_LOAD(step_count);
+  QC_LOAD_LATER(session_reset);
+  QC_LOAD_LATER(input_state);
   QC_LOAD_LATER(shape_count);
   QC_LOAD_LATER(shape_input_info);
   QC_LOAD_LATER(shape_output_info);

@@ -165,12 +165,12 @@ qc_status qc_session_execute(qc_session* session, void* workspace, const void* c
  */
 qc_status qc_session_profile(qc_session* session, void* workspace, const void* constants, const void* const* inputs, void* const* outputs, int32_t begin,
                              int32_t end, double* seconds);
-/** Of the shape that needs most. */
 /**
  * Run the library's test vectors (compiled with --selftest) in a session of its own, on one thread, and compare what has the same bits on every CPU.
  * Takes as long as that many runs. Errors: SELFTEST, naming the value; STATE: there are no vectors; and those of qc_session_create and qc_session_execute.
  */
 qc_status qc_selftest(void);
+/** Of the shape that needs most. */
 size_t qc_workspace_bytes(void);
 /** Steps at the first shape. */
 int32_t qc_step_count(void);

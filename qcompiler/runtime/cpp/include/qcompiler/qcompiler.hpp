@@ -260,7 +260,9 @@ class Session {
   /// Run the network on the inputs as they are now. Throws Error(QC_ERROR_STATE) when one was never set, Error(QC_ERROR_BUSY) while another thread is inside.
   void run() { library_->check((*library_)->session_run(session_)); }
   /// Make the states that the session keeps from run to run (compiled with --state) zeros again, as for a new stream.
-  void reset() { library_->check((*library_)->session_reset(session_)); }
+  void reset() {
+    if ((*library_)->session_reset) library_->check((*library_)->session_reset(session_));  // a library of the first versions has no states
+  }
 
   /// Run steps [begin, end) of the manifest on memory of the caller's, for tracing: qc_session_execute says how it must be aligned. `inputs` and `outputs` are
   /// those of the session. Throws Error.
@@ -277,7 +279,12 @@ class Session {
     return seconds;
   }
   std::size_t workspace_bytes() const { return (*library_)->workspace_bytes(); }
-  int steps() const { return (*library_)->step_count(); }
+  /// Steps of a run at the compiled shape that the session has now (Session::fit); of the first one where it pads.
+  int steps() const {
+    for (std::int32_t shape = 1; (*library_)->shape_count && shape < (*library_)->shape_count(); ++shape)
+      if (has_shape(shape)) return (*library_)->shape_step_count(shape);
+    return (*library_)->step_count();
+  }
 
   /// Run the library's test vectors. Throws Error: QC_ERROR_SELFTEST when this machine computes wrongly, QC_ERROR_STATE when there are none.
   void selftest() const {
@@ -313,9 +320,17 @@ class Session {
   }
   std::vector<Tensor> ports(int count, bool output) {
     std::vector<Tensor> all;
-    for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i, output), output, !output && (*library_)->input_state(i) >= 0));
+    for (int i = 0; i < count; ++i) all.push_back(Tensor(library_.get(), session_, info(i, output), output, !output && is_state(i)));
     return all;
   }
+  bool has_shape(std::int32_t shape) const {
+    for (std::int32_t i = 0; i < (*library_)->input_count(); ++i) {
+      const qc_tensor_info *own = info(i, false), *its = (*library_)->shape_input_info(shape, i);
+      if (std::memcmp(own->shape, its->shape, static_cast<std::size_t>(its->rank) * sizeof(std::int64_t)) != 0) return false;
+    }
+    return true;
+  }
+  bool is_state(int input) const { return (*library_)->input_state && (*library_)->input_state(input) >= 0; }
   const qc_tensor_info* info(int index, bool output) const {
     if ((*library_)->session_input_info)
       return output ? (*library_)->session_output_info(session_, index) : (*library_)->session_input_info(session_, index);
