@@ -7,6 +7,7 @@ network runs in a process of its own with a limit of time and of memory. Results
 goes on where it was; --again measures anew what --only selects. Samples to calibrate with and to judge by are others, made from the same recipe.
 
 SQNR: of the worst floating output, over all evaluation samples. int8: the share of the multiplications of the library that int8 steps do.
+A ! behind "compiled": the compiler warned that the outputs lose much.
 of ORT: ratio of the least times to ONNX Runtime float on one thread, in turns (of LiteRT for its files). NNCF: SQNR of OpenVINO's network quantized on
 the same samples, and its time as a ratio to the same, where installed.
 """
@@ -122,7 +123,7 @@ def fetched(package: str, file: str, sha256: str, cache: Path) -> Path:
 
 def measure(model: Path, entry: Mapping[str, Any], preset: str) -> dict[str, Any]:
     import qcompiler
-    from qcompiler.base.errors import QCompilerError
+    from qcompiler.base.errors import ModelError, PlanError, QCompilerError
     from qcompiler.importers.model import load
     from qcompiler.importers.origin import origin_of
     from qcompiler.runtime.bench import interleave, ratios
@@ -133,7 +134,7 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str) -> dict[str, Any
         calibration = list(samples(entry["made"], network.inputs, 0, CALIBRATION))
         artifact = qcompiler.compile(model, calibration=calibration, preset=preset, **options)
     except QCompilerError as error:
-        return {"status": "failed" if type(error).__name__ == "InternalError" else "refused", "reason": str(error)}
+        return {"status": "refused" if isinstance(error, (ModelError, PlanError)) else "failed", "reason": str(error)}
     evaluation = list(samples(entry["made"], network.inputs, 1000, EVALUATION))
     fixed = {name: np.asarray(value) for name, value in network.fixed.items()}
     runtime, reference = network.origin.elsewhere().open()
@@ -236,7 +237,8 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> str:
     body = []
     for key, r in results.items():
         figures = {"sqnr_db": ".1f", "int8_share": ".0%", "ratio": ".2f", "nncf_sqnr_db": ".1f", "nncf_ratio": ".2f"}
-        body.append([key, r["kind"], r["status"], *(number(r.get(name), form) for name, form in figures.items())])
+        doubtful = " !" if any("lose much" in warning for warning in r.get("warnings", [])) else ""
+        body.append([key, r["kind"], r["status"] + doubtful, *(number(r.get(name), form) for name, form in figures.items())])
     head = ["network", "kind", "", "SQNR dB|", "int8|", "of ORT|", "NNCF dB|", "NNCF of ORT|"]
     reasons = [f"{key}: {r['reason']}" for key, r in results.items() if r.get("reason")]
     done = [r for r in results.values() if r["status"] == "compiled"]

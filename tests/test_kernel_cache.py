@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from qcompiler.backend.codegen import object_code
+from qcompiler.backend.codegen import _symbol, object_code
 from qcompiler.backend.kernel_cache import cache_folder, cached, trim
 from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.targets import find_target
 from qcompiler.passes.graph import GraphBuilder, const
+from qcompiler.runtime.elf import symbol_sizes
 
 TARGET = find_target("x86-avx2")
 
@@ -82,3 +84,13 @@ def test_a_folder_that_can_not_be_made_is_no_cache(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "file" / "cache"))
     assert cache_folder() is None
     assert cached("k", TARGET, lambda: b"code") == b"code"
+
+
+def test_a_kernel_that_two_rows_share_has_the_name_of_either(folder: Path) -> None:
+    """A product and a convolution of one pixel may be the same kernel; each network asks for it under the name of its row."""
+    for row in ("f32 dense", "f32 conv2d"):
+        made = program()
+        for step in made.steps:
+            object.__setattr__(step, "kernel", dataclasses.replace(step.kernel, row=row))
+        sizes = symbol_sizes(object_code(made), Path("code.o"))
+        assert all(sizes.get(_symbol(kernel)) for kernel in made.kernels().values())

@@ -85,7 +85,11 @@ def object_code(program: Program, others: Sequence[Program] = (), places: Places
     with bugs_named(f"code generation for {program.target.name}"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         kernels = {kernel.key: kernel for kernel in kernels_of(s for p in programs for s in p.steps).values()}
         symbols = {key: _symbol(kernel) for key, kernel in kernels.items()}
-        objects = list(pool.map(lambda key: cached(key, program.target, lambda: _kernel_object(symbols[key], kernels[key], program.target)), kernels))
+
+        def made(key: str) -> bytes:  # kept by name too: rows may share a kernel
+            return cached(f"{symbols[key]} {key}", program.target, lambda: _kernel_object(symbols[key], kernels[key], program.target))
+
+        objects = list(pool.map(made, kernels))
         offsets = (places or share(programs)).offsets
         entries = {entry_name(i): _entry(entry_name(i), p, offsets[i], symbols) for i, p in enumerate(programs)}
         objects.append(_built(tvm.IRModule(entries), program.target))

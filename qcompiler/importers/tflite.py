@@ -126,13 +126,15 @@ class _Translation(Graph):
 
     def offer(self) -> str:
         """The tensors that unknown operators, and what reads their results, need, as an option; empty where they need the inputs alone."""
-        lost, ends = set[int](), set(self.network.outputs)
+        lost, ends, varies = set[int](), set(self.network.outputs), set(self.network.inputs)
         for operator in self.network.operators:
+            if not varies.isdisjoint(operator.inputs):
+                varies |= set(operator.outputs)
             if operator.op not in OPERATORS or not lost.isdisjoint(operator.inputs):
                 lost |= set(operator.outputs)
                 ends |= set(operator.inputs)
         made = [i for operator in self.network.operators for i in operator.outputs]
-        return cut_offer([self.tensors[i].name for i in made if i in ends - lost])
+        return cut_offer([self.tensors[i].name for i in made if i in (ends & varies) - lost])
 
     def spelled(self, operator: Operator) -> str:
         return f"operator {self.network.operators.index(operator)} ({operator.op}, of '{self.tensors[operator.outputs[0]].name if operator.outputs else ''}')"
