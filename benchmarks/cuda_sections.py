@@ -60,7 +60,7 @@ def check_rows(folder: Path, cases: list[dict[str, Any]], results: Path) -> None
                 stored = arrays[f"{number}x{i}"].reshape(-1).view(np.uint8)
                 workspace[at : at + stored.size] = stored
             before = workspace.copy()
-            session.execute(workspace.ctypes.data, ports, ports, number, number + 1)
+            session.execute(0, workspace.ctypes.data, ports, ports, number, number + 1)
             output = slice(case["writes"], case["writes"] + case["bytes"])
             got, want = workspace[output].view(case["dtype"])[arrays[f"{number}at"]], arrays[f"{number}y"]
             wrong = ~(np.abs(got - want) <= case["tolerance"] * (1 + np.abs(want))) if case["tolerance"] else got != want

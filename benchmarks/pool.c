@@ -8,6 +8,8 @@
 #define QC_OUTPUT_COUNT 0
 #define QC_WORKSPACE 64
 #define QC_STEPS 0
+#define QC_SHAPES 1
+#define QC_ENTRIES(X) X(qc_run)
 #include "qc_threads.c"
 
 const char qc_constants[1];

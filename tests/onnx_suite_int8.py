@@ -6,6 +6,7 @@ What becomes of each case is in onnx_suite_int8.tsv; cases that have at least 25
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import open_samples
 from qcompiler.importers.model import FloatModel
+from qcompiler.importers.onnx_file import OnnxFile
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.stages import Equalized, calibrate, correct, describe, float_code, generate, integer_network
 from qcompiler.plan.planner import observed_ids
@@ -47,7 +49,7 @@ def joined(models: dict[str, FloatModel]) -> FloatModel:
 
     sources = {f"{name}/{k}": v for name, model in models.items() for k, v in model.sources.items()}
     readers = {f"{name}/{k}": [f"{name}/{r}" for r in v] for name, model in models.items() for k, v in model.readers.items()}
-    return FloatModel(merged(models), ports("inputs"), ports("outputs"), "suite", "", sources, readers, Path("suite.onnx"))
+    return FloatModel(merged(models), ports("inputs"), ports("outputs"), "suite", "", sources, readers, OnnxFile(Path("suite.onnx")), math.inf)
 
 
 def int8_verdicts(names: Sequence[str], folder: Path) -> dict[str, str]:

@@ -198,7 +198,7 @@ def test_a_feature_that_nothing_can_test_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("0", NotTested)])
 def test_a_missing_emulator_skips_loudly_or_fails(required: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    absent: Callable[[str], None] = lambda name: None  # noqa: E731
+    absent: Callable[..., None] = lambda name, path=None: None  # noqa: E731
     monkeypatch.setattr(shutil, "which", absent)
     monkeypatch.setenv("QCOMPILER_REQUIRE_TOOLS", required)
     with pytest.raises(outcome, match="arm64-i8mm NOT TESTED: no .*qemu-aarch64-static .apt-get install g..-aarch64-linux-gnu qemu-user-static.$"):

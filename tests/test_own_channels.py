@@ -54,6 +54,8 @@ CASES: dict[str, list[tuple[list[Any], dict[str, Any]]]] = {  # operands: shapes
     "qc.f32.conv2d": [conv((1, 9, 11, 7), 19, 1, floats=True), conv((1, 9, 11, 21), 21, 21, floats=True)],
     "qc.conv2d_transpose": [conv((1, 5, 6, 7), 19, 1, transposed=True)],
     "qc.dequantize": [([X8], {"scale": 0.1, "zero_point": 3})],
+    "qc.enter": [([X8], {}), ([(1, 21, 9, 11)], {"axes": [0, 2, 3, 1]})],
+    "qc.leave": [([X8], {"dtype": "int8"})],
     "qc.add": [([X8, X8], {"a_zero_point": 3, "a_multiplier": 900, "b_zero_point": -4, "b_multiplier": 700, "shift": 11, **QUANT})],
     "qc.mul": [([X8, (1, 1, 1, 21)], {"a_zero_point": 3, "b_zero_point": -4, "multiplier": 0.01, **QUANT})],
     "qc.prelu": [([X8, np.linspace(-0.3, 0.9, 21, dtype=np.float32)], {"multiplier": 0.7, "x_zero_point": -7, **QUANT})],

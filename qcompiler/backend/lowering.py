@@ -219,8 +219,8 @@ class _Lowering:
                 raise ModelError(f"operator '{relax_op(expr) or type(expr).__name__}' of '{name}' has no kernel and no legalization; it can't be compiled")
         self.output_values = [alias.get(str(v.name), str(v.name)) for _, v in self.graph.outputs]
         for node in self.nodes:  # integers of the user's are stored as their type says, whatever the target's storage is
-            raw = {"qc.enter": node.operands[0], "qc.leave": node.id}.get(node.name)
-            if isinstance(raw, str):
+            raw = node.operands[0] if node.name == "qc.enter" else node.id
+            if node.name in ("qc.enter", "qc.leave") and isinstance(raw, str):
                 self.values[raw].layout = replace(self.values[raw].layout, dtype=node.attrs.get("dtype", "int8"))
 
     # -- rows and layouts -----------------------------------------------------------------------------------------------------------
