@@ -74,6 +74,8 @@ def test_a_stream(session: Session) -> None:
 def test_states_are_given_together(session: Session) -> None:
     with pytest.raises(DataError, match="'h' is given, 'c' not"):
         session.run({"x": frames()[0], "h": np.zeros((1, 1, 5), np.float32)})
+    with pytest.raises(DataError, match="input 'x' is no array"):
+        session.run({"x": [[1], [1, 2]]})
     with pytest.raises(DataError, match="input 'x' is missing"):
         session.run({})
 

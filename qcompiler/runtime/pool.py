@@ -68,8 +68,11 @@ class SessionPool:
         for name, value in (("streams", streams), ("threads", threads), ("waiting", waiting)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1 << 20:
                 raise DataError(f"{name} is {value!r}; at least 1 is needed")
-        if deadline is not None and not 0 < deadline <= 3600:
-            raise DataError(f"deadline is {deadline:g}; expected a number of seconds above 0, or None for requests that run one by one")
+        number = isinstance(deadline, (int, float, np.number)) and not isinstance(deadline, bool)
+        if deadline is not None and not (number and 0 < deadline <= 3600):
+            raise DataError(
+                f"deadline is {f'{deadline:g}' if number else repr(deadline)}; expected a number of seconds above 0, or None for requests that run one by one"
+            )
         self.streams, self.threads, self.deadline = int(streams), int(threads), deadline
         self._batches = [1] if deadline is None else batches(read_manifest(path), Path(path))
         self._room = threading.Semaphore(waiting)

@@ -357,7 +357,10 @@ def checked(inputs: Mapping[str, np.ndarray], infos: Sequence[TensorInfo], fixed
         if info.name not in inputs:
             raise DataError(f"input '{info.name}' is missing; the model wants {', '.join(f'{i.name} {list(i.shape)} {i.dtype}' for i in infos)}")
         whole = as_array(inputs[info.name])
-        array = arrays[info.name] = np.asarray(inputs[info.name]) if whole is None else whole
+        try:
+            array = arrays[info.name] = np.asarray(inputs[info.name]) if whole is None else whole
+        except ValueError as error:
+            raise DataError(f"input '{info.name}' is no array: {error}") from error
         if not fits(array.dtype, info.dtype):
             raise DataError(f"input '{info.name}' has dtype {array.dtype}; the model wants {info.dtype}")
         if fixed and array.shape != info.shape:
