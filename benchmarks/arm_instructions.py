@@ -39,7 +39,7 @@ from qcompiler.base.text import table
 from qcompiler.calibration.data import open_samples
 from qcompiler.importers.model import load
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 
 HERE = Path(__file__).resolve().parent / "instructions"
 CALIBRATION_IMAGES = 16  # counts do not depend on the values

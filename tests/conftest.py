@@ -15,7 +15,7 @@ import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 if TYPE_CHECKING:
-    from qcompiler.pipeline.stages import Compilation
+    from qcompiler.pipeline.library import Compilation
 
 pytest_plugins = ["tools"]
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.pipeline import accuracy_target
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.pipeline.survey import constants_with, layer_noise, rounded_layers
 from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session

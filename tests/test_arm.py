@@ -19,7 +19,7 @@ from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.pipeline.compile import compile, compile_stages
-from qcompiler.pipeline.stages import Compilation, describe
+from qcompiler.pipeline.library import Compilation, describe
 from qcompiler.plan.planner import decide
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter

@@ -25,7 +25,7 @@ from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.operators import OPERATORS
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.runtime import peers
 from qcompiler.runtime.peers import onnxruntime_call
 from qcompiler.runtime.session import Session

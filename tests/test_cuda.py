@@ -26,7 +26,7 @@ from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import GraphBuilder, const, make_op
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.runtime.elf import read_section
 from qcompiler.runtime.session import Session
 from qcompiler.verification.interpreter import run as interpret

@@ -21,7 +21,7 @@ from qcompiler.exporters.export_onnx import Export, _source, export_onnx, qdq_mo
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.refine.integer_layers import integer_layers
 
 Feeds = dict[str, np.ndarray]

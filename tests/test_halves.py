@@ -19,7 +19,7 @@ from qcompiler.passes.sequence import HALVED, WIDE, run
 from qcompiler.pipeline import halves
 from qcompiler.pipeline.compile import compile_stages, quantize
 from qcompiler.pipeline.float_layers import ENOUGH
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.plan import recipes
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter

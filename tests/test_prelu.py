@@ -22,7 +22,7 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.groups import find_groups
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation, describe
+from qcompiler.pipeline.library import Compilation, describe
 from qcompiler.refine.equalization import find_streams
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity

@@ -26,7 +26,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.plan.quant_plan import Derived, Fixed
 from qcompiler.runtime import peers
 

@@ -14,7 +14,8 @@ from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes import sequence
 from qcompiler.pipeline.compile import compile_stages, quantize
-from qcompiler.pipeline.stages import Compilation, QuantizedNetwork
+from qcompiler.pipeline.library import Compilation
+from qcompiler.pipeline.stages import QuantizedNetwork
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, SampleEnds, choose, output_noise, widened

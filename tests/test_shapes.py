@@ -31,8 +31,9 @@ from qcompiler.cli.main import main
 from qcompiler.importers.model import FloatModel
 from qcompiler.passes.sequence import INTEGER, REPLACE_WEIGHTS, WIDE, run
 from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.library import Compilation
 from qcompiler.pipeline.shapes import load_all
-from qcompiler.pipeline.stages import Compilation, Measured, quantize
+from qcompiler.pipeline.stages import Measured, quantize
 from qcompiler.refine.equalization import equalized_layers
 from qcompiler.runtime.session import Session
 from qcompiler.runtime.shapes import Fitting

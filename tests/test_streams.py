@@ -25,7 +25,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import STREAMS, find_groups
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation, describe
+from qcompiler.pipeline.library import Compilation, describe
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity

@@ -15,7 +15,7 @@ from qcompiler.base.errors import IncompatibleDevice
 from qcompiler.base.targets import Target, missing_features
 from qcompiler.cli.demo import demo_data
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.stages import Compilation
+from qcompiler.pipeline.library import Compilation
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 

@@ -35,8 +35,8 @@ from qcompiler.passes.groups import STREAMS, Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.job import asked_rows
+from qcompiler.pipeline.library import Compilation
 from qcompiler.pipeline.options import Options, complete, takes_options
-from qcompiler.pipeline.stages import Compilation
 from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted

@@ -27,8 +27,9 @@ from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, tak
 from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.ports import ported
-from qcompiler.pipeline.stages import Compilation, calibrate, correct, equalize, generate, integer_network, link
+from qcompiler.pipeline.stages import calibrate, correct, equalize, generate, integer_network
 from qcompiler.pipeline.survey import Survey
 from qcompiler.plan.sensitivity import Sensitivity, conversion_module, conversion_seconds
 from qcompiler.plan.tradeoff import Network, Point, first_below

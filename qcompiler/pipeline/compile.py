@@ -26,11 +26,12 @@ from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.accuracy_target import search
 from qcompiler.pipeline.goal import Goal
 from qcompiler.pipeline.job import Job, asked_rows, opened
+from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.options import Options, complete, given, takes_options
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.rivals import best_of, network, planned
 from qcompiler.pipeline.shapes import load_all
-from qcompiler.pipeline.stages import Compilation, QuantizedNetwork, calibrate, equalize, link
+from qcompiler.pipeline.stages import QuantizedNetwork, calibrate, equalize
 from qcompiler.plan.planner import named_groups
 
 

@@ -17,8 +17,9 @@ from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import FEWEST, Scores, decibel, held_out
 from qcompiler.pipeline.halves import halved
 from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.ports import ported
-from qcompiler.pipeline.stages import Compilation, Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network, link
+from qcompiler.pipeline.stages import Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network
 from qcompiler.plan.recipes import Recipe
 from qcompiler.runtime.session import Session
 

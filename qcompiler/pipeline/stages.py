@@ -7,7 +7,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 import tvm
 
 import qcompiler
-from qcompiler.backend.artifact import Artifact, port_parameters, program_manifest
+from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
-from qcompiler.backend.cuda import toolkit_versions
-from qcompiler.backend.lowering import Program
 from qcompiler.base.debug import Dump, no_dump
-from qcompiler.base.errors import ArtifactError, PlanError, bugs_named
+from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
@@ -28,7 +25,6 @@ from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
 from qcompiler.calibration.lookups import Lookups
 from qcompiler.calibration.padding import Padding
-from qcompiler.calibration.ports import stored_inputs
 from qcompiler.calibration.stored import Pass, Remembering, file_behind
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
@@ -38,21 +34,19 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
-from qcompiler.pipeline.padding import check_padding
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
 from qcompiler.plan.planner import decide, observed_ids
-from qcompiler.plan.quant_plan import Judged, Proposals, Quantized, QuantPlan, count_operators
+from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
 from qcompiler.plan.ranges import SampleEnds, choose, output_noise
-from qcompiler.plan.recipes import STEPS, Recipe
+from qcompiler.plan.recipes import Recipe
 from qcompiler.refine.analytic import mean_of_rounding
 from qcompiler.refine.correction import correct_biases
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.refine.means import FloatMeans
 from qcompiler.refine.rounding import NARROW, DataRounder
-from qcompiler.refine.trial import EXACT, Correction, SessionExecutor
+from qcompiler.refine.trial import Correction, SessionExecutor
 from qcompiler.refine.weight_rounding import round_weights
 from qcompiler.runtime.reference import ImportCheck, check_import
-from qcompiler.runtime.selftest import probes, vectors
 
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
 
@@ -278,7 +272,7 @@ def integer_network(measured: Measured, kept: Mapping[str, str]) -> QuantizedNet
     return realize(measured, decided, quantize(measured, decided))
 
 
-# -- the library ----------------------------------------------------------------------------------------------------------------------------
+# -- code, and what corrects it ----------------------------------------------------------------------------------------------------------------------------
 
 
 def generate(network: QuantizedNetwork) -> Built:
@@ -300,12 +294,6 @@ class Corrected:
     corrections: dict[str, Correction]
     others: Sequence[tvm.IRModule] = ()
     ports: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def described_ports(self) -> dict[str, Any]:
-        """What the manifest says of inputs and outputs at the first shape."""
-        values = describe(self.integer, self.network.job.model)["values"]
-        return {**port_parameters(self.built.program, values), **({"ports": self.ports[0]} if self.ports else {})}
 
 
 def correct(network: QuantizedNetwork, built: Built) -> Corrected:
@@ -339,113 +327,3 @@ def _corrections(recipe: Recipe) -> list[tuple[str, Callable[..., Correction]]]:
         rounder = DataRounder(recipe.positions, None if "round-all" in recipe.steps else NARROW)
         found.append(("weight_rounding", functools.partial(round_weights, rounder)))
     return found
-
-
-@dataclass
-class Compilation:
-    """A finished compilation: the artifact, and the integer module that it equals bit for bit."""
-
-    artifact: Artifact
-    corrected: Corrected
-
-    @property
-    def quantized(self) -> QuantizedNetwork:
-        return self.corrected.network
-
-    @property
-    def integer(self) -> tvm.IRModule:
-        return self.corrected.integer
-
-    @property
-    def built(self) -> Built:
-        return self.corrected.built
-
-    @property
-    def program(self) -> Program:
-        return self.built.program
-
-
-def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
-    """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
-    network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
-    warnings = [*measured.warnings, *network.warnings]
-    here = corrected.built if job.target == find_target("native") else corrected.here
-    if here is None and (job.pad or job.selftest):
-        here = build(corrected.integer, find_target("native"), "generate host code", others=corrected.others, progress=job.progress)
-    if job.selftest and here is not None:
-        account["selftest"] = self_test(corrected, here, job.selftest)
-    if job.pad and here is not None:
-        first = [stored_inputs(corrected.described_ports, sample) for sample in itertools.islice(job.alike, 1)]
-        warnings += [w for sample in first for w in check_padding(here.session(), job.pad, sample, job.ports.outputs)]
-        account["padding"] = dict(job.pad)
-    artifact = corrected.built.link(
-        **describe(corrected.integer, job.model),
-        channels={k: c.to_json() for k, c in measured.equalized.equalization.channels.items()},
-        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(job.target),
-        preset=network.plan.preset,
-        calibration_samples=measured.table.samples,
-        operators=count_operators(find_groups(job.model.module), Graph.of(corrected.integer).attrs.get("qc.float_ops", {}).keys()),
-        sqnr_db=expected_sqnr(corrected),
-        quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
-        warnings=warnings,
-        notes=network.plan.notes,
-        **({"ports": corrected.ports[0]} if corrected.ports else {}),
-        digests={
-            "model": job.model.digest,
-            "calibration": measured.table.digest,
-            "plan": network.plan.digest,
-            "tuning_log": "" if job.tuned is None else job.tuned.digest,
-            "constants": hashlib.sha256(corrected.built.constants.tobytes()).hexdigest(),
-        },
-        further=[
-            described_further(module, model) | ({"ports": corrected.ports[number]} if corrected.ports else {})
-            for number, (module, model) in enumerate(zip(corrected.others, job.others, strict=True), 1)
-        ],
-        **account,
-    )
-    return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
-
-
-def self_test(corrected: Corrected, here: Built, count: int) -> dict[str, Any]:
-    """The manifest's entry of that name: what this machine makes of `count` test vectors. Raises PlanError where nothing has the same bits on every CPU."""
-    program = corrected.built.program
-    manifest = program_manifest(program) | corrected.described_ports
-    wanted = probes(manifest, [(s.writes, s.reads) for s in program.steps])
-    if not wanted:
-        raise PlanError("a self-test is not possible: all of this network is computed in float, and no value has the same bits on every CPU")
-    return vectors(here.session(1), manifest, wanted, count)
-
-
-def expected_sqnr(corrected: Corrected) -> float | None:
-    """dB of the worst output on calibration samples: as the last correction measured it, else as estimated. None where no sample tells, or nothing is lost."""
-    tried, noise = list(corrected.corrections.values()), corrected.network.noise
-    found = (tried[-1].after if tried[-1].kept else tried[-1].before) if tried else None if not noise else -10 * math.log10(noise)
-    return round(found, 2) if found is not None and found < EXACT and math.isfinite(found) else None  # as many digits as every machine agrees on
-
-
-def described_further(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
-    """`describe` of the network at another shape of its library, and its digest."""
-    described = describe(integer, model)
-    return {"values": described["values"], "float_ops": described["float_ops"], "digests": {"model": model.digest}}
-
-
-def effects(network: QuantizedNetwork) -> dict[str, str]:
-    """What each step of the recipe did up to the integer module, for people: {step: sentence}, in order."""
-    recipe, edges = network.job.recipe, [e for e in network.plan.edges.values() if isinstance(e, Quantized)]
-    found = {"steps": ", ".join(s for s in STEPS if s in recipe.steps) or "none"}
-    if "equalize" in recipe.steps:
-        found["channel_equalization"] = network.measured.equalized.equalization.summary()
-    if "ranges" in recipe.steps:
-        found["ranges"] = f"outliers clipped in {sum(', clips ' in e.reason for e in edges)} of {len(edges)} values with a range of their own"
-    return found
-
-
-def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
-    """The manifest's account of quantization: every 8-bit value with its parameters, every operator that stayed float with the reason."""
-    attrs = Graph.of(integer).attrs
-    values = {name: {"scale": scale, "zero_point": zero_point} for name, (scale, zero_point) in attrs.get("qc.params", {}).items()}
-    float_ops = []
-    for value_id, reason in attrs.get("qc.float_ops", {}).items():
-        node, op = model.source(value_id)
-        float_ops.append({"id": value_id, "node": node, "op": op, "reason": reason})
-    return {**model.account(), "values": values, "float_ops": float_ops}
