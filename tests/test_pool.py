@@ -203,9 +203,10 @@ def test_the_cpp_pool_under_sanitizers(library: Path, tmp_path: Path, sanitizer:
     flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", f"-fsanitize={sanitizer}", f"-I{CPP / 'include'}"]
     source = Path(__file__).resolve().parent / "cpp" / "sessions.cc"
     subprocess.run(["g++", *flags, str(source), "-o", str(tmp_path / "sessions"), "-lpthread", "-ldl"], check=True)
-    done = subprocess.run(
-        [str(tmp_path / "sessions"), str(library)], capture_output=True, text=True, timeout=300, env={**os.environ, "TSAN_OPTIONS": "exitcode=66"}
-    )
+    # libstdc++ counts who holds an exception in code that is not instrumented, so its last holder's release looks unordered.
+    (tmp_path / "known.txt").write_text("race:std::__exception_ptr::exception_ptr::_M_release\n")
+    options = {**os.environ, "TSAN_OPTIONS": f"exitcode=66 suppressions={tmp_path / 'known.txt'}"}
+    done = subprocess.run([str(tmp_path / "sessions"), str(library)], capture_output=True, text=True, timeout=300, env=options)
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr[-4000:]
 
 
