@@ -3,30 +3,12 @@
 //     api MODEL.so OTHER.so      the same network for two targets
 #include <cmath>
 #include <cstdio>
-#include <functional>
 #include <thread>
 
+#include "check.hpp"
 #include "qcompiler/qcompiler.hpp"
 
-using qcompiler::Error;
 using qcompiler::Session;
-
-static int failures = 0;
-
-static void expect(bool condition, const char* what) {
-  std::printf("%s: %s\n", condition ? "ok" : "FAILED", what);
-  failures += !condition;
-}
-
-static void throws(qc_status code, const char* fragment, const std::function<void()>& call) {
-  try {
-    call();
-    expect(false, fragment);
-  } catch (const Error& error) {
-    std::printf("   %s\n", error.what());
-    expect(error.code() == code && std::string(error.what()).find(fragment) != std::string::npos, fragment);
-  }
-}
 
 static std::vector<float> answer(Session& session, int seed) {
   qcompiler::Tensor input = session.inputs().at(0);

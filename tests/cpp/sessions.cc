@@ -4,29 +4,13 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <thread>
 
+#include "check.hpp"
 #include "qcompiler/pool.hpp"
 
 using qcompiler::Error;
 using qcompiler::SessionPool;
-
-static std::atomic<int> failures{0};
-
-static void expect(bool condition, const char* what) {
-  std::printf("%s: %s\n", condition ? "ok" : "FAILED", what);
-  failures += !condition;
-}
-
-static void throws(qc_status code, const char* fragment, const std::function<void()>& call) {
-  try {
-    call();
-    expect(false, fragment);
-  } catch (const Error& error) {
-    expect(error.code() == code && std::string(error.what()).find(fragment) != std::string::npos, error.what());
-  }
-}
 
 static std::vector<float> input_of(std::size_t elements, int seed) {
   std::vector<float> values(elements);

@@ -4,32 +4,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <functional>
 #include <iterator>
 #include <string>
 
+#include "check.hpp"
 #include "qcompiler/pool.hpp"
 #include "qcompiler/qcompiler.hpp"
 
-using qcompiler::Error;
 using qcompiler::Session;
-
-static int failures = 0;
-
-static void expect(bool condition, const std::string& what) {
-  std::printf("%s: %s\n", condition ? "ok" : "FAILED", what.c_str());
-  failures += !condition;
-}
-
-static void throws(qc_status code, const char* fragment, const std::function<void()>& call) {
-  try {
-    call();
-    expect(false, fragment);
-  } catch (const Error& error) {
-    std::printf("   %s\n", error.what());
-    expect(error.code() == code && std::string(error.what()).find(fragment) != std::string::npos, fragment);
-  }
-}
 
 template <class T>
 static std::vector<T> read(const std::string& path) {
