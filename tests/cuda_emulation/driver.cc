@@ -4,12 +4,16 @@
 //                       emulated.so and the image kernels.fatbin whose modules it executes
 // QC_FAKE_CUDA          switches, comma-separated: no-device, capability=75, memory=BYTES, bad-image, no-graphs, fail-launch=N (the N-th fails; graphs'
 //                       launches count), fail-kernel=N (all launches of kernels kN_...), fail-init, skip-repeats (of a launch, in a row)
+// qc_fake_fail(N, CODE, STICKY), from inside of the process: the N-th call from now on returns CODE and does nothing; STICKY: so do all that follow, as after a
+//                       lost GPU. Calls that free what there is fail only then. qc_fake_calls(): those that could have failed since; qc_fake_failed(): which did; qc_fake_left():
+//                       objects that weren't freed; qc_fake_contexts(): contexts that weren't
 // QC_FAKE_CUDA_LOG      a file that gets one line of JSON when the process ends: what was used, and what was never freed
 //
 // Streams are lazy: copies and kernels happen when they are waited for, so that an order that only luck upholds shows. Every pointer of a launch must lie in
 // living device memory. A failed launch breaks the context for good, as on a GPU.
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +33,7 @@
 
 namespace {
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
 
 using Emulate = void (*)(void*, int, unsigned, unsigned, void**);
 struct Kernel {
@@ -67,6 +71,18 @@ Stream& default_stream = *new Stream;
 thread_local int current = 0;  // depth of the context stack
 int retained = 0, initialized = 0, broken = 0;
 long launches = 0, replays = 0, plain = 0;
+std::atomic<long> calls{0}, fail_at{0};
+std::atomic<int> fail_code{0}, sticky{0};
+const char* failed_call = "";
+
+// What the call must return at once; 0: it goes on. A call that frees (`frees`) isn't counted.
+int injected(bool frees, const char* function) {
+  const long at = fail_at;
+  const long now = frees ? calls.load() : ++calls;
+  if (!at || (sticky ? now < at : now != at || frees)) return SUCCESS;
+  if (now == at && !frees) failed_call = function;
+  return fail_code;
+}
 
 long number(const char* name, long otherwise) {  // NAME=VALUE among the switches
   const char* text = std::getenv("QC_FAKE_CUDA");
@@ -116,12 +132,24 @@ int execute(const Launch& l) {
   return SUCCESS;
 }
 
+void free_memory(size_t* available, size_t* total) {
+  size_t used = 0;
+  for (auto& [at, bytes] : memory) used += bytes;
+  *total = static_cast<size_t>(number("memory", 1L << 34));
+  *available = *total - used;
+}
+
 int drain(Stream* s) {
   int result = SUCCESS;
   for (auto& work : s->queue)
     if (const int failed = work()) result = failed;
   s->queue.clear();
   return result ? result : broken;
+}
+
+void drain_all() {  // as a call that frees memory does
+  drain(&default_stream);
+  for (void* stream : streams) drain(static_cast<Stream*>(stream));
 }
 
 Stream* stream_of(void* handle) { return handle ? static_cast<Stream*>(handle) : &default_stream; }
@@ -137,14 +165,29 @@ Stream* stream_of(void* handle) { return handle ? static_cast<Stream*>(handle) :
 
 }  // namespace
 
-#define NEEDS_CONTEXT                             \
+#define MAY_FAIL(frees) \
+  if (const int code = injected(frees, __func__)) return code;
+#define NEEDS_CONTEXT_AND(frees)                    \
   std::lock_guard<std::recursive_mutex> hold(lock); \
+  MAY_FAIL(frees)                                   \
   if (broken) return broken;                      \
   if (current < 1) return INVALID_CONTEXT;
+#define NEEDS_CONTEXT NEEDS_CONTEXT_AND(false)
+#define FREES NEEDS_CONTEXT_AND(true)
 
 extern "C" {
 
+void qc_fake_fail(long nth, int code, int stays) { calls = 0, fail_at = nth, fail_code = code, sticky = stays; }
+long qc_fake_calls() { return calls; }
+const char* qc_fake_failed() { return failed_call; }
+long qc_fake_left() {
+  std::lock_guard<std::recursive_mutex> hold(lock);
+  return static_cast<long>(memory.size() + page_locked.size() + streams.size() + graphs.size() + modules.size() + events.size());
+}
+long qc_fake_contexts() { return retained; }
+
 int cuInit(unsigned) {
+  MAY_FAIL(false)
   if (flag("fail-init")) return 999;
   if (flag("no-device")) return NO_DEVICE;
   initialized = 1;
@@ -152,20 +195,28 @@ int cuInit(unsigned) {
 }
 
 int cuGetErrorName(int error, const char** name) {
-  *name = error == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : error == INVALID_IMAGE ? "CUDA_ERROR_INVALID_IMAGE" : error == 999 ? "CUDA_ERROR_UNKNOWN" : "CUDA_ERROR_OTHER";
+  *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : error == INVALID_IMAGE ? "CUDA_ERROR_INVALID_IMAGE" : error == 999 ? "CUDA_ERROR_UNKNOWN" : "CUDA_ERROR_OTHER";
   return SUCCESS;
 }
 int cuGetErrorString(int error, const char** text) {
-  *text = error == LAUNCH_FAILED ? "unspecified launch failure" : error == INVALID_IMAGE ? "device kernel image is invalid" : "unknown error";
+  *text = error == OUT_OF_MEMORY ? "out of memory" : error == LAUNCH_FAILED ? "unspecified launch failure" : error == INVALID_IMAGE ? "device kernel image is invalid" : "unknown error";
   return SUCCESS;
 }
-int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+int cuDriverGetVersion(int* version) {
+  MAY_FAIL(false)
+  return *version = 13000, SUCCESS;
+}
 int cuDeviceGet(int* device, int ordinal) {
+  MAY_FAIL(false)
   if (!initialized) return NOT_INITIALIZED;
   return *device = 0, ordinal == 0 ? SUCCESS : INVALID_VALUE;
 }
-int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, static_cast<size_t>(size), "Fake GPU"), SUCCESS; }
+int cuDeviceGetName(char* name, int size, int) {
+  MAY_FAIL(false)
+  return std::snprintf(name, static_cast<size_t>(size), "Fake GPU"), SUCCESS;
+}
 int cuDeviceGetAttribute(int* value, int attribute, int) {
+  MAY_FAIL(false)
   const long capability = number("capability", 90);
   if (attribute == 13) return *value = 1000000, SUCCESS;  // kHz
   if (attribute == 16) return *value = 10, SUCCESS;       // multiprocessors
@@ -173,9 +224,15 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
   return *value = static_cast<int>(attribute == 75 ? capability / 10 : capability % 10), SUCCESS;
 }
 
-int cuDevicePrimaryCtxRetain(void** context, int) { return ++retained, *context = &retained, SUCCESS; }
+int cuDevicePrimaryCtxRetain(void** context, int) {
+  MAY_FAIL(false)
+  return ++retained, *context = &retained, SUCCESS;
+}
 int cuDevicePrimaryCtxRelease_v2(int) { return --retained, SUCCESS; }
-int cuCtxPushCurrent_v2(void* context) { return context == &retained && retained > 0 ? (++current, SUCCESS) : INVALID_CONTEXT; }
+int cuCtxPushCurrent_v2(void* context) {
+  MAY_FAIL(false)
+  return context == &retained && retained > 0 ? (++current, SUCCESS) : INVALID_CONTEXT;
+}
 int cuCtxPopCurrent_v2(void** context) { return current > 0 ? (--current, *context = &retained, SUCCESS) : INVALID_CONTEXT; }
 
 int cuModuleLoadData(void** module, const void* image) {
@@ -192,7 +249,7 @@ int cuModuleLoadData(void** module, const void* image) {
   return SUCCESS;
 }
 int cuModuleUnload(void* module) {
-  NEEDS_CONTEXT
+  FREES
   if (!modules.erase(module)) return INVALID_HANDLE;
   delete static_cast<Module*>(module);
   return SUCCESS;
@@ -207,15 +264,12 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 
 int cuMemGetInfo_v2(size_t* available, size_t* total) {
   NEEDS_CONTEXT
-  size_t used = 0;
-  for (auto& [at, bytes] : memory) used += bytes;
-  *total = static_cast<size_t>(number("memory", 1L << 34));
-  return *available = *total - used, SUCCESS;
+  return free_memory(available, total), SUCCESS;
 }
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   NEEDS_CONTEXT
   size_t available, total;
-  cuMemGetInfo_v2(&available, &total);
+  free_memory(&available, &total);
   if (bytes == 0) return INVALID_VALUE;
   if (bytes > available) return OUT_OF_MEMORY;
   char* made = static_cast<char*>(std::aligned_alloc(512, (bytes + 511) / 512 * 512));
@@ -224,7 +278,8 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   return *address = reinterpret_cast<uint64_t>(made), SUCCESS;
 }
 int cuMemFree_v2(uint64_t address) {
-  NEEDS_CONTEXT
+  FREES
+  drain_all();
   if (!memory.erase(reinterpret_cast<char*>(address))) return INVALID_VALUE;
   std::free(reinterpret_cast<void*>(address));
   return SUCCESS;
@@ -235,7 +290,8 @@ int cuMemHostAlloc(void** made, size_t bytes, unsigned) {
   return SUCCESS;
 }
 int cuMemFreeHost(void* pointer) {
-  NEEDS_CONTEXT
+  FREES
+  drain_all();
   if (!page_locked.erase(pointer)) return INVALID_VALUE;
   std::free(pointer);
   return SUCCESS;
@@ -247,14 +303,16 @@ int cuStreamCreate(void** stream, unsigned) {
   return SUCCESS;
 }
 int cuStreamDestroy_v2(void* stream) {
-  NEEDS_CONTEXT
+  FREES
   if (!streams.erase(stream)) return INVALID_HANDLE;
   drain(static_cast<Stream*>(stream));
+  delete static_cast<Stream*>(stream)->recording;
   delete static_cast<Stream*>(stream);
   return SUCCESS;
 }
 int cuStreamSynchronize(void* stream) {
   NEEDS_CONTEXT
+  if (stream_of(stream)->recording) return CAPTURE_UNSUPPORTED;
   return drain(stream_of(stream));
 }
 
@@ -312,7 +370,7 @@ int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long lo
   return SUCCESS;
 }
 int cuGraphDestroy(void* graph) {
-  NEEDS_CONTEXT
+  FREES
   if (!graphs.erase(graph)) return INVALID_HANDLE;
   delete static_cast<Graph*>(graph);
   return SUCCESS;
@@ -332,7 +390,7 @@ int cuEventCreate(void** event, unsigned) {
   return SUCCESS;
 }
 int cuEventDestroy_v2(void* event) {
-  NEEDS_CONTEXT
+  FREES
   if (!events.erase(event)) return INVALID_HANDLE;
   delete static_cast<Event*>(event);
   return SUCCESS;

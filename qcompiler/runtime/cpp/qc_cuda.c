@@ -119,9 +119,10 @@ static qc_status check(int result, const char* what, qc_status otherwise) {
 
 static qc_status out_of_memory(const char* what, size_t bytes) {
   size_t available = 0, total = 0;
-  cuda.memory_info(&available, &total);
-  return fail(QC_ERROR_MEMORY, "out of memory on GPU %d (%s): %.1f MB are needed for %s, %.1f of %.1f MB are free", device.number,
-              device.name, (double)bytes / 1e6, what, (double)available / 1e6, (double)total / 1e6);
+  char rest[80] = "";
+  if (cuda.memory_info(&available, &total) == SUCCESS)
+    snprintf(rest, sizeof rest, ", %.1f of %.1f MB are free", (double)available / 1e6, (double)total / 1e6);
+  return fail(QC_ERROR_MEMORY, "out of memory on GPU %d (%s): %.1f MB are needed for %s%s", device.number, device.name, (double)bytes / 1e6, what, rest);
 }
 
 static qc_status allocate(address* memory, size_t bytes, const char* what) {
@@ -132,14 +133,19 @@ static qc_status allocate(address* memory, size_t bytes, const char* what) {
 
 /* ---- code and constants ---------------------------------------------------------------------------------------------------------- */
 
-static void close_device(void) {
-  if (device.context) {
+static void leave_context(void) {
+  handle popped;
+  cuda.context_pop(&popped);
+}
+
+/* Where the context isn't `current` (the driver refused to make it so: the GPU is lost), what lies on the device goes with the context. */
+static void close_device(int current) {
+  if (current) {
     if (device.constants) cuda.release(device.constants);
     if (device.module) cuda.module_unload(device.module);
-    handle popped;
-    cuda.context_pop(&popped);
-    cuda.context_release(device.number);
+    leave_context();
   }
+  if (device.context) cuda.context_release(device.number);
   free(device.kernels);
   memset(&device, 0, sizeof device);
 }
@@ -153,8 +159,8 @@ static qc_status check_code(void) {
   return QC_OK;
 }
 
-/* Leaves the context current on success. */
-static qc_status open_device(void) {
+/* Leaves the context current on success; `*current` says whether it is. */
+static qc_status open_device(int* current) {
   qc_status status = check_code();
   if (!status) status = load_driver();
   if (status) return status;
@@ -163,18 +169,17 @@ static qc_status open_device(void) {
   if (result == NO_DEVICE)
     return fail(QC_ERROR_DEVICE, "this library was compiled for %s, and there is no NVIDIA GPU here that the driver can use (CUDA_VISIBLE_DEVICES may hide one)", QC_TARGET);
   if (result != SUCCESS) return check(result, "to start", QC_ERROR_DEVICE);
-  cuda.device_name(device.name, (int)sizeof device.name, device.number);
-  cuda.device_attribute(&major, COMPUTE_MAJOR, device.number);
-  cuda.device_attribute(&minor, COMPUTE_MINOR, device.number);
-  cuda.driver_version(&version);
+  result = cuda.device_name(device.name, (int)sizeof device.name, device.number);
+  if (result == SUCCESS) result = cuda.device_attribute(&major, COMPUTE_MAJOR, device.number);
+  if (result == SUCCESS) result = cuda.device_attribute(&minor, COMPUTE_MINOR, device.number);
+  if (result == SUCCESS) result = cuda.driver_version(&version);
+  if (result != SUCCESS) return check(result, "to say what it is", QC_ERROR_DEVICE);
   if (10 * major + minor < launch_capability)
     return fail(QC_ERROR_DEVICE, "this library was compiled for %s, which needs compute capability %d.%d or later, and GPU %d (%s) has %d.%d; compile the model for it",
                 QC_TARGET, launch_capability / 10, launch_capability % 10, device.number, device.name, major, minor);
   if ((status = check(cuda.context_retain(&device.context, device.number), "to make a context", QC_ERROR_DEVICE))) return device.context = 0, status;
-  if ((status = check(cuda.context_push(device.context), "to use its context", QC_ERROR_DEVICE))) {
-    cuda.context_release(device.number);
-    return device.context = 0, status;
-  }
+  if ((status = check(cuda.context_push(device.context), "to use its context", QC_ERROR_DEVICE))) return status;
+  *current = 1;
   char what[96];
   snprintf(what, sizeof what, "to load the library's code (its driver supports CUDA %d.%d)", version / 1000, version % 1000 / 10);
   status = check(cuda.module_load(&device.module, launch_code), what, QC_ERROR_DEVICE);
@@ -194,8 +199,9 @@ static qc_status acquire_device(void) {
   pthread_mutex_lock(&device_lock);
   qc_status status = QC_OK;
   if (!device.sessions) {
-    status = open_device();
-    if (status) close_device();
+    int current = 0;
+    status = open_device(&current);
+    if (status) close_device(current);
     else device.owner = getpid();
   } else if (device.owner != getpid()) {
     status = fail(QC_ERROR_DEVICE, "qc_session_create: this process was forked after a session had been made, and CUDA doesn't survive fork()");
@@ -207,15 +213,11 @@ static qc_status acquire_device(void) {
   return status;
 }
 
-/* The context must be current; it is not any more afterwards. */
-static void release_device(void) {
+/* Count one session less. The context, if it was `current`, is not any more afterwards. */
+static void release_device(int current) {
   pthread_mutex_lock(&device_lock);
-  if (--device.sessions == 0) {
-    close_device();
-  } else {
-    handle popped;
-    cuda.context_pop(&popped);
-  }
+  if (--device.sessions == 0) close_device(current);
+  else if (current) leave_context();
   pthread_mutex_unlock(&device_lock);
 }
 
@@ -268,20 +270,18 @@ static void record(engine* e) {
   if (graph) cuda.graph_destroy(graph);
 }
 
-static void leave_context(void) {
-  handle popped;
-  cuda.context_pop(&popped);
-}
-
 void engine_destroy(engine* e) {
   if (!e) return;
-  if (device.owner == getpid() && cuda.context_push(device.context) == SUCCESS) {
-    if (e->stream) cuda.stream_wait(e->stream);
-    if (e->graph) cuda.executable_destroy(e->graph);
-    if (e->constants) cuda.release(e->constants);
-    if (e->memory) cuda.release(e->memory);
-    if (e->stream) cuda.stream_destroy(e->stream);
-    release_device();
+  if (device.owner == getpid()) {
+    int current = cuda.context_push(device.context) == SUCCESS;
+    if (current) {
+      if (e->stream) cuda.stream_wait(e->stream);
+      if (e->graph) cuda.executable_destroy(e->graph);
+      if (e->constants) cuda.release(e->constants);
+      if (e->memory) cuda.release(e->memory);
+      if (e->stream) cuda.stream_destroy(e->stream);
+    }
+    release_device(current);
   }
   free(e->pointers);
   free(e->arguments);
@@ -294,7 +294,7 @@ qc_status engine_create(int32_t threads, engine** made) {
   if (status) return status;
   engine* e = calloc(1, sizeof *e);
   if (!e) {
-    release_device();
+    release_device(1);
     return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   }
   e->pointers = calloc((size_t)launch_argument_count + 1, sizeof *e->pointers);
@@ -322,15 +322,23 @@ qc_status engine_create(int32_t threads, engine** made) {
   return status;
 }
 
+/* For a session that exists. */
+static qc_status enter_context(void) {
+  if (device.owner != getpid()) return fail(QC_ERROR_DEVICE, "this session was made before fork(), which CUDA doesn't survive; make sessions in the child alone");
+  return check(cuda.context_push(device.context), "to use its context", QC_ERROR_GPU);
+}
+
 /* Page-locked, so that copies to and from the device run at the bus's speed. */
-void* engine_allocate(engine* e, size_t bytes) {
+qc_status engine_allocate(engine* e, const char* what, const char* name, size_t bytes, void** memory) {
   (void)e;
-  void* memory = 0;
-  if (device.owner != getpid() || cuda.context_push(device.context) != SUCCESS) return 0;
-  if (cuda.host_allocate(&memory, bytes + 128, HOST_MEMORY_PORTABLE) != SUCCESS) memory = 0;
-  if (memory) memset(memory, 0, bytes + 128);
+  qc_status status = enter_context();
+  if (status) return status;
+  int result = cuda.host_allocate(memory, bytes + 128, HOST_MEMORY_PORTABLE);
   leave_context();
-  return memory;
+  if (result == SUCCESS) return memset(*memory, 0, bytes + 128), QC_OK;
+  *memory = 0;
+  if (result != OUT_OF_MEMORY) return check(result, "to allocate page-locked memory", QC_ERROR_GPU);
+  return fail(QC_ERROR_MEMORY, "%s: out of memory (%zu bytes, page-locked, for '%s')", what, bytes, name);
 }
 
 void engine_free(engine* e, void* memory) {
@@ -392,13 +400,12 @@ static qc_status run(engine* e, const engine_memory* m, int32_t begin, int32_t e
   if (m->constants) resolve_pointers(e, device.constants);
   if (!whole && !status) status = download(e, m->workspace, e->workspace, QC_WORKSPACE);
   for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = download(e, m->outputs[i], e->outputs[i], output_bytes[i]);
-  qc_status finished = check(cuda.stream_wait(e->stream), "during a run", QC_ERROR_GPU); /* even after a failure: nothing may touch the caller's memory later */
-  return status ? status : finished;
+  int finished = cuda.stream_wait(e->stream); /* even after a failure: nothing may touch the caller's memory later */
+  return status ? status : check(finished, "during a run", QC_ERROR_GPU);
 }
 
 qc_status engine_run(engine* e, const engine_memory* memory, int32_t begin, int32_t end, double* seconds) {
-  if (device.owner != getpid()) return fail(QC_ERROR_DEVICE, "this session was made before fork(), which CUDA doesn't survive; make sessions in the child alone");
-  qc_status status = check(cuda.context_push(device.context), "to use its context", QC_ERROR_GPU);
+  qc_status status = enter_context();
   if (status) return status;
   status = run(e, memory, begin, end, seconds);
   leave_context();

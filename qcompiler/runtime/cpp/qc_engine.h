@@ -26,8 +26,8 @@ void engine_destroy(engine* e);
 /* Run steps [begin, end). seconds: null, or one element per step: how long each took. */
 qc_status engine_run(engine* e, const engine_memory* memory, int32_t begin, int32_t end, double* seconds);
 
-/* A zeroed port buffer, 64-byte aligned, that vector loads may read past the end of; null when there is no memory. */
-void* engine_allocate(engine* e, size_t bytes);
+/* A zeroed buffer for the port `name`, 64-byte aligned, that vector loads may read past the end of. `what`: the function that the caller called. */
+qc_status engine_allocate(engine* e, const char* what, const char* name, size_t bytes, void** memory);
 void engine_free(engine* e, void* memory);
 
 /* Set this thread's qc_last_error; returns `status`. */

@@ -193,9 +193,7 @@ EXPORT qc_status qc_session_bind_output(qc_session* s, const char* name, void* d
 
 /* The session's own buffer of a port, allocated on first use, large enough for every shape. */
 static qc_status own_buffer(const char* what, qc_session* s, const qc_tensor_info* infos, int32_t ports, int32_t i, void** own) {
-  size_t bytes = most_bytes(infos, ports, i);
-  if (*own || (*own = engine_allocate(s->engine, bytes))) return QC_OK;
-  return fail(QC_ERROR_MEMORY, "%s: out of memory (%zu bytes for '%s')", what, bytes, infos[i].name);
+  return *own ? QC_OK : engine_allocate(s->engine, what, infos[i].name, most_bytes(infos, ports, i), own);
 }
 
 static qc_status own_input(const char* what, qc_session* s, int32_t i) {

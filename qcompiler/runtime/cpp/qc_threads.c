@@ -189,9 +189,13 @@ static void release(void* memory) {
   if (memory) free(((char**)memory)[-1]);
 }
 
-void* engine_allocate(engine* e, size_t bytes) {
+/* Memory that vector loads may read past the end of. */
+static void* allocate_tensor(size_t bytes) { return allocate(bytes + 128); }
+
+qc_status engine_allocate(engine* e, const char* what, const char* name, size_t bytes, void** memory) {
   (void)e;
-  return allocate(bytes + 128); /* vector loads may read past the end */
+  *memory = allocate_tensor(bytes);
+  return *memory ? QC_OK : fail(QC_ERROR_MEMORY, "%s: out of memory (%zu bytes for '%s')", what, bytes, name);
 }
 
 void engine_free(engine* e, void* memory) {
@@ -234,7 +238,7 @@ qc_status engine_create(int32_t threads, engine** made) {
   e->threads = threads;
   e->lasted = LONG_NS; /* unknown yet */
   atomic_init(&e->ticket, CLOSED);
-  e->workspace = engine_allocate(e, QC_WORKSPACE);
+  e->workspace = allocate_tensor(QC_WORKSPACE);
   e->workers = calloc((size_t)threads, sizeof *e->workers);
   if (!e->workspace || !e->workers) {
     engine_destroy(e);
