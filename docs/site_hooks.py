@@ -13,8 +13,9 @@ from typing import Any
 from mkdocs.structure.files import File
 
 import qcompiler
+from qcompiler.base.arguments import spelled
 from qcompiler.cli.main import build_parser
-from qcompiler.pipeline.options import ARGUMENTS, GROUPS, OPTIONS, TYPES, spelled
+from qcompiler.pipeline.options import ARGUMENTS, GROUPS, OPTIONS, TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 TAKEN = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,12 @@ def test_the_command_line_offers_what_the_functions_take() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"preset": 3}, r"preset is 3, a int; expected str"),
+        ({"preset": 3}, r"preset is 3, an int; expected str"),
         ({"group_size": 2.5}, "group_size is 2.5, a float; expected int"),
         ({"min_sqnr": "20"}, "min_sqnr is '20', a str; expected float"),
         ({"requantize": "yes"}, "requantize is 'yes', a str; expected bool"),
         ({"keep_float": [1]}, r"keep_float is \[1\], a list; expected str | Sequence"),
-        ({"progress": 1}, "progress is 1, a int; expected Callable"),
+        ({"progress": 1}, "progress is 1, an int; expected Callable"),
         ({"keepfloat": "a"}, "no keyword argument 'keepfloat'. Did you mean 'keep_float'"),
     ],
 )
@@ -80,6 +81,67 @@ def test_a_wrong_option_is_a_type_error(options: dict[str, Any], said: str) -> N
         complete(options)
     with pytest.raises(TypeError, match=said):
         qcompiler.compile("no such file", **options)
+
+
+LIBRARY_CALLS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "target": (lambda so: qcompiler.compile(MODEL, 5), TypeError, r"compile\(\): target is 5, an int; expected str \| Target"),  # type: ignore[arg-type]
+    "state": (lambda so: qcompiler.compile(MODEL, state={1: 2}), TypeError, r"state is \{1: 2\}, a dict; expected Mapping\[str, str\]"),  # type: ignore[dict-item]
+    "shape": (lambda so: qcompiler.compile(MODEL, input_shapes={"image": "abc"}), TypeError, "input_shapes is .*expected Mapping"),
+    "positional": (lambda so: qcompiler.compile(MODEL, "native", None, 5), TypeError, r"compile\(\): too many positional arguments"),  # type: ignore[call-arg]
+    "value": (lambda so: qcompiler.compile(MODEL, input_values={"image": object()}), qcompiler.ModelError, "its value can't be"),
+    "export": (lambda so: qcompiler.export_onnx(MODEL, 5), TypeError, r"export_onnx\(\): output is 5"),  # type: ignore[arg-type]
+    "explain": (lambda so: qcompiler.explain(MODEL, sensitivity="x"), TypeError, "sensitivity is 'x', a str; expected bool"),  # type: ignore[arg-type]
+    "calibrate": (lambda so: qcompiler.calibrate(MODEL, "a.qcal", None), TypeError, "calibration is None"),  # type: ignore[arg-type]
+    "tune": (lambda so: qcompiler.tune(MODEL, log="l", trials="x"), TypeError, r"tune\(\): trials is 'x', a str; expected int"),  # type: ignore[arg-type]
+    "tune without a log": (lambda so: qcompiler.tune(MODEL), TypeError, r"tune\(\): missing a required argument: 'log'"),  # type: ignore[call-arg]
+    "targets": (lambda so: qcompiler.targets(5), TypeError, "targets_file is 5"),  # type: ignore[arg-type]
+    "load": (lambda so: qcompiler.load(5), TypeError, r"Session\(\): path is 5"),  # type: ignore[arg-type]
+    "pool": (lambda so: qcompiler.SessionPool(so, pin=5), TypeError, "pin is 5, an int; expected bool"),  # type: ignore[arg-type]
+    "trace": (lambda so: qcompiler.load(so).trace({}, 5), TypeError, r"trace\(\): visit is 5"),  # type: ignore[arg-type]
+    "profile": (lambda so: qcompiler.load(so).profile({}, 0), qcompiler.DataError, "iterations is 0"),
+    "preprocess": (lambda so: Preprocess(scale="x"), qcompiler.DataError, "scale is 'x'; expected a number"),  # type: ignore[arg-type]
+    "thresholds": (lambda so: qcompiler.Thresholds(min_sqnr="x"), TypeError, "min_sqnr is 'x', a str; expected float"),  # type: ignore[arg-type]
+    "min_sqnr": (lambda so: _verify(so, min_sqnr="x"), TypeError, r"verify\(\): min_sqnr is 'x', a str; expected float \| None"),
+    "expect_digest": (lambda so: _verify(so, expect_digest=5), TypeError, "expect_digest is 5, an int; expected str"),
+    "metric": (lambda so: _verify(so, metric=5), TypeError, r"metric is 5, an int; expected str \| Callable\[\["),
+    "layer_samples": (lambda so: _verify(so, layer_samples="x"), TypeError, "layer_samples is 'x', a str; expected int"),
+    "fewer than none": (lambda so: _verify(so, layer_samples=-1), qcompiler.DataError, "layer_samples is -1; 0 or more"),
+    "nan": (lambda so: _verify(so, min_sqnr=float("nan")), qcompiler.DataError, "min_sqnr is nan; a finite number of dB is needed"),
+    "agreement": (lambda so: _verify(so, min_agreement=95), qcompiler.DataError, "min_agreement is 95; a fraction from 0 to 1 is needed"),
+    "library": (lambda so: qcompiler.verify(5, MODEL, []), TypeError, "library is 5, an int; expected str"),  # type: ignore[arg-type]
+}
+
+
+def _verify(library: Path, **options: Any) -> object:
+    return qcompiler.verify(library, MODEL, demo_data()[1][:2], **options)
+
+
+@pytest.mark.parametrize("call", LIBRARY_CALLS)
+def test_what_is_no_argument_is_said_in_one_sentence(call: str, digits: Callable[[str], Path]) -> None:
+    function, error, said = LIBRARY_CALLS[call]
+    with pytest.raises(error, match=said):
+        function(digits("native"))
+
+
+def test_every_public_function_checks_what_it_is_given() -> None:
+    """A hint that can't be resolved would be an argument that is not checked."""
+    for name in ("calibrate", "compile", "explain", "export_onnx", "targets", "tune", "verify"):
+        inner = inspect.unwrap(getattr(qcompiler, name))
+        assert inner is not getattr(qcompiler, name) and set(inspect.signature(inner).parameters) <= set(typing.get_type_hints(inner)), name
+
+
+@pytest.mark.parametrize("budget", [-1.0, 0.0, float("nan")])
+def test_a_time_budget_is_a_time(budget: float) -> None:
+    with pytest.raises(qcompiler.DataError, match="time_budget is .* a finite number of seconds above 0"):
+        qcompiler.compile(MODEL, calibration=demo_data()[0][:8], min_sqnr=10.0, time_budget=budget)
+
+
+def test_what_a_progress_callback_raises_is_the_callers_own() -> None:
+    def stop(stage: str, done: int, total: int | None) -> None:
+        raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="^enough$"):
+        qcompiler.compile(MODEL, calibration=demo_data()[0][:8], preset="fast", progress=stop)
 
 
 def test_options_are_completed() -> None:
@@ -121,7 +183,7 @@ def test_a_session_says_what_it_is_and_refuses_what_it_cannot(digits: Callable[[
         with pytest.raises(TypeError, match="can't be copied or pickled"):
             copied(session)
     for threads in ("2", 1.0, True):
-        with pytest.raises(TypeError, match="threads is .*expected an int"):
+        with pytest.raises(TypeError, match="threads is .*expected int"):
             qcompiler.load(session.path, threads=threads)  # type: ignore[arg-type]
 
 

@@ -279,6 +279,14 @@ def test_operator_of_set_23(tmp_path: Path, packed: bool, attrs: dict[str, Any],
     only_attention(agrees(net.save(tmp_path / "net.onnx", [net.op("Attention", *operands, **attrs)])))
 
 
+@pytest.mark.parametrize(("q", "k"), [(0, 0), (4, 0), (-4, 2)])
+def test_no_heads_are_refused_by_the_node_of_the_file(q: int, k: int, tmp_path: Path) -> None:
+    net = OnnxNet(23)
+    path = net.save(tmp_path / "net.onnx", [net.op("Attention", *(net.input(n, BATCH, ROWS, WIDTH) for n in "qkv"), q_num_heads=q, kv_num_heads=k)])
+    with pytest.raises(ModelError, match=rf"\(Attention\): it states {q} query heads and {k} key heads; at least one of each is needed"):
+        load(path)
+
+
 def test_a_soft_cap_is_computed_and_named(tmp_path: Path) -> None:
     net = OnnxNet(23)
     operands = [net.input(n, BATCH, HEADS, ROWS, DEPTH) for n in "qkv"]

@@ -16,7 +16,7 @@ from qcompiler.calibration.histogram import Histogram
 from qcompiler.calibration.observers import sqnr_db as estimated
 from qcompiler.numerics.metrics import Accumulator, Parts, masked, sqnr_db
 from qcompiler.numerics.spec import QParams
-from qcompiler.refine.trial import score
+from qcompiler.refine.trial import EXACT, score
 from qcompiler.verification.parity import Thresholds, compare, parity_text
 
 RNG = np.random.default_rng(4)
@@ -133,7 +133,9 @@ def test_corrections_are_judged_by_both_quantities() -> None:
 
     boxes, found = np.zeros((1, 24, 100), np.float32), np.zeros((1, 24, 100), np.float32)
     boxes[:, :4], found[:, 4:] = 1.0, 0.5
-    alone: Any = [score([Ended(e)], [wanted]) for e in (boxes + found, boxes + 0.1 * found)]
+    alone: Any = [score([Ended(e)], [wanted])[0] for e in (boxes + found, boxes + 0.1 * found)]
+    mean, least = score([Ended(found)], [wanted])
+    assert least < 0 and mean == pytest.approx((EXACT + least) / 2), "an exact quantity hides the other one in the mean alone"
     assert alone[1] - alone[0] == pytest.approx(10, abs=0.01), "half of 20 dB: the boxes are as they were"
 
 

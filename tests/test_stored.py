@@ -99,7 +99,7 @@ def test_what_cannot_be_stored_or_read(stored: Path, data: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
     assert open_source(data, _inputs()).count == COUNT
     damaged = tmp_path / "d.qcal"
-    for content, said in ((b"hello", "can't be read"), (stored.read_bytes()[:-200], "can't be read")):
+    for content, said in ((b"hello", r"can't be read as \.qcal"), (stored.read_bytes()[:-200], r"can't be read as \.qcal")):
         damaged.write_bytes(content)
         with pytest.raises(DataError, match=said):
             StoredSamples(damaged, _inputs())

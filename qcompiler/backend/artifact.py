@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qcompiler.base.arguments import checks_arguments
 from qcompiler.base.errors import TargetError
 from qcompiler.base.files import replacing, temporary_folder
 from qcompiler.base.host import host_architecture
@@ -93,6 +94,7 @@ class Artifact:
         """SHA-256 of the shared library, hexadecimal."""
         return hashlib.sha256(self.library).hexdigest()
 
+    @checks_arguments
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the library to `path`, beside it first and then renamed, so that no half-written file is left. Raises OutputError."""
         with replacing(Path(path)) as temporary:

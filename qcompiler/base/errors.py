@@ -80,10 +80,20 @@ class InternalError(QCompilerError):
 _LONGEST = 600  # characters of a message: a code generator may list kilobytes of offending calls
 
 
+_CALLERS = "_raised_by_the_caller"
+
+
+def callers_own(error: Exception) -> Exception:
+    """The error, marked as one of code that the caller gave us: no bug of ours."""
+    with contextlib.suppress(AttributeError):
+        setattr(error, _CALLERS, True)
+    return error
+
+
 @contextlib.contextmanager
 def bugs_named(where: str, subject: Any = None) -> Iterator[None]:
     """Raise InternalError, naming `where`, for an exception inside that a user can't have caused. Errors of the family, of the operating system and of
-    memory pass as they are; so does a Ctrl-C, which TVM reports as a RuntimeError without text."""
+    memory pass as they are, and those of the caller's code (`callers_own`); so does a Ctrl-C, which TVM reports as a RuntimeError without text."""
     try:
         yield
     except InternalError as error:  # named already, further inside
@@ -92,6 +102,8 @@ def bugs_named(where: str, subject: Any = None) -> Iterator[None]:
     except (QCompilerError, OSError, MemoryError):
         raise
     except Exception as error:
+        if getattr(error, _CALLERS, False):
+            raise
         text = " ".join(str(error).split())
         if type(error) is RuntimeError and not text:
             raise KeyboardInterrupt from error

@@ -7,12 +7,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from qcompiler.base.errors import callers_own
+
 Progress = Callable[[str, int, "int | None"], None]
 """`progress(stage, done, total)`: `done` of `total` steps (None: unknown) of the named stage are finished. Cheap to call often."""
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
     """The `Progress` that nobody looks at."""
+
+
+class Callers:
+    """A `Progress` of the caller's: what it raises is the caller's own, and passes through all stages as it is (`bugs_named`)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        try:
+            self.progress(stage, done, total)
+        except Exception as error:
+            raise callers_own(error) from error.__cause__
 
 
 class Lines:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qcompiler.base.arguments import checks_arguments
 from qcompiler.base.cpu_tests import read_cpu_tests
 from qcompiler.base.cuda_driver import find_gpu
 from qcompiler.base.errors import TargetError, closest
@@ -89,6 +90,7 @@ def default_file() -> Path:
     return here / "targets.yaml" if (here / "targets.yaml").is_file() else here.parent / "targets.yaml"
 
 
+@checks_arguments
 def load_targets(targets_file: str | os.PathLike[str] | None = None) -> dict[str, Target]:
     """All rows of a targets file (ours if none is named), by name, in order. Raises TargetError for a malformed one, naming the row and the key.
 

@@ -67,10 +67,10 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def read_headers(path: Path) -> dict[str, Header]:
-    """{array name: header} of an `.npz`. Raises DataError."""
+def read_headers(path: Path, kind: str = ".npz") -> dict[str, Header]:
+    """{array name: header} of an `.npz`, or of another kind of file that is one. Raises DataError."""
     found: dict[str, Header] = {}
-    with damage(path, ".npz"), open_regular(path) as file, zipfile.ZipFile(file) as archive:
+    with damage(path, kind), open_regular(path) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if name in found:

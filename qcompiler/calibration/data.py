@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ Preprocessing = str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None
 """How images become inputs: a YAML file, a mapping with the same keys, or what was read from them."""
 
 
+@runtime_checkable
 class Samples(Protocol):
     """A stream of checked samples that can be iterated any number of times. `names` label them where the source does (file names)."""
 

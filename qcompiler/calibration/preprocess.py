@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.arguments import fits
 from qcompiler.base.errors import DataError, closest
 from qcompiler.base.files import open_regular
 from qcompiler.base.yaml_file import read_yaml
@@ -50,6 +51,10 @@ class Preprocess:
     background: float | tuple[float, ...] = 255.0
 
     def __post_init__(self) -> None:
+        for key in ("scale", "mean", "std", "background"):
+            value = getattr(self, key)
+            if not (fits(value, float) or (key != "scale" and isinstance(value, tuple) and all(fits(v, float) for v in value))):
+                raise DataError(f"preprocessing: {key} is {shown(value)}; expected a number{'' if key == 'scale' else ', or a tuple of one per channel'}")
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise DataError(f"preprocessing: {key} is {shown(getattr(self, key))}; supported: {', '.join(allowed)}")

@@ -60,7 +60,7 @@ class StoredSamples:
 
     def __init__(self, path: Path, inputs: Sequence[TensorInfo], others: Sequence[Sequence[TensorInfo]] = ()) -> None:
         self._path = path
-        self._headers = read_headers(path)
+        self._headers = read_headers(path, SUFFIX)
         meta = self._json("meta")
         try:
             if meta["format"] != FORMAT:

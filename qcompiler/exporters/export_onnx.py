@@ -26,6 +26,7 @@ from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.files import check_writable, replacing
 from qcompiler.base.shape_table import check_single
 from qcompiler.base.targets import Target
+from qcompiler.calibration.data import Source
 from qcompiler.importers.onnx_file import default_opset
 from qcompiler.importers.origin import AnyModel, files_of, origin_of
 from qcompiler.importers.qdq import take_out
@@ -58,7 +59,7 @@ class Export:
 
 @takes_options
 def export_onnx(
-    model: AnyModel, output: str | os.PathLike[str], calibration: Any = None, target: str | Target = "native", **options: Unpack[Options]
+    model: AnyModel, output: str | os.PathLike[str], calibration: Source | None = None, target: str | Target = "native", **options: Unpack[Options]
 ) -> Export:
     """Quantize `model` as `compile` does (same errors) and write the network as ONNX QDQ to `output`.
 

@@ -22,6 +22,8 @@ def attention(node: Node) -> list[Value]:
         raise Undefined
     packed = len(node.shape()) == 3
     counts = [int(node.attrs[name]) if packed else node.shape(i)[1] for i, name in ((0, "q_num_heads"), (1, "kv_num_heads"), (1, "kv_num_heads"))]
+    if min(counts) < 1:
+        raise Refused(f"it states {counts[0]} query heads and {counts[1]} key heads; at least one of each is needed")
     if counts[0] % counts[1]:
         raise Refused(f"{counts[0]} query heads can't share {counts[1]} key heads")
     q, k, v = (_rows(node, i, what, count, counts[0]) for i, (what, count) in enumerate(zip("qkv", counts, strict=True)))

@@ -228,7 +228,12 @@ class _Importer:
         for proto in nodes:
             if not proto.name:
                 proto.name = node.proto.name or node.id
-        self.nodes(nodes)
+        try:
+            self.nodes(nodes)
+        except ModelError as error:  # about a node that the file does not have
+            if refused is None:
+                raise
+            raise refused from error
         return None
 
     def bind(self, node: Node, results: list[Value]) -> None:

@@ -72,7 +72,7 @@ def _fixed(where: str, name: str, shape: tuple[int, ...], dtype: str, given: Any
         if array.dtype.kind not in "iufb" or (not np.array_equal(cast, array) and np.dtype(dtype).kind != "f"):
             raise ValueError(f"{given} is no {dtype}")
         return np.broadcast_to(cast if cast.size > 1 else cast.reshape(()), shape).copy()
-    except (ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{where}: input '{name}' is {dtype} {list(shape)}; its value can't be {given}: {error}") from error
 
 

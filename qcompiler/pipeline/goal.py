@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.arguments import check
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.numerics.metrics import wilson
@@ -22,6 +23,25 @@ HELD_OUT = 4  # every fourth sample is held out ...
 FEWEST = 8  # ... when there are at least as many as this
 CONFIDENCE = 0.95
 _Z95 = 1.6448536269514722  # the 95 % point of the normal distribution
+
+
+_LIMITS = {
+    "min_sqnr": (-math.inf, math.inf, "a finite number of dB is"),
+    "min_agreement": (0.0, 1.0, "a fraction from 0 to 1 is"),
+    "max_accuracy_drop": (0.0, 100.0, "percentage points from 0 to 100 are"),
+    "max_channel_bias": (0.0, math.inf, "a number of quantization steps is"),
+    "max_metric_drop": (-math.inf, math.inf, "a finite number is"),
+}
+"""What may be asked of a network, by the name of the limit: least, most, and what it is."""
+
+
+def check_limits(**limits: float | None) -> None:
+    """Raises DataError for a limit out of its range, TypeError for one that is no number. None is not asked for."""
+    for name, value in limits.items():
+        check("a limit of quality", name, value, float | None)
+        least, most, what = _LIMITS[name]
+        if value is not None and not (math.isfinite(value) and least <= value <= most):
+            raise DataError(f"{name} is {value:g}; {what} needed")
 
 
 @dataclass(frozen=True)
@@ -35,12 +55,7 @@ class Goal:
 
     def __post_init__(self) -> None:
         """Raises DataError for numbers that no network could reach or miss."""
-        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
-            raise DataError(f"min_sqnr is {self.min_sqnr}; a finite number of dB is needed")
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise DataError(f"min_agreement is {self.min_agreement:g}; a fraction from 0 to 1 is needed")
-        if self.max_accuracy_drop is not None and not 0 <= self.max_accuracy_drop <= 100:
-            raise DataError(f"max_accuracy_drop is {self.max_accuracy_drop:g}; percentage points from 0 to 100 are needed")
+        check_limits(**vars(self))
 
     def __bool__(self) -> bool:
         return self != Goal()

@@ -115,7 +115,7 @@ def self_test(corrected: Corrected, here: Built, count: int) -> dict[str, Any]:
 def expected_sqnr(corrected: Corrected) -> float | None:
     """dB of the worst output on calibration samples: as the last correction measured it, else as estimated. None where no sample tells, or nothing is lost."""
     tried, noise = list(corrected.corrections.values()), corrected.network.noise
-    found = (tried[-1].after if tried[-1].kept else tried[-1].before) if tried else None if not noise else -10 * math.log10(noise)
+    found = tried[-1].worst if tried else None if not noise else -10 * math.log10(noise)
     return round(found, 2) if found is not None and found < EXACT and math.isfinite(found) else None  # as many digits as every machine agrees on
 
 

@@ -5,20 +5,17 @@ To add one: a line in `Options`, and whoever reads it. It then is a keyword argu
 
 from __future__ import annotations
 
-import collections.abc
 import inspect
 import os
 import textwrap
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict, TypeVar, Union
+from typing import Annotated, Any, TypedDict, TypeVar
 
-import numpy as np
-
+from qcompiler.base.arguments import check, checks_arguments, spelled
 from qcompiler.base.errors import closest
-from qcompiler.base.progress import Progress
+from qcompiler.base.progress import Callers, Progress
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.plan.recipes import PRESETS, STEPS
 
@@ -247,11 +244,13 @@ def complete(options: Mapping[str, Any], function: str = "compile") -> Options:
     for name, value in options.items():
         if name not in OPTIONS:
             raise TypeError(f"{function}() has no keyword argument '{name}'.{closest(name, list(OPTIONS))}")
-        if not (_fits(value, TYPES[name]) or value is None):
-            raise TypeError(f"{function}(): {name} is {value!r:.60}, a {type(value).__name__}; expected {spelled(TYPES[name])}")
+        if value is not None:
+            check(f"{function}()", name, value, TYPES[name])
     found: dict[str, Any] = {name: option.default if options.get(name) is None else options[name] for name, option in OPTIONS.items()}
     for name in LISTS:
         found[name] = [found[name]] if isinstance(found[name], str) else list(found[name])
+    if found["progress"] is not None and not isinstance(found["progress"], Callers):
+        found["progress"] = Callers(found["progress"])
     return typing.cast(Options, found)
 
 
@@ -268,29 +267,6 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (str, bool, int, float))
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    """Is `value` of the type of an option? Of mappings and iterables the elements are left to whoever reads them, of sequences of names not."""
-    if wanted is Any:
-        return True
-    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, kind) for kind in inside)
-    if wanted in (int, float):
-        kinds = (int, np.integer) if wanted is int else (int, float, np.integer, np.floating)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    if origin is collections.abc.Sequence and inside == (str,):
-        return not isinstance(value, str) and isinstance(value, collections.abc.Iterable) and all(isinstance(item, str) for item in value)
-    return isinstance(value, origin or wanted)
-
-
-def spelled(kind: Any) -> str:
-    """A type as its source says it, without module names."""
-    text = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    for module in ("collections.abc.", "typing.", "os.", "qcompiler.calibration.preprocess.", "numpy."):
-        text = text.replace(module, "")
-    return text
-
-
 def explained(names: Iterable[str]) -> str:
     """Arguments and options for a docstring, a paragraph each."""
     everything = ARGUMENTS | OPTIONS
@@ -298,8 +274,9 @@ def explained(names: Iterable[str]) -> str:
 
 
 def takes_options(function: F) -> F:
-    """For functions that take `**options: Unpack[Options]`: their signature and their docstring show the options one by one. A decorator."""
-    signature = inspect.signature(function)
+    """For functions that take `**options: Unpack[Options]`: their signature and their docstring show the options one by one, and the other arguments are
+    checked against their types (the options are, by `complete`). A decorator."""
+    function, signature = checks_arguments(function), inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=spelled(TYPES[n])) for n, o in OPTIONS.items()]
     function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]

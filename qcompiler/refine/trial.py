@@ -93,7 +93,8 @@ class SessionExecutor:
 
 @dataclass
 class Correction:
-    """What correction did. before, after: mean SQNR of the network's outputs in dB, over `samples` samples, without and with it.
+    """What correction did. before, after: mean SQNR of the network's outputs in dB, over `samples` samples, without and with it; worst: that of the output
+    that loses most, as the network is left.
 
     kept: whether the corrected biases (int32[O] by value id) are in force. shift: value id -> the largest correction in output steps, and
     skipped: value id -> why a layer was left alone. weights: int8 by value id, of layers that a rounder rounded anew; `before` and `after` are then over
@@ -108,6 +109,7 @@ class Correction:
     skipped: dict[str, str] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     held_out: int = 0
+    worst: float = math.nan
 
     def operands(self) -> dict[int, dict[str, np.ndarray]]:
         """What changed, as `replace_operands` takes it."""
@@ -146,7 +148,7 @@ class Trial:
         everyone = [executor.new_context(sample) for sample in taken]
         first = len(taken) - len(taken) // 3 if held_out else len(taken)
         self.fitted, self.judges = everyone[:first], everyone[first:] or everyone
-        self._walking = everyone
+        self._walking, self._worst_after = everyone, math.nan
         self._references = means.outputs[first if len(taken) > first else 0 :]
         self._executor, self._steps = executor, list(executor.steps)
         self._layers = [layer for layer in integer_layers(module) if layer.id in self._steps and layer.group in means.groups]
@@ -156,7 +158,7 @@ class Trial:
         """Each layer when all samples are about to run it. stage: what `progress` calls this."""
         for context in self.judges:
             context.run(0, len(self._steps))
-        self._found.before = self._score()
+        self._found.before, self._found.worst = self._score()
         done = 0
         for number, layer in enumerate(self._layers):
             at = self._steps.index(layer.id)
@@ -167,7 +169,7 @@ class Trial:
             progress(stage, number + 1, len(self._layers))
         for context in self._walking:
             context.run(done, len(self._steps))
-        self._found.after = self._score()
+        self._found.after, self._worst_after = self._score()
 
     def skip(self, layer: IntegerLayer, reason: str) -> None:
         """The layer, or its weights, stay as they are."""
@@ -185,6 +187,8 @@ class Trial:
     def outcome(self) -> Correction:
         """What was found, once all layers were walked: in force when the outputs gained, else taken back."""
         self._found.kept = self._found.after > self._found.before
+        if self._found.kept:
+            self._found.worst = self._worst_after
         if not self._found.kept:
             for layer in self._layers:
                 if layer.id in self._found.biases:
@@ -193,12 +197,13 @@ class Trial:
                     self._executor.set_weight(layer.id, layer.weight)
         return self._found
 
-    def _score(self) -> float:
+    def _score(self) -> tuple[float, float]:
         return score(self.judges, self._references)
 
 
-def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> float:
-    """Mean over the network's float outputs, and the quantities in each, of 10 log10(sum reference^2 / sum error^2), in dB; at most `EXACT` each."""
+def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> tuple[float, float]:
+    """(mean, least) over the network's float outputs, and the quantities in each, of 10 log10(sum reference^2 / sum error^2), in dB; at most `EXACT` each.
+    0 without such an output."""
     parts = {name: Parts.of(wanted) for name, wanted in (outputs[0] if outputs else {}).items() if wanted.dtype == np.float32}
     power = {name: np.zeros(len(p.members)) for name, p in parts.items()}
     noise = {name: np.zeros(len(p.members)) for name, p in parts.items()}
@@ -210,4 +215,5 @@ def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray
             noise[name] += p.sums(np.square(actual[name] - reference))
     tiny = np.finfo(np.float64).tiny
     pairs = [pair for name in parts for pair in zip(power[name].tolist(), noise[name].tolist(), strict=True)]
-    return float(np.mean([min(EXACT, 10 * (math.log10(max(s, tiny)) - math.log10(max(n, tiny)))) for s, n in pairs])) if pairs else 0.0
+    found = [min(EXACT, 10 * (math.log10(max(s, tiny)) - math.log10(max(n, tiny)))) for s, n in pairs] or [0.0]
+    return float(np.mean(found)), min(found)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.arguments import check
 from qcompiler.base.errors import DataError, PoolClosed, SessionBusy
 from qcompiler.runtime.library import read_manifest
 from qcompiler.runtime.session import Session
@@ -68,6 +69,7 @@ class SessionPool:
         for name, value in (("streams", streams), ("threads", threads), ("waiting", waiting)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1 << 20:
                 raise DataError(f"{name} is {value!r}; at least 1 is needed")
+        check("SessionPool()", "pin", pin, bool)
         number = isinstance(deadline, (int, float, np.number)) and not isinstance(deadline, bool)
         if deadline is not None and not (number and 0 < deadline <= 3600):
             raise DataError(

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from qcompiler.base.arguments import check, checks_arguments
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
 from qcompiler.base.tensor import TensorInfo, as_array, fits
@@ -146,10 +147,9 @@ class Session:
     DeviceFailure when memory runs out (the GPU's, for a library for one).
     """
 
+    @checks_arguments
     def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
         self.path = Path(path)
-        if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
-            raise TypeError(f"threads is {threads!r}, a {type(threads).__name__}; expected an int")
         threads = int(threads)
         if threads < 1:
             raise DataError(f"threads is {threads}; at least 1 is needed")
@@ -267,6 +267,7 @@ class Session:
 
         Arrays are float32, or canonical int8, in NHWC, and valid only during the call. Network inputs are visited first. Returns the outputs.
         """
+        check("trace()", "visit", visit, Callable[[str, np.ndarray], None])
         with self._turn:
             context = Context(self, self._with_state(inputs), self._workspace)
             for name, array in context.inputs().items():
@@ -278,7 +279,10 @@ class Session:
             return self._without_state(inputs, context.outputs())
 
     def profile(self, inputs: Mapping[str, np.ndarray], iterations: int = 50) -> list[tuple[str, str, str, float]]:
-        """(value id, operator, kernel, least seconds) per step, over `iterations` runs; by the GPU's clock on one."""
+        """(value id, operator, kernel, least seconds) per step, over `iterations` runs; by the GPU's clock on one. Raises DataError as `run`."""
+        check("profile()", "iterations", iterations, int)
+        if iterations < 1:
+            raise DataError(f"iterations is {iterations}; at least 1 is needed")
         with self._turn:
             context = Context(self, self._with_state(inputs), self._workspace)
             steps = context.manifest["steps"]

@@ -20,6 +20,7 @@ from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import silent
 from qcompiler.boards.board import Board
 from qcompiler.boards.canary import make_canary
+from qcompiler.calibration.data import Source
 from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.tuning.fleet import Fleet
@@ -33,7 +34,7 @@ CANDIDATES = 12  # per task and round: rounds are short, so that little is lost 
 def tune_on_boards(
     model: AnyModel,
     boards: Sequence[Board],
-    calibration: Any = None,
+    calibration: Source | None = None,
     *,
     log: str | os.PathLike[str],
     trials: int = 1000,

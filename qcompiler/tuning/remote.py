@@ -29,6 +29,7 @@ from qcompiler.base.errors import TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
 from qcompiler.base.targets import Target, find_target
+from qcompiler.calibration.data import Source
 from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import Kernel
@@ -72,7 +73,7 @@ class Exported:
 def export_candidates(
     model: AnyModel,
     target: str | Target,
-    calibration: Any,
+    calibration: Source | None,
     *,
     log: str | os.PathLike[str],
     output: str | os.PathLike[str],

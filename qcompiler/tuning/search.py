@@ -23,6 +23,7 @@ from typing import Any, Unpack
 from qcompiler.backend.tuning_log import SHIPPED, SUFFIX, LogWriter, Record, allowed, best_of, isa_of, key_of, opened, read_file, workload_of, workload_text
 from qcompiler.base.errors import TargetError, TuningError
 from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.calibration.data import Source
 from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.schedules.table import OpCall, Row
@@ -336,7 +337,7 @@ def cpu_name() -> str:
 def tune(
     model: AnyModel,
     target: str | Target = "native",
-    calibration: Any = None,
+    calibration: Source | None = None,
     *,
     log: str | os.PathLike[str],
     trials: int = 1000,

@@ -11,11 +11,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from qcompiler.backend.artifact import Artifact
+from qcompiler.base.arguments import checks_arguments
 from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure
 from qcompiler.base.files import temporary_folder
@@ -28,7 +29,7 @@ from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
 from qcompiler.numerics.metrics import Accumulator, Metrics
-from qcompiler.pipeline.goal import check_labels, check_thresholds, classifying
+from qcompiler.pipeline.goal import check_labels, check_limits, check_thresholds, classifying
 from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
 from qcompiler.runtime.selftest import digest
@@ -46,6 +47,7 @@ IMPORT_SAMPLES = 4
 Visit = Callable[[str, np.ndarray], None]
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What is compared: `qcompiler.runtime.session.Session`, or anything that runs alike."""
 
@@ -73,6 +75,10 @@ class Thresholds:
     max_accuracy_drop: float | None = None
     max_channel_bias: float | None = None
     max_metric_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises DataError for limits that nothing could reach or miss."""
+        check_limits(**vars(self))
 
     def effective(self) -> Thresholds:
         return Thresholds(min_sqnr=DEFAULT_MIN_SQNR) if self == Thresholds() else self
@@ -187,12 +193,13 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
     return "\n\n".join(parts)
 
 
+@checks_arguments
 def verify(
     library: str | os.PathLike[str] | Artifact | Runner,
     model: AnyModel | Runner,
     samples: Source | Samples,
     *,
-    labels: str | os.PathLike[str] | Iterable[int] | None = None,
+    labels: str | os.PathLike[str] | Iterable[Any] | None = None,
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     max_accuracy_drop: float | None = None,
@@ -222,13 +229,15 @@ def verify(
     """
     from qcompiler.runtime.session import Session
 
+    thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
+    if layer_samples < 0:
+        raise DataError(f"layer_samples is {layer_samples}; 0 or more samples are compared layer by layer")
     if isinstance(library, Artifact):
         with temporary_folder() as folder:
             opened = Session(library.save(folder / "library.so"), threads=threads)
         library = opened  # which has its own copy of the file
     actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
     data = open_given(samples, actual, preprocess, max_samples)
-    thresholds = Thresholds(min_sqnr, min_agreement, max_accuracy_drop, max_channel_bias, max_metric_drop)
     options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     options |= judges(labels, metric, data)
     bits = bit_checks(actual, data, expect_digest)
