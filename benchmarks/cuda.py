@@ -38,10 +38,10 @@ HERE = Path(__file__).resolve().parent
 
 def target_of(gpu: Gpu) -> Target:
     """The row of targets.yaml that fits a GPU best."""
-    fitting = [t for t in load_targets().values() if t.gpu and t.host_architecture == host_architecture() and t.capability <= gpu.capability]
+    fitting = [t for t in load_targets().values() if t.gpu and t.host_architecture == host_architecture() and t.runs_on(gpu.capability)]
     if not fitting:
         raise SystemExit(f"no target of targets.yaml runs on {gpu.name} (compute capability {gpu.capability / 10})")
-    return max(fitting, key=lambda t: t.capability)
+    return max(fitting, key=lambda t: (t.capability, not t.one_capability))
 
 
 # -- in a section's process -----------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,17 @@ def test_without_a_driver(library: Path, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "needs an NVIDIA driver" in done.stderr
 
 
+def test_code_of_one_architecture_runs_on_no_later_one(built: Built, gpu: FakeGpu, tmp_path: Path) -> None:
+    target = find_target("cuda-sm90a")
+    assert [target.runs_on(c) for c in (80, 90, 100)] == [False, True, False] and find_target("cuda-sm90").runs_on(100)
+    program = replace(built.program, target=target)
+    library = Built(program, cuda.gpu_object_code(program)).link().save(tmp_path / "net.so")
+    done = gpu.python("import sys; from qcompiler.runtime.session import Session; Session(sys.argv[1])", library, switches="capability=100")
+    line = "compiled for cuda-sm90a, which needs compute capability 9.0, and GPU 0 (Fake GPU) has 10.0"
+    assert done.returncode == 1 and line in done.stderr
+    passes(gpu.python("import sys; from qcompiler.runtime.session import Session; Session(sys.argv[1])", library))
+
+
 def test_targets_are_listed() -> None:
     done = subprocess.run([sys.executable, "-m", "qcompiler", "targets"], capture_output=True, text=True, check=True, env=without_driver())
     assert re.search(r"cuda-sm80 .*needs an NVIDIA driver", done.stdout), done.stdout

@@ -104,7 +104,7 @@ int main() {
 )
 def test_what_orders_blocks(code: str, missing: str, message: str, tmp_path: Path) -> None:
     """The emulation finds each barrier and fence of `qc_last_of` that is left out."""
-    header = device_header()
+    header = device_header(find_target("cuda-sm80"))
     assert code in header
     (tmp_path / "exchange.cc").write_text(f'#include "emulation.h"\n{header.replace(code, missing) if code else header}\n{EXCHANGE}')
     flags = [f for f in FLAGS if f != "-shared"]

@@ -12,14 +12,16 @@ from tvm import tirx
 from qcompiler import schedules
 from qcompiler.base.errors import bugs_named
 from qcompiler.base.targets import Target
+from qcompiler.schedules.cuda.wgmma import device_functions
 from qcompiler.schedules.table import Kernel
 
 DEVICE_KERNEL = 2  # calling convention: launched from the host
 
 
-def device_header() -> str:
+def device_header(target: Target) -> str:
     """The device functions that kernels call by name, as CUDA C."""
-    return (Path(str(schedules.__file__)).parent / "cuda" / "device.cuh").read_text()
+    header = (Path(str(schedules.__file__)).parent / "cuda" / "device.cuh").read_text()
+    return header + device_functions() if "cuda-wgmma" in target.rows else header
 
 
 def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
@@ -43,4 +45,4 @@ def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
     with bugs_named(f"code generation for {target.name}"), device:
         module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
         code = tvm_ffi.get_global_func("target.build.cuda")(module, device).inspect_source("cuda")
-    return f"{device_header()}\n{code}"
+    return f"{device_header(target)}\n{code}"

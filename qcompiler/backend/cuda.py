@@ -73,7 +73,7 @@ def check_toolkit(target: Target) -> Path:
     """nvcc, once it is certain that it can compile for the target. Raises TargetError otherwise."""
     nvcc, architecture = find_nvcc(target), str(target.tvm.get("arch"))
     known = re.findall(r"\bsm_\w+", _ask(nvcc, "--list-gpu-code"))
-    if architecture not in known:
+    if architecture.removesuffix("a") not in known:
         raise TargetError(
             f"target '{target.name}': nvcc {nvcc_version(nvcc)} ({nvcc}) has no architecture '{architecture}'.{closest(architecture, known)} "
             f"It has {', '.join(known)}; use another target, or another version of the CUDA toolkit"
@@ -117,7 +117,8 @@ def launch_table(program: Program) -> str:
         [
             '#include "qc_launches.h"',
             "const char* const launch_kernels[] = {" + "".join(f'"{symbol}", ' for _, symbol in symbols.values()) + "0};",
-            f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)}, launch_capability = {program.target.capability};",
+            f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)};",
+            f"const int32_t launch_capability = {program.target.capability}, launch_one_capability = {int(program.target.one_capability)};",
             f"const int32_t launch_counters = {max((step.kernel.counters for step in program.steps), default=0)};",
             "const launch launches[] = {" + ", ".join([*steps, "{0, 0, 0, 0, 0}"]) + "};",
             "const launch_argument launch_arguments[] = {" + ", ".join([*arguments, "{0, 0}"]) + "};",

@@ -65,6 +65,15 @@ class Target:
         return int(re.sub(r"\D", "", str(self.tvm["arch"])))
 
     @property
+    def one_capability(self) -> bool:
+        """Whether no GPU of a later compute capability runs the target's code: it has instructions of one architecture alone (sm_90a)."""
+        return str(self.tvm["arch"]).endswith("a")
+
+    def runs_on(self, capability: int) -> bool:
+        """Whether a GPU of a compute capability (86 for 8.6) runs the target's code."""
+        return capability == self.capability if self.one_capability else capability >= self.capability
+
+    @property
     def host_architecture(self) -> str:
         """The architecture of the CPU that loads the library."""
         return self.host.split("-")[0] if self.gpu else self.architecture
@@ -151,7 +160,7 @@ def missing_features(target: Target) -> list[str]:
         gpu = find_gpu()
         if isinstance(gpu, str):
             return [gpu]
-        return [] if gpu.capability >= target.capability else [f"compute capability {target.capability / 10} ({gpu.name} has {gpu.capability / 10})"]
+        return [] if target.runs_on(gpu.capability) else [f"compute capability {target.capability / 10} ({gpu.name} has {gpu.capability / 10})"]
     if target.architecture != host_architecture():
         return list(target.features) or [target.architecture]
     return [f for f in target.features if f not in host_features()]

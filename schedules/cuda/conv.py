@@ -1,4 +1,4 @@
-"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (mma.sync, sm_80 and later) and on dp4a."""
+"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (wgmma, sm_90a alone; mma.sync, sm_80 and later) and on dp4a."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.cuda.gemm import Gemm
+from qcompiler.schedules.cuda.wgmma import AsynchronousGemm
 from qcompiler.schedules.depthwise_plan import refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
@@ -80,7 +81,7 @@ class GemmRow:
         def emit(k: Emitter) -> None:
             fill = k.i32(plan.repeated_byte(zero)) if g.bounded else T.int32(0)
             end = Epilogue(k, k.arrays[1], k.arrays[2], tile.run(self.unit), g.outputs, g.groups)
-            Gemm(k, g, tile, self.unit, fill).emit(end)
+            (AsynchronousGemm if self.unit.warps > 1 else Gemm)(k, g, tile, self.unit, fill).emit(end)
 
         threads = tile.tiles(g) * tile.split_k * tile.threads
         shared = {} if tile.split_k == 1 else {"scratch": tile.scratch(g), "counters": tile.tiles(g)}
@@ -89,5 +90,5 @@ class GemmRow:
 
 
 for _kind in ("qc.conv2d", "qc.dense"):
-    for _unit in (plan.MMA, plan.DP4A):
+    for _unit in (plan.WGMMA, plan.MMA, plan.DP4A):
         register(_kind, GemmRow(_kind, _unit))

@@ -50,13 +50,14 @@ class Gemm:
     tile: Tile
     unit: Unit
     zero: Any  # the input's zero point in all four bytes of a word
+    alignment = 64  # of shared memory
 
     def __post_init__(self) -> None:
         k, g, t = self.k, self.g, self.tile
         self.steps = -(-g.depth // t.bk)  # of the whole reduction; this block's: `count` from `begin` on
         self.most = t.share(g)
         self.blocks_n = -(-g.outputs // t.bn)
-        self.shared = T.alloc_buffer((t.stages * t.stage_bytes,), "int8", scope="shared")
+        self.shared = T.alloc_buffer((t.stages * t.stage_bytes,), "int8", scope="shared", align=self.alignment)
         self.lane = T.bind(T.bitwise_and(k.thread, T.int32(31)))
         warp = T.bind(T.shift_right(k.thread, T.int32(5)))
         self.warp_n = mod(warp, t.warps[1])
@@ -191,19 +192,15 @@ class Gemm:
         for i in range(int(self.sums.shape[0])):
             T.buffer_store(self.sums, T.int32(0), [i])
         least = self.steps - (t.split_k - 1) * self.most
-        for stage in range(t.stages - 1):
+        ahead = t.ahead(self.unit)
+        for stage in range(ahead):
             if stage < self.most:
                 with when(self.count > stage if stage >= least else None):
                     self.copy_step(T.bind(self.begin + stage), T.int32(stage))
             call("qc_commit_copies")
         with T.serial(0, self.count) as step:
-            call(f"qc_wait_copies<{t.stages - 2}>")
-            barrier()  # the copies of all threads are there, and nobody reads the stage that is overwritten next
-            newest = T.bind(step + (t.stages - 1))
-            with T.If(newest < self.count), T.Then():
-                self.copy_step(T.bind(self.begin + newest), mod(newest, t.stages))
-            call("qc_commit_copies")
-            self.multiply(mod(step, t.stages))
+            call(f"qc_wait_copies<{ahead - 1}>")
+            self.work(step, T.bind(step + ahead))
         self.add_up()
         first = self.warp_k == 0 if t.wk > 1 else None  # the warps that have the sums
         if t.split_k > 1:
@@ -211,6 +208,17 @@ class Gemm:
         else:
             with when(first):
                 self.finish(end)
+
+    def work(self, step: Any, newest: Any) -> None:
+        """Multiply a step whose operands this thread's copies have brought; start the copies of the `newest` one."""
+        barrier()  # the copies of all threads are there, and nobody reads the stage that is overwritten next
+        self.copy_newest(newest)
+        self.multiply(mod(step, self.tile.stages))
+
+    def copy_newest(self, newest: Any) -> None:
+        with T.If(newest < self.count), T.Then():
+            self.copy_step(T.bind(self.begin + newest), mod(newest, self.tile.stages))
+        call("qc_commit_copies")
 
     def add_up(self) -> None:
         """The sums of the warps that shared a part, in those of the first: through shared memory."""
@@ -249,20 +257,20 @@ class Gemm:
             self.finish(end)
 
     def finish(self, end: Epilogue) -> None:
-        t, lane, mma = self.tile, self.lane, self.unit == MMA
-        run = t.run(self.unit)
+        t, lane, mma = self.tile, self.lane, self.unit.columns == 2
+        run, parts = t.run(self.unit), t.span // 8
         y, x = (T.shift_right(lane, T.int32(2)), T.bitwise_and(lane, T.int32(3))) if mma else (T.shift_right(lane, T.int32(3)), T.bitwise_and(lane, T.int32(7)))
-        channel = T.bind(self.block_n * t.bn + self.warp_n * t.wn + x * run)
-        table = T.bind(self.group * (self.blocks_n * t.bn) + channel)
+        channels = [T.bind(self.block_n * t.bn + self.warp_n * t.wn + (x * run + span)) for span in range(0, t.wn, t.span)]
+        tables = [T.bind(self.group * (self.blocks_n * t.bn) + channel) for channel in channels]
         first = T.bind(self.first_pixel + self.warp_m * t.wm + y)
         for i in range(self.rows):
             for half in range(self.unit.row_count):
                 pixel = T.bind(first + (i * self.unit.rows + half * 8))
-                base = i * self.columns
-                if mma:
-                    sums = [self.sums[4 * (base + j) + 2 * half + e] for j in range(self.columns) for e in (0, 1)]
-                else:
-                    sums = [self.sums[base + j] for j in range(self.columns)]
-                inside = channel < self.g.outputs
-                with T.If(T.And(pixel < self.g.pixels, inside)), T.Then():
-                    end(sums, table, pixel, self.group, channel)
+                for base, channel, table in zip(range(i * self.columns, (i + 1) * self.columns, parts), channels, tables, strict=True):
+                    if mma:
+                        sums = [self.sums[4 * (base + j) + 2 * half + e] for j in range(parts) for e in (0, 1)]
+                    else:
+                        sums = [self.sums[base + j] for j in range(parts)]
+                    inside = channel < self.g.outputs
+                    with T.If(T.And(pixel < self.g.pixels, inside)), T.Then():
+                        end(sums, table, pixel, self.group, channel)

@@ -25,13 +25,24 @@ SPLITS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16]  # blocks that share a tile
 LEAST = 256  # bytes of the reduction that are worth a block of their own
 SCRATCH = 16 << 20  # bytes of sums that blocks may leave for each other: more belongs to layers with tiles enough, and in no level 2 cache
 FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of the way of a block's sums to another: a fence, a counter, a load
-MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}  # T4, A100, RTX 3090, RTX 4090, H100, ...
+MULTIPROCESSORS = {
+    "sm_75": 40,
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_90a": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+}  # T4, A100, RTX 3090, RTX 4090, H100, ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """How a warp multiplies. A part is `rows` x 8 of the product; a lane holds the sums of `row_count` rows and `columns` channels of it,
-    for `depth` bytes of the reduction at a time. `rate`: multiply-accumulates per cycle of a multiprocessor, as NVIDIA states them for an A100."""
+    for `depth` bytes of the reduction at a time. `rate`: multiply-accumulates per cycle of a multiprocessor, as NVIDIA states them for an A100 (for an H100
+    where `warps` multiply together: all channels of a block in one instruction, asynchronously, straight from shared memory). `issue` and `latency`: slots
+    and cycles of a part."""
 
     name: str
     rows: int
@@ -39,11 +50,15 @@ class Unit:
     columns: int
     depth: int
     rate: int
+    issue: int
+    latency: int
+    warps: int = 1
 
     def __post_init__(self) -> None:
         demand(
             self.name,
             {
+                "one warp multiplies, or 4 do together": self.warps in (1, 4),
                 "the 32 lanes of a warp hold a part": 8 * self.rows == 32 * self.row_count * self.columns > 0,
                 "the depth is words of 4 bytes": self.depth > 0 and self.depth % 4 == 0,
                 "the rate is positive": self.rate > 0,
@@ -51,8 +66,10 @@ class Unit:
         )
 
 
-MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, rate=2048)
-DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, rate=256)
+WGMMA = Unit(name="cuda-wgmma", rows=16, row_count=2, columns=2, depth=32, rate=4096, issue=0, latency=4, warps=4)
+MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, rate=2048, issue=1, latency=8)
+DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, rate=256, issue=5, latency=16)
+SPAN = 64  # most channels among which a lane's are adjacent: 16 of them are as many as the end of a convolution handles at once
 
 
 @dataclass(frozen=True)
@@ -166,9 +183,18 @@ class Tile:
         """Parts of a warp: along pixels, along channels."""
         return self.wm // unit.rows, self.wn // 8
 
+    @cached_property
+    def span(self) -> int:
+        """Channels of a warp among which a lane's are adjacent."""
+        return min(self.wn, SPAN)
+
     def run(self, unit: Unit) -> int:
-        """Adjacent channels that a lane holds."""
-        return self.wn // 8 * unit.columns
+        """Adjacent channels that a lane holds, of every `span`."""
+        return self.span // 8 * unit.columns
+
+    def ahead(self, unit: Unit) -> int:
+        """Steps whose operands are on their way while one is multiplied. Asynchronous products still read the stage before it, if there are 3 or more."""
+        return self.stages - (2 if unit.warps > 1 and self.stages > 2 else 1)
 
     def tiles(self, g: Geometry) -> int:
         """Tiles of the result; `split_k` times as many blocks."""
@@ -198,6 +224,11 @@ class Tile:
             return f"{self.threads} threads"
         if self.bk % (self.wk * unit.depth):
             return "a step is no whole number of the warps' shares"
+        if unit.warps > 1:
+            if self.wm != unit.rows or self.wn != self.bn or self.wk != 1 or self.warps[0] % unit.warps:
+                return f"{unit.warps} warps multiply {unit.warps * unit.rows} pixels by all channels of a block together"
+            if self.bk > 128:
+                return "the tensor cores know no rows of more than 128 bytes"
         if self.stages < 2 or self.stages * self.stage_bytes > SHARED or (self.wk - 1) * self.bm * self.bn * 4 > self.stages * self.stage_bytes:
             return "too much shared memory"
         if self.registers(unit) > min(255, 65536 // self.threads):
@@ -210,7 +241,7 @@ class Tile:
         """An estimate per thread: sums, operands, addresses."""
         rows, columns = self.parts(unit)
         sums = rows * unit.row_count * columns * unit.columns
-        operands = 4 * rows + 2 * columns if unit == MMA else 4 * columns + 4
+        operands = 0 if unit.warps > 1 else 4 * rows + 2 * columns if unit == MMA else 4 * columns + 4
         return sums + operands + 40
 
 
@@ -224,8 +255,8 @@ def swizzle(row: Any, chunks: int) -> Any:
 def channel_order(tile: Tile, unit: Unit) -> np.ndarray:
     """The channel (within a block's `bn`) that each weight row of shared memory holds: such that a lane's sums are adjacent channels."""
     row = np.arange(tile.bn)
-    warp, part, lane = row // tile.wn, row % tile.wn // 8, row % 8
-    return warp * tile.wn + lane // unit.columns * tile.run(unit) + part * unit.columns + lane % unit.columns
+    span, part, lane = row // tile.span, row % tile.span // 8, row % 8
+    return span * tile.span + lane // unit.columns * tile.run(unit) + part * unit.columns + lane % unit.columns
 
 
 def pack(weight: np.ndarray, g: Geometry, tile: Tile, unit: Unit) -> np.ndarray:
@@ -258,8 +289,19 @@ def merge(weight: np.ndarray, g: Geometry) -> np.ndarray:
 
 def design_space(unit: Unit, g: Geometry | None = None) -> dict[str, list[Any]]:
     """Candidates of each tunable (without a layer: with a block to a tile); combinations that can't be are refused by `Tile.refuse` and `refuse_split`."""
-    rows = [16, 32, 64, 128, 256] if unit == MMA else [32, 64, 128]
-    space = {"bm": rows, "bn": [32, 64, 128, 256], "bk": [32, 64, 128, 256], "wm": [16, 32, 64], "wn": [16, 32, 64], "wk": [1, 2, 4, 8], "stages": [2, 3, 4]}
+    if unit.warps > 1:
+        space = {"bm": [64, 128, 256], "bn": [32, 64, 128, 256], "bk": [32, 64, 128], "wm": [16], "wn": [32, 64, 128, 256], "wk": [1], "stages": [2, 3, 4]}
+    else:
+        rows = [16, 32, 64, 128, 256] if unit == MMA else [32, 64, 128]
+        space = {
+            "bm": rows,
+            "bn": [32, 64, 128, 256],
+            "bk": [32, 64, 128, 256],
+            "wm": [16, 32, 64],
+            "wn": [16, 32, 64],
+            "wk": [1, 2, 4, 8],
+            "stages": [2, 3, 4],
+        }
     return space | {"split_k": [n for n in SPLITS if g and n * LEAST <= g.depth] or [1]}
 
 
@@ -284,12 +326,12 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
     rows, columns = tile.parts(unit)
     warps = tile.threads // 32
     multiply = tile.bm * tile.bn * tile.bk / unit.rate
-    read = warps * (tile.wm + tile.wn) * tile.bk / tile.wk / 128
+    read = warps / unit.warps * (tile.wm * unit.warps + tile.wn) * tile.bk / tile.wk / 128
     copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.bn * tile.bk / CHUNK * 4
-    issue = copies / 128 + warps * share * (20 + rows * columns * (1 if unit == MMA else 5)) / 4
+    issue = copies / 128 + warps * share * (20 + rows * columns * unit.issue) / 4
     busy = steps * max(multiply, tile.stage_bytes / 48, read, issue) + tile.bm * tile.bn / 16
-    step = 90 + share * (30 + rows * columns * (8 if unit == MMA else 16))  # one warp, alone
-    latency = steps * max(step, 600 / (tile.stages - 1)) + FIXED + (200 if tile.wk > 1 else 0)
+    step = 90 + share * (30 + rows * columns * unit.latency)  # one warp, alone
+    latency = steps * max(step, 600 / tile.ahead(unit)) + FIXED + (200 if tile.wk > 1 else 0)
     if tile.split_k > 1:  # every block writes its sums, one reads those of all others
         sums, others = tile.bm * tile.bn * 4, tile.split_k - 1
         busy += sums / 48 * (1 + others / tile.split_k)

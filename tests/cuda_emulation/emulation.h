@@ -40,14 +40,24 @@ struct Copy {
   int bytes;
 };
 
+struct Product {
+  int* sums;
+  const char *left, *right;
+  int columns, row;
+};
+
 struct Fiber {
   Index index;
   Wait wait;
   void* stack;                           // pointer of the suspended fiber
   char* memory;                          // where its stack lies
   bool fenced, counted, acquired;        // since the last barrier: a fence, then a counter, then a fence again
+  bool wrote, hidden;                    // to shared memory since the last qc_show_shared; and a barrier came between
+  bool begun;                            // qc_begin_products, and no product committed since
   std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
   std::vector<Copy> open;
+  std::vector<std::vector<Product>> products;  // committed asynchronous products, oldest first
+  std::vector<Product> started;
 };
 
 constexpr size_t STACK = 64 << 10;
@@ -105,6 +115,7 @@ inline void run_fiber() {
       if (!group.empty()) fail("a thread ends with asynchronous copies that it never waited for");
     if (!here->open.empty()) fail("a thread ends with asynchronous copies that it never committed");
   }
+  if (!here->products.empty() || !here->started.empty()) fail("a thread ends with asynchronous products that it never waited for");
   suspend(DONE);
   std::abort();
 }
@@ -114,7 +125,7 @@ inline void start(Fiber& fiber, unsigned number) {
   fiber.wait = READY;
   fiber.groups.clear();
   fiber.open.clear();
-  fiber.fenced = fiber.counted = fiber.acquired = false;
+  fiber.fenced = fiber.counted = fiber.acquired = fiber.wrote = fiber.hidden = fiber.begun = false;
   if (!fiber.memory) fiber.memory = static_cast<char*>(std::aligned_alloc(64, STACK));
   void** top = reinterpret_cast<void**>(fiber.memory + STACK) - 3;
   *--top = reinterpret_cast<void*>(run_fiber);  // the address `ret` goes to; the stack is then as after a call
@@ -161,6 +172,7 @@ inline void run_block(unsigned number, unsigned threads) {
       for (auto& fiber : fibers) {
         ordered |= fiber.acquired;
         fiber.fenced = fiber.counted = fiber.acquired = false;
+        fiber.hidden = fiber.wrote;
         fiber.wait = READY;
       }
     } else if (!released) {
@@ -322,6 +334,7 @@ inline void qc_wait_copies() {
   auto& groups = qc_emulation::here->groups;
   while (groups.size() > pending) {
     for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    qc_emulation::here->wrote |= !groups.front().empty();
     groups.erase(groups.begin());
   }
 }
@@ -361,4 +374,60 @@ inline void qc_multiply_matrices(int* c, const int* a, const int* b) {
         c[i] = __dp4a(left, right, c[i]);
       }
   });
+}
+
+// -- what schedules/cuda/wgmma.py has for GPUs ------------------------------------------------------------------------------------------------
+
+inline void qc_show_shared() { qc_emulation::here->wrote = false; }
+
+inline void qc_begin_products() { qc_emulation::here->begun = true; }
+
+// Where the tensor cores look for a byte: 16-byte chunks lie swizzled by bits of their address, as many as rows of 128, 64 or 32 bytes have.
+inline const char* qc_swizzled(const char* at, int row) {
+  const auto address = reinterpret_cast<uintptr_t>(at);
+  return reinterpret_cast<const char*>(address ^ (address >> 7 & (row / 16 - 1)) << 4);
+}
+
+// Happens when it is waited for: a stage that was overwritten too early shows, and so do sums that were read too early.
+template <int columns, int row>
+inline void qc_multiply_group(int* c, const void* a, const void* b) {
+  using namespace qc_emulation;
+  if (fibers.size() % 128) fail("a warp group's instruction in a block with a partial warp group");
+  if (!here->begun) fail("products without qc_begin_products before them");
+  for (const auto& fiber : fibers)
+    if (fiber.hidden) fail("a product of what was written to shared memory, not shown to the tensor cores, and then a barrier");
+  const char *left = static_cast<const char*>(a), *right = static_cast<const char*>(b);
+  for (const char* operand : {left, right})
+    if (reinterpret_cast<uintptr_t>(operand) % (8 * row) >= row || reinterpret_cast<uintptr_t>(operand) % 32) fail("a product's operand is not aligned to its swizzling");
+  const void* mine[] = {left, right};
+  qc_exchange(mine, sizeof mine, [&](int (*shown)[8]) {
+    for (int l = 0; l < 32; ++l)
+      if (std::memcmp(shown[l], mine, sizeof mine)) fail("lanes of a warp name different operands of a product");
+  });
+  here->started.push_back({c, left, right, columns, row});
+}
+
+inline void qc_commit_products() {
+  using namespace qc_emulation;
+  here->products.push_back(std::move(here->started));
+  here->started.clear();
+  here->begun = false;
+}
+
+template <int pending>
+inline void qc_wait_products() {
+  using namespace qc_emulation;
+  const int pixel = 16 * static_cast<int>(warp() % 4) + static_cast<int>(lane()) / 4, first = 2 * (static_cast<int>(lane()) % 4);
+  auto& groups = here->products;
+  for (; groups.size() > pending; groups.erase(groups.begin()))
+    for (const Product& p : groups.front())
+      for (int i = 0; i < p.columns / 2; ++i) {
+        const char *left = p.left + (pixel + i / 2 % 2 * 8) * p.row, *right = p.right + (i / 4 * 8 + first + i % 2) * p.row;
+        for (int k = 0; k < 32; ++k) p.sums[i] += *qc_swizzled(left + k, p.row) * *qc_swizzled(right + k, p.row);
+      }
+}
+
+template <int sums>
+inline void qc_finish_products(int*) {
+  qc_wait_products<0>();
 }

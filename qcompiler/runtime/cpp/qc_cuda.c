@@ -174,9 +174,10 @@ static qc_status open_device(int* current) {
   if (result == SUCCESS) result = cuda.device_attribute(&minor, COMPUTE_MINOR, device.number);
   if (result == SUCCESS) result = cuda.driver_version(&version);
   if (result != SUCCESS) return check(result, "to say what it is", QC_ERROR_DEVICE);
-  if (10 * major + minor < launch_capability)
-    return fail(QC_ERROR_DEVICE, "this library was compiled for %s, which needs compute capability %d.%d or later, and GPU %d (%s) has %d.%d; compile the model for it",
-                QC_TARGET, launch_capability / 10, launch_capability % 10, device.number, device.name, major, minor);
+  int capability = 10 * major + minor;
+  if (launch_one_capability ? capability != launch_capability : capability < launch_capability)
+    return fail(QC_ERROR_DEVICE, "this library was compiled for %s, which needs compute capability %d.%d%s, and GPU %d (%s) has %d.%d; compile the model for it",
+                QC_TARGET, launch_capability / 10, launch_capability % 10, launch_one_capability ? "" : " or later", device.number, device.name, major, minor);
   if ((status = check(cuda.context_retain(&device.context, device.number), "to make a context", QC_ERROR_DEVICE))) return device.context = 0, status;
   if ((status = check(cuda.context_push(device.context), "to use its context", QC_ERROR_DEVICE))) return status;
   *current = 1;

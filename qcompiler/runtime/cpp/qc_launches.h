@@ -19,6 +19,7 @@ extern const launch_argument launch_arguments[];
 extern const int32_t launch_argument_count;
 extern const int32_t launch_counters; /* int32 words that are 0 before and after every step; all steps share them */
 extern const int32_t launch_capability; /* 80: the GPU must have compute capability 8.0 or later */
+extern const int32_t launch_one_capability; /* 1: that one and no later */
 extern const char launch_code[], launch_code_end[]; /* a fat binary */
 
 #endif
