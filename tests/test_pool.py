@@ -135,14 +135,24 @@ pool.submit(sample).add_done_callback(lambda f: print("answered", len(f.result()
     assert (done.returncode, done.stdout) == (0, "answered 1\n"), done.stderr
 
 
-def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    net = OnnxNet()
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """x [{1, 2, 4}, 6], two outputs."""
+    net, folder = OnnxNet(), tmp_path_factory.mktemp("batched")
     hidden = net.op("Relu", net.op("Gemm", net.input("x", "n", 6), net.weight(6, 8), net.weight(8)))
-    model = net.save(tmp_path / "m.onnx", [net.op("Gemm", hidden, net.weight(8, 3), net.weight(3)), hidden])
-    samples = [{"x": np.random.default_rng(i).standard_normal((1, 6)).astype(np.float32)} for i in range(11)]
-    path = qcompiler.compile(model, calibration=samples, input_shapes={"x": [(1, 6), (2, 6), (4, 6)]}, preset="fast").save(tmp_path / "m.so")
-    session, ran = qcompiler.load(path), []
+    model = net.save(folder / "m.onnx", [net.op("Gemm", hidden, net.weight(8, 3), net.weight(3)), hidden])
+    return qcompiler.compile(model, calibration=rows(11), input_shapes={"x": [(1, 6), (2, 6), (4, 6)]}, preset="fast").save(folder / "m.so")
+
+
+def rows(count: int) -> list[dict[str, np.ndarray]]:
+    return [{"x": np.random.default_rng(i).standard_normal((1, 6)).astype(np.float32)} for i in range(count)]
+
+
+def test_a_deadline_gathers_requests_into_batches(library: Path, batched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path, samples = batched, rows(11)
+    session, ran = qcompiler.load(path), list[int]()
     expected = [session.run(s) for s in samples]
+    hidden = session.outputs[1].name
     plain = Session.run
     monkeypatch.setattr(Session, "run", lambda self, inputs: ran.append(len(inputs["x"])) or plain(self, inputs))
     with SessionPool(path, waiting=20, deadline=0.2) as pool:
@@ -154,6 +164,13 @@ def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path,
         assert sum(ran) == 15 and ran[:2] == [4, 4] and len(ran) == 5  # then 2, 1, and the request of four
         cancelled = [pool.submit(samples[0]) for _ in range(3)]
         assert "x" not in cancelled[0].result() and all(f.done() or f.result() for f in cancelled)
+    ran.clear()
+    with SessionPool(path, streams=3, waiting=20, deadline=0.2) as pool:
+        assert all("x" not in f.result() for f in [pool.submit(s) for s in samples[:8]])
+    assert ran == [4, 4]  # idle streams don't take a request each
+    with SessionPool(path, streams=2, deadline=3600) as pool:
+        last = [pool.submit(s) for s in samples[:3]]
+    assert all(f.done() for f in last)  # closing does not wait for deadlines
     assert main(["bench", str(path), "--throughput", "--input-shape", "x=1,6", "--deadline", "0.002", "--duration", "0.05", "--json"]) == 0
     assert main(["bench", str(path), "--throughput", "--input-shape", "x=4,6", "--duration", "0.05", "--json"]) == 0
     each, four = (json.loads(part) for part in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
@@ -161,7 +178,7 @@ def test_a_deadline_gathers_requests_into_batches(library: Path, tmp_path: Path,
     for seconds in (0, -1):
         with pytest.raises(DataError, match=f"deadline is {seconds}; expected a number of seconds above 0"):
             SessionPool(path, deadline=seconds)
-    with pytest.raises(DataError, match="a deadline is for a library for several batches"):
+    with pytest.raises(DataError, match="a deadline is for a library without states for several batches"):
         SessionPool(library, deadline=0.01)
 
 
@@ -198,16 +215,17 @@ x86 = pytest.mark.skipif(host_architecture() != "x86_64", reason="the C++ tests 
 
 @x86
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_the_cpp_pool_under_sanitizers(library: Path, tmp_path: Path, sanitizer: str) -> None:
+def test_the_cpp_pool_under_sanitizers(library: Path, batched: Path, tmp_path: Path, sanitizer: str) -> None:
     require_programs("g++")
     flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", f"-fsanitize={sanitizer}", f"-I{CPP / 'include'}"]
-    source = Path(__file__).resolve().parent / "cpp" / "sessions.cc"
-    subprocess.run(["g++", *flags, str(source), "-o", str(tmp_path / "sessions"), "-lpthread", "-ldl"], check=True)
     # libstdc++ counts who holds an exception in code that is not instrumented, so its last holder's release looks unordered.
     (tmp_path / "known.txt").write_text("race:std::__exception_ptr::exception_ptr::_M_release\n")
     options = {**os.environ, "TSAN_OPTIONS": f"exitcode=66 suppressions={tmp_path / 'known.txt'}"}
-    done = subprocess.run([str(tmp_path / "sessions"), str(library)], capture_output=True, text=True, timeout=300, env=options)
-    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr[-4000:]
+    for name, words in (("sessions", [library]), ("batches", [batched, library])):
+        program = tmp_path / name
+        subprocess.run(["g++", *flags, str(Path(__file__).resolve().parent / "cpp" / f"{name}.cc"), "-o", program, "-lpthread", "-ldl"], check=True)
+        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, env=options)
+        assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr[-4000:]
 
 
 @x86
@@ -244,12 +262,18 @@ int main(int count, char** words) {
 
 
 @x86
-def test_qc_run_under_load(library: Path, tmp_path: Path) -> None:
+def test_qc_run_under_load(library: Path, batched: Path, tmp_path: Path) -> None:
     require_programs("g++")
     program = tmp_path / "qc_run"
     subprocess.run(["g++", "-std=c++17", "-O1", f"-I{CPP / 'include'}", str(CPP / "qc_run.cc"), "-o", str(program), "-lpthread", "-ldl"], check=True)
-    for words in (["--streams", "2", "--pin"], ["--rate", "200"]):
-        done = subprocess.run([program, library, "--throughput", "0.05", *words], capture_output=True, text=True, check=True)
+    np.save(tmp_path / "four.npy", np.concatenate([row["x"] for row in rows(4)]))
+    for path, words in (
+        (library, ["--streams", "2", "--pin"]),
+        (library, ["--rate", "200"]),
+        (batched, ["--deadline", "0.001"]),
+        (batched, ["--input", f"x={tmp_path / 'four.npy'}"]),
+    ):
+        done = subprocess.run([program, path, "--throughput", "0.05", *words], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         assert found["requests"] > 1 and found["per_second"] > 0 and found["seconds"]["p50"] <= found["seconds"]["p99"]
     for words, text in (
@@ -257,6 +281,8 @@ def test_qc_run_under_load(library: Path, tmp_path: Path) -> None:
         (["--throughput", "1", "--rate", "x"], "--rate x: expected"),
         (["--throughput", "1", "--bench", "3"], "measures only"),
         (["--bench", "3", "--streams", "2"], "go with --throughput"),
+        (["--throughput", "1", "--deadline", "0"], "--deadline 0: expected"),
+        (["--throughput", "1", "--deadline", "1"], "a deadline is for a library without states for several batches"),
     ):
         done = subprocess.run([program, library, *words], capture_output=True, text=True)
         assert done.returncode == 2 and text in done.stderr

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ class SessionPool:
     """`streams` sessions on the library at `path`, `threads` threads each. They share code and weights, and requests begin in the order in which they came.
 
     `waiting`: so many requests may wait for a stream (two per stream if not given); `submit` then waits for room. `pin`: stream i stays on CPUs
-    i * threads and up, of those that this process may use, in turns. `deadline`: of a library for several batches, a stream waits so many seconds for more
-    requests, and runs as many together as the largest batch takes that they fill; each must have the least batch. Their arrays are copied side by side.
+    i * threads and up, of those that this process may use, in turns. `deadline`: of a library for several batches, requests of the least wait for others to run
+    with: until they fill the largest batch, else until the first of them has waited so many seconds; then as many run together as the largest batch takes that
+    they fill. Their arrays are copied side by side.
     A request's arrays are not copied, where they are contiguous and aligned: they must not change before its future is done.
 
     `close` accepts no more requests and runs those accepted to their end; leaving a `with` block closes. `submit` raises PoolClosed then, in threads that wait
@@ -80,6 +82,8 @@ class SessionPool:
         self._room = threading.Semaphore(waiting)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._lock, self._closed, self._owner = threading.Lock(), False, os.getpid()
+        self._gathered: list[_Request] = []
+        self._gathering = threading.Lock()  # one stream gathers at a time, else idle ones would take a request each
         self._sessions: list[Session] = []
         self._workers = []
         failed: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -161,29 +165,35 @@ class SessionPool:
 
     def _groups(self) -> Iterator[list[_Request]]:
         """For one stream: the requests that are to run together, until the pool is closed."""
-        held: list[_Request] = []
-        least, most = self._batches[0], self._batches[-1] // self._batches[0]
-        open_ = True
-        while held or open_:
-            joining = not held or (held[0].rows == least and most > 1)
-            while open_ and joining and len(held) < most:
-                try:
-                    request = self._requests.get(timeout=max(0.0, held[0].due - time.monotonic()) if held else None)
-                except queue.Empty:
-                    break
-                if request is None:
-                    open_ = False
-                    break
-                self._room.release()
-                if request.future.set_running_or_notify_cancel():
-                    held.append(request)
-                    joining = most > 1 and request.rows == least
-            if not held:
-                continue
-            alike = next((i for i, r in enumerate(held) if r.rows != least), len(held))
-            size = max((b // least for b in self._batches if b // least <= alike), default=1)
-            yield held[:size]
-            held = held[size:]
+        open_, group = True, list[_Request]()
+        while open_ or group:
+            with self._gathering if self._batches[-1] > self._batches[0] else nullcontext():
+                open_, group = self._gather(open_)
+            if group:
+                yield group
+
+    def _gather(self, open_: bool) -> tuple[bool, list[_Request]]:
+        """(may more requests come; those that are to run together next: none where they were cancelled or no more come)."""
+        held, least, most = self._gathered, self._batches[0], self._batches[-1] // self._batches[0]
+        if most == 1:
+            held = []
+        joining = all(r.rows == least for r in held)
+        while open_ and joining and len(held) < most:
+            try:
+                request = self._requests.get(timeout=max(0.0, held[0].due - time.monotonic()) if held else None)
+            except queue.Empty:
+                break
+            if request is None:
+                open_ = False
+                break
+            self._room.release()
+            if request.future.set_running_or_notify_cancel():
+                held.append(request)
+                joining = most > 1 and request.rows == least
+        alike = next((i for i, r in enumerate(held) if r.rows != least), len(held))
+        size = max((b // least for b in self._batches if b // least <= alike), default=1)
+        group, held[:size] = held[:size], []
+        return open_, group
 
 
 def _run(session: Session, group: Sequence[_Request]) -> list[Outputs]:
@@ -196,16 +206,17 @@ def _run(session: Session, group: Sequence[_Request]) -> list[Outputs]:
 
 
 def batches(manifest: Mapping[str, Any], path: Path) -> list[int]:
-    """The batches that a library was compiled for, least first. Raises DataError where its shapes differ in anything else, or there is one only."""
+    """The batches that a library was compiled for, least first. Raises DataError where its shapes differ in anything else, there is one only,
+    or it keeps states."""
     found = set()
     for at in specializations(manifest):
         shapes = [tuple(p["shape"]) for kind in ("inputs", "outputs") for p in at[kind]]
         rows = {s[0] if s else 0 for s in shapes}
         found.add((rows.pop() if len(rows) == 1 else 0, tuple(s[1:] for s in shapes)))
     sizes = sorted(size for size, _ in found)
-    if len({rest for _, rest in found}) > 1 or len(sizes) < 2 or sizes[0] == 0 or any(size % sizes[0] for size in sizes):
+    if len({rest for _, rest in found}) > 1 or len(sizes) < 2 or sizes[0] == 0 or any(size % sizes[0] for size in sizes) or manifest.get("state"):
         raise DataError(
-            f"{path}: a deadline is for a library for several batches, multiples of the least, and alike in all else; compile one with "
+            f"{path}: a deadline is for a library without states for several batches, multiples of the least, and alike in all else; compile one with "
             "--input-shape NAME={1,8},... or leave the deadline out"
         )
     return sizes

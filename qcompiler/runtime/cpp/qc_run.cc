@@ -27,7 +27,7 @@ namespace {
 
 constexpr const char* kUsage =
     "usage: qc_run MODEL.so --input NAME=X.npy ... --output DIR [--threads N] [--bench ITERATIONS]\n"
-    "       qc_run MODEL.so --throughput SECONDS [--streams N] [--threads N] [--rate R] [--pin]\n"
+    "       qc_run MODEL.so --throughput SECONDS [--streams N] [--threads N] [--rate R] [--deadline S] [--pin]\n"
     "\n"
     "Run MODEL.so once and write every output as DIR/NAME.npy (characters outside A-Z a-z 0-9 . _ - become _).\n"
     "  --input NAME=X.npy   an array for one input; repeat for more. States that the library keeps are zeros unless they are given. A library for\n"
@@ -39,6 +39,7 @@ constexpr const char* kUsage =
     "  --throughput SECONDS put load on several sessions, and print requests a second, p50, p90 and p99 in seconds as JSON\n"
     "  --streams N          sessions that run at the same time (default 1)\n"
     "  --rate R             requests a second that are due whatever happens; otherwise the queue is always full\n"
+    "  --deadline S         of a library for several batches: seconds that a request of the least waits for others to run with\n"
     "  --pin                keep each stream on CPUs of its own\n"
     "  --numbered DIR       instead of --input and --output: input number N is DIR/inN.npy, output number N becomes DIR/outN.npy\n"
     "  --profile ITERATIONS measure every step in that many runs, and print the least seconds of each as JSON. Inputs as for --bench\n"
@@ -55,7 +56,7 @@ struct Arguments {
   int threads = 1;
   int iterations = 0;
   int streams = 0;
-  double throughput = 0, rate = 0;
+  double throughput = 0, rate = 0, deadline = 0;
   bool pin = false;
 };
 
@@ -90,7 +91,7 @@ Arguments parse(int count, char** words) {
       arguments.pin = true;
       continue;
     }
-    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate", "--profile", "--steps", "--numbered"};
+    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate", "--deadline", "--profile", "--steps", "--numbered"};
     if (!known.count(word)) throw std::runtime_error("unknown option " + word);
     if (i + 1 == count) throw std::runtime_error(word + " wants a value");
     const std::string value = words[++i];
@@ -104,6 +105,8 @@ Arguments parse(int count, char** words) {
       arguments.throughput = quantity(word, value);
     } else if (word == "--rate") {
       arguments.rate = quantity(word, value);
+    } else if (word == "--deadline") {
+      arguments.deadline = quantity(word, value);
     } else if (word == "--profile") {
       arguments.profiled = positive(word, value, 100000000);
     } else if (word == "--steps") {
@@ -119,7 +122,8 @@ Arguments parse(int count, char** words) {
     }
   }
   if (arguments.model.empty()) throw std::runtime_error("no library given");
-  if (!arguments.throughput && (arguments.streams || arguments.rate || arguments.pin)) throw std::runtime_error("--streams, --rate and --pin go with --throughput");
+  if (!arguments.throughput && (arguments.streams || arguments.rate || arguments.deadline || arguments.pin))
+    throw std::runtime_error("--streams, --rate, --deadline and --pin go with --throughput");
   if (arguments.throughput && (!arguments.output.empty() || arguments.iterations)) throw std::runtime_error("--throughput measures only; leave out --output and --bench");
   if (arguments.output.empty() && !arguments.plan.empty()) throw std::runtime_error("--steps wants --output DIR or --numbered DIR");
   if (arguments.numbered && !arguments.inputs.empty()) throw std::runtime_error("--numbered names the inputs; leave --input out");
@@ -166,10 +170,16 @@ void measure(qcompiler::Session& session, const Arguments& arguments) {
 // Requests share the inputs; each stream's answers go to buffers of their own, as many as requests can be on their way.
 void load(qcompiler::Session& session, const Arguments& arguments) {
   using clock = std::chrono::steady_clock;
-  const int streams = std::max(arguments.streams, 1), waiting = 2 * streams;
-  qcompiler::SessionPool pool(arguments.model, {streams, arguments.threads, waiting, arguments.pin});
+  const int streams = std::max(arguments.streams, 1), waiting = (arguments.deadline > 0 ? 64 : 2) * streams;  // as many as fill batches
+  qcompiler::PoolOptions options{streams, arguments.threads, waiting, arguments.pin, {}};
+  if (arguments.deadline > 0) options.deadline = arguments.deadline;
+  qcompiler::SessionPool pool(arguments.model, options);
   std::vector<const void*> inputs;
-  for (qcompiler::Tensor tensor : session.inputs()) inputs.push_back(tensor.raw_data());
+  std::vector<std::vector<std::int64_t>> shapes;
+  for (qcompiler::Tensor tensor : session.inputs()) {
+    inputs.push_back(tensor.raw_data());
+    shapes.push_back(tensor.shape());
+  }
   struct Place {
     std::vector<std::vector<std::uint64_t>> memory;
     std::vector<void*> outputs;
@@ -177,19 +187,20 @@ void load(qcompiler::Session& session, const Arguments& arguments) {
   };
   std::vector<Place> places(static_cast<std::size_t>(streams + waiting + 1));
   for (Place& place : places)
-    for (const qc_tensor_info* info : pool.outputs()) {
-      place.memory.emplace_back(info->bytes / 8 + 1);
+    for (const qcompiler::Tensor& tensor : session.outputs()) {
+      place.memory.emplace_back(tensor.bytes() / 8 + 1);
       place.outputs.push_back(place.memory.back().data());
     }
   std::vector<double> seconds;
   std::mutex lock;
   const auto submit = [&](Place& place, clock::time_point due) {
     if (place.done.valid()) place.done.get();
-    place.done = pool.submit(inputs, place.outputs, [&seconds, &lock, due] {
+    const auto then = [&seconds, &lock, due] {
       const double taken = std::chrono::duration<double>(clock::now() - due).count();
       const std::lock_guard<std::mutex> guard(lock);
       seconds.push_back(taken);
-    });
+    };
+    place.done = session.shapes().size() > 1 ? pool.submit_at(shapes, inputs, place.outputs, then) : pool.submit(inputs, place.outputs, then);
   };
   for (Place& place : places) submit(place, clock::now());
   for (Place& place : places) place.done.get();

@@ -12,6 +12,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,8 +26,9 @@ namespace qcompiler {
 struct PoolOptions {
   int streams = 1;   ///< sessions that run at the same time
   int threads = 1;   ///< threads of each session
-  int waiting = 0;   ///< requests that may wait; 0: two per stream
+  int waiting = 0;   ///< requests that may wait; 0: two per stream, with a deadline two of the largest batches per stream
   bool pin = false;  ///< keep each stream on CPUs of its own
+  std::optional<double> deadline = {};  ///< of a library for several batches: seconds (above 0) that a request of the least may wait for others to run with
 };
 
 /// Sessions on one library, which share its code and weights, fed from one queue. Safe to use from any number of threads; not movable.
@@ -78,7 +80,10 @@ class SessionPool {
  private:
   SessionPool(std::shared_ptr<detail::Library> library, PoolOptions options) : library_(std::move(library)) {
     char message[512] = "";
-    const qc_pool_options plain = {options.streams ? options.streams : -1, options.threads ? options.threads : -1, options.waiting, options.pin ? 1 : 0};
+    if (options.deadline && !(*options.deadline > 0))
+      throw Error(QC_ERROR_ARGUMENT, "SessionPool: a deadline of " + std::to_string(*options.deadline) + " seconds; above 0 is supported, or none for requests that run one by one");
+    const qc_pool_options plain = {options.streams ? options.streams : -1, options.threads ? options.threads : -1, options.waiting, options.pin ? 1 : 0,
+                                   options.deadline.value_or(0)};
     const qc_status status = qc_pool_create(&library_->functions(), &plain, &pool_, message, sizeof message);
     if (status != QC_OK) throw Error(status, message);
   }
