@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules import avx2
-from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key, written
+from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key, once, written
 
 GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
 BLOCK = 256  # GPU threads per block
@@ -96,36 +96,40 @@ def make_kernel(
     params: Mapping[str, Any] | None = None,
     scratch: int = 0,
     counters: int = 0,
+    facts: object = None,
 ) -> Kernel:
     """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself.
-    `scratch`: bytes that all tasks share, one more pointer after the output; `counters`: see `Kernel`.
+    `scratch`: bytes that all tasks share, one more pointer after the output; `counters`: see `Kernel`. `facts`: all that decides code and scalars beside the
+    row, attributes, layouts and sizes of arrays; where given, equal code is written once: constants are packed again and again.
 
     On a GPU there is no `task` argument, and at least `threads` threads (0: one for 4 elements of the output) run in blocks of `block`.
     """
     launch = (max(1, -(-(threads or -(-op.output.elements // 4)) // block)), block) if target.gpu else None
     tasks = launch[0] * block if launch else max(1, tasks)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True, is_private=True):
-            T.func_attr({"tirx.noalias": True})
-            task = None if launch else T.arg("task", T.int32())
-            pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
-            constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
-            scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
-            extra = [(T.arg(name, T.handle()), size) if size else None for name, size in (("scratch", scratch // 4), ("counters", counters))]
-            memory, zeros = (flat(*e, "int32") if e else None for e in extra)
-            inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
-            packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
-            output = flat(out, op.output.elements, op.output.dtype)
-            with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
-                numbers, width = flat(scalars, 64, "int32"), vector_bytes(target)
-                emitter = Emitter(
-                    op, number, tasks, inputs, packed, output, width, numbers, group, thread, has_avx2(target), target.architecture == "armv7a", memory, zeros
-                )
-                emit(emitter)
-    func = builder.get()
-    used = np.array(emitter.values or [0], np.int32)
-    key = kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
-    constants = [np.ascontiguousarray(a) for a in arrays] + [used]
+
+    def code() -> tuple[Any, list[int], str]:
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True, is_private=True):
+                T.func_attr({"tirx.noalias": True})
+                task = None if launch else T.arg("task", T.int32())
+                pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
+                constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
+                scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
+                extra = [(T.arg(name, T.handle()), size) if size else None for name, size in (("scratch", scratch // 4), ("counters", counters))]
+                memory, zeros = (flat(*e, "int32") if e else None for e in extra)
+                inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
+                packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
+                output = flat(out, op.output.elements, op.output.dtype)
+                with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
+                    numbers, width = flat(scalars, 64, "int32"), vector_bytes(target)
+                    isa = has_avx2(target), target.architecture == "armv7a"
+                    emitter = Emitter(op, number, tasks, inputs, packed, output, width, numbers, group, thread, *isa, memory, zeros)
+                    emit(emitter)
+        func = builder.get()
+        return func, emitter.values or [0], kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)
+
+    func, values, key = code() if facts is None else once((row, op, target, tasks, launch, scratch, counters, facts), arrays, code)
+    constants = [np.ascontiguousarray(a) for a in arrays] + [np.array(values, np.int32)]
     return Kernel(written(func), 0 if launch else tasks, constants, key, row, scratch, macs, dict(params or {}), launch, counters)
 
 

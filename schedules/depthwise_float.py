@@ -42,7 +42,7 @@ class FloatKernel(DepthwiseNest):
         lanes = [np.arange(first, first + width) for first, width in self.blocks]
         weights = np.concatenate([w[c, tap[0], tap[1]] for c in lanes for tap in self.taps if tap is not None])
         arrays = [weights, bias[np.concatenate(lanes)]]
-        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs)
+        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs, facts=self.params)
 
     def prepare(self) -> None:
         self.low, self.high = self.k.f32(self.op.attrs["low"]), self.k.f32(self.op.attrs["high"])

@@ -27,6 +27,7 @@ class DepthwiseNest(ABC):
         self.tile = (min(int(params["rows"]), self.g.out[0]), min(int(params["columns"]), self.g.out[1]))
         self.tasks = Tasks.of(self.g, self.tile[0], self.blocks, int(params["row_tasks"]), int(params["channel_tasks"]))
         self.order = str(params["order"])
+        self.params = tuple(sorted(params.items()))
 
     @abstractmethod
     def prepare(self) -> None:

@@ -49,6 +49,13 @@ class ModuleExecutor:
         return {name: values[value] for name, value in self._outputs}
 
 
+def watch(watcher: Watcher, sample: int, value_id: str, array: np.ndarray) -> None:
+    """What a pass does for a watcher with a value of its sample number `sample`."""
+    seen = watcher.look(sample, value_id, array)
+    if seen is not None:
+        watcher.take(value_id, seen)
+
+
 def random_samples(module: tvm.IRModule, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     inputs = Graph.of(module).inputs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.base.errors import DataError, OutputError
-from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, grid_exponent
+from qcompiler.base.parallel import in_order
+from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, counted, grid_exponent
 from qcompiler.calibration.observers import OBSERVERS, entropy, min_max, percentile, relative_error, squared_error
 from qcompiler.calibration.table import CalibrationTable, Statistics, calibrate
 from qcompiler.numerics.spec import QParams
@@ -209,6 +212,9 @@ class Network:
         return {"root": value}
 
 
+NAMES = ["image", "gain", "scaled", "relu", "root"]
+
+
 def samples_of(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     return [{"image": rng.normal(size=(1, 4, 4, 3)).astype(np.float32), "gain": np.float32([2.0])} for _ in range(count)]
@@ -242,15 +248,54 @@ def test_a_watcher_sees_the_same_pass() -> None:
         def __init__(self) -> None:
             self.names: list[str] = []
 
-        def visit(self, value_id: str, array: np.ndarray) -> None:
-            self.names.append(value_id)
+        def look(self, sample: int, value_id: str, array: np.ndarray) -> int | None:
+            return None if value_id == "count" else sample
+
+        def take(self, value_id: str, seen: int) -> None:
+            self.names.append(f"{value_id} {seen}")
 
         def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
             self.names += outputs
 
     watcher = Watcher()
     calibrate(Network(), samples_of(2), ids=(), watchers=[watcher])
-    assert watcher.names == ["image", "gain", "scaled", "relu", "root", "count", "root"] * 2
+    assert watcher.names == [f"{v} {i}" if i is not None else v for n in (0, 1) for v, i in [*((v, n) for v in NAMES), ("root", None)]]
+
+
+def test_samples_side_by_side_give_the_same_table() -> None:
+    """Threads look at samples in any order; what they saw is taken in the order of the samples."""
+    numbers, turn = list(range(40)), threading.Semaphore(2)
+
+    def slow(worker: int, number: int) -> tuple[int, int]:
+        with turn:
+            time.sleep(0.002 if number % 3 == 0 else 0)
+        return worker, number
+
+    found = list(in_order(slow, ["a", "b", "c"], iter(numbers)))
+    assert [n for _, n in found] == numbers and len({w for w, _ in found}) > 1
+
+    def failing(worker: str, number: int) -> int:
+        if number == 7:
+            raise DataError("seven")
+        return number
+
+    seen = []
+    with pytest.raises(DataError, match="seven"):
+        seen += in_order(failing, ["a", "b"], iter(numbers))
+    assert list(in_order(failing, ["alone"], range(5))) == list(range(5))
+
+
+def test_a_sample_counted_on_its_own_grid_is_exact_on_every_coarser_one() -> None:
+    rng = np.random.default_rng(0)
+    for spread in (1.0, 1e-4, 300.0):
+        x = rng.normal(0, spread, 5000).astype(np.float32)
+        own = counted(x, float(x.min()), float(x.max()))
+        for steps in (0, 1, 3, 9):
+            exponent = own.exponent + steps
+            first = int(np.floor(np.ldexp(float(x.min()), -exponent))) - 5
+            wanted, zeros = count_bins_reference(x, exponent, first)
+            np.testing.assert_array_equal(own.on(exponent, first), wanted)
+            assert own.zeros == zeros
 
 
 def test_table_round_trip(tmp_path: Path) -> None:

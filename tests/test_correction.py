@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrated import ModuleExecutor, random_samples
+from calibrated import ModuleExecutor, random_samples, watch
 from small_nets import Net, op, residual_net
 
 from qcompiler.base.errors import DataError
@@ -90,6 +90,8 @@ class Stepper:
 
 
 class StepperContext:
+    lane = 0
+
     def __init__(self, owner: Stepper, inputs: Mapping[str, np.ndarray]) -> None:
         self.owner, self.values, self.ran = owner, dict(inputs), []
 
@@ -241,7 +243,12 @@ def test_inputs_behind_a_reshape_are_collected() -> None:
     executor, means = ModuleExecutor(module), FloatMeans(module, 3)
     samples = random_samples(module, 3)
     outputs = []
-    for sample in samples:
-        outputs.append(executor.trace(sample, lambda name, array: means.visit(name, array) if name != "flat" else None)["out0"])
+    for number, sample in enumerate(samples):
+
+        def visit(name: str, array: np.ndarray, number: int = number) -> None:
+            if name != "flat":
+                watch(means, number, name, array)
+
+        outputs.append(executor.trace(sample, visit)["out0"])
         means.end_sample({"out0": outputs[-1]})
     np.testing.assert_allclose(means.expected("y", 3, False), np.concatenate(outputs), atol=1e-5)

@@ -298,3 +298,12 @@ def test_blocks_cover_the_channels(channels: int, widths: tuple[int, ...]) -> No
     assert covered >= set(range(channels))
     assert covered == set(range(channels)) or (channels < widths[-1] and blocks == [(0, widths[-1])])
     assert sorted((w for _, w in blocks), reverse=True) == [w for _, w in blocks]
+
+
+@pytest.mark.parametrize("change", ["numbers", "scale", "bounds"])
+def test_code_is_written_once_for_what_it_depends_on(change: str) -> None:
+    """Other weights have the same function; multipliers that need a clamp before conversion, or other bounds, another one."""
+    first, other = (Case(32, scale=1e6 if change == "scale" and i else 1.0, bounds=(-128, 100 if change == "bounds" and i else 127)) for i in (0, 1))
+    kernels = [first.run(AVX2, seed=1), other.run(AVX2, seed=2)]
+    assert (kernels[0].func is kernels[1].func) == (kernels[0].key == kernels[1].key) == (change == "numbers")
+    assert any((a != b).any() for a, b in zip(kernels[0].constants, kernels[1].constants, strict=True))

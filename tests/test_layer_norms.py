@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrated import random_samples
+from calibrated import random_samples, watch
 from onnx_nets import OnnxNet, agrees, operators
 from small_nets import Net, op, random_inputs, scalar
 
@@ -78,9 +78,9 @@ def transformer(post: bool = False) -> Any:
 
 def seen_by(module: Any) -> dict[str, Extremes]:
     watcher = ChannelWatcher(module)
-    for sample in random_samples(module, 6):
+    for number, sample in enumerate(random_samples(module, 6)):
         for name, array in interpreter.run(module, sample, keep="all").items():
-            watcher.visit(name, array)
+            watch(watcher, number, name, array)
     return watcher.values
 
 

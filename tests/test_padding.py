@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +78,10 @@ def test_corrections_see_what_counts(path: Path, monkeypatch: pytest.MonkeyPatch
     seen: set[int] = set()
     original = DataRounder._patches
 
-    def watch(self: DataRounder, layer: object, weight: np.ndarray, context: object, random: np.random.Generator) -> np.ndarray:
-        found = original(self, layer, weight, context, random)  # type: ignore[arg-type]
-        seen.add(found.shape[1])
-        return found
+    def watch(self: DataRounder, layer: object, weight: np.ndarray, contexts: object, random: np.random.Generator) -> Iterator[np.ndarray]:
+        for found in original(self, layer, weight, contexts, random):  # type: ignore[arg-type]
+            seen.add(found.shape[1])
+            yield found
 
     monkeypatch.setattr(DataRounder, "_patches", watch)
     samples = sentences(6)

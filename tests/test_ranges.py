@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibrated import watch
 
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL, demo_data
@@ -38,9 +39,9 @@ def network() -> QuantizedNetwork:
 
 def ends_of(arrays: list[np.ndarray]) -> SampleEnds:
     ends = SampleEnds(["v"])
-    for array in arrays:
-        ends.visit("v", array.astype(np.float32))
-        ends.visit("other", array)
+    for number, array in enumerate(arrays):
+        watch(ends, number, "v", array.astype(np.float32))
+        watch(ends, number, "other", array)
     return ends
 
 
@@ -103,13 +104,23 @@ def test_values_far_from_the_outputs_can_be_left_out(network: QuantizedNetwork, 
     assert reports == [("judge ranges", 1, 2), ("judge ranges", 2, 2), ("judge ranges", 1, 1)], "a step for each range that is tried"
 
 
-def test_a_walk_leaves_everything_as_it_was(network: QuantizedNetwork, tmp_path: Path) -> None:
-    twin, (sample,) = Session(network.measured.twin.link().save(tmp_path / "twin.so")), samples(1)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_walk_leaves_everything_as_it_was(network: QuantizedNetwork, tmp_path: Path, known: bool) -> None:
+    """Whether it is known which memory is in use, and so all that has to be kept, or not."""
+    twin = network.measured.twin.session(1) if known else Session(network.measured.twin.link().save(tmp_path / "twin.so"))
+    (sample,) = samples(1)
     walk, coarse = Walk(twin, sample), QParams(1.0, 0)
+    everything = twin.manifest["workspace"]
+    kept = [sum(a.nbytes for a in walk._context.memory(i)) for i in range(len(twin.manifest["steps"]))]
+    assert (max(kept) < everything) if known else (min(kept) > everything)
     errors = [walk.errors_with_value(v, coarse)[0] for new, _ in walk.advance() for v in new if v in ("image", "relu2", "relu5")]
     again = Walk(twin, sample)
     assert errors == [again.errors_with_value(v, coarse)[0] for new, _ in again.advance() for v in new if v in ("image", "relu2", "relu5")]
     assert len(errors) == 3 and min(errors) > 0
+    walk = Walk(twin, sample)
+    next(walk.advance())
+    first, other, third = walk.errors_with_each("image", [coarse, QParams(0.1, 0), coarse])
+    assert first[0] == third[0] == errors[0] > other[0]
 
 
 # -- the choice -----------------------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ class Built:
         session = Session(path, threads or len(os.sched_getaffinity(0)))
         if self.revision != revision:
             session.set_constants(self.constants)
+        session.held = [p.held() for p in self.programs]
         return session
 
 

@@ -102,6 +102,16 @@ class Program:
                 return step
         raise KeyError(value_id)
 
+    def held(self) -> list[list[tuple[int, int]]]:
+        """Before each step, and behind the last: the byte ranges [begin, end) of the workspace that hold what was written and is still to be read."""
+        first, last = _lifetimes(self.steps, self.values)
+        ranges: dict[str, tuple[int, int]] = {}
+        for value in self.values.values():
+            if value.place is not None and value.place.space == "workspace":
+                begin, end = ranges.get(value.root, (value.place.offset, 0))
+                ranges[value.root] = min(begin, value.place.offset), max(end, value.place.offset + value.layout.bytes)
+        return [_united([r for v, r in ranges.items() if first[v] < step <= last[v]]) for step in range(len(self.steps) + 1)]
+
     def replace_operand(self, value_id: str, index: int, array: np.ndarray) -> None:
         """Pack the constants of one step again with operand `index` replaced; the kernel's code stays as it is. An operator that stays float
         has what is computed at run time first, then its constants."""
@@ -360,13 +370,7 @@ class _Lowering:
 
     def place(self, steps: list[Step]) -> int:
         """Decide where every value and scratch buffer lies; returns the size of the workspace in bytes."""
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
-        for index, step in enumerate(steps):
-            for value in [*step.reads, step.writes, *step.more]:
-                root = self.values[value].root
-                first.setdefault(root, index)
-                last[root] = index
+        first, last = _lifetimes(steps, self.values)
         fixed = {str(p.name): Place("input", i) for i, p in enumerate(self.graph.inputs)}
         fixed |= {v: Place("output", i) for i, v in enumerate(self.output_values)}
         sizes = {v: self.values[v].layout.bytes for v in first}
@@ -382,6 +386,29 @@ class _Lowering:
             step.scratch = offsets.get(f"scratch {index}", 0)
         self.values = {k: v for k, v in self.values.items() if v.place is not None}
         return size
+
+
+def _lifetimes(steps: Iterable[Step], values: Mapping[str, Value]) -> tuple[dict[str, int], dict[str, int]]:
+    """The first and the last step that touches the memory of each root."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, step in enumerate(steps):
+        for value in [*step.reads, step.writes, *step.more]:
+            root = values[value].root
+            first.setdefault(root, index)
+            last[root] = index
+    return first, last
+
+
+def _united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes in order, where ranges touch as one."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((begin, end))
+    return found
 
 
 def _join(layout: Layout, needs: list[Need]) -> Layout:

@@ -37,6 +37,29 @@ def grid_exponent(low: float, high: float) -> int:
     return exponent
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Of one sample, on the grid of its own extremes; see `Histogram`."""
+
+    exponent: int
+    first: int
+    counts: np.ndarray
+    zeros: int
+
+    def on(self, exponent: int, first: int) -> np.ndarray:
+        """int64[BINS]: the counts on a grid that is as coarse or coarser, and covers them."""
+        used = np.flatnonzero(self.counts)
+        to = ((used + self.first) >> min(exponent - self.exponent, 62)) - first
+        return np.bincount(to, self.counts[used], BINS).astype(np.int64)
+
+
+def counted(values: np.ndarray, low: float, high: float) -> Counts:
+    """The counts of float32 values, all finite, with these extremes."""
+    exponent = grid_exponent(low, high)
+    first = math.floor(math.ldexp(min(low, 0.0), -exponent))
+    return Counts(exponent, first, *count_bins(values, exponent, first))
+
+
 @dataclass
 class Histogram:
     """Counts of all float32 values seen, with their exact range.
@@ -97,6 +120,10 @@ class Histogram:
 
     def add(self, values: np.ndarray, low: float, high: float, power: float) -> None:
         """Count one sample's `values` (float32, any shape, all finite), whose extremes are `low` and `high` and whose sum of squares is `power`."""
+        self.take(counted(values, low, high), low, high, power)
+
+    def take(self, counts: Counts, low: float, high: float, power: float) -> None:
+        """`add` of what was counted already. Counts on a finer grid are exact on this one, and so it makes no difference which grid they were made on."""
         if self.samples:
             self.low, self.high = min(self.low, low), max(self.high, high)
         else:
@@ -105,12 +132,12 @@ class Histogram:
         first = math.floor(math.ldexp(min(self.low, 0.0), -exponent))
         before = self.coarser(exponent, first)
         self.exponent, self.first = exponent, first
-        counts, zeros = count_bins(values, exponent, first)
-        self.counts, self.relative = before.counts + counts, before.relative
+        new = counts.on(exponent, first)
+        self.counts, self.relative = before.counts + new, before.relative
         if power > 0:
-            self.relative = self.relative + replace(self, counts=counts, zeros=zeros).nonzero / power
+            self.relative = self.relative + replace(self, counts=new, zeros=counts.zeros).nonzero / power
             self.powered += 1
-        self.zeros += zeros
+        self.zeros += counts.zeros
         self.samples += 1
         self.mean_low += (low - self.mean_low) / self.samples
         self.mean_high += (high - self.mean_high) / self.samples

@@ -22,7 +22,7 @@ class Lookups:
             if group.kind == "take" and group.weight is not None and group.attrs["axis"] == 0:
                 self._sizes[group.inputs[0]] = min(len(group.weight), self._sizes.get(group.inputs[0], len(group.weight)))
 
-    def visit(self, value_id: str, array: np.ndarray) -> None:
+    def look(self, sample: int, value_id: str, array: np.ndarray) -> None:
         size = self._sizes.get(value_id)
         if size is None or array.size == 0 or (array.min() >= -size and array.max() < size):
             return
@@ -32,6 +32,9 @@ class Lookups:
             f"{what} '{value_id}' holds {wrong}, which is no row of the table of {size} that it selects from: allowed are 0 to {size - 1}, and -1 to -{size} "
             "from the end; make the data with the tokenizer of this model"
         )
+
+    def take(self, value_id: str, seen: object) -> None:
+        """There is nothing to be kept."""
 
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Outputs are of no interest here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +18,14 @@ import numpy as np
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.files import parse_json, read_regular, replacing
+from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import check_sample
-from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics
+from qcompiler.calibration.histogram import BINS, Counts, Histogram, channel_statistics, counted
 from qcompiler.calibration.padding import ALL, Padding
 from qcompiler.calibration.shaped import ShapedSamples
+from qcompiler.runtime.session import Session
 
 FORMAT = 1
 UNBOUNDED = 2.0**100  # values beyond it stand for infinity: the least float32 that masks add, say
@@ -41,10 +43,39 @@ class Executor(Protocol):
 
 class Watcher(Protocol):
     """Something else that looks at the values of the same pass (the means that bias correction needs, say). It sees what counts: without rows of padding
-    (`Counted.rows`), outputs with zeros there."""
+    (`Counted.rows`), outputs with zeros there.
 
-    def visit(self, value_id: str, array: np.ndarray) -> None: ...
+    Samples are looked at side by side: `look`, in any thread and any order, finds what there is to know of a value of sample number `sample` (of those that
+    the watcher sees), None for nothing, and changes nothing; `take` gets it, sample after sample, and then `end_sample`."""
+
+    def look(self, sample: int, value_id: str, array: np.ndarray) -> Any: ...
+    def take(self, value_id: str, seen: Any) -> None: ...
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is to know of one sample's value; see `Statistics`. counts: None where the value is not finite or beyond UNBOUNDED; nan: it holds a NaN."""
+
+    size: int
+    channels: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # sums, squares, low, high
+    low: float
+    high: float
+    power: float
+    counts: Counts | None
+    nan: bool = False
+
+    @staticmethod
+    def of(array: np.ndarray) -> Seen | None:
+        """Of a float32 array; None for one without elements."""
+        if array.size == 0:
+            return None
+        channels = channel_statistics(array)
+        sums, squares, least, greatest = channels
+        low, high, power = float(least.min()), float(greatest.max()), float(squares.sum())
+        if not (np.isfinite(sums).all() and max(-low, high) < UNBOUNDED):
+            return Seen(array.size, channels, low, high, power, None, bool(np.isnan(array).any()))
+        return Seen(array.size, channels, low, high, power, counted(array, low, high))
 
 
 @dataclass
@@ -82,12 +113,14 @@ class Statistics:
 
     def add(self, array: np.ndarray) -> bool:
         """Look at one sample's float32 array. False, and nothing recorded, when it holds a NaN, an infinity or a number beyond UNBOUNDED."""
-        if array.size == 0:
-            return True
-        sums, squares, low, high = channel_statistics(array)
-        least, greatest, power = float(low.min()), float(high.max()), float(squares.sum())
-        if not (np.isfinite(sums).all() and max(-least, greatest) < UNBOUNDED):
+        seen = Seen.of(array)
+        return seen is None or self.take(seen)
+
+    def take(self, seen: Seen) -> bool:
+        """`add` of what was seen."""
+        if seen.counts is None:
             return False
+        sums, squares, low, high = seen.channels
         if self.channel_count and len(sums) != len(self.channel_sum):
             sums, squares, low, high = sums.sum(keepdims=True), squares.sum(keepdims=True), low.min(keepdims=True), high.max(keepdims=True)
             self.channel_count *= len(self.channel_sum)
@@ -97,8 +130,8 @@ class Statistics:
             low, high = np.minimum(low, self.channel_low), np.maximum(high, self.channel_high)
             sums, squares = sums + self.channel_sum, squares + self.channel_square
         self.channel_sum, self.channel_square, self.channel_low, self.channel_high = sums, squares, low, high
-        self.channel_count += array.size // len(sums)
-        self.histogram.add(array, least, greatest, power)
+        self.channel_count += seen.size // len(sums)
+        self.histogram.take(seen.counts, seen.low, seen.high, seen.power)
         return True
 
 
@@ -173,39 +206,65 @@ def calibrate(
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
     total = len(samples) if isinstance(samples, Sized) else getattr(samples, "count", None)
-    bad: list[str] = []
-    counted = ALL
 
-    def visit(name: str, array: np.ndarray) -> None:
-        array = counted.rows(name, array)
-        if array.dtype == np.float32 and (wanted is None or name in wanted) and not table.values.setdefault(name, Statistics()).add(array):
-            if np.isnan(array).any():
-                bad.append(name)
-            table.unbounded.add(name)
-        for watcher in looking:
-            watcher.visit(name, array)
+    def looked(executor: Executor, item: tuple[int, Mapping[str, np.ndarray], Sequence[tuple[int, Watcher]]]) -> _Looked:
+        number, sample, looking = item
+        found = _Looked([w for _, w in looking])
 
-    for sample in samples:
-        if not isinstance(samples, ShapedSamples):
-            sample = check_sample(sample, executor.inputs, f"calibration sample {table.samples}")
-        looking = [*watchers, *(at_first if all(sample[i.name].shape == tuple(i.shape) for i in executor.inputs) else ())]
+        def visit(name: str, array: np.ndarray) -> None:
+            array = visible.rows(name, array)
+            seen = Seen.of(array) if array.dtype == np.float32 and (wanted is None or name in wanted) else None
+            found.values.append((name, seen, [w.look(index, name, array) for index, w in looking]))
+
         try:
-            counted = padding.of(executor, sample) if padding else ALL
-            outputs = executor.trace(sample, visit)
+            visible = padding.of(executor, sample) if padding else ALL
+            found.outputs = visible.outputs(executor.trace(sample, visit))
         except DataError as error:
-            raise DataError(f"calibration sample {table.samples}: {error}") from None
-        if bad:
-            raise DataError(
-                f"calibration sample {table.samples}: value '{bad[0]}' is not a number (NaN) although the inputs are; "
-                "check the preprocessing, or leave this sample out"
-            )
-        for watcher in looking:
-            watcher.end_sample(counted.outputs(outputs))
+            raise DataError(f"calibration sample {number}: {error}") from None
+        return found
+
+    executors: Sequence[Executor] = executor.alone(worker_count(executor.manifest["workspace"])) if isinstance(executor, Session) else [executor]
+    for found in in_order(looked, executors, _numbered(samples, executor.inputs, watchers, at_first)):
+        for name, seen, noticed in found.values:
+            if seen is not None and not table.values.setdefault(name, Statistics()).take(seen):
+                if seen.nan:
+                    raise DataError(
+                        f"calibration sample {table.samples}: value '{name}' is not a number (NaN) although the inputs are; "
+                        "check the preprocessing, or leave this sample out"
+                    )
+                table.unbounded.add(name)
+            for watcher, something in zip(found.watchers, noticed, strict=True):
+                if something is not None:
+                    watcher.take(name, something)
+        for watcher in found.watchers:
+            watcher.end_sample(found.outputs)
         table.samples += 1
         progress(stage, table.samples, total)
     if table.samples == 0:
         raise DataError("calibration data is empty; give at least one sample, better 50 to 500 that look like what the model will see")
     return table
+
+
+@dataclass
+class _Looked:
+    """What there was to see in one sample: of each value its statistics, and what each of `watchers` noticed."""
+
+    watchers: Sequence[Watcher]
+    values: list[tuple[str, Seen | None, list[Any]]] = field(default_factory=list)
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def _numbered(
+    samples: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[TensorInfo], watchers: Sequence[Watcher], at_first: Sequence[Watcher]
+) -> Iterator[tuple[int, Mapping[str, np.ndarray], list[tuple[int, Watcher]]]]:
+    """(number, sample, its number for each watcher that sees it, and the watcher)."""
+    alike = 0
+    for number, sample in enumerate(samples):
+        if not isinstance(samples, ShapedSamples):
+            sample = check_sample(sample, inputs, f"calibration sample {number}")
+        first = all(sample[i.name].shape == tuple(i.shape) for i in inputs)
+        yield number, sample, [*((number, w) for w in watchers), *((alike, w) for w in at_first if first)]
+        alike += first
 
 
 def _encode(s: Statistics) -> dict[str, Any]:

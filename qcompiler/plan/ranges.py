@@ -17,11 +17,13 @@ all values.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.padding import Padding
 from qcompiler.numerics.metrics import Parts
@@ -42,9 +44,12 @@ class SampleEnds:
     def __init__(self, values: Iterable[str]) -> None:
         self.ends: dict[str, list[tuple[float, float]]] = {v: [] for v in values}
 
-    def visit(self, value_id: str, array: np.ndarray) -> None:
-        if value_id in self.ends and array.size and array.dtype == np.float32:
-            self.ends[value_id].append((float(array.min()), float(array.max())))
+    def look(self, sample: int, value_id: str, array: np.ndarray) -> tuple[float, float] | None:
+        known = value_id in self.ends and array.size and array.dtype == np.float32
+        return (float(array.min()), float(array.max())) if known else None
+
+    def take(self, value_id: str, seen: tuple[float, float]) -> None:
+        self.ends[value_id].append(seen)
 
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Outputs are of no interest here."""
@@ -94,19 +99,31 @@ def output_noise(
     leader = {member: name for name, p in judged.items() for member in p.members}
     noise: dict[str, np.ndarray] = {}  # by member, [proposals, outputs]
     power: dict[str, np.ndarray] = {}
+    wanted = [{member for member, weights in standing.items() if i in weights} for i in range(count)]
+    judges = ((i, sample) for i, sample in enumerate(samples) if i < count and wanted[i])
     parts: list[Parts] = []
-    for index, sample in enumerate(samples):
-        wanted = {member: weights[index] for member, weights in standing.items() if index in weights}
-        if wanted:
-            walk = Walk(twin, sample, parts=parts, padding=padding)
-            parts = walk.parts
-            for new, _ in walk.advance():
-                for member in wanted.keys() & set(new):
-                    errors = np.stack([walk.errors_with_value(member, p) for p in proposals[leader[member]].params.values()])
-                    done += len(errors)
-                    progress("judge ranges", done, variants)
-                    noise[member] = noise.get(member, np.zeros_like(errors)) + wanted[member] * errors
-                    power[member] = power.get(member, np.zeros_like(walk.power)) + wanted[member] * walk.power
+
+    def judge(session: Session, judge: tuple[int, Mapping[str, np.ndarray]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+        """(number of a sample, its power, errors with each proposal of the values that it judges)."""
+        index, sample = judge
+        walk, found = Walk(session, sample, parts=parts, padding=padding), dict[str, np.ndarray]()
+        for new, _ in walk.advance():
+            for member in wanted[index] & set(new):
+                found[member] = np.stack(walk.errors_with_each(member, proposals[leader[member]].params.values()))
+            if len(found) == len(wanted[index]):
+                break
+        return index, walk.power, found
+
+    if first := next(judges, None):
+        parts += Walk(twin, first[1], padding=padding).parts  # those of the first judge, for all
+        workers = twin.alone(worker_count(twin.manifest["workspace"]))
+        for index, own, found_here in in_order(judge, workers, itertools.chain([first], judges)):
+            for member, errors in found_here.items():
+                done += len(errors)
+                progress("judge ranges", done, variants)
+                weight = standing[member][index]
+                noise[member] = noise.get(member, np.zeros_like(errors)) + weight * errors
+                power[member] = power.get(member, np.zeros_like(own)) + weight * own
     found = {}
     for name, p in judged.items():
         if all(m in noise for m in p.members):

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,9 +155,18 @@ class Walk:
 
     def errors_with_value(self, name: str, params: QParams) -> np.ndarray:
         """float64[outputs]: the outputs' squared errors when a value that is at hand is rounded to 8 bits."""
-        with self._restored():
-            self._round(name, params)
-            return self._errors(self._done)
+        return self.errors_with_each(name, [params])[0]
+
+    def errors_with_each(self, name: str, params: Iterable[QParams]) -> list[np.ndarray]:
+        """The same for one rounding after the other."""
+        errors = []
+        with self._restored() as restore:
+            for number, p in enumerate(params):
+                if number:
+                    restore()
+                self._round(name, p)
+                errors.append(self._errors(self._done))
+        return errors
 
     def errors_with_weights(self) -> np.ndarray:
         """The same when the next step runs with the other constants."""
@@ -195,11 +204,17 @@ class Walk:
         return np.concatenate([p.sums(np.square(a)) for p, a in zip(self.parts, arrays, strict=True)] or [np.zeros(0)])
 
     @contextlib.contextmanager
-    def _restored(self) -> Iterator[None]:
-        kept = [array.copy() for array in self._context.memory()]
-        yield
-        for array, before in zip(self._context.memory(), kept, strict=True):
-            array[...] = before
+    def _restored(self) -> Iterator[Callable[[], None]]:
+        """What is done inside is undone at its end, and by calling what is given."""
+        memory = self._context.memory(self._done)
+        kept = [array.copy() for array in memory]
+
+        def restore() -> None:
+            for array, before in zip(memory, kept, strict=True):
+                array[...] = before
+
+        yield restore
+        restore()
 
 
 # -- time -----------------------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.numerics.spec import conv_accumulator_bound
 from qcompiler.refine.integer_layers import IntegerLayer
 from qcompiler.refine.means import FloatMeans, kernel_size, pre_activation, tap_means
-from qcompiler.refine.trial import MEMORY, Context, Correction, IntegerExecutor, Trial
+from qcompiler.refine.trial import MEMORY, Context, Correction, IntegerExecutor, Trial, of_each
 
 _INT32 = 2**31 - 1
 
@@ -48,14 +48,14 @@ def corrected_bias(layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[C
     place; then the bias first keeps the mean that the layer's own gave."""
     zero = layer.attrs["x_zero_point"]
     kernel, shape = kernel_size(weight), layer.shape
-    taps = [tap_means(c.view(layer.x).astype(np.float32) - zero, layer.kind, layer.attrs, kernel, shape) for c in contexts]
+    taps = of_each(lambda c: tap_means(c.view(layer.x).astype(np.float32) - zero, layer.kind, layer.attrs, kernel, shape), contexts)
     groups, start = int(layer.attrs.get("groups", 1)), layer.bias.astype(np.float64)
     if weight is not layer.weight:
         start = start + np.rint(pre_activation(layer.weight.astype(np.float32) - weight, np.stack(taps), groups).mean(axis=0))
     actual = (start + pre_activation(weight, np.stack(taps), groups)) * layer.unit
     if layer.residual is not None:
-        source, zero, step = layer.residual
-        values = [tap_means(c.view(source).astype(np.float32) - zero, "dense", {}, (1, 1), shape) for c in contexts]
+        source, other, step = layer.residual
+        values = of_each(lambda c: tap_means(c.view(source).astype(np.float32) - other, "dense", {}, (1, 1), shape), contexts)
         actual = actual + np.stack(values).reshape(actual.shape) * step
     wanted = means.expected(layer.group, len(contexts), layer.residual is not None)
     shift = wanted - actual

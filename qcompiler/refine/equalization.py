@@ -61,14 +61,18 @@ class Extremes:
     moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 2, 0)))  # [low or high, sum or sum of squares, C]
 
     def add(self, array: np.ndarray) -> None:
-        total, square, low, high = (a.astype(np.float64) for a in channel_statistics(array))
+        self.take(channel_statistics(array), array.size)
+
+    def take(self, statistics: Sequence[np.ndarray], size: int) -> None:
+        """`add` of an array of so many elements, of which `channel_statistics` are known."""
+        total, square, low, high = (a.astype(np.float64) for a in statistics)
         ends = np.stack([low, high])
         moments = np.stack([ends, np.square(ends)], axis=1)
         if self.samples:
             total, square, moments = total + self.total, square + self.square, moments + self.moments
             low, high = np.minimum(low, self.low), np.maximum(high, self.high)
         self.total, self.square, self.low, self.high, self.moments = total, square, low, high, moments
-        self.count += array.size // len(total)
+        self.count += size // len(total)
         self.samples += 1
 
     @property
@@ -108,9 +112,11 @@ class ChannelWatcher:
         self.values: dict[str, Extremes] = {}
         self._wanted = {v for s in self.streams for v in (*s.values, *(r.id for r in s.readers))}
 
-    def visit(self, value_id: str, array: np.ndarray) -> None:
-        if value_id in self._wanted and array.ndim and array.size:
-            self.values.setdefault(value_id, Extremes()).add(array)
+    def look(self, sample: int, value_id: str, array: np.ndarray) -> tuple[Sequence[np.ndarray], int] | None:
+        return (channel_statistics(array), array.size) if value_id in self._wanted and array.ndim and array.size else None
+
+    def take(self, value_id: str, seen: tuple[Sequence[np.ndarray], int]) -> None:
+        self.values.setdefault(value_id, Extremes()).take(*seen)
 
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Outputs are of no interest here."""

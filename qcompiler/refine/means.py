@@ -100,17 +100,22 @@ class FloatMeans:
                         source = made_by[source].inputs[0]
                     self._readers.setdefault(source, []).append((group, means, shapes.get(value)))
 
-    def visit(self, value_id: str, array: np.ndarray) -> None:
-        if len(self.outputs) >= self.limit:
-            return
+    def look(self, sample: int, value_id: str, array: np.ndarray) -> list[np.ndarray] | None:
+        if sample >= self.limit:
+            return None
+        found = []
         for group, means, shape in self._readers.get(value_id, ()):
             x = array if shape is None else array.reshape(shape if group.traits.window and means is self._means else (-1, shape[-1]))
             assert group.weight is not None
             if means is self._means:
-                found = tap_means(x, group.kind, group.attrs, kernel_size(group.weight), group.shape)
+                found.append(tap_means(x, group.kind, group.attrs, kernel_size(group.weight), group.shape).astype(np.float32))
             else:
-                found = tap_means(x, "dense", {}, (1, 1), group.shape)
-            means[group.id].append(found.astype(np.float32))
+                found.append(tap_means(x, "dense", {}, (1, 1), group.shape).astype(np.float32))
+        return found
+
+    def take(self, value_id: str, seen: list[np.ndarray]) -> None:
+        for (group, means, _), found in zip(self._readers.get(value_id, ()), seen, strict=True):
+            means[group.id].append(found)
 
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None:
         if len(self.outputs) < self._kept:

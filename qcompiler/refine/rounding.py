@@ -24,14 +24,16 @@ output: least squares shrinks what is noisy, and 53 layers that shrink add up (M
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qcompiler.base.parallel import cores, in_order
 from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
 from qcompiler.refine.integer_layers import IntegerLayer
+from qcompiler.refine.means import kernel_size
 from qcompiler.refine.trial import Context
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
@@ -160,19 +162,26 @@ class DataRounder:
         steps = weight / (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
         gram = Gram(groups, weight[0].size)
         random = np.random.default_rng(0)
-        for context in fitted:
-            gram.add(self._patches(layer, weight, context, random))
+        for found in self._patches(layer, weight, fitted, random):
+            gram.add(found)
         candidates = [layer.weight, round_weight(steps, gram), round_weight(steps, gram, centered=True)]
-        x = np.concatenate([self._patches(layer, weight, context, random) for context in judges], axis=1)
+        x = np.concatenate([*self._patches(layer, weight, judges, random)], axis=1)
         return choose(candidates, steps, x, *_bounds(group, layer.unit))
 
-    def _patches(self, layer: IntegerLayer, weight: np.ndarray, context: Context, random: np.random.Generator) -> np.ndarray:
-        """float32[G, P, K]: what the layer meets at some positions of one sample, in int8 steps."""
-        kernel = (int(weight.shape[1]), int(weight.shape[2])) if weight.ndim == 4 else (1, 1)
-        x = context.view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
-        total = int(np.prod(layer.shape[:-1])) if KINDS[layer.kind].window else x.size // x.shape[-1]
-        at = np.sort(random.choice(total, min(total, self._positions), replace=False))
-        return patches(x, layer.kind, layer.attrs, kernel, layer.shape, at)
+    def _patches(self, layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[Context], random: np.random.Generator) -> Iterator[np.ndarray]:
+        """float32[G, P, K] of each sample: what the layer meets at some positions, in int8 steps."""
+        window = KINDS[layer.kind].window
+
+        def drawn() -> Iterator[tuple[Context, np.ndarray]]:
+            for context in contexts:
+                total = int(np.prod(layer.shape[:-1] if window else context.view(layer.x).shape[:-1]))
+                yield context, np.sort(random.choice(total, min(total, self._positions), replace=False))
+
+        def met(_: int, drawn: tuple[Context, np.ndarray]) -> np.ndarray:
+            x = drawn[0].view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
+            return patches(x, layer.kind, layer.attrs, kernel_size(weight), layer.shape, drawn[1])
+
+        return in_order(met, range(cores()), drawn())
 
 
 def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

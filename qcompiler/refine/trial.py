@@ -7,14 +7,15 @@ the SQNR of its outputs, stays in force.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import tvm
 
 from qcompiler.base.errors import DataError
+from qcompiler.base.parallel import cores, side_by_side
 from qcompiler.base.progress import Progress
 from qcompiler.base.value_ids import Naming
 from qcompiler.calibration.padding import Counted
@@ -24,12 +25,15 @@ from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 from qcompiler.refine.means import FloatMeans
 
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
+Result = TypeVar("Result")
 EXACT = 200.0  # dB: beyond what float32 tells, as 24 bits are 150 dB; what outputs without any error count as
 
 
 class Context(Protocol):
-    """One sample on its way through the integer network."""
+    """One sample on its way through the integer network. Those of one lane don't run at the same time."""
 
+    @property
+    def lane(self) -> Hashable: ...
     def run(self, begin: int, end: int) -> None: ...
     def view(self, value_id: str) -> np.ndarray: ...
     def outputs(self) -> dict[str, np.ndarray]: ...
@@ -40,6 +44,10 @@ class _Counting:
 
     def __init__(self, context: Context, counted: Counted, naming: Naming) -> None:
         self._context, self._counted, self._naming = context, counted, naming
+
+    @property
+    def lane(self) -> Hashable:
+        return self._context.lane
 
     def run(self, begin: int, end: int) -> None:
         self._context.run(begin, end)
@@ -74,10 +82,13 @@ class SessionExecutor:
         self._counted, self._naming = counted, naming
         self.steps = [str(step["id"]) for step in session.manifest["steps"]]
         self.context_bytes = int(session.manifest["workspace"])
-        self._session, self._built = session, built
+        session.set_constants(built.constants)
+        self._session, self._built, self._made = session, built, 0
+        self._lanes = session.alone(cores())
 
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
-        context: Context = self._session.new_context(inputs)
+        context: Context = self._lanes[self._made % len(self._lanes)].new_context(inputs)
+        self._made += 1
         return _Counting(context, self._counted(inputs), self._naming)
 
     def set_bias(self, value_id: str, bias: np.ndarray) -> None:
@@ -156,19 +167,16 @@ class Trial:
 
     def layers(self, stage: str, progress: Progress) -> Iterator[IntegerLayer]:
         """Each layer when all samples are about to run it. stage: what `progress` calls this."""
-        for context in self.judges:
-            context.run(0, len(self._steps))
+        self._run(self.judges, 0, len(self._steps))
         self._found.before, self._found.worst = self._score()
         done = 0
         for number, layer in enumerate(self._layers):
             at = self._steps.index(layer.id)
-            for context in self._walking:
-                context.run(done, at)
+            self._run(self._walking, done, at)
             done = at
             yield layer
             progress(stage, number + 1, len(self._layers))
-        for context in self._walking:
-            context.run(done, len(self._steps))
+        self._run(self._walking, done, len(self._steps))
         self._found.after, self._worst_after = self._score()
 
     def skip(self, layer: IntegerLayer, reason: str) -> None:
@@ -197,8 +205,17 @@ class Trial:
                     self._executor.set_weight(layer.id, layer.weight)
         return self._found
 
+    def _run(self, contexts: Sequence[Context], begin: int, end: int) -> None:
+        if begin < end:
+            of_each(lambda context: context.run(begin, end), contexts)
+
     def _score(self) -> tuple[float, float]:
         return score(self.judges, self._references)
+
+
+def of_each(function: Callable[[Context], Result], contexts: Sequence[Context]) -> list[Result]:
+    """function(context) of each, in order; of different lanes at the same time."""
+    return side_by_side(function, contexts, lambda context: context.lane)
 
 
 def score(contexts: Sequence[Context], outputs: Sequence[Mapping[str, np.ndarray]]) -> tuple[float, float]:

@@ -40,6 +40,11 @@ class Context:
         self._output_pointers = (ctypes.c_void_p * len(self._outputs))(*(a.ctypes.data for a in self._outputs))
         self._address = self._workspace.ctypes.data
 
+    @property
+    def lane(self) -> int:
+        """Contexts of one lane, which is their session's, don't run at the same time."""
+        return id(self._session)
+
     def run(self, begin: int, end: int) -> None:
         """Run steps [begin, end) of the manifest's list."""
         self._session.execute(self._shape, self._address, self._input_pointers, self._output_pointers, begin, end)
@@ -64,9 +69,12 @@ class Context:
         """A copy of `view`."""
         return self.view(value_id).copy()
 
-    def memory(self) -> list[np.ndarray]:
-        """Everything that steps read and write: workspace, inputs, outputs. Writing it back restores a run."""
-        return [self._workspace, *self._inputs, *self._outputs]
+    def memory(self, step: int) -> list[np.ndarray]:
+        """What steps from `step` on read, or leave alone, of all that is written there: of the workspace, as far as that is known, what is still to be read;
+        inputs, outputs. Writing it back restores a run that is before this step."""
+        held = self._session.held
+        parts = [self._workspace[begin:end] for begin, end in held[self._shape][step]] if held else [self._workspace]
+        return [*parts, *self._inputs, *self._outputs]
 
     def on(self, session: Session) -> Context:
         """The same memory, with steps run by another session of the same library (which has other constants, say)."""
@@ -175,6 +183,7 @@ class Session:
         self.state: dict[str, str] = dict(self.manifest.get("state", {}))
         self._kept = {i.name: np.zeros(i.shape, i.dtype) for i in self.inputs if i.name in self.state}
         self._mutable: np.ndarray | None = None
+        self.held: Sequence[Sequence[Sequence[tuple[int, int]]]] = ()  # at each shape, before each step: ranges of the workspace in use, where known
         self._turn = _Turn()
 
     @property
@@ -294,6 +303,17 @@ class Session:
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
         """Separate memory for stepping through one sample while others advance too."""
         return Context(self, inputs)
+
+    def alone(self, count: int) -> list[Session]:
+        """So many sessions of one thread each, for as many threads that run a sample each; this one where a single one is asked for. What constants
+        they run with, where this one was given some, they share with it."""
+        if count == 1:
+            return [self]
+        made = [Session(self.path) for _ in range(count)]
+        for session in made:
+            session.held = self.held
+            session._mutable = self._mutable
+        return made
 
     def set_constants(self, constants: np.ndarray) -> None:
         """Run with another constants blob (same layout) instead of the library's own: how bias correction tries its corrections."""

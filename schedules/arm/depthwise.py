@@ -61,7 +61,8 @@ class ByteKernel(DepthwiseNest):
                     placed[p, :, slot] = w[order, tap[0], tap[1]]
         weights = placed.reshape(len(self.plan.patterns), len(self.blocks), WIDTH, self.taps).transpose(1, 0, 2, 3)
         arrays = [np.ascontiguousarray(weights).reshape(-1), folded[order].astype(np.int32), multiplier[order].astype(np.float32)]
-        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs)
+        facts = (self.params, self.bounded)
+        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs, facts=facts)
 
     def prepare(self) -> None:
         a, k, self.dtype = self.op.attrs, self.k, self.op.output.dtype

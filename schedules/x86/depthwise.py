@@ -154,15 +154,15 @@ class ByteKernel(DepthwiseNest):
         self.isa, self.halves = isa, [[0], [1]] if params["split"] else [[0, 1]]
         self.plan = plan_taps(self.g.kernel, self.g.strides, self.g.dilation, self.tile, isa.taps, str(params["leftover"]))
         self.constants = pack_constants(op, self.blocks, self.plan, isa)
+        self.bounded = self.constants.peak < RESIDUAL_LIMIT
         self.residual = op.tensors[1] if len(op.tensors) > 1 else None
 
     def build(self, row: str, target: Target) -> Kernel:
-        c = self.constants
-        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=[c.weights, c.bias, c.multiplier], macs=self.g.macs)
+        arrays, facts = [self.constants.weights, self.constants.bias, self.constants.multiplier], (self.params, self.bounded)
+        return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs, facts=facts)
 
     def prepare(self) -> None:
         a, k, self.dtype = self.op.attrs, self.k, self.op.output.dtype
-        self.bounded = self.constants.peak < RESIDUAL_LIMIT
         if self.dtype == "float32":
             self.float_bounds = [None if a.get(n) is None else k.f32(a[n]) for n in ("float_low", "float_high")]
             return
