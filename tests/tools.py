@@ -29,6 +29,7 @@ PROGRAMS = {
     "arm-linux-gnueabihf-g++": (APT, "g++-arm-linux-gnueabihf"),
     "qemu-aarch64-static": (APT, "qemu-user-static"),
     "qemu-arm-static": (APT, "qemu-user-static"),
+    "openssl": (APT, "openssl"),
     "sshd": (APT, "openssh-server"),
     "ssh": (APT, "openssh-client"),
     "cmake": (APT, "cmake"),

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qcompiler.base.errors import BoardError, TargetError, closest
 from qcompiler.base.targets import Target, find_target
@@ -35,10 +37,18 @@ _TEXTS = ("core", "folder", "temperature")
 _KEYS = ("target", *_TEXTS, *WAYS, "cores", "before", "after", "hottest", "patience")
 
 
+class Lender(Protocol):
+    """Who reaches a board for us, where this process does not."""
+
+    def lent(self, board: Board, stop: threading.Event) -> AbstractContextManager[Any]:
+        """The board, open: a `Device`. When `stop` is set, waiting ends with BoardLost. Raises BoardError."""
+
+
 @dataclass(frozen=True)
 class Board:
     """A row of boards.yaml. way: one of `WAYS`; address: what that program calls the board. cores: numbers of CPUs, none: all. before, after: commands that
-    a shell on the board runs around a piece of work. temperature: a file there, in thousandths of a degree. hottest: degrees Celsius. patience: seconds."""
+    a shell on the board runs around a piece of work. temperature: a file there, in thousandths of a degree. hottest: degrees Celsius. patience: seconds.
+    lender: who reaches it, None: this process."""
 
     name: str
     target: Target
@@ -52,6 +62,7 @@ class Board:
     temperature: str = ""
     hottest: float | None = None
     patience: float = 600.0
+    lender: Lender | None = None
 
 
 def load_boards(path: str | os.PathLike[str], targets_file: str | os.PathLike[str] | None = None) -> dict[str, Board]:

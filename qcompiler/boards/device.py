@@ -68,6 +68,10 @@ def opened(board: Board, stop: threading.Event | None = None) -> Iterator[Device
 
     Raises BoardError.
     """
+    if board.lender is not None:
+        with board.lender.lent(board, stop or threading.Event()) as device:
+            yield device
+        return
     transport = connect(board, stop)
     try:
         transport.open()

@@ -26,37 +26,58 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
         "rightly, and how fast. Nothing is installed on a board, and nothing is left there. Exit status 2 when one is not fit for work.",
     )
     p.add_argument("name", nargs="*", metavar="NAME", help="check these boards only")
-    p.add_argument("--boards", default=DEFAULT_FILE, metavar="FILE", help=FILE_HELP)
+    add_files(p)
 
 
 def add_board(p: argparse.ArgumentParser, what: str) -> None:
-    """The options --board and --boards of a verb."""
+    """The options --board, --boards and --farm of a verb."""
     p.add_argument("--board", metavar="NAME", help=f"{what} on this board instead of on this machine")
+    add_files(p)
+
+
+def add_files(p: argparse.ArgumentParser) -> None:
+    """The options that say where boards are."""
     p.add_argument("--boards", default=DEFAULT_FILE, metavar="FILE", help=FILE_HELP)
+    p.add_argument("--farm", metavar="ADDRESS", help="take boards of the farm behind this scheduler, tls://host:8786 or tcp://host:8786, not those of --boards")
 
 
-def chosen_boards(options: argparse.Namespace, names: Sequence[str]) -> list[Board]:
-    """The boards of these names. Raises BoardError."""
-    known = load_boards(options.boards)
-    return [find_board(known, name, options.boards) for name in dict.fromkeys(names)]
+@contextlib.contextmanager
+def chosen_boards(options: argparse.Namespace, names: Sequence[str] | None, any_of: str | None = None) -> Iterator[list[Board]]:
+    """The boards of these names, or all of a target (and of the core `options.core`, where one is named), or all (None). Raises BoardError."""
+    target = None if any_of is None else find_target(any_of)
+    core = getattr(options, "core", None)
+    with contextlib.ExitStack() as stack:
+        if options.farm is None:
+            where, every = f"{options.boards}", load_boards(options.boards)
+            known = {name: (b.target.name, b.core) for name, b in every.items()}
+        else:
+            from qcompiler.boards.farm import Farm
+
+            where, farm = "the farm", stack.enter_context(Farm(options.farm))
+            known = farm.names()
+        if target is not None:
+            names = [name for name, kind in known.items() if kind[0] == target.name and core in (None, kind[1])]
+            if not names:
+                there = ", ".join(dict.fromkeys(f"{t}{f' ({c})' if c and core else ''}" for t, c in known.values())) or "nothing"
+                raise BoardError(f"{where}: no board for {target.name}{f' ({core})' if core else ''}; its boards are for {there}")
+        names = list(dict.fromkeys(known if names is None else names))
+        yield farm.boards(names) if options.farm is not None else [find_board(every, name, options.boards) for name in names]
 
 
-def tuning_boards(options: argparse.Namespace) -> list[Board]:
+@contextlib.contextmanager
+def tuning_boards(options: argparse.Namespace) -> Iterator[list[Board]]:
     """The boards that `tune` was told to measure on; none for this machine. Raises BoardError."""
     if options.any is not None and options.board:
         raise BoardError("--board names boards and --any takes all of a target; give one of them")
-    if options.any is not None:
-        known, target = load_boards(options.boards), find_target(options.any)
-        found = [b for b in known.values() if b.target == target]
-        if not found:
-            raise BoardError(
-                f"{options.boards}: no board for {target.name}; its boards are for {', '.join(dict.fromkeys(b.target.name for b in known.values()))}"
-            )
-    else:
-        found = chosen_boards(options, options.board) if options.board else []
-    if found and options.target not in ("native", found[0].target.name):
-        raise BoardError(f"--target {options.target}: the boards are for {found[0].target.name}; leave --target out")
-    return found
+    if options.farm is not None and options.any is None and not options.board:
+        raise BoardError("--farm: which of its boards? --board names one, --any takes all of a target")
+    if options.any is None and not options.board:
+        yield []
+        return
+    with chosen_boards(options, options.board, options.any) as found:
+        if options.target not in ("native", found[0].target.name):
+            raise BoardError(f"--target {options.target}: the boards are for {found[0].target.name}; leave --target out")
+        yield found
 
 
 @contextlib.contextmanager
@@ -65,13 +86,14 @@ def session_of(options: argparse.Namespace) -> Iterator[Any]:
     if options.board is None:
         import qcompiler
 
+        if options.farm is not None:
+            raise BoardError("--farm: which of its boards? Name one with --board")
         yield qcompiler.load(options.library, threads=options.threads)
         return
     from qcompiler.boards.device import opened
     from qcompiler.boards.session import BoardSession
 
-    (board,) = chosen_boards(options, [options.board])
-    with opened(board) as device:
+    with chosen_boards(options, [options.board]) as (board,), opened(board) as device:
         yield BoardSession(device, options.library, options.threads)
 
 
@@ -92,8 +114,7 @@ def bench(options: argparse.Namespace) -> int:
     from qcompiler.verification.twin import float_artifact
 
     refuse_on_board(options, "against", "footprint", "data", "trace", "csv", "throughput")
-    (board,) = chosen_boards(options, [options.board])
-    with temporary_folder() as folder, opened(board) as device:
+    with temporary_folder() as folder, chosen_boards(options, [options.board]) as (board,), opened(board) as device:
         session = BoardSession(device, options.library, options.threads)
         sessions = {"int8": session}
         if options.model:
@@ -119,9 +140,10 @@ def bench(options: argparse.Namespace) -> int:
 def _boards(options: argparse.Namespace) -> int:
     from qcompiler.boards.check import check_boards
 
-    known = load_boards(options.boards)
-    boards = [find_board(known, name, options.boards) for name in options.name] or list(known.values())
-    found = check_boards(boards)
+    with chosen_boards(options, options.name or None) as boards:
+        if not boards:
+            raise BoardError("the farm: no worker lends a board; `qcompiler farm worker` does, on the host that reaches them")
+        found = check_boards(boards)
     show(options, {"boards": [c.to_json() for c in found]}, lambda: boards_text([c.to_json() for c in found]))
     return REFUSED if any(c.trouble for c in found) else 0
 

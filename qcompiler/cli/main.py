@@ -18,6 +18,7 @@ from qcompiler.cli import bench as cli_bench
 from qcompiler.cli import boards as cli_boards
 from qcompiler.cli import bundle as cli_bundle
 from qcompiler.cli import digest as cli_digest
+from qcompiler.cli import farm as cli_farm
 from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
     cli_bundle.add(verb)
     cli_boards.add(verb)
+    cli_farm.add(verb)
     cli_digest.add(verb)
     p = verb(
         "completion",

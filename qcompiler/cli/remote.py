@@ -19,9 +19,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise TuningError("--import-results takes the results and --log only; the next round is another --export-candidates")
     if not options.import_results and not (options.model and options.calibration):
         raise TuningError("MODEL and --calibration are needed (only --import-results does without)")
-    on_boards = bool(options.board or options.any)
+    on_boards = bool(options.board or options.any or options.farm)
     if on_boards and (options.import_results or options.export_candidates):
-        raise TuningError("--board and --any measure by themselves; --export-candidates and --import-results carry rounds by hand")
+        raise TuningError("--board, --any and --farm measure by themselves; --export-candidates and --import-results carry rounds by hand")
     if options.candidates is not None and not (options.export_candidates or on_boards):
         raise TuningError("--candidates belongs to --export-candidates and --board; a search on this machine has --trials")
     if options.export_candidates and options.time_limit:

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qcompiler.boards.board import DEFAULT_FILE
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen, common_options, duration
-from qcompiler.cli.boards import FILE_HELP, tuning_boards
+from qcompiler.cli.boards import add_files, tuning_boards
 from qcompiler.cli.process import watched
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -46,8 +45,8 @@ def add_verbs(verb: Verb, show: Show) -> None:
     p.add_argument(
         "--board", action="append", default=[], metavar="NAME", help="measure on this board instead of on this machine; repeat for more, of one target"
     )
-    p.add_argument("--any", metavar="T", help="measure on every board of --boards that has this target")
-    p.add_argument("--boards", default=DEFAULT_FILE, metavar="FILE", help=FILE_HELP)
+    p.add_argument("--any", metavar="T", help="measure on every board of --boards, or of --farm, that has this target")
+    add_files(p)
     p.add_argument("--import-results", metavar="FILE", help="add what that program wrote to the log; MODEL is not needed")
 
     p = verb("log", None, "show or merge tuning logs", "Work with the folders that `qcompiler tune` writes.")
@@ -77,13 +76,14 @@ def _tune(options: argparse.Namespace, show: Show) -> int:
         try:
             settings: dict[str, Any] = {"log": options.log, "trials": options.trials, "time_limit": options.time_limit, "threads": options.threads}
             settings |= {**chosen(options), "progress": display.progress, "watch": display.watch}
-            if boards := tuning_boards(options):
-                from qcompiler.tuning.boards import CANDIDATES, tune_on_boards
+            with tuning_boards(options) as boards:
+                if boards:
+                    from qcompiler.tuning.boards import CANDIDATES, tune_on_boards
 
-                settings["candidates"] = options.candidates or CANDIDATES
-                display.state = tune_on_boards(options.model, boards, options.calibration, **settings)
-            else:
-                display.state = qcompiler.tune(options.model, options.target, options.calibration, **settings)
+                    settings["candidates"] = options.candidates or CANDIDATES
+                    display.state = tune_on_boards(options.model, boards, options.calibration, **settings)
+                else:
+                    display.state = qcompiler.tune(options.model, options.target, options.calibration, **settings)
         except KeyboardInterrupt:
             if display.state is None:
                 raise

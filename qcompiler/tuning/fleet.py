@@ -188,7 +188,14 @@ class Fleet:
         """A board's part of a round."""
         member, losses = self._members[board.name], 0
         try:
-            if self._unfit(member):
+            try:
+                unfit = self._unfit(member)
+            except BoardLost:  # since the last round
+                if self._stop.is_set() or not self._again(member):
+                    raise
+                self.pauses.append(f"{board.name}: it was lost between two rounds, and reached anew")
+                unfit = False
+            if unfit:
                 return
             while not self._stop.is_set() and board.name not in self.out and (share := self.round.take(board.name)) is not None:
                 share.attempts += 1
