@@ -39,7 +39,7 @@ def add_model(p: argparse._ActionsContainer, *names: str) -> None:
 def add_options(p: argparse.ArgumentParser, groups: Iterable[str], without: Iterable[str] = ()) -> None:
     """The options of some groups (`GROUPS`)."""
     for group in groups:
-        names = [n for n, o in OPTIONS.items() if o.group == group and n not in without and n != "progress"]
+        names = [n for n, o in OPTIONS.items() if o.group == group and n not in without and (o.metavar or TYPES[n] is bool)]
         title, what = GROUPS[group]
         container = p.add_argument_group(title, what.replace("%", "%%") or None) if names else p
         for name in names:

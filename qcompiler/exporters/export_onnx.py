@@ -71,7 +71,8 @@ def export_onnx(
             raise DataError(f"{name} is for libraries; an ONNX model keeps its inputs and outputs in float32. Leave it out")
     path = check_writable(Path(output), [*files_of(model), calibration, options["preprocess"], options["labels"]])
     check_single(asked_rows(options), "export_onnx")
-    origin = origin_of(model, options["outputs"])
+    origin = origin_of(model, options["outputs"], options["example_inputs"])
+    options["example_inputs"] = None
     source = _source(origin, options["requantize"])
     options["disable"] = [*options["disable"], "streams"]  # QDQ states 8 bits
     export = qdq_model(source, compile_stages(origin, target, calibration, **options))

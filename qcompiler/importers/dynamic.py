@@ -2,6 +2,7 @@
 
     x -> DynamicQuantizeLinear -> (q, s, z);   MatMulInteger(q, w8, z, zw) -> Cast -> Mul by s and constants c    -->    MatMul(x, DequantizeLinear(w8, c, zw))
     ConvInteger, DynamicQuantizeMatMul and MatMulIntegerToFloat (com.microsoft)                                    -->    likewise
+    x -> DynamicQuantizeLinear -> (q, s, z);   DequantizeLinear(QuantizeLinear(x, s, z) or q, s, z)                --> x
 
 Such a file rounds activations to 8 bits under a scale that it finds in every run; a compiled network has one from calibration. What doesn't have this form
 stays, and is computed as it is defined (`integers.py`).
@@ -73,18 +74,53 @@ class _Finder:
         products = [p for n in self.model.graph.node if (p := self.product(n)) is not None]
         at_end = {id(p.gone[-1]): p for p in products}
         gone = {id(n) for p in products for n in p.gone}
+        rounded = {n.output[0]: x for n in self.model.graph.node if (x := self.rounded(n)) is not None}
+        replaced = {p.plain(self.naming): " and ".join(dict.fromkeys(n.op_type for n in p.gone if n.op_type not in ("Cast", "Mul"))) for p in products}
         nodes: list[onnx.NodeProto] = []
         for node in self.model.graph.node:
             if id(node) in at_end:
                 nodes += self.written(at_end[id(node)])
-            if id(node) not in gone:
-                nodes.append(node)
+            if id(node) not in gone and node.output[0] not in rounded:
+                if node.input and node.input[0] in rounded:
+                    replaced |= dict.fromkeys(node.output, "DynamicQuantizeLinear")
+                copied = onnx.NodeProto()
+                copied.CopyFrom(node)
+                copied.input[:] = [rounded.get(name, name) for name in node.input]
+                nodes.append(copied)
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         del model.graph.node[:]
-        model.graph.node.extend(nodes)
+        model.graph.node.extend(self.read(nodes) if rounded else nodes)
         model.graph.initializer.extend(self.added)
-        return model, {p.plain(self.naming): " and ".join(dict.fromkeys(n.op_type for n in p.gone if n.op_type not in ("Cast", "Mul"))) for p in products}
+        return model, replaced
+
+    def rounded(self, node: onnx.NodeProto) -> str | None:
+        """The value that a DequantizeLinear gives back, rounded under a scale that is found in every run; None for any other node."""
+        if node.op_type != "DequantizeLinear" or node.output[0] in self.outputs:
+            return None
+        source = self.made_by.get(node.input[0])
+        scale = self.origin(node.input[1])
+        if source is None or scale is None or scale.op_type != "DynamicQuantizeLinear":
+            return None
+        if source.op_type == "QuantizeLinear":
+            return source.input[0] if self.origin(source.input[1]) is scale and source.input[0] == scale.input[0] else None
+        return str(scale.input[0]) if source is scale and node.input[0] == scale.output[0] else None
+
+    def origin(self, name: str) -> onnx.NodeProto | None:
+        """The node behind a value, casts left out."""
+        node = self.made_by.get(name)
+        while node is not None and node.op_type in ("Cast", "Identity"):
+            node = self.made_by.get(node.input[0])
+        return node
+
+    def read(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """Without the nodes whose results nothing reads any more."""
+        wanted, kept = set(self.outputs), []
+        for node in reversed(nodes):
+            if wanted.intersection(node.output):
+                wanted.update(node.input)
+                kept.append(node)
+        return kept[::-1]
 
     def product(self, node: onnx.NodeProto) -> _Product | None:
         inputs = [*node.input, *[""] * 7]

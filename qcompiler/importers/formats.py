@@ -11,11 +11,10 @@ from pathlib import Path
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import open_regular
 
-ONNX, TFLITE = "ONNX", "TFLite"
-READ = "ONNX models (.onnx) and TFLite models (.tflite)"
+ONNX, TFLITE, PT2 = "ONNX", "TFLite", "PT2"
+READ = "ONNX models (.onnx), TFLite models (.tflite) and exported PyTorch programs (.pt2)"
 _HEAD = 4096  # bytes that tell
 _TORCH = "load the network in Python, and give qcompiler.compile an exported program: torch.export.export(network.eval(), (x,))"
-_PT2 = "load it in Python, if you trust it (that may run code from the file), and give qcompiler.compile the program: torch.export.load(PATH)"
 _FROM_KERAS = "export it: model.export('network.onnx', format='onnx'), or make a .tflite of it with tf.lite.TFLiteConverter"
 _FROM_TF = "convert it: python -m tf2onnx.convert --saved-model FOLDER --output network.onnx, or make a .tflite of it with tf.lite.TFLiteConverter"
 _FROM_HUB = "export the network it belongs to: optimum-cli export onnx --model FOLDER out/, or torch.export"
@@ -48,7 +47,7 @@ _SUFFIXES = {  # formats without a mark
 
 
 def recognised(path: Path) -> str:
-    """ONNX or TFLITE; ONNX for whatever is not known, whose reader has the last word. Raises ModelError, with the way in, for a file or
+    """ONNX, TFLITE or PT2; ONNX for whatever is not known, whose reader has the last word. Raises ModelError, with the way in, for a file or
     folder of any other known format, and for one that can't be read."""
     try:
         if path.is_dir():
@@ -104,7 +103,7 @@ def _zip(path: Path, file: object) -> str:
         raise _refusal(path, f"a damaged zip archive ({error})", "download or export it again") from error
     ends = {n.partition("/")[2] or n for n in names} | set(names)
     if any(n.startswith("models/") and n.endswith(".json") for n in ends) or "serialized_exported_program.json" in ends:
-        raise _refusal(path, "an exported PyTorch program in a file", _PT2)
+        return PT2
     if "data.pkl" in ends and any(n.startswith("code/") for n in ends):
         raise _refusal(path, "a TorchScript program", _TORCH)
     if "data.pkl" in ends:

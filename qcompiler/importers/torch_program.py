@@ -1,4 +1,5 @@
-"""An exported PyTorch program (`torch.export.export`) as an ONNX model in memory, written by PyTorch's own exporter; values are named by module paths.
+"""A PyTorch network as an ONNX model in memory, written by PyTorch's own exporter; values are named by module paths. It is an exported program
+(`torch.export.export`), a module that is exported here, or a `.pt2` file.
 
     layer3.0.conv1, the convolution's result;  layer3.0/relu, what a module with children computes itself;  inputs and outputs as the program has them
 
@@ -8,12 +9,8 @@ Nothing here imports torch before there is a program.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import hashlib
-import io
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,10 @@ import numpy as np
 import onnx
 
 from qcompiler.base.errors import ModelError
+from qcompiler.base.files import read_regular
 from qcompiler.importers.onnx_file import checked
+from qcompiler.importers.pt2_file import reason_of, silent
+from qcompiler.importers.torch_quantized import translations
 from qcompiler.runtime.reference import Outputs
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -39,27 +39,50 @@ def is_module(model: object) -> bool:
     return any(c.__module__ == "torch.nn.modules.module" and c.__qualname__ == "Module" for c in type(model).__mro__)
 
 
+def exported(module: Any, example_inputs: Any) -> Any:
+    """The program of a module in evaluation mode, at the shapes of `example_inputs`: the arguments of a call (a tensor, a tuple of them, or a mapping of
+    keyword arguments; arrays do as well). Raises ModelError with the exporter's reason."""
+    import torch
+    from torch.utils import _pytree as tree
+
+    where, positional, keywords = f"the module {type(module).__name__}", example_inputs, {}
+    if isinstance(example_inputs, Mapping):
+        positional, keywords = (), dict(example_inputs)
+    elif not isinstance(example_inputs, (tuple, list)):
+        positional = (example_inputs,)
+    positional, keywords = tree.tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, (tuple(positional), keywords))
+    training = [m for m in module.modules() if m.training]
+    try:
+        module.eval()
+        with silent():
+            return torch.export.export(module, positional, keywords)
+    except Exception as error:  # a module's code raises whatever it likes
+        raise ModelError(f"{where}: PyTorch can't export it: {reason_of(error)}") from error
+    finally:
+        for part in training:
+            part.training = True
+
+
 @dataclass(eq=False)
 class TorchProgram:
-    """An `Origin`: a `torch.export.ExportedProgram`."""
+    """An `Origin`: a `torch.export.ExportedProgram`. where: what messages call it. path: of the file that it was read from."""
 
     program: Any
-
-    @property
-    def where(self) -> str:
-        return "the PyTorch program"
+    where: str = "the PyTorch program"
+    path: Path | None = None
 
     @property
     def name(self) -> str:
-        return "program"
+        return self.path.stem if self.path else "program"
 
     @property
     def files(self) -> list[Path]:
-        return []
+        return [self.path] if self.path else []
 
     def read(self) -> tuple[onnx.ModelProto, str]:
         data = self._exported
-        return checked(self.where, onnx.ModelProto.FromString(data)), hashlib.sha256(data).hexdigest()
+        source = data if self.path is None else read_regular(self.path)
+        return checked(self.where, onnx.ModelProto.FromString(data)), hashlib.sha256(source).hexdigest()
 
     def elsewhere(self) -> Torch:
         graph = onnx.ModelProto.FromString(self._exported).graph
@@ -74,15 +97,12 @@ class TorchProgram:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ModelError(f"{self.where}: PyTorch's exporter needs the package onnxscript: pip install 'qcompiler[torch]'") from error
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                warnings.simplefilter("ignore")
-                model: onnx.ModelProto = torch.onnx.export(self.program, dynamo=True, optimize=False, verbose=False).model_proto
+            with silent():
+                export = torch.onnx.export(self.program, dynamo=True, optimize=False, verbose=False, custom_translation_table=translations())
+                model: onnx.ModelProto = export.model_proto
         except Exception as error:  # the exporter raises whatever its parts raise
-            cause = error.__cause__ or error
-            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-            raise ModelError(f"{self.where}: PyTorch can't write it as ONNX: {reason[:300]}") from error
+            raise ModelError(f"{self.where}: PyTorch can't write it as ONNX: {reason_of(error)}") from error
         _by_modules(model)
         for node in [*model.graph.node, *(n for f in model.functions for n in f.node)]:
             del node.metadata_props[:]

@@ -91,14 +91,15 @@ def compile(model: AnyModel, target: str | Target = "native", calibration: Sourc
 
 def quantize_weights(model: AnyModel, calibration: Source | None, options: Options) -> list[tuple[FloatModel, tvm.IRModule]]:
     """The float network, and the same with its dense weights stored in few bits, at each shape. Arguments as `compile`; options: complete."""
-    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "shapes", "input_values", "outputs", "state"}
+    goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "shapes", "input_values", "outputs", "example_inputs", "state"}
     goes |= {"dump_dir", "targets_file", "progress"}
     asked = {*given(options), *(["calibration"] if calibration is not None else [])}
     if extra := sorted(asked - goes):
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
     dump = Dumper(options["dump_dir"])
     scheme = WeightScheme.of(str(options["weights"]), options["group_size"], options["asymmetric"])
-    models = load_all(origin_of(model, options["outputs"]), asked_rows(options), dump=dump, input_values=options["input_values"], state=options["state"])
+    origin = origin_of(model, options["outputs"], options["example_inputs"])
+    models = load_all(origin, asked_rows(options), dump=dump, input_values=options["input_values"], state=options["state"])
     kept = set(named_groups(models[0], options["keep_float"]))
     modules = [run(FLOAT, m.module, scheme, kept, dump=dump if m is models[0] else no_dump) for m in models]
     if not Graph.of(modules[0]).attrs["qc.weights"]["layers"]:

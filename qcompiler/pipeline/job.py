@@ -79,7 +79,8 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     steps = recipe(options["preset"], options["enable"], options["disable"])
     rows = asked_rows(options)
     check_target(chosen, len(rows))
-    models = load_all(origin_of(model, options["outputs"]), rows, options["requantize"], dump, options["input_values"], options["state"])
+    origin = origin_of(model, options["outputs"], options["example_inputs"])
+    models = load_all(origin, rows, options["requantize"], dump, options["input_values"], options["state"])
     types = (options["input_types"] or {}, options["output_types"] or {})
     ports, *_ = [asked(*types, m.inputs, m.outputs, options["preprocess"], m.state) for m in models]
     rules = pad_rules(models, options["pad"], ports)

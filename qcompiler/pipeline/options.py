@@ -107,6 +107,13 @@ class Options(TypedDict, total=False):
             default=(),
         ),
     ]
+    example_inputs: Annotated[
+        Any,
+        Option(
+            "of a `torch.nn.Module`: the arguments of a call, at whose shapes torch.export exports it (a tensor, a tuple of them, or a mapping of keyword arguments)",
+            "network",
+        ),
+    ]
     state: Annotated[
         Mapping[str, str] | None,
         Option(
@@ -217,7 +224,8 @@ class Options(TypedDict, total=False):
 
 ARGUMENTS = {
     "model": Option(
-        "an ONNX or TFLite file: a float network, or one that is quantized already; in Python also an `onnx.ModelProto` or a `torch.export.ExportedProgram`",
+        "an ONNX, TFLite or .pt2 file: a float network, or one that is quantized already; in Python also an `onnx.ModelProto`, a "
+        "`torch.export.ExportedProgram`, or a `torch.nn.Module` with example_inputs",
         "network",
     ),
     "target": Option("a row of `qcompiler targets`, a triple, a triple+feature, or native for the best of this machine", "network", "T", default="native"),

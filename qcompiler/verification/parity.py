@@ -212,11 +212,12 @@ def verify(
     layer_samples: int = 8,
     threads: int = 1,
     progress: Progress | None = None,
+    example_inputs: Any = None,
 ) -> ParityReport:
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
     `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: what it was compiled from, or a Session of
-    it in float. `samples`, `preprocess`, `max_samples` and `progress`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
+    it in float. `samples`, `preprocess`, `max_samples`, `progress` and `example_inputs`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
     `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the better, or
     "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
     `expect_digest`: what `qcompiler digest` says of the same plan and data on any target; another one fails. A library with test vectors runs them, too.
@@ -244,7 +245,7 @@ def verify(
     if hasattr(model, "trace"):
         report = compare(actual, fed_alike(model, actual), data, **options)
         return replace(report, checks=[*report.checks, *bits])
-    origin = origin_of(model, actual.manifest.get("cut", ()))
+    origin = origin_of(model, actual.manifest.get("cut", ()), example_inputs)
     with temporary_folder() as folder:
         twin = float_session(origin, actual, folder, threads, data)
         report = with_import(compare(actual, twin, data, **options), origin, twin, data)

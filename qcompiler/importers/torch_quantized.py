@@ -1,0 +1,85 @@
+"""Quantization as PyTorch's operators state it, in ONNX's operators: scales, zero points and ranges as they are.
+
+    quantize_per_tensor, quantize_per_channel, quantize_per_token         -->    QuantizeLinear [, Clip to a range narrower than the type's]
+    dequantize_*                                                          -->    DequantizeLinear
+    fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine     -->    both
+    choose_qparams*, which finds a scale in every run                     -->    DynamicQuantizeLinear, which the import takes back to a float network
+
+PyTorch's own table has some of these; it leaves out the range of a tensor's (integers of 8 bits that stop at -127, or below 128), and has none whose numbers are tensors.
+Nothing here imports torch before there is a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Operator of PyTorch -> what `torch.onnx.export` writes for it, as its `custom_translation_table` takes it."""
+    import torch
+    import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the operators
+    from onnxscript import opset18 as op
+
+    def constant(value: int, kind: int) -> Any:
+        return op.Constant(value=helper.make_tensor("value", kind, [], [value]))
+
+    def quantize(x: Any, scale: Any, zero: Any, low: int, high: int, kind: int, **axis: int) -> Any:
+        if isinstance(zero, (int, float)):
+            scale, zero = op.Constant(value_float=float(scale)), constant(int(zero), kind)
+        else:
+            scale, zero = op.Cast(scale, to=TensorProto.FLOAT), op.Cast(zero, to=kind)
+        y = op.QuantizeLinear(x, scale, zero, **axis)
+        whole = np.iinfo(helper.tensor_dtype_to_np_dtype(kind))
+        return y if (low, high) == (whole.min, whole.max) else op.Clip(y, constant(max(low, whole.min), kind), constant(min(high, whole.max), kind))
+
+    def dequantize(x: Any, scale: Any, zero: Any, kind: int, real: int | None, **axis: int) -> Any:
+        if isinstance(zero, (int, float)):
+            scale, zero = op.Constant(value_float=float(scale)), constant(int(zero), kind)
+        else:
+            scale, zero = op.Cast(scale, to=TensorProto.FLOAT), None if zero is None else op.Cast(zero, to=kind)
+        y = op.DequantizeLinear(x, scale, zero, **axis)
+        return y if real in (None, -1, TensorProto.FLOAT) else op.Cast(y, to=real)
+
+    def quantize_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int, dtype: int) -> Any:
+        return quantize(x, scale, zero, quant_min, quant_max, dtype)
+
+    def dequantize_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1) -> Any:
+        return dequantize(x, scale, zero, dtype, out_dtype)
+
+    def quantize_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+        return quantize(x, scales, zeros, quant_min, quant_max, dtype, axis=axis)
+
+    def dequantize_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1) -> Any:
+        return dequantize(x, scales, zeros, dtype, out_dtype, axis=axis)
+
+    def fake_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int) -> Any:
+        kind = TensorProto.INT8 if quant_min < 0 else TensorProto.UINT8
+        return dequantize(quantize(x, scale, zero, quant_min, quant_max, kind), scale, zero, kind, None)
+
+    def fake_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int) -> Any:
+        kind = TensorProto.INT8 if quant_min < 0 else TensorProto.UINT8
+        return dequantize(quantize(x, scales, zeros, quant_min, quant_max, kind, axis=axis), scales, zeros, kind, None, axis=axis)
+
+    def choose(x: Any, *numbers: Any) -> tuple[Any, Any]:
+        """The scale and zero point of int8; of 8 bits that start at 0 they were found alike."""
+        _, scale, zero = op.DynamicQuantizeLinear(x)
+        return scale, op.Sub(op.Cast(zero, to=TensorProto.INT64), constant(128, TensorProto.INT64))
+
+    q, aten = torch.ops.quantized_decomposed, torch.ops.aten
+    found: dict[Any, Callable[..., Any]] = {}
+    for overloads, translated in (
+        ((q.quantize_per_tensor.default, q.quantize_per_tensor.tensor, q.quantize_per_token.default), quantize_tensor),
+        ((q.dequantize_per_tensor.default, q.dequantize_per_tensor.tensor, q.dequantize_per_token.default), dequantize_tensor),
+        ((q.quantize_per_channel.default,), quantize_channel),
+        ((q.dequantize_per_channel.default,), dequantize_channel),
+        ((aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams), fake_tensor),
+        ((aten.fake_quantize_per_channel_affine.default, q.fake_quant_per_channel.default), fake_channel),
+        ((q.choose_qparams.tensor, q.choose_qparams_symmetric.tensor), choose),
+        ((q.choose_qparams_per_token.default, q.choose_qparams_per_token_asymmetric.default), choose),
+    ):
+        found |= dict.fromkeys(overloads, translated)
+    return found
