@@ -1,8 +1,8 @@
 """Samples: calibration and evaluation data as a stream of `{input name: array}`, one model call each.
 
 A source is a `.npz` (one array per input name, first axis = samples), a `.npy` for a model with one input, a folder of images with a
-preprocessing file, or any iterable of samples. Files are read a sample at a time, so memory does not grow with their number, and may be
-read again and again. Everything that a header can show wrong is refused before the first sample; NaN and Inf when their sample comes up.
+preprocessing file, any iterable of samples, or batches of them (`batches.py`). Files are read a sample at a time, so memory does not grow with their
+number, and may be read again and again. Everything that a header can show wrong is refused before the first sample; NaN and Inf when their sample comes up.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from qcompiler.base.errors import DataError, closest
 from qcompiler.base.files import about, open_regular, read_regular
 from qcompiler.base.tensor import TensorInfo, as_array, fits
 from qcompiler.calibration.arrays import Header, damage, read_array, read_header, read_headers, read_rows, skip_header
+from qcompiler.calibration.batches import Rows, is_batches
 from qcompiler.calibration.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
 
 Sample = dict[str, np.ndarray]
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-"""What samples are read from: a path, or `{input name: array, or tensor of another library}` each."""
+Source = str | os.PathLike[str] | Iterable[Any]
+"""What samples are read from: a path, `{input name: array, or tensor of another library}` each, or batches."""
 
 
 Preprocessing = str | os.PathLike[str] | Mapping[str, Any] | Preprocess | None
@@ -60,7 +61,8 @@ def open_samples(source: Source | Samples, inputs: Sequence[TensorInfo], preproc
     if not isinstance(source, (str, os.PathLike)):
         if settings is not None:
             raise DataError("preprocessing applies to a folder of images only; the samples given are arrays already")
-        return CheckedSamples(source, inputs)
+        held: Any = list(source) if isinstance(source, Iterator) else source
+        return LoadedSamples(Rows(held, inputs), inputs) if is_batches(held) else CheckedSamples(held, inputs)
     path = Path(source)
     try:
         there = about(path)
@@ -126,11 +128,9 @@ class CheckedSamples:
     names: Sequence[str] = ()
 
     def __init__(self, source: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[TensorInfo]) -> None:
-        if isinstance(source, Mapping) or not isinstance(source, Iterable):
-            raise DataError(
-                f"samples are an iterable of {{input name: array}}, or a path; got {type(source).__name__}. For one sample pass a list of one mapping"
-            )
-        self._source = list(source) if isinstance(source, Iterator) else source
+        if not isinstance(source, Iterable):
+            raise DataError(f"samples are an iterable of {{input name: array}}, batches, or a path; got {type(source).__name__}")
+        self._source: Iterable[Mapping[str, Any]] = list(source) if isinstance(source, Iterator) else source
         self._inputs = inputs
         if self.count == 0:
             raise DataError("the data is empty: at least one sample is needed")
@@ -145,6 +145,26 @@ class CheckedSamples:
             yield check_sample(sample, self._inputs, f"sample {index}")
         if index < 0:
             raise DataError("the data is empty: at least one sample is needed")
+
+
+class LoadedSamples(CheckedSamples):
+    """Samples that came in batches; kept from the first look at them on."""
+
+    def __init__(self, rows: Rows, inputs: Sequence[TensorInfo]) -> None:
+        self._rows, self._inputs, self.unit = rows, inputs, rows.unit
+
+    @property
+    def _source(self) -> list[Mapping[str, Any]]:  # type: ignore[override]
+        return self._rows.all
+
+    @property
+    def left_out(self) -> int:
+        """Rows that make no whole batch."""
+        return self._rows.left_out
+
+    def head(self, count: int) -> CheckedSamples:
+        """The first samples, without reading more."""
+        return CheckedSamples(self._rows.head(count), self._inputs)
 
 
 class _NoSamples:
@@ -327,15 +347,17 @@ def at_most(samples: Samples, count: int | None) -> Samples:
     """
     if count is not None and count < 1:
         raise DataError(f"{count} samples are asked for; at least 1 is needed")
+    if isinstance(samples, LoadedSamples) and count is not None:
+        return samples.head(count)
     if count is None or (samples.count is not None and samples.count <= count):
         return samples
     return samples.spread(count) if isinstance(samples, ImageSamples) else take(samples, range(count))
 
 
 def unused(samples: object) -> list[str]:
-    """A sentence where images were left out because they make no whole batch."""
+    """A sentence where images or rows were left out because they make no whole batch."""
     left = getattr(samples, "left_out", 0)
-    return [f"the last {left} images make no whole batch and were left out"] if left else []
+    return [f"the last {left} {getattr(samples, 'unit', 'images')} make no whole batch and were left out"] if left else []
 
 
 def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples) -> np.ndarray:

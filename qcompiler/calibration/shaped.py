@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo, as_array
 from qcompiler.calibration.arrays import read_header, read_headers
+from qcompiler.calibration.batches import is_batches, is_loader, named
 from qcompiler.calibration.data import ArraySamples, Sample, Samples, Source, check_names, check_sample, open_samples
 from qcompiler.runtime.shapes import Fitting, Shapes
 
@@ -132,8 +133,10 @@ def _of_file(path: Path, forms: Sequence[Sequence[TensorInfo]], fitting: Fitting
         return _of(samples, padded, lambda sample: {name: fitting.pad(name, array, padded) for name, array in sample.items()})
 
 
-def _of_iterable(source: Iterable[Mapping[str, Any]], forms: Sequence[Sequence[TensorInfo]], fitting: Fitting, preprocess: Any) -> ShapedSamples:
-    held = list(source) if isinstance(source, Iterator) else source
+def _of_iterable(source: Any, forms: Sequence[Sequence[TensorInfo]], fitting: Fitting, preprocess: Any) -> ShapedSamples:
+    held = list(source) if isinstance(source, Iterator) or is_loader(source) else source
+    if is_batches(held) and not isinstance(held, Mapping):
+        held = [named(item, forms[0], f"sample {place}") for place, item in enumerate(held)]
     open_samples(held, forms[0], preprocess)  # refuses what is no iterable of samples
 
     def read() -> Iterator[Sample]:

@@ -64,7 +64,7 @@ class _Finder:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.tensors[node.output[0]] = node.attribute[0].t
         self.outputs = {o.name for o in graph.output} | captured(graph)
-        self.made_by = {o: n for n in graph.node for o in n.output}
+        self.made_by: dict[str, onnx.NodeProto] = {o: n for n in graph.node for o in n.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
@@ -98,20 +98,18 @@ class _Finder:
         """The value that a DequantizeLinear gives back, rounded under a scale that is found in every run; None for any other node."""
         if node.op_type != "DequantizeLinear" or node.output[0] in self.outputs:
             return None
-        source = self.made_by.get(node.input[0])
-        scale = self.origin(node.input[1])
+        source, scale = self.made_by.get(node.input[0]), self.origin(node.input[1])
         if source is None or scale is None or scale.op_type != "DynamicQuantizeLinear":
             return None
+        x, q = str(scale.input[0]), scale.output[0]
         if source.op_type == "QuantizeLinear":
-            return source.input[0] if self.origin(source.input[1]) is scale and source.input[0] == scale.input[0] else None
-        return str(scale.input[0]) if source is scale and node.input[0] == scale.output[0] else None
+            return x if source.input[0] == x and self.origin(source.input[1]) is scale else None
+        return x if source is scale and node.input[0] == q else None
 
     def origin(self, name: str) -> onnx.NodeProto | None:
         """The node behind a value, casts left out."""
         node = self.made_by.get(name)
-        while node is not None and node.op_type in ("Cast", "Identity"):
-            node = self.made_by.get(node.input[0])
-        return node
+        return self.origin(node.input[0]) if node is not None and node.op_type in ("Cast", "Identity") else node
 
     def read(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Without the nodes whose results nothing reads any more."""

@@ -66,7 +66,7 @@ def _whole(model: AnyModel, example_inputs: Any) -> Origin:
     if is_module(model):
         where = f"the module {type(model).__name__}"
         if example_inputs is None:
-            way = "give example_inputs=(x,), the arguments of a call, whose shapes it is exported at; or an exported program: torch.export.export(module.eval(), (x,))"
+            way = "give example_inputs=(x,), the arguments of a call, at whose shapes it is exported; or a program: torch.export.export(module.eval(), (x,))"
             raise ModelError(f"{where}: a module has no shapes. What to do: {way}")
         return TorchProgram(exported(model, example_inputs), where)
     if example_inputs is not None and not isinstance(model, TorchProgram):
@@ -78,7 +78,8 @@ def _whole(model: AnyModel, example_inputs: Any) -> Origin:
     if all(hasattr(model, name) for name in ("where", "read", "elsewhere")):
         return cast(Origin, model)
     if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"a model is a path, an onnx.ModelProto, a torch.export.ExportedProgram or a torch.nn.Module; {type(model).__module__}.{type(model).__qualname__} given")
+        kinds = "a path, an onnx.ModelProto, a torch.export.ExportedProgram or a torch.nn.Module"
+        raise TypeError(f"a model is {kinds}; {type(model).__module__}.{type(model).__qualname__} given")
     path = Path(model)
     kind = formats.recognised(path)
     if kind == formats.PT2:

@@ -1,9 +1,9 @@
 """A `.pt2` file (`torch.export.save`) as an exported program, without running anything that the file says.
 
-A `.pt2` is a zip archive: the graph as JSON (`models/model.json`), weights as raw bytes (`data/weights/weight_N`), example inputs as a pickle. `torch.export.load`
-unpickles (the example inputs, and whatever the archive marks so), evaluates texts as Python (symbolic shapes, guards) and takes any function below `torch` for an
-operator, so it is not for files of strangers. Here weights are read as numbers, pickles are left unread, and of the graph's JSON only
-what `_checked` knows goes to PyTorch's deserializer; all else is refused.
+It is a zip archive: the graph as JSON (`models/model.json`), weights as raw bytes (`data/weights/weight_N`), example inputs as a pickle.
+`torch.export.load` unpickles (the example inputs, and whatever the archive marks so), evaluates texts as Python (symbolic shapes, guards) and takes any
+function below `torch` for an operator, so it is not for files of strangers. Here weights are read as numbers, pickles are left unread, and of the graph's JSON
+only what `_checked` knows goes to PyTorch's deserializer; all else is refused.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _tensors(path: Path, archive: _Archive, part: str) -> dict[str, Any]:
             stored[place] = bytearray(archive.bytes(f"data/{part}/{place}"))
         flat = torch.frombuffer(stored[place], dtype=kind) if stored[place] else torch.empty(0, dtype=kind)
         if math.prod(sizes) > flat.numel():
-            raise ModelError(f"{path}: '{name}' is {list(sizes)}, and {flat.numel()} numbers are stored for it. An expanded view is stored whole: .contiguous()")
+            more = f"{flat.numel()} numbers are stored for it; save an expanded view as .contiguous()"
+            raise ModelError(f"{path}: '{name}' is {list(sizes)}, and {more}")
         tensor = torch.as_strided(flat, sizes, strides, serialize.deserialize_storage_offset(meta.storage_offset))
         found[name] = torch.nn.Parameter(tensor, requires_grad=False) if described["is_param"] else tensor
     return found

@@ -5,7 +5,7 @@
     fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine     -->    both
     choose_qparams*, which finds a scale in every run                     -->    DynamicQuantizeLinear, which the import takes back to a float network
 
-PyTorch's own table has some of these; it leaves out the range of a tensor's (integers of 8 bits that stop at -127, or below 128), and has none whose numbers are tensors.
+PyTorch's own table has some of these; it leaves out ranges of a tensor's that are narrower than its type, and has none whose numbers are tensors.
 Nothing here imports torch before there is a program.
 """
 
@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 def translations() -> dict[Any, Callable[..., Any]]:
     """Operator of PyTorch -> what `torch.onnx.export` writes for it, as its `custom_translation_table` takes it."""
     import torch
-    import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the operators
+    import torch.ao.quantization.fx._decomposed
     from onnxscript import opset18 as op
 
     def constant(value: int, kind: int) -> Any:

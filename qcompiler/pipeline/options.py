@@ -110,7 +110,8 @@ class Options(TypedDict, total=False):
     example_inputs: Annotated[
         Any,
         Option(
-            "of a `torch.nn.Module`: the arguments of a call, at whose shapes torch.export exports it (a tensor, a tuple of them, or a mapping of keyword arguments)",
+            "of a `torch.nn.Module`: the arguments of a call, at whose shapes torch.export exports it: a tensor, a tuple of them, or a mapping of keyword "
+            "arguments",
             "network",
         ),
     ]

@@ -217,9 +217,9 @@ def verify(
     """Compare a compiled library with its float network on `samples`, and judge it by the thresholds (see `Thresholds`).
 
     `library`: path of the `.so`, an Artifact that `compile` returned, or a Session. `model`: what it was compiled from, or a Session of
-    it in float. `samples`, `preprocess`, `max_samples`, `progress` and `example_inputs`: as in `qcompiler.compile`. `labels`: class indices, one per sample, or a file (see
-    `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the better, or
-    "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
+    it in float. `samples`, `preprocess`, `max_samples`, `progress` and `example_inputs`: as in `qcompiler.compile`. `labels`: class indices, one per
+    sample, or a file (see `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the
+    better, or "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
     `expect_digest`: what `qcompiler digest` says of the same plan and data on any target; another one fails. A library with test vectors runs them, too.
     Every position of an output counts, also padding that the network's masks hide (calibration leaves it out).
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where the runtime that the model was made for is installed (ONNX Runtime,
