@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import qcompiler
 from qcompiler import schedules
+from qcompiler.backend.cores import check_core
 from qcompiler.backend.tuning_log import (
     SCHEMA,
     SHIPPED,
@@ -34,10 +38,10 @@ from qcompiler.backend.tuning_log import (
     workload_text,
     write_log,
 )
-from qcompiler.base.errors import OutputError, TuningError
-from qcompiler.base.targets import Target, load_targets
+from qcompiler.base.errors import OutputError, TargetError, TuningError
+from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.schedules.table import KERNELS, Kernel, Layout, OpCall
-from qcompiler.tuning.model import Space
+from qcompiler.tuning.model import CostModel, Space
 from qcompiler.tuning.search import Search, Task
 
 TARGET = load_targets()["x86-avx2"]
@@ -371,3 +375,47 @@ def test_another_core_is_a_point_to_start_from() -> None:
     search = Search(TARGET, [task], others, "cortex-a72")
     assert task.trials == 1 and task.best == {"size": 2, "order": "a"}
     assert {"size": 1, "order": "a"} in search.starts(task, space)
+
+
+def test_a_cost_model_learns_across_cores() -> None:
+    """Many points of one core and few of another rank the other's points better than its few alone, also where the two disagree."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 8, (600, 6)).astype(np.float32)
+    common = 0.2 * np.abs(x[:, 0] - 3) + 0.1 * np.abs(x[:, 1] - x[:, 2]) + 0.1 * x[:, 3]
+    here, there = common + 0.15 * x[:, 4], common - 0.15 * x[:, 4]  # what one core likes of the fifth, the other does not
+    transferred, alone = CostModel(["cortex-a76"]), CostModel()
+    transferred.learn(x[:300], np.exp(there[:300]).tolist(), "cortex-a76")
+    assert transferred.predict(x[400:]).any()  # something to start from
+    errors = {}
+    for name, model in (("transferred", transferred), ("alone", alone)):
+        model.learn(x[300:364], np.exp(here[300:364]).tolist())
+        ranks = np.argsort(np.argsort(model.predict(x[400:])))
+        errors[name] = float(np.abs(ranks - np.argsort(np.argsort(here[400:]))).mean())
+    assert errors["transferred"] < 0.9 * errors["alone"], errors
+
+
+def test_records_of_other_cores_teach_the_search() -> None:
+    others = [dataclasses.replace(record(ratio, size), core="cortex-a76") for size, ratio in ((1, 0.5), (2, 1.2), (4, 1.5))] * 8
+    space = Space.of(SomeRow().space(convolution(), TARGET), SomeRow().default(convolution(), TARGET))
+    task = Task(SomeRow(), convolution(), workload_of(convolution()), space)
+    search = Search(TARGET, [task], others, "cortex-a72")
+    assert (task.trials, task.best, task.tried) == (0, None, set())  # never the answer
+    first, *_ = search.candidates(task, space, 1, random.Random(0))
+    assert first["size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("core", "target", "message"),
+    [
+        ("cortex-a27", "arm64-dotprod", "no core 'cortex-a27' is known for arm64-dotprod. Did you mean 'cortex-a"),
+        ("cortex-a72", "x86-avx2", "no core 'cortex-a72' is known for x86-avx2. "),
+        ("h200x", "cuda-sm90", "no core 'h200x' is known for cuda-sm90. Did you mean 'h200'"),
+    ],
+)
+def test_cores_that_there_are_not(core: str, target: str, message: str) -> None:
+    with pytest.raises(TargetError, match=re.escape(message)):
+        check_core(core, find_target(target))
+    with pytest.raises(TargetError, match=re.escape(message)):
+        qcompiler.compile("m.onnx", target, core=core)
+    for known, row in (("cortex-a72", "arm64-dotprod"), ("cortex-a78ae", "arm64-dotprod"), ("cortex-a7", "armv7-neon"), ("h200", "cuda-sm90"), ("", target)):
+        check_core(known, find_target(row))

@@ -71,8 +71,6 @@ def search(job: Job, goal: Goal, labels: Any, budget: float | None) -> Compilati
     labels: class indices, one per row of the job's samples, or a file of them. budget: seconds.
     Raises DataError for labels that don't fit, and for a goal that the network's outputs can't be judged by.
     """
-    if budget is not None and not 0 < budget < math.inf:
-        raise DataError(f"time_budget is {budget:g} s; a finite number of seconds above 0 is needed")
     clock = _Clock(BUDGET if budget is None else budget, job.progress)
     if job.samples.count is None:
         job = replace(job, samples=CheckedSamples(list(job.samples), job.model.inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Unpack
 
 import tvm
@@ -11,6 +12,7 @@ import qcompiler
 from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import build
+from qcompiler.backend.cores import check_core
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper, no_dump
@@ -48,6 +50,7 @@ def compiled(job: Job) -> Compilation:
 @takes_options
 def quantize(model: AnyModel, target: str | Target = "native", calibration: Source | None = None, **options: Unpack[Options]) -> QuantizedNetwork:
     """The stages from the model file to the integer network that the preset itself makes. Errors as `compile`."""
+    check_core(options.get("core"), find_target(target, options.get("targets_file")))
     return planned(calibrate(equalize(opened(model, target, calibration, options))))
 
 
@@ -64,7 +67,10 @@ def compile_stages(model: AnyModel, target: str | Target = "native", calibration
     chosen = find_target(target, options["targets_file"])
     artifacts.find_compiler(chosen)
     toolkit_versions(chosen)  # a missing toolkit shows before anything long is begun
+    check_core(options["core"], chosen)
     tuned = Tuned(chosen, options["tuning_log"], core=options["core"] or "")
+    if (budget := options["time_budget"]) is not None and not 0 < budget < math.inf:
+        raise DataError(f"time_budget is {budget:g} s; a finite number of seconds above 0 is needed")
     goal = Goal(options["min_sqnr"], options["min_agreement"], options["max_accuracy_drop"])
     for name in () if goal else ("labels", "time_budget"):
         if name in asked:
@@ -74,7 +80,7 @@ def compile_stages(model: AnyModel, target: str | Target = "native", calibration
         return compiled(job)
     if job.samples.count == 0:
         raise DataError("calibration data is needed for an accuracy target: it is measured on them")
-    return search(job, goal, options["labels"], options["time_budget"])
+    return search(job, goal, options["labels"], budget)
 
 
 @takes_options

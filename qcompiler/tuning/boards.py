@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from qcompiler.backend.artifact import find_compiler
+from qcompiler.backend.cores import check_core
 from qcompiler.backend.tuning_log import isa_of, opened, read_file
 from qcompiler.base.errors import TuningError
 from qcompiler.base.files import temporary_folder
@@ -59,6 +60,7 @@ def tune_on_boards(
     (target,) = targets
     if options["core"] not in (None, boards[0].core):
         raise TuningError(f"the core is {options['core']!r}, and the boards are of {boards[0].core or 'no core that boards.yaml names'}; leave it out")
+    check_core(boards[0].core, target)
     find_compiler(target)
     threads = check_round(target, candidates, threads)
     if trials < 1:

@@ -1,8 +1,8 @@
 """The search: points of a design space, a cost model that ranks them, and evolution that proposes them.
 
 The cost model is gradient-boosted trees (XGBoost), one model per kernel row, trained on every measurement of that row in the log, whichever
-workload it belongs to. It predicts log(ratio): the time of a point over that of the default of its workload, which is comparable across
-workloads and machines.
+workload and whichever type of core it belongs to. It predicts log(ratio): the time of a point over that of the default of its workload, which is
+comparable across workloads and machines.
 """
 
 from __future__ import annotations
@@ -123,32 +123,41 @@ def features(workload: Mapping[str, Any], space: Space, points: Sequence[Mapping
 
 
 class CostModel:
-    """Predicts log(ratio). Says nothing (zeros) before it has seen 16 points."""
+    """Predicts log(ratio) on one type of core. Says nothing (zeros) before it has seen 16 points.
 
-    def __init__(self) -> None:
+    others: other types of core, whose points teach it too. Which of them a point was measured on is a feature, a column for each, zeros for the core that is
+    predicted: what all have in common is learned from all, and where they differ from this one's own points.
+    """
+
+    def __init__(self, others: Sequence[str] = ()) -> None:
+        self._others = list(others)
         self._x: list[np.ndarray] = []
         self._y: list[np.ndarray] = []
-        self._count, self._trained, self._trees = 0, 0, None  # type: int, int, Any
+        self._count, self._own, self._trained, self._trees = 0, 0, 0, None  # type: int, int, int, Any
 
-    def learn(self, x: np.ndarray, ratios: Sequence[float]) -> None:
-        """x: as `features`; an infinite ratio is a point that can't be built."""
+    def learn(self, x: np.ndarray, ratios: Sequence[float], other: str | None = None) -> None:
+        """x: as `features`; an infinite ratio is a point that can't be built. other: the other core it was measured on."""
         if len(ratios):
-            self._x.append(x)
+            self._x.append(self._marked(x, other))
             self._y.append(np.minimum(np.log(np.asarray(ratios, np.float64)), IMPOSSIBLE).astype(np.float32))
             self._count += len(ratios)
+            self._own += len(ratios) if other is None else 0
+
+    def _marked(self, x: np.ndarray, other: str | None) -> np.ndarray:
+        return np.hstack([x, np.tile(np.array([name == other for name in self._others], np.float32), (len(x), 1))])
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """float32 [points]; trains first when a tenth more has been learned."""
+        """float32 [points]; trains first when a tenth more has been learned of this core."""
         if self._count < 16:
             return np.zeros(len(x), np.float32)
         import xgboost
 
-        if self._trees is None or self._count >= 1.1 * self._trained:
+        if self._trees is None or self._own >= max(1.1 * self._trained, self._trained + 1):
             settings = {"objective": "reg:squarederror", "max_depth": 6, "eta": 0.2, "subsample": 0.9, "nthread": 1, "seed": 0, "verbosity": 0}
             y = np.concatenate(self._y)
             data = xgboost.DMatrix(np.concatenate(self._x), label=y, weight=np.exp(-np.maximum(y, 0)))  # fast points must be ranked well, slow ones not
-            self._trees, self._trained = xgboost.train(settings, data, num_boost_round=60), self._count
-        return np.asarray(self._trees.predict(xgboost.DMatrix(x)), np.float32)
+            self._trees, self._trained = xgboost.train(settings, data, num_boost_round=60), self._own
+        return np.asarray(self._trees.predict(xgboost.DMatrix(self._marked(x, None))), np.float32)
 
 
 def propose(

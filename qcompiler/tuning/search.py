@@ -142,25 +142,31 @@ def tasks_of(steps: Sequence[Any], target: Target) -> list[Task]:
 
 
 class Search:
-    """What is known of the tasks of a network, and which points to try next. core: whose records count; those of other cores are points to start from."""
+    """What is known of the tasks of a network, and which points to try next. core: whose records count; those of other cores are points to start from, and
+    teach the cost models."""
 
     def __init__(self, target: Target, tasks: Sequence[Task], records: Sequence[Record], core: str = "") -> None:
-        others = [r for r in records if r.core != core]
+        foreign = [r for r in records if r.core != core]
         records = [r for r in records if r.core == core]
-        self.tasks, self.core = tasks, core
+        self.tasks, self.core, self.others = tasks, core, sorted({r.core for r in foreign})
         self.models: dict[str, CostModel] = {}
         file = SHIPPED / f"{isa_of(target)}{SUFFIX}"
         self.good = [r for r in best_of([*(read_file(file) if file.is_file() else []), *records]).values() if r.ratio < 1]
-        self.good += [r for r in best_of(others).values() if r.ratio < 1]
+        self.good += [r for r in best_of(foreign).values() if r.ratio < 1]
         by_key: dict[str, list[Record]] = {}
         for record in records:
             by_key.setdefault(record.key, []).append(record)
         spaces = {t.row.name: t.space for t in tasks}
+        own = {t.key: t.space for t in tasks}
         for task in tasks:
             self.recall(task, by_key.pop(task.key, []))
         for others in by_key.values():  # workloads of other networks teach the cost model too
             if others[0].row in spaces:
                 self.learn(others[0].row, others[0].workload, spaces[others[0].row], [r.params for r in others], [r.ratio for r in others])
+        for record in foreign:
+            if record.row in spaces and not record.failed:
+                space = own.get(record.key, spaces[record.row])
+                self.learn(record.row, record.workload, space, [record.params], [record.ratio], record.core)
 
     def recall(self, task: Task, records: Sequence[Record]) -> None:
         """Take up where earlier runs stopped."""
@@ -173,14 +179,26 @@ class Search:
             task.ratio, task.best = best.ratio, best.params
         self.learn(task.row.name, task.workload, task.space, [r.params for r in measured], [r.ratio for r in measured])
 
-    def learn(self, row: str, workload: Mapping[str, Any], space: Space, points: Sequence[Mapping[str, Any]], ratios: Sequence[float]) -> None:
+    def learn(
+        self,
+        row: str,
+        workload: Mapping[str, Any],
+        space: Space,
+        points: Sequence[Mapping[str, Any]],
+        ratios: Sequence[float],
+        other: str | None = None,
+    ) -> None:
+        """other: the type of core they were measured on, where it is not the one that is tuned."""
         usable = [(p, r) for p, r in zip(points, ratios, strict=True) if space.understands(p)]
         if usable:
-            self.models.setdefault(row, CostModel()).learn(features(workload, space, [p for p, _ in usable]), [r for _, r in usable])
+            self.model(row).learn(features(workload, space, [p for p, _ in usable]), [r for _, r in usable], other)
+
+    def model(self, row: str) -> CostModel:
+        return self.models.setdefault(row, CostModel(self.others))
 
     def candidates(self, task: Task, space: Space, count: int, rng: random.Random) -> list[Point]:
         """Up to `count` untried points, most promising first."""
-        return propose(space, task.workload, self.models.setdefault(task.row.name, CostModel()), self.parents(task), task.tried, count, rng)
+        return propose(space, task.workload, self.model(task.row.name), self.parents(task), task.tried, count, rng)
 
     def parents(self, task: Task) -> list[Point]:
         ranked = [point for _, point in sorted(task.points, key=lambda p: p[0])[:12]]
