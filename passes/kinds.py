@@ -150,7 +150,15 @@ KINDS: dict[str, Kind] = {
             writes_wide=True,
         ),
         Kind(
-            "conv2d_transpose", ("relax.nn.conv2d_transpose",), "qc.conv2d_transpose", weighted=True, window=True, scatters=True, accumulates=True, clamped=True
+            "conv2d_transpose",
+            ("relax.nn.conv2d_transpose",),
+            "qc.conv2d_transpose",
+            weighted=True,
+            window=True,
+            scatters=True,
+            accumulates=True,
+            clamped=True,
+            float_kernel=True,
         ),
         Kind(
             "dense",

@@ -63,13 +63,15 @@ class ConvRow:
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         if self.operator.endswith("dense"):
             return [Need() for _ in op.tensors]
-        geometry, _ = self.geometry(op)
-        group = self.unit.group
-        pitch = 1
-        if geometry.inputs % group:  # whole groups must lie within the pixel
-            pitch = (geometry.groups - 1) * geometry.inputs + -(-geometry.inputs // group) * group
-            pitch = -(-pitch // group) * group
-        return [Need(halo=geometry.halo(), pitch=pitch), *[Need() for _ in op.tensors[1:]]]
+        return [Need(halo=self.geometry(op)[0].halo(), pitch=self.pitch(op)), *[Need() for _ in op.tensors[1:]]]
+
+    def pitch(self, op: OpCall) -> int:
+        """Of the input: whole groups must lie within the pixel."""
+        geometry, group = self.geometry(op)[0], self.unit.group
+        if geometry.inputs % group == 0:
+            return 1
+        pitch = (geometry.groups - 1) * geometry.inputs + -(-geometry.inputs // group) * group
+        return -(-pitch // group) * group
 
     def space(self, op: OpCall, target: Target) -> dict[str, list[Any]]:
         return plan.design_space(self.geometry(op)[0], self.unit)
@@ -97,25 +99,24 @@ class ConvRow:
         tiling = plan.Tiling(**params)
         epilogue = self.epilogue(op)
         emitter = self.kernel(geometry, tiling, epilogue)
-        weight, bias = (np.asarray(o) for o in op.operands[1:3])
+        weight, *lanes = (np.asarray(o) for o in op.operands[1 : 3 if self.unit.is_float else 4])
         weight = weight.reshape(weight.shape[0], 1, 1, -1) if weight.ndim == 2 else weight
-        order = subgroups_of(emitter.channels) if epilogue.packed else None
-        groups = geometry.groups
-        constants, absent = self.pack(plan.merge_weight(weight, groups * joined, joined), emitter, order)
-        if self.unit.is_float:
-            constants.append(plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order))
-        else:
-            # sum((u - offset - zx) * w) = sum(u * w) - (zx + offset) * sum(w), for storage u = q + offset
-            shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
-            folded = bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3))
-            lanes = plan.pack_lanes(folded, self.unit, emitter.channels, groups, order)
-            constants.append(wrap(lanes + np.reshape(absent, -1)))
-            multiplier = np.asarray(op.operands[3], np.float32)
-            constants.append(plan.pack_lanes(multiplier, self.unit, emitter.channels, groups, order))
-        constants.append(self.parameters(op))
+        constants = [*self.constants(op, weight, lanes, emitter, joined), self.parameters(op)]
         key = kernel_key("conv", self.unit, geometry, tiling, epilogue)
         macs, scratch = plan.geometry_of(op).macs, emitter.tasks * emitter.scratch
         return Kernel(emitter.build, emitter.tasks, constants, key, self.name, scratch, macs, tiling.params())
+
+    def constants(self, op: OpCall, weight: np.ndarray, lanes: Sequence[np.ndarray], emitter: ConvKernel, joined: int) -> list[np.ndarray]:
+        """weight [O, KH, KW, I/groups], and of each channel the bias and (int8) the multiplier, packed."""
+        bias, order, groups = lanes[0], subgroups_of(emitter.channels) if emitter.epilogue.packed else None, emitter.g.groups
+        constants, absent = self.pack(plan.merge_weight(weight, groups * joined, joined), emitter, order)
+        if self.unit.is_float:
+            return [*constants, plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order)]
+        # sum((u - offset - zx) * w) = sum(u * w) - (zx + offset) * sum(w), for storage u = q + offset
+        shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
+        folded = bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3))
+        sums = wrap(plan.pack_lanes(folded, self.unit, emitter.channels, groups, order) + np.reshape(absent, -1))
+        return [*constants, sums, plan.pack_lanes(lanes[1].astype(np.float32), self.unit, emitter.channels, groups, order)]
 
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return ConvKernel(geometry, self.unit, tiling, epilogue)

@@ -83,6 +83,16 @@ class Parameters:
         return T.broadcast(self.views["int32" if name in ("multiplier", "constant") else "float32"][index], self.isa.lanes)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a convolution that shares its code begins: elements into the input, the output and the weights, and vectors into the constants per channel."""
+
+    x: Any = 0
+    out: Any = 0
+    w: Any = 0
+    vector: Any = 0
+
+
 class ConvKernel:
     """Emits the PrimFunc of one geometry, tiling and epilogue."""
 
@@ -96,7 +106,7 @@ class ConvKernel:
             raise ValueError(f"{tiling.blocks} blocks of {isa.lanes} channels are more than {geometry.outputs} channels")
         if tiling.rows * tiling.cols * tiling.blocks > 2 * isa.registers:
             raise ValueError(f"{tiling.rows} x {tiling.cols} x {tiling.blocks} accumulators don't fit {isa.registers} registers")
-        self.sorted = sorts_steps(geometry, isa)
+        self.sorted, self.start = sorts_steps(geometry, isa), Start()
         self.tile_rows, self.tile_cols = -(-height // tiling.rows), -(-width // tiling.cols)
         self.pixel_run, self.pixel_tasks = runs(batch * self.tile_rows * self.tile_cols, tiling.pixel_tasks)
         self.channel_units = geometry.groups if geometry.groups > 1 else self.channels.full
@@ -115,6 +125,11 @@ class ConvKernel:
         return 0
 
     @property
+    def vectors(self) -> int:
+        """Of channels, of all groups."""
+        return self.g.groups * self.channels.vectors
+
+    @property
     def vector_weights(self) -> int:
         """Packed weights of one vector of output channels."""
         return self.g.depth(self.isa.group) * self.isa.group * self.isa.lanes
@@ -129,9 +144,9 @@ class ConvKernel:
                 here = {"residual": g.residual, "steps": self.sorted, "multiplier": not isa.is_float, "scratch": self.scratch}
                 absent = {n for n in here if not here[n]}
                 pointers = {n: T.arg(n, T.handle()) for n in names if n not in absent}
-                lanes = g.groups * self.channels.vectors * isa.lanes
+                lanes = self.vectors * isa.lanes
                 self.x = T.decl_buffer((g.x.elements,), g.x.dtype, data=pointers["x"])
-                self.w = T.decl_buffer((g.groups * self.channels.vectors * self.vector_weights,), isa.weight_dtype, data=pointers["w"])
+                self.w = T.decl_buffer((self.vectors * self.vector_weights,), isa.weight_dtype, data=pointers["w"])
                 if self.sorted:
                     words = g.groups * len(tile_spans(self.channels)) * table_pitch(isa, self.channels, g.depth(isa.group))[1]
                     self.steps = T.decl_buffer((words,), str(step_offsets(g, isa).dtype), data=pointers["steps"])
@@ -212,8 +227,9 @@ class ConvKernel:
         image, row, col = self.place(pixel)
         vector = T.bind(group * self.channels.vectors + block)
         channel = group * g.outputs + block * isa.lanes
-        x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], group * g.inputs))
-        w = T.bind(vector * self.vector_weights)
+        x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], group * g.inputs) + self.start.x)
+        w = T.bind(vector * self.vector_weights + self.start.w)
+        vector = vector + self.start.vector
         accs = [[[T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in ties] for _ in range(blocks)] for ties in self.ties]
         for b in range(blocks):
             bias = T.bind(load(self.bias, (vector + b) * isa.lanes, isa.lanes))
@@ -230,7 +246,7 @@ class ConvKernel:
             values += [list(pixel) for pixel in zip(*sums, strict=True)]
         values = values[: len(self.offsets)]
         store = self.finish_packed if self.epilogue.packed else self.finish_wide
-        out = T.bind(g.out.index(image, row, col, channel))
+        out = T.bind(g.out.index(image, row, col, channel) + self.start.out)
         residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
         store(values, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
 
@@ -329,7 +345,7 @@ class ConvKernel:
                     y = T.min(y, self.params.word("high"))
                 if e.output == "int16":
                     y = T.Cast(f"int16x{isa.lanes}", isa.to_int(y))
-                place = (r * g.out.rows[1] + c) * g.out.channel_pitch + b * isa.lanes
+                place = g.out.step(r, c) + b * isa.lanes
                 self.save_part(out + place, T.bind(y), isa.lanes, 0, here)
 
     def finish_packed(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
@@ -357,7 +373,7 @@ class ConvKernel:
                 packed = T.bind(packed)
                 width = run * isa.lanes
                 for i, (r, c) in enumerate(pixels):
-                    place = (r * g.out.rows[1] + c) * g.out.channel_pitch + start * isa.lanes
+                    place = g.out.step(r, c) + start * isa.lanes
                     self.save_part(out + place, packed, isa.bytes, i * width, min(width, valid - start * isa.lanes))
             start += run
 

@@ -30,7 +30,7 @@ class Geometry:
     kernel: tuple[int, int]
     strides: tuple[int, int]
     dilation: tuple[int, int]
-    padding: tuple[int, int]  # top, left
+    padding: tuple[int, int]  # top, left; negative where the first window begins inside
 
     @property
     def pixels(self) -> tuple[int, int, int]:
@@ -47,7 +47,7 @@ class Geometry:
         for i in (0, 1):
             last = (self.out.shape[1 + i] - 1) * self.strides[i] + (self.kernel[i] - 1) * self.dilation[i] - self.padding[i]
             after.append(max(0, last - (self.x.shape[1 + i] - 1)))
-        return (self.padding[0], self.padding[1], after[0], after[1])
+        return (max(0, self.padding[0]), max(0, self.padding[1]), after[0], after[1])
 
     def tail(self, group: int) -> int:
         """How many channels the last step over a pixel reads: a whole `group` if those lie in the same pixel (they meet zero weights)."""

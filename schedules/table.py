@@ -66,6 +66,10 @@ class Layout:
         height, width = self.rows
         return ((n * height + (h + self.halo[0])) * width + (w + self.halo[1])) * self.channel_pitch + c
 
+    def step(self, rows: Any, columns: Any) -> Any:
+        """Elements from a pixel to the one so many rows below and columns to the right of it."""
+        return (rows * self.rows[1] + columns) * self.channel_pitch
+
 
 @dataclass(frozen=True)
 class Need:

@@ -69,5 +69,5 @@ class Case:
                     halo = tuple(max(pair) for pair in zip(need.halo, layouts[i].halo, strict=True))
                     layouts[i] = replace(layouts[i], halo=halo, pitch=-(-layouts[i].channel_pitch // need.pitch) * need.pitch)
                 op.operands[i] = layouts[i]
-                self.inputs.append(store(operand, layouts[i], zero_point=self.attrs["x_zero_point"] if any(need.halo) else GARBAGE))
+                self.inputs.append(store(operand, layouts[i], zero_point=self.attrs.get("x_zero_point", 0) if any(need.halo) else GARBAGE))
         return row.build(op, row.default(op, target) | (params or {}), target)

@@ -205,6 +205,9 @@ def convolutions() -> dict[str, Case]:
         attrs = {"strides": strides, "padding": padding, "output_padding": output_padding, "dilation": dilation, "groups": groups}
         operands = weights(shape, outputs, kernel, groups)
         cases[f"conv_transpose_{i}"] = Case("qc.conv2d_transpose", operands, attrs | QUANT, {0: {"halo": HALO}}, {"pitch": outputs + 2}, (1, 2, 3))
+        floats = [operands[0].astype(np.float32) / 50, operands[1].astype(np.float32) / 90, operands[2].astype(np.float32) / 1000]
+        bounds = {"low": 0.0, "high": 6.0}
+        cases[f"f32_conv_transpose_{i}"] = Case("qc.f32.conv2d_transpose", floats, attrs | bounds, {0: {"halo": HALO}}, constants=(1, 2), tolerance=1e-4)
     for i, (shape, outputs) in enumerate([((1, 100), 1000), ((5, 33), 10), ((2, 3, 16), 65), ((1, 4, 5, 24), 7), ((3, 8), 1), ((16,), 5)]):
         operands = weights(shape, outputs, (), 1)
         residual = {"residual_zero_point": -3, "residual_multiplier": 20_000, "residual_shift": 14}

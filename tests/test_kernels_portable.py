@@ -485,8 +485,10 @@ def test_conv2d_transpose(
     target: Target, shape: Any, outputs: int, kernel: Any, strides: Any, padding: Any, output_padding: Any, dilation: Any, groups: int
 ) -> None:
     operands = conv_case(shape, outputs, kernel, groups)
-    attrs = {"strides": strides, "padding": padding, "output_padding": output_padding, "dilation": dilation, "groups": groups} | QUANT
-    check(target, "qc.conv2d_transpose", operands, attrs, constants=(1, 2, 3), layouts={0: {"halo": HALO}}, out={"pitch": outputs + 2})
+    attrs = {"strides": strides, "padding": padding, "output_padding": output_padding, "dilation": dilation, "groups": groups}
+    check(target, "qc.conv2d_transpose", operands, attrs | QUANT, constants=(1, 2, 3), layouts={0: {"halo": HALO}}, out={"pitch": outputs + 2})
+    floats = [operands[0].astype(np.float32) / 50, operands[1].astype(np.float32) / 90, operands[2].astype(np.float32) / 1000]
+    check(target, "qc.f32.conv2d_transpose", floats, attrs | {"low": 0.0, "high": 6.0}, constants=(1, 2), layouts={0: {"halo": HALO}}, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("shape, outputs", [((1, 100), 1000), ((1, 1280), 999), ((5, 33), 10), ((2, 3, 16), 65), ((1, 4, 5, 24), 7), ((3, 8), 1), ((16,), 5)])
@@ -565,6 +567,7 @@ def test_every_operator_has_a_portable_row() -> None:
         "mean",
         "resize2d",
         "f32.conv2d",
+        "f32.conv2d_transpose",
         "f32.dense",
         "f32.dense_weight_only",
     ]

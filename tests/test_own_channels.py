@@ -31,10 +31,10 @@ PLAIN = {"strides": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1]}
 
 def conv(image: tuple[int, ...], outputs: int, groups: int, floats: bool = False, transposed: bool = False) -> tuple[list[Any], dict[str, Any]]:
     rng, shape = np.random.default_rng(outputs), (outputs, 3, 3, image[3] // groups)
-    if floats:
-        return [image, *(rng.standard_normal(s).astype(np.float32) for s in (shape, outputs))], {**PLAIN, "groups": groups, **FLOAT}
-    constants = rng.integers(-126, 128, shape).astype(np.int8), rng.integers(-900, 900, outputs).astype(np.int32)
     extra = {"output_padding": [0, 0]} if transposed else {}
+    if floats:
+        return [image, *(rng.standard_normal(s).astype(np.float32) for s in (shape, outputs))], {**PLAIN, "groups": groups, **FLOAT, **extra}
+    constants = rng.integers(-126, 128, shape).astype(np.int8), rng.integers(-900, 900, outputs).astype(np.int32)
     scale = (rng.uniform(20, 90, outputs) / (5000 * np.sqrt(9 * shape[3]))).astype(np.float32)
     return [image, *constants, scale], {**PLAIN, "groups": groups, "x_zero_point": -7, **QUANT, "out_dtype": "int8", **extra}
 
@@ -53,6 +53,7 @@ CASES: dict[str, list[tuple[list[Any], dict[str, Any]]]] = {  # operands: shapes
     "qc.conv2d": [conv((1, 12, 13, 64), 75, 1), conv((1, 9, 11, 21), 21, 21)],
     "qc.f32.conv2d": [conv((1, 9, 11, 7), 19, 1, floats=True), conv((1, 9, 11, 21), 21, 21, floats=True)],
     "qc.conv2d_transpose": [conv((1, 5, 6, 7), 19, 1, transposed=True)],
+    "qc.f32.conv2d_transpose": [conv((1, 5, 6, 7), 19, 1, floats=True, transposed=True)],
     "qc.dequantize": [([X8], {"scale": 0.1, "zero_point": 3})],
     "qc.enter": [([X8], {}), ([(1, 21, 9, 11)], {"axes": [0, 2, 3, 1]})],
     "qc.leave": [([X8], {"dtype": "int8"})],

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.numerics.arithmetic import F32, Array, limits, requantize
-from qcompiler.numerics.products import conv2d, conv2d_transpose, convolve, dense, matmul
+from qcompiler.numerics.products import conv2d, conv2d_transpose, convolve, dense, matmul, scatter
 from qcompiler.numerics.recurrence import f32_recurrence, recurrence
 from qcompiler.numerics.spec import RESIZE_BITS
 from qcompiler.numerics.transformers import attention, layer_norm, rms_norm, softmax
@@ -332,6 +332,24 @@ def f32_conv2d(
     return np.asarray(np.clip(y if residual is None else y + residual, low, high), F32)
 
 
+def f32_conv2d_transpose(
+    x: Array,
+    w: Array,
+    bias: Array,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    low: float,
+    high: float,
+) -> Array:
+    """float32 transposed convolution with bias and clamp, as `f32_conv2d`."""
+    y = scatter(x.astype(np.float64), w.astype(np.float64), strides, padding, output_padding, dilation, groups) + bias.astype(np.float64)
+    return np.asarray(np.clip(y, low, high), F32)
+
+
 def f32_dense(x: Array, w: Array, bias: Array, residual: Array | None = None, *, low: float, high: float) -> Array:
     """float32 dense layer over the last axis, as `f32_conv2d`."""
     y = x.astype(np.float64) @ w.astype(np.float64).T + bias.astype(np.float64)
@@ -385,6 +403,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.scatter": scatter_rows,
     "qc.bitcast": bitcast,
     "qc.f32.conv2d": f32_conv2d,
+    "qc.f32.conv2d_transpose": f32_conv2d_transpose,
     "qc.f32.dense": f32_dense,
     "qc.f32.dense_weight_only": f32_dense_weight_only,
 }

@@ -74,5 +74,5 @@ def convolution(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, arrays=[packed, *finish], macs=pixels * w.size, threads=pixels * groups * runs)
 
 
-for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.dense"):
+for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.conv2d_transpose", "qc.f32.dense"):
     gpu_row(_name, convolution, check_operands)

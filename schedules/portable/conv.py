@@ -61,7 +61,7 @@ class Geometry:
             return Geometry()
         a, w = op.attrs, op.operands[1]
         kernel, strides, pads, dilation = ((int(v[0]), int(v[1])) for v in (w.shape[1:3], a["strides"], a["padding"], a.get("dilation", (1, 1))))
-        return Geometry(kernel, strides, pads, dilation, op.name == "qc.conv2d_transpose")
+        return Geometry(kernel, strides, pads, dilation, op.name.endswith("conv2d_transpose"))
 
     @contextmanager
     def tap(self, axis: int, output: Any, tap: Any, size: int) -> Iterator[Any]:
@@ -264,5 +264,5 @@ def check_operands(op: OpCall) -> str | None:
     return None
 
 
-for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.dense"):
+for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.conv2d_transpose", "qc.f32.dense"):
     portable(_name, convolution, check=check_operands, own_channels=not _name.endswith("dense"))
