@@ -2,7 +2,8 @@
 
     conv2d_transpose(x, w) {NHWC, IHWO}   -->   permute_dims(conv2d_transpose(permute_dims(x), permute_dims(w)) {NCHW, IOHW})
 
-For what stays float; follows `select_float`, and `fuse_edges`. A dilated kernel is spread out with zeros, which is the same operator.
+For what stays float and has no kernel of ours (weights that are computed, or layers that a quantized file keeps as they are); follows `select_float`,
+and `fuse_edges`. A dilated kernel is spread out with zeros, which is the same operator.
 """
 
 from __future__ import annotations
