@@ -201,6 +201,8 @@ class TransposedRow(ConvRow):
         ranks = [len(o.shape) for o in op.operands[:2]]
         if ranks != [4, 4]:
             return f"the input has rank {ranks[0]} and the weight rank {ranks[1]}; supported: 4 and 4."
+        if op.operands[1].shape[3] == 1 < int(op.attrs.get("groups", 1)):
+            return "a depthwise kernel would be mostly zeros as a matrix; the portable row multiplies lanes of channels."
         return super().refuse(op, target)
 
     def parts(self, op: OpCall) -> list[Part]:
