@@ -93,6 +93,11 @@ def _concat(expr: Any) -> Found:
     return "qc.concat", arguments(expr), {"axis": int(expr.attrs.axis or 0) % len(shape_of(expr))}
 
 
+def _product(expr: Any) -> Found | None:
+    """Vectors have a form of their own."""
+    return ("qc.f32.matmul", list(expr.args), {}) if min(len(shape_of(a)) for a in expr.args) > 1 and not any(0 in shape_of(a) for a in expr.args) else None
+
+
 def _moved(expr: Any) -> Found | None:
     found = describe(expr)
     if not isinstance(found, Described) or any(is_const(o) for o in found.operands):
@@ -109,4 +114,5 @@ _RULES: dict[str, Callable[[Any], Found | None]] = {
     **{op: _alone for kind in KINDS.values() if kind.alone for op in kind.relax},
     **dict.fromkeys(("relax.permute_dims", "relax.strided_slice", "relax.nn.pad"), _moved),
     "relax.concat": _concat,
+    "relax.matmul": _product,
 }

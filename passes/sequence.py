@@ -41,6 +41,7 @@ from qcompiler.passes.simplify import simplify
 from qcompiler.passes.streams import with_copies
 from qcompiler.passes.trained import lost, settled
 from qcompiler.passes.views import views_to_reshape
+from qcompiler.passes.volumes import volumes
 from qcompiler.passes.well_formed import IllFormed, check
 
 Pass = Callable[..., tvm.IRModule]
@@ -59,10 +60,10 @@ WIDE: tuple[Pass, ...] = (with_copies,)
 HALVED: tuple[Pass, ...] = (in_halves,)
 REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
 INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
-INTEGER: tuple[Pass, ...] = (realize, fuse_edges, legal_layouts, settle_account)
+INTEGER: tuple[Pass, ...] = (realize, fuse_edges, volumes, legal_layouts, settle_account)
 REPLACE_OPERANDS: tuple[Pass, ...] = (replace_operands,)
 PORTS: tuple[Pass, ...] = (with_ports,)
-FLOAT: tuple[Pass, ...] = (select_float, legal_layouts)
+FLOAT: tuple[Pass, ...] = (select_float, volumes, legal_layouts)
 CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
 LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
 

@@ -137,6 +137,18 @@ def test_look_ups_beyond_the_table_read_its_ends(dtype: str) -> None:
     np.testing.assert_array_equal(harness.fetch(y, call.output), table[np.clip(ids, 0, 10)])
 
 
+PRODUCTS = [((1, 1), (1, 1)), ((3, 5, 7), (3, 7, 33)), ((2, 3, 9, 20), (1, 3, 20, 70)), ((6, 300), (300, 17)), ((5, 1, 2, 4), (3, 4, 6))]
+
+
+@pytest.mark.parametrize(("left", "right"), PRODUCTS, ids=str)
+def test_products_of_two_tensors(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    a, b = normal(*left), normal(*right, seed=1)
+    wanted = a.astype(np.float64) @ b
+    bound = (np.abs(a).astype(np.float64) @ np.abs(b)) * left[-1] * 2.0**-24 + 1e-30
+    for runtime in (1, 2):
+        assert (np.abs(everywhere("qc.f32.matmul", [a, b], {}, wanted.shape, runtime=runtime) - wanted) <= bound).all()
+
+
 SHAPES = [  # batch, heads, rows, columns, depth of q and k, depth of v
     (1, 1, 1, 1, 1, 1),
     (2, 3, 7, 5, 4, 6),
@@ -185,7 +197,8 @@ def float_operators() -> tvm.IRModule:
         y = net.add(name, op.add(net.add(f"{name}_inside", function(y)), x))
     y = net.add("rms", op.nn.rms_norm(y, net.random(42), [2], 1e-6))
     p = net.add("soft", op.nn.softmax(net.add("turned", op.permute_dims(y, [0, 2, 1]))))
-    return net.done(y, p, net.add("pooled", op.mean(y, [1])), net.add("clipped", op.clip(net.add("high", op.max(y, [2], True)), -1.0, 1.0)))
+    mixture = net.add("mixture", op.matmul(p, y))
+    return net.done(y, p, mixture, net.add("pooled", op.mean(y, [1])), net.add("clipped", op.clip(net.add("high", op.max(y, [2], True)), -1.0, 1.0)))
 
 
 def test_a_network_of_float_operators_needs_no_legalization_and_equals_the_oracle() -> None:
