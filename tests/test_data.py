@@ -11,6 +11,7 @@ import pytest
 
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
+from qcompiler.calibration import data
 from qcompiler.calibration.data import at_most, check_sample, load_labels, open_samples, take
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
 
@@ -376,3 +377,22 @@ def test_images_fill_batches_and_none_counts_twice(tmp_path: Path) -> None:
         open_samples(tmp_path, [TensorInfo("image", (9, 1, 4, 5), "float32")], settings)
     with pytest.raises(DataError, match=r"makes float32\[1, 1, 4, 5\], but input 'image' is float32\[1, 1, 4, 6\], 2 of them at a time"):
         open_samples(tmp_path, [TensorInfo("image", (2, 1, 4, 6), "float32")], settings)
+
+
+def test_images_are_decoded_once_and_handed_out_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done to an array of one pass is not seen in the next; of more than fits, the first images are kept."""
+    for i in range(4):
+        Image.new("L", (5, 4), 10 * i).save(tmp_path / f"{i}.png")
+    decoded: list[str] = []
+    original = Preprocess.pixels
+    monkeypatch.setattr(Preprocess, "pixels", lambda self, path: (decoded.append(path.name), original(self, path))[1])
+    monkeypatch.setattr(data, "KEPT", 3 * 20)
+    for pixels, shape, dtype in ((False, (1, 1, 4, 5), "float32"), (True, (1, 4, 5, 1), "uint8")):
+        samples = open_samples(tmp_path, [TensorInfo("image", shape, dtype)], Preprocess(color="GRAY", scale=1.0), pixels=pixels)
+        decoded.clear()
+        for _ in range(2):
+            for number, sample in enumerate(samples):
+                assert (sample["image"] == 10 * number).all()
+                sample["image"][...] = 99
+        list(take(samples, [1, 3]))
+        assert sorted(decoded) == ["1.png", "2.png", "3.png", "3.png", "3.png"], "the first was decoded when the folder was opened"

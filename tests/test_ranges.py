@@ -11,12 +11,14 @@ import pytest
 from calibrated import watch
 
 from qcompiler.base.targets import find_target
+from qcompiler.calibration.table import calibrate
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes import sequence
 from qcompiler.pipeline.compile import compile_stages, quantize
 from qcompiler.pipeline.library import Compilation
 from qcompiler.pipeline.stages import QuantizedNetwork
+from qcompiler.plan import ranges
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, SampleEnds, choose, output_noise, widened
@@ -85,6 +87,30 @@ def test_noise_is_that_of_the_reference_arithmetic(network: QuantizedNetwork, tm
             power += np.square(wanted).sum()
         assert found["image"][name] == pytest.approx(error / power, rel=0.01)
     assert found["image"]["clipped"] > 2 * found["image"]["wide"]
+
+
+def test_what_is_hopeless_after_a_few_samples_stays_out(network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranges that are left have the noise that they have when all ranges are tried on all samples; one that isn't stays as far behind as it was."""
+    twin, many = network.measured.twin.session(1), samples(12)
+    params = {"wide": QParams.from_range(-4.0, 4.0), "close": QParams.from_range(-3.8, 3.9), "clipped": QParams.from_range(-0.2, 0.4)}
+    proposals, ends = {v: Proposals(params, (v,), -4.0, 4.0) for v in ("image", "relu5")}, ends_of_values(network, many)
+    steps = list[int]()
+    found = output_noise(twin, proposals, ends, many, 12, 3, progress=lambda stage, done, total: steps.append(done - (total or 0)))
+    assert steps[-1] == 0
+    monkeypatch.setattr(ranges, "_HOPELESS", math.inf)
+    everything = output_noise(twin, proposals, ends, many, 12, 3)
+    for value in proposals:
+        best = min(everything[value].values())
+        same = {name for name, noise in everything[value].items() if found[value][name] == noise}
+        assert {name for name, noise in everything[value].items() if noise < 1.2 * best} <= same
+        assert all(found[value][name] > 1.4 * best for name in params if name not in same)
+    assert any(found[v]["clipped"] != everything[v]["clipped"] for v in proposals)
+
+
+def ends_of_values(network: QuantizedNetwork, many: list[dict[str, np.ndarray]]) -> SampleEnds:
+    ends = SampleEnds(["image", "relu5"])
+    calibrate(network.measured.twin.session(1), many, ids=(), watchers=[ends])
+    return ends
 
 
 def test_values_far_from_the_outputs_can_be_left_out(network: QuantizedNetwork, tmp_path: Path) -> None:

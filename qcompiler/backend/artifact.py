@@ -260,8 +260,9 @@ def _with_checksum(library: bytes) -> bytes:
     return body + CHECKSUM_MAGIC + checksum(body)
 
 
-def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: Target) -> Artifact:
-    """Link object code, constants and manifest into a shared library. The same arguments give the same bytes.
+def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: Target, lasting: bool = True) -> Artifact:
+    """Link object code, constants and manifest into a shared library. The same arguments give the same bytes. lasting: no, for one that lives as long as this
+    process: it takes less time to make, and there can be no archive of it.
 
     Raises TargetError when the linker is missing or fails.
     """
@@ -269,12 +270,12 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
     compiler = find_compiler(target)
     with temporary_folder() as folder:
         sources = write_sources(folder, code, constants.tobytes(), encode_manifest(manifest), manifest, target)
-        (folder / "code.z").write_bytes(zlib.compress(code, 9))
+        (folder / "code.z").write_bytes(zlib.compress(code, 9) if lasting else b"")
         with (folder / "data.s").open("a") as file:
             file.write(_CODE)
         (folder / "exports.map").write_text(_EXPORTS)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        command = [compiler, "-shared", *COMPILE, "-o", "out.so"]
+        command = [compiler, "-shared", *COMPILE, *([] if lasting else ["-O1"]), "-o", "out.so"]
         for name in sources:  # g++ takes -x for one file only
             command += ["-x", "c", name]
         command += ["-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread", *(["-ldl"] if target.gpu else [])]

@@ -70,16 +70,20 @@ class Built:
     def link(self, *, further: Sequence[Mapping[str, Any]] = (), **manifest: Any) -> Artifact:
         """The library, with the program's constants as they are now. manifest: entries beside those that describe the program; further: the same of the
         others, where they are not those of the first."""
+        return self._linked(manifest, further)
+
+    def _linked(self, manifest: Mapping[str, Any], further: Sequence[Mapping[str, Any]] = (), lasting: bool = True) -> Artifact:
+        """`link`. lasting: as `artifact.link`."""
         with bugs_named("stage 'link'"):
             self._settle()
             further = further or [{}] * len(self.others)
-            described = artifacts.program_manifest(self.program) | {"values": {}, "float_ops": []} | manifest
+            described = artifacts.program_manifest(self.program) | {"values": {}, "float_ops": []} | dict(manifest)
             described |= artifacts.port_parameters(self.program, described["values"])
             if self.others:
                 first, *added = ({"constants_added": c, "code_added": k} for c, k in zip(self.places.own, code_added(self.code, self.programs), strict=True))
                 described |= first | {"constants": self.places.size}
                 described["shapes"] = [self._shape(program, described, more) | size for program, more, size in zip(self.others, further, added, strict=True)]
-            return artifacts.link(self.code, self.constants, described, self.program.target)
+            return artifacts.link(self.code, self.constants, described, self.program.target, lasting)
 
     def _shape(self, program: Program, first: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         """What the manifest says of another shape than the first, where it says something else."""
@@ -95,7 +99,7 @@ class Built:
             stack = contextlib.ExitStack()
             folder = stack.enter_context(temporary_folder())
             weakref.finalize(self, stack.close)
-            self._here = self.link().save(folder / "model.so"), self.revision
+            self._here = self._linked({}, lasting=False).save(folder / "model.so"), self.revision
         path, revision = self._here
         session = Session(path, threads or len(os.sched_getaffinity(0)))
         if self.revision != revision:

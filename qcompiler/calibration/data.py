@@ -28,6 +28,7 @@ from qcompiler.calibration.arrays import Header, damage, read_array, read_header
 from qcompiler.calibration.batches import Rows, is_batches
 from qcompiler.calibration.preprocess import IMAGE_SUFFIXES, Preprocess, load_preprocess
 
+KEPT = 64 << 20  # bytes of decoded images that samples keep for the next pass
 Sample = dict[str, np.ndarray]
 Source = str | os.PathLike[str] | Iterable[Any]
 """What samples are read from: a path, `{input name: array, or tensor of another library}` each, or batches."""
@@ -275,6 +276,7 @@ class ImageSamples:
         self._batch = inputs[0].shape[0] if inputs[0].shape else 1
         self.left_out = len(files) % self._batch
         self.chosen: tuple[int, list[int]] | None = None  # of how many samples these are which
+        self._kept: dict[Path, np.ndarray] = {}  # pixels of images, of all that is taken from these
         self._check(self._image(files[0]), files[0])
         if len(files) < self._batch:
             raise DataError(f"{folder}: {len(files)} images, and input '{inputs[0].name}' takes {self._batch} at a time; give at least as many images")
@@ -302,7 +304,12 @@ class ImageSamples:
 
     def _image(self, path: Path) -> np.ndarray:
         assert self._preprocess is not None
-        return self._preprocess.pixels(path)[None] if self._pixels else self._preprocess(path)
+        pixels = self._kept.get(path)
+        if pixels is None:
+            pixels = self._preprocess.pixels(path)
+            if sum(kept.nbytes for kept in self._kept.values()) + pixels.nbytes <= KEPT:
+                self._kept[path] = pixels
+        return pixels[None].copy() if self._pixels else self._preprocess.input(pixels, path)
 
     def _check(self, image: np.ndarray, path: Path) -> np.ndarray:
         info = self._inputs[0]

@@ -7,7 +7,7 @@ An observer only proposes a range [low, high]; ranges are widened to contain 0 (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,12 +21,12 @@ Observer = Callable[[Histogram], Range]
 
 def squared_error(histogram: Histogram, params: QParams) -> float:
     """Expected squared error E[(x - dequantize(quantize(x)))^2] over all values, in squared units of the value."""
-    return float(histogram.nonzero @ _bin_errors(histogram, params)) / max(histogram.total, 1)
+    return _means(histogram, *_plain(histogram), [params])[0]
 
 
 def relative_error(histogram: Histogram, params: QParams) -> float:
     """The mean over samples of (sum of squared errors) / (sum of squares): what a plan minimises; -10 log10 of it is an SQNR in dB."""
-    return float(histogram.relative @ _bin_errors(histogram, params)) / max(histogram.powered, 1)
+    return _means(histogram, *_by_sample(histogram), [params])[0]
 
 
 def sqnr_db(histogram: Histogram, params: QParams) -> float:
@@ -37,25 +37,43 @@ def sqnr_db(histogram: Histogram, params: QParams) -> float:
     if (out := masked(middle[used])) is not None:
         kept = used[~out]
         weight = histogram.relative[kept]
-        error = float(weight @ _bin_errors(histogram, params)[kept]) / float(weight @ np.square(middle[kept]))
+        error = float(weight @ _bin_errors(histogram, [params])[0, kept]) / float(weight @ np.square(middle[kept]))
     return -10 * math.log10(error) if error > 0 else math.inf
 
 
-def _bin_errors(histogram: Histogram, params: QParams) -> np.ndarray:
-    """Expected squared error of one value in each bin, float64[bins].
+_Weights = Callable[[Histogram], tuple[np.ndarray, int]]
+"""float64[bins], how much an error in each counts; what their sum is divided by."""
+
+
+def _plain(histogram: Histogram) -> tuple[np.ndarray, int]:
+    return histogram.nonzero, histogram.total
+
+
+def _by_sample(histogram: Histogram) -> tuple[np.ndarray, int]:
+    return histogram.relative, histogram.powered
+
+
+def _means(histogram: Histogram, weights: np.ndarray, count: int, params: Sequence[QParams]) -> list[float]:
+    """The mean error of each of several quantizations."""
+    return [float(weights @ errors) / max(count, 1) for errors in _bin_errors(histogram, params)]
+
+
+def _bin_errors(histogram: Histogram, params: Sequence[QParams]) -> np.ndarray:
+    """Expected squared error of one value in each bin, float64[params, bins].
 
     Values are taken as uniform within their bin (exact zeros, whose error is 0, the caller leaves out). With s the scale and [l, h] the
     representable range, the squared error is (x - s*rint(x/s))^2 inside, (x - l)^2 below and (x - h)^2 above; each has a closed
     antiderivative, so the integral over a bin is a difference of two values of it, exact for bins wider and narrower than a step alike.
     Inside: with t = x/s = n + r, n = rint(t), F(x) = s^3 * (n/12 + r^3/3), since every whole step contributes s^3/12.
     """
-    scale = params.scale
-    bottom, top = params.range
+    scale, cubed = (np.array(v)[:, None] for v in ([p.scale for p in params], [p.scale**3 for p in params]))
+    bottom, top = (np.array(v)[:, None] for v in zip(*(p.range for p in params), strict=True))
     edges = histogram.edges
     inside = np.clip(edges, bottom, top)
     steps = inside / scale
     whole = np.rint(steps)
-    integral = scale**3 * (whole / 12 + (steps - whole) ** 3 / 3) + (edges - inside) ** 3 / 3
+    rest, beyond = steps - whole, edges - inside
+    integral = cubed * (whole / 12 + rest * rest * rest / 3) + beyond * beyond * beyond / 3
     errors: np.ndarray = np.diff(integral) / histogram.width
     return errors
 
@@ -89,10 +107,10 @@ def percentile(percent: float) -> Observer:
     return observe
 
 
-def least(error: Callable[[Histogram, QParams], float]) -> Observer:
-    """The range with the least `error`: each end in turn over a shrinking grid of fractions of the observed range, until neither moves.
+def least(weights: _Weights) -> Observer:
+    """The range with the least error: each end in turn over a shrinking grid of fractions of the observed range, until neither moves.
 
-    With `squared_error` this is what Banner et al. 2019 (arXiv:1810.05723) minimise, on the histogram itself instead of a fitted distribution.
+    With that of `squared_error` this is what Banner et al. 2019 (arXiv:1810.05723) minimise, on the histogram itself instead of a fitted distribution.
     """
 
     def observe(histogram: Histogram) -> Range:
@@ -103,10 +121,13 @@ def least(error: Callable[[Histogram, QParams], float]) -> Observer:
         bins = BINS // 4 + 1
         coarse.counts, coarse.relative = coarse.counts[:bins], coarse.relative[:bins]
 
-        def cost(below: float, above: float) -> float:
-            return error(coarse, QParams.from_range(below * low, above * high))
+        weight, count = weights(coarse)
 
-        fractions, best = [1.0, 1.0], cost(1.0, 1.0)
+        def costs(trials: Sequence[list[float]]) -> list[float]:
+            return _means(coarse, weight, count, [QParams.from_range(below * low, above * high) for below, above in trials])
+
+        fractions = [1.0, 1.0]
+        (best,) = costs([fractions])
         for grid, absolute in (
             (np.linspace(0.05, 1.0, 20), True),
             (np.linspace(-0.04, 0.04, 9), False),
@@ -117,10 +138,10 @@ def least(error: Callable[[Histogram, QParams], float]) -> Observer:
                 for end in (0, 1):
                     if (low, high)[end] == 0:
                         continue
-                    for candidate in grid + (0.0 if absolute else fractions[end]):
-                        trial = list(fractions)
-                        trial[end] = float(candidate)
-                        if 0 < candidate <= 1 and (found := cost(*trial)) < best:
+                    candidates = [c for c in (grid + (0.0 if absolute else fractions[end])).tolist() if 0 < c <= 1]
+                    trials = [[c, fractions[1]] if end == 0 else [fractions[0], c] for c in candidates]
+                    for trial, found in zip(trials, costs(trials), strict=True):
+                        if found < best:
                             best, fractions = found, trial
                 if fractions == before:
                     break
@@ -174,8 +195,8 @@ OBSERVERS: dict[str, Observer] = {
     "percentile-99.9": percentile(99.9),
     "percentile-99.99": percentile(99.99),
     "percentile-99.999": percentile(99.999),
-    "mse": least(squared_error),
-    "sqnr": least(relative_error),
+    "mse": least(_plain),
+    "sqnr": least(_by_sample),
     "entropy": entropy,
 }
 """Observers by name, simplest first: of equal errors the first wins."""

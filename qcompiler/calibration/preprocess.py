@@ -79,7 +79,11 @@ class Preprocess:
     def __call__(self, path: Path) -> np.ndarray:
         """The image file as float32 [1, C, H, W] (or [1, H, W, C]). Raises DataError for a file that is no image, or smaller than the
         crop."""
-        values = self.normalized(self.pixels(path))
+        return self.input(self.pixels(path), path)
+
+    def input(self, pixels: np.ndarray, path: Path) -> np.ndarray:
+        """What `__call__` makes of the file's `pixels`."""
+        values = self.normalized(pixels)
         if not np.isfinite(values).all():
             raise DataError(f"{path}: preprocessing makes NaN or Inf of it; check scale, mean and std")
         return self.laid_out(values[None])

@@ -69,7 +69,7 @@ class QParams:
         scale = float(np.float32(max((high - low) / (most - least), MIN_SCALE)))
         if symmetric:
             return QParams(scale, 0, dtype)
-        zero_point = int(np.clip(np.rint(LOW - low / scale), LOW, HIGH))
+        zero_point = min(max(round(LOW - low / scale), LOW), HIGH)
         return QParams(scale, zero_point)
 
     def quantize(self, real: np.ndarray) -> np.ndarray:

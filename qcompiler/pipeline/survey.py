@@ -11,6 +11,7 @@ import numpy as np
 import tvm
 
 from qcompiler.backend.build import Built
+from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.numerics.metrics import Parts
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.kinds import KINDS
@@ -69,11 +70,16 @@ class Survey:
         params = {v: p for v in self._placement.stored if (p := self._quantized.plan.params(v)) is not None}
         rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
         power = noise = np.zeros(1)
-        parts: list[Parts] = []
-        for sample in samples:
-            walk = Walk(twin, sample, rounded, parts, self._quantized.measured.padding)
-            parts = walk.parts
-            power, noise = power + walk.power, noise + walk.errors_of_plan(params)
+        padding, parts, samples = self._quantized.measured.padding, list[Parts](), list(samples)
+
+        def walked(sessions: tuple[Session, Session], sample: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            walk = Walk(sessions[0], sample, sessions[1], parts, padding)
+            return walk.power, walk.errors_of_plan(params)
+
+        parts += Walk(twin, samples[0], padding=padding).parts if samples else []
+        count = worker_count(twin.manifest["workspace"])
+        for own, errors in in_order(walked, list(zip(twin.alone(count), rounded.alone(count), strict=True)), samples):
+            power, noise = power + own, noise + errors
         result: np.ndarray = np.divide(noise, power, out=np.zeros_like(power), where=power > 0)
         return result
 

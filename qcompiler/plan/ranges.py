@@ -7,7 +7,7 @@ that value alone rounded:
     noise(range) = sum over samples of weight * |outputs with the value rounded - outputs|^2 / sum over samples of weight * |outputs|^2
 
 A range that clips does damage in few samples, so the samples in which a value reaches furthest are always among those that judge it, each for
-itself; others, evenly spread, stand for the rest.
+itself; others, evenly spread, stand for the rest. Two of each kind come first: a range with half as much noise again as the best of a value's by then is out.
 
 **Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
 no part in the noise at the outputs: there a wider range is free. Rounding noise grows with the square of the step, so all ranges are widened, at most
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -29,12 +29,14 @@ from qcompiler.calibration.padding import Padding
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.plan.quant_plan import Judged, Proposals
-from qcompiler.plan.sensitivity import Walk, work_behind
+from qcompiler.plan.sensitivity import Walk, values_of, work_behind
 from qcompiler.runtime.session import Session
 
 REACH = 2.0
 PREMIUM = 0.02
 LEAST_COUNTED = 64
+_OPENING = 2
+_HOPELESS = 1.5
 _NEAR = 0.02
 
 
@@ -95,40 +97,56 @@ def output_noise(
     standing = {member: ends.weights(member, count, each, each) for p in judged.values() for member in p.members}
     judged = _affordable(judged, {m: len(w) * behind[m] for m, w in standing.items()}, work * max(count, LEAST_COUNTED))
     standing = {member: standing[member] for p in judged.values() for member in p.members}
+    if not judged:
+        return {}
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
     leader = {member: name for name, p in judged.items() for member in p.members}
     noise: dict[str, np.ndarray] = {}  # by member, [proposals, outputs]
     power: dict[str, np.ndarray] = {}
-    wanted = [{member for member, weights in standing.items() if i in weights} for i in range(count)]
-    judges = ((i, sample) for i, sample in enumerate(samples) if i < count and wanted[i])
+    wanted = [[member for member, weights in standing.items() if i in weights] for i in range(count)]
+    at = {i.name: 0 for i in twin.inputs} | {v: n for n, step in enumerate(twin.manifest["steps"], 1) for v in values_of(step)}
+    left = {name: np.ones(len(p.params), bool) for name, p in judged.items()}
     parts: list[Parts] = []
 
-    def judge(session: Session, judge: tuple[int, Mapping[str, np.ndarray]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
-        """(number of a sample, its power, errors with each proposal of the values that it judges)."""
-        index, sample = judge
-        walk, found = Walk(session, sample, parts=parts, padding=padding), dict[str, np.ndarray]()
-        for new, _ in walk.advance():
-            for member in wanted[index] & set(new):
-                found[member] = np.stack(walk.errors_with_each(member, proposals[leader[member]].params.values()))
-            if len(found) == len(wanted[index]):
-                break
+    def judge(session: Session, item: tuple[int, Mapping[str, np.ndarray]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+        """(number of a sample, its power, errors with each range that is left of the values that it judges)."""
+        index, sample = item
+        walk, found = Walk(session, sample, parts=parts, padding=padding, stops=[at[m] for m in wanted[index]]), dict[str, np.ndarray]()
+        for member in wanted[index]:
+            walk.return_to(at[member])
+            trying = left[leader[member]]
+            found[member] = np.zeros((len(trying), len(walk.power)))
+            found[member][trying] = walk.errors_with_each(member, itertools.compress(proposals[leader[member]].params.values(), trying))
         return index, walk.power, found
 
-    if first := next(judges, None):
-        parts += Walk(twin, first[1], padding=padding).parts  # those of the first judge, for all
-        workers = twin.alone(worker_count(twin.manifest["workspace"]))
-        for index, own, found_here in in_order(judge, workers, itertools.chain([first], judges)):
-            for member, errors in found_here.items():
+    def total(name: str) -> np.ndarray:
+        """float64[proposals]: the noise of each range of a value, over power, by the samples so far."""
+        ratios = [noise[m] / np.maximum(power[m], np.finfo(np.float64).tiny) for m in judged[name].members]
+        return np.asarray(sum(r.mean(axis=1) for r in ratios))
+
+    opening = {i for weights in standing.values() for i in (*list(weights)[:_OPENING], *list(weights)[-_OPENING:])}
+    openings: dict[str, np.ndarray] = {}
+    workers = twin.alone(worker_count(twin.manifest["workspace"]))
+    for chosen in (opening, set(range(count)) - opening):
+        judges: Iterator[tuple[int, Mapping[str, np.ndarray]]] = ((i, sample) for i, sample in enumerate(samples) if i in chosen and wanted[i])
+        if not parts and (first := next(judges, None)):
+            parts += Walk(twin, first[1], padding=padding).parts  # those of the first judge, for all
+            judges = itertools.chain([first], judges)
+        for index, own, errors_of in in_order(judge, workers, judges):
+            for member, errors in errors_of.items():
                 done += len(errors)
                 progress("judge ranges", done, variants)
                 weight = standing[member][index]
                 noise[member] = noise.get(member, np.zeros_like(errors)) + weight * errors
                 power[member] = power.get(member, np.zeros_like(own)) + weight * own
+        if not openings:
+            openings = {name: total(name) for name, p in judged.items() if all(m in noise for m in p.members)}
+            left |= {name: noises <= _HOPELESS * noises.min() for name, noises in openings.items()}
     found = {}
-    for name, p in judged.items():
-        if all(m in noise for m in p.members):
-            total = sum((noise[m] / np.maximum(power[m], np.finfo(np.float64).tiny)).mean(axis=1) for m in p.members)
-            found[name] = dict(zip(p.params, np.asarray(total).tolist(), strict=True))
+    for name, early in openings.items():
+        best = int(early.argmin())
+        noises = np.where(left[name], total(name), total(name)[best] * early / max(early[best], np.finfo(np.float64).tiny))
+        found[name] = dict(zip(judged[name].params, noises.tolist(), strict=True))
     return found
 
 

@@ -121,7 +121,7 @@ class Walk:
     """One sample on its way through the float network, and back to where it was after each variant. `rounded`: the same library with other constants.
 
     power: float64[outputs], sums of squares of the float outputs, of which one that holds several quantities counts as several: `parts` of each, found in this
-    sample where they are not given. padding: positions of the outputs that don't count.
+    sample where they are not given. padding: positions of the outputs that don't count. stops: numbers of steps, behind which the run is kept for `return_to`.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class Walk:
         rounded: Session | None = None,
         parts: Sequence[Parts] = (),
         padding: Padding | None = None,
+        stops: Iterable[int] = (),
     ) -> None:
         self._counted = padding.of(plain, sample) if padding else ALL
         self._context = plain.new_context({name: array.copy() for name, array in sample.items()})
@@ -138,9 +139,13 @@ class Walk:
         self._steps = plain.manifest["steps"]
         self._inputs = [i.name for i in plain.inputs]
         self._floats = [o.name for o in plain.outputs if o.dtype == "float32"]
-        self._done = 0
+        self._done, self._kept = 0, dict[int, list[np.ndarray]]()
         with self._restored():
-            self._reference = self._finished(0)
+            done = 0
+            for stop in sorted(set(stops)):
+                self._context.run(done, stop)
+                self._kept[stop], done = [array.copy() for array in self._context.memory(stop)], stop
+            self._reference = self._finished(done)
         self.parts = list(parts) or [Parts.of(r) for r in self._reference]
         self.power = self._sums(self._reference)
 
@@ -152,6 +157,12 @@ class Walk:
             if self._done < len(self._steps):
                 self._context.run(self._done, self._done + 1)
                 self._done += 1
+
+    def return_to(self, stop: int) -> None:
+        """Be where so many steps have run: one of `stops`."""
+        for array, before in zip(self._context.memory(stop), self._kept[stop], strict=True):
+            array[...] = before
+        self._done = stop
 
     def errors_with_value(self, name: str, params: QParams) -> np.ndarray:
         """float64[outputs]: the outputs' squared errors when a value that is at hand is rounded to 8 bits."""
