@@ -61,6 +61,29 @@ def test_float_operators(tmp_path: Path, cases: dict[str, Case]) -> None:
     assert {results[int(o.name[1:])] for o in checked.outputs} == set(cases)
 
 
+@pytest.mark.parametrize(("same", "stride", "kernel", "size"), [(1, (2, 2), 2, (12, 12)), (1, (2, 1), 3, (12, 6)), (2, (1, 2), 3, (8, 13))])
+def test_the_transposed_convolution_of_mediapipe(same: int, stride: tuple[int, int], kernel: int, size: tuple[int, int], tmp_path: Path) -> None:
+    """Its struct has the stride along the width first. Against LiteRT's delegate, the only one that has it."""
+    net = TfliteNet()
+    x, filters = net.input(IMAGE, name="x"), net.const(rng(1).standard_normal((5, kernel, kernel, 4)).astype(np.float32))
+    shift = net.const(rng(2).standard_normal(5).astype(np.float32))
+    stored = np.array([same, *stride[::-1]], "<i4").tobytes()
+    path = net.save(tmp_path / "net.tflite", [net.op("CUSTOM", [x, filters, shift], (1, *size, 5), custom="Convolution2DTransposeBias", stored=stored)])
+    session = Session(compile_float(path).save(tmp_path / "net.so"))
+    checked = check_import(origin_of(path).elsewhere(), session, [inputs("float32")], 100)
+    assert checked.status == "equal" and [o.equal for o in checked.outputs] == [True], checked
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [(b"", "its options are 0 bytes"), (np.array([1, 2], "<i4").tobytes(), "8 bytes"), (np.array([0, 2, 2], "<i4").tobytes(), "its padding is number 0")],
+)
+def test_options_of_a_custom_operator_are_checked(stored: bytes, message: str, tmp_path: Path) -> None:
+    net = TfliteNet()
+    operands = [net.input(IMAGE, name="x"), net.const(np.ones((5, 2, 2, 4), np.float32)), net.const(np.ones(5, np.float32))]
+    assert message in refused(tmp_path, net, net.op("CUSTOM", operands, (1, 12, 12, 5), custom="Convolution2DTransposeBias", stored=stored))
+
+
 @pytest.mark.parametrize("dtype", list(QUANTIZATIONS))
 def test_quantized_operators(tmp_path: Path, dtype: str) -> None:
     """No result differs from LiteRT's reference kernels by more than one step, and no calibration data is needed."""

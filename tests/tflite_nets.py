@@ -49,8 +49,19 @@ class TfliteNet:
         self.buffers.append(buffer)
         return self.tensor(array.shape, str(array.dtype), quantization, axis, len(self.buffers) - 1)
 
-    def op(self, name: str, inputs: Sequence[int], *shapes: Sequence[int], dtype: str = "", quantization: Any = "", custom: str = "", **options: Any) -> Any:
-        """The result, or the list of results where there are several shapes. options: fields of the operator's options as the schema names them."""
+    def op(
+        self,
+        name: str,
+        inputs: Sequence[int],
+        *shapes: Sequence[int],
+        dtype: str = "",
+        quantization: Any = "",
+        custom: str = "",
+        stored: bytes = b"",
+        **options: Any,
+    ) -> Any:
+        """The result, or the list of results where there are several shapes. options: fields of the operator's options as the schema names them. stored: the
+        options of a custom operator."""
         quantization = self.quantized if quantization == "" else quantization
         dtype = dtype or (self.dtype if quantization is not None else "float32")
         results = [self.tensor(s, dtype, quantization) for s in shapes]
@@ -58,6 +69,7 @@ class TfliteNet:
         code.builtinCode = getattr(schema.BuiltinOperator, name)
         code.deprecatedBuiltinCode, code.version, code.customCode = min(code.builtinCode, 127), options.pop("version", 1), custom or None
         operator.opcodeIndex, operator.inputs, operator.outputs = len(self.codes), list(inputs), results
+        operator.customOptions = np.frombuffer(stored, np.uint8) if stored else None
         kind = options.pop("kind", "")
         if kind:
             operator.builtinOptions = getattr(schema, f"{kind}T")()

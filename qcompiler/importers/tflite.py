@@ -22,7 +22,7 @@ from qcompiler.base.errors import ModelError, closest
 from qcompiler.importers.nodes import Refused, cut_offer
 from qcompiler.importers.tflite_file import DAMAGED, Network, Operator, read_network
 from qcompiler.importers.tflite_graph import Graph
-from qcompiler.importers.tflite_operators import OPERATORS
+from qcompiler.importers.tflite_operators import converter
 from qcompiler.runtime.reference import LiteRt
 
 OPSET = 21  # the first whose QuantizeLinear knows 16 bits
@@ -56,7 +56,8 @@ class TfliteFile:
     def elsewhere(self) -> LiteRt:
         network, _ = self._network()
         inputs, outputs = ([network.tensors[i].name for i in ports] for ports in (network.inputs, network.outputs))
-        return LiteRt(str(self.path), inputs, outputs, network.outputs if self.cut else None)
+        custom = any(operator.op == "CUSTOM" for operator in network.operators)
+        return LiteRt(str(self.path), inputs, outputs, network.outputs if self.cut else None, custom)
 
     def _network(self) -> tuple[Network, str]:
         network, digest = read_network(self.path)
@@ -116,10 +117,8 @@ class _Translation(Graph):
         for operator in self.network.operators:
             if operator.custom.startswith("Flex"):
                 unknown[f"TensorFlow's {operator.custom.removeprefix('Flex')} (a Flex operator)"] += 1
-            elif operator.op == "CUSTOM":
-                unknown[f"the custom operator {operator.custom}"] += 1
-            elif operator.op not in OPERATORS:
-                unknown[operator.op] += 1
+            elif converter(operator) is None:
+                unknown[f"the custom operator {operator.custom}" if operator.op == "CUSTOM" else operator.op] += 1
         if unknown:
             listed = ", ".join(f"{name}{f' ({count} times)' if count > 1 else ''}" for name, count in sorted(unknown.items()))
             raise ModelError(f"{self.where}: no conversion exists for {listed}; {_ADVICE}{self.offer()}")
@@ -130,7 +129,7 @@ class _Translation(Graph):
         for operator in self.network.operators:
             if not varies.isdisjoint(operator.inputs):
                 varies |= set(operator.outputs)
-            if operator.op not in OPERATORS or not lost.isdisjoint(operator.inputs):
+            if converter(operator) is None or not lost.isdisjoint(operator.inputs):
                 lost |= set(operator.outputs)
                 ends |= set(operator.inputs)
         made = [i for operator in self.network.operators for i in operator.outputs]
@@ -147,7 +146,9 @@ class _Translation(Graph):
                 raise Refused(f"its operand '{self.tensors[i].name}' is computed by no operator before it")
         self.current = self.tensors[operator.outputs[0]].name
         try:
-            OPERATORS[operator.op](self, operator)
+            convert = converter(operator)
+            assert convert is not None, operator  # `check_known`
+            convert(self, operator)
         except DAMAGED as error:
             raise Refused(f"its operands or options contradict its definition ({type(error).__name__}: {str(error)[:120]})") from error
 

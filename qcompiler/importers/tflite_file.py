@@ -50,7 +50,8 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """`op`: as the schema names it; `custom`: the name of a custom operator. inputs, outputs: indices of tensors, -1 where left out."""
+    """`op`: as the schema names it; `custom`: the name of a custom operator, whose options are bytes. inputs, outputs: indices of tensors, -1 where
+    left out."""
 
     op: str
     custom: str
@@ -149,6 +150,9 @@ class _Reader:
         if union is not None and operator.BuiltinOptionsType():
             options = getattr(self.schema, self.unions[operator.BuiltinOptionsType()])()
             options.Init(union.Bytes, union.Pos)
+        if op == "CUSTOM":
+            stored = operator.CustomOptionsAsNumpy()
+            options = b"" if isinstance(stored, int) else stored.tobytes()
         inputs, outputs = self.indices(operator.InputsAsNumpy(), count), self.indices(operator.OutputsAsNumpy(), count)
         return Operator(op, custom, tuple(inputs), tuple(outputs), options)
 

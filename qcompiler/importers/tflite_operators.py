@@ -15,7 +15,7 @@ from onnx import TensorProto
 from qcompiler.importers.nodes import Refused
 from qcompiler.importers.tflite_file import Operator
 from qcompiler.importers.tflite_graph import Graph
-from qcompiler.importers.tflite_windows import WINDOWS
+from qcompiler.importers.tflite_windows import CUSTOM, WINDOWS
 
 Convert = Callable[[Graph, Operator], None]
 _LAST = np.iinfo(np.int64).max
@@ -336,6 +336,11 @@ def one_hot(g: Graph, op: Operator) -> None:
     """Operands: indices, depth, the value there, the value elsewhere."""
     values = [g.node("Reshape", [g.value(op, i), g.int64([1])])[0] for i in (3, 2)]
     g.chain(op, "OneHot", [g.value(op), g.int64(g.ints(op, 1, "depth")), *g.node("Concat", values, axis=0)], axis=op.option("Axis", -1))
+
+
+def converter(op: Operator) -> Convert | None:
+    """How an operator is written as ONNX nodes; None where that is not known."""
+    return CUSTOM.get(op.custom) if op.op == "CUSTOM" else OPERATORS.get(op.op)
 
 
 OPERATORS: dict[str, Convert] = WINDOWS | {

@@ -121,19 +121,35 @@ def depthwise_conv_2d(g: Graph, op: Operator) -> None:
 
 
 def transpose_conv(g: Graph, op: Operator) -> None:
-    """Operands: output shape, filter [O, H, W, I], image, bias. SAME and VALID are those of the convolution whose gradient this is."""
-    weight, x, shape = g.operand(op, 1), g.operand(op, 2), g.ints(op, 0, "output shape")
-    value, steps = image(g, op, 2), strides(op)
+    """Operands: output shape, filter [O, H, W, I], image, bias."""
+    _transposed(g, op, (2, 1, 3), g.ints(op, 0, "output shape"), padding(op), strides(op))
+
+
+def transpose_conv_bias(g: Graph, op: Operator) -> None:
+    """Convolution2DTransposeBias of MediaPipe, which LiteRT runs on its delegate for CPUs. Operands: image, filter [O, H, W, I], bias; the shape is that of the
+    result's tensor. Options: a struct of three int32, padding (1: SAME, 2: VALID), strides along the width and the height."""
+    if len(op.options) < 12:
+        raise Refused(f"its options are {len(op.options)} bytes; supported: a padding and two strides of 4 bytes each")
+    same, right, down = np.frombuffer(op.options[:12], "<i4").tolist()
+    if same not in (1, 2) or min(right, down) < 1:
+        raise Refused(f"its padding is number {same} and its strides {[down, right]}; supported: SAME and VALID, positive strides")
+    _transposed(g, op, (0, 1, 2), list(g.tensors[op.outputs[0]].shape), _PADDING[same - 1], [down, right])
+
+
+def _transposed(g: Graph, op: Operator, places: tuple[int, int, int], shape: list[int], pad: str, steps: list[int]) -> None:
+    """A transposed convolution. places: of image, filter [O, H, W, I] and bias. SAME and VALID are those of the convolution whose gradient this is."""
+    x, weight = (g.operand(op, place) for place in places[:2])
+    value = image(g, op, places[0])
     if len(weight.shape) != 4 or len(shape) != 4:
         raise Refused(f"its filter and output shape have {len(weight.shape)} and {len(shape)} numbers; supported: 4")
     begin, end, more = list[int](), list[int](), list[int]()
     for n, out, k, s in zip(x.shape[1:3], shape[1:3], weight.shape[1:3], steps, strict=True):
         surplus = s * (n - 1) + k - out
-        before = max(surplus, 0) // 2 if padding(op) == "SAME_UPPER" else 0
-        if n < 1 or (padding(op) == "VALID" and surplus > 0) or -surplus >= s:
+        before = max(surplus, 0) // 2 if pad == "SAME_UPPER" else 0
+        if n < 1 or (pad == "VALID" and surplus > 0) or -surplus >= s:
             raise Refused(f"its output shape {shape} doesn't fit an image of shape {list(x.shape)}")
         begin, end, more = [*begin, before], [*end, max(surplus, 0) - before], [*more, max(-surplus, 0)]
-    operands = [value, g.value(op, 1, [3, 0, 1, 2]), *bias(g, op, 3, x, weight)]
+    operands = [value, g.value(op, places[1], [3, 0, 1, 2]), *bias(g, op, places[2], x, weight)]
     back(g, op, g.node("ConvTranspose", operands, strides=steps, pads=begin + end, output_padding=more)[0])
 
 
@@ -214,3 +230,5 @@ WINDOWS = {
     "BATCH_MATMUL": batch_matmul, "MAX_POOL_2D": pool("MaxPool"), "AVERAGE_POOL_2D": pool("AveragePool"), "RESIZE_BILINEAR": resize("linear"),
     "RESIZE_NEAREST_NEIGHBOR": resize("nearest"), "DEPTH_TO_SPACE": shuffle("DepthToSpace"), "SPACE_TO_DEPTH": shuffle("SpaceToDepth"),
 }  # fmt: skip
+CUSTOM = {"Convolution2DTransposeBias": transpose_conv_bias}
+"""Operators that the schema does not have, by the name that files give them."""

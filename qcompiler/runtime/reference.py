@@ -67,12 +67,14 @@ class OnnxRuntime:
 @dataclass(frozen=True)
 class LiteRt:
     """LiteRT on a file: its reference kernels, or its usual ones where those lack an operator. `inputs` and `outputs`: what the file's inputs and outputs
-    are called here, in its order. places: the tensors that are wanted in the place of its outputs."""
+    are called here, in its order. places: the tensors that are wanted in the place of its outputs. custom: the network has operators that only the
+    delegate for CPUs knows."""
 
     path: str
     inputs: Sequence[str]
     outputs: Sequence[str]
     places: Sequence[int] | None = None
+    custom: bool = False
     package: str = "ai-edge-litert"
 
     def open(self) -> tuple[str, Outputs]:
@@ -82,7 +84,8 @@ class LiteRt:
 
         kept = {"num_threads": 1, "experimental_preserve_all_tensors": self.places is not None}
         try:
-            interpreter = Interpreter(self.path, experimental_op_resolver_type=OpResolverType.BUILTIN_REF, **kept)
+            first = OpResolverType.BUILTIN if self.custom else OpResolverType.BUILTIN_REF
+            interpreter = Interpreter(self.path, experimental_op_resolver_type=first, **kept)
         except ValueError:
             usual = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             interpreter = Interpreter(self.path, experimental_op_resolver_type=usual, **kept)
