@@ -8,14 +8,16 @@ goes on where it was; --again measures anew what --only selects. Samples to cali
 
 SQNR: of the worst floating output, over all evaluation samples. int8: the share of the multiplications of the library that int8 steps do.
 A ! behind "compiled": the compiler warned that the outputs lose much.
-of ORT: ratio of the least times to ONNX Runtime float on one thread, in turns (of LiteRT for its files). NNCF: SQNR of OpenVINO's network quantized on
-the same samples, and its time as a ratio to the same, where installed.
+of float: ratio of the least times to ONNX Runtime float on one thread, in turns (of LiteRT for its files). NNCF: SQNR of OpenVINO's network quantized on
+the same samples, and its time as a ratio to the same, where installed; ORT: of ONNX Runtime's static quantization. A process that is ended at its limit
+leaves what it had measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -84,15 +86,23 @@ def integers(rng: np.random.Generator, shape: tuple[int, ...], end: float = 2) -
     return rng.integers(0, int(end), shape)
 
 
-MAKERS: dict[str, Callable[..., Array]] = {f.__name__: f for f in (image, audio, spectrum, normal, integers)}
+def equal(rng: np.random.Generator, shape: tuple[int, ...], value: float = 1) -> Array:
+    return np.full(shape, value)
 
 
-def samples(recipe: str, inputs: Any, first: int, count: int) -> Iterator[dict[str, Array]]:
-    """recipe: the name of a maker, and its numbers."""
-    name, *numbers = recipe.split()
+MAKERS: dict[str, Callable[..., Array]] = {f.__name__: f for f in (image, audio, spectrum, normal, integers, equal)}
+
+
+def samples(recipe: str | Mapping[str, str], inputs: Any, first: int, count: int) -> Iterator[dict[str, Array]]:
+    """recipe: the name of a maker, and its numbers; or such by input."""
+
+    def made(name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        maker, *numbers = (recipe if isinstance(recipe, str) else recipe[name]).split()
+        return MAKERS[maker](rng, shape, *map(float, numbers))
+
     for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
-        yield {i.name: MAKERS[name](rng, i.shape, *map(float, numbers)).astype(i.dtype) for i in inputs}
+        yield {i.name: made(i.name, rng, i.shape).astype(i.dtype) for i in inputs}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------------------------------
@@ -121,7 +131,8 @@ def fetched(package: str, file: str, sha256: str, cache: Path) -> Path:
 # -- one network, in a process of its own -----------------------------------------------------------------------------------------------------------
 
 
-def measure(model: Path, entry: Mapping[str, Any], preset: str) -> dict[str, Any]:
+def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
+    """save: is given what is known, whenever that is more."""
     import qcompiler
     from qcompiler.base.errors import ModelError, PlanError, QCompilerError
     from qcompiler.importers.model import load
@@ -135,29 +146,25 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str) -> dict[str, Any
         artifact = qcompiler.compile(model, calibration=calibration, preset=preset, **options)
     except QCompilerError as error:
         return {"status": "refused" if isinstance(error, (ModelError, PlanError)) else "failed", "reason": str(error)}
+    steps = [s for s in artifact.manifest["steps"] if not s.get("auxiliary")]
+    inside = sum(s["macs"] for s in steps if s["op"].startswith("qc.") and not s["op"].startswith("qc.f32."))
+    found: dict[str, Any] = {"status": "compiled", "int8_share": inside / max(1, sum(s["macs"] for s in steps))}
+    found |= {"expected_db": artifact.manifest.get("sqnr_db"), "warnings": artifact.manifest.get("warnings", [])}
     evaluation = list(samples(entry["made"], network.inputs, 1000, EVALUATION))
     fixed = {name: np.asarray(value) for name, value in network.fixed.items()}
-    runtime, reference = network.origin.elsewhere().open()
+    found["runtime"], reference = network.origin.elsewhere().open()
     wanted = [reference(fixed | s) for s in evaluation]
     with tempfile.TemporaryDirectory() as folder:
         session = qcompiler.Session(artifact.save(Path(folder) / "net.so"), threads=1)
-        by_output = worst([session.run(s) for s in evaluation], wanted)
+        found["outputs"] = worst([session.run(s) for s in evaluation], wanted)
+        found["sqnr_db"] = min(found["outputs"].values(), default=None)
         calls: dict[str, Callable[[], object]] = {"int8": lambda: session.run(evaluation[0])}
-        peers_of(model, fixed, calibration, evaluation, Path(folder), calls, found := {}, wanted)
-        timed = ratios(interleave(calls, seconds=4.0), "float") if "float" in calls else {}
-    steps = [s for s in artifact.manifest["steps"] if not s.get("auxiliary")]
-    inside = sum(s["macs"] for s in steps if s["op"].startswith("qc.") and not s["op"].startswith("qc.f32."))
-    return {
-        "status": "compiled",
-        "runtime": runtime,
-        "sqnr_db": min(by_output.values(), default=None),
-        "outputs": by_output,
-        "int8_share": inside / max(1, sum(s["macs"] for s in steps)),
-        "ratio": timed.get("int8"),
-        "nncf_ratio": timed.get("nncf"),
-        "warnings": artifact.manifest.get("warnings", []),
-        **found,
-    }
+        for attempt in peers_of(model, fixed, calibration, evaluation, Path(folder), calls, found, wanted):
+            save(found)
+            attempt()
+            timed = ratios(interleave(calls, seconds=4.0), "float") if "float" in calls else {}
+            found |= {{"int8": "ratio"}.get(name, f"{name}_ratio"): ratio for name, ratio in timed.items() if name != "float"}
+    return found
 
 
 def worst(got: list[dict[str, Array]], wanted: list[dict[str, Array]]) -> dict[str, float]:
@@ -173,15 +180,21 @@ def worst(got: list[dict[str, Array]], wanted: list[dict[str, Array]]) -> dict[s
 
 def peers_of(
     model: Path, fixed: dict[str, Array], calibration: Any, evaluation: Any, folder: Path, calls: dict[str, Any], found: dict[str, Any], wanted: Any
-) -> None:
-    """Adds the calls of other runtimes to `calls`, and what their quantizers reach to `found`; what can't take the network is left out, with its reason."""
+) -> list[Callable[[], None]]:
+    """What is to be called, one after another: each adds the call of another runtime to `calls`, and what its quantizer reaches to `found`; a runtime that
+    can't take the network is left out, with its reason."""
     from qcompiler.runtime import peers
 
-    def attempt(name: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # the exceptions of these packages have no common class
-            found[f"{name}_reason"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    feeds, names = [fixed | s for s in calibration], list(wanted[0])
+
+    def attempt(name: str, action: Callable[[], None]) -> Callable[[], None]:
+        def guarded() -> None:
+            try:
+                action()
+            except Exception as error:  # the exceptions of these packages have no common class
+                found[f"{name}_reason"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+        return guarded
 
     def litert() -> None:
         calls["float"] = peers.litert_call(model, evaluation[0], 1)
@@ -189,18 +202,26 @@ def peers_of(
     def onnxruntime() -> None:
         calls["float"] = peers.onnxruntime_call(model, fixed | evaluation[0], 1)
 
+    def onnxruntime_int8() -> None:
+        quantized = peers.onnxruntime_int8(model, feeds, folder)
+        got = [dict(zip(names, peers.onnxruntime_call(quantized, fixed | s, 1)(), strict=True)) for s in evaluation]  # type: ignore[call-overload]
+        found["ort_sqnr_db"] = min(worst(got, wanted).values())
+        calls["ort"] = peers.onnxruntime_call(quantized, fixed | evaluation[0], 1)
+
     def nncf() -> None:
         import openvino
 
-        quantized = peers.nncf_model(model, [fixed | s for s in calibration])
-        calls["nncf"] = peers.openvino_call(quantized, fixed | evaluation[0], 1)
+        quantized = peers.nncf_model(model, feeds)
         compiled = openvino.Core().compile_model(quantized, "CPU", peers.openvino_settings(1))
-        got = [{name: next(v for k, v in compiled(fixed | s).items() if name in k.get_names()) for name in wanted[0]} for s in evaluation]
+        places = {name: next(i for i, o in enumerate(compiled.outputs) if name in o.get_names()) for name in names}
+        got = [{name: values[i] for name, i in places.items()} for values in ([*compiled(fixed | s).values()] for s in evaluation)]
         found["nncf_sqnr_db"] = min(worst(got, wanted).values())
+        calls["nncf"] = peers.openvino_call(quantized, fixed | evaluation[0], 1)
 
-    attempt("float", litert if model.suffix == ".tflite" else onnxruntime)
-    if model.suffix == ".onnx" and peers.installed("openvino", "nncf"):
-        attempt("nncf", nncf)
+    listed = [attempt("float", litert if model.suffix == ".tflite" else onnxruntime)]
+    if peers.installed("openvino", "nncf"):
+        listed.append(attempt("nncf", nncf))
+    return listed + ([attempt("ort", onnxruntime_int8)] if model.suffix == ".onnx" else [])
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------------------------------------
@@ -224,11 +245,23 @@ def in_child(package: str, entry: Mapping[str, Any], options: argparse.Namespace
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
-            return {"status": "failed", "reason": f"took longer than {options.seconds:g} s"}
+            return {"status": "failed", "reason": f"took longer than {options.seconds:g} s"} | left(result)
         if child.returncode == 0 and result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text())
-            return found
-        return {"status": "failed", "reason": f"the process ended with {child.returncode}: {(errors.strip().splitlines() or [''])[-1][:300]}"}
+            return left(result)
+        reason = f"the process ended with {child.returncode}: {(errors.strip().splitlines() or [''])[-1][:300]}"
+        return {"status": "failed", "reason": reason} | left(result)
+
+
+def left(result: Path) -> dict[str, Any]:
+    """What a process has written."""
+    found: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+    return found
+
+
+def written(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.rename(path)
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -236,10 +269,10 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     body = []
     for key, r in results.items():
-        figures = {"sqnr_db": ".1f", "int8_share": ".0%", "ratio": ".2f", "nncf_sqnr_db": ".1f", "nncf_ratio": ".2f"}
+        figures = {"int8_share": ".0%", "sqnr_db": ".1f", "nncf_sqnr_db": ".1f", "ort_sqnr_db": ".1f", "ratio": ".2f", "nncf_ratio": ".2f", "ort_ratio": ".2f"}
         doubtful = " !" if any("lose much" in warning for warning in r.get("warnings", [])) else ""
         body.append([key, r["kind"], r["status"] + doubtful, *(number(r.get(name), form) for name, form in figures.items())])
-    head = ["network", "kind", "", "SQNR dB|", "int8|", "of ORT|", "NNCF dB|", "NNCF of ORT|"]
+    head = ["network", "kind", "", "int8|", "SQNR dB|", "NNCF dB|", "ORT dB|", "of float|", "NNCF|", "ORT|"]
     reasons = [f"{key}: {r['reason']}" for key, r in results.items() if r.get("reason")]
     done = [r for r in results.values() if r["status"] == "compiled"]
     return "\n".join([table("", head, body), "", f"{len(done)} of {len(results)} compiled", *reasons])
@@ -258,7 +291,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.one:
         model, entry, result = options.one
-        Path(result).write_text(json.dumps(measure(Path(model), json.loads(entry), options.preset)))
+        save = functools.partial(written, Path(result))
+        save(measure(Path(model), json.loads(entry), options.preset, save))
         return 0
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     listed = [(p["package"], m) for p in yaml.safe_load(LIST.read_text()) for m in p["models"]]
@@ -269,9 +303,7 @@ def main() -> int:
             continue
         print(key, file=sys.stderr, flush=True)
         results[key] = {"kind": entry["kind"], **in_child(package, entry, options)}
-        temporary = options.out.with_suffix(".part")
-        temporary.write_text(json.dumps(results, indent=1))
-        temporary.rename(options.out)
+        written(options.out, results)
     print(rows(results))
     return 0
 
