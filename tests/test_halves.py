@@ -100,7 +100,7 @@ def loud_and_quiet(folder: Path) -> tuple[Path, list[dict[str, np.ndarray]]]:
 def test_a_rescue_reads_in_halves_before_it_keeps_layers_in_float(tmp_path: Path) -> None:
     path, samples = loud_and_quiet(tmp_path)
     network = quantize(path, "native", samples)
-    assert network.plan.reasons == {} and network.warnings == ()
+    assert network.plan.reasons == {}
     before, after = network.account["rescue"].split(" more work: ")[1].split(" dB, estimated")[0].split(" dB -> ")
     assert float(before) < ENOUGH <= float(after)
     assert quantize(path, "native", samples, disable=["halves"]).plan.reasons

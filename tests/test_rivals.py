@@ -61,7 +61,7 @@ def test_the_better_network_is_kept_and_both_figures_stated(spoilt: bool, monkey
     assert result.artifact.manifest["calibration_samples"] == 12, "the others were held out"
     kept = "default" if spoilt else "accurate"
     assert (accurate < default) == spoilt and f"the plan of {kept} kept" in said
-    assert result.corrected is made[kept] and result.artifact.manifest["preset"] == kept
+    assert result.corrected.built is made[kept].built and result.artifact.manifest["preset"] == kept
     assert made["default"].network.measured.table is made["accurate"].network.measured.table, "one calibration"
     held = [s for i, s in enumerate(samples(16)) if i % 4 == 3]
     noise = rivals._scores(made["default"], made["default"].network.measured.twin.session(), CheckedSamples(held, job.model.inputs))

@@ -28,6 +28,7 @@ from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.accuracy_target import search
 from qcompiler.pipeline.goal import Goal
 from qcompiler.pipeline.job import Job, asked_rows, opened
+from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.options import Options, complete, given, takes_options
 from qcompiler.pipeline.ports import ported
@@ -44,7 +45,7 @@ def compiled(job: Job) -> Compilation:
         return best_of(job, rival)  # the stages below for two recipes
     equalized = equalize(job)
     measured = calibrate(equalized)
-    return link(ported(network(measured)))
+    return link(ported(judged(network(measured))))
 
 
 @takes_options

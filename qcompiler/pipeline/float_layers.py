@@ -1,9 +1,9 @@
-"""The layers that a compilation takes in float of its own accord, and what it says where the outputs stay poor all the same.
+"""The layers that a compilation takes in float of its own accord.
 
 An estimate decides: the float network with all roundings of the plan at once, on calibration samples. From 20 dB on nothing happens. Below, the step
 "rescue" reads operands of dense layers in halves (`halves.py`); where that is not enough it takes layers in float, those first that bring back most for
 their work, until the estimate comes to 20 dB or they cost a fifth of the network's work. The step "mixed" takes layers in float up to 40 dB, and whatever
-the estimate. A network below 15 dB is never handed out without a warning.
+the estimate. What the outputs have lost in the end is measured and said by `judgement.py`.
 
 Work is counted, not timed: the same layers are taken on every machine.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qcompiler.pipeline.goal import decibel
@@ -23,40 +23,31 @@ from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import Network, Point, first_below
 
-ENOUGH = 20.0  # dB, estimated, of every output: from here on no layer is rescued
-POOR = 15.0  # dB, below which compilation warns
+ENOUGH = 20.0  # dB of every output: from here on no layer is rescued, and nothing is warned of
 _ALLOWANCE = 0.2  # of the network's work, for layers in float
 _SAMPLES = 8
-_FEW = 2  # samples that tell which roundings to name
 _TRIES = 3  # plans that a rescue makes
-_NAMED = 3  # roundings that a warning names
 
 
 def settled(network: QuantizedNetwork) -> QuantizedNetwork:
-    """The network, or the one with layers in float that takes its place; with a warning where its outputs are poor."""
+    """The network, or the one with layers in float that takes its place."""
     job = network.job
     if not network.measured.table.samples or not any(o.dtype == "float32" for o in job.model.outputs):
         return network
     steps = frozenset() if job.target.gpu else job.recipe.steps
     if "mixed" in steps:
         network = _mixed(network)
-    noise, limit = _estimate(network), _noise(POOR if "mixed" in steps or "rescue" not in steps else ENOUGH)
-    if noise <= limit or not math.isfinite(noise):
-        return dataclasses.replace(network, noise=noise)
-    rescues = limit == _noise(ENOUGH)
-    if rescues and "halves" in steps:
-        network, noise = _in_halves(network, noise)
-        if noise <= limit:
-            return dataclasses.replace(network, noise=noise)
-    trade = _Trade.of(network, _SAMPLES if rescues else _FEW)
-    if rescues:
-        network, noise = _rescued(network, noise, trade)
-    if noise > _noise(POOR):
-        network = dataclasses.replace(network, warnings=(*network.warnings, _warning(network, noise, trade)))
+    noise = _estimate(network)
+    if "mixed" not in steps and "rescue" in steps and relative_noise(ENOUGH) < noise < math.inf:
+        if "halves" in steps:
+            network, noise = _in_halves(network, noise)
+        if noise > relative_noise(ENOUGH):
+            network, noise = _rescued(network, noise, _Trade.of(network))
     return dataclasses.replace(network, noise=noise)
 
 
-def _noise(db: float) -> float:
+def relative_noise(db: float) -> float:
+    """Noise over power of an SQNR."""
     return float(10 ** (-db / 10))
 
 
@@ -73,9 +64,9 @@ class _Trade:
     network: Network
 
     @staticmethod
-    def of(network: QuantizedNetwork, samples: int = _SAMPLES) -> _Trade:
+    def of(network: QuantizedNetwork) -> _Trade:
         survey = Survey(network, network.integer)
-        found = survey.sensitivity(network.measured.twin.session(), most=samples)
+        found = survey.sensitivity(network.measured.twin.session(), most=_SAMPLES)
         return _Trade(found, survey.network(found, *survey.work(), (ELEMENT, ELEMENT)))
 
     def affordable(self, kept: Mapping[str, str]) -> list[Point]:
@@ -109,7 +100,7 @@ def _mixed(network: QuantizedNetwork) -> QuantizedNetwork:
     """With the layers in float whose 8-bit roundings cost the outputs most for the work that float32 takes."""
     trade = _Trade.of(network)
     points = trade.affordable(network.job.kept)
-    first, last = points[0], points[first_below(points, _noise(BEYOND_NOTICE))]
+    first, last = points[0], points[first_below(points, relative_noise(BEYOND_NOTICE))]
     found = _with(network, trade.reasons(first, last, "mixed"))
     return dataclasses.replace(found, account={**network.account, "mixed": _summary(first, last, first.noise, last.noise)})
 
@@ -129,7 +120,7 @@ def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[Qu
     points = trade.affordable(network.job.kept)
     first, fixed = points[0], frozenset(network.job.kept)
     best, least, chosen = network, noise, first
-    tried, limit = {first.keep}, first.noise * _noise(ENOUGH) / noise
+    tried, limit = {first.keep}, first.noise * relative_noise(ENOUGH) / noise
     for _ in range(_TRIES):
         whole = points[first_below(points, limit)]
         point = trade.network.trimmed(whole, max(limit, whole.noise), fixed)
@@ -140,32 +131,8 @@ def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[Qu
         found = _estimate(candidate)
         if found < least:
             best, least, chosen = candidate, found, point
-        if found <= _noise(ENOUGH):
+        if found <= relative_noise(ENOUGH):
             break
-        limit = min(limit, point.noise) * min(_noise(ENOUGH) / found, 0.5)
+        limit = min(limit, point.noise) * min(relative_noise(ENOUGH) / found, 0.5)
     said = "; ".join([*filter(None, [network.account.get("rescue")]), _summary(first, chosen, noise, least)])
     return dataclasses.replace(best, account={**network.account, "rescue": said}), least
-
-
-def _warning(network: QuantizedNetwork, noise: float, trade: _Trade) -> str:
-    costs = _costs(network, trade.found)
-    total = sum(costs.values()) or 1.0
-    worst = sorted(costs, key=lambda name: -costs[name])[:_NAMED]
-    named = ", ".join(f"{name} ({100 * costs[name] / total:.0f} %)" for name in worst)
-    return (
-        f"the outputs lose much in 8 bits: about {decibel(noise):.1f} dB are left on the calibration samples (20 and more are sound). "
-        f"Most of the noise comes from {named}. {_advice(network.job.recipe.preset)}"
-    )
-
-
-def _costs(network: QuantizedNetwork, found: Sensitivity) -> dict[str, float]:
-    """Relative noise at the worst output of each rounding that is left in a network, as people call it."""
-    stored = {v for v in found.values if network.plan.params(v) is not None}
-    values = {f"value '{v}'": float(found.values[v].max()) for v in stored}
-    return values | {f"the weights of '{v}'": float(noise.max()) for v, noise in found.weights.items() if v not in network.plan.reasons}
-
-
-def _advice(preset: str) -> str:
-    better: Sequence[str] = {"fast": ("--preset default", "--preset accurate"), "default": ("--preset accurate",)}.get(preset, ())
-    helps = [*better, f"--min-sqnr {ENOUGH:g}, which keeps as many layers in float as that takes", "--keep-float with these names"]
-    return f"What helps: {', '.join(helps[:-1])}, or {helps[-1]}"

@@ -23,6 +23,7 @@ from qcompiler.calibration.ports import stored_inputs
 from qcompiler.importers.model import FloatModel
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import find_groups
+from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.padding import check_padding
 from qcompiler.pipeline.stages import Corrected, QuantizedNetwork
 from qcompiler.plan.quant_plan import Quantized, count_operators
@@ -58,7 +59,7 @@ class Compilation:
 def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
     """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
-    warnings = [*measured.warnings, *network.warnings]
+    warnings = [*measured.warnings, *corrected.warnings]
     here = corrected.built if job.target == find_target("native") else corrected.here
     if here is None and (job.pad or job.selftest):
         here = build(corrected.integer, find_target("native"), "generate host code", others=corrected.others, progress=job.progress)
@@ -113,9 +114,9 @@ def self_test(corrected: Corrected, here: Built, count: int) -> dict[str, Any]:
 
 
 def expected_sqnr(corrected: Corrected) -> float | None:
-    """dB of the worst output on calibration samples: as the last correction measured it, else as estimated. None where no sample tells, or nothing is lost."""
-    tried, noise = list(corrected.corrections.values()), corrected.network.noise
-    found = tried[-1].worst if tried else None if not noise else -10 * math.log10(noise)
+    """dB of the worst output on calibration samples: as `judged`, else as the last correction measured it. None where no sample tells, or nothing is lost."""
+    tried, noise = list(corrected.corrections.values()), corrected.noise
+    found = decibel(noise) if noise is not None else tried[-1].worst if tried else None
     return round(found, 2) if found is not None and found < EXACT and math.isfinite(found) else None  # as many digits as every machine agrees on
 
 

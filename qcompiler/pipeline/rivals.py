@@ -17,6 +17,7 @@ from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import FEWEST, Scores, decibel, held_out
 from qcompiler.pipeline.halves import halved
 from qcompiler.pipeline.job import Job
+from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.stages import Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network
@@ -57,7 +58,7 @@ def best_of(job: Job, rival: Recipe) -> Compilation:
     where = f"{len(held)} samples that neither was fitted to" if held else f"the calibration samples themselves (fewer than {FEWEST}: none could be held out)"
     better = 0 if noise[0] <= noise[1] else 1
     verdict = f"{own}, {other} on {where}: the plan of {(job.recipe, rival)[better].preset} kept"
-    return link(ported(networks[better]), searched={"rivals": verdict})
+    return link(ported(judged(networks[better])), searched={"rivals": verdict})
 
 
 def _scores(made: Corrected, twin: Session, samples: Samples) -> Scores:

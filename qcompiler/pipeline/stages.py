@@ -190,7 +190,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
     ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
-    ends = SampleEnds(ids if job.recipe.judges_ranges else ())
+    ends = SampleEnds(ids)
     table = observe(job, equalized.twin, ids, [means, ends], stage, [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
@@ -225,14 +225,13 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
 @dataclass
 class QuantizedNetwork:
     """A plan, and both modules that the float network became by it. account: what was done to find layers to keep in float, {step: sentence}.
-    warnings: of what the outputs lose. noise: over power of the worst output, estimated; None before that is known, or without samples."""
+    noise: over power of the worst output, estimated; None before that is known, or without samples."""
 
     measured: Measured
     plan: QuantPlan
     qdq: tvm.IRModule
     integer: tvm.IRModule
     account: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
     noise: float | None = None
 
     @property
@@ -285,7 +284,8 @@ def generate(network: QuantizedNetwork) -> Built:
 class Corrected:
     """A network's code with the constants that calibration samples led to. integer: the module that it equals bit for bit; others: at the other shapes of
     the library. here: its code for this machine, if there is any. corrections: what was tried, by its name in the manifest. ports: what the manifest says
-    of inputs and outputs whose types are not the float network's, at each shape."""
+    of inputs and outputs whose types are not the float network's, at each shape. noise: over power of the worst output, once it was judged; warnings: of
+    what the outputs lose."""
 
     network: QuantizedNetwork
     built: Built
@@ -294,6 +294,8 @@ class Corrected:
     corrections: dict[str, Correction]
     others: Sequence[tvm.IRModule] = ()
     ports: Sequence[Mapping[str, Any]] = ()
+    noise: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def correct(network: QuantizedNetwork, built: Built) -> Corrected:

@@ -13,12 +13,14 @@ import tvm
 from qcompiler.backend.build import Built
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.numerics.metrics import Parts
+from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.kinds import KINDS
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork
 from qcompiler.plan.placement import Placer
-from qcompiler.plan.quant_plan import Derived
+from qcompiler.plan.quant_plan import Derived, Quantized, QuantPlan
+from qcompiler.plan.ranges import SampleEnds
 from qcompiler.plan.sensitivity import Sensitivity, Walk, layer_seconds, measure_sensitivity
 from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost
 from qcompiler.refine.analytic import bias_for, shapes_of
@@ -65,23 +67,29 @@ class Survey:
         return float(self.noise(twin, samples).max())
 
     def noise(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
-        """Noise over power of each float output, with all roundings at once: the float network `twin` runs with the int8 weights,
-        and every value that the plan stores is rounded before its readers see it. No code is generated."""
-        params = {v: p for v in self._placement.stored if (p := self._quantized.plan.params(v)) is not None}
-        rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
-        power = noise = np.zeros(1)
-        padding, parts, samples = self._quantized.measured.padding, list[Parts](), list(samples)
-
-        def walked(sessions: tuple[Session, Session], sample: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-            walk = Walk(sessions[0], sample, sessions[1], parts, padding)
-            return walk.power, walk.errors_of_plan(params)
-
-        parts += Walk(twin, samples[0], padding=padding).parts if samples else []
-        count = worker_count(twin.manifest["workspace"])
-        for own, errors in in_order(walked, list(zip(twin.alone(count), rounded.alone(count), strict=True)), samples):
-            power, noise = power + own, noise + errors
+        """Noise over power of each float output; see `errors`."""
+        power, noise = (sums.sum(axis=0) for sums in self.errors(twin, samples))
         result: np.ndarray = np.divide(noise, power, out=np.zeros_like(power), where=power > 0)
         return result
+
+    def errors(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]], unseen: SampleEnds | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """float64[S, outputs] twice: sums of squares of the float outputs, and of their errors with all roundings at once: the float network `twin` runs
+        with the int8 weights, and every value that the plan stores is rounded before its readers see it. No code is generated. An output that holds several
+        quantities counts as several. unseen: each sample meets the ranges that the others alone would have led to; the ends of all, in the same order."""
+        plan, padding, parts = self._quantized.plan, self._quantized.measured.padding, list[Parts]()
+        params = {v: p for v in self._placement.stored if (p := plan.params(v)) is not None}
+        rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
+        numbered = list(enumerate(samples))
+
+        def walked(sessions: tuple[Session, Session], numbered: tuple[int, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+            index, sample = numbered
+            walk = Walk(sessions[0], sample, sessions[1], parts, padding)
+            return walk.power, walk.errors_of_plan(params if unseen is None else without_sample(plan, params, unseen, index))
+
+        parts += Walk(twin, numbered[0][1], padding=padding).parts if numbered else []
+        count = worker_count(twin.manifest["workspace"])
+        found = list(in_order(walked, list(zip(twin.alone(count), rounded.alone(count), strict=True)), numbered))
+        return np.array([power for power, _ in found]), np.array([noise for _, noise in found])
 
     def _rounded(self, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], threads: int) -> Session:
         """The float network with other weights."""
@@ -118,6 +126,28 @@ class Survey:
         values = {v: ValueCost(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
         return Network(layers, values, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
+
+
+def without_sample(plan: QuantPlan, params: Mapping[str, QParams], ends: SampleEnds, index: int) -> dict[str, QParams]:
+    """`params` of a plan as they were without one sample: a range that came from data is narrower by as much as that sample reached further than all others,
+    at either end; values stored alike count as one."""
+    together: dict[str, list[str]] = {}
+    for value in params:
+        together.setdefault(plan.source(value), []).append(value)
+    found = dict(params)
+    for source, members in together.items():
+        seen = [np.array(ends.ends[m]) for m in {source, *members} if len(ends.ends.get(m, ())) > index]
+        if isinstance(plan.edges[source], Quantized) and seen and len({len(s) for s in seen}) == 1 and len(seen[0]) > 1:
+            reach = np.stack([np.minimum(np.min(seen, 0)[:, 0], 0.0), np.maximum(np.max(seen, 0)[:, 1], 0.0)], 1)
+            whole, rest = (np.array([r[:, 0].min(), r[:, 1].max()]) for r in (reach, np.delete(reach, index, 0)))
+            low, high = np.divide(rest, whole, out=np.ones(2), where=whole != 0)
+            if low < 1 or high < 1:
+                p = params[source] if source in params else params[members[0]]
+                least, most = LIMITS[p.dtype]
+                found |= dict.fromkeys(
+                    members, QParams.from_range(p.scale * (least - p.zero_point) * low, p.scale * (most - p.zero_point) * high, dtype=p.dtype)
+                )
+    return found
 
 
 def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:

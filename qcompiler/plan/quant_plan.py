@@ -122,17 +122,21 @@ class QuantPlan:
     def params(self, value_id: str) -> QParams | None:
         """How a value is stored in 8 bits; None when it stays float32. Raises PlanError for an unknown id or a circle of Shared and
         Derived."""
+        edge = self.edges[self.source(value_id)]
+        return None if isinstance(edge, (Float, Shared, Derived)) else edge.params
+
+    def source(self, value_id: str) -> str:
+        """The value with whose parameters a value is stored: itself where it has its own. Errors as `params`."""
         seen = [value_id]
         while True:
             edge = self.edges.get(seen[-1])
             if edge is None:
                 raise PlanError(f"the plan has no row for value '{seen[-1]}'" + (f" (reached from '{value_id}')" if len(seen) > 1 else ""))
-            if isinstance(edge, (Shared, Derived)):
-                if edge.source in seen:
-                    raise PlanError(f"the plan's rows go round in a circle: {' -> '.join([*seen, edge.source])}")
-                seen.append(edge.source)
-                continue
-            return None if isinstance(edge, Float) else edge.params
+            if not isinstance(edge, (Shared, Derived)):
+                return seen[-1]
+            if edge.source in seen:
+                raise PlanError(f"the plan's rows go round in a circle: {' -> '.join([*seen, edge.source])}")
+            seen.append(edge.source)
 
     def weight(self, group_id: str) -> tuple[np.ndarray, np.ndarray]:
         """(int8 weights as `Group.weight` has them, float64 scales [O]) of a convolution or dense group. Raises PlanError for any other."""

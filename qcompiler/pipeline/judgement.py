@@ -1,0 +1,107 @@
+"""What the outputs of a finished network keep, and the sentence that says so where that is little.
+
+Every preset is judged: calibration samples run through the network and its float twin side by side, on the very code where there is code for this machine, else
+with its roundings in the float network. The worst output counts, and of one that holds several quantities the worst of these.
+
+Ranges that were taken from a sample hold it, and may not hold the next one. So the float network with all roundings runs once more, each sample with the
+ranges that the others alone would have led to. What is lost more by that is added, and the upper end of the sum's 95 % confidence interval is what other
+samples may lose. A network that keeps less than `ENOUGH` on the calibration samples, or may keep less on others, is never handed out without a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from qcompiler.numerics.metrics import Parts
+from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
+from qcompiler.pipeline.goal import Scores, decibel
+from qcompiler.pipeline.stages import Corrected
+from qcompiler.pipeline.survey import Survey
+from qcompiler.plan.sensitivity import Sensitivity
+
+_SAMPLES = 8
+_FEW = 2  # samples that tell which roundings to name
+_NAMED = 3  # roundings that a warning names
+
+
+def judged(corrected: Corrected) -> Corrected:
+    """The network, with what its worst output has lost, and a warning where that is much."""
+    network = corrected.network
+    if network.noise is None:  # no samples, or no output that could be judged
+        return corrected
+    scores = _scores(corrected)
+    noise, limit = scores.relative_noise(), relative_noise(ENOUGH)
+    bound = _unseen(corrected, scores) if noise <= limit and len(scores) > 1 else noise
+    warnings = (_warning(corrected, noise, bound),) if bound > limit else ()
+    return dataclasses.replace(corrected, noise=noise, warnings=warnings)
+
+
+def _samples(corrected: Corrected) -> Iterator[Mapping[str, np.ndarray]]:
+    return itertools.islice(corrected.network.job.alike, _SAMPLES)
+
+
+def _unseen(corrected: Corrected, scores: Scores) -> float:
+    """Noise over power that other samples may lead to."""
+    measured = corrected.network.measured
+    survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
+    _, seen = survey.errors(twin, _samples(corrected))
+    _, unseen = survey.errors(twin, _samples(corrected), measured.ends)
+    return dataclasses.replace(scores, noise=scores.noise + np.maximum(unseen - seen, 0.0)).noise_bound()
+
+
+def _scores(corrected: Corrected) -> Scores:
+    """Of every quantity in every float output; one that is always zero counts as kept."""
+    measured, job = corrected.network.measured, corrected.network.job
+    twin = measured.twin.session()
+    if corrected.here is None:
+        return Scores(*_told(*Survey(corrected.network, corrected.integer).errors(twin, _samples(corrected))))
+    session, floats = corrected.here.session(), [o.name for o in twin.outputs if o.dtype == "float32"]
+    parts: list[Parts] = []
+    power, noise = list[np.ndarray](), list[np.ndarray]()
+    for done, sample in enumerate(_samples(corrected), 1):
+        counted = measured.padding.of(twin, sample)
+        got, expected = counted.outputs(session.run(sample)), counted.outputs(twin.run(sample))
+        wanted = [expected[n].astype(np.float64) for n in floats]
+        parts = parts or [Parts.of(a) for a in wanted]
+        power.append(np.concatenate([p.sums(np.square(a)) for p, a in zip(parts, wanted, strict=True)]))
+        noise.append(np.concatenate([p.sums(np.square(got[n] - a)) for p, a, n in zip(parts, wanted, floats, strict=True)]))
+        job.progress("judge the outputs", done, _SAMPLES)
+    return Scores(*_told(np.array(power), np.array(noise)))
+
+
+def _told(power: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nothing is lost of what is always zero."""
+    silent = power.sum(axis=0) == 0
+    return power, np.where(silent, 0.0, noise)
+
+
+def _warning(corrected: Corrected, noise: float, bound: float) -> str:
+    network = corrected.network
+    found = Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW)
+    costs = _costs(corrected, found)
+    total = sum(costs.values()) or 1.0
+    worst = sorted(costs, key=lambda name: -costs[name])[:_NAMED]
+    named = ", ".join(f"{name} ({100 * costs[name] / total:.0f} %)" for name in worst)
+    much = noise > relative_noise(ENOUGH)
+    left = f"about {decibel(noise):.1f} dB are left on the calibration samples"
+    return (
+        f"the outputs {'lose' if much else 'may lose'} much in 8 bits: {left}{'' if much else f', on others maybe {decibel(bound):.1f} dB'} "
+        f"({ENOUGH:g} and more are sound). Most of the noise comes from {named}. {_advice(network.job.recipe.preset)}"
+    )
+
+
+def _costs(corrected: Corrected, found: Sensitivity) -> dict[str, float]:
+    """Relative noise at the worst output of each rounding that is left in a network, as people call it."""
+    plan = corrected.network.plan
+    values = {f"value '{v}'": float(noise.max()) for v, noise in found.values.items() if plan.params(v) is not None}
+    return values | {f"the weights of '{v}'": float(noise.max()) for v, noise in found.weights.items() if v not in plan.reasons}
+
+
+def _advice(preset: str) -> str:
+    better: Sequence[str] = {"fast": ("--preset default", "--preset accurate"), "default": ("--preset accurate",)}.get(preset, ())
+    helps = [*better, f"--min-sqnr {ENOUGH:g}, which keeps as many layers in float as that takes", "--keep-float with these names"]
+    return f"What helps: {', '.join(helps[:-1])}, or {helps[-1]}"
