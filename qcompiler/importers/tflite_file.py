@@ -164,14 +164,14 @@ class _Reader:
             name = f"{name}_{index}"
         names.add(name)
         dtype = _DTYPES.get(self.types.get(tensor.Type(), ""), "")
+        if tensor.IsVariable() or self.types.get(tensor.Type()) in ("RESOURCE", "VARIANT"):
+            raise Refused(f"tensor '{name}' keeps its value from call to call; supported: networks without state. Export it with its state as input and output")
         if not dtype:
             raise Refused(f"tensor '{name}' is of type {self.types.get(tensor.Type(), tensor.Type())}; supported: {', '.join(_DTYPES.values())}")
         stored, signature = ([] if isinstance(v, int) else [int(d) for d in v] for v in (tensor.ShapeAsNumpy(), tensor.ShapeSignatureAsNumpy()))
         shape = tuple(-1 if s == -1 else d for d, s in zip(stored, signature, strict=True)) if signature else tuple(stored)
         if any(d < 0 for d in stored) or len(shape) > 8:
             raise ValueError(f"tensor '{name}' has shape {stored}")
-        if tensor.IsVariable():
-            raise Refused(f"tensor '{name}' keeps its value from call to call; supported: networks without state. Export it with its state as input and output")
         data = self.constant(model, tensor, name, tuple(stored), dtype)
         scale, zero, axis = self.quantization(tensor, name, shape, dtype)
         return Tensor(name, shape, "int8" if dtype == "int4" else dtype, data, scale, zero, axis)
