@@ -83,6 +83,30 @@ def test_pixels_for_a_network_that_wants_normalized_inputs(layout: str, tmp_path
     assert warned([p - 128 for p in pixels]) == [], "no pixels"
 
 
+@pytest.mark.parametrize(("spread", "said"), [(0.29, "like pixels from 0 to 1, and the first layer"), (74.0, "it seems to want much larger numbers")])
+def test_inputs_that_are_too_small_for_the_network(spread: float, said: str, tmp_path: Path) -> None:
+    """A network trained on (pixels from 0 to 1 - 0.5) / 0.29, and one trained on pixels from 0 to 255: its biases are larger than what it makes of them."""
+    net = OnnxNet()
+    weight = np.random.default_rng(3).standard_normal((16, 3, 3, 3)).astype(np.float32)
+    size = np.sqrt(np.square(weight).sum(axis=(1, 2, 3)))
+    biases = 3 * size if spread < 1 else 1.5 * spread * size
+    x = net.input("x", 1, 3, 16, 16)
+    y = net.op("Conv", net.op("Relu", net.op("Conv", x, net.const(weight), net.const(biases))), net.weight(4, 16, 3, 3))
+    path = net.save(tmp_path / "m.onnx", [y])
+    pixels = [np.random.default_rng(i).random((1, 3, 16, 16)).astype(np.float32) for i in range(4)]
+
+    def warned(data: list[np.ndarray], preset: str) -> list[str]:
+        found = qcompiler.calibrate(path, tmp_path / "t.qcal", [{"x": d.astype(np.float32)} for d in data], preset=preset).warnings
+        stored = qcompiler.compile(path, calibration=tmp_path / "t.qcal", preset=preset).manifest.get("warnings", []) if preset == "fast" else found
+        assert stored == found
+        return [w for w in found if "hardly depends on it" in w]
+
+    for preset in ("fast", "default"):
+        (warning,) = warned(pixels, preset)
+        assert warning.startswith("input 'x' lies in [") and said in warning
+    assert warned([(p - 0.5) / 0.29 if spread < 1 else 255 * p for p in pixels], "fast") == []
+
+
 def test_one_sample_of_zeros_compiles_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "zeros.npy"
     np.save(data, np.zeros((1, 1, 1, 16, 16), np.float32))

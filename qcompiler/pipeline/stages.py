@@ -31,7 +31,7 @@ from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
@@ -42,6 +42,7 @@ from qcompiler.plan.recipes import Recipe
 from qcompiler.refine.analytic import mean_of_rounding
 from qcompiler.refine.correction import correct_biases
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
+from qcompiler.refine.first_layers import FirstLayers, first_layers
 from qcompiler.refine.means import FloatMeans
 from qcompiler.refine.rounding import NARROW, DataRounder
 from qcompiler.refine.trial import Correction, SessionExecutor
@@ -83,12 +84,13 @@ def compile_float(
 @dataclass
 class Equalized:
     """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted). imported: what another
-    runtime says of the float network."""
+    runtime says of the float network. first: the layers at the inputs, with the weights that they had before."""
 
     job: Job
     twin: Built | None
     equalization: Equalization
     imported: ImportCheck | None = None
+    first: Mapping[str, tuple[str, Group]] = field(default_factory=dict)
 
 
 def equalize(job: Job) -> Equalized:
@@ -97,8 +99,9 @@ def equalize(job: Job) -> Equalized:
         return Equalized(job, None, Equalization())
     twin = float_code(job.model, dump=job.dump, progress=job.progress, others=job.sampled)
     imported = check_import(job.model.origin.elsewhere(), twin.session(), itertools.islice(job.samples, 1), job.model.exactness, job.model.fixed)
+    first = first_layers(find_groups(job.model.module), [i.name for i in job.model.inputs])
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
-        return Equalized(job, twin, Equalization(), imported)
+        return Equalized(job, twin, Equalization(), imported, first)
     observe(job, twin, (), [seen], "measure channels")
     found = decide_channels(job.model.module, seen.values, "shift" in job.recipe.steps)
     layers = equalized_layers(job.model.module, found.channels)
@@ -106,7 +109,7 @@ def equalize(job: Job) -> Equalized:
         for index, array in enumerate(operands, 1):
             twin.replace_operand(value_id, index, array)
     model, *others = (dataclasses.replace(m, module=run(REPLACE_WEIGHTS, m.module, layers, dump=job.dump)) for m in job.models)
-    return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), twin, found, imported)
+    return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), twin, found, imported, first)
 
 
 def observe(
@@ -191,9 +194,10 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids)
-    table = observe(job, equalized.twin, ids, [means, ends], stage, [means.limit], at_first=True)
+    groups, first = find_groups(job.model.module), FirstLayers(equalized.first, SAMPLES)
+    table = observe(job, equalized.twin, ids, [means, ends, first], stage, [means.limit], at_first=True)
     job.dump("calibration", table)
-    warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, find_groups(job.model.module))
+    warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, groups, first.constancy())
     if equalized.imported is not None and equalized.imported.failure:
         warnings.append(equalized.imported.failure)
     return Measured(equalized, table, means, ends, warnings)
