@@ -13,6 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 import qcompiler
+from docs.pictures import pictures
 from qcompiler.base.arguments import spelled
 from qcompiler.cli.main import build_parser
 from qcompiler.pipeline.options import ARGUMENTS, GROUPS, OPTIONS, TYPES
@@ -26,6 +27,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are not in docs/."""
     pages = {page: (ROOT / source).read_text() for source, page in TAKEN.items()}
     pages |= {"reference/api.md": api_page(), "reference/cli.md": cli_page()}
+    pages |= {f"pictures/{name}": text for name, text in pictures().items()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
