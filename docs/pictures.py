@@ -1,4 +1,7 @@
-"""The pictures of the site, drawn from what the code does: as SVG text, {file name: text}. Run alone it writes them into a folder: python -m docs.pictures FOLDER"""
+"""The pictures of the site, drawn from what the code does: as SVG text, {file name: text}.
+
+python docs/pictures.py FOLDER          # writes them there
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,8 @@ def tile() -> str:
     isa = AVX512VNNI
     chosen = default_tiling(geometry, isa)
     pixels, cell = chosen.rows * chosen.cols, 26
-    parts = [_text(20, 24, "output pixels, 3 x 3 convolution on 56 x 56 x 64", weight="bold"), _text(20, 42, "a tile in orange; a task computes a run of tiles", size=12)]
+    parts = [_text(20, 24, "output pixels, 3 x 3 convolution on 56 x 56 x 64", weight="bold")]
+    parts.append(_text(20, 42, "a tile in orange; a task computes a run of tiles", size=12))
     for r in range(max(chosen.rows, 3) + 1):
         for c in range(max(chosen.cols, 6) + 4):
             inside = r < chosen.rows and c < chosen.cols
@@ -102,7 +106,8 @@ def tile() -> str:
     top = 56 + (max(chosen.rows, 3) + 1) * cell + 30
     of = f"{chosen.rows} x {chosen.cols} pixels times {chosen.blocks} vectors of {isa.lanes} channels"
     parts += [_text(20, top, f"its accumulators: {of}", weight="bold")]
-    parts.append(_text(20, top + 18, f"{pixels * chosen.blocks} of the {isa.registers} vector registers, over all {geometry.depth(isa.group)} dot steps of {isa.group} channels", size=12))
+    where = f"{pixels * chosen.blocks} of the {isa.registers} vector registers, over all {geometry.depth(isa.group)} dot steps of {isa.group} channels"
+    parts.append(_text(20, top + 18, where, size=12))
     for p in range(pixels):
         for b in range(chosen.blocks):
             parts.append(_box(20 + b * 150, top + 30 + p * 18, 140, 14, "#fbe3cd", INT8))

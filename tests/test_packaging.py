@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+import qcompiler
+from qcompiler.base.targets import load_targets
 
 MODULES = ("qcompiler.passes.graph", "qcompiler.schedules.table", "qcompiler.cli.main", "qcompiler.runtime")
 CHECK = """
@@ -146,3 +151,39 @@ def test_no_source_file_is_huge(root: Path) -> None:
     files = [p for folder in ("qcompiler", "passes", "schedules") for p in (root / folder).rglob("*.py")]
     long = {str(p.relative_to(root)): n for p in files if (n := len(p.read_text().splitlines())) > 450}
     assert not long, f"split these: {long}"
+
+
+def test_the_recipes_of_other_packagers_ask_for_the_same(root: Path) -> None:
+    """The conda recipe and the container file name what pyproject.toml names; the boosted trees come without libraries for GPUs."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = dict(re.match(r"([\w-]+)(.*)", d.split(";")[0]).groups() for d in project["dependencies"])  # type: ignore[union-attr]
+    assert "xgboost-cpu" in wanted
+    recipe = yaml.safe_load((root / "packaging" / "conda" / "recipe.yaml").read_text())
+    named = dict(line.split(maxsplit=1) for line in recipe["requirements"]["run"] if " " in line)
+    for name, version in wanted.items():
+        conda = {"PyYAML": "pyyaml", "xgboost-cpu": "py-xgboost-cpu"}.get(name, name)
+        if name.startswith("apache-tvm"):
+            assert any(f"{name}{version}" in line for line in recipe["build"]["script"]), name
+        elif name != "xgboost":
+            assert named[conda] == version.strip(), name
+    assert f'version: "{qcompiler.__version__}"' in (root / "packaging" / "conda" / "recipe.yaml").read_text()
+    container = (root / "packaging" / "Dockerfile").read_text()
+    packages = {target.compiler.replace("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu") for target in load_targets().values() if "aarch64" in target.compiler}
+    assert all(package in container for package in packages & {"g++-aarch64-linux-gnu"}) and "qemu-user-static" in container
+    extras = re.search(r"\[([\w,]+)\]", container.split("pip install", 2)[-1])
+    assert extras is not None and set(extras[1].split(",")) <= set(project["optional-dependencies"])
+
+
+def test_the_workflow_runs_what_is_here(root: Path) -> None:
+    jobs = yaml.safe_load((root / ".github" / "workflows" / "check.yml").read_text())["jobs"]
+    supported = [c.rsplit(" ", 1)[1] for c in tomllib.loads((root / "pyproject.toml").read_text())["project"]["classifiers"] if "Python :: 3." in c]
+    for name in ("check", "arm"):
+        assert jobs[name]["strategy"]["matrix"]["python"] == supported
+    assert jobs["arm"]["runs-on"].endswith("-arm") and jobs["arm"]["needs"] == "cross"
+    scripts = {word for job in jobs.values() for step in job["steps"] for word in step.get("run", "").split() if word.startswith((".ci/", "packaging/"))}
+    assert scripts == {".ci/run", ".ci/arm", "packaging/Dockerfile"}
+    for script in (".ci/run", ".ci/arm"):
+        assert os.access(root / script, os.X_OK)
+        run("bash", "-n", script, cwd=root)
+    for program in re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON", (root / ".ci" / "arm").read_text(), flags=re.DOTALL):
+        compile(program, ".ci/arm", "exec")
