@@ -2,6 +2,7 @@
 
     q = qc.quantize(x f32)                          -->   q = qc.pixels(x u8, table)          a table per channel: what quantize makes of each pixel value
     relu(x f32)                                     -->   relu(qc.pixels(x u8, float table))  the very float32 numbers
+    the same, resized and cropped inside            -->   qc.pixels(qc.resample(qc.resample(qc.slice(x u8))), table)
     q = qc.quantize(x f32)                          -->   q = qc.enter(x i8)                  where x has the same scale and zero point, else a qc.lut behind it
     y = qc.dequantize(q)  handed out                -->   qc.leave(q)                         other float32 outputs are quantized first
 
@@ -26,11 +27,14 @@ from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, dtype_
 @dataclass(frozen=True, eq=False)
 class PixelPort:
     """An input of uint8 pixels [N, H, W, C]. values: float32 [C, 256], what channel c of the network reads for each pixel value; channels: the channel of a
-    pixel that it is made from. axes: from [N, H, W, C] to the network's layout."""
+    pixel that it is made from. axes: from [N, H, W, C] to the network's layout. source: (height, width) of the pixels where `resized` brings them to the
+    network's: operators, attributes (of `qc.slice` along height and width alone), and the height and width that each leaves."""
 
     values: np.ndarray
     channels: tuple[int, ...]
     axes: tuple[int, ...]
+    source: tuple[int, int] | None = None
+    resized: Sequence[tuple[str, Mapping[str, Any], tuple[int, int]]] = ()
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,22 @@ class _Edges:
     def input(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         port = self.inputs.get(name)
         if isinstance(port, PixelPort):
-            nhwc = tuple(shape[port.axes.index(i)] for i in range(4))
-            return self.builder.input(name, (*nhwc[:3], len(set(port.channels))), "uint8")
+            count, *size = (shape[port.axes.index(i)] for i in range(3))
+            channels = len(set(port.channels))
+            return self.resized(name, self.builder.input(name, (count, *(port.source or size), channels), "uint8"), port, count, channels)
         if isinstance(port, IntegerPort):
             assert port.params is not None
             self.params[name] = [port.params.scale, port.params.zero_point]
             return self.builder.input(name, shape, "int8")
         return self.builder.input(name, shape, dtype)
+
+    def resized(self, name: str, pixels: Any, port: PixelPort, count: int, channels: int) -> Any:
+        for number, (operator, attrs, size) in enumerate(port.resized):
+            if operator == "qc.slice":
+                attrs = {"begin": [0, *attrs["begin"], 0], "end": [count, *attrs["end"], channels], "strides": [1] * 4}
+            call = make_op(operator, [pixels], dict(attrs), (count, *size, channels), "uint8")
+            pixels = self.builder.emit(self.builder.made(name, f"resized{number}"), call)
+        return pixels
 
     def quantized(self, expr: Any) -> Any | None:
         """The integers of a `qc.quantize` of an input that has another type now, straight from that."""

@@ -112,6 +112,8 @@ def program_manifest(program: Program) -> dict[str, Any]:
         entry: dict[str, Any] = {"shape": list(v.layout.shape), "storage": v.layout.dtype, "space": v.place.space, "offset": v.place.offset}
         if not v.layout.dense:
             entry |= {"halo": list(v.layout.halo), "pitch": v.layout.channel_pitch}
+        if v.unsigned:
+            entry["unsigned"] = True
         return entry
 
     inexact: set[str] = set()
@@ -243,7 +245,8 @@ def _probe(probe: dict[str, Any], layout: dict[str, Any]) -> str:
         n, height, width, channels = shape
         numbers = [n, top + height + bottom, left + width + right, layout["pitch"], top, left, height, width, channels]
     sums = ", ".join(f"{{0x{a}u, 0x{b}u}}" for a, b in probe["sums"])
-    place = [probe["step"], int(layout["space"] == "output"), layout["offset"], *numbers, size, 128 * (layout["storage"] == "uint8")]
+    offset = 128 if layout["storage"] == "uint8" and "unsigned" not in layout else 0
+    place = [probe["step"], int(layout["space"] == "output"), layout["offset"], *numbers, size, offset]
     return f"{{{_c_string(probe['value'])}, {', '.join(map(str, place))}, {{{sums}}}}}"
 
 

@@ -42,13 +42,14 @@ class Place:
 @dataclass
 class Value:
     """A tensor of the program. `id` is its value id; `root` names the value whose memory it shares (itself when it owns memory), `shift` bytes behind
-    its start."""
+    its start. `unsigned`: its bytes are numbers from 0 to 255 (pixels), not int8 as the target stores them."""
 
     id: str
     layout: Layout
     root: str
     place: Place | None = None
     shift: int = 0
+    unsigned: bool = False
 
 
 @dataclass
@@ -188,7 +189,7 @@ class _Lowering:
         return self.target.storage if dtype == "int8" else dtype
 
     def add_value(self, id: str, expr: Any, root: str | None = None) -> None:
-        self.values[id] = Value(id, Layout(shape_of(expr), self.storage(dtype_of(expr))), root or id)
+        self.values[id] = Value(id, Layout(shape_of(expr), self.storage(dtype_of(expr))), root or id, unsigned=dtype_of(expr) == "uint8")
 
     def read(self) -> None:
         alias: dict[str, str] = {}  # names of TupleGetItem and plain-variable bindings -> value id

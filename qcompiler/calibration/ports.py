@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qcompiler.base.errors import DataError, closest
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import Preprocessing, Sample, Samples, at_most, describe
 from qcompiler.calibration.preprocess import Preprocess, load_preprocess
+from qcompiler.calibration.resize import Resize, parse_size, spelled
 from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.calibration.stored import file_behind, open_source, stored
 from qcompiler.numerics.operators import dequantize, quantize
@@ -26,19 +28,31 @@ from qcompiler.runtime.shapes import ports as shapes_of
 
 INPUT_TYPES, OUTPUT_TYPES = ("uint8", "int8"), ("int8", "uint8")
 _FOLDED = ("color", "scale", "mean", "std", "layout")  # keys of a preprocessing file that such a library carries out itself
+_RESIZED = ("resize", "crop", "interpolation")  # and those that it carries out on pixels of one size
 
 
 @dataclass(frozen=True)
 class PixelInput:
-    """An input of uint8 pixels [N, H, W, channels], R, G, B or grey, as decoders give them. model: the float network's input."""
+    """An input of uint8 pixels [N, H, W, channels], R, G, B or grey, as decoders give them. model: the float network's input. source: (height, width) of the
+    pixels where the library resizes and crops them itself."""
 
     model: TensorInfo
     preprocess: Preprocess
+    source: tuple[int, int] | None = None
+
+    @cached_property
+    def resize(self) -> Resize | None:
+        return None if self.source is None else Resize(self.preprocess, self.source)
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The keys of a preprocessing file that the library carries out itself."""
+        return _FOLDED + (_RESIZED if self.source else ())
 
     @property
     def given(self) -> TensorInfo:
         n, h, w, _ = (self.model.shape[i] for i in self.axes_back)
-        return TensorInfo(self.model.name, (n, h, w, len(self.preprocess.channels)), "uint8")
+        return TensorInfo(self.model.name, (n, *(self.source or (h, w)), len(self.preprocess.channels)), "uint8")
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -57,21 +71,22 @@ class PixelInput:
 
     def real(self, array: np.ndarray) -> np.ndarray:
         """The float network's input of the same pixels."""
-        return self.preprocess.laid_out(self.preprocess.normalized(array))
+        return self.preprocess.laid_out(self.preprocess.normalized(self.resize(array) if self.resize else array))
 
     def stored(self, array: np.ndarray) -> np.ndarray:
-        """The pixels that the float network's input comes from, or nearest to."""
+        """The pixels that the float network's input comes from, or nearest to; where they are resized, some that look like it."""
         planes, values = array.transpose(self.axes_back), self.values
         pixels = np.empty(planes.shape, np.uint8)
         for place, channel in enumerate(self.preprocess.channels):
             order = np.argsort(values[place], kind="stable")
             pixels[..., channel] = np.rint(np.interp(planes[..., place], values[place][order], order))
-        return pixels
+        return self.resize.back(pixels) if self.resize else pixels
 
     def account(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        settings = {k: v for k, v in dataclasses.asdict(self.preprocess).items() if k in _FOLDED}
-        return {"shape": list(self.model.shape), "preprocess": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
+        settings = {k: v for k, v in dataclasses.asdict(self.preprocess).items() if k in self.folded}
+        said = {"shape": list(self.model.shape), "preprocess": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
+        return said | ({"source": list(self.source)} if self.source else {})
 
 
 @dataclass(frozen=True)
@@ -131,9 +146,10 @@ def asked(
     outputs: Sequence[TensorInfo],
     preprocess: Preprocessing,
     state: Mapping[str, str] = {},
+    resize_inside: Any = None,
 ) -> Ports:
-    """The ports that {name: type} ask for. state: inputs and the outputs that sessions keep for them. Raises DataError for an unknown name or type, what is
-    not float32, a state, and pixels without preprocessing."""
+    """The ports that {name: type} ask for. state: inputs and the outputs that sessions keep for them. resize_inside: "480x640" where the library resizes pixels
+    of that height and width itself. Raises DataError for an unknown name or type, what is not float32, a state, and pixels without preprocessing."""
     for kind, types, infos, allowed in (("input", input_types, inputs, INPUT_TYPES), ("output", output_types, outputs, OUTPUT_TYPES)):
         known = {i.name: i for i in infos}
         for name, dtype in types.items():
@@ -146,21 +162,30 @@ def asked(
             if known[name].dtype != "float32":
                 raise DataError(f"{kind} '{name}' is {known[name].dtype} in the model and stays so; a type can be chosen for float32 only")
     settings = None if preprocess is None else load_preprocess(preprocess)
-    pixels = {i.name: _pixels(i, settings) for i in inputs if input_types.get(i.name) == "uint8"}
+    source = None if resize_inside is None else parse_size(resize_inside)
+    pixels = {i.name: _pixels(i, settings, source) for i in inputs if input_types.get(i.name) == "uint8"}
+    if source is not None and not pixels:
+        raise DataError("resize_inside is about pixels: it goes with an input type of uint8 (--input-type NAME=uint8)")
     return Ports(pixels, tuple(i.name for i in inputs if input_types.get(i.name) == "int8"), dict(output_types))
 
 
-def _pixels(info: TensorInfo, settings: Preprocess | None) -> PixelInput:
+def _pixels(info: TensorInfo, settings: Preprocess | None, source: tuple[int, int] | None) -> PixelInput:
     if settings is None:
         raise DataError(
             f"input '{info.name}' can't take uint8 pixels without preprocessing: give scale, mean, std, color and layout in a file (--preprocess FILE.yaml)"
         )
-    port = PixelInput(info, dataclasses.replace(settings, resize=None, crop=None))
+    port = PixelInput(info, settings if source else dataclasses.replace(settings, resize=None, crop=None), source)
     if len(info.shape) != 4 or info.shape[port.axes.index(3)] != len(settings.channels):
         form = "[N, C, H, W]" if settings.layout == "NCHW" else "[N, H, W, C]"
         raise DataError(
             f"input '{info.name}' is {list(info.shape)}; with color {settings.color} and layout {settings.layout} of the preprocessing file, "
             f"uint8 pixels serve an input {form} with C = {len(settings.channels)}"
+        )
+    wanted = tuple(info.shape[i] for i in port.axes_back)[1:3]
+    if port.resize is not None and port.resize.size != wanted:
+        raise DataError(
+            f"input '{info.name}': resize and crop of the preprocessing file make {spelled(port.resize.size)} of pixels of {spelled(port.resize.source)} "
+            f"(resize_inside), and the network takes {spelled(wanted)}; check resize and crop"
         )
     if not np.isfinite(port.values).all():
         raise DataError(f"input '{info.name}': preprocessing makes NaN or Inf of a pixel; check scale, mean and std")
@@ -224,6 +249,8 @@ def open_given(source: Any, library: Any, preprocess: Preprocessing, count: int 
             raise DataError(f"{source}: a stored calibration holds float32 numbers, and the library takes pixels; give images, or arrays of pixels")
         samples = at_most(_of_library(open_source(source, infos, None, fitting), every), count)
     else:
+        if images and settings is not None and any(p.source for p in pixels):
+            settings = dataclasses.replace(settings, resize=None, crop=None)  # pictures are of the size that the library takes
         samples = at_most(open_source(source, infos, settings if images or not pixels else None, fitting, bool(pixels)), count)
     integers = {n: p for n, p in ports.items() if isinstance(p, IntegerInput)}
     return mapped(samples, lambda s: {n: integers[n].stored(a) if n in integers else a for n, a in s.items()}) if integers else samples
@@ -248,12 +275,17 @@ def image_of(manifest: Mapping[str, Any], settings: Preprocess, path: Path) -> n
     port = next(iter(library_inputs(manifest).values()), None)
     if isinstance(port, PixelInput):
         _check_folded(port, settings)
-        return settings.pixels(path)[None]
+        if port.source is None:
+            return settings.pixels(path)[None]
+        found = dataclasses.replace(settings, resize=None, crop=None).pixels(path)[None]
+        if found.shape[1:3] != port.source:
+            raise DataError(f"{path}: has {spelled(found.shape[1:3])} pixels; the library resizes such of {spelled(port.source)} itself, and takes no others")
+        return found
     return settings(path) if port is None else port.stored(settings(path))
 
 
 def _check_folded(port: PixelInput, settings: Preprocess) -> None:
-    if wrong := [k for k in _FOLDED if getattr(settings, k) != getattr(port.preprocess, k)]:
+    if wrong := [k for k in port.folded if getattr(settings, k) != getattr(port.preprocess, k)]:
         said = ", ".join(f"{k} {getattr(settings, k)}, the library has {getattr(port.preprocess, k)}" for k in wrong)
         raise DataError(f"the preprocessing file is not the one that the library was compiled with: {said}")
 
@@ -275,7 +307,7 @@ def library_inputs(manifest: Mapping[str, Any]) -> dict[str, PixelInput | Intege
         model = TensorInfo(port["name"], tuple(said["shape"]), "float32")
         if "preprocess" in said:
             settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said["preprocess"].items()}
-            found[port["name"]] = PixelInput(model, Preprocess(**settings))
+            found[port["name"]] = PixelInput(model, Preprocess(**settings), tuple(said["source"]) if "source" in said else None)
         else:
             found[port["name"]] = IntegerInput(model, port["scale"], port["zero_point"])
     return found

@@ -113,7 +113,7 @@ class Preprocess:
         image = self._opened(path)
         filters = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         if self.resize is not None:
-            size = self._size(*image.size)
+            size = self.resized(*image.size)
             if size[0] * size[1] > LARGEST_IMAGE:
                 raise DataError(f"{path}: {image.width} x {image.height} would become {size[0]} x {size[1]}; at most {LARGEST_IMAGE} pixels are supported")
             image = image.resize(size, filters[self.interpolation])
@@ -153,8 +153,8 @@ class Preprocess:
         except Exception as error:  # a decoder of Pillow raises whatever a damaged file leads it to
             raise DataError(f"{path}: can't be read as an image: {getattr(error, 'strerror', None) or error}") from error
 
-    def _size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) to resize to. The long side is truncated to whole pixels, as torchvision's Resize does."""
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to which an image of this size is resized, where it is. The long side is truncated to whole pixels, as torchvision's Resize does."""
         if isinstance(self.resize, tuple):
             return self.resize[1], self.resize[0]
         assert self.resize is not None

@@ -116,8 +116,8 @@ def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     for step in manifest["steps"]:
         if step.get("auxiliary"):
             continue
-        storage = manifest["layouts"][step["id"]]["storage"]
-        dtype = "int8" if storage in ("int8", "uint8") else storage
+        entry = manifest["layouts"][step["id"]]
+        dtype = "int8" if entry["storage"] in ("int8", "uint8") and "unsigned" not in entry else entry["storage"]
         row = {
             "id": step["id"],
             "op": step["op"],

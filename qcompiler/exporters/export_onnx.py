@@ -66,7 +66,7 @@ def export_onnx(
     Raises OutputError, before any work, when `output` can't be written; ModelError for what QuantizeLinear can't express.
     """
     options = complete(options, "export_onnx")
-    for name in ("input_types", "output_types"):
+    for name in ("input_types", "output_types", "resize_inside"):
         if options[name]:
             raise DataError(f"{name} is for libraries; an ONNX model keeps its inputs and outputs in float32. Leave it out")
     path = check_writable(Path(output), [*files_of(model), calibration, options["preprocess"], options["labels"]])

@@ -15,6 +15,7 @@ import numpy as np
 from qcompiler.numerics.arithmetic import F32, Array, limits, requantize
 from qcompiler.numerics.products import conv2d, conv2d_transpose, convolve, dense, matmul, scatter
 from qcompiler.numerics.recurrence import f32_recurrence, recurrence
+from qcompiler.numerics.resample import resample
 from qcompiler.numerics.spec import RESIZE_BITS
 from qcompiler.numerics.transformers import attention, layer_norm, rms_norm, softmax
 
@@ -393,6 +394,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.attention": attention,
     "qc.concat": concat,
     "qc.resize2d": resize2d,
+    "qc.resample": resample,
     "qc.reshape": reshape,
     "qc.transpose": transpose,
     "qc.slice": slice_,

@@ -82,7 +82,7 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     origin = origin_of(model, options["outputs"], options["example_inputs"])
     models = load_all(origin, rows, options["requantize"], dump, options["input_values"], options["state"])
     types = (options["input_types"] or {}, options["output_types"] or {})
-    ports, *_ = [asked(*types, m.inputs, m.outputs, options["preprocess"], m.state) for m in models]
+    ports, *_ = [asked(*types, m.inputs, m.outputs, options["preprocess"], m.state, options["resize_inside"]) for m in models]
     rules = pad_rules(models, options["pad"], ports)
     if len(models) > 1 and calibration is not None:
         calibration, models = in_order(calibration, models, rules, ports, options["preprocess"], options["max_samples"])

@@ -142,6 +142,15 @@ class Options(TypedDict, total=False):
             flag="--input-type",
         ),
     ]
+    resize_inside: Annotated[
+        str | Sequence[int] | None,
+        Option(
+            "the library carries out resize and crop of the preprocessing too (bilinear or bicubic, antialiased as Pillow does), on pixels of this "
+            "height and width: 480x640. It goes with an input type of uint8. In Python (480, 640) will do",
+            "ports",
+            "HxW",
+        ),
+    ]
     output_types: Annotated[
         Mapping[str, str] | None,
         Option(

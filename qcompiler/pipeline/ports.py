@@ -25,7 +25,9 @@ def ported(corrected: Corrected) -> Corrected:
         return corrected
     modules = [corrected.integer, *corrected.others]
     integer = modules[0]
-    inputs: dict[str, PixelPort | IntegerPort] = {n: PixelPort(p.values, p.preprocess.channels, p.axes) for n, p in ports.pixels.items()}
+    inputs: dict[str, PixelPort | IntegerPort] = {
+        n: PixelPort(p.values, p.preprocess.channels, p.axes, p.source, p.resize.steps if p.resize else ()) for n, p in ports.pixels.items()
+    }
     for name in ports.integers:
         found = quantizations(integer, name)
         inputs[name] = IntegerPort(found[0] if found else _seen(measured, "input", name, name))

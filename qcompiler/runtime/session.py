@@ -407,13 +407,13 @@ def stored_bytes(entry: Mapping[str, Any]) -> int:
 
 
 def decoded(entry: Mapping[str, Any], raw: np.ndarray) -> np.ndarray:
-    """A value from its bytes in memory: float32, or canonical int8; a view of them where they are stored so."""
+    """A value from its bytes in memory: float32, canonical int8, or pixels; a view of them where they are stored so."""
     shape, storage = entry["shape"], np.dtype(entry["storage"])
     image: np.ndarray = raw.view(storage).reshape(_stored_shape(entry))
     if "halo" in entry:
         top, left, _, _ = entry["halo"]
         image = image[:, top : top + shape[1], left : left + shape[2], : shape[3]]
-    return (image ^ 128).view(np.int8) if storage == np.uint8 else image
+    return (image ^ 128).view(np.int8) if storage == np.uint8 and not entry.get("unsigned") else image
 
 
 def _declare(library: Any) -> Any:

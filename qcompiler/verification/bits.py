@@ -32,14 +32,14 @@ class Mismatch:
 def bit_parity(actual: Runner, expected: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray]) -> list[Mismatch]:
     """Values of the library that are not equal, bit for bit, to `expected` (value id -> array, from `qcompiler.verification.interpreter.run`), in order.
 
-    Only int8 and int16 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
+    Only int8, int16 and uint8 values are promised to be equal; float values are left out. Raises ArtifactError when no int8 value is compared at all.
     """
     mismatches: list[Mismatch] = []
     compared = 0
 
     def visit(name: str, array: np.ndarray) -> None:
         nonlocal compared
-        if name not in expected or array.dtype not in (np.int8, np.int16):
+        if name not in expected or array.dtype not in (np.int8, np.int16, np.uint8):
             return
         compared += 1
         wanted = expected[name]

@@ -4,6 +4,6 @@ from importlib import import_module as _import_module
 
 for _name in (
     *("attention", "conv", "elementwise", "embedding", "matmul", "movement", "normalization", "ordered", "pixels", "pool"),
-    *("recurrence", "resize", "weight_only"),
+    *("recurrence", "resample", "resize", "weight_only"),
 ):
     _import_module(f"{__name__}.{_name}")
