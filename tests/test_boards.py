@@ -12,9 +12,10 @@ import onnx
 import pytest
 from board_server import TARGET, Server, served, server
 from onnx import TensorProto, helper, numpy_helper
+from test_shapes import BATCHES, batch, pictures
 
 import qcompiler
-from qcompiler.base.errors import BoardError, BoardLost
+from qcompiler.base.errors import BoardError, BoardLost, DataError
 from qcompiler.boards.board import Board, load_boards
 from qcompiler.boards.device import opened
 from qcompiler.boards.session import BoardSession
@@ -184,6 +185,42 @@ def test_the_same_commands_on_a_board(server: Server, network: Path, tmp_path: P
         assert main(words) == 2
         error = capsys.readouterr().err
         assert re.search(message, error), error
+    assert server.left() == []
+
+
+def test_a_library_for_several_shapes_on_a_board(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every compiled shape, one that is padded and cut, every layer of each; and the commands."""
+    model, data = pictures(tmp_path / "p.onnx"), [batch(1, seed) for seed in range(3)]
+    for name, target in (("board", TARGET), ("here", "native")):
+        made = qcompiler.compile(model, target, data, preset="fast", input_shapes={"image": [(n, 3, 12, 12) for n in BATCHES]}, pad={"image": "repeat"})
+        made.save(tmp_path / f"{name}.so")
+    here = qcompiler.load(tmp_path / "here.so")
+    with opened(load_boards(server.file)["one"]) as device:
+        board = BoardSession(device, tmp_path / "board.so")
+        for count in (*BATCHES, 2):
+            expected: dict[str, np.ndarray] = {}
+            found: dict[str, np.ndarray] = {}
+            outputs = here.trace(batch(count, 9), lambda name, array, kept=expected: kept.__setitem__(name, array.copy()))
+            traced = board.trace(batch(count, 9), lambda name, array, kept=found: kept.__setitem__(name, array.copy()))
+            for results in (traced, board.run(batch(count, 9))):
+                assert all(np.array_equal(results[name], array) and array.shape == (count, 5) for name, array in outputs.items())
+            assert expected.keys() == found.keys() and all(np.array_equal(found[name], array) for name, array in expected.items())
+        with pytest.raises(DataError, match="is no shape that this library was compiled for"):
+            board.run({"image": np.zeros((9, 3, 12, 12), np.float32)})
+        last = board.specializations[-1]
+        assert last.inputs[0].shape[0] == BATCHES[-1] and len(last.profile(1)) == len(last.manifest["steps"])
+    np.savez(tmp_path / "data.npz", image=np.concatenate([batch(1, seed)["image"] for seed in range(4)]))
+    place, library = ["--boards", str(server.file), "--board", "phone"], str(tmp_path / "here.so")
+    reports = []
+    for where in (place, []):
+        assert main(["verify", library, "--model", str(model), "--data", str(tmp_path / "data.npz"), "--json", *where]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1] and len(reports[0]["layers"]) > 3
+    for words, count in ((["--model", str(model)], len(BATCHES)), (["--input-shape", "image=3,3,12,12", "--layers"], 1)):
+        assert main(["bench", library, "--seconds", "0.02", "--json", *words, *place]) == 0
+        measured = json.loads(capsys.readouterr().out)
+        found_shapes = measured["shapes"] if count > 1 else [measured]
+        assert len(found_shapes) == count and all(m["shape"].startswith("image [") and m["seconds"]["int8"]["minimum"] > 0 for m in found_shapes)
     assert server.left() == []
 
 

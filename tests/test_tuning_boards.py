@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import signal
@@ -30,7 +31,7 @@ from qcompiler.tuning import boards as tuning_boards
 from qcompiler.tuning import fleet as tuning_fleet
 from qcompiler.tuning.boards import tune_on_boards
 from qcompiler.tuning.fleet import Fleet, _Round, _Share
-from qcompiler.tuning.remote import lowered
+from qcompiler.tuning.remote import export_round, lowered
 
 __all__ = ["served", "server"]
 
@@ -245,3 +246,21 @@ def test_a_fleet_leaves_nothing_when_it_can_not_begin(server: Server, canary: Ca
     with Fleet(boards_of(server), canary) as fleet:
         assert set(fleet.out) == {"two"}
     assert server.left() == []
+
+
+# -- the benchmark ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_shared_rounds(
+    programs: list[Program], canary: Canary, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """Equal records on three boards and by hand, and a third of the time on a simulated clock."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = importlib.import_module("boards")
+    monkeypatch.setattr(script, "make_canary", lambda target: canary)
+    monkeypatch.setattr(tuning_fleet, "SECONDS", 3)
+    made = export_round(programs, tmp_path / "hand", tmp_path / "round", 2, 1, lambda *_: None, None)
+    found = script.compared(made, tmp_path / "hand", 3, programs[0].target)
+    assert (found["records"], found["equal"], found["lost"]) == (6, True, {})
+    sizes = [(made.folder / name).stat().st_size for name, *_ in made.plans]
+    assert found["one"] == pytest.approx(9 + sum(sizes) / script.RATE, abs=0.01) and found["many"] == pytest.approx(3 + max(sizes) / script.RATE, abs=0.01)

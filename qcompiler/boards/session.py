@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -15,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.base.errors import ArtifactError, BoardLost, DataError, DeviceFailure, IncompatibleDevice
-from qcompiler.base.tensor import TensorInfo
+from qcompiler.base.errors import ArtifactError, BoardLost, DeviceFailure, IncompatibleDevice
 from qcompiler.boards.device import Device, program
 from qcompiler.runtime.bench import Timing
 from qcompiler.runtime.elf import mapped
 from qcompiler.runtime.library import check_complete, manifest_in
-from qcompiler.runtime.session import checked, decoded, stored_bytes
+from qcompiler.runtime.session import bound, decoded, stored_bytes
+from qcompiler.runtime.shapes import Fitting, Shapes, ports
 
 _STEPS = "steps.bin"
 
 
 class BoardSession:
-    """A library on an open board. One run is one exchange; the library and `qc_run` are sent once.
+    """A library on an open board. One run is one exchange; the library and `qc_run` are sent once. Shapes are chosen, padded and cut as by a `Session`.
 
     Raises ArtifactError for a file that is damaged or not ours, IncompatibleDevice where the board can't run it.
     """
@@ -42,27 +43,40 @@ class BoardSession:
             raise IncompatibleDevice(
                 f"{self.path}: compiled for {architecture} ({self.manifest['target']}), board '{board.name}' is {target.host_architecture} ({target.name})"
             )
-        if "shapes" in self.manifest:
-            raise DataError(f"{self.path}: runs at several shapes, and boards run libraries of one; compile one for the shape that is to be looked at")
-        self.inputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["inputs"]]
-        self.outputs = [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest["outputs"]]
+        self.fitting, self._shape = Fitting(self.manifest), 0
+        self._inputs = self.inputs = ports(self.manifest["inputs"])
+        self.outputs = ports(self.manifest["outputs"])
         self._library = f"model-{hashlib.sha256(data).hexdigest()[:12]}.so"  # several may be there at once
         self._staying = {"qc_run": program("qc_run", target), self._library: bytes(data)}
 
+    @property
+    def specializations(self) -> list[BoardSession]:
+        """This session at each of its library's shapes."""
+        return [self._at(shape) for shape in range(len(self.fitting.all))]
+
+    def _at(self, shape: int) -> BoardSession:
+        made = copy.copy(self)
+        made._shape, made.manifest = shape, self.fitting.all[shape]
+        made.inputs, made.outputs = ports(made.manifest["inputs"]), ports(made.manifest["outputs"])
+        return made
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """As `Session.run`. Raises BoardError too."""
-        return self._outputs(self._run(inputs, [])[1])
+        arrays, shape, own = bound(self.fitting, self._inputs, inputs)
+        return self._outputs(self._run(arrays, shape, []), shape, own)
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
         """As `Session.trace`; the board runs all steps first."""
-        values = [(i, v) for i, s in enumerate(self.manifest["steps"]) if not s.get("auxiliary") for v in (s["id"], *s.get("more", []))]
-        entries = {v: self.manifest["layouts"][v] for _, v in values}
+        arrays, shape, own = bound(self.fitting, self._inputs, inputs)
+        manifest = self.fitting.all[shape]
+        values = [(i, v) for i, s in enumerate(manifest["steps"]) if not s.get("auxiliary") for v in (s["id"], *s.get("more", []))]
+        entries = {v: manifest["layouts"][v] for _, v in values}
         plan = []
         for step, value in values:
             entry = entries[value]
             if entry["space"] != "input":
                 plan.append(f"{step} {entry['space']} {entry['offset']} {stored_bytes(entry)}")
-        arrays, found = self._run(inputs, plan)
+        found = self._run(arrays, shape, plan)
         raw = np.frombuffer(found.get(_STEPS, b""), np.uint8)
         if raw.size != sum(stored_bytes(e) for e in entries.values() if e["space"] != "input"):
             raise BoardLost(f"board '{self.device.board.name}': the values of the steps are incomplete")
@@ -76,7 +90,7 @@ class BoardSession:
                 continue
             visit(value, decoded(entry, raw[at : at + stored_bytes(entry)]))
             at += stored_bytes(entry)
-        return self._outputs(found)
+        return self._outputs(found, shape, own)
 
     def bench(self, iterations: int) -> Timing:
         """The latency of so many runs on the board, by its own clock. Inputs are zeros: int8 kernels take the same time for any."""
@@ -105,12 +119,10 @@ class BoardSession:
     def _command(self) -> list[str]:
         return ["./qc_run", f"./{self._library}", "--threads", str(self.threads)]
 
-    def _run(self, inputs: Mapping[str, np.ndarray], plan: Sequence[str]) -> tuple[list[np.ndarray], Mapping[str, bytes]]:
-        """The inputs as they were bound, and the files that the board wrote."""
-        given = checked(inputs, self.inputs)
-        arrays = [np.require(given[i.name], i.dtype, ["C", "A"]) for i in self.inputs]
+    def _run(self, arrays: Sequence[np.ndarray], shape: int, plan: Sequence[str]) -> Mapping[str, bytes]:
+        """The files that the board wrote."""
         passing = {f"in{i}.npy": _npy(array) for i, array in enumerate(arrays)}
-        words = ["--numbered", "."]
+        words = ["--numbered", ".", *self._shaped(shape)]
         wanted = [f"out{i}.npy" for i in range(len(self.outputs))]
         if plan:
             passing["plan.txt"] = "".join(f"{line}\n" for line in plan).encode()
@@ -119,22 +131,26 @@ class BoardSession:
         answer = self.device.run([*self._command(), *words], staying=self._staying, passing=passing, wanted=wanted)
         if answer.status:
             raise self.device.failed(answer, "qc_run")
-        return arrays, answer.files
+        return answer.files
 
-    def _outputs(self, files: Mapping[str, bytes]) -> dict[str, np.ndarray]:
+    def _shaped(self, shape: int) -> list[str]:
+        return ["--shape", str(shape)] if len(self.fitting.all) > 1 else []
+
+    def _outputs(self, files: Mapping[str, bytes], shape: int, own: Shapes | None) -> dict[str, np.ndarray]:
+        """own: the shapes of the inputs, where they were padded."""
         found, where = {}, f"board '{self.device.board.name}'"
-        for i, info in enumerate(self.outputs):
+        for i, info in enumerate(ports(self.fitting.all[shape]["outputs"])):
             try:
                 array = np.load(io.BytesIO(files[f"out{i}.npy"]), allow_pickle=False)
             except (KeyError, ValueError, OSError, EOFError) as error:
                 raise BoardLost(f"{where}: output '{info.name}' is missing or damaged") from error
             if array.shape != info.shape or str(array.dtype) != info.dtype:
                 raise BoardLost(f"{where}: output '{info.name}' is {array.dtype}{list(array.shape)}, not {info.dtype}{list(info.shape)}")
-            found[info.name] = array
+            found[info.name] = array if own is None else self.fitting.cut(info.name, array, own)
         return found
 
     def _measured(self, words: Sequence[str]) -> dict[str, Any]:
-        answer = self.device.run([*self._command(), *words], staying=self._staying)
+        answer = self.device.run([*self._command(), *self._shaped(self._shape), *words], staying=self._staying)
         if answer.status:
             raise self.device.failed(answer, "qc_run")
         try:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcompiler.base.errors import BoardError, DataError
+from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
 from qcompiler.base.text import milliseconds, size, table
 from qcompiler.boards.board import DEFAULT_FILE, Board, find_board, load_boards
+from qcompiler.cli.arguments import once
 from qcompiler.cli.process import REFUSED, show
+from qcompiler.pipeline.options import OPTIONS
+
+if TYPE_CHECKING:
+    from qcompiler.boards.session import BoardSession
 
 FILE_HELP = f"what boards there are: a file as docs/boards.md describes it (default {DEFAULT_FILE})"
 
@@ -108,33 +114,44 @@ def bench(options: argparse.Namespace) -> int:
     """The verb `bench` on a board: the library, and with --model the float network for the same target, in turns there."""
     from qcompiler.base.files import temporary_folder
     from qcompiler.boards.device import opened
-    from qcompiler.boards.session import BoardSession, take_turns
-    from qcompiler.cli.tables import profile_text, timing_text
-    from qcompiler.runtime.bench import ratios
+    from qcompiler.boards.session import BoardSession
+    from qcompiler.runtime.shapes import chosen_shapes, spelled
     from qcompiler.verification.twin import float_artifact
 
     refuse_on_board(options, "against", "footprint", "data", "trace", "csv", "throughput")
     with temporary_folder() as folder, chosen_boards(options, [options.board]) as (board,), opened(board) as device:
-        session = BoardSession(device, options.library, options.threads)
-        sessions = {"int8": session}
+        session, twin = BoardSession(device, options.library, options.threads), None
         if options.model:
-            twin = float_artifact(options.model, session, here=False).save(folder / "float.so")
-            sessions["float"] = BoardSession(device, twin, options.threads)
-        timings = take_turns(sessions, options.seconds)
-        steps = session.profile() if options.layers else []
-        floats = sessions["float"].profile() if options.layers and options.model else []
-    base = "float" if options.model else "int8"
+            twin = BoardSession(device, float_artifact(options.model, session, here=False).save(folder / "float.so"), options.threads)
+        numbers = chosen_shapes(session.manifest, shape_rows(once(OPTIONS["input_shapes"], options.input_shape)))
+        found = [_measured(options, session.specializations[i], None if twin is None else twin.specializations[i]) for i in numbers]
+    if "shapes" in session.manifest:
+        titles = [spelled(session.fitting.inputs[i]) for i in numbers]
+        found = [({"shape": t, **document}, f"{t}\n\n{text}") for t, (document, text) in zip(titles, found, strict=True)]
+    show(options, found[0][0] if len(found) == 1 else {"shapes": [document for document, _ in found]}, lambda: "\n\n".join(text for _, text in found))
+    return 0
+
+
+def _measured(options: argparse.Namespace, session: BoardSession, twin: BoardSession | None) -> tuple[dict[str, Any], str]:
+    """What `bench` finds of a library, and of its float network, at one shape, as a document and as text."""
+    from qcompiler.boards.session import take_turns
+    from qcompiler.cli.tables import profile_text, timing_text
+    from qcompiler.runtime.bench import ratios
+
+    timings = take_turns({"int8": session} | ({} if twin is None else {"float": twin}), options.seconds)
+    steps = session.profile() if options.layers else []
+    floats = twin.profile() if options.layers and twin is not None else []
+    base = "int8" if twin is None else "float"
     batch = max((port.shape[0] for port in session.inputs if port.shape), default=1)
     document = {
-        "board": board.name,
+        "board": session.device.board.name,
         "threads": options.threads,
         "seconds": {t.name: {k: v for k, v in vars(t).items() if k != "name"} | {"samples_per_second": batch / t.mean} for t in timings},
         f"ratio to {base}": ratios(timings, base),
         "steps": [dict(zip(("id", "op", "kernel", "seconds"), step, strict=True)) for step in steps],
     }
     parts = [timing_text(timings, base, batch, options.threads), *([profile_text(steps, floats)] if steps else [])]
-    show(options, document, lambda: "\n\n".join(parts))
-    return 0
+    return document, "\n\n".join(parts)
 
 
 def _boards(options: argparse.Namespace) -> int:

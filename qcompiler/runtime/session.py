@@ -329,20 +329,8 @@ class Session:
         return self.bound(inputs, pad=False)[0]
 
     def bound(self, inputs: Mapping[str, np.ndarray], pad: bool = True) -> tuple[list[np.ndarray], int, Shapes | None]:
-        """(inputs in order, contiguous and of the right dtype alignment, copied only where they are not; the number of the shape that takes them; their own
-        shapes, where they were padded)."""
-        arrays = checked(inputs, self.inputs, len(self.fitting.all) == 1)
-        shape, own = 0, None
-        if len(self.fitting.all) > 1:
-            given = {name: array.shape for name, array in arrays.items()}
-            exact = self.fitting.exact(given)
-            found = self.fitting.padded(given) if exact is None else exact
-            if found is None:
-                raise DataError(self.fitting.refusal(given))
-            shape = found
-            if exact is None and pad:
-                own, arrays = given, {name: self.fitting.pad(name, array, shape) for name, array in arrays.items()}
-        return [np.require(arrays[i.name], i.dtype, ["C", "A"]) for i in self.inputs], shape, own
+        """As the function `bound`."""
+        return bound(self.fitting, self.inputs, inputs, pad)
 
     def execute(self, shape: int, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:
         """Run steps [begin, end) of shape number `shape` on memory given by addresses: `workspace`, and ctypes arrays of pointers."""
@@ -366,6 +354,23 @@ class Session:
 
     def _constants(self) -> int | None:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
+
+
+def bound(fitting: Fitting, infos: Sequence[TensorInfo], inputs: Mapping[str, np.ndarray], pad: bool = True) -> tuple[list[np.ndarray], int, Shapes | None]:
+    """(inputs in order, contiguous and of the right dtype alignment, copied only where they are not; the number of the shape that takes them; their own
+    shapes, where they were padded)."""
+    arrays = checked(inputs, infos, len(fitting.all) == 1)
+    shape, own = 0, None
+    if len(fitting.all) > 1:
+        given = {name: array.shape for name, array in arrays.items()}
+        exact = fitting.exact(given)
+        found = fitting.padded(given) if exact is None else exact
+        if found is None:
+            raise DataError(fitting.refusal(given))
+        shape = found
+        if exact is None and pad:
+            own, arrays = given, {name: fitting.pad(name, array, shape) for name, array in arrays.items()}
+    return [np.require(arrays[i.name], i.dtype, ["C", "A"]) for i in infos], shape, own
 
 
 def checked(inputs: Mapping[str, np.ndarray], infos: Sequence[TensorInfo], fixed: bool = True) -> dict[str, np.ndarray]:

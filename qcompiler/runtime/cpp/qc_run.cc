@@ -42,6 +42,7 @@ constexpr const char* kUsage =
     "  --deadline S         of a library for several batches: seconds that a request of the least waits for others to run with\n"
     "  --pin                keep each stream on CPUs of its own\n"
     "  --numbered DIR       instead of --input and --output: input number N is DIR/inN.npy, output number N becomes DIR/outN.npy\n"
+    "  --shape N            of a library for several shapes: its shape number N, from 0, for --numbered and for inputs that are not given\n"
     "  --profile ITERATIONS measure every step in that many runs, and print the least seconds of each as JSON. Inputs as for --bench\n"
     "  --steps PLAN         run step by step, and write what steps leave in memory into DIR/steps.bin: PLAN has lines `STEP workspace OFFSET BYTES` and\n"
     "                       `STEP output INDEX BYTES`, in the order of the steps; those bytes are appended after the step\n"
@@ -52,6 +53,7 @@ struct Arguments {
   std::string model, output, plan;
   bool numbered = false, selftest = false;
   int profiled = 0;
+  int shape = 0;  // from 1; 0: not given
   std::map<std::string, std::string> inputs;
   int threads = 1;
   int iterations = 0;
@@ -91,7 +93,7 @@ Arguments parse(int count, char** words) {
       arguments.pin = true;
       continue;
     }
-    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate", "--deadline", "--profile", "--steps", "--numbered"};
+    static const std::set<std::string> known = {"--input", "--output", "--threads", "--bench", "--throughput", "--streams", "--rate", "--deadline", "--profile", "--steps", "--numbered", "--shape"};
     if (!known.count(word)) throw std::runtime_error("unknown option " + word);
     if (i + 1 == count) throw std::runtime_error(word + " wants a value");
     const std::string value = words[++i];
@@ -109,6 +111,8 @@ Arguments parse(int count, char** words) {
       arguments.deadline = quantity(word, value);
     } else if (word == "--profile") {
       arguments.profiled = positive(word, value, 100000000);
+    } else if (word == "--shape") {
+      arguments.shape = value == "0" ? 1 : positive(word, value, 100000) + 1;
     } else if (word == "--steps") {
       arguments.plan = value;
     } else if (word == "--output" || word == "--numbered") {
@@ -284,7 +288,11 @@ void run(const Arguments& arguments) {
     session.input(name);  // is there one of that name?
     arrays.emplace(name, npy::read(path));
   }
-  if (arguments.numbered && session.shapes().size() > 1) throw std::runtime_error(arguments.model + ": has several shapes; name the inputs with --input");
+  if (arguments.shape > static_cast<int>(session.shapes().size()))
+    throw std::runtime_error("--shape " + std::to_string(arguments.shape - 1) + ": " + arguments.model + " has " + std::to_string(session.shapes().size()));
+  if (arguments.shape) session.fit(session.shapes()[static_cast<std::size_t>(arguments.shape - 1)]);
+  else if (arguments.numbered && session.shapes().size() > 1)
+    throw std::runtime_error(arguments.model + ": has several shapes; say which with --shape, or name the inputs with --input");
   std::vector<qcompiler::Tensor> ports = session.inputs();
   for (std::size_t i = 0; i < ports.size() && arguments.numbered; ++i) {
     const std::string path = arguments.output + "/in" + std::to_string(i) + ".npy";
