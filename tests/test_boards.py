@@ -172,6 +172,9 @@ def test_the_same_commands_on_a_board(server: Server, network: Path, tmp_path: P
     assert there == json.loads(capsys.readouterr().out) and len(there["layers"]) > 4
     assert main(["run", library, "--input", f"in/put={network / 'x.npy'}", "--output", str(tmp_path / "o.npz"), *place]) == 0
     capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["verify", library, "--model", model, "--data", str(network / "data.npy"), "--report", str(page), "--quiet", *place]) == 0
+    assert "board phone: " in (said := page.read_text()) and "Memory and energy" not in said and server.folder.name not in said.replace(str(tmp_path), "")
     assert np.array_equal(np.load(tmp_path / "o.npz")["z"], qcompiler.load(library).run({"in/put": np.load(network / "x.npy")})["z"])
     assert main(["bench", library, "--model", model, "--layers", "--seconds", "0.2", "--json", *place]) == 0
     measured = json.loads(capsys.readouterr().out)

@@ -44,7 +44,7 @@ class BoardSession:
                 f"{self.path}: compiled for {architecture} ({self.manifest['target']}), board '{board.name}' is {target.host_architecture} ({target.name})"
             )
         self.fitting, self._shape = Fitting(self.manifest), 0
-        self._inputs = self.inputs = ports(self.manifest["inputs"])
+        self.whole_inputs = self.inputs = ports(self.manifest["inputs"])
         self.outputs = ports(self.manifest["outputs"])
         self._library = f"model-{hashlib.sha256(data).hexdigest()[:12]}.so"  # several may be there at once
         self._staying = {"qc_run": program("qc_run", target), self._library: bytes(data)}
@@ -62,12 +62,12 @@ class BoardSession:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """As `Session.run`. Raises BoardError too."""
-        arrays, shape, own = bound(self.fitting, self._inputs, inputs)
+        arrays, shape, own = bound(self.fitting, self.whole_inputs, inputs)
         return self._outputs(self._run(arrays, shape, []), shape, own)
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
         """As `Session.trace`; the board runs all steps first."""
-        arrays, shape, own = bound(self.fitting, self._inputs, inputs)
+        arrays, shape, own = bound(self.fitting, self.whole_inputs, inputs)
         manifest = self.fitting.all[shape]
         values = [(i, v) for i, s in enumerate(manifest["steps"]) if not s.get("auxiliary") for v in (s["id"], *s.get("more", []))]
         entries = {v: manifest["layouts"][v] for _, v in values}

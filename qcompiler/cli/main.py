@@ -22,7 +22,7 @@ from qcompiler.cli import farm as cli_farm
 from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
-from qcompiler.cli.boards import add_board, refuse_on_board, session_of
+from qcompiler.cli.boards import add_board, session_of
 from qcompiler.cli.process import complain, guarded, show, watched
 from qcompiler.cli.sheets import add_format
 from qcompiler.cli.tuning import add_verbs
@@ -169,7 +169,6 @@ def _compile(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from qcompiler.verification.parity import parity_text
 
-    refuse_on_board(options, "report")
     if options.report and options.expect_digest:
         raise DataError("--report writes what a sign-off asks for, and checks no digest; run verify once more with --expect-digest alone")
     if options.report:

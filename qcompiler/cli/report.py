@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen
+from qcompiler.cli.boards import session_of
 from qcompiler.cli.process import complain, watched
 from qcompiler.cli.sheets import add_format
 from qcompiler.pipeline.options import DATA_HELP
@@ -102,12 +104,15 @@ def _export(options: argparse.Namespace, show: Show) -> int:
 
 def verify(options: argparse.Namespace, show: Show) -> int:
     """`verify` with --report: the same result and exit status, and the page."""
+    from qcompiler.boards.evidence import measured_there
+    from qcompiler.verification.evidence import measured_here
     from qcompiler.verification.parity import Thresholds, parity_text
     from qcompiler.verification.report import verify_report
 
-    with watched(options) as progress:
+    here = options.board is None and options.farm is None
+    with contextlib.nullcontext(options.library) if here else session_of(options) as library, watched(options) as progress:
         report = verify_report(
-            options.library,
+            library,
             options.model,
             options.data,
             options.report,
@@ -119,6 +124,7 @@ def verify(options: argparse.Namespace, show: Show) -> int:
             layer_samples=options.layer_samples,
             threads=options.threads,
             progress=progress,
+            measure=measured_here if here else measured_there(options.model),
         )
     show(options, report, lambda: parity_text(report, options.layers) + f"\n\n{options.report}: the report")
     return 0 if report.passed else 1

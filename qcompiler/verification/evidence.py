@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from qcompiler.verification.parity import ParityReport
 WORST = 10  # layers whose distributions are shown
 _BINS = 96  # of a distribution, at most
 _KEPT = 1 << 16  # elements of a sample that a distribution counts, evenly spaced
-_ITERATIONS = 20  # of each step, for its least time
+ITERATIONS = 20  # of each step, for its least time
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Evidence:
     rows: classified rows over all samples (samples * batch). float_only: seconds of float steps that the library does not have.
     sizes in bytes; `parameters` are those of the model's float tensors. digests: SHA-256, hexadecimal. model_matches: is the model the one that
     the library was compiled from, by digest? footprint: "int8", "float" -> (memory, joules per run or None where no counter can be read).
-    busy: cores that other processes used during the measurement of `totals`, None where unknown.
+    busy: cores that other processes used during the measurement of `totals`, None where unknown. Of a board the footprint is empty.
     """
 
     parity: ParityReport
@@ -90,6 +90,32 @@ class Evidence:
     busy: float | None = None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What both networks take, and where: steps as `Session.profile` has them, the rest as in `Evidence`."""
+
+    totals: list[Timing]
+    int8: Sequence[tuple[str, str, str, float]]
+    float32: Sequence[tuple[str, str, str, float]]
+    footprint: dict[str, tuple[Memory, float | None]]
+    busy: float | None
+    where: str
+
+
+Measurer = Callable[[Any, Any, Mapping[str, np.ndarray], float, Progress], Measured]
+"""f(the library's session, the float network's, a sample, seconds, progress)"""
+
+
+def measured_here(session: Any, twin: Any, sample: Mapping[str, np.ndarray], seconds: float, progress: Progress) -> Measured:
+    """Both networks on this machine, in turns."""
+    neighbours = Neighbours()
+    totals = interleave({"int8": lambda: session.run(sample), "float": lambda: twin.run(sample)}, seconds=seconds, progress=progress)
+    busy = neighbours.cores()
+    steps = session.profile(sample, ITERATIONS), twin.profile(sample, ITERATIONS)
+    footprint = {name: (memory(s.path, s.threads), joules(functools.partial(s.run, sample), seconds / 2)) for name, s in (("int8", session), ("float", twin))}
+    return Measured(totals, *steps, footprint, busy, f"{cpu_name()}, {platform.system()} {platform.machine()}")
+
+
 class HashedSamples:
     """Samples that remember the digest of what they gave, of the first whole pass."""
 
@@ -109,7 +135,15 @@ class HashedSamples:
 
 
 def gather(
-    session: Any, twin: Any, samples: HashedSamples, parity: ParityReport, model: Origin, labels: np.ndarray | None, seconds: float, progress: Progress
+    session: Any,
+    twin: Any,
+    samples: HashedSamples,
+    parity: ParityReport,
+    model: Origin,
+    labels: np.ndarray | None,
+    seconds: float,
+    progress: Progress,
+    measure: Measurer = measured_here,
 ) -> Evidence:
     """The rest of the evidence beside `parity`, from the two sessions that it compared."""
     layers = _Layers(session.manifest, [r.name for r in parity.layers], [r.name for r in parity.worst_layers(WORST)])
@@ -123,10 +157,8 @@ def gather(
         session.trace(sample, lambda name, array: layers.add(name, array, stored_form(session.manifest, name, reference[name])) if name in reference else None)  # noqa: B023
         progress("trace layers", done + 1, parity.layer_samples)
     assert first is not None
-    neighbours = Neighbours()
-    totals = interleave({"int8": lambda: session.run(first), "float": lambda: twin.run(first)}, seconds=seconds, progress=progress)
-    busy = neighbours.cores()
-    steps, float_only = step_times(session.profile(first, _ITERATIONS), twin.profile(first, _ITERATIONS))
+    measured = measure(session, twin, first, seconds, progress)
+    steps, float_only = step_times(measured.int8, measured.float32)
     manifest = session.manifest
     digests = {"library": hashlib.sha256(session.path.read_bytes()).hexdigest(), **manifest.get("digests", {}), "evaluation data, as fed": samples.digest}
     if labels is not None:
@@ -137,7 +169,7 @@ def gather(
         parity.samples * batch,
         layers.rounding(),
         layers.distributions(),
-        totals,
+        measured.totals,
         steps,
         float_only,
         session.threads,
@@ -147,9 +179,9 @@ def gather(
         manifest,
         dict(digests),
         manifest.get("digests", {}).get("model") == twin.manifest["digests"]["model"],
-        environment(manifest),
-        {name: (memory(s.path, s.threads), joules(functools.partial(s.run, first), seconds / 2)) for name, s in (("int8", session), ("float", twin))},
-        busy=busy,
+        environment(manifest, measured.where),
+        measured.footprint,
+        busy=measured.busy,
     )
 
 
@@ -181,14 +213,14 @@ def parameter_bytes(model: Origin) -> int:
     return sum(numpy_helper.to_array(t).nbytes for t in tensors(model.read()[0]) if t.data_type in floating)
 
 
-def environment(manifest: Mapping[str, Any]) -> dict[str, str]:
+def environment(manifest: Mapping[str, Any], where: str) -> dict[str, str]:
     """What the library was compiled with, and what it was verified on."""
     compiled = manifest.get("compiler", {})
     return {
         "target": f"{manifest['target']} ({', '.join(manifest['features'])})",
         "compiled with": ", ".join(f"{name} {version}" for name, version in sorted(compiled.items())) or "not recorded",
         "verified with": f"qcompiler {qcompiler.__version__}, Python {platform.python_version()}, numpy {np.__version__}",
-        "verified on": f"{cpu_name()}, {platform.system()} {platform.machine()}",
+        "verified on": where,
         "artifact format, numerics": f"{manifest.get('format')}, {manifest.get('numerics')}",
     }
 

@@ -230,6 +230,8 @@ def _latency(e: Evidence) -> str:
 
 
 def _footprint(e: Evidence) -> str:
+    if not e.footprint:  # of a board
+        return ""
     """Memory and energy of both networks."""
 
     def cells(name: str, m: Memory, energy: float | None) -> list[str]:

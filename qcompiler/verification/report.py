@@ -10,14 +10,14 @@ from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.ports import open_given
 from qcompiler.importers.origin import AnyModel, files_of, origin_of
-from qcompiler.verification.evidence import HashedSamples, gather
+from qcompiler.verification.evidence import HashedSamples, Measurer, gather, measured_here
 from qcompiler.verification.metric import MetricFunction
 from qcompiler.verification.parity import ParityReport, Thresholds, compare, judges, with_import
 from qcompiler.verification.twin import float_session
 
 
 def verify_report(
-    library: str | Path,
+    library: Any,
     model: AnyModel,
     data: Any,
     output: str | Path,
@@ -31,16 +31,19 @@ def verify_report(
     threads: int = 1,
     seconds: float = 2.0,
     progress: Progress = silent,
+    measure: Measurer = measured_here,
 ) -> ParityReport:
-    """`qcompiler.verify`, with the page written to `output`. `seconds`: for the latency of both networks.
+    """`qcompiler.verify`, with the page written to `output`. `seconds`: for the latency of both networks. measure: what times them, for a session that is not
+    of this machine.
 
     Raises OutputError, before any work, when `output` can't be written; else what `verify` raises.
     """
     from qcompiler.runtime.session import Session
     from qcompiler.verification.page import page
 
-    path = check_writable(output, [library, *files_of(model), data, labels, preprocess])
-    session = Session(library, threads=threads)
+    file = library if isinstance(library, (str, Path)) else library.path
+    path = check_writable(output, [file, *files_of(model), data, labels, preprocess])
+    session: Any = Session(library, threads=threads) if isinstance(library, (str, Path)) else library
     origin = origin_of(model, session.manifest.get("cut", ()))
     samples = HashedSamples(open_given(data, session, preprocess, max_samples))
     given = judges(labels, metric, samples)
@@ -48,9 +51,9 @@ def verify_report(
         twin = float_session(origin, session, folder, threads, samples.source)
         parity = compare(session, twin, samples, thresholds=thresholds, layer_samples=layer_samples, progress=progress, **given)
         parity = with_import(parity, origin, twin, samples)
-        evidence = gather(session, twin, samples, parity, origin, given.get("labels"), seconds, progress)
+        evidence = gather(session, twin, samples, parity, origin, given.get("labels"), seconds, progress, measure)
     sources = {"evaluation data": data, "labels": labels, "preprocessing": preprocess, "metric": metric}
     evidence.source.update({k: str(v) if isinstance(v, (str, Path)) else "given in Python" for k, v in sources.items() if v is not None})
     with replacing(path) as temporary:
-        temporary.write_text(page(evidence, Path(library).name, origin.files[0].name if origin.files else origin.name), encoding="utf-8")
+        temporary.write_text(page(evidence, Path(file).name, origin.files[0].name if origin.files else origin.name), encoding="utf-8")
     return parity
