@@ -253,6 +253,25 @@ def test_first_inference_of_the_example(script: Any, tmp_path: Path) -> None:
     assert set(times) == {"import", "load", "run", "load + run", "whole process"} and all(t > 0 for t in times.values())
 
 
+def test_compile_time_of_the_example(script: Any, tmp_path: Path) -> None:
+    """A process compiles, a second one finds its kernels, and a table has a row for each state that was measured."""
+    calibration, _, _ = demo_data()
+    compile_time = script("compile_time")
+
+    class Digits(compile_time.networks.Network):  # type: ignore[misc]
+        def calibration(self) -> Any:
+            return calibration[:4]
+
+    timed = compile_time.Timed(Digits("digits", MODEL, None, None), 4, tmp_path)
+    cold = timed.once("compile", "fast", cold=True)
+    kept = sorted(p.name for p in (tmp_path / "kernels").iterdir())
+    timed.once("calibrate", "fast")
+    table = timed.once("table", "fast")
+    assert kept and all(v > 0 for v in [*cold.values(), *table.values()]) and sorted(p.name for p in (tmp_path / "kernels").iterdir()) == kept
+    rows = compile_time.lines("digits", "fast", {"table": {"wall": 2.0, "cpu": 3.0, "peak": 1.0}, "nncf": {"wall": 4.0, "cpu": 4.0, "peak": 1.0}})
+    assert [row.split()[-2:] for row in rows] == [["0.50", "0.75"]]
+
+
 def test_pool_overhead_is_measured(script: Any, tmp_path: Path) -> None:
     times = script("call_overhead").pool(2, 5, tmp_path)
     assert times["wake"] > 0 and times["launch"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -78,10 +79,10 @@ def test_corrections_see_what_counts(path: Path, monkeypatch: pytest.MonkeyPatch
     seen: set[int] = set()
     original = DataRounder._patches
 
-    def watch(self: DataRounder, layer: object, weight: np.ndarray, contexts: object, random: np.random.Generator) -> Iterator[np.ndarray]:
-        for found in original(self, layer, weight, contexts, random):  # type: ignore[arg-type]
-            seen.add(found.shape[1])
-            yield found
+    def watch(self: DataRounder, layer: object, weight: np.ndarray, contexts: object, random: np.random.Generator, then: Any) -> Iterator[Any]:
+        for found in original(self, layer, weight, contexts, random, lambda x: (x.shape[1], then(x))):  # type: ignore[arg-type]
+            seen.add(found[0])
+            yield found[1]
 
     monkeypatch.setattr(DataRounder, "_patches", watch)
     samples = sentences(6)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -15,6 +20,49 @@ Worker = TypeVar("Worker")
 Result = TypeVar("Result")
 _MOST = 16
 MEMORY = 512 << 20  # bytes that workers may take together, beyond the first
+
+
+class _OneBlasThread(contextlib.ContextDecorator):
+    """numpy's matrix products stay on the thread that calls them: those of one layer are too small to be shared, and OpenBLAS's threads wait for each other
+    by spinning, which on a busy machine takes 50 times as long. Where numpy has another library, nothing happens. May be nested, and entered by any thread."""
+
+    _lock, _inside, _before = threading.Lock(), 0, list[int]()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not _OneBlasThread._inside:
+                _OneBlasThread._before = [get() for get, _ in _blas()]
+                for _, put in _blas():
+                    put(1)
+            _OneBlasThread._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            _OneBlasThread._inside -= 1
+            if not _OneBlasThread._inside:
+                for (_, put), threads in zip(_blas(), _OneBlasThread._before, strict=True):
+                    put(threads)
+
+
+one_blas_thread = _OneBlasThread()
+
+
+@functools.cache
+def _blas() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
+    """How the OpenBLAS libraries of this process are asked for their number of threads, and told one."""
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for path in sorted({line.split(maxsplit=5)[5] for line in mapped if "openblas" in line.rpartition("/")[2].lower()}):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(path)
+            for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+                if hasattr(library, f"{prefix}openblas_set_num_threads{suffix}"):
+                    found.append(tuple(library[f"{prefix}openblas_{verb}_num_threads{suffix}"] for verb in ("get", "set")))
+                    break
+    return [(get, put) for get, put in found]
 
 
 def cores() -> int:

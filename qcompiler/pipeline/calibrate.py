@@ -1,4 +1,4 @@
-"""Calibrate once: the passes over the data that every compilation of a network begins with, kept in a file."""
+"""Calibrate once: all that a compilation finds by looking at data, kept in a file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from qcompiler.importers.origin import AnyModel, files_of
 from qcompiler.pipeline import stages
 from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.options import OPTIONS, AnyPath, Options, complete, given, takes_options
+from qcompiler.pipeline.rivals import network
 
 _GROUPS = ("network", "recipe", "work")  # of options that may decide what calibration sees
 
@@ -34,7 +35,7 @@ class Calibration:
 def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: Unpack[Options]) -> Calibration:
     """Run `model` over the calibration data and store what was seen, with the samples, in `output` (FILE.qcal). `compile`, `explain`, `export_onnx`, `tune` and
     `verify` take the file in the place of data, for this model alone, and make of it what they make of the data itself. What was stored for one preset and its
-    steps is measured anew, from the samples in the file, for another one that looks at other things.
+    steps, up to the corrected network, is measured anew, from the samples in the file, for another one that looks at other things.
 
     Raises OutputError when `output` can't be written, PlanError for options that calibration has no part in, and what `compile` raises.
     """
@@ -48,6 +49,8 @@ def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: 
         raise PlanError(f"calibration has no part in {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out, and give {extra[0]} to compile")
     job = dataclasses.replace(opened(model, "native", calibration, options), passes={})
     measured = stages.calibrate(stages.equalize(job))
+    if job.recipe.rival is None:  # else a compilation holds samples out, and has to look at the others itself
+        network(measured)
     assert job.passes is not None
     count = save(path, job.model.digest, job.model.inputs, job.samples, job.passes, [m.inputs for m in job.sampled])
     return Calibration(path, count, measured.table, measured.warnings)

@@ -16,9 +16,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.halves import RESCUE, halved
-from qcompiler.pipeline.stages import QuantizedNetwork, integer_network
+from qcompiler.pipeline.stages import QuantizedNetwork, State, integer_network, remembered
 from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import Network, Point, first_below
@@ -53,7 +55,12 @@ def relative_noise(db: float) -> float:
 
 def _estimate(network: QuantizedNetwork) -> float:
     """Noise over power of the worst output."""
-    return Survey(network, network.integer).estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))
+
+    def found() -> State:
+        survey = Survey(network, network.integer)
+        return {"noise": np.array([survey.estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))])}
+
+    return float(remembered(network.job, "estimate", [network.plan.digest, network.measured.table.digest], found)["noise"][0])
 
 
 @dataclass(frozen=True)

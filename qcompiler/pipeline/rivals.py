@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from qcompiler.backend.build import build
+from qcompiler.base.parallel import one_blas_thread
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import CheckedSamples, Samples, take
 from qcompiler.pipeline.float_layers import settled
@@ -33,6 +34,7 @@ def planned(measured: Measured) -> QuantizedNetwork:
     return settled(halved(made) if "halves" in measured.job.recipe.steps else made)
 
 
+@one_blas_thread
 def network(measured: Measured) -> Corrected:
     """The stages behind calibration, up to constants that need no more change."""
     chosen = planned(measured)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import tvm
 
 import qcompiler
@@ -18,6 +19,7 @@ from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ArtifactError, bugs_named
+from qcompiler.base.parallel import one_blas_thread
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
@@ -135,6 +137,22 @@ def observe(
     return table
 
 
+State = dict[str, np.ndarray]
+
+
+def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], State]) -> State:
+    """What `find` finds by looking at samples, or what a stored calibration knows of it. decisive: what it depends on, beside the model, the samples and the
+    recipe's numbers."""
+    recipe = dataclasses.replace(job.recipe, steps=frozenset())
+    key = hashlib.sha256(json.dumps([qcompiler.__version__, repr(recipe), sorted(job.recipe.steps), *decisive], default=str).encode()).hexdigest()
+    file, name = file_behind(job.samples), f"{name} {key[:16]}"
+    known = file.known(name, key) if file else None
+    state = known.watchers[0] if known is not None and known.watchers else find()
+    if job.passes is not None:
+        job.passes[name] = Pass(key, CalibrationTable(), [state])
+    return state
+
+
 @dataclass
 class Measured:
     """What every plan is made from: the job, its network equalized, and statistics of its values."""
@@ -178,9 +196,16 @@ class Measured:
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
         if new:
             job = self.job
-            session, count = self.twin.session(), job.alike.count or self.table.samples
-            found = output_noise(session, new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding)
-            self._noise |= {name: (p, found.get(name, {})) for name, p in new.items()}
+
+            def judged() -> State:
+                count = job.alike.count or self.table.samples
+                noise = output_noise(self.twin.session(), new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding)
+                return {name: np.array([*by_observer.values()]) for name, by_observer in noise.items()}
+
+            decisive = [self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
+            found = remembered(job, "ranges", decisive, judged)
+            pairs = {name: dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {} for name, p in new.items()}
+            self._noise |= {name: (p, pairs[name]) for name, p in new.items()}
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
@@ -269,6 +294,7 @@ def realize(measured: Measured, plan: QuantPlan, qdq: tvm.IRModule) -> Quantized
     return QuantizedNetwork(measured, plan, qdq, run(INTEGER, qdq, dump=measured.job.dump))
 
 
+@one_blas_thread
 def integer_network(measured: Measured, kept: Mapping[str, str]) -> QuantizedNetwork:
     """The three stages from statistics to the integer module. kept: group id -> why it stays float."""
     decided = plan(measured, kept)
@@ -302,26 +328,45 @@ class Corrected:
     warnings: tuple[str, ...] = ()
 
 
+class _Bench:
+    """The integer network on this machine, with its code made when the first change is tried on it. here: that code, if there is any."""
+
+    def __init__(self, network: QuantizedNetwork, here: Built | None) -> None:
+        self.here, self.tries = here, 0
+        self._network = network
+        self._executor: SessionExecutor | None = None
+
+    def attempt(self, change: Callable[..., Correction], integer: tvm.IRModule, others: Sequence[tvm.IRModule], limit: int) -> State:
+        """`change` tried on so many samples, and left in force where it is kept."""
+        measured, job = self._network.measured, self._network.job
+        self.here = here = self.here or build(integer, find_target("native"), "generate host code", others=others, progress=job.progress)
+        if not self.tries:
+            twin = measured.twin.session()
+            self._executor = SessionExecutor(here.session(), here, lambda sample: measured.padding.of(twin, sample), self._network.model.naming)
+        self.tries += 1
+        return change(integer, self._executor, measured.means, itertools.islice(job.alike, limit), progress=job.progress).state()
+
+
+@one_blas_thread
 def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     """Integer module, samples -> integer module: biases and weights with which the int8 network comes measurably closer to the float one."""
-    measured, job, host = network.measured, network.job, find_target("native")
-    here = built if built.program.target == host else None
+    measured, job = network.measured, network.job
+    bench = _Bench(network, built if built.program.target == find_target("native") else None)
     integer, others, tried = network.integer, network.others, dict[str, Correction]()
     limit = min(measured.means.limit, job.recipe.samples)
-    if limit and job.recipe.optimizes and measured.means.outputs:  # there may be no sample of the plan's shape left
-        here = here or build(integer, host, "generate host code", others=others, progress=job.progress)
-        twin = measured.twin.session()
-        executor = SessionExecutor(here.session(), here, lambda sample: measured.padding.of(twin, sample), network.model.naming)
-        for name, change in _corrections(job.recipe):
-            found = tried[name] = change(integer, executor, measured.means, itertools.islice(job.alike, limit), progress=job.progress)
-            job.dump(name, found)
-            if found.kept:
-                integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)
-                others = [run(REPLACE_OPERANDS, module, found.operands()) for module in others]
-                for operand, arrays in found.operands().items() if built is not here else ():
-                    for value_id, array in arrays.items():
-                        built.replace_operand(value_id, operand, array)
-    return Corrected(network, built, integer, here, tried, others)
+    for name, change in _corrections(job.recipe) if limit and measured.means.outputs else ():  # there may be no sample of the plan's shape left
+        tries = bench.tries
+        find = functools.partial(bench.attempt, change, integer, others, limit)
+        found = tried[name] = Correction.of_state(remembered(job, name, [network.plan.digest, measured.table.digest, limit], find))
+        job.dump(name, found)
+        if found.kept:
+            integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)
+            others = [run(REPLACE_OPERANDS, module, found.operands()) for module in others]
+            codes = {id(c): c for c in (built, bench.here) if c is not None and (bench.tries == tries or c is not bench.here)}
+            for code, (operand, arrays) in itertools.product(codes.values(), found.operands().items()):
+                for value_id, array in arrays.items():
+                    code.replace_operand(value_id, operand, array)
+    return Corrected(network, built, integer, bench.here, tried, others)
 
 
 def _corrections(recipe: Recipe) -> list[tuple[str, Callable[..., Correction]]]:

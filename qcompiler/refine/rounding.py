@@ -24,7 +24,7 @@ output: least squares shrinks what is noisy, and 53 layers that shrink add up (M
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
 from qcompiler.refine.integer_layers import IntegerLayer
 from qcompiler.refine.means import kernel_size
-from qcompiler.refine.trial import Context
+from qcompiler.refine.trial import Context, Result
 
 DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the data does not determine near the float weights
 SWEEPS = 1  # of coordinate descent
@@ -71,10 +71,17 @@ class Gram:
 
     def add(self, x: np.ndarray) -> None:
         """More patches, float32[G, P, K]."""
+        self.take(*self.of(x))
+
+    def of(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """What `take` adds of patches."""
         groups, rows, width = x.shape
         x = x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
-        self.sums += x.transpose(0, 2, 1) @ x
-        self.means += x.sum(axis=1, dtype=np.float64)
+        return x.transpose(0, 2, 1) @ x, x.sum(axis=1, dtype=np.float64), rows
+
+    def take(self, sums: np.ndarray, means: np.ndarray, rows: int) -> None:
+        self.sums += sums
+        self.means += means
         self.count += rows
 
     def damped(self, centered: bool = False) -> np.ndarray:
@@ -162,14 +169,16 @@ class DataRounder:
         steps = weight / (layer.unit / layer.x_scale).reshape(-1, *[1] * (weight.ndim - 1))
         gram = Gram(groups, weight[0].size)
         random = np.random.default_rng(0)
-        for found in self._patches(layer, weight, fitted, random):
-            gram.add(found)
-        candidates = [layer.weight, round_weight(steps, gram), round_weight(steps, gram, centered=True)]
-        x = np.concatenate([*self._patches(layer, weight, judges, random)], axis=1)
+        for moments in self._patches(layer, weight, fitted, random, gram.of):
+            gram.take(*moments)
+        candidates = [layer.weight, *in_order(lambda _, centered: round_weight(steps, gram, centered), range(min(cores(), 2)), (False, True))]
+        x = np.concatenate([*self._patches(layer, weight, judges, random, lambda x: x)], axis=1)
         return choose(candidates, steps, x, *_bounds(group, layer.unit))
 
-    def _patches(self, layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[Context], random: np.random.Generator) -> Iterator[np.ndarray]:
-        """float32[G, P, K] of each sample: what the layer meets at some positions, in int8 steps."""
+    def _patches(
+        self, layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[Context], random: np.random.Generator, then: Callable[[np.ndarray], Result]
+    ) -> Iterator[Result]:
+        """`then` of each sample's float32[G, P, K]: what the layer meets at some positions, in int8 steps."""
         window = KINDS[layer.kind].window
 
         def drawn() -> Iterator[tuple[Context, np.ndarray]]:
@@ -177,9 +186,9 @@ class DataRounder:
                 total = int(np.prod(layer.shape[:-1] if window else context.view(layer.x).shape[:-1]))
                 yield context, np.sort(random.choice(total, min(total, self._positions), replace=False))
 
-        def met(_: int, drawn: tuple[Context, np.ndarray]) -> np.ndarray:
+        def met(_: int, drawn: tuple[Context, np.ndarray]) -> Result:
             x = drawn[0].view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
-            return patches(x, layer.kind, layer.attrs, kernel_size(weight), layer.shape, drawn[1])
+            return then(patches(x, layer.kind, layer.attrs, kernel_size(weight), layer.shape, drawn[1]))
 
         return in_order(met, range(cores()), drawn())
 

@@ -6,6 +6,7 @@ the SQNR of its outputs, stays in force.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from qcompiler.refine.means import FloatMeans
 MEMORY = 512 << 20  # bytes that the samples' contexts may take together
 Result = TypeVar("Result")
 EXACT = 200.0  # dB: beyond what float32 tells, as 24 bits are 150 dB; what outputs without any error count as
+
+
+_ARRAYS = ("biases", "weights")  # of a Correction, by value id
 
 
 class Context(Protocol):
@@ -125,6 +129,21 @@ class Correction:
     def operands(self) -> dict[int, dict[str, np.ndarray]]:
         """What changed, as `replace_operands` takes it."""
         return {WEIGHT: self.weights, BIAS: self.biases}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, for `of_state`."""
+        plain = {k: v for k, v in vars(self).items() if k not in _ARRAYS}
+        arrays = {f"{kind}/{name}": array for kind in _ARRAYS for name, array in getattr(self, kind).items()}
+        return {"plain": np.frombuffer(json.dumps(plain).encode(), np.uint8), **arrays}
+
+    @staticmethod
+    def of_state(state: Mapping[str, np.ndarray]) -> Correction:
+        found = Correction(**json.loads(state["plain"].tobytes().decode()))
+        for key, array in state.items():
+            kind, _, name = key.partition("/")
+            if kind in _ARRAYS:
+                getattr(found, kind)[name] = array
+        return found
 
     def summary(self) -> str:
         """One line for people."""
