@@ -21,6 +21,7 @@ import tvm
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import bugs_named
 from qcompiler.passes.account import settle_account
+from qcompiler.passes.common import common
 from qcompiler.passes.fold_batch_norm import fold_batch_norm
 from qcompiler.passes.fold_constants import fold_constants
 from qcompiler.passes.fuse_edges import fuse_edges
@@ -52,6 +53,7 @@ CANONICAL: tuple[Pass, ...] = (
     simplify,
     recognise,
     simplify,  # what is recognized is spelled with views of its own
+    common,
     fold_batch_norm,
     merge_pad,
     to_channels_last,

@@ -9,6 +9,7 @@ from tvm import relax
 
 from qcompiler.importers import arithmetic, images, indexing, integers, shapes, spectra
 from qcompiler.importers.attention import attention
+from qcompiler.importers.einsum import einsum
 from qcompiler.importers.nodes import Beyond, Node, Refused, Undefined, Value
 from qcompiler.importers.recurrent import recurrent
 from qcompiler.passes.graph import const
@@ -86,7 +87,7 @@ CONVERTERS: dict[str, Converter] = {
     "DFT": spectra.dft,
     "Dropout": arithmetic.dropout,
     "DynamicQuantizeLinear": integers.dynamic_quantize_linear,
-    "Einsum": shapes.einsum,
+    "Einsum": einsum,
     "Expand": shapes.expand,
     "EyeLike": indexing.eye_like,
     "Flatten": shapes.flatten,

@@ -232,7 +232,3 @@ def log_sum_exp(node: Node) -> list[Value]:
     if not keepdims:
         shift = node.emit("flat", relax.op.reshape(shift, [d for i, d in enumerate(node.shape()) if i not in axes]))
     return [relax.op.add(logarithm, shift)]
-
-
-def einsum(node: Node) -> list[Value]:
-    return [relax.op.einsum(node.tensors(), node.text("equation", "").replace(" ", ""))]
