@@ -9,11 +9,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from qcompiler.base.memory import round_up
 from qcompiler.base.targets import Target
 
 
@@ -78,6 +79,23 @@ class Need:
     halo: tuple[int, int, int, int] = (0, 0, 0, 0)
     pitch: int = 1
     dense: bool = False  # no halo and no channel padding at all
+
+
+def joined(layout: Layout, needs: list[Need]) -> Layout:
+    """The least layout that satisfies every need."""
+    top, left, bottom, right = (max([layout.halo[i], *(n.halo[i] for n in needs)]) for i in range(4))
+    halo = (top, left, bottom, right)
+    pitch = math.lcm(*(n.pitch for n in needs)) if needs else 1
+    if not any(halo) and (not layout.shape or layout.shape[-1] % pitch == 0):
+        return layout
+    if len(layout.shape) != 4:
+        raise AssertionError(f"a halo or pitch is needed of a tensor of rank {len(layout.shape)}")
+    return replace(layout, halo=halo, pitch=round_up(layout.shape[-1], pitch))
+
+
+def satisfied(layout: Layout, need: Need) -> bool:
+    """Whether a layout is what a row asks for."""
+    return all(h >= n for h, n in zip(layout.halo, need.halo, strict=True)) and layout.channel_pitch % need.pitch == 0 and (layout.dense or not need.dense)
 
 
 @dataclass

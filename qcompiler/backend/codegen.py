@@ -25,7 +25,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.backend.artifact import entry_name, find_compiler
 from qcompiler.backend.cuda import gpu_object_code
 from qcompiler.backend.kernel_cache import cached, trim
-from qcompiler.backend.lowering import Program, Step, kernels_of
+from qcompiler.backend.lowering import Program, kernels_of
 from qcompiler.backend.shared import Places, share
 from qcompiler.base.errors import TargetError, bugs_named
 from qcompiler.base.files import temporary_folder
@@ -52,27 +52,68 @@ def _entry(name: str, program: Program, offsets: Sequence[Sequence[int]], symbol
             def at(base: Any, offset: int) -> Any:
                 return tirx.handle_add_byte_offset(base, offset) if offset else base
 
-            def pointer(value: str) -> Any:
-                place = program.values[value].place
-                assert place is not None, value
-                if place.space == "workspace":
-                    return at(workspace, place.offset)
-                return (inputs if place.space == "input" else outputs)[place.offset]
+            def pointer(value: str, image: Any, images: int, whole: bool) -> Any:
+                """Of an image of a value, in a run of all steps (`whole`) or of some."""
+                found = program.values[value]
+                assert found.place is not None, value
+                stride = 0 if image is None else found.layout.bytes // images
+                if found.place.space != "workspace":
+                    base, offset = (inputs if found.place.space == "input" else outputs)[found.place.offset], 0
+                elif whole:
+                    base, offset = workspace, program.near[found.root] + found.shift
+                    stride = 0 if found.root in inner else stride
+                else:
+                    base, offset = workspace, found.place.offset
+                return at(base, offset) if not stride else tirx.handle_add_byte_offset(base, T.Cast("int64", image) * stride + offset)
 
-            def arguments(step: Step, places: Sequence[int]) -> list[Any]:
-                args = [pointer(v) for v in step.reads] + [at(constants, o) for o in places]
-                args += [pointer(v) for v in [step.writes, *step.more]]
-                return args + ([at(workspace, step.scratch)] if step.kernel.scratch else [])
+            def call(index: int, image: Any = None, whole: bool = False) -> None:
+                step, symbol = program.steps[index], symbols[program.steps[index].kernel.key]
+                args = [pointer(v, image, step.images, whole) for v in step.reads] + [at(constants, o) for o in offsets[index]]
+                args += [pointer(v, image, step.images, whole) for v in [step.writes, *step.more]]
+                if step.kernel.scratch:
+                    args.append(at(workspace, program.near[f"scratch {index}"] if whole else step.scratch))
+                if step.kernel.tasks == 1:
+                    T.evaluate(tirx.call_extern("int32", symbol, tirx.const(0, "int32"), *args))
+                else:
+                    with T.parallel(0, step.kernel.tasks) as task:
+                        T.evaluate(tirx.call_extern("int32", symbol, task, *args))
 
-            for index, (step, places) in enumerate(zip(program.steps, offsets, strict=True)):
-                with T.If(tirx.all(begin <= index, end > index)), T.Then():
-                    symbol = symbols[step.kernel.key]
-                    if step.kernel.tasks == 1:
-                        T.evaluate(tirx.call_extern("int32", symbol, tirx.const(0, "int32"), *arguments(step, places)))
-                    else:
-                        with T.parallel(0, step.kernel.tasks) as task:
-                            T.evaluate(tirx.call_extern("int32", symbol, task, *arguments(step, places)))
+            def each_image(first: int, last: int, images: int, whole: bool) -> None:
+                if images == 1:
+                    for index in range(first, last):
+                        call(index, None, whole)
+                    return
+                with T.serial(0, images) as image:
+                    for index in range(first, last):
+                        call(index, image, whole)
+
+            def some() -> None:
+                for index, step in enumerate(program.steps):
+                    with T.If(tirx.all(begin <= index, end > index)), T.Then():
+                        each_image(index, index + 1, step.images, False)
+
+            inner = inner_roots(program)
+            if not program.near:
+                some()
+            else:
+                with T.If(tirx.all(begin <= 0, end >= len(program.steps))):
+                    with T.Then():
+                        for run in program.runs:
+                            each_image(*run, True)
+                    with T.Else():
+                        some()
     return builder.get()
+
+
+def inner_roots(program: Program) -> set[str]:
+    """The values that never leave a run of images, by the name of their memory."""
+    where: dict[str, set[int]] = {}
+    for number, (begin, end, _) in enumerate(program.runs):
+        for step in program.steps[begin:end]:
+            for value in [*step.reads, step.writes, *step.more]:
+                where.setdefault(program.values[value].root, set()).add(number)
+    apart = {number for number, (_, _, images) in enumerate(program.runs) if images > 1}
+    return {root for root, numbers in where.items() if len(numbers) == 1 and numbers <= apart}
 
 
 def object_code(program: Program, others: Sequence[Program] = (), places: Places | None = None) -> bytes:

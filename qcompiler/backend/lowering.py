@@ -7,7 +7,6 @@ Follows the passes that make an integer network or a float one (`passes/sequence
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,15 +17,16 @@ import tvm
 from tvm import relax
 
 from qcompiler import schedules
+from qcompiler.backend.images import choose_images, one_at_a_time, one_image, runs_of
 from qcompiler.backend.in_place import join_in_place
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
-from qcompiler.base.memory import Request, plan_memory, round_up
+from qcompiler.base.memory import Request, plan_memory, round_up, united
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, relax_op, shape_of
 from qcompiler.passes.sequence import CPU_KERNELS, LOWERABLE, run
 from qcompiler.schedules.legalized import legalized_kernel
-from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, select
+from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, joined, satisfied, select
 
 Params = Callable[[Row, OpCall], Mapping[str, Any] | None]  # tuned parameters for an operator, None for the row's own default
 
@@ -67,6 +67,7 @@ class Step:
     scratch: int = 0  # byte offset in the workspace
     more: list[str] = field(default_factory=list)  # further values it writes
     auxiliary: bool = False  # made by lowering (halo, copy): no value of the model
+    images: int = 1  # how many times the kernel is called, each time for the next image of all values
 
 
 @dataclass
@@ -91,10 +92,17 @@ class Program:
     workspace: int  # bytes
     constants: np.ndarray  # uint8, every array 64-byte aligned
     revision: int = 0  # how often constants were replaced
+    near: dict[str, int] = field(default_factory=dict)
+    """Of a run of all steps: where in the workspace roots lie then; of those that never leave a run of images, one image at a time."""
 
     def kernels(self) -> dict[str, Kernel]:
         """Every distinct kernel by its symbol, in order of first use."""
         return kernels_of(self.steps)
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(begin, end, images): the steps in runs that go through so many images one after the other."""
+        return runs_of(self.steps)
 
     def step_of(self, value_id: str) -> Step:
         """The step that computes a value. Raises KeyError."""
@@ -111,7 +119,7 @@ class Program:
             if value.place is not None and value.place.space == "workspace":
                 begin, end = ranges.get(value.root, (value.place.offset, 0))
                 ranges[value.root] = min(begin, value.place.offset), max(end, value.place.offset + value.layout.bytes)
-        return [_united([r for v, r in ranges.items() if first[v] < step <= last[v]]) for step in range(len(self.steps) + 1)]
+        return [united([r for v, r in ranges.items() if first[v] < step <= last[v]]) for step in range(len(self.steps) + 1)]
 
     def replace_operand(self, value_id: str, index: int, array: np.ndarray) -> None:
         """Pack the constants of one step again with operand `index` replaced; the kernel's code stays as it is. An operator that stays float
@@ -162,6 +170,7 @@ class _Node:
     function: Any = None  # PrimFunc of a legalized operator
     row: Row | None = None
     auxiliary: bool = False
+    images: int = 1  # see `Step`
 
 
 class _Lowering:
@@ -177,11 +186,11 @@ class _Lowering:
         self.select_rows()
         self.decide_layouts()
         steps = self.make_steps()
-        workspace = self.place(steps)
+        workspace, near = self.place(steps)
         constants = _pack_constants(steps)
         inputs = [Port(str(p.name), shape_of(p), dtype_of(p), str(p.name)) for p in self.graph.inputs]
         outputs = [Port(name, shape_of(v), dtype_of(v), value) for (name, v), value in zip(self.graph.outputs, self.output_values, strict=True)]
-        return Program(self.target, steps, self.values, inputs, outputs, workspace, constants)
+        return Program(self.target, steps, self.values, inputs, outputs, workspace, constants, near=near)
 
     # -- bindings --> nodes ---------------------------------------------------------------------------------------------------------
 
@@ -237,8 +246,12 @@ class _Lowering:
     # -- rows and layouts -----------------------------------------------------------------------------------------------------------
 
     def op_call(self, node: _Node) -> OpCall:
-        operands = [self.values[o].layout if isinstance(o, str) else o for o in node.operands]
-        return OpCall(node.name, operands, node.attrs, self.values[node.outputs[0]].layout, node.id)
+        operands = [self.layout(o, node.images) if isinstance(o, str) else o for o in node.operands]
+        return OpCall(node.name, operands, node.attrs, self.layout(node.outputs[0], node.images), node.id)
+
+    def layout(self, value: str, images: int) -> Layout:
+        """A value's, or that of one of its images."""
+        return self.values[value].layout if images == 1 else one_image(self.values[value].layout)
 
     def select_rows(self) -> None:
         for node in self.nodes:
@@ -262,7 +275,7 @@ class _Lowering:
         ordered: list[_Node] = []
         late: dict[str, list[_Node]] = {}  # copies to insert after the producer of a value
         for value, asked in needs.items():
-            layout = _join(self.values[value].layout, [n for n, _ in asked])
+            layout = joined(self.values[value].layout, [n for n, _ in asked])
             if layout.dense:
                 continue
             if value not in rigid and not any(n.dense for n, _ in asked):
@@ -274,7 +287,7 @@ class _Lowering:
             node.row = select(self.op_call(node), self.target)
             late.setdefault(value, []).append(node)
             for need, consumer in asked:
-                if not _satisfied(self.values[value].layout, need):
+                if not satisfied(self.values[value].layout, need):
                     consumer.operands = [copy if isinstance(o, str) and o == value else o for o in consumer.operands]
         for p in self.graph.inputs:
             ordered += late.get(str(p.name), [])
@@ -284,7 +297,21 @@ class _Lowering:
                 ordered += late.get(output, [])
         self.nodes = ordered
         if not self.target.gpu:
-            join_in_place(ordered, self.values, lambda v, layout: v not in rigid and all(_satisfied(layout, n) for n, _ in needs.get(v, [])))
+            join_in_place(ordered, self.values, lambda v, layout: v not in rigid and all(satisfied(layout, n) for n, _ in needs.get(v, [])))
+            first = next((shape_of(p) for p in self.graph.inputs), ())
+            choose_images(ordered, self.values, first[0] if first else 1)
+            for node in (n for n in ordered if n.images > 1):
+                self.select_for_image(node)
+
+    def select_for_image(self, node: _Node) -> None:
+        """The row of an operator that goes image by image; together after all, where that row asks for other layouts than were decided."""
+        op = self.op_call(node)
+        row, layouts = select(op, self.target), [o for o in op.operands if isinstance(o, Layout)]
+        assert node.row is not None
+        if row.own_channels >= node.row.own_channels and all(map(satisfied, layouts, row.needs(op, self.target))):
+            node.row = row
+        else:
+            node.images = 1
 
     # -- kernels --------------------------------------------------------------------------------------------------------------------
 
@@ -301,9 +328,9 @@ class _Lowering:
                 steps += self.legalized(node, reads)
                 continue
             assert node.row is not None
-            layout = self.values[node.id].layout
+            layout = self.layout(node.id, node.images)
             if any(layout.halo) and self.values[node.id].root == node.id:
-                steps.append(self.fill_halo(node.id, layout, zero_points[node.id]))
+                steps.append(replace(self.fill_halo(node.id, layout, zero_points[node.id]), images=node.images))
             steps.append(self.step(node, reads))
         self.output_values = [self.own_output(steps, value, taken) for value in self.output_values]
         return steps
@@ -332,7 +359,7 @@ class _Lowering:
         tuned = self.params(node.row, op)
         params = dict(tuned if tuned is not None else node.row.default(op, self.target))
         kernel = node.row.build(op, params, self.target)
-        return Step(node.id, op, node.name, kernel, reads, node.row, params, auxiliary=node.auxiliary)
+        return Step(node.id, op, node.name, kernel, reads, node.row, params, auxiliary=node.auxiliary, images=node.images)
 
     def halo_values(self) -> dict[str, float]:
         """What the halo of each value holds: the zero point by which its consumers read it."""
@@ -369,8 +396,8 @@ class _Lowering:
 
     # -- memory ---------------------------------------------------------------------------------------------------------------------
 
-    def place(self, steps: list[Step]) -> int:
-        """Decide where every value and scratch buffer lies; returns the size of the workspace in bytes."""
+    def place(self, steps: list[Step]) -> tuple[int, dict[str, int]]:
+        """Decide where every value and scratch buffer lies; returns the size of the workspace in bytes, and `Program.near`."""
         first, last = _lifetimes(steps, self.values)
         fixed = {str(p.name): Place("input", i) for i, p in enumerate(self.graph.inputs)}
         fixed |= {v: Place("output", i) for i, v in enumerate(self.output_values)}
@@ -386,7 +413,10 @@ class _Lowering:
         for index, step in enumerate(steps):
             step.scratch = offsets.get(f"scratch {index}", 0)
         self.values = {k: v for k, v in self.values.items() if v.place is not None}
-        return size
+        if all(s.images == 1 for s in steps):
+            return size, {}
+        near, least = plan_memory(one_at_a_time(steps, self.values, requests))
+        return max(size, least), near
 
 
 def _lifetimes(steps: Iterable[Step], values: Mapping[str, Value]) -> tuple[dict[str, int], dict[str, int]]:
@@ -399,33 +429,6 @@ def _lifetimes(steps: Iterable[Step], values: Mapping[str, Value]) -> tuple[dict
             first.setdefault(root, index)
             last[root] = index
     return first, last
-
-
-def _united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes in order, where ranges touch as one."""
-    found: list[tuple[int, int]] = []
-    for begin, end in sorted(ranges):
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
-        else:
-            found.append((begin, end))
-    return found
-
-
-def _join(layout: Layout, needs: list[Need]) -> Layout:
-    """The least layout that satisfies every need."""
-    top, left, bottom, right = (max([layout.halo[i], *(n.halo[i] for n in needs)]) for i in range(4))
-    halo = (top, left, bottom, right)
-    pitch = math.lcm(*(n.pitch for n in needs)) if needs else 1
-    if not any(halo) and (not layout.shape or layout.shape[-1] % pitch == 0):
-        return layout
-    if len(layout.shape) != 4:
-        raise AssertionError(f"a halo or pitch is needed of a tensor of rank {len(layout.shape)}")
-    return replace(layout, halo=halo, pitch=round_up(layout.shape[-1], pitch))
-
-
-def _satisfied(layout: Layout, need: Need) -> bool:
-    return all(h >= n for h, n in zip(layout.halo, need.halo, strict=True)) and layout.channel_pitch % need.pitch == 0 and (layout.dense or not need.dense)
 
 
 def _pack_constants(steps: list[Step]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -42,3 +43,14 @@ def plan_memory(requests: list[Request], spare: int = ALIGNMENT) -> tuple[dict[s
         placed.append((offset, offset + size, request))
         offsets[request.name] = offset
     return offsets, max((end for _, end, _ in placed), default=0)
+
+
+def united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes in order, where ranges touch as one."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((begin, end))
+    return found

@@ -154,6 +154,7 @@ qc_status qc_session_reset(qc_session* session);
  * Run steps [begin, end) of the manifest, at the session's shape, on memory of the caller's: what tracing and profiling use.
  * workspace: qc_workspace_bytes() bytes, 64-byte aligned, zeroed before its first use. constants: null for the library's own.
  * inputs, outputs: one pointer per port, in order, aligned to the element type.
+ * What a run of all steps at once leaves in the workspace is undefined: with a batch it may go image by image, in memory for one.
  * On a GPU a part of the steps starts from the workspace's and outputs' bytes and leaves what they have become; a run of all steps leaves the workspace alone.
  * Errors: ARGUMENT, ALIGNMENT, BUSY, MEMORY, GPU.
  */
