@@ -1,30 +1,38 @@
-"""Requests a second of a library through its pool of sessions, side by side with OpenVINO and its THROUGHPUT hint on NNCF's int8 network.
+"""Samples a second through a pool of sessions, side by side with OpenVINO and its THROUGHPUT hint on NNCF's int8 network.
 
-    python benchmarks/throughput.py mobilenet.so --model mobilenet_v2.onnx --calibration images/ --preprocess mobilenet_v2.yaml --streams 2
+    python benchmarks/throughput.py --data ../shared/data [--network resnet50]... [--batch 1 8] [--streams 2] [--rounds 5] [--seconds 3]
 
-Both take turns in one process; read the ratio. Needs openvino and nncf.
+Each network is compiled as one library for all batches; requests of each batch go through a pool of their own, whose queue is always full. Candidates take
+turns in one process: read the ratios, medians over the rounds. Needs openvino and nncf. About three minutes a network; the table goes to --results too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
+from soak import machine, markdown
 
+import qcompiler
 from qcompiler.calibration.data import open_samples
-from qcompiler.calibration.ports import library_inputs
+from qcompiler.importers.model import load
 from qcompiler.runtime import peers
 from qcompiler.runtime.bench import random_inputs
-from qcompiler.runtime.library import read_manifest
 from qcompiler.runtime.pool import SessionPool, measure
+from qcompiler.runtime.session import Session
 
-CALIBRATION = 100
+CALIBRATION = 30  # samples: times do not depend on the ranges
 
 
 def openvino_queue(model: Any, inputs: Mapping[str, np.ndarray], threads: int) -> Callable[[float], float]:
@@ -47,29 +55,54 @@ def openvino_queue(model: Any, inputs: Mapping[str, np.ndarray], threads: int) -
     return run
 
 
+def compared(network: networks.Network, folder: Path, options: argparse.Namespace) -> list[list[str]]:
+    """A row of the table per batch."""
+    single = load(network.model).inputs[0]
+    rows = [{single.name: (batch, *single.shape[1:])} for batch in sorted({1, *options.batch})]
+    samples = list(itertools.islice(open_samples(network.calibration(), [single], network.preprocess), CALIBRATION))
+    path = qcompiler.compile(network.model, calibration=samples, input_shapes=rows, preset="fast").save(folder / f"{network.name}.so")
+    peer = openvino_queue(peers.nncf_model(network.model, samples), samples[0], options.streams * options.threads)
+    inputs = {at.inputs[0].shape[0]: random_inputs(at.inputs) for at in Session(path).specializations}
+    found = []
+    with contextlib.ExitStack() as stack:
+        pools = {batch: stack.enter_context(SessionPool(path, options.streams, options.threads)) for batch in options.batch}
+        peer(options.seconds / 2)
+        figures: dict[int, list[float]] = {batch: [] for batch in options.batch}
+        theirs: list[float] = []
+        for _ in range(options.rounds):
+            for batch, pool in pools.items():
+                figures[batch].append(batch * measure(pool, inputs[batch], options.seconds).per_second)
+            theirs.append(peer(options.seconds))
+        for batch, ours in figures.items():
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            cells = [
+                f"{statistics.median(ours):.1f}",
+                f"{statistics.median(theirs):.1f}",
+                f"{statistics.median(ratios):.3f}",
+                f"{min(ratios):.3f} to {max(ratios):.3f}",
+            ]
+            found.append([network.name, str(batch), *cells])
+            print(" ".join(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--preprocess", type=Path)
+    networks.add_arguments(parser, networks.NAMES)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--results", type=Path, default=networks.HERE / "results" / "throughput.md")
     options = parser.parse_args()
-    with SessionPool(options.library, options.streams, options.threads) as pool:
-        ports = library_inputs(read_manifest(options.library))
-        infos = [ports[i.name].model if i.name in ports else i for i in pool.inputs]
-        samples = list(itertools.islice(open_samples(options.calibration, infos, options.preprocess), CALIBRATION))
-        network, inputs = peers.nncf_model(options.model, samples), random_inputs(pool.inputs)
-        peer = openvino_queue(network, samples[0], options.streams * options.threads)
-        peer(options.seconds / 2)
-        figures: list[tuple[float, float]] = []
-        for _ in range(options.rounds):
-            figures.append((measure(pool, inputs, options.seconds).per_second, peer(options.seconds)))
-            print(f"ours {figures[-1][0]:9.1f}   OpenVINO {figures[-1][1]:9.1f}   ratio {figures[-1][0] / figures[-1][1]:.3f}", flush=True)
-    print(f"median ratio {statistics.median(a / b for a, b in figures):.3f}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for network in networks.chosen(options) for row in compared(network, Path(folder), options)]
+    title = f"Samples a second, {options.streams} streams of {options.threads} threads, {options.rounds} rounds of {options.seconds:g} s each"
+    head = ("network", "batch", "ours", "OpenVINO", "ratio", "ratios of the rounds")
+    text = f"{title}\n\n{markdown(head, rows)}\n\n{machine()}; openvino {version('openvino')}, nncf {version('nncf')}\n"
+    print(text)
+    options.results.write_text(f"    python benchmarks/throughput.py {' '.join(sys.argv[1:])}\n\n{text}")
 
 
 if __name__ == "__main__":
