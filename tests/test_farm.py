@@ -27,12 +27,18 @@ from qcompiler.base.errors import BoardError, BoardLost
 from qcompiler.base.targets import find_target
 from qcompiler.boards import farm as farms
 from qcompiler.boards import lender
+from qcompiler.boards.canary import Canary
+from qcompiler.boards.check import Checked
 from qcompiler.boards.device import opened
 from qcompiler.boards.farm import Farm
 from qcompiler.boards.parcel import packed, unpacked
 from qcompiler.cli.main import main
+from qcompiler.pipeline.options import complete
+from qcompiler.tuning import boards as tuning_boards
 from qcompiler.tuning import fleet as tuning_fleet
 from qcompiler.tuning.boards import tune_on_boards
+from qcompiler.tuning.fleet import Fleet
+from qcompiler.tuning.remote import export_round, import_results, lowered
 
 __all__ = ["model"]
 BOARDS = ("one", "two", "three")
@@ -132,6 +138,8 @@ def test_workers_that_are_killed_lose_no_record(running: Processes, model: tuple
     """Three boards share a tune while their workers are killed at random: Dask starts them anew, and every record is the one that files by hand bring."""
     monkeypatch.setattr(tuning_fleet, "SECONDS", 0)
     monkeypatch.setattr(tuning_fleet, "SLOW", 1e9)
+    programs = lowered(model[0], find_target(TARGET), model[1], complete({"preset": "fast"}))
+    monkeypatch.setattr(tuning_boards, "lowered", lambda *arguments: programs)
     begun, over, killed, rng = threading.Event(), threading.Event(), [], random.Random(3)
 
     def kill() -> None:
@@ -151,7 +159,7 @@ def test_workers_that_are_killed_lose_no_record(running: Processes, model: tuple
                 farm.boards(BOARDS),
                 model[1],
                 log=tmp_path / "log",
-                trials=18,
+                trials=9,
                 candidates=3,
                 threads=1,
                 time_limit=300,
@@ -162,14 +170,13 @@ def test_workers_that_are_killed_lose_no_record(running: Processes, model: tuple
             over.set()
             begun.set()
             killer.join()
-    assert killed and state.wrong == [] and state.trials == 18 and state.stopped == "all 18 trials are done"
+    assert killed and state.wrong == [] and state.trials == 9 and state.stopped == "all 9 trials are done"
     records = read_log(tmp_path / "log")
-    assert len(records) == 18 == len(set(points(tmp_path / "log"))) and {r.core for r in records} == {"cortex-a76"}
-    words = ["tune", str(model[0]), "--calibration", str(model[1]), "--preset", "fast", "--candidates", "3", "--threads", "1", "--log", str(tmp_path / "hand")]
-    assert main([*words, "--target", TARGET, "--core", "cortex-a76", "--export-candidates", str(tmp_path / "round")]) == 0
-    subprocess.run([*find_target(TARGET).emulator, "./qc_measure", "results.jsonl", "0"], cwd=tmp_path / "round", check=True, capture_output=True)
-    assert main(["tune", "--log", str(tmp_path / "hand"), "--import-results", str(tmp_path / "round" / "results.jsonl")]) == 0
-    assert set(points(tmp_path / "hand")) <= set(points(tmp_path / "log"))
+    assert len(records) == 9 == len(set(points(tmp_path / "log"))) and {r.core for r in records} == {"cortex-a76"}
+    made = export_round(programs, tmp_path / "hand", tmp_path / "round", 3, 1, lambda *_: None, None, "cortex-a76")
+    subprocess.run([*find_target(TARGET).emulator, "./qc_measure", "results.jsonl", "0"], cwd=made.folder, check=True, capture_output=True)
+    import_results(made.folder / "results.jsonl", tmp_path / "hand")
+    assert points(tmp_path / "hand") == points(tmp_path / "log")
     text = "".join(p.read_text() for p in (tmp_path / "log").iterdir())
     assert "127.0.0.1" not in text and str(running.folder) not in text
 
@@ -189,6 +196,14 @@ def test_a_worker_that_stays_away_is_a_lost_board(running: Processes, monkeypatc
             with pytest.raises(BoardLost, match="the work was stopped"):
                 device.run(["sh", "./s.sh"], passing={"s.sh": b"sleep 100"})
             assert time.monotonic() - begin < 60
+        monkeypatch.setattr(Fleet, "_sing", lambda self, device: Checked(device.board, seconds=1.0))
+        with Fleet([board], Canary(b"", {}, {})) as fleet:
+            fleet._give_up(board, BoardLost("board 'here': its worker is gone"))
+            with pytest.raises(BoardError, match="no board is left to measure on. here: its worker is gone"):
+                fleet.check()
+            fleet.recruit()
+            fleet.check()
+            assert fleet.out == {} and fleet.pauses == ["here: its worker is gone; back again"]
     assert running.left() == before
 
 

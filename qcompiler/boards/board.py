@@ -43,6 +43,9 @@ class Lender(Protocol):
     def lent(self, board: Board, stop: threading.Event) -> AbstractContextManager[Any]:
         """The board, open: a `Device`. When `stop` is set, waiting ends with BoardLost. Raises BoardError."""
 
+    def present(self, board: Board) -> bool:
+        """Whether it could be lent now."""
+
 
 @dataclass(frozen=True)
 class Board:

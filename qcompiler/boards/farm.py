@@ -112,6 +112,13 @@ class Farm:
         finally:
             device.close()
 
+    def present(self, board: Board) -> bool:
+        """Whether a worker serves it now."""
+        try:
+            return board.address in self.tokens(1.0)
+        except BoardLost:
+            return False
+
     def ask(self, board: Board, request: bytes, stop: threading.Event, session: str, patience: float | None = None) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What the board's worker answers. Waits while other clients have the board, and while its worker is started anew.
 

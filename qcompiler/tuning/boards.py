@@ -83,6 +83,7 @@ def tune_on_boards(
                     break
                 state.failed += made.failed
                 watch(state)
+                fleet.recruit()
                 try:
                     fleet.measure(made, threads, deadline)
                 finally:

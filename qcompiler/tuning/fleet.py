@@ -113,6 +113,7 @@ class Fleet:
         self.boards, self.canary = boards, canary
         self.out: dict[str, str] = {}
         self.pauses: list[str] = []
+        self._lost: set[str] = set()  # of those given up: where only the connection was at fault
         self._members: dict[str, _Member] = {}
         self._stop = threading.Event()
         self._measurer = program("qc_measure", boards[0].target)
@@ -166,7 +167,17 @@ class Fleet:
         judge(device, found, self.canary)
         return found
 
+    def recruit(self) -> None:
+        """Take boards again that a farm lends, and whose workers were lost and are back."""
+        back = [b for b in self.boards if b.name in self._lost and b.name not in self._members and b.lender is not None and b.lender.present(b)]
+        for board in back:
+            self._lost.discard(board.name)
+            self.pauses.append(f"{board.name}: {self.out.pop(board.name)}; back again")
+        self._each(back, self._join)
+
     def _give_up(self, board: Board, error: object) -> None:
+        if isinstance(error, BoardLost):
+            self._lost.add(board.name)
         self.out.setdefault(board.name, str(error).removeprefix(f"board '{board.name}': "))
         if member := self._members.pop(board.name, None):
             member.close.close()
