@@ -110,7 +110,7 @@ _RULES: dict[str, Callable[[Any], Found | None]] = {
     "relax.clip": _clip,
     "relax.nn.leakyrelu": _leaky,
     "relax.broadcast_to": _copy,
-    **{f"relax.{function}": _reduce(function) for function in ("mean", "sum", "max", "min")},
+    **{f"relax.{function}": _reduce(function) for function in ("mean", "variance", "sum", "max", "min")},
     **{op: _alone for kind in KINDS.values() if kind.alone for op in kind.relax},
     **dict.fromkeys(("relax.permute_dims", "relax.strided_slice", "relax.nn.pad"), _moved),
     "relax.concat": _concat,

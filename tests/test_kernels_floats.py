@@ -120,7 +120,7 @@ def test_normalizations(width: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 2), (1, 3), (2, 3), (3, 4), (0, 4)])
-@pytest.mark.parametrize(("function", "wanted"), [("mean", np.mean), ("sum", np.sum), ("max", np.max), ("min", np.min)])
+@pytest.mark.parametrize(("function", "wanted"), [("mean", np.mean), ("variance", np.var), ("sum", np.sum), ("max", np.max), ("min", np.min)])
 def test_reductions(function: str, wanted: Callable[..., np.ndarray], first: int, last: int) -> None:
     x = normal(3, 5, 6, 21)
     exact = wanted(x.astype(np.float64), axis=tuple(range(first, last)))

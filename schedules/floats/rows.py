@@ -135,6 +135,7 @@ def _inverse_root(k: Emitter, total: Any, count: Any) -> Any:
 
 _REDUCTIONS: dict[str, tuple[Callable[[Any, Any], Any], float]] = {
     "mean": (plus, 0.0),
+    "variance": (plus, 0.0),
     "sum": (plus, 0.0),
     "max": (largest, -math.inf),
     "min": (T.min, math.inf),
@@ -142,11 +143,12 @@ _REDUCTIONS: dict[str, tuple[Callable[[Any, Any], Any], float]] = {
 
 
 def reduce(op: OpCall, target: Target, row: str) -> Kernel:
-    """attrs: function ("mean", "sum", "max", "min") of the adjacent axes [first, last) of operand 0."""
+    """attrs: function ("mean", "variance" (of the elements: the mean square of what they differ from their mean), "sum", "max", "min") of the adjacent axes
+    [first, last) of operand 0."""
     shape, first, last = op.operands[0].shape, op.attrs["first"], op.attrs["last"]
     outer, extent, inner = (math.prod(part) for part in (shape[:first], shape[first:last], shape[last:]))
     combine, start = _REDUCTIONS[op.attrs["function"]]
-    mean = op.attrs["function"] == "mean"
+    mean, variance = op.attrs["function"] in ("mean", "variance"), op.attrs["function"] == "variance"
 
     def emit(k: Emitter) -> None:
         (x,) = k.inputs
@@ -157,7 +159,11 @@ def reduce(op: OpCall, target: Target, row: str) -> Kernel:
         if inner == 1:
             with loops(share(k, outer)) as (r,):
                 source = T.bind(r * extent)
-                T.buffer_store(k.output, finish(folded(extent, lambda i, n: load(x, source + i, n), combine, start), 1), [r])
+                value = finish(folded(extent, lambda i, n: load(x, source + i, n), combine, start), 1)
+                if variance:
+                    center = T.bind(value)
+                    value = finish(folded_squares(extent, lambda i, n: T.bind(load(x, source + i, n) - splat(center, n))), 1)
+                T.buffer_store(k.output, value, [r])
             return
         with loops(share(k, outer)) as (r,):
             source, out = T.bind(r * (extent * inner)), T.bind(r * inner)
@@ -167,6 +173,12 @@ def reduce(op: OpCall, target: Target, row: str) -> Kernel:
                 store(acc, 0, f32(start, n), n)
                 with loops(extent) as (i,):
                     store(acc, 0, combine(load(acc, 0, n), load(x, source + i * inner + at, n)), n)
+                if variance:
+                    center = T.bind(finish(load(acc, 0, n), n))
+                    store(acc, 0, f32(start, n), n)
+                    with loops(extent) as (i,):
+                        apart = T.bind(load(x, source + i * inner + at, n) - center)
+                        store(acc, 0, fma(apart, apart, load(acc, 0, n), n), n)
                 store(k.output, out + at, finish(load(acc, 0, n), n), n)
 
             each(inner, column)
