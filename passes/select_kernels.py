@@ -15,7 +15,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.alone import describe_alone
-from qcompiler.passes.graph import Graph, GraphBuilder, arguments, dtype_of, is_const, make_op, plain, relax_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const_value, dtype_of, is_const, make_op, plain, relax_op, shape_of, substitute
 from qcompiler.passes.kinds import KINDS
 from qcompiler.passes.single_ops import Described, describe
 
@@ -57,6 +57,13 @@ def _clip(expr: Any) -> Found:
 
 def _leaky(expr: Any) -> Found:
     return "qc.f32.pointwise", [expr.args[0]], {"function": "leakyrelu", "alpha": float(expr.attrs.alpha)}
+
+
+def _power(expr: Any) -> Found | None:
+    """Of constant exponents, those that are a product."""
+    exponent = const_value(expr.args[1]) if is_const(expr.args[1]) else None
+    function = None if exponent is None or exponent.size != 1 else {2.0: "square", 3.0: "cube"}.get(float(exponent.reshape(())))
+    return ("qc.f32.pointwise", [expr.args[0]], {"function": function}) if function and shape_of(expr.args[0]) == shape_of(expr) else None
 
 
 def _copy(expr: Any) -> Found:
@@ -109,6 +116,7 @@ _RULES: dict[str, Callable[[Any], Found | None]] = {
     **{f"relax.{op}": _pointwise(op.removeprefix("nn.")) for op in _POINTWISE},
     "relax.clip": _clip,
     "relax.nn.leakyrelu": _leaky,
+    "relax.power": _power,
     "relax.broadcast_to": _copy,
     **{f"relax.{function}": _reduce(function) for function in ("mean", "variance", "sum", "max", "min")},
     **{op: _alone for kind in KINDS.values() if kind.alone for op in kind.relax},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tvm
 from emulated import Host
-from small_nets import Net, op
+from small_nets import Net, op, scalar
 from tools import require_target
 
 from qcompiler import schedules
@@ -60,6 +60,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., np.ndarray], float]] = {  # with the la
     "sqrt": (lambda x: np.sqrt(np.abs(x)), 1e-7),
     "relu": (lambda x: np.maximum(x, 0), 0),
     "square": (np.square, 1e-7),
+    "cube": (lambda x: x**3, 2e-7),
     "abs": (np.abs, 0),
     "negative": (np.negative, 0),
 }
@@ -198,7 +199,11 @@ def float_operators() -> tvm.IRModule:
     y = net.add("rms", op.nn.rms_norm(y, net.random(42), [2], 1e-6))
     p = net.add("soft", op.nn.softmax(net.add("turned", op.permute_dims(y, [0, 2, 1]))))
     mixture = net.add("mixture", op.matmul(p, y))
-    return net.done(y, p, mixture, net.add("pooled", op.mean(y, [1])), net.add("clipped", op.clip(net.add("high", op.max(y, [2], True)), -1.0, 1.0)))
+    powers = net.add("powers", op.add(net.add("squared", op.power(p, scalar(2.0))), net.add("cubed", op.power(p, scalar(3.0)))))
+    spread = net.add("spread", op.variance(mixture, [1, 2]))
+    return net.done(
+        y, p, mixture, powers, spread, net.add("pooled", op.mean(y, [1])), net.add("clipped", op.clip(net.add("high", op.max(y, [2], True)), -1.0, 1.0))
+    )
 
 
 def test_a_network_of_float_operators_needs_no_legalization_and_equals_the_oracle() -> None:

@@ -31,6 +31,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": lambda n, x: T.max(x, f32(0.0, n) - x),
     "negative": lambda n, x: x * f32(-1.0, n),
     "square": lambda n, x: x * x,
+    "cube": lambda n, x: x * x * x,
     "sqrt": lambda n, x: floats.root(x, n),
     "rsqrt": lambda n, x: f32(1.0, n) / floats.root(x, n),
     "exp": lambda n, x: floats.exp(x, n),
