@@ -54,6 +54,25 @@ def test_a_metric_from_a_file_is_measured_and_judged(library: Path, tmp_path: Pa
     assert "recall, int8" in (tmp_path / "page.html").read_text()
 
 
+def test_a_metric_is_an_accuracy_target(tmp_path: Path) -> None:
+    calibration = demo_data()[0][:16]
+
+    def close(outputs: dict[str, np.ndarray], labels: Any) -> float:
+        assert outputs["logits"].shape == (16, 10) and labels == {"any": "thing"}
+        return float(10 - np.abs(outputs["logits"]).max())
+
+    options: dict[str, Any] = {"preset": "fast", "metric": close, "labels": {"any": "thing"}}
+    met = qcompiler.compile(MODEL, calibration=calibration, max_metric_drop=50.0, **options).manifest["mixed_precision"]
+    assert met["met"] and met["goal"] == "--max-metric-drop 50" and met["points"][0]["metric"]["name"] == "close"
+    (finding,) = met["findings"]
+    assert finding["wanted"] == "close at most 50 lower" and "on all 16 samples" in finding["found"]
+    missed = qcompiler.compile(MODEL, calibration=calibration, max_metric_drop=-50.0, time_budget=1.0, **options).manifest["mixed_precision"]
+    assert not missed["met"] and "THE TARGET (--max-metric-drop -50) IS NOT MET" in missed["statement"]
+    for wrong in ({"metric": close}, {"max_metric_drop": 1.0}):
+        with pytest.raises(DataError, match="metric and max_metric_drop go together"):
+            qcompiler.compile(MODEL, calibration=calibration, **wrong)  # type: ignore[arg-type]
+
+
 def test_a_metric_in_python_gets_labels_as_they_are(library: Path) -> None:
     seen: list[Any] = []
 

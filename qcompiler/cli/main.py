@@ -23,6 +23,7 @@ from qcompiler.cli import report as cli_report
 from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
 from qcompiler.cli.boards import add_board, session_of
+from qcompiler.cli.node_data import add_node_data, node_data_path, write_node_data
 from qcompiler.cli.process import complain, guarded, show, watched
 from qcompiler.cli.sheets import add_format
 from qcompiler.cli.tuning import add_verbs
@@ -93,8 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--metric",
-        metavar="FILE.py:FUNCTION",
-        help="measure both networks by a function of ({output: array, all samples}, labels), the higher the better; --labels may then be any .npy or .json",
+        metavar="METRIC",
+        help="measure both networks by top5, f1, miou or map (extra metrics), or by FILE.py:FUNCTION, a function of ({output: array, all samples}, labels), "
+        "the higher the better; --labels may then be any .npy or .json",
     )
     p.add_argument("--max-metric-drop", type=float, metavar="X", help="fail when the metric falls by more than X")
     p.add_argument("--layers", type=int, default=10, metavar="N", help="print the N worst layers (default 10; -1: all, in order; 0: none)")
@@ -102,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of both networks (default 1)")
     p.add_argument("--expect-digest", metavar="HEX", help="fail when `qcompiler digest` would print another digest of FILE.so and DATA")
     add_board(p, "run FILE.so, every layer of it,")
+    add_node_data(p, "the measured SQNR of every layer")
     p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
     cli_bench.add(verb)
@@ -169,6 +172,11 @@ def _compile(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from qcompiler.verification.parity import parity_text
 
+    path = node_data_path(options)
+    if path is not None and options.layer_samples == 0:
+        raise DataError("--node-data is of layers, and --layer-samples 0 compares none")
+    if path is not None and options.report:
+        raise DataError("--report has every layer on its page; run verify once more with --node-data alone")
     if options.report and options.expect_digest:
         raise DataError("--report writes what a sign-off asks for, and checks no digest; run verify once more with --expect-digest alone")
     if options.report:
@@ -192,6 +200,7 @@ def _verify(options: argparse.Namespace) -> int:
             threads=options.threads,
             progress=progress,
         )
+    write_node_data(path, {row.name: row.metrics.sqnr_db for row in report.layers})
     show(options, report, lambda: parity_text(report, options.layers))
     return 0 if report.passed else 1
 

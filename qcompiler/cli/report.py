@@ -9,6 +9,7 @@ from typing import Any
 
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen
 from qcompiler.cli.boards import session_of
+from qcompiler.cli.node_data import EXACT, add_node_data, node_data_path, write_node_data
 from qcompiler.cli.process import complain, watched
 from qcompiler.cli.sheets import add_format
 from qcompiler.pipeline.options import DATA_HELP
@@ -41,6 +42,7 @@ def add(verb: Verb, show: Show) -> None:
     add_options(p, [*QUANTIZING, "weights"], without=["tuning_log", "core", "selftest"])
     add_format(p)
     p.add_argument("--sensitivity", action="store_true", help="measure what rounding each layer alone does to the outputs as well (about a minute)")
+    add_node_data(p, "the SQNR that each value is estimated to have, or with --sensitivity the outputs' when the layer alone is in 8 bits,")
     p = verb(
         "export-onnx",
         lambda options: _export(options, show),
@@ -75,15 +77,20 @@ def _explain(options: argparse.Namespace) -> int:
     from qcompiler.pipeline.explain import Explanation
     from qcompiler.pipeline.texts import NOISE_COLUMNS, WEIGHT_COLUMNS, noise_rows, noise_title, weight_rows
 
+    path = node_data_path(options)
     with watched(options) as progress:
         found = qcompiler.explain(options.model, options.target, options.calibration, sensitivity=options.sensitivity, **chosen(options), progress=progress)
     if not isinstance(found, Explanation):
+        write_node_data(path, {r["id"]: EXACT if r["sqnr_db"] is None else r["sqnr_db"] for r in found.account["layers"]})
         present(options, options.model, found.to_json(), lambda: str(found), [Sheet("Weights", WEIGHT_COLUMNS, weight_rows(found.account))])
         return 0
     sheets = [Sheet(f"{options.model}: {count_text(found.count)}, preset {found.plan.preset}", found.plan.COLUMNS, found.plan.rows(found.groups))]
     if found.sensitivity is not None:
         samples, estimate, rows = found.sensitivity
         sheets.append(Sheet(noise_title(samples, estimate), NOISE_COLUMNS, noise_rows(rows)))
+        write_node_data(path, {row.id: row.sqnr_db for row in rows})
+    else:
+        write_node_data(path, {name: edge.sqnr for name, edge in found.plan.edges.items() if getattr(edge, "sqnr", None) is not None})
     present(options, options.model, found.to_json(), lambda: str(found), sheets)
     return 0
 

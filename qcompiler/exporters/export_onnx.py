@@ -167,6 +167,8 @@ class _Exporter:
                 if name in self.stored:
                     nodes += self.round_output(name, new[-1])
                 nodes += self.before.get(name, [])
+        for node in nodes:
+            node.name = node.name or f"{node.op_type}:{node.output[0]}"  # viewers and other tools go by it
         self.finish(nodes)
         return Export(self.model, self.values, self.weighted, self.kept)
 

@@ -28,6 +28,7 @@ from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.library import Compilation, link
+from qcompiler.pipeline.metric import Metric, MetricFunction, Outputs, Scored, load_metric
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.stages import calibrate, correct, equalize, generate, integer_network
 from qcompiler.pipeline.survey import Survey
@@ -65,18 +66,19 @@ class Candidate:
         return min(f.noise if f.noise is not None else 2.0 if f.met else 0.5 for f in self.findings)
 
 
-def search(job: Job, goal: Goal, labels: Any, budget: float | None) -> Compilation:
+def search(job: Job, goal: Goal, labels: Any, budget: float | None, metric: str | MetricFunction | None = None) -> Compilation:
     """The fastest network found that meets `goal`, or the most accurate one. Its manifest's `mixed_precision` says which, and what else was tried.
 
-    labels: class indices, one per row of the job's samples, or a file of them. budget: seconds.
+    labels: class indices, one per row of the job's samples, or a file of them; for a metric what it takes. budget: seconds.
     Raises DataError for labels that don't fit, and for a goal that the network's outputs can't be judged by.
     """
     clock = _Clock(BUDGET if budget is None else budget, job.progress)
     if job.samples.count is None:
         job = replace(job, samples=CheckedSamples(list(job.samples), job.model.inputs))
-    classes = _classes(labels, job.samples, job.model, goal)
+    measure = None if metric is None else load_metric(metric, labels, job.samples)
+    classes = _classes(labels if measure is None or goal.max_accuracy_drop is not None else None, job.samples, job.model, goal)
     with temporary_folder() as folder:
-        return _Search(replace(job, progress=clock.progress), goal, classes, clock, folder).run()
+        return _Search(replace(job, progress=clock.progress), goal, classes, clock, folder, measure).run()
 
 
 def _classes(labels: Any, samples: Samples, model: FloatModel, goal: Goal) -> np.ndarray | None:
@@ -119,6 +121,7 @@ class _Search:
     labels: np.ndarray | None
     clock: _Clock
     folder: Path
+    metric: Metric | None = None
     tried: list[Candidate] = field(default_factory=list)
     network: Network | None = None
     sensitivity: Sensitivity | None = None
@@ -171,9 +174,12 @@ class _Search:
         outputs = self.job.model.outputs
         floats, classified = [o.name for o in outputs if o.dtype == "float32"], classifying(outputs)
         power, noise, votes = [], [], []
+        answers: tuple[list[Outputs], list[Outputs]] = [], []
         for done, sample in enumerate(self.job.samples, 1):
             counted = self.measured.padding.of(self.twin, sample)
             got, expected = counted.outputs(session.run(sample)), counted.outputs(self.twin.run(sample))
+            for collected, found in zip(answers, (got, expected), strict=True) if self.metric is not None else ():
+                collected.append({name: np.array(array) for name, array in found.items()})
             power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
             noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
             if classified:
@@ -181,7 +187,8 @@ class _Search:
             self.clock.progress(f"judge plan {number + 1}", done, self.job.samples.count)
         top = np.array(votes)  # [samples, 2, rows]
         right = (None, None) if self.labels is None else (top[:, 1] == self.labels, top[:, 0] == self.labels)
-        return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, *right)
+        metric = None if self.metric is None else Scored(self.metric.name, self.metric.of(answers[1]), self.metric.of(answers[0]))
+        return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, *right, metric)
 
     # -- search -------------------------------------------------------------------------------------------------------------------------
 
@@ -281,6 +288,7 @@ class _Search:
             "sqnr_bound_db": _finite(decibel(bound)) if self.held and math.isfinite(bound) else None,
             "agreement": c.scores.agreement(),
             "accuracy_drop": None if drop is None else drop[0],
+            "metric": None if c.scores.metric is None else vars(c.scores.metric),
             "seconds": c.seconds,
             "bytes": c.compilation.artifact.size,
             "met": c.met,

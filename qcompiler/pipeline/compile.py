@@ -72,16 +72,18 @@ def compile_stages(model: AnyModel, target: str | Target = "native", calibration
     tuned = Tuned(chosen, options["tuning_log"], core=options["core"] or "")
     if (budget := options["time_budget"]) is not None and not 0 < budget < math.inf:
         raise DataError(f"time_budget is {budget:g} s; a finite number of seconds above 0 is needed")
-    goal = Goal(options["min_sqnr"], options["min_agreement"], options["max_accuracy_drop"])
+    goal = Goal(options["min_sqnr"], options["min_agreement"], options["max_accuracy_drop"], options["max_metric_drop"])
+    if (options["metric"] is None) != (goal.max_metric_drop is None):
+        raise DataError("metric and max_metric_drop go together: what is measured, and how much of it may be lost")
     for name in () if goal else ("labels", "time_budget"):
         if name in asked:
-            raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement or max_accuracy_drop too")
+            raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement, max_accuracy_drop or max_metric_drop too")
     job = opened(model, chosen, calibration, options, tuned)
     if not goal:
         return compiled(job)
     if job.samples.count == 0:
         raise DataError("calibration data is needed for an accuracy target: it is measured on them")
-    return search(job, goal, options["labels"], budget)
+    return search(job, goal, options["labels"], budget, options["metric"])
 
 
 @takes_options

@@ -18,6 +18,7 @@ from qcompiler.base.arguments import check
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.numerics.metrics import wilson
+from qcompiler.pipeline.metric import Scored
 
 HELD_OUT = 4  # every fourth sample is held out ...
 FEWEST = 8  # ... when there are at least as many as this
@@ -47,11 +48,12 @@ def check_limits(**limits: float | None) -> None:
 @dataclass(frozen=True)
 class Goal:
     """min_sqnr: dB, of every output. min_agreement: fraction of samples with the float network's top-1 class. max_accuracy_drop: points of
-    top-1 accuracy. None is not asked for."""
+    top-1 accuracy. max_metric_drop: of a metric of the user's own, in its unit. None is not asked for."""
 
     min_sqnr: float | None = None
     min_agreement: float | None = None
     max_accuracy_drop: float | None = None
+    max_metric_drop: float | None = None
 
     def __post_init__(self) -> None:
         """Raises DataError for numbers that no network could reach or miss."""
@@ -62,13 +64,15 @@ class Goal:
 
     def __str__(self) -> str:
         """As the command line spells it."""
-        parts = {"--min-sqnr": self.min_sqnr, "--min-agreement": self.min_agreement, "--max-accuracy-drop": self.max_accuracy_drop}
+        parts = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
         return " ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
 
 
 @dataclass(frozen=True)
 class Scores:
     """A network against its float twin, sample by sample. power, noise: float64[S, outputs], sums of squares of the float outputs and of the errors.
+
+    metric: of all samples, where one is asked for.
 
     agree, float_right, int8_right: bool[S, rows of the batch], of the first output with classes; None without one, or without labels.
     """
@@ -78,6 +82,7 @@ class Scores:
     agree: np.ndarray | None = None
     float_right: np.ndarray | None = None
     int8_right: np.ndarray | None = None
+    metric: Scored | None = None
 
     def __len__(self) -> int:
         return len(self.power)
@@ -197,6 +202,9 @@ def judge(goal: Goal, scores: Scores, held: Sequence[int]) -> list[Finding]:
     if goal.max_accuracy_drop is not None and (drop := scores.accuracy_drop()) is not None:
         text = f"{drop[0]:.2f} points on {where}; 95 % interval +-{drop[1]:.1f} points"
         findings.append(Finding(f"top-1 accuracy at most {goal.max_accuracy_drop:g} points lower", text, drop[0] <= goal.max_accuracy_drop + 1e-9))
+    if goal.max_metric_drop is not None and (metric := scores.metric) is not None:
+        text = f"{metric.drop:.4f} lower ({metric.float_value:.4f} to {metric.int8_value:.4f}) on {where}"
+        findings.append(Finding(f"{metric.name} at most {goal.max_metric_drop:g} lower", text, metric.drop <= goal.max_metric_drop + 1e-9))
     return findings
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, TypeVar
 
+import numpy as np
+
 from qcompiler.base.arguments import check, checks_arguments, spelled
 from qcompiler.base.errors import closest
 from qcompiler.base.progress import Callers, Progress
@@ -197,10 +199,21 @@ class Options(TypedDict, total=False):
     min_sqnr: Annotated[float | None, Option("dB: signal-to-quantization-noise ratio that every output reaches, with 95 % confidence", "goal", "DB")]
     min_agreement: Annotated[float | None, Option("fraction of samples (0 to 1) that get the float model's top-1 class", "goal", "FRACTION")]
     max_accuracy_drop: Annotated[float | None, Option("percentage points of top-1 accuracy that may be lost; needs labels", "goal", "POINTS")]
-    labels: Annotated[
-        AnyPath | Iterable[int] | None,
+    max_metric_drop: Annotated[float | None, Option("of the metric, below that of the float network, in its own unit; needs metric", "goal", "X")]
+    metric: Annotated[
+        str | Callable[[dict[str, np.ndarray], Any], float] | None,
         Option(
-            "of the calibration data. For images: a table with the columns file and class_index; for arrays: an .npy of class indices (or, in Python, these)",
+            "a measure of quality, the higher the better: top5, f1, miou or map (extra metrics), or FILE.py:FUNCTION, in Python a function, of "
+            "({output: array, all samples}, labels)",
+            "goal",
+            "FILE.py:FUNCTION",
+        ),
+    ]
+    labels: Annotated[
+        AnyPath | Iterable[Any] | None,
+        Option(
+            "of the calibration data. For images: a table with the columns file and class_index; for arrays: an .npy of class indices (or, in Python, these). "
+            "For a metric whatever it takes: an .npy of any shape, JSON, or in Python any object",
             "goal",
             "TSV",
         ),

@@ -30,11 +30,11 @@ from qcompiler.importers.onnx_file import exactness
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.pipeline.goal import check_labels, check_limits, check_thresholds, classifying
+from qcompiler.pipeline.metric import Metric, MetricFunction, Scored, load_metric
 from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
 from qcompiler.runtime.selftest import digest
 from qcompiler.runtime.shapes import specializations
-from qcompiler.verification.metric import Metric, MetricFunction, Scored, load_metric
 from qcompiler.verification.reach import Reach
 from qcompiler.verification.twin import Twin, fed_alike, float_session
 

@@ -10,8 +10,8 @@ from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.ports import open_given
 from qcompiler.importers.origin import AnyModel, files_of, origin_of
+from qcompiler.pipeline.metric import MetricFunction
 from qcompiler.verification.evidence import HashedSamples, Measurer, gather, measured_here
-from qcompiler.verification.metric import MetricFunction
 from qcompiler.verification.parity import ParityReport, Thresholds, compare, judges, with_import
 from qcompiler.verification.twin import float_session
 

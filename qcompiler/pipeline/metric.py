@@ -17,6 +17,7 @@ from qcompiler.base.errors import DataError, closest
 from qcompiler.base.files import read_regular
 from qcompiler.calibration.arrays import read_array
 from qcompiler.calibration.data import Samples, load_labels
+from qcompiler.pipeline.measures import MEASURES
 
 Outputs = dict[str, np.ndarray]
 MetricFunction = Callable[[Outputs, Any], float]
@@ -37,6 +38,8 @@ class Metric:
         whole = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
         try:
             value = float(self.function(whole, self.labels))
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(f"the metric '{self.name}' failed: {type(error).__name__}: {error}. It is called with ({{output: array}}, labels)") from error
         if math.isnan(value):
@@ -61,14 +64,16 @@ class Scored:
 
 
 def load_metric(metric: str | MetricFunction, labels: Any, samples: Samples) -> Metric:
-    """A metric given as a function, or as "FILE.py:function", whose file is run for it. labels: what the function gets; a path is read: an .npy of any shape,
-    JSON, else a table of class indices. Raises DataError."""
+    """A metric given as a function, by the name of a ready-made one (`MEASURES`), or as "FILE.py:function", whose file is run for it. labels: what the
+    function gets; a path is read: an .npy of any shape, JSON, else a table of class indices. Raises DataError."""
     truth = _labels(labels, samples)
     if callable(metric):
         return Metric(getattr(metric, "__name__", type(metric).__name__), metric, truth)
+    if metric in MEASURES:
+        return Metric(metric, MEASURES[metric], truth)
     file, colon, name = metric.rpartition(":")
     if not (colon and file.endswith(".py") and name):
-        raise DataError(f"metric '{metric}': expected FILE.py:function")
+        raise DataError(f"metric '{metric}': expected FILE.py:function, or one of {', '.join(MEASURES)}")
     try:
         defined = runpy.run_path(file)
     except Exception as error:
