@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools import require_module
 
 from qcompiler.base.errors import DataError
 from qcompiler.cli.demo import MODEL, demo_data
@@ -26,14 +27,14 @@ def test_the_five_best() -> None:
 
 
 def test_f1_of_classes() -> None:
-    pytest.importorskip("sklearn", reason="needs the extra metrics")
+    require_module("sklearn.metrics", "scikit-learn")
     found = MEASURES["f1"]({"y": one_hot([0, 0, 1, 1], 3)}, np.array([0, 1, 1, 1]))
     assert found == pytest.approx((2 / 3 + 4 / 5) / 2)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_segmentation_in_either_layout(last: bool) -> None:
-    pytest.importorskip("sklearn", reason="needs the extra metrics")
+    require_module("sklearn.metrics", "scikit-learn")
     truth = np.array([[[0, 0, 1, 255], [0, 1, 1, 255]]])
     scores = np.moveaxis(np.eye(3)[np.array([[[0, 1, 1, 2], [0, 1, 1, 2]]])], 3, 3 if last else 1)
     assert MEASURES["miou"]({"y": scores}, truth) == pytest.approx((2 / 3 + 3 / 4) / 2)
@@ -52,7 +53,7 @@ TRUTH = {
 
 
 def test_detection_by_one_output_or_three() -> None:
-    pytest.importorskip("pycocotools", reason="needs the extra metrics")
+    require_module("pycocotools.coco", "pycocotools")
     boxes = np.array([[[10, 10, 30, 30], [0, 0, 1, 1]], [[0, 0, 40, 40], [5, 5, 6, 6]]], np.float32)
     scores, classes = np.array([[0.9, 0.0], [0.8, 0.0]], np.float32), np.array([[1, 0], [2, 0]], np.float32)
     whole = np.concatenate([boxes, scores[..., None], classes[..., None]], 2)

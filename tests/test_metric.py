@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def test_a_metric_is_an_accuracy_target(tmp_path: Path) -> None:
     assert finding["wanted"] == "close at most 50 lower" and "on all 16 samples" in finding["found"]
     missed = qcompiler.compile(MODEL, calibration=calibration, max_metric_drop=-50.0, time_budget=1.0, **options).manifest["mixed_precision"]
     assert not missed["met"] and "THE TARGET (--max-metric-drop -50) IS NOT MET" in missed["statement"]
+    assert re.search(r"the time budget of 1 s does not allow another plan.*--time-budget \d+s has room for one, \d+s for all", missed["statement"])
     for wrong in ({"metric": close}, {"max_metric_drop": 1.0}):
         with pytest.raises(DataError, match="metric and max_metric_drop go together"):
             qcompiler.compile(MODEL, calibration=calibration, **wrong)  # type: ignore[arg-type]

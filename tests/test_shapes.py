@@ -287,6 +287,10 @@ def test_the_command_line(folder: Path, text: tuple[Compilation, Path], tmp_path
     assert "ids [1, 16]" in (out := capsys.readouterr().out) and "ids [1, 8]" not in out
     assert main(["bench", "--input-shape", "ids=1,9", str(tmp_path / "b.so")]) == 2
     assert "ids [1, 9]: the library was compiled for ids [1, 8]" in capsys.readouterr().err
+    assert main(["bench", "--json", "--seconds", "0.01", "--batch", "1", str(tmp_path / "b.so")]) == 0
+    assert "shapes" in json.loads(capsys.readouterr().out), "every length has the batch 1"
+    assert main(["bench", "--batch", "4", str(tmp_path / "b.so")]) == 2
+    assert "was not compiled for a batch of 4; it has 1. Compile it for several: --input-shape 'NAME={1,4},...'" in capsys.readouterr().err
     for more, said in (
         (["--input-shape", "ids=1,8", "--input-shape", "ids=1,16"], "--input-shape ids is given twice"),
         (["--input-shape", "ids=1,8", "--shapes", str(tmp_path / "t.yaml")], "say it in one of them"),

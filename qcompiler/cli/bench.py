@@ -49,6 +49,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
         "LiteRT takes a file of the same network: litert=FILE.tflite",
     )
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,16", type=shape, help="of a library for several shapes: measure these only")
+    p.add_argument("--batch", type=positive, metavar="N", help="of a library for several batches: measure this one only")
     p.add_argument("--data", metavar="DATA", help=f"measure on the first of these inputs, and let other runtimes quantize with them: {DATA_HELP}")
     p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
     p.add_argument("--duration", "--seconds", dest="seconds", type=duration, default=3.0, metavar="TIME", help="to spend on measuring: 10s, 1m (default 3s)")
@@ -109,9 +110,10 @@ def _picked(options: argparse.Namespace, session: Any) -> list[tuple[Any, list[d
     from qcompiler.runtime.shapes import chosen_shapes
 
     most = QUANTIZING_SAMPLES if any(options.against) else 1
-    if "shapes" not in session.manifest and not options.input_shape:
+    if "shapes" not in session.manifest and not options.input_shape and not options.batch:
         return [(session, list(itertools.islice(open_given(options.data, session, options.preprocess, most), most)) if options.data else [])]
     numbers = chosen_shapes(session.manifest, shape_rows(once(OPTIONS["input_shapes"], options.input_shape)))
+    numbers = numbers if options.batch is None else _of_batch(options, session, numbers)
     data = open_given(options.data, session, options.preprocess) if options.data else None
     if isinstance(data, ShapedSamples):
         numbers = [i for i in numbers if data.shapes[i]]
@@ -119,6 +121,18 @@ def _picked(options: argparse.Namespace, session: Any) -> list[tuple[Any, list[d
             raise DataError(f"{options.data}: holds no sample of the shapes to be measured")
         return [(session.specializations[i], list(itertools.islice(data.at(i), most))) for i in numbers]
     return [(session.specializations[i], []) for i in numbers]
+
+
+def _of_batch(options: argparse.Namespace, session: Any, numbers: Sequence[int]) -> list[int]:
+    """The shapes whose inputs all have the batch that is asked for. Raises DataError where there is none."""
+    rows = {i: sorted({port.shape[0] for port in session.specializations[i].inputs if port.shape}) for i in numbers}
+    if found := [i for i in numbers if rows[i] == [options.batch]]:
+        return found
+    known = ", ".join(dict.fromkeys(str(r[0]) for r in rows.values() if len(r) == 1))
+    raise DataError(
+        f"{options.library}: was not compiled for a batch of {options.batch}{f'; it has {known}' if known else ''}. Compile it for several: "
+        f"--input-shape 'NAME={{1,{options.batch}}},...'"
+    )
 
 
 def _measured(options: argparse.Namespace, session: Any, samples: list[dict[str, Any]], trace: Path | None) -> tuple[dict[str, Any], str]:

@@ -90,7 +90,7 @@ def _explain(options: argparse.Namespace) -> int:
         sheets.append(Sheet(noise_title(samples, estimate), NOISE_COLUMNS, noise_rows(rows)))
         write_node_data(path, {row.id: row.sqnr_db for row in rows})
     else:
-        write_node_data(path, {name: edge.sqnr for name, edge in found.plan.edges.items() if getattr(edge, "sqnr", None) is not None})
+        write_node_data(path, [(name, sqnr) for name, edge in found.plan.edges.items() if (sqnr := getattr(edge, "sqnr", None)) is not None])
     present(options, options.model, found.to_json(), lambda: str(found), sheets)
     return 0
 

@@ -186,9 +186,9 @@ class _Search:
                 votes.append((got[classified[0].name].argmax(1), expected[classified[0].name].argmax(1)))
             self.clock.progress(f"judge plan {number + 1}", done, self.job.samples.count)
         top = np.array(votes)  # [samples, 2, rows]
-        right = (None, None) if self.labels is None else (top[:, 1] == self.labels, top[:, 0] == self.labels)
+        float_right, int8_right = (None, None) if self.labels is None else (top[:, 1] == self.labels, top[:, 0] == self.labels)
         metric = None if self.metric is None else Scored(self.metric.name, self.metric.of(answers[1]), self.metric.of(answers[0]))
-        return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, *right, metric)
+        return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, float_right, int8_right, metric)
 
     # -- search -------------------------------------------------------------------------------------------------------------------------
 
