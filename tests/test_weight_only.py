@@ -235,3 +235,5 @@ def test_a_network_without_dense_layers_is_refused(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "relu.onnx")
     with pytest.raises(PlanError, match="no Gemm or MatMul with constant weights"):
         qcompiler.compile(tmp_path / "relu.onnx", weights="int8")
+    with pytest.raises(PlanError, match="rules for padding are tried on calibration data .* leave pad out"):
+        qcompiler.compile(tmp_path / "relu.onnx", weights="int8", pad={"x": 0})

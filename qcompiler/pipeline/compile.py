@@ -103,6 +103,11 @@ def quantize_weights(model: AnyModel, calibration: Source | None, options: Optio
     goes = {"weights", "group_size", "asymmetric", "keep_float", "input_shapes", "shapes", "input_values", "outputs", "example_inputs", "state"}
     goes |= {"dump_dir", "targets_file", "progress"}
     asked = {*given(options), *(["calibration"] if calibration is not None else [])}
+    if "pad" in asked:
+        raise PlanError(
+            "rules for padding are tried on calibration data before they are trusted, and weights in 8 or 4 bits beside float activations take none; "
+            "leave pad out, and bring inputs to one of the shapes before a call"
+        )
     if extra := sorted(asked - goes):
         raise PlanError(f"weights in 8 or 4 bits beside float activations need no {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out")
     dump = Dumper(options["dump_dir"])
