@@ -19,7 +19,7 @@ exactly one group; `float` groups hold what has no int8 form.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,13 @@ from qcompiler.passes.unary import Unary, clamp, elementwise, expression_of, joi
 
 STREAMS = "qc.streams"
 """Attribute of a transformer (`streams.py`): the values of its streams. Normalizations, attention and the like are integers where it is there."""
+SIXTEEN = "qc.sixteen"
+"""Attribute of any network: {value id: why} of further values in 16 bits (`halves.py`, `streams.py`); "" for products with upper halves."""
+
+
+def values_in_sixteen(attrs: Mapping[str, Any]) -> frozenset[str] | None:
+    """The values that a module's attributes give 16 bits; None where they say nothing of such."""
+    return frozenset((*attrs.get(STREAMS, ()), *attrs.get(SIXTEEN, ()))) if STREAMS in attrs or SIXTEEN in attrs else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +121,7 @@ class _Finder:
         self.trained = Trained.of(graph.attrs)
         self.misses: dict[str, str] = graph.attrs.get(NEAR_MISSES, {})
         self.stated = in_eight_bits(graph) if self.trained.keeps_float else None
+        self.wide = values_in_sixteen(graph.attrs) is not None
         self.claimed: set[str] = set()
         self.groups: list[Group] = []
 
@@ -301,7 +309,7 @@ class _Finder:
             return self.float_group(name, expr, "its constant operand holds infinities, as a mask does")
         if (
             kind == "mul"
-            and STREAMS in self.graph.attrs
+            and self.wide
             and constant.scale is None
             and shape_of(tensors[0]) == shape_of(expr)
             and constant.value.shape[-1:] == (constant.value.size,) == shape_of(expr)[-1:]

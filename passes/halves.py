@@ -1,18 +1,18 @@
-"""Operands of matrix products in 16 bits, as two halves of 8.
+"""Operands of convolutions and matrix products in 16 bits, as two halves of 8.
 
-    dense(x, w)      -->      dense(lower, w) + dense(upper, w),      upper = multiply(x, ones),  lower = subtract(x, upper)
+    relu(conv2d(x, w) + b)    -->    relu(conv2d(lower, w) + (conv2d(upper, w) + b)),    upper = multiply(x, ones),  lower = subtract(x, upper)
 
 In float `lower` is 0. In integers x has 16 bits, `upper` is x in steps of 256, and `lower` what that leaves, so that both products together are exact: the
 second takes the first as its residual, in 16 bits. No dot product reads 16-bit numbers; this is what takes their place where 8 bits lose too much, at the price
-of computing a layer twice.
+of computing a layer twice. A bias and a residual of the layer's own go with the first product, its clamps with the sum.
 
-Works on the canonical float module with copies of its streams (`streams.py`), equalized or not; what measures its values must follow.
+Works on the canonical float module, with copies of its streams where it has such (`streams.py`), equalized or not; what measures its values must follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
-from qcompiler.passes.groups import STREAMS, Group, find_groups
+from qcompiler.passes.groups import SIXTEEN, Group, find_groups, values_in_sixteen
+from qcompiler.passes.trained import Trained
+from qcompiler.passes.unary import clamp
 
 HALVES = "qc.halves"
 """Attribute: {value in 16 bits: [its upper half, its lower half]}."""
@@ -28,7 +30,8 @@ HALVES = "qc.halves"
 
 @dataclass(frozen=True)
 class Division:
-    """A value that can be read in halves. chain: its id, and those of views of it, up to what the layers read. layers: dense, in order."""
+    """A value that can be read in halves. chain: its id, and those of what moves it to the layers that read it. layers: convolutions and dense layers, in
+    order."""
 
     chain: tuple[str, ...]
     layers: tuple[Group, ...]
@@ -39,71 +42,82 @@ class Division:
 
 
 def divisible(module: tvm.IRModule) -> dict[str, Division]:
-    """By value id, what can be read in halves: of a network with streams, written by what can write 16 bits, and read in 8 by dense layers alone that have no
-    clamp of their own."""
+    """By value id, what can be read in halves: an input of the network, or what is written by an operator that can write 16 bits; read by convolutions or
+    dense layers, and beside them by what reads 16 bits anyway, or float32."""
     graph, groups = Graph.of(module), find_groups(module)
-    if STREAMS not in graph.attrs:
-        return {}
     readers: dict[str, list[Group]] = {str(v.name): [] for _, v in graph.outputs}
-    taken = {*graph.attrs[STREAMS], *readers, *(half for pair in graph.attrs.get(HALVES, {}).values() for half in pair)}
+    taken = {*(values_in_sixteen(graph.attrs) or ()), *Trained.of(graph.attrs).values, *readers}
+    taken |= {half for pair in graph.attrs.get(HALVES, {}).values() for half in pair}
     for group in groups:
-        for value in dict.fromkeys(group.operands):
+        for value in dict.fromkeys((*group.operands, *group.plain)):
             readers.setdefault(value, []).append(group)
+    written = [g.id for g in groups if g.reason is None and g.traits.writes_wide and not g.traits.keeps]
     found: dict[str, Division] = {}
-    for group in groups:
-        chain = [group.id]
-        while len(behind := readers.get(chain[-1], [])) == 1 and behind[0].traits.views and behind[0].reason is None:
+    for value in [*(str(p.name) for p in graph.inputs if dtype_of(p) == "float32"), *written]:
+        chain = [value]
+        while len(behind := readers.get(chain[-1], [])) == 1 and behind[0].traits.moves and not behind[0].traits.joins and behind[0].reason is None:
             chain.append(behind[0].id)
-        fits = group.reason is None and group.traits.writes_wide and not group.traits.keeps and taken.isdisjoint(chain)
-        if fits and behind and all(_doubles(g, chain[-1]) for g in behind):
-            found[group.id] = Division(tuple(chain), tuple(behind))
+        layers = [g for g in behind if _doubles(g, chain[-1])]
+        if layers and taken.isdisjoint(chain) and all(g in layers or _takes(g, chain[-1]) for g in behind):
+            found[value] = Division(tuple(chain), tuple(layers))
     return found
 
 
 def _doubles(group: Group, value: str) -> bool:
-    """Can a group be computed twice, on either half of its operand?"""
-    return group.kind == "dense" and group.reason is None and group.inputs[0] == value != group.residual and group.low is None and group.high is None
+    """Can a group be computed twice, on either half of its operand? The second product takes the first as its residual."""
+    return group.traits.residual and group.reason is None and group.inputs[0] == value != group.residual
 
 
-def in_halves(module: tvm.IRModule, values: Collection[str]) -> tvm.IRModule:
-    """The module in which the layers behind `values`, some of `divisible`, read them in halves."""
+def _takes(group: Group, value: str) -> bool:
+    """Can a group read a value in 16 bits, whoever reads its result?"""
+    reads = group.traits.reads_wide and (group.traits.joins or not group.traits.moves)
+    return group.reason is not None or reads or group.residual == value not in group.inputs
+
+
+def in_halves(module: tvm.IRModule, values: Mapping[str, str], whole: Collection[str] = ()) -> tvm.IRModule:
+    """The module in which the layers behind `values`, some of `divisible`, read them in halves. values: id -> why. whole: layers that read them as they are,
+    since they are float."""
     graph, known = Graph.of(module), divisible(module)
-    chosen = {known[v].read: known[v] for v in values}
+    chosen = {d.read: replace(d, layers=layers) for v in values for d in [known[v]] if (layers := tuple(g for g in d.layers if g.id not in whole))}
+    values = {division.chain[0]: values[division.chain[0]] for division in chosen.values()}
+    bound = graph.values()
     builder = GraphBuilder(graph.attrs)
     builder.reserve(name for name, _ in graph.bindings)
     env: dict[str, Any] = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
-    doubled = {member: g for division in chosen.values() for g in division.layers for member in g.members}
+    doubled = {m: g for division in chosen.values() for g in division.layers for m in g.members if clamp(bound[m]) is None}
+    ends = {g.id: [m for m in g.members if doubled.get(m) is g][-1] for division in chosen.values() for g in division.layers}
     halves: dict[str, list[str]] = dict(graph.attrs.get(HALVES, {}))
     parts: dict[str, tuple[Any, Any]] = {}
-    streams = [*graph.attrs[STREAMS], *(v for division in chosen.values() for v in division.chain)]
+    sixteen = {**graph.attrs.get(SIXTEEN, {}), **{v: why for value, why in values.items() for v in known[value].chain}}
+
+    def divide(name: str) -> None:
+        x = env[name]
+        upper = builder.emit(builder.made(name, "upper"), relax.op.multiply(x, const(np.ones(shape_of(x)[-1], np.float32))))
+        lower = builder.emit(builder.made(name, "lower"), relax.op.subtract(x, upper))
+        parts[name], halves[name] = (upper, lower), [str(upper.name), str(lower.name)]
+
+    for name in chosen.keys() & env.keys():
+        divide(name)
     for name, expr in graph.bindings:
         group = doubled.get(name)
         if group is None:
             env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
-        elif name != group.id:
-            env[name] = builder.emit(name, _upper(expr, group, env, parts))
+        elif name != ends[group.id]:
+            env[name] = builder.emit(name, _half(expr, group, env, parts, 0))
         else:
-            first = builder.emit(builder.made(name, "upper"), _upper(expr, group, env, parts))
-            streams.append(str(first.name))
-            second = builder.emit(builder.made(name, "lower"), relax.op.matmul(parts[group.inputs[0]][1], _weight(graph.values(), group, env)))
+            first = builder.emit(builder.made(name, "upper"), _half(expr, group, env, parts, 0))
+            sixteen[str(first.name)] = ""
+            product = next(bound[m] for m in group.members if relax_op(bound[m]) in group.traits.relax)
+            second = builder.emit(builder.made(name, "lower"), _half(product, group, env, parts, 1))
             env[name] = builder.emit(name, relax.op.add(second, first))
         if name in chosen:
-            x = env[name]
-            upper = builder.emit(builder.made(name, "upper"), relax.op.multiply(x, const(np.ones(shape_of(x)[-1], np.float32))))
-            lower = builder.emit(builder.made(name, "lower"), relax.op.subtract(x, upper))
-            parts[name], halves[name] = (upper, lower), [str(upper.name), str(lower.name)]
-    builder.state(STREAMS, sorted(streams))
+            divide(name)
+    builder.state(SIXTEEN, dict(sorted(sixteen.items())))
     builder.state(HALVES, halves)
     return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
 
 
-def _upper(expr: Any, group: Group, env: Mapping[str, Any], parts: Mapping[str, tuple[Any, Any]]) -> Any:
-    """A binding of the layer, on the upper half of its operand."""
+def _half(expr: Any, group: Group, env: Mapping[str, Any], parts: Mapping[str, tuple[Any, Any]], which: int) -> Any:
+    """A binding of the layer, on the upper (0) or the lower (1) half of its operand."""
     reads = relax_op(expr) in group.traits.relax
-    return substitute(expr, lambda v: parts[str(v.name)][0] if reads and str(v.name) == group.inputs[0] else env[str(v.name)])
-
-
-def _weight(values: Mapping[str, Any], group: Group, env: Mapping[str, Any]) -> Any:
-    """The layer's right operand."""
-    product = next(values[m] for m in group.members if relax_op(values[m]) in group.traits.relax)
-    return env[str(product.args[1].name)] if isinstance(product.args[1], relax.Var) else product.args[1]
+    return substitute(expr, lambda v: parts[str(v.name)][which] if reads and str(v.name) == group.inputs[0] else env[str(v.name)])

@@ -1,7 +1,7 @@
 """Every pass, in the order in which a module meets them, and the one way to run them.
 
     importer --IMPORTED--> module in the file's layout --CANONICAL--> canonical float module --WIDE--> the same, with copies of its streams
-    canonical float module --REPLACE_WEIGHTS--> the same, equalized --HALVED--> the same, some operands in halves
+    canonical float module --REPLACE_WEIGHTS--> the same, equalized --RESIDUAL--> the same, sums in 16 bits --HALVED--> the same, some operands in halves
     canonical float module --INSERT_QDQ--> QDQ module --INTEGER--> integer module --REPLACE_OPERANDS--> the same, corrected
     integer module --PORTS--> the same with pixels or integers at its edges
     canonical float module --FLOAT--> float network of our kernels
@@ -39,7 +39,7 @@ from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.passes.select_float import select_float
 from qcompiler.passes.select_kernels import select_kernels
 from qcompiler.passes.simplify import simplify
-from qcompiler.passes.streams import with_copies
+from qcompiler.passes.streams import with_copies, with_wide_residuals
 from qcompiler.passes.trained import lost, settled
 from qcompiler.passes.views import views_to_reshape
 from qcompiler.passes.volumes import volumes
@@ -59,6 +59,7 @@ CANONICAL: tuple[Pass, ...] = (
     to_channels_last,
 )
 WIDE: tuple[Pass, ...] = (with_copies,)
+RESIDUAL: tuple[Pass, ...] = (with_wide_residuals,)
 HALVED: tuple[Pass, ...] = (in_halves,)
 REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
 INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
@@ -69,7 +70,8 @@ FLOAT: tuple[Pass, ...] = (select_float, volumes, legal_layouts)
 CPU_KERNELS: tuple[Pass, ...] = (select_kernels,)
 LOWERABLE: tuple[Pass, ...] = (views_to_reshape, legalize)
 
-PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *HALVED, *INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *PORTS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
+PASSES = (*IMPORTED, *CANONICAL, *WIDE, *REPLACE_WEIGHTS, *RESIDUAL, *HALVED)
+PASSES += (*INSERT_QDQ, *INTEGER, *REPLACE_OPERANDS, *PORTS, *FLOAT, *CPU_KERNELS, *LOWERABLE)
 
 
 def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: Dump = no_dump) -> tvm.IRModule:

@@ -6,13 +6,16 @@ A stream is what normalizations read, or hand out of the network, and what adds 
 Every layer of a transformer adds to it, so that the rounding of 8 bits would add up too. No dot product reads 16-bit numbers: those that read a stream get
 one copy, whose channels have freely chosen scales (`qcompiler/refine/equalization.py`): its factors become the multipliers of a `qc.requantize`.
 
+Convolutional networks have residual streams too, which lose less: there 16 bits are a choice (`with_wide_residuals`). Sums read the stream, convolutions and
+pools the copy.
+
 Works on the canonical float module, which computes the same; what quantizes must follow.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
-from qcompiler.passes.groups import STREAMS, Group, find_groups
+from qcompiler.passes.groups import SIXTEEN, STREAMS, Group, find_groups
 from qcompiler.passes.trained import Trained
 
 COPY = "copy"
@@ -64,14 +67,49 @@ def _holds(maker: Group) -> bool:
     return maker.reason is None and maker.traits.writes_wide
 
 
+def residual_values(groups: Sequence[Group], stated: frozenset[str] = frozenset()) -> set[str]:
+    """The values that sums of two tensors read, where what writes them can write 16 bits: the residual streams of a convolutional network."""
+    made_by = {g.id: g for g in groups}
+    sums = [g for g in groups if g.reason is None and (g.residual or (g.traits.sums and g.weight is None))]
+    front, found = [v for g in sums for v in (g.inputs if g.traits.sums else (g.residual,)) if v], set[str]()
+    carried = defaultdict[str, list[str]](list)  # a value -> what has its numbers, moved
+    for group in groups:
+        if group.traits.moves and not group.traits.joins and group.reason is None:
+            carried[group.inputs[0]].append(group.id)
+    while front:
+        value = front.pop()
+        while (maker := made_by.get(value)) is not None and value in carried[maker.inputs[0] if maker.inputs else ""]:
+            value = maker.inputs[0]
+        if maker is None or maker.traits.keeps or not _holds(maker):
+            continue
+        moved = [value]
+        for name in moved:
+            moved += carried[name]
+        if stated.isdisjoint(moved):
+            found.update(moved)
+    return found
+
+
 def with_copies(module: tvm.IRModule) -> tvm.IRModule:
     """The module with a copy of each value of a stream for the operators that read 8 bits only, and the streams as an attribute; itself without any."""
     graph, groups = Graph.of(module), find_groups(module)
     streams = stream_values(groups, frozenset(Trained.of(graph.attrs).values), frozenset(str(v.name) for _, v in graph.outputs))
-    wanted = {name: (set(g.inputs) - set(g.plain)) & streams for g in groups if g.reason is None and not g.traits.reads_wide for name in g.members}
     if not streams and not any(g.kind == "attention" and g.reason is None for g in groups):
         return module
-    builder = GraphBuilder({**graph.attrs, STREAMS: sorted(streams)})
+    return _copied(module, streams, {STREAMS: sorted(streams)})
+
+
+def with_wide_residuals(module: tvm.IRModule, values: Mapping[str, str]) -> tvm.IRModule:
+    """The module with `values`, some of `residual_values`, in 16 bits, and with copies of them like those of a stream. values: id -> why."""
+    known = Graph.of(module).attrs.get(SIXTEEN, {})
+    return _copied(module, set(values), {SIXTEEN: dict(sorted({**known, **values}.items()))})
+
+
+def _copied(module: tvm.IRModule, streams: Set[str], attrs: Mapping[str, Any]) -> tvm.IRModule:
+    """The module with a copy of each of `streams` for the operators that read 8 bits only, and attributes."""
+    graph, groups = Graph.of(module), find_groups(module)
+    wanted = {name: (set(g.inputs) - set(g.plain)) & streams for g in groups if g.reason is None and not g.traits.reads_wide for name in g.members}
+    builder = GraphBuilder({**graph.attrs, **attrs})
     builder.reserve(name for name, _ in graph.bindings)
     env: dict[str, Any] = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     owner = {m: g for g in groups for m in g.members}

@@ -13,7 +13,7 @@ from transformer_nets import pictures, vit
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import STREAMS
+from qcompiler.passes.groups import SIXTEEN
 from qcompiler.passes.halves import HALVES, divisible
 from qcompiler.passes.sequence import HALVED, WIDE, run
 from qcompiler.pipeline import halves
@@ -41,13 +41,13 @@ def halved(path: Path) -> Compilation:
 def test_the_float_network_stays_the_same(path: Path) -> None:
     wide, sample = run(WIDE, load(path).module), pictures(1)[0]
     values = divisible(wide)
-    assert len(values) == 9, "in each of two blocks two normalizations, the result of attention and the copy behind GELU; and the mean"
-    module = run(HALVED, wide, sorted(values))
+    assert len(values) == 10, "the picture; in each of two blocks two normalizations, the result of attention and the copy behind GELU; and the mean"
+    module = run(HALVED, wide, dict.fromkeys(sorted(values), "a test"))
     got, wanted = execute(module, sample), execute(wide, sample)
     for output in wanted:
         np.testing.assert_allclose(got[output], wanted[output], atol=1e-5)
     attrs = Graph.of(module).attrs
-    assert attrs[HALVES].keys() == {d.read for d in values.values()} and {v for d in values.values() for v in d.chain} <= set(attrs[STREAMS])
+    assert attrs[HALVES].keys() == {d.read for d in values.values()} and {v for d in values.values() for v in d.chain} <= set(attrs[SIXTEEN])
     assert not set(divisible(module)) & values.keys(), "nothing is divided twice"
 
 
@@ -74,11 +74,15 @@ def test_the_outputs_gain(path: Path, halved: Compilation, tmp_path: Path) -> No
     assert found[1] > found[0]
 
 
-def test_networks_without_streams_have_nothing_to_divide(tmp_path: Path) -> None:
+def test_other_networks_are_divided_by_accurate_alone(tmp_path: Path) -> None:
     net = OnnxNet()
-    x = net.op("Relu", net.op("MatMul", net.input("x", 1, 8), net.weight(8, 8)))
-    model = load(net.save(tmp_path / "net.onnx", [net.op("MatMul", x, net.weight(8, 4))]))
-    assert divisible(run(WIDE, model.module)) == {}
+    x = net.op("Relu", net.op("MatMul", net.input("x", 1, 32), net.weight(32, 256)))
+    y = net.op("Relu", net.op("MatMul", x, net.weight(256, 256)))
+    path = net.save(tmp_path / "net.onnx", [net.op("MatMul", y, net.weight(256, 8))])
+    assert divisible(run(WIDE, load(path).module)).keys() == {"x", x, y}
+    samples = [{"x": np.random.default_rng(i).standard_normal((1, 32)).astype(np.float32) ** 3} for i in range(8)]
+    assert quantize(path, "native", samples, disable=["rescue"]).account == {}
+    assert "read in 16 bits" in quantize(path, "native", samples, preset="accurate", disable=["mixed"]).account["halves"]
 
 
 def loud_and_quiet(folder: Path) -> tuple[Path, list[dict[str, np.ndarray]]]:

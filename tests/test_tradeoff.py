@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qcompiler.plan.placement import Placement
-from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost, first_below
+from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost, Wide, WideCost, first_below
 
 FREE = frozenset[str]()
 
@@ -92,3 +92,21 @@ def test_a_layer_that_carries_values_does_not_part_its_neighbours() -> None:
     assert frozenset(["l0", "l2"]) in network.moves()
     rows["l1"] = LayerCost("l1", rows["l1"].inputs, rows["l1"].noise, 1.0, 1.0, 1, 4, False)
     assert frozenset(["l0", "l2"]) not in network.moves()
+
+
+def test_a_value_in_16_bits_takes_the_place_of_a_layer_in_float() -> None:
+    """The input of l1 holds most of the noise: a second product is cheaper than a float layer, and costs nothing where l1 is float anyway."""
+    network = chain(3, 0)
+    noises = {"l0": 0.5, "x": 1e-6}
+    network.values = {n: ValueCost(np.array([noises.get(n, 1e-4)]), 1.0, 1.0) for n in network.values}
+    rows = {n: LayerCost(n, v.inputs, np.array([1e-4]), 2.0, 7.0, 100, 400, True) for n, v in network.layers.items()}
+    network.layers, network.wide = rows, {"l0": WideCost(("l1",), 0.5)}
+    first, second, *_ = network.path(FREE)
+    assert second.keep == {Wide("l0")} and second.wide == {"l0"} and second.floats == FREE
+    assert second.seconds - first.seconds == pytest.approx(2.5) and first.noise - second.noise == pytest.approx(0.5)
+    gain, seconds = network.gain(second, Wide("l0"))
+    assert gain > 25 and seconds == pytest.approx(2.5)
+    assert network.predict(frozenset([Wide("l0"), "l1"])).seconds == network.predict(frozenset(["l1"])).seconds
+    both = network.predict(frozenset([Wide("l0"), "l2"]))
+    assert network.trimmed(both, 0.1, FREE).keep == {Wide("l0")}, "the float layer costs more, and the limit can spare it"
+    assert network.trimmed(both, both.noise, FREE) is both

@@ -39,10 +39,12 @@ def size(count: int) -> str:
     return f"{count} B" if count < 1000 else f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
 
 
-def float_layers(count: int) -> str:
-    return f"{count} layer{'' if count == 1 else 's'} in float"
+def float_layers(count: int, wide: int = 0) -> str:
+    """wide: operands that are read in 16 bits."""
+    return f"{count} layer{'' if count == 1 else 's'} in float" + (f", {wide} in 16 bits" if wide else "")
 
 
 def count_text(count: Mapping[str, int]) -> str:
-    """The operators of a network by type: {"int8": n, "float": m}."""
-    return f"{count['int8']} of {sum(count.values())} operators in int8"
+    """The operators of a network by type: {"int8": n, "float": m}, and "int16" where there are such."""
+    wide = f", {count['int16']} in 16 bits" if "int16" in count else ""
+    return f"{count['int8']} of {sum(count.values())} operators in int8{wide}"

@@ -33,6 +33,10 @@ def compiled_text(output: Path, artifact: Artifact, model: str, verbose: bool) -
     lines += [f"{entry['id']} ({entry['op']}) stays float: {entry['reason']}" for entry in floats[:shown]]
     if len(floats) > shown:
         lines.append(f"... and {len(floats) - shown} more in float; qcompiler inspect {output} lists them")
+    wide = manifest.get("sixteen", [])
+    lines += [f"'{entry['id']}' has 16 bits: {entry['reason']}" for entry in (wide if verbose else wide[:_REASONS])]
+    if len(wide) > _REASONS and not verbose:
+        lines.append(f"... and {len(wide) - _REASONS} more in 16 bits; qcompiler inspect {output} lists them")
     if "shapes" in manifest:
         lines += ["", shapes_sheet(manifest).text()]
     if "mixed_precision" in manifest:
@@ -111,7 +115,7 @@ def shapes_sheet(manifest: Mapping[str, Any]) -> Sheet:
 
 def step_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per step of the library: value id, operator, how its result is held, kernel row, multiply-adds, and why it is not int8 (or None)."""
-    reasons = {entry["id"]: entry["reason"] for entry in manifest["float_ops"]}
+    reasons = {entry["id"]: entry["reason"] for entry in [*manifest.get("sixteen", []), *manifest["float_ops"]]}
     steps = []
     for step in manifest["steps"]:
         if step.get("auxiliary"):
@@ -188,7 +192,7 @@ def target_text(account: Mapping[str, Any]) -> str:
         found = ("chosen" if p["chosen"] else "meets the target") if p["met"] else "most accurate, too little" if p["chosen"] else "misses"
         rows.append(
             [
-                float_layers(len(p["float_layers"])),
+                float_layers(len(p["float_layers"]), len(p.get("in_sixteen", ()))),
                 number(p["sqnr_db"]),
                 number(p["sqnr_bound_db"]),
                 percent(p["agreement"]),

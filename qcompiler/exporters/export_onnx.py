@@ -32,7 +32,7 @@ from qcompiler.importers.origin import AnyModel, files_of, origin_of
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op, shape_of
-from qcompiler.passes.groups import STREAMS, Group, find_groups
+from qcompiler.passes.groups import Group, find_groups, values_in_sixteen
 from qcompiler.passes.layer_norms import layer_norms
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.job import asked_rows
@@ -74,7 +74,7 @@ def export_onnx(
     origin = origin_of(model, options["outputs"], options["example_inputs"])
     options["example_inputs"] = None
     source = _source(origin, options["requantize"])
-    options["disable"] = [*options["disable"], "streams"]  # QDQ states 8 bits
+    options["disable"] = [*options["disable"], "streams", "residuals", "halves"]  # QDQ states 8 bits
     export = qdq_model(source, compile_stages(origin, target, calibration, **options))
     with replacing(path) as temporary:
         temporary.write_bytes(export.model.SerializeToString(deterministic=True))
@@ -83,8 +83,10 @@ def export_onnx(
 
 def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
     """The QDQ form of `source` (operator set 13 or later), as `compilation` quantized it; checked by `onnx.checker`."""
-    if STREAMS in Graph.of(compilation.quantized.model.module).attrs:
-        raise ModelError("QuantizeLinear states 8 bits here, and this compilation stores residual streams in 16; compile with --disable streams to export")
+    if values_in_sixteen(Graph.of(compilation.quantized.model.module).attrs) is not None:
+        raise ModelError(
+            "QuantizeLinear states 8 bits here, and this compilation stores values in 16; compile with --disable streams, residuals and halves to export"
+        )
     return _Exporter(source, compilation).run()
 
 

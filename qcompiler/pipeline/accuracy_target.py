@@ -26,14 +26,16 @@ from qcompiler.base.targets import find_target, missing_features
 from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, take
 from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
+from qcompiler.pipeline.halves import candidates, costs, operands, with_halves
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.metric import Metric, MetricFunction, Outputs, Scored, load_metric
 from qcompiler.pipeline.ports import ported
+from qcompiler.pipeline.sixteen import with_asked
 from qcompiler.pipeline.stages import calibrate, correct, equalize, generate, integer_network
 from qcompiler.pipeline.survey import Survey
 from qcompiler.plan.sensitivity import Sensitivity, conversion_module, conversion_seconds
-from qcompiler.plan.tradeoff import Network, Point, first_below
+from qcompiler.plan.tradeoff import Choice, Network, Point, Wide, first_below
 from qcompiler.runtime.bench import interleave
 from qcompiler.runtime.session import Session
 
@@ -49,7 +51,7 @@ _MEASURING = 3.0  # seconds for the times of all plans
 class Candidate:
     """A plan that was compiled. keep: groups in float. seconds: latency on this machine, once measured."""
 
-    keep: frozenset[str]
+    keep: Choice
     compilation: Compilation
     session: Session
     scores: Scores
@@ -136,7 +138,7 @@ class _Search:
         fitted = [i for i in range(count) if i not in set(self.held)]
         self.host = find_target("native")
         self.runs_here = not missing_features(self.job.target)
-        self.measured = calibrate(equalize(replace(self.job, samples=take(self.job.samples, fitted))))
+        self.measured = with_asked(calibrate(equalize(replace(self.job, samples=take(self.job.samples, fitted)))))
         self.twin = self.measured.twin.session(threads=1)
         first = self.attempt(frozenset(self.job.kept), self.job.kept)
         if not first.met and not self.out_of_time():
@@ -154,10 +156,10 @@ class _Search:
 
     # -- plans --------------------------------------------------------------------------------------------------------------------------
 
-    def attempt(self, keep: frozenset[str], reasons: Mapping[str, str]) -> Candidate:
-        """Compile a plan, run it, judge it."""
+    def attempt(self, keep: Choice, reasons: Mapping[str, str], wide: Mapping[str, str] = {}) -> Candidate:
+        """Compile a plan, run it, judge it. reasons: {group id: why it stays float}; wide: {value id: why it is read in 16 bits}."""
         number, start = len(self.tried), self.clock.spent
-        network = integer_network(self.measured, reasons)
+        network = integer_network(with_halves(self.measured, wide, reasons) if wide else self.measured, reasons)
         compilation = link(correct(network, generate(network)))
         if self.runs_here:
             session = Session(compilation.artifact.save(self.folder / f"plan{number}.so"))
@@ -199,7 +201,10 @@ class _Search:
         sample = next(iter(self.job.samples))
         conversion = build(conversion_module(), self.host, "generate host code").session(threads=1)
         int8, float32 = survey.seconds(first.session, sample), survey.seconds(self.twin, sample)
-        self.network = survey.network(self.sensitivity, int8, float32, conversion_seconds(conversion))
+        to_int8, to_float = conversion_seconds(conversion)
+        quantized, divides = first.compilation.quantized, "halves" in self.job.recipe.steps
+        wide = costs(quantized, candidates(quantized), to_int8) if divides else {}
+        self.network = survey.network(self.sensitivity, int8, float32, (to_int8, to_float), wide)
         self.path = self.network.path(frozenset(self.job.kept))
 
     def follow_path(self) -> None:
@@ -219,7 +224,8 @@ class _Search:
             if whole.keep not in known:
                 slim = self.network.trimmed(whole, max(limit, whole.noise), frozenset(self.job.kept))
                 point = whole if slim.keep in known or refuted[index] == _TRIMMED else slim
-                candidate = self.attempt(point.keep, {**{name: self.reason(point, name) for name in sorted(point.keep)}, **self.job.kept})
+                floats = {name: self.reason(point, name) for name in sorted(point.floats)}
+                candidate = self.attempt(point.keep, {**floats, **self.job.kept}, {v: self.reason(point, Wide(v)) for v in sorted(point.wide)})
                 limit = point.noise * candidate.factor()
                 if not candidate.met and point is not whole:
                     refuted[index] += 1  # which the whole point, with less noise, need not
@@ -239,7 +245,7 @@ class _Search:
             return True
         return False
 
-    def reason(self, point: Point, name: str) -> str:
+    def reason(self, point: Point, name: str | Wide) -> str:
         assert self.network is not None
         gain, seconds = self.network.gain(point, name)
         where = "" if self.runs_here else f", as on {self.host.name}"
@@ -272,8 +278,9 @@ class _Search:
         return link(ported(chosen.compilation.corrected), mixed_precision=account)
 
     def statement(self, chosen: Candidate) -> str:
-        kept = len(chosen.keep - set(self.job.kept))
-        layers = f"{kept} layer{'s' if kept != 1 else ''} kept in float"
+        wide = sum(isinstance(k, Wide) for k in chosen.keep)
+        kept = len(chosen.keep - set(self.job.kept)) - wide
+        layers = f"{kept} layer{'s' if kept != 1 else ''} kept in float" + (f" and {operands(wide)} read in 16 bits" if wide else "")
         if chosen.met:
             others = f", the fastest of {sum(c.met for c in self.tried)} that do, of {len(self.tried)} tried" if len(self.tried) > 1 else ""
             return f"the target ({self.goal}) is met with {layers}{others}"
@@ -283,7 +290,8 @@ class _Search:
         judged = c.scores.of(self.held) if self.held else c.scores
         bound, drop = judged.noise_bound(), c.scores.accuracy_drop()
         return {
-            "float_layers": sorted(c.keep),
+            "float_layers": sorted(k for k in c.keep if isinstance(k, str)),
+            "in_sixteen": sorted(k.value for k in c.keep if isinstance(k, Wide)),
             "sqnr_db": _finite(decibel(judged.relative_noise())),
             "sqnr_bound_db": _finite(decibel(bound)) if self.held and math.isfinite(bound) else None,
             "agreement": c.scores.agreement(),

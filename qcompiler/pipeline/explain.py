@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from qcompiler.base.errors import DataError
@@ -14,6 +14,7 @@ from qcompiler.calibration.data import Source
 from qcompiler.importers.origin import AnyModel
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.halves import HALVES
 from qcompiler.pipeline.compile import quantize, quantize_weights
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.pipeline.survey import LayerNoise, layer_noise
@@ -26,7 +27,7 @@ class Explanation:
     """A plan, for people (`print`) and programs (`to_json`).
 
     groups: the network's operators. refused: value id -> why what the plan has in 8 bits stays float after all. samples: of the calibration.
-    sensitivity: (samples, SQNR of the plan in dB, layers), where it was asked for.
+    sensitivity: (samples, SQNR of the plan in dB, layers), where it was asked for. halves: {value in 16 bits: its halves}.
     """
 
     plan: QuantPlan
@@ -34,11 +35,12 @@ class Explanation:
     refused: Mapping[str, str]
     samples: int
     sensitivity: tuple[int, float, list[LayerNoise]] | None = None
+    halves: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def count(self) -> dict[str, int]:
         """Operators by type."""
-        return count_operators(self.groups, self.plan.reasons.keys() | self.refused.keys())
+        return count_operators(self.groups, self.plan.reasons.keys() | self.refused.keys(), self.halves)
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.plan.to_json())
@@ -50,7 +52,10 @@ class Explanation:
         return document
 
     def __str__(self) -> str:
-        parts = [*(f"'{value}' stays float after all: {reason}" for value, reason in self.refused.items()), self.plan.explain(self.groups).rstrip()]
+        parts = [
+            *(f"'{value}' stays float after all: {reason}" for value, reason in self.refused.items()),
+            self.plan.explain(self.groups, self.halves).rstrip(),
+        ]
         if self.sensitivity is not None:
             samples, estimate, rows = self.sensitivity
             parts += ["", table(noise_title(samples, estimate), NOISE_COLUMNS, noise_rows(rows))]
@@ -90,4 +95,5 @@ def explain(
     # insert_qdq refuses what would overflow on the actual weights; those reasons belong to the answer too.
     refused = {k: v for k, v in Graph.of(quantized.qdq).attrs.get("qc.float_ops", {}).items() if k not in quantized.plan.reasons}
     groups = find_groups(quantized.model.module)
-    return Explanation(quantized.plan, groups, refused, quantized.measured.table.samples, layer_noise(quantized) if sensitivity else None)
+    halves = Graph.of(quantized.model.module).attrs.get(HALVES, {})
+    return Explanation(quantized.plan, groups, refused, quantized.measured.table.samples, layer_noise(quantized) if sensitivity else None, halves)

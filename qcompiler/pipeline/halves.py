@@ -1,8 +1,8 @@
 """The operands that are read in halves, so in 16 bits: those whose rounding to 8 costs the outputs most for the work that a second product takes.
 
 Exact like everything in 8 bits, and cheaper than a layer in float32. The candidates' roundings are measured one by one (`qcompiler/plan/sensitivity.py`);
-those that bring most for their work are taken while the recipe allows it: `default` roundings that stand out, for a few percent more work, `accurate` all that
-can be felt.
+those that bring most for their work are taken while the recipe allows it: `default` roundings that stand out, for a few percent more work and of networks with
+16-bit streams only, `accurate` all that can be felt. Where the outputs lose too much, `float_layers.py` takes more of them.
 """
 
 from __future__ import annotations
@@ -10,54 +10,71 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from qcompiler.passes.groups import find_groups
-from qcompiler.passes.halves import divisible
-from qcompiler.passes.sequence import HALVED, run
+from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import STREAMS, find_groups
+from qcompiler.passes.halves import Division, divisible
+from qcompiler.passes.sequence import HALVED
 from qcompiler.pipeline.goal import decibel
-from qcompiler.pipeline.stages import QuantizedNetwork, calibrate, float_code, integer_network
+from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network, rewritten
 from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
+from qcompiler.plan.tradeoff import WideCost
 
-RESCUE = (0.2, 0.2)  # `Recipe.halves` where the outputs lose too much
 _SAMPLES = 8
 _MOVED = 4  # elements written for each of a value that is read in halves: the value, its halves, a partial sum
 
 
-def halved(network: QuantizedNetwork, bounds: tuple[float, float] | None = None) -> QuantizedNetwork:
-    """The network with some operands in halves, measured and planned anew; itself where none is worth it. The step's account says how many. bounds: as
-    `Recipe.halves`, of which they take the place."""
-    model, job = network.model, network.job
-    ratio, allowance = bounds or job.recipe.halves
-    candidates = divisible(model.module)
-    stored = {v for v in candidates if (p := network.plan.params(v)) is not None and p.dtype == "int8"}
-    stored = {v for v in stored if not any(g.id in network.plan.reasons for g in candidates[v].layers)}
-    if not stored or not network.measured.table.samples:
+def candidates(network: QuantizedNetwork) -> dict[str, Division]:
+    """What could be read in halves and is stored in 8 bits now, by layers in 8 bits."""
+    plan, found = network.plan, divisible(network.model.module)
+    stored = {v for v in found if (p := plan.params(v)) is not None and p.dtype == "int8"}
+    return {v: d for v, d in found.items() if v in stored and not any(g.id in plan.reasons for g in d.layers)}
+
+
+def costs(network: QuantizedNetwork, found: Mapping[str, Division], element: float = ELEMENT) -> dict[str, WideCost]:
+    """What reading each of `candidates` in halves costs, where writing an element costs `element`."""
+    elements = {i.name: math.prod(i.shape) for i in network.model.inputs} | {g.id: math.prod(g.shape) for g in find_groups(network.model.module)}
+    return {v: WideCost(tuple(g.id for g in d.layers), _MOVED * element * elements[v]) for v, d in found.items()}
+
+
+def with_halves(measured: Measured, values: Mapping[str, str], floats: Collection[str] = ()) -> Measured:
+    """Statistics of the network with `values`, some of `divisible`, in halves. values: id -> why. floats: the layers that a plan will keep in float."""
+    return rewritten(measured, HALVED, "measure halves", values, floats)
+
+
+def halved(network: QuantizedNetwork) -> QuantizedNetwork:
+    """The network with some operands in halves, measured and planned anew; itself where none is worth it. The step's account says how many."""
+    job = network.job
+    ratio, allowance = job.recipe.halves
+    if STREAMS not in Graph.of(network.model.module).attrs and not job.recipe.divides_anywhere:
+        return network
+    found = candidates(network)
+    if not found or not network.measured.table.samples:
         return network
     survey, session = Survey(network, network.integer), network.measured.twin.session()
     whole = np.maximum(survey.noise(session, itertools.islice(job.alike, _SAMPLES)), np.finfo(np.float64).tiny)
     if decibel(float(whole.max())) >= BEYOND_NOTICE:
         return network
-    alone = survey.value_noise(session, stored, _SAMPLES)
+    alone = survey.value_noise(session, found, _SAMPLES)
     work, _ = survey.work()
     share = {v: float((noise / whole).max()) for v, noise in alone.items()}
-    elements = {g.id: math.prod(g.shape) for g in find_groups(model.module)}
-    cost = {v: sum(work[g.id] for g in candidates[v].layers) + _MOVED * ELEMENT * elements[v] for v in share}
+    cost = {v: c.seconds + sum(work[n] for n in c.layers) for v, c in costs(network, found).items()}
     total = sum(work.values())
-    left, chosen = allowance * total, list[str]()
+    left, chosen = allowance * total, dict[str, str]()
     for value in sorted(share, key=lambda v: -share[v] / cost[v]):
         if share[value] * total >= ratio * cost[value] and cost[value] <= left:
             left -= cost[value]
-            chosen.append(value)
+            part, more = 100 * min(share[value], 1.0), 100 * cost[value] / total
+            chosen[value] = f"its rounding to 8 would be {part:.0f} % of the noise at the outputs, for {more:.1f} % more work (step halves)"
     if not chosen:
         return network
-    before = network.measured
-    first, *others = (dataclasses.replace(m, module=run(HALVED, m.module, sorted(chosen), dump=job.dump)) for m in job.models)
-    job = dataclasses.replace(job, model=first, others=tuple(others))
-    twin = float_code(first, dump=job.dump, progress=job.progress, others=job.sampled)
-    measured = calibrate(dataclasses.replace(before.equalized, job=job, twin=twin), "measure halves").with_noise_of(before)
-    found = integer_network(measured, job.kept)
+    made = integer_network(with_halves(network.measured, chosen), job.kept)
     more = 100 * sum(cost[v] for v in chosen) / total
-    what = f"{len(chosen)} operand{'s' if len(chosen) > 1 else ''} read in 16 bits for {more:.1f} % more work"
-    return dataclasses.replace(found, account={**network.account, "halves": what})
+    return dataclasses.replace(made, account={**network.account, "halves": f"{operands(len(chosen))} read in 16 bits for {more:.1f} % more work"})
+
+
+def operands(count: int) -> str:
+    return f"{count} operand{'s' if count > 1 else ''}"

@@ -26,6 +26,7 @@ from qcompiler.pipeline.padding import pad_rules
 from qcompiler.pipeline.shapes import fitting_of, load_all
 from qcompiler.plan.planner import named_groups
 from qcompiler.plan.recipes import Recipe, recipe
+from qcompiler.plan.sixteen import asked as in_sixteen
 
 MOST_VECTORS = 64
 
@@ -33,9 +34,9 @@ MOST_VECTORS = 64
 @dataclass(frozen=True)
 class Job:
     """One network to be quantized for one target. others: the same network at the other shapes of its library. pad: how their inputs are padded.
-    kept: group id -> why it stays float in every plan. tuned: parameters of kernels, None for the defaults. dump: sees what every pass and stage makes.
-    progress: sees how far long work is. passes: where what passes over the samples saw is collected, if anyone wants it. ports: inputs and outputs that
-    shall not be float32. selftest: test vectors that the library gets."""
+    kept: group id -> why it stays float in every plan. sixteen: groups that shall compute in 16 bits. tuned: parameters of kernels, None for the defaults.
+    dump: sees what every pass and stage makes. progress: sees how far long work is. passes: where what passes over the samples saw is collected, if anyone
+    wants it. ports: inputs and outputs that shall not be float32. selftest: test vectors that the library gets."""
 
     model: FloatModel
     samples: Samples
@@ -50,6 +51,7 @@ class Job:
     others: tuple[FloatModel, ...] = ()
     pad: Mapping[str, Any] = field(default_factory=dict)
     selftest: int = 0
+    sixteen: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[FloatModel, ...]:
@@ -97,10 +99,11 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     if "streams" in steps.steps:
         float_model, *others = (replace(m, module=run(WIDE, m.module, dump=dump)) for m in (float_model, *others))
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
+    sixteen = in_sixteen(float_model, options["keep_16"])
     ports = ports.at(float_model.inputs)
     given = (options["preprocess"], options["max_samples"], float_model.digest)
     samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
-    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules, count)
+    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules, count, sixteen)
 
 
 def in_order(

@@ -22,7 +22,8 @@ from qcompiler.base.targets import find_target
 from qcompiler.calibration.ports import stored_inputs
 from qcompiler.importers.model import FloatModel
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import find_groups
+from qcompiler.passes.groups import SIXTEEN, find_groups
+from qcompiler.passes.halves import HALVES
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.padding import check_padding
 from qcompiler.pipeline.stages import Corrected, QuantizedNetwork
@@ -59,7 +60,7 @@ class Compilation:
 def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any) -> Compilation:
     """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
-    warnings = [*measured.warnings, *corrected.warnings]
+    warnings, attrs = [*measured.warnings, *corrected.warnings], Graph.of(corrected.integer).attrs
     here = corrected.built if job.target == find_target("native") else corrected.here
     if here is None and (job.pad or job.selftest):
         here = build(corrected.integer, find_target("native"), "generate host code", others=corrected.others, progress=job.progress)
@@ -75,7 +76,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__} | toolkit_versions(job.target),
         preset=network.plan.preset,
         calibration_samples=measured.table.samples,
-        operators=count_operators(find_groups(job.model.module), Graph.of(corrected.integer).attrs.get("qc.float_ops", {}).keys()),
+        operators=count_operators(find_groups(job.model.module), attrs.get("qc.float_ops", {}).keys(), attrs.get(HALVES, {})),
         sqnr_db=expected_sqnr(corrected),
         quantization={**effects(network), **network.account} | {name: c.summary() for name, c in corrected.corrections.items()} | {**searched},
         warnings=warnings,
@@ -138,11 +139,14 @@ def effects(network: QuantizedNetwork) -> dict[str, str]:
 
 
 def describe(integer: tvm.IRModule, model: FloatModel) -> dict[str, Any]:
-    """The manifest's account of quantization: every 8-bit value with its parameters, every operator that stayed float with the reason."""
+    """The manifest's account of quantization: every integer value with its parameters, every operator that stayed float with the
+    reason, and values that got 16 bits with theirs."""
     attrs = Graph.of(integer).attrs
+    wide = [{"id": value_id, "reason": reason} for value_id, reason in attrs.get(SIXTEEN, {}).items() if reason]
+    sixteen = {"sixteen": wide} if wide else {}
     values = {name: {"scale": scale, "zero_point": zero_point} for name, (scale, zero_point) in attrs.get("qc.params", {}).items()}
     float_ops = []
     for value_id, reason in attrs.get("qc.float_ops", {}).items():
         node, op = model.source(value_id)
         float_ops.append({"id": value_id, "node": node, "op": op, "reason": reason})
-    return {**model.account(), "values": values, "float_ops": float_ops}
+    return {**model.account(), "values": values, "float_ops": float_ops, **sixteen}

@@ -192,6 +192,16 @@ class Options(TypedDict, total=False):
             default=(),
         ),
     ]
+    keep_16: Annotated[
+        str | Sequence[str],
+        Option(
+            "layers that compute in 16 bits: convolutions and dense layers read what they read in two halves, which takes a second product; sums, products and "
+            "means write 16 bits. By the names, patterns and types that keep_float takes",
+            "recipe",
+            "LAYER",
+            default=(),
+        ),
+    ]
     requantize: Annotated[
         bool,
         Option("of a model that is quantized already, quantize also what its file leaves in float or in 16 bits", "recipe", "", default=False),

@@ -21,6 +21,8 @@ from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.ports import ported
+from qcompiler.pipeline.residuals import widened
+from qcompiler.pipeline.sixteen import with_asked
 from qcompiler.pipeline.stages import Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network
 from qcompiler.plan.recipes import Recipe
 from qcompiler.runtime.session import Session
@@ -30,8 +32,10 @@ _MOST = 32  # samples held out
 
 def planned(measured: Measured) -> QuantizedNetwork:
     """The stages from statistics to the integer network."""
-    made = integer_network(measured, measured.job.kept)  # plan, quantize, realize; again with operands in halves, with layers in float, where asked for
-    return settled(halved(made) if "halves" in measured.job.recipe.steps else made)
+    measured, steps = with_asked(measured), measured.job.recipe.steps
+    made = integer_network(measured, measured.job.kept)  # plan, quantize, realize
+    made = widened(made) if "residuals" in steps else made  # again with sums in 16 bits, with operands in halves, with layers in float, where asked for
+    return settled(halved(made) if "halves" in steps else made)
 
 
 @one_blas_thread

@@ -22,7 +22,7 @@ from qcompiler.plan.placement import Placer
 from qcompiler.plan.quant_plan import Derived, Quantized, QuantPlan
 from qcompiler.plan.ranges import SampleEnds
 from qcompiler.plan.sensitivity import Sensitivity, Walk, layer_seconds, measure_sensitivity
-from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost
+from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost, WideCost
 from qcompiler.refine.analytic import bias_for, shapes_of
 from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.runtime.session import Session
@@ -112,9 +112,15 @@ class Survey:
         return {k: m + ELEMENT * n for k, (m, n) in own.items()}, {k: _FLOAT * m + 2 * ELEMENT * n for k, (m, n) in own.items()}
 
     def network(
-        self, found: Sensitivity, int8: Mapping[str, float] = {}, float32: Mapping[str, float] = {}, conversion: tuple[float, float] = (0.0, 0.0)
+        self,
+        found: Sensitivity,
+        int8: Mapping[str, float] = {},
+        float32: Mapping[str, float] = {},
+        conversion: tuple[float, float] = (0.0, 0.0),
+        wide: Mapping[str, WideCost] = {},
     ) -> Network:
-        """int8, float32: seconds by group id. conversion: seconds per element, to int8 and to float. Without these only noise is predicted."""
+        """int8, float32: seconds by group id. conversion: seconds per element, to int8 and to float. Without these only noise is predicted. wide: what may be
+        read in halves."""
         none = np.zeros(len(next(iter([*found.weights.values(), *found.values.values()]), np.zeros(1))))
         layers, model = {}, self._quantized.model
         for g in self._placer.groups:
@@ -125,7 +131,7 @@ class Survey:
         elements = {**{i.name: math.prod(i.shape) for i in model.inputs}, **{g.id: math.prod(g.shape) for g in self._placer.groups}}
         values = {v: ValueCost(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
-        return Network(layers, values, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs)
+        return Network(layers, values, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs, wide)
 
 
 def without_sample(plan: QuantPlan, params: Mapping[str, QParams], ends: SampleEnds, index: int) -> dict[str, QParams]:

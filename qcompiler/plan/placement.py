@@ -21,7 +21,7 @@ import tvm
 from qcompiler import schedules
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, dtype_of
-from qcompiler.passes.groups import STREAMS, Group, find_groups
+from qcompiler.passes.groups import STREAMS, Group, find_groups, values_in_sixteen
 from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.schedules.table import KERNELS
 
@@ -52,14 +52,14 @@ class Placer:
         graph = Graph.of(module)
         inputs, trained = graph.inputs, Trained.of(graph.attrs)
         self._trained = trained.values
-        self._streams: list[str] | None = graph.attrs.get(STREAMS)
+        self._wide = values_in_sixteen(graph.attrs)
         self.readers: dict[str, list[Group]] = {v: [] for v in [*(str(p.name) for p in inputs), *self.made_by]}
         for group in self.groups:
             for value in dict.fromkeys(group.operands):
                 self.readers.setdefault(value, []).append(group)
         self._dtypes = {str(p.name): dtype_of(p) for p in inputs}
         self._impossible = {g.id: reason for g in self.groups if (reason := _impossible(g, target)) is not None}
-        if self._streams is None:
+        if STREAMS not in graph.attrs:
             self._impossible |= {
                 g.id: f"'{g.kind}' is computed in integers beside 16-bit streams only" for g in self.groups if g.traits.alone and g.reason is None
             }
@@ -91,8 +91,7 @@ class Placer:
                 reasons[group.id] = "its operands are float32"
                 floating.add(group.id)
         stored = tuple(v for v in self.readers if self._is_stored(v, reasons))
-        streams = self._streams
-        wide = set() if streams is None else {v for v in stored if v in streams or self._is_seen(v, reasons)}
+        wide = set() if self._wide is None else {v for v in stored if v in self._wide or self._is_seen(v, reasons)}
         wide |= {v for g in self.groups if g.traits.wants_wide and g.id not in reasons for v in g.operands if v not in self._trained}
         return Placement(reasons, stored, frozenset(wide))
 

@@ -31,7 +31,7 @@ from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.recurrence import STATE_LIMITS
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
-from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.groups import SIXTEEN, Group, find_groups
 from qcompiler.passes.halves import HALVES
 from qcompiler.passes.trained import Trained
 from qcompiler.plan.placement import Placer
@@ -153,6 +153,7 @@ class _Planner:
         graph = Graph.of(module)
         self.exprs, self.trained = graph.values(), Trained.of(graph.attrs)
         self.halves = {half: (value, i == 0) for value, pair in graph.attrs.get(HALVES, {}).items() for i, half in enumerate(pair)}
+        self.sixteen: Mapping[str, str] = graph.attrs.get(SIXTEEN, {})
         self.missing: list[str] = []  # values that have neither statistics nor parameters of their own
         self.placer = Placer(module, target)
         self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
@@ -368,7 +369,7 @@ class _Planner:
                 params,
                 "min-max",
                 sqnr_db(histogram, params),
-                f"16 bits for {_WIDE_MARGIN:g} times what was seen: part of a residual stream, read by a recurrent layer, or in float",
+                f"16 bits for {_WIDE_MARGIN:g} times what was seen: {self.why_wide(members)}",
             )
         fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:
@@ -392,6 +393,11 @@ class _Planner:
             params, observer, sqnr, why = judged.params, judged.observer, sqnr_db(histogram, judged.params), judged.reason
         why += f" on [{histogram.low:.4g}, {histogram.high:.4g}]" + (f" of {len(others)} values together" if others else "")
         return Quantized(params, observer, sqnr, why + padded + _clipping(histogram, params))
+
+    def why_wide(self, members: set[str]) -> str:
+        """What gives a class 16 bits, for people."""
+        known = (self.sixteen[v] or "the product with an upper half" for v in self.readers if v in members and v in self.sixteen)
+        return next(known, "part of a residual stream, read by a recurrent layer, or in float")
 
     def fixed(self, value: str) -> str | None:
         """The row of _FIXED for a value whose range its operator bounds."""

@@ -264,20 +264,24 @@ class QuantPlan:
             rows.append((value, operator, stored, *numbers, "" if sqnr is None else f"{sqnr:.1f}", why))
         return rows
 
-    def explain(self, groups: Sequence[Group] = ()) -> str:
-        """The plan as a text table of `rows`."""
+    def explain(self, groups: Sequence[Group] = (), halves: Mapping[str, Sequence[str]] = {}) -> str:
+        """The plan as a text table of `rows`. halves: as `count_operators` has them."""
         rows = [self.COLUMNS, *self.rows(groups)]
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]).rstrip() for r in rows]
-        summary = [f"preset {self.preset}: {count_text(count_operators(groups, self.reasons))}"] if groups else [f"preset {self.preset}"]
+        summary = [f"preset {self.preset}: {count_text(count_operators(groups, self.reasons, halves))}"] if groups else [f"preset {self.preset}"]
         return "\n".join([*summary, *(f"note: {n}" for n in self.notes), *lines]) + "\n"
 
 
-def count_operators(groups: Sequence[Group], reasons: Collection[str]) -> dict[str, int]:
-    """Of a network's operators, how many compute in integers ("int8") and in float32 ("float"): the count that every command states. reasons: ids of those
-    that stay float."""
-    floats = sum(g.id in reasons for g in groups)
-    return {"int8": len(groups) - floats, "float": floats}
+def count_operators(groups: Sequence[Group], reasons: Collection[str], halves: Mapping[str, Sequence[str]] = {}) -> dict[str, int]:
+    """Of a network's operators, how many compute in integers ("int8"; "int16", where there are any: those that read their operand in halves) and in float32
+    ("float"): the count that every command states. reasons: ids of those that stay float. halves: {value: its upper and its lower half}
+    (`passes/halves.py`); what halves values, and the first of two products, is no operator of its own."""
+    uppers, lowers = ({pair[i] for pair in halves.values()} for i in (0, 1))
+    whole = [g for g in groups if g.id not in uppers | lowers and not (g.traits.weighted and g.inputs[0] in uppers)]
+    floats = sum(g.id in reasons for g in whole)
+    sixteen = sum(g.traits.weighted and g.inputs[0] in lowers and g.id not in reasons for g in whole)
+    return {"int8": len(whole) - floats - sixteen, **({"int16": sixteen} if sixteen else {}), "float": floats}
 
 
 def _range(params: QParams) -> str:

@@ -15,9 +15,10 @@ STEPS = {
     "ranges": "let observers compete for the range of every value; off: everything seen",
     "judge-ranges": "let these ranges compete once more, by the error of the network's outputs",
     "margins": "widen ranges beyond all that was seen where the outputs lose next to nothing by it",
-    "halves": "read in 16 bits, as two halves, the operands of dense layers that lose most in 8, where that is worth the work (with streams)",
+    "residuals": "16 bits for the residual streams of a convolutional network, where that is worth the work",
+    "halves": "read in 16 bits, as two halves, the operands of convolutions and dense layers that lose most in 8, where that is worth the work",
     "mixed": "keep in float the layers that raise the accuracy most, for at most a fifth more work",
-    "rescue": "bring outputs that lose too much back to 20 dB: operands in halves, then layers in float, for at most a fifth more work each (not beside mixed)",
+    "rescue": "bring outputs that lose too much back to 20 dB: operands in halves, layers in float, as either brings more for its work (not beside mixed)",
     "clip-weights": "try clipped weight scales; off: the largest weight of a channel",
     "analytic-bias": "undo what rounded weights do to the mean of every channel, by the float network's means",
     "correct-bias": "undo the mean shift of every channel on calibration samples",
@@ -26,7 +27,7 @@ STEPS = {
 }
 """Every step by name, in order of execution."""
 
-_DEFAULT = frozenset(STEPS) - {"mixed", "round-all"}
+_DEFAULT = frozenset(STEPS) - {"residuals", "mixed", "round-all"}
 PRESETS = {"fast": frozenset({"streams", "analytic-bias"}), "default": _DEFAULT, "accurate": frozenset(STEPS)}
 
 
@@ -59,6 +60,11 @@ class Recipe:
     def ratios(self) -> tuple[float, ...]:
         """Candidate weight scales (`weights.RATIOS`)."""
         return RATIOS["accurate" if self.preset == "accurate" else "default"] if "clip-weights" in self.steps else RATIOS["fast"]
+
+    @property
+    def divides_anywhere(self) -> bool:
+        """Does the step "halves" look at networks without 16-bit streams too?"""
+        return self.preset == "accurate"
 
     @property
     def optimizes(self) -> bool:

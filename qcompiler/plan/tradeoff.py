@@ -1,4 +1,4 @@
-"""The trade of accuracy against time: which layers shall stay float, found on numbers alone.
+"""The trade of accuracy against time: which layers shall stay float, and which values be read in 16 bits, found on numbers alone.
 
 `sensitivity.py` measures them; `accuracy_target.py` tries the answer out.
 
@@ -7,6 +7,7 @@ a layer's time does not depend on its neighbours' but for the conversions betwee
 
     noise(plan)   = sum over the weights and the values that the plan rounds of the noise of that rounding alone
     seconds(plan) = sum over layers of float or int8 seconds + conversions of values that both kinds of layers touch
+                    + the seconds of second products, where a value is read in halves of 8 bits (`passes/halves.py`) and so not rounded at all
 
 Both are estimates that rank plans; what is promised is measured on the compiled plan itself.
 """
@@ -52,33 +53,65 @@ class ValueCost:
 
 
 @dataclass(frozen=True)
+class Wide:
+    """What a plan may do with a value: store it in 16 bits, to be read in halves."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class WideCost:
+    """layers: those that are computed twice, for as many seconds as in 8 bits. seconds: of halving the value."""
+
+    layers: tuple[str, ...]
+    seconds: float
+
+
+Choice = frozenset[str | Wide]
+"""What a plan does otherwise than all in 8 bits: groups that stay float, values in 16 bits."""
+
+
+@dataclass(frozen=True)
 class Point:
     """A plan as it is predicted to be. noise: relative noise power of the worst output. bytes: of parameters."""
 
-    keep: frozenset[str]
+    keep: Choice
     noise: float
     seconds: float
     bytes: int
 
+    @property
+    def floats(self) -> frozenset[str]:
+        """The groups that stay float."""
+        return frozenset(k for k in self.keep if isinstance(k, str))
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """The values that are read in halves."""
+        return frozenset(k.value for k in self.keep if isinstance(k, Wide))
+
 
 @dataclass
 class Network:
-    """layers, values: by id. place: kept groups -> what a plan makes of them (`Placer.place`). outputs: values that leave the network."""
+    """layers, values: by id. place: kept groups -> what a plan makes of them (`Placer.place`). outputs: values that leave the network. wide: the values
+    that may be read in halves."""
 
     layers: Mapping[str, LayerCost]
     values: Mapping[str, ValueCost]
     place: Callable[[frozenset[str]], Placement]
     outputs: frozenset[str] = frozenset()
-    _known: dict[frozenset[str], Point] = field(default_factory=dict, repr=False)
+    wide: Mapping[str, WideCost] = field(default_factory=dict)
+    _known: dict[Choice, Point] = field(default_factory=dict, repr=False)
 
-    def predict(self, keep: frozenset[str]) -> Point:
-        """The plan that keeps `keep` in float."""
+    def predict(self, keep: Choice) -> Point:
+        """The plan that keeps `keep` in float or in 16 bits."""
         if keep not in self._known:
             self._known[keep] = self._predict(keep)
         return self._known[keep]
 
-    def _predict(self, keep: frozenset[str]) -> Point:
-        placement = self.place(keep)
+    def _predict(self, keep: Choice) -> Point:
+        point = Point(keep, 0.0, 0.0, 0)
+        placement, wide = self.place(point.floats), point.wide
         noise, seconds, size = np.zeros(1), 0.0, 0
         read_in_float = set(self.outputs)
         for layer in self.layers.values():
@@ -89,26 +122,34 @@ class Network:
                 seconds, size, noise = seconds + layer.int8_seconds, size + layer.int8_bytes, noise + layer.noise
         for value in placement.stored:
             cost = self.values[value]
-            noise = noise + cost.noise
+            if value in wide:
+                twice = [self.layers[n].int8_seconds for n in self.wide[value].layers if n not in placement.reasons]
+                seconds += sum(twice) + self.wide[value].seconds
+            else:
+                noise = noise + cost.noise
             if value not in self.layers or value in placement.reasons:
                 seconds += cost.to_int8
             if value in read_in_float:
                 seconds += cost.to_float
         return Point(keep, float(noise.max()), seconds, size)
 
-    def moves(self) -> list[frozenset[str]]:
-        """What one step of the search may add: a layer; a layer with a neighbour (no conversion between the two); all readers of a value with its
-        maker (the value is then never rounded). Layers that carry values are no neighbours: those behind them are."""
+    def moves(self) -> list[Choice]:
+        """What one step of the search may add: a value in 16 bits; a layer; a layer with a neighbour (no conversion between the two); all readers of a value
+        with its maker (the value is then never rounded). Layers that carry values are no neighbours: those behind them are."""
         movable = {n for n, layer in self.layers.items() if layer.movable}
         readers: dict[str, set[str]] = {}
         for layer in self.layers.values():
             for value in () if layer.carries else self._sources(layer.id):
                 readers.setdefault(value, set()).add(layer.id)
-        found = {frozenset([n]) for n in movable}
+        found: set[Choice] = {frozenset([n]) for n in movable} | {frozenset([Wide(v)]) for v in self.wide}
         for value, whom in readers.items():
             found |= {frozenset([value, reader]) & movable for reader in whom}
             found.add(frozenset([value, *whom]) & movable)
-        return sorted((m for m in found if m), key=sorted)
+        return sorted((m for m in found if m), key=lambda m: sorted(map(str, m)))
+
+    def _near(self, name: str | Wide) -> list[str]:
+        """The values whose cost depends on what a plan does with a layer or a value."""
+        return [name.value, *self.wide[name.value].layers] if isinstance(name, Wide) else [name, *self._sources(name)]
 
     def _sources(self, name: str) -> list[str]:
         """The values that a layer reads, or that are carried to it."""
@@ -119,7 +160,7 @@ class Network:
             found[value] = None
         return list(found)
 
-    def path(self, start: frozenset[str]) -> list[Point]:
+    def path(self, start: Choice) -> list[Point]:
         """Plans of falling noise, each the one before with the move that lowers noise most per second; from `start` to everything float.
 
         After a step only moves that touch its neighbourhood are estimated again: elsewhere the sums change by the same terms as before.
@@ -128,7 +169,7 @@ class Network:
         near: dict[str, set[int]] = {}
         for index, move in enumerate(moves):
             for name in move:
-                for value in [name, *self._sources(name)]:
+                for value in self._near(name):
                     near.setdefault(value, set()).add(index)
         points = [self.predict(start)]
 
@@ -159,20 +200,26 @@ class Network:
             if point.noise >= points[-1].noise:
                 continue
             points.append(point)
-            touched = {v for name in added for v in [name, *self._sources(name)]}
+            touched = {v for name in added for v in self._near(name)}
             push(sorted({i for v in touched for i in near.get(v, ())}))
         return points
 
-    def trimmed(self, point: Point, noise: float, fixed: frozenset[str]) -> Point:
-        """`point` without the layers that its predicted noise can spare below `noise`, those that cost most first; `fixed` stay."""
-        for name in sorted(point.keep - fixed, key=lambda n: self.layers[n].int8_seconds - self.layers[n].float_seconds):
+    def trimmed(self, point: Point, noise: float, fixed: Choice) -> Point:
+        """`point` without what its predicted noise can spare below `noise`, that first which costs most; `fixed` stays."""
+
+        def cost(name: str | Wide) -> float:
+            if isinstance(name, Wide):
+                return self.wide[name.value].seconds + sum(self.layers[n].int8_seconds for n in self.wide[name.value].layers)
+            return self.layers[name].float_seconds - self.layers[name].int8_seconds
+
+        for name in sorted(point.keep - fixed, key=lambda n: (-cost(n), str(n))):
             less = self.predict(point.keep - {name})
             if less.noise <= noise and less.seconds < point.seconds:
                 point = less
         return point
 
-    def gain(self, point: Point, name: str) -> tuple[float, float]:
-        """(dB, seconds) that keeping `name` in float adds to `point`, which holds it."""
+    def gain(self, point: Point, name: str | Wide) -> tuple[float, float]:
+        """(dB, seconds) that keeping `name` in float, or in 16 bits, adds to `point`, which holds it."""
         without = self.predict(point.keep - {name})
         ratio = without.noise / point.noise if point.noise > 0 else math.inf
         return (10 * math.log10(ratio) if 0 < ratio < math.inf else ratio), point.seconds - without.seconds

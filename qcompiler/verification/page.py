@@ -137,7 +137,8 @@ def _facts(e: Evidence) -> str:
     tile("library-size", size(e.library_bytes), "library, code included", share)
     tile("parameter-size", size(e.parameter_bytes), "float parameters", f"model file: {size(e.model_bytes)}")
     if (count := e.manifest.get("operators")) is not None:
-        tile("int8-layers", f"{count['int8']} of {sum(count.values())}", "operators in int8", f"{count['float']} computed in float")
+        wide = f"{count['int16']} in 16 bits, " if "int16" in count else ""
+        tile("int8-layers", f"{count['int8']} of {sum(count.values())}", "operators in int8", f"{wide}{count['float']} computed in float")
     return '<div class="facts">' + "".join(tiles) + "</div>"
 
 

@@ -45,7 +45,15 @@ def _plans(account: Mapping[str, Any]) -> str:
         drop = "" if p["accuracy_drop"] is None else f"{p['accuracy_drop']:.2f}"
         figures = [number(p["sqnr_db"]), number(p["sqnr_bound_db"]), percent(p["agreement"]), drop, milliseconds(p["seconds"])]
         verdict = ("<b>chosen</b>, " if p["chosen"] else "") + ("met" if p["met"] else "missed")
-        rows.append([float_layers(len(p["float_layers"])), *figures, f"{p['seconds'] / float32['seconds']:.3f}", size(p["bytes"]), verdict])
+        rows.append(
+            [
+                float_layers(len(p["float_layers"]), len(p.get("in_sixteen", ()))),
+                *figures,
+                f"{p['seconds'] / float32['seconds']:.3f}",
+                size(p["bytes"]),
+                verdict,
+            ]
+        )
     columns = ("plan", "SQNR dB|", "at 95 %|", "top-1 agreement|", "accuracy drop|", "ms|", "x float|", "size|", "target")
     return html_table(columns, rows, "plans")
 

@@ -1,0 +1,54 @@
+"""Layers that a user wants in 16 bits (the option keep_16).
+
+A convolution or dense layer reads its operand in halves then (`passes/halves.py`); a sum, a product, a mean or the like writes its result in 16 bits, and so
+does a layer that adds a residual. What else reads such a value in 8 bits reads a copy; all layers with weights that read an operand do so in halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+from qcompiler.base.errors import PlanError
+from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.halves import divisible
+from qcompiler.passes.sequence import RESIDUAL, run
+from qcompiler.passes.trained import Trained
+from qcompiler.plan.planner import named_groups
+
+ASKED = "asked for (keep_16)"
+
+
+def asked(model: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """The groups of a `FloatModel` that `names` name, as `named_groups` reads them, and that can compute in 16 bits. Raises PlanError for a name of which none
+    can."""
+    found: dict[str, None] = {}
+    by_id = {g.id: g for g in find_groups(model.module)}
+    stated = Trained.of(Graph.of(model.module).attrs).values.keys()
+    for name in names:
+        groups = [by_id[g] for g in named_groups(model, [name])]
+        written = {g.id for g in groups if writes(g, stated)}
+        wide = run(RESIDUAL, model.module, dict.fromkeys(written, ASKED))
+        read = {g.id for d in divisible(wide).values() for g in d.layers}
+        able = [g.id for g in groups if g.id in written | read]
+        if not able:
+            raise PlanError(f"'{name}' can't be kept in 16 bits: {_obstacle(groups[0], stated)}. Give it to keep_float, or leave it in 8 bits")
+        found |= dict.fromkeys(able)
+    return tuple(found)
+
+
+def writes(group: Group, stated: Container[str]) -> bool:
+    """Does a group that is asked for write its result in 16 bits?"""
+    writes = group.reason is None and group.traits.writes_wide and not group.traits.keeps and group.id not in stated
+    return writes and (group.residual is not None or not group.traits.weighted)
+
+
+def _obstacle(group: Group, stated: Container[str]) -> str:
+    if group.reason is not None:
+        return f"{group.reason}, so it is computed in float32 anyway"
+    if any(v in stated for v in (group.id, *group.operands)):
+        return "the model file rounds it to 8 bits itself"
+    if group.traits.residual:
+        return f"its operand '{group.inputs[0]}' comes from, or also goes to, an operator with 8 bits only"
+    return f"{group.kind} is an operator with 8 bits only; 16 are for convolutions (not transposed), dense layers, sums, products and means"
