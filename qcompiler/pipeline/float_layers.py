@@ -85,12 +85,16 @@ class _Trade:
         floats, wide = dict[str, str](), dict[str, str]()
         for choice in sorted(last.keep - first.keep, key=str):
             gain, work = self.network.gain(last, choice)
-            why = f"raises the SQNR by about {gain:.2f} dB for {100 * work / first.seconds:.1f} % more work (step {step})"
+            why = f"raises the SQNR by about {gain:.2f} dB for {_more(work / first.seconds)} (step {step})"
             if isinstance(choice, Wide):
                 wide[choice.value] = why
             else:
                 floats[choice] = why
         return floats, wide
+
+
+def _more(part: float) -> str:
+    return f"{abs(100 * part):.1f} % {'less' if part < 0 else 'more'} work"
 
 
 def _summary(first: Point, last: Point, before: float, after: float) -> str:
@@ -100,8 +104,7 @@ def _summary(first: Point, last: Point, before: float, after: float) -> str:
         return "no layer is worth it"
     taken = [f"{operands(wide)} read in 16 bits"] if wide else []
     taken += [f"{count} layer{'s' if count > 1 else ''} kept in float"] if count else []
-    more = 100 * (last.seconds / first.seconds - 1)
-    return f"{' and '.join(taken)} for {more:.1f} % more work: {decibel(before):.2f} dB -> {decibel(after):.2f} dB, estimated"
+    return f"{' and '.join(taken)} for {_more(last.seconds / first.seconds - 1)}: {decibel(before):.2f} dB -> {decibel(after):.2f} dB, estimated"
 
 
 def _with(network: QuantizedNetwork, floats: Mapping[str, str], wide: Mapping[str, str]) -> QuantizedNetwork:

@@ -27,15 +27,14 @@ from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
 from qcompiler.calibration.lookups import Lookups
 from qcompiler.calibration.padding import Padding
-from qcompiler.calibration.stored import Pass as Seen
-from qcompiler.calibration.stored import Remembering, file_behind
+from qcompiler.calibration.stored import Pass, Remembering, file_behind
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, Pass, run
+from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
 from qcompiler.plan.planner import decide, observed_ids
@@ -134,7 +133,7 @@ def observe(
     padding = Padding(*(m.module for m in job.models))
     table = calibration.calibrate(twin.session(), job.samples, ids=ids, watchers=everyone, padding=padding, progress=job.progress, stage=stage, **looking)
     if job.passes is not None:
-        job.passes[stage] = Seen(key, table, [w.state() for w in watchers])
+        job.passes[stage] = Pass(key, table, [w.state() for w in watchers])
     return table
 
 
@@ -229,7 +228,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     return Measured(equalized, table, means, ends, warnings)
 
 
-def rewritten(measured: Measured, rewrite: tuple[Pass, ...], stage: str, *arguments: Any) -> Measured:
+def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ...], stage: str, *arguments: Any) -> Measured:
     """The statistics of the network behind passes that change nothing that is computed. stage: what the pass over the samples is called. arguments: as `run`
     has them."""
     job = measured.job

@@ -15,6 +15,7 @@ from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork
@@ -30,6 +31,7 @@ from qcompiler.runtime.session import Session
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
 _WORK = 2.0**42  # float multiplications that one survey may take: a minute or two; behind it fewer samples tell
 BEYOND_NOTICE = 40.0  # dB, from which on no step spends work on accuracy
+_DOT = 4  # 8-bit multiplications of a dot step
 ELEMENT = 16  # so does writing an element of 8 bits, with all that is done to it
 
 
@@ -108,8 +110,8 @@ class Survey:
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
         """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""
         macs = {v: s.kernel.macs for s in self._quantized.measured.twin.program.steps if not s.auxiliary for v in (s.writes, *s.more)}
-        own = {g.id: (macs.get(g.id, 0), math.prod(g.shape)) for g in self._placer.groups}
-        return {k: m + ELEMENT * n for k, (m, n) in own.items()}, {k: _FLOAT * m + 2 * ELEMENT * n for k, (m, n) in own.items()}
+        own = {g.id: (macs.get(g.id, 0), math.prod(g.shape), _padded(g)) for g in self._placer.groups}
+        return {k: p * m + ELEMENT * n for k, (m, n, p) in own.items()}, {k: _FLOAT * m + 2 * ELEMENT * n for k, (m, n, _) in own.items()}
 
     def network(
         self,
@@ -154,6 +156,15 @@ def without_sample(plan: QuantPlan, params: Mapping[str, QParams], ends: SampleE
                     members, QParams.from_range(p.scale * (least - p.zero_point) * low, p.scale * (most - p.zero_point) * high, dtype=p.dtype)
                 )
     return found
+
+
+def _padded(group: Group) -> float:
+    """How many 8-bit multiplications a layer takes for each of its own: dot steps multiply four channels of a pixel at once, and fewer are padded to four (a
+    waveform has one; depthwise kernels take four taps instead)."""
+    if group.weight is None or not group.traits.gathers or group.attrs.get("groups", 1) != 1:
+        return 1.0
+    channels = int(group.weight.shape[-1])
+    return -(-channels // _DOT) * _DOT / channels
 
 
 def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:
