@@ -20,6 +20,7 @@ from tools import require_nvcc, require_target
 from qcompiler.backend import cuda
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
+from qcompiler.backend.codegen import object_code
 from qcompiler.base.errors import IncompatibleDevice, TargetError
 from qcompiler.base.targets import Target, find_target
 from qcompiler.cli.demo import MODEL, demo_data
@@ -90,7 +91,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_inputs_give_the_same_bytes(built: Built, artifact: Artifact) -> None:
-    again = Built(built.program, cuda.gpu_object_code(built.program)).link()
+    again = Built(built.program, object_code(built.program)).link()
     assert again.library == artifact.library
     assert b"/tmp" not in artifact.library and b".cu\0" not in artifact.library
 
@@ -117,7 +118,7 @@ def test_a_library_for_an_arm_host(built: Built, tmp_path: Path) -> None:
     require_target(replace(target, emulator=()))
     code = struct.pack("<I", 0xBA55ED50)
     program = replace(built.program, target=target)
-    library = Built(program, cuda.gpu_object_code(program)).link().save(tmp_path / "arm.so")
+    library = Built(program, object_code(program)).link().save(tmp_path / "arm.so")
     raw, architecture = read_section(library, ".qc.device")
     assert architecture == "aarch64" and raw[:4] == code and sorted(images_of(raw)) == [(1, 87), (2, 87)]
     with pytest.raises(IncompatibleDevice, match=r"compiled for aarch64 \(cuda-sm87-arm64\), this machine is x86_64"):
@@ -159,7 +160,7 @@ def test_code_of_one_architecture_runs_on_no_later_one(built: Built, gpu: FakeGp
     target = find_target("cuda-sm90a")
     assert [target.runs_on(c) for c in (80, 90, 100)] == [False, True, False] and find_target("cuda-sm90").runs_on(100)
     program = replace(built.program, target=target)
-    library = Built(program, cuda.gpu_object_code(program)).link().save(tmp_path / "net.so")
+    library = Built(program, object_code(program)).link().save(tmp_path / "net.so")
     done = gpu.python("import sys; from qcompiler.runtime.session import Session; Session(sys.argv[1])", library, switches="capability=100")
     line = "compiled for cuda-sm90a, which needs compute capability 9.0, and GPU 0 (Fake GPU) has 10.0"
     assert done.returncode == 1 and line in done.stderr

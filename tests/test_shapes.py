@@ -20,7 +20,7 @@ from qcompiler import schedules
 from qcompiler.backend import bundle as bundles
 from qcompiler.backend.build import Built, build
 from qcompiler.backend.shared import packed, share
-from qcompiler.base.errors import DataError, ModelError, PlanError, TargetError
+from qcompiler.base.errors import DataError, ModelError, PlanError
 from qcompiler.base.shape_table import parse_shape, shape_rows
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
@@ -245,10 +245,6 @@ def test_shapes_that_the_network_can_not_have(folder: Path, text: tuple[Compilat
     for shapes, said in cases:
         with pytest.raises(ModelError, match=said):
             qcompiler.compile(model, calibration=sentences(1, tokens=8), input_shapes=shapes)
-    with pytest.raises(TargetError, match="a library for a GPU has one shape"):
-        from qcompiler.pipeline.job import check_target
-
-        check_target(find_target("cuda-sm80"), 2)
 
 
 def test_a_network_that_is_another_at_another_shape_is_refused(tmp_path: Path) -> None:

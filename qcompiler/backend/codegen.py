@@ -121,8 +121,7 @@ def object_code(program: Program, others: Sequence[Program] = (), places: Places
     linker or its compiler for a GPU is missing or fails, InternalError when TVM refuses what we wrote."""
     programs = (program, *others)
     if program.target.gpu:
-        assert not others, "a library for a GPU has one shape"
-        return gpu_object_code(program)
+        return gpu_object_code(programs, places or share(programs))
     with bugs_named(f"code generation for {program.target.name}"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         kernels = {kernel.key: kernel for kernel in kernels_of(s for p in programs for s in p.steps).values()}
         symbols = {key: _symbol(kernel) for key, kernel in kernels.items()}
@@ -139,7 +138,9 @@ def object_code(program: Program, others: Sequence[Program] = (), places: Places
 
 
 def code_added(code: bytes, programs: Sequence[Program]) -> list[int]:
-    """Of `object_code`: bytes of the entry point of each program, and of the kernels that none before it has."""
+    """Of `object_code`: bytes of the entry point of each program, and of the kernels that none before it has. Device code is one image, the first one's."""
+    if programs[0].target.gpu:
+        return [len(code), *[0] * (len(programs) - 1)]
     sizes, seen, added = symbol_sizes(code, Path("code.o")), set[str](), []
     for index, program in enumerate(programs):
         own = {_symbol(kernel) for kernel in program.kernels().values()} - seen

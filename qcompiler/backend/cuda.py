@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qcompiler.backend.artifact import RUNTIME, find_compiler
 from qcompiler.backend.codegen_cuda import cuda_source
-from qcompiler.backend.lowering import Program, Step
+from qcompiler.backend.lowering import Program, Step, kernels_of
+from qcompiler.backend.shared import Places
 from qcompiler.base.errors import TargetError, closest
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
@@ -102,24 +103,29 @@ def fat_binary(source: str, target: Target) -> bytes:
         return (folder / "kernels.fatbin").read_bytes()
 
 
-def launch_table(program: Program) -> str:
-    """C source of the tables in runtime/cpp/qc_launches.h."""
-    symbols = {kernel.key: (index, symbol) for index, (symbol, kernel) in enumerate(program.kernels().items())}
+def launch_table(programs: Sequence[Program], places: Places) -> str:
+    """C source of the tables in runtime/cpp/qc_launches.h. programs: of a network at one or more shapes; places: of their constants."""
+    target, every = programs[0].target, [step for program in programs for step in program.steps]
+    symbols = {kernel.key: (index, symbol) for index, (symbol, kernel) in enumerate(kernels_of(every).items())}
     steps: list[str] = []
     arguments: list[str] = []
-    for step in program.steps:
-        assert step.kernel.launch is not None, f"{step.kernel.row} is not a GPU kernel"
-        blocks, threads = step.kernel.launch
-        pointers = list(_arguments(program, step))
-        steps.append(f"{{{symbols[step.kernel.key][0]}, {blocks}u, {threads}u, {len(arguments)}, {len(pointers)}}}")
-        arguments += [f"{{SPACE_{space.upper()}, {offset}u}}" for space, offset in pointers]
+    starts = [0]
+    for program, offsets in zip(programs, places.offsets, strict=True):
+        for step, constants in zip(program.steps, offsets, strict=True):
+            assert step.kernel.launch is not None, f"{step.kernel.row} is not a GPU kernel"
+            blocks, threads = step.kernel.launch
+            pointers = list(_arguments(program, step, constants))
+            steps.append(f"{{{symbols[step.kernel.key][0]}, {blocks}u, {threads}u, {len(arguments)}, {len(pointers)}}}")
+            arguments += [f"{{SPACE_{space.upper()}, {offset}u}}" for space, offset in pointers]
+        starts.append(len(steps))
     return "\n".join(
         [
             '#include "qc_launches.h"',
             "const char* const launch_kernels[] = {" + "".join(f'"{symbol}", ' for _, symbol in symbols.values()) + "0};",
             f"const int32_t launch_kernel_count = {len(symbols)}, launch_argument_count = {len(arguments)};",
-            f"const int32_t launch_capability = {program.target.capability}, launch_one_capability = {int(program.target.one_capability)};",
-            f"const int32_t launch_counters = {max((step.kernel.counters for step in program.steps), default=0)};",
+            f"const int32_t launch_capability = {target.capability}, launch_one_capability = {int(target.one_capability)};",
+            f"const int32_t launch_counters = {max((step.kernel.counters for step in every), default=0)};",
+            f"const int32_t launch_starts[] = {{{', '.join(map(str, starts))}}};",
             "const launch launches[] = {" + ", ".join([*steps, "{0, 0, 0, 0, 0}"]) + "};",
             "const launch_argument launch_arguments[] = {" + ", ".join([*arguments, "{0, 0}"]) + "};",
             _DEVICE_CODE,
@@ -127,7 +133,7 @@ def launch_table(program: Program) -> str:
     )
 
 
-def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:
+def _arguments(program: Program, step: Step, constants: Sequence[int]) -> Iterator[tuple[str, int]]:
     """(space, byte offset or port) of every pointer that a step's kernel takes, in order."""
 
     def place(value: str) -> tuple[str, int]:
@@ -136,7 +142,7 @@ def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:
         return found.space, found.offset
 
     yield from (place(value) for value in step.reads)
-    yield from (("constants", offset) for offset in step.constants)
+    yield from (("constants", offset) for offset in constants)
     yield from (place(value) for value in [step.writes, *step.more])
     if step.kernel.scratch:
         yield "workspace", step.scratch
@@ -144,18 +150,20 @@ def _arguments(program: Program, step: Step) -> Iterator[tuple[str, int]]:
         yield "counters", 0
 
 
-def gpu_object_code(program: Program) -> bytes:
-    """The object file of a program for a GPU: its device code and launch table, for the CPU that loads the library.
+def gpu_object_code(programs: Sequence[Program], places: Places) -> bytes:
+    """The object file of a network for a GPU, at one or more shapes: its device code and launch table, for the CPU that loads the library. places: of
+    the constants.
 
     Raises TargetError when a compiler is missing or fails, InternalError when code generation does.
     """
-    code = fat_binary(cuda_source(program.kernels(), program.target), program.target)
-    compiler = find_compiler(program.target)
+    target = programs[0].target
+    code = fat_binary(cuda_source(kernels_of(step for program in programs for step in program.steps), target), target)
+    compiler = find_compiler(target)
     with temporary_folder() as folder:
         (folder / "kernels.fatbin").write_bytes(code)
-        (folder / "launches.c").write_text(launch_table(program))
+        (folder / "launches.c").write_text(launch_table(programs, places))
         command = [compiler, "-c", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", f"-I{RUNTIME}", "-x", "c", "launches.c", "-o", "launches.o"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise TargetError(f"compiling the launch table for '{program.target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
+            raise TargetError(f"compiling the launch table for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
         return (folder / "launches.o").read_bytes()

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dump, Dumper, no_dump
-from qcompiler.base.errors import DataError, ModelError, TargetError
+from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import Row, read_shape_table, shape_rows
 from qcompiler.base.targets import Target, find_target
@@ -80,7 +80,6 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     chosen = find_target(target, options["targets_file"])
     steps = recipe(options["preset"], options["enable"], options["disable"])
     rows = asked_rows(options)
-    check_target(chosen, len(rows))
     origin = origin_of(model, options["outputs"], options["example_inputs"])
     models = load_all(origin, rows, options["requantize"], dump, options["input_values"], options["state"])
     types = (options["input_types"] or {}, options["output_types"] or {})
@@ -130,9 +129,3 @@ def asked_rows(options: Options) -> list[Row]:
         what = "several shapes are given" if len(rows) > 1 else f"the shape of '{both[0]}' is given"
         raise ModelError(f"{what} as input shapes, and others by the table {options['shapes']}; say it in one of them")
     return [rows[0] | row for row in table]
-
-
-def check_target(target: Target, shapes: int) -> None:
-    """Raises TargetError for a target whose libraries have one shape."""
-    if target.gpu and shapes > 1:
-        raise TargetError(f"'{target.name}' is a GPU, and a library for a GPU has one shape; {shapes} asked for. Compile a library for each")

@@ -1,6 +1,6 @@
 /* The engine for NVIDIA GPUs, over the CUDA driver, which is looked for when the first session is made. `model.h`: see qc_runtime.c.
  *
- * Sessions of one library share code and constants on the device; each has a stream and memory of its own. All steps are recorded as one graph when a
+ * Sessions of one library share code and constants on the device; each has a stream and memory of its own. All steps of a shape are recorded as one graph when a
  * session is made, and a run replays it; a driver that can't record gets one launch after the other. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -227,15 +227,27 @@ static void release_device(int current) {
 #define SPARE 256 /* bytes behind every buffer, which loads may touch; also their alignment */
 
 struct engine {
-  handle stream, graph; /* graph: null where the driver can't record one */
+  handle stream, graphs[QC_SHAPES]; /* null where the driver can't record one */
   address memory, constants; /* one allocation; constants of the caller's, when there were any */
   address workspace, counters, inputs[QC_INPUT_COUNT + 1], outputs[QC_OUTPUT_COUNT + 1];
   address* pointers; /* every launch argument, resolved */
   void** arguments;  /* the address of each, as launches want it */
 };
 
-static const size_t input_bytes[QC_INPUT_COUNT + 1] = {QC_INPUT_BYTES};
-static const size_t output_bytes[QC_OUTPUT_COUNT + 1] = {QC_OUTPUT_BYTES};
+static const size_t input_bytes[QC_SHAPES][QC_INPUT_COUNT + 1] = {QC_INPUT_BYTES};
+static const size_t output_bytes[QC_SHAPES][QC_OUTPUT_COUNT + 1] = {QC_OUTPUT_BYTES};
+
+/* The largest that port `i` is at any shape. */
+static size_t most(const size_t* bytes, int32_t ports, int32_t i) {
+  size_t found = 0;
+  for (int32_t shape = 0; shape < QC_SHAPES; ++shape)
+    if (bytes[shape * ports + i] > found) found = bytes[shape * ports + i];
+  return found;
+}
+
+static size_t most_input(int32_t i) { return most(input_bytes[0], QC_INPUT_COUNT + 1, i); }
+static size_t most_output(int32_t i) { return most(output_bytes[0], QC_OUTPUT_COUNT + 1, i); }
+static int32_t steps_of(int32_t shape) { return launch_starts[shape + 1] - launch_starts[shape]; }
 
 static size_t padded(size_t bytes) { return (bytes + 2 * SPARE - 1) / SPARE * SPARE; }
 
@@ -248,9 +260,9 @@ static void resolve_pointers(engine* e, address constants) {
   }
 }
 
-static qc_status launch_steps(engine* e, int32_t begin, int32_t end) {
+static qc_status launch_steps(engine* e, int32_t shape, int32_t begin, int32_t end) {
   for (int32_t i = begin; i < end; ++i) {
-    const launch* l = &launches[i];
+    const launch* l = &launches[launch_starts[shape] + i];
     int result = cuda.launch_kernel(device.kernels[l->kernel], l->blocks, 1, 1, l->threads, 1, 1, 0, e->stream, e->arguments + l->first, 0);
     char what[160];
     if (result != SUCCESS) {
@@ -261,13 +273,13 @@ static qc_status launch_steps(engine* e, int32_t begin, int32_t end) {
   return QC_OK;
 }
 
-/* The whole network as a graph; `e->graph` stays null when the driver can't make one. */
-static void record(engine* e) {
+/* The whole network at a shape as a graph, which stays null when the driver can't make one. */
+static void record(engine* e, int32_t shape) {
   handle graph = 0;
   if (!cuda.graphs || cuda.capture_begin(e->stream, CAPTURE_THREAD_LOCAL) != SUCCESS) return;
-  qc_status status = launch_steps(e, 0, QC_STEPS);
+  qc_status status = launch_steps(e, shape, 0, steps_of(shape));
   if (cuda.capture_end(e->stream, &graph) != SUCCESS) graph = 0;
-  if (status || !graph || cuda.graph_instantiate(&e->graph, graph, 0) != SUCCESS) e->graph = 0;
+  if (status || !graph || cuda.graph_instantiate(&e->graphs[shape], graph, 0) != SUCCESS) e->graphs[shape] = 0;
   if (graph) cuda.graph_destroy(graph);
 }
 
@@ -277,7 +289,8 @@ void engine_destroy(engine* e) {
     int current = cuda.context_push(device.context) == SUCCESS;
     if (current) {
       if (e->stream) cuda.stream_wait(e->stream);
-      if (e->graph) cuda.executable_destroy(e->graph);
+      for (int32_t shape = 0; shape < QC_SHAPES; ++shape)
+        if (e->graphs[shape]) cuda.executable_destroy(e->graphs[shape]);
       if (e->constants) cuda.release(e->constants);
       if (e->memory) cuda.release(e->memory);
       if (e->stream) cuda.stream_destroy(e->stream);
@@ -302,8 +315,8 @@ qc_status engine_create(int32_t threads, engine** made) {
   e->arguments = calloc((size_t)launch_argument_count + 1, sizeof *e->arguments);
   if (!e->pointers || !e->arguments) status = fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   size_t bytes = padded(QC_WORKSPACE) + padded((size_t)launch_counters * 4);
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) bytes += padded(input_bytes[i]);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) bytes += padded(output_bytes[i]);
+  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) bytes += padded(most_input(i));
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) bytes += padded(most_output(i));
   if (!status) status = allocate(&e->memory, bytes, "a session's tensors");
   if (!status) status = check(cuda.stream_create(&e->stream, STREAM_NON_BLOCKING), "to make a stream", QC_ERROR_DEVICE);
   if (!status) status = check(cuda.set_bytes(e->memory, 0, bytes, e->stream), "to clear memory", QC_ERROR_DEVICE);
@@ -311,10 +324,10 @@ qc_status engine_create(int32_t threads, engine** made) {
     address at = e->workspace = e->memory;
     at += padded(QC_WORKSPACE);
     e->counters = at, at += padded((size_t)launch_counters * 4);
-    for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) e->inputs[i] = at, at += padded(input_bytes[i]);
-    for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) e->outputs[i] = at, at += padded(output_bytes[i]);
+    for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) e->inputs[i] = at, at += padded(most_input(i));
+    for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) e->outputs[i] = at, at += padded(most_output(i));
     resolve_pointers(e, device.constants);
-    record(e);
+    for (int32_t shape = 0; shape < QC_SHAPES; ++shape) record(e, shape);
     status = check(cuda.stream_wait(e->stream), "to set up a session", QC_ERROR_DEVICE);
   }
   leave_context();
@@ -362,15 +375,15 @@ static qc_status download(engine* e, void* to, address from, size_t bytes) { ret
 /* A step alone would take as long as its launch; so many in a row take as long as they compute. They may be repeated: no step overwrites what it reads. */
 #define REPEATS 16
 
-static qc_status time_steps(engine* e, int32_t begin, int32_t end, double* seconds) {
+static qc_status time_steps(engine* e, int32_t shape, int32_t begin, int32_t end, double* seconds) {
   handle start = 0, stop = 0;
   qc_status status = check(cuda.event_create(&start, 0), "to make an event", QC_ERROR_GPU);
   if (!status) status = check(cuda.event_create(&stop, 0), "to make an event", QC_ERROR_GPU);
   for (int32_t i = begin; i < end && !status; ++i) {
     float milliseconds = 0;
-    status = launch_steps(e, i, i + 1);
+    status = launch_steps(e, shape, i, i + 1);
     if (!status) status = check(cuda.event_record(start, e->stream), "to record an event", QC_ERROR_GPU);
-    for (int r = 0; r < REPEATS && !status; ++r) status = launch_steps(e, i, i + 1);
+    for (int r = 0; r < REPEATS && !status; ++r) status = launch_steps(e, shape, i, i + 1);
     if (!status) status = check(cuda.event_record(stop, e->stream), "to record an event", QC_ERROR_GPU);
     if (!status) status = check(cuda.event_wait(stop), "to run a step", QC_ERROR_GPU);
     if (!status) status = check(cuda.event_elapsed(&milliseconds, start, stop), "to measure", QC_ERROR_GPU);
@@ -383,24 +396,25 @@ static qc_status time_steps(engine* e, int32_t begin, int32_t end, double* secon
 
 static qc_status run(engine* e, const engine_memory* m, int32_t begin, int32_t end, double* seconds) {
   /* A part of the steps goes on from the caller's memory, and leaves all it did there; so does a library without ports (of kernels for a test). */
-  int whole = QC_OUTPUT_COUNT && begin == 0 && end == QC_STEPS;
+  int whole = QC_OUTPUT_COUNT && begin == 0 && end == steps_of(m->shape);
+  const size_t *in = input_bytes[m->shape], *out = output_bytes[m->shape];
   qc_status status = QC_OK;
-  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i) status = upload(e, e->inputs[i], m->inputs[i], input_bytes[i]);
+  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i) status = upload(e, e->inputs[i], m->inputs[i], in[i]);
   if (!whole && !status) status = upload(e, e->workspace, m->workspace, QC_WORKSPACE);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !whole && !status; ++i) status = upload(e, e->outputs[i], m->outputs[i], output_bytes[i]);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !whole && !status; ++i) status = upload(e, e->outputs[i], m->outputs[i], out[i]);
   if (m->constants && !status) {
     if (!e->constants) status = allocate(&e->constants, QC_CONSTANTS, "other weights");
     if (!status) status = upload(e, e->constants, m->constants, QC_CONSTANTS);
     if (!status) resolve_pointers(e, e->constants);
   }
   if (!status) {
-    if (seconds) status = time_steps(e, begin, end, seconds);
-    else if (whole && e->graph && !m->constants) status = check(cuda.graph_launch(e->graph, e->stream), "to start the network", QC_ERROR_GPU);
-    else status = launch_steps(e, begin, end);
+    if (seconds) status = time_steps(e, m->shape, begin, end, seconds);
+    else if (whole && e->graphs[m->shape] && !m->constants) status = check(cuda.graph_launch(e->graphs[m->shape], e->stream), "to start the network", QC_ERROR_GPU);
+    else status = launch_steps(e, m->shape, begin, end);
   }
   if (m->constants) resolve_pointers(e, device.constants);
   if (!whole && !status) status = download(e, m->workspace, e->workspace, QC_WORKSPACE);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = download(e, m->outputs[i], e->outputs[i], output_bytes[i]);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = download(e, m->outputs[i], e->outputs[i], out[i]);
   int finished = cuda.stream_wait(e->stream); /* even after a failure: nothing may touch the caller's memory later */
   return status ? status : check(finished, "during a run", QC_ERROR_GPU);
 }

@@ -14,7 +14,8 @@ typedef struct { int32_t kernel; uint32_t blocks, threads; int32_t first, count;
 
 extern const char* const launch_kernels[]; /* symbols in the device code */
 extern const int32_t launch_kernel_count;
-extern const launch launches[]; /* one per step */
+extern const launch launches[];       /* one per step, shape by shape */
+extern const int32_t launch_starts[]; /* the first of each shape, and behind the last */
 extern const launch_argument launch_arguments[];
 extern const int32_t launch_argument_count;
 extern const int32_t launch_counters; /* int32 words that are 0 before and after every step; all steps share them */

@@ -1,0 +1,49 @@
+"""A library for a GPU at several shapes: a graph for each, one copy of the weights, and the bytes of the CPU's library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cuda import FakeGpu
+from test_shapes import batch, pictures
+from tools import require_nvcc
+
+from qcompiler.pipeline.compile import compile_stages
+from qcompiler.runtime.session import Session
+
+RUN = """
+import sys, numpy as np
+from qcompiler.runtime.session import Session
+library, inputs, outputs = sys.argv[1:]
+session, arrays = Session(library), dict(np.load(inputs))
+found = {name: next(iter(session.run({"image": image}).values())) for name, image in [*arrays.items(), *arrays.items()]}
+for image in arrays.values():  # each step by itself, at each shape
+    seen = {}
+    session.trace({"image": image}, lambda name, array: seen.update({name: array.copy()}))
+    assert len(seen) > 4
+    assert all(0 < row[3] < 100 for row in session.profile({"image": image}, 1))
+np.savez(outputs, **found)
+"""
+
+
+def test_the_bytes_of_the_library_for_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_nvcc()
+    model, shapes = pictures(tmp_path / "net.onnx"), {"image": [(n, 3, 12, 12) for n in (1, 3, 4)]}
+    data = [batch(n, n) for n in (1, 3, 4)]
+    gpu = FakeGpu.record(tmp_path, monkeypatch)
+    made = {t: compile_stages(model, t, data, preset="fast", input_shapes=shapes, pad={"image": "repeat"}) for t in ("native", "cuda-sm80")}
+    libraries = {t: m.artifact.save(tmp_path / f"{t}.so") for t, m in made.items()}
+    gpu.emulate()
+    images = {f"n{n}": batch(n, 7)["image"] for n in (4, 1, 3, 2)}  # 2 is padded to 3
+    np.savez(tmp_path / "in.npz", **images)
+    done = gpu.python(RUN, libraries["cuda-sm80"], tmp_path / "in.npz", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr[-2000:]
+    on_cpu, on_gpu = Session(libraries["native"]), np.load(tmp_path / "out.npz")
+    for name, image in images.items():
+        assert on_gpu[name].tobytes() == next(iter(on_cpu.run({"image": image}).values())).tobytes(), name
+    log = gpu.log()
+    assert (log["replays"], log["left"], log["contexts"]) == (8, 0, 0), log
+    manifest = made["cuda-sm80"].artifact.manifest
+    assert manifest["constants"] < 1.2 * made["cuda-sm80"].program.constants.size
