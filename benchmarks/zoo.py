@@ -162,7 +162,7 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[
         for attempt in peers_of(model, fixed, calibration, evaluation, Path(folder), calls, found, wanted):
             save(found)
             attempt()
-            timed = ratios(interleave(calls, seconds=4.0), "float") if "float" in calls else {}
+            timed = ratios(interleave(calls, seconds=2.0, rehearse=1), "float") if "float" in calls else {}
             found |= {{"int8": "ratio"}.get(name, f"{name}_ratio"): ratio for name, ratio in timed.items() if name != "float"}
     return found
 

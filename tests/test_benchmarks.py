@@ -388,6 +388,7 @@ def test_zoo(script: Any, tmp_path: Path) -> None:
     first, again = (next(zoo.samples("image -1 1", [port], 5, 1))["x"] for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert first.dtype == np.float32 and -1 <= first.min() < first.max() <= 1
+    assert (next(zoo.samples({"x": "equal 3"}, [port], 0, 1))["x"] == 3).all()
     node = onnx.helper.make_node("NonZero", ["x"], ["y"])
     ports = [onnx.helper.make_tensor_value_info(n, t, s) for n, t, s in (("x", 1, [1, 3, 8, 8]), ("y", 7, [4, "n"]))]
     data = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ports[:1], ports[1:])).SerializeToString()
@@ -398,5 +399,7 @@ def test_zoo(script: Any, tmp_path: Path) -> None:
     options = argparse.Namespace(cache=tmp_path, seconds=120.0, gigabytes=16.0, preset="fast")
     found = zoo.in_child("some-nets==1.0", entry, options)
     assert found["status"] == "refused" and "NonZero" in found["reason"] and "refused" in zoo.rows({"a": {"kind": "test", **found}})
+    zoo.written(tmp_path / "some.json", {"status": "compiled", "sqnr_db": 31.0})
+    assert zoo.left(tmp_path / "some.json")["sqnr_db"] == 31.0 and zoo.left(tmp_path / "none.json") == {}, "what an ended process had measured"
     with pytest.raises(SystemExit, match="its SHA-256 is"):
         zoo.fetched("some-nets==1.0", "nets/a.onnx", "0" * 64, tmp_path)
