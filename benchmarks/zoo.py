@@ -145,7 +145,7 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[
         calibration = list(samples(entry["made"], network.inputs, 0, CALIBRATION))
         artifact = qcompiler.compile(model, calibration=calibration, preset=preset, **options)
     except QCompilerError as error:
-        return {"status": "refused" if isinstance(error, (ModelError, PlanError)) else "failed", "reason": str(error)}
+        return {"status": "refused" if isinstance(error, (ModelError, PlanError)) else "failed", "reason": str(error).replace(str(model), model.name)}
     steps = [s for s in artifact.manifest["steps"] if not s.get("auxiliary")]
     inside = sum(s["macs"] for s in steps if s["op"].startswith("qc.") and not s["op"].startswith("qc.f32."))
     found: dict[str, Any] = {"status": "compiled", "int8_share": inside / max(1, sum(s["macs"] for s in steps))}
@@ -268,11 +268,12 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> str:
     from qcompiler.base.text import number, table
 
     body = []
+    results = dict(sorted(results.items(), key=lambda pair: (pair[1]["kind"], pair[0])))
     for key, r in results.items():
         figures = {"int8_share": ".0%", "sqnr_db": ".1f", "nncf_sqnr_db": ".1f", "ort_sqnr_db": ".1f", "ratio": ".2f", "nncf_ratio": ".2f", "ort_ratio": ".2f"}
         doubtful = " !" if any("lose much" in warning for warning in r.get("warnings", [])) else ""
-        body.append([key, r["kind"], r["status"] + doubtful, *(number(r.get(name), form) for name, form in figures.items())])
-    head = ["network", "kind", "", "int8|", "SQNR dB|", "NNCF dB|", "ORT dB|", "of float|", "NNCF|", "ORT|"]
+        body.append([r["kind"], key, r["status"] + doubtful, *(number(r.get(name), form) for name, form in figures.items())])
+    head = ["kind", "network", "", "int8|", "SQNR dB|", "NNCF dB|", "ORT dB|", "of float|", "NNCF|", "ORT|"]
     reasons = [f"{key}: {r['reason']}" for key, r in results.items() if r.get("reason")]
     done = [r for r in results.values() if r["status"] == "compiled"]
     return "\n".join([table("", head, body), "", f"{len(done)} of {len(results)} compiled", *reasons])
