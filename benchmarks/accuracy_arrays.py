@@ -45,7 +45,7 @@ def opened(path: Path, calibration: Path, evaluation: Path) -> Network:
     """The network at the shapes that the data has."""
     from qcompiler.calibration.padding import Padding
     from qcompiler.importers.model import load
-    from qcompiler.pipeline.stages import float_code
+    from qcompiler.pipeline.float_code import float_code
 
     def samples(file: Path) -> list[Sample]:
         with np.load(file, allow_pickle=False) as arrays:

@@ -18,7 +18,8 @@ def settle_account(module: tvm.IRModule) -> tvm.IRModule:
     graph = Graph.of(module)
     values = graph.values()
     floats = {k: v for k, v in graph.attrs.get("qc.float_ops", {}).items() if k in values and _is_float(values[k])}
-    params = {k: v for k, v in graph.attrs.get("qc.params", {}).items() if k in values}
+    there = {*values, *(str(p.name) for p in graph.inputs)}
+    params = {k: v for k, v in graph.attrs.get("qc.params", {}).items() if k in there}
     return tvm.IRModule({"main": module["main"].with_attr("qc.float_ops", floats).with_attr("qc.params", params)})
 
 

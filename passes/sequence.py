@@ -27,6 +27,7 @@ from qcompiler.passes.fold_constants import fold_constants
 from qcompiler.passes.fuse_edges import fuse_edges
 from qcompiler.passes.halves import in_halves
 from qcompiler.passes.insert_qdq import insert_qdq
+from qcompiler.passes.integer_edges import integer_edges
 from qcompiler.passes.layout import to_channels_last
 from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.legalize import legalize
@@ -63,7 +64,7 @@ RESIDUAL: tuple[Pass, ...] = (with_wide_residuals,)
 HALVED: tuple[Pass, ...] = (in_halves,)
 REPLACE_WEIGHTS: tuple[Pass, ...] = (replace_weights,)
 INSERT_QDQ: tuple[Pass, ...] = (insert_qdq,)
-INTEGER: tuple[Pass, ...] = (realize, fuse_edges, volumes, legal_layouts, settle_account)
+INTEGER: tuple[Pass, ...] = (realize, fuse_edges, integer_edges, volumes, legal_layouts, settle_account)
 REPLACE_OPERANDS: tuple[Pass, ...] = (replace_operands,)
 PORTS: tuple[Pass, ...] = (with_ports,)
 FLOAT: tuple[Pass, ...] = (select_float, volumes, legal_layouts)

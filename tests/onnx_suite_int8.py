@@ -19,9 +19,10 @@ from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.data import open_samples
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.onnx_file import OnnxFile
+from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.library import describe
-from qcompiler.pipeline.stages import Equalized, calibrate, correct, float_code, generate, integer_network
+from qcompiler.pipeline.stages import Equalized, calibrate, correct, generate, integer_network
 from qcompiler.plan.planner import observed_ids
 from qcompiler.plan.recipes import recipe
 from qcompiler.refine.equalization import Equalization

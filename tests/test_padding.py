@@ -16,8 +16,9 @@ import qcompiler
 from qcompiler.base.errors import DataError
 from qcompiler.calibration.padding import ALL, Padding
 from qcompiler.importers.model import load
+from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import opened
-from qcompiler.pipeline.stages import Measured, calibrate, equalize, float_code
+from qcompiler.pipeline.stages import Measured, calibrate, equalize
 from qcompiler.plan.sensitivity import Walk
 from qcompiler.refine.rounding import DataRounder
 

@@ -14,6 +14,8 @@ from qcompiler.backend.artifact import RUNTIME
 from qcompiler.base.errors import DataError, ModelError
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
+from qcompiler.pipeline.job import opened
+from qcompiler.pipeline.stages import compile_float
 from qcompiler.runtime.library import CHECKSUM_MAGIC, checksum
 from qcompiler.runtime.session import Session
 
@@ -131,3 +133,30 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["run", str(tmp_path / "m.so"), "--input", f"x={folder / 'x.npy'}", "--output", str(tmp_path / "y.npz")]) == 0
     assert np.load(tmp_path / "y.npz").files == ["y"]
+
+
+def test_frames_are_calibrated_as_a_stream(folder: Path, tmp_path: Path) -> None:
+    """Data without states: each frame meets the states that the float network has there, from zeros on; each file of a folder is a stream."""
+    x = np.random.default_rng(0).standard_normal((12, 1, 1, 6)).astype(np.float32)
+    (tmp_path / "x").mkdir()
+    for place, part in enumerate((x[:7], x[7:])):
+        np.savez(tmp_path / "x" / f"{place}.npz", x=part)
+    job = opened(folder / "model.onnx", "x86-avx2", tmp_path / "x", {"state": STATE})
+    session, wanted = compile_float(folder / "model.onnx"), []
+    float_session = Session(session.save(tmp_path / "float.so"))
+    for place, frame in enumerate(x):
+        if place in (0, 7):
+            states = {i.name: np.zeros(i.shape, i.dtype) for i in float_session.inputs if i.name in STATE}
+        wanted.append({"x": frame, **states})
+        results = float_session.run(wanted[-1])
+        states = {name: results[output] for name, output in STATE.items()}
+    assert job.samples.count == 12
+    for _ in range(2):
+        for got, expected in zip(job.samples, wanted, strict=True):
+            assert all(np.array_equal(got[name], expected[name]) for name in got) and set(got) == set(expected)
+    artifact = qcompiler.compile(folder / "model.onnx", "x86-avx2", ({"x": frame} for frame in x), state=STATE, max_samples=10, preset="fast")
+    assert artifact.manifest["calibration_samples"] == 10
+    report = qcompiler.verify(artifact, folder / "model.onnx", [{"x": frame} for frame in x], min_sqnr=15)
+    assert report.passed and report.samples == 12, str(report)
+    with pytest.raises(DataError, match="missing input 'c'"):
+        list(opened(folder / "model.onnx", "x86-avx2", [{"x": x[0], "h": wanted[0]["h"]}], {"state": STATE}).samples)

@@ -52,9 +52,10 @@ def pixels(x: Array, table: Array, *, channels: Sequence[int], axes: Sequence[in
     return y if axes is None else np.ascontiguousarray(y.transpose(axes))
 
 
-def enter(x: Array, *, axes: Sequence[int] | None = None) -> Array:
-    """int8 as a user gives them, transposed by `axes`."""
-    return x if axes is None else np.ascontiguousarray(x.transpose(axes))
+def enter(x: Array, *, dtype: str = "int8", axes: Sequence[int] | None = None) -> Array:
+    """Integers of `dtype` as a user gives them, transposed by `axes`: int8, or uint8, of which 128 is taken."""
+    q = x if dtype == "int8" else (x.astype(np.int16) - 128).astype(np.int8)
+    return q if axes is None else np.ascontiguousarray(q.transpose(axes))
 
 
 def leave(q: Array, *, dtype: str, axes: Sequence[int] | None = None) -> Array:

@@ -12,7 +12,8 @@ from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import Row, read_shape_table, shape_rows
 from qcompiler.base.targets import Target, find_target
-from qcompiler.calibration.data import NO_SAMPLES, Samples
+from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most
+from qcompiler.calibration.frames import StreamedSamples, is_frames, streams_of, without_states
 from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
 from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.calibration.stored import Pass, file_behind
@@ -21,6 +22,7 @@ from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.passes.trained import Trained
+from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.options import Options, complete
 from qcompiler.pipeline.padding import pad_rules
 from qcompiler.pipeline.shapes import fitting_of, load_all
@@ -100,9 +102,19 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     kept = dict.fromkeys(named_groups(float_model, options["keep_float"]), "kept in float32 as asked (keep_float)")
     sixteen = in_sixteen(float_model, options["keep_16"])
     ports = ports.at(float_model.inputs)
-    given = (options["preprocess"], options["max_samples"], float_model.digest)
-    samples = NO_SAMPLES if calibration is None else open_real(calibration, float_model.inputs, ports, *given)
+    samples = NO_SAMPLES if calibration is None else _opened(calibration, float_model, ports, options)
     return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules, count, sixteen)
+
+
+def _opened(calibration: Any, model: FloatModel, ports: Ports, options: Options) -> Samples:
+    """The samples; those that hold no states are frames of streams, through which the float network goes."""
+    preprocess, most = options["preprocess"], options["max_samples"]
+    held = list(calibration) if isinstance(calibration, Iterator) else calibration
+    if not is_frames(held, model.inputs, model.state):
+        return open_real(held, model.inputs, ports, preprocess, most, model.digest)
+    inputs = without_states(model.inputs, model.state)
+    streams = [open_real(one, inputs, ports, preprocess, most, model.digest) for one in streams_of(held)]
+    return at_most(StreamedSamples(streams, model.inputs, model.state, lambda: float_code(model).session().run), most)
 
 
 def in_order(

@@ -121,7 +121,7 @@ class Options(TypedDict, total=False):
         Mapping[str, str] | None,
         Option(
             "inputs whose next value is an output of this call (h=hn): sessions keep them, zeros at first, and a call takes and gives what is left. "
-            "Calibration data holds them like any other input",
+            "Calibration data are consecutive frames (each .npz of a folder is a stream), or hold the states like any other input",
             "network",
             "INPUT=OUTPUT",
         ),

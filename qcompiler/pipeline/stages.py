@@ -17,7 +17,7 @@ import tvm
 import qcompiler
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
-from qcompiler.base.debug import Dump, no_dump
+from qcompiler.base.debug import no_dump
 from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.parallel import one_blas_thread
 from qcompiler.base.progress import Progress, silent
@@ -34,7 +34,8 @@ from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
-from qcompiler.passes.sequence import FLOAT, INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
+from qcompiler.passes.sequence import INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
+from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
 from qcompiler.plan.planner import decide, observed_ids
@@ -52,12 +53,6 @@ from qcompiler.refine.weight_rounding import round_weights
 from qcompiler.runtime.reference import ImportCheck, check_import
 
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
-
-
-def float_code(model: FloatModel, target: str = "native", dump: Dump = no_dump, progress: Progress = silent, others: Sequence[FloatModel] = ()) -> Built:
-    """The float twin of a network: float32 kernels of the same templates. others: the same network at other shapes."""
-    modules = [run(FLOAT, m.module) for m in others]
-    return build(run(FLOAT, model.module, dump=dump), find_target(target), "generate float code", others=modules, dump=dump, progress=progress)
 
 
 def compile_float(

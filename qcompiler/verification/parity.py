@@ -24,7 +24,8 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, Source, load_labels, unused
-from qcompiler.calibration.ports import open_given, real_outputs
+from qcompiler.calibration.frames import open_streamed
+from qcompiler.calibration.ports import real_outputs
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
@@ -238,18 +239,19 @@ def verify(
             opened = Session(library.save(folder / "library.so"), threads=threads)
         library = opened  # which has its own copy of the file
     actual = Session(library, threads=threads) if isinstance(library, (str, os.PathLike)) else library
-    data = open_given(samples, actual, preprocess, max_samples)
+    twin: Any = None
+    data = open_streamed(samples, actual, preprocess, max_samples, lambda: twin.run)
     options: dict[str, Any] = {"thresholds": thresholds, "layer_samples": layer_samples, "progress": progress or silent}
     options |= judges(labels, metric, data)
-    bits = bit_checks(actual, data, expect_digest)
     if hasattr(model, "trace"):
-        report = compare(actual, fed_alike(model, actual), data, **options)
-        return replace(report, checks=[*report.checks, *bits])
+        twin = fed_alike(model, actual)
+        report = compare(actual, twin, data, **options)
+        return replace(report, checks=[*report.checks, *bit_checks(actual, data, expect_digest)])
     origin = origin_of(model, actual.manifest.get("cut", ()), example_inputs)
     with temporary_folder() as folder:
         twin = float_session(origin, actual, folder, threads, data)
         report = with_import(compare(actual, twin, data, **options), origin, twin, data)
-        return replace(report, checks=[*report.checks, *bits])
+        return replace(report, checks=[*report.checks, *bit_checks(actual, data, expect_digest)])
 
 
 def bit_checks(actual: Any, data: Samples, expect_digest: str | None) -> list[Check]:
