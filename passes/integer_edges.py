@@ -91,8 +91,10 @@ class _Edges:
             if op is not None:
                 if op[0] != "qc.dequantize" or dtype_of(op[1][0]) != "int8":
                     return None
-                values = numerics.dequantize(_STEPS, **{k: v for k, v in op[2].items() if k != "axes"})
-                return expr, _through(values, steps)
+                real = {k: v for k, v in op[2].items() if k != "axes"}
+                before = self.rounded(op[1][0]) if "axes" not in op[2] else None
+                found = (expr, _STEPS) if before is None else before
+                return found[0], _through(numerics.dequantize(found[1], **real), steps)
             if kind == "relax.astype" and dtype_of(expr) == "float32" and str(getattr(expr.args[0], "name", "")) in self.entrances:
                 source = expr.args[0]
                 return source, _through((_STEPS.astype(np.int16) + (128 if dtype_of(source) == "uint8" else 0)).astype(np.float32), steps)
@@ -102,6 +104,13 @@ class _Edges:
             steps.append(step)
             var = expr.args[0]
         return None
+
+    def rounded(self, var: Any) -> tuple[Any, Array] | None:
+        """`chain` of a value that a `qc.quantize` at the end of another chain rounds, int8 [256]: a file may state several scales one behind the other."""
+        op = match_op(self.exprs.get(str(var.name)))
+        if op is None or op[0] != "qc.quantize" or "axes" in op[2] or (chain := self.chain(op[1][0])) is None:
+            return None
+        return chain[0], numerics.quantize(chain[1], **op[2])
 
 
 _STEPS = np.arange(-128, 128).astype(np.int8)

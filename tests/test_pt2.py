@@ -84,6 +84,8 @@ def test_a_file(torch: Any, members: Members, tmp_path: Path, capsys: pytest.Cap
     np.save(tmp_path / "x.npy", np.stack([x[:4]] * 4))
     command = f"compile {path} --input-shape x=4,6 --calibration {tmp_path / 'x.npy'} --target x86-avx2 --preset fast --output {tmp_path / 'net.so'}"
     assert main(command.split()) == 0 and "PyTorch" in capsys.readouterr().out
+    assert main(["bench", str(tmp_path / "net.so"), "--model", str(path), "--against", "torch", "--seconds", "0.05", "--json"]) == 0
+    assert "torch float" in json.loads(capsys.readouterr().out)["seconds"]
 
 
 def ran(path: Path) -> str:

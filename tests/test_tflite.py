@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from tools import require_module
 
 import qcompiler
 from qcompiler.base.errors import ModelError
+from qcompiler.cli.main import main
 from qcompiler.importers.model import load
 from qcompiler.importers.origin import origin_of
 from qcompiler.pipeline.stages import compile_float
@@ -263,3 +265,17 @@ def test_cut_networks_are_compared_with_litert(tmp_path: Path) -> None:
 def renamed(net: TfliteNet, index: int) -> int:
     net.tensors[index].name = "boxes"
     return index
+
+
+def test_bench_against_its_own_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LiteRT runs the file itself, integers as they are; what reads ONNX alone gets the network as that."""
+    require_module("ai_edge_litert", "ai-edge-litert")
+    for dtype, peers, names in (("int8", "litert", {"litert net.tflite"}), ("float32", "litert,onnxruntime", {"litert net.tflite", "onnxruntime float"})):
+        net, results = together({name: BOTH[name] for name in SOME[:1]}, dtype)
+        path = net.save(tmp_path / "net.tflite", list(results))
+        qcompiler.compile(path, "x86-avx2", [inputs(dtype)], preset="fast").save(tmp_path / "net.so")
+        words = ["bench", str(tmp_path / "net.so"), "--model", str(path), "--seconds", "0.05", "--json"]
+        assert main([*words, "--against", peers]) == 0
+        assert {"int8", "float", *names} == set(json.loads(capsys.readouterr().out)["seconds"])
+    assert main([*words, "--against", "torch"]) == 2
+    assert "PyTorch runs exported programs (.pt2), and" in capsys.readouterr().err

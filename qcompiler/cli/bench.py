@@ -46,7 +46,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
         type=_peers,
         metavar="RUNTIME[,RUNTIME]",
         help=f"measure these on MODEL too, where they are installed: {', '.join(PEERS)}; in float, and with --data in int8 as their own quantizers make it. "
-        "LiteRT takes a file of the same network: litert=FILE.tflite",
+        "LiteRT takes a TFLite model, or a file of the same network: litert=FILE.tflite; PyTorch takes a .pt2",
     )
     p.add_argument("--input-shape", action="append", default=[], metavar="NAME=1,16", type=shape, help="of a library for several shapes: measure these only")
     p.add_argument("--batch", type=positive, metavar="N", help="of a library for several batches: measure this one only")
@@ -81,7 +81,7 @@ def _bench(options: argparse.Namespace) -> int:
         return cli_boards.bench(options)
     cli_throughput.check(options)
     if any(options.against) and not options.model:
-        raise DataError("--against needs --model: the other runtime runs the ONNX model")
+        raise DataError("--against needs --model: the other runtime runs the model itself")
     if options.csv and not options.layers:
         raise DataError("--csv prints the steps; it goes with --layers")
     if options.preprocess and not options.data:
@@ -135,12 +135,31 @@ def _of_batch(options: argparse.Namespace, session: Any, numbers: Sequence[int])
     )
 
 
+def _peer(
+    name: str, file: str | None, options: argparse.Namespace, manifest: dict[str, Any], inputs: dict[str, Any], samples: list[dict[str, Any]], folder: Path
+) -> dict[str, Callable[[], object]]:
+    """Another runtime on the model: LiteRT on a TFLite file itself, PyTorch on a program, those that read ONNX on what is imported of either."""
+    from qcompiler.importers.origin import origin_of
+    from qcompiler.importers.tflite import TfliteFile
+    from qcompiler.importers.torch_program import TorchProgram
+    from qcompiler.runtime.peers import peer_calls, torch_call
+
+    origin, model = origin_of(options.model), options.model
+    if name == "torch" and isinstance(origin, TorchProgram):
+        return torch_call(origin.elsewhere().open()[1], inputs, options.threads)
+    if name == "litert":
+        file = model if file is None and isinstance(origin, TfliteFile) else file
+    elif isinstance(origin, (TfliteFile, TorchProgram)):
+        model = folder / f"{origin.name}.onnx"
+        model.write_bytes(origin_of(options.model, manifest.get("cut", ())).read()[0].SerializeToString())
+    return peer_calls(name, model, inputs, options.threads, samples, folder, file)
+
+
 def _measured(options: argparse.Namespace, session: Any, samples: list[dict[str, Any]], trace: Path | None) -> tuple[dict[str, Any], str]:
     """What `bench` finds of a library at one shape, as a document and as text."""
     from qcompiler.calibration.ports import real_inputs
     from qcompiler.cli.tables import footprint_text, profile_text, timing_text
     from qcompiler.runtime.bench import BUSY, Neighbours, interleave, random_inputs, ratios
-    from qcompiler.runtime.peers import peer_calls
     from qcompiler.verification.evidence import step_times
     from qcompiler.verification.footprint import joules, memory
     from qcompiler.verification.twin import float_session
@@ -157,7 +176,7 @@ def _measured(options: argparse.Namespace, session: Any, samples: list[dict[str,
         for number, (name, file) in enumerate(against):
             place = folder / f"peer{number}"
             place.mkdir()
-            candidates |= peer_calls(name, options.model, real(inputs), options.threads, [real(s) for s in samples], place, file)
+            candidates |= _peer(name, file, options, session.manifest, real(inputs), [real(s) for s in samples], place)
         neighbours = Neighbours()
         timings = interleave(candidates, seconds=options.seconds, warmup=max(0, options.warmup), progress=progress)
         busy = neighbours.cores()

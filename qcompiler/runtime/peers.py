@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import DataError
+from qcompiler.runtime.reference import Outputs
 
 Call = Callable[[], object]
 Inputs = Mapping[str, np.ndarray]
 AnyPath = str | os.PathLike[str]
-PEERS = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino", "nncf"), "litert": ("ai_edge_litert",)}
+PEERS = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino", "nncf"), "litert": ("ai_edge_litert",), "torch": ("torch",)}
 """Runtimes by name, and the modules of each: of the runtime, and of its quantizer where that is a package of its own."""
 
 
@@ -36,6 +37,8 @@ def peer_calls(
     """
     if name not in PEERS:
         raise DataError(f"--against {name}: unknown runtime. Known: {', '.join(PEERS)}")
+    if name == "torch":
+        raise DataError(f"--against torch: PyTorch runs exported programs (.pt2), and {model} is none; measure onnxruntime instead")
     for module in PEERS[name][: 2 if samples else 1]:
         if not installed(module):
             raise DataError(f"--against {name}: {module} is not installed; pip install 'qcompiler[peers]'")
@@ -53,6 +56,14 @@ def peer_calls(
         raise
     except Exception as error:  # the exceptions of these packages have no common class
         raise DataError(f"--against {name}: it can't take {model}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
+def torch_call(run: Outputs, inputs: Inputs, threads: int) -> dict[str, Call]:
+    """A call of PyTorch on a program, uncompiled. run: the program (`reference.Torch`)."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return {"torch float": lambda: run(inputs)}
 
 
 def onnxruntime_call(model: AnyPath, inputs: Inputs, threads: int) -> Call:
@@ -166,7 +177,7 @@ def litert_input(x: np.ndarray, detail: Mapping[str, Any], where: str) -> np.nda
     if x.shape != wanted:
         raise DataError(f"{where}: wants an input {list(wanted)}, the ONNX model's is {list(x.shape)}")
     dtype = np.dtype(detail["dtype"])
-    if dtype.kind != "i" and dtype.kind != "u":
+    if dtype.kind not in "iu" or x.dtype == dtype:
         return np.ascontiguousarray(x, dtype)
     scale, zero = detail["quantization"]
     quantized: np.ndarray = np.clip(np.rint(x / scale) + zero, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
