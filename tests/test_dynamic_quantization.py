@@ -9,12 +9,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from quantized_cases import SHAPE, Graph
+from recurrent_nets import feeds, network, saved
 from test_partly_quantized import inputs, loss, model
+from tools import require_module
 
 import qcompiler
 from qcompiler.base.errors import PlanError
 from qcompiler.cli.main import main
 from qcompiler.passes.graph import Graph as Module
+from qcompiler.passes.graph import match_op
 from qcompiler.pipeline.compile import compile_stages
 
 RNG = np.random.default_rng(7)
@@ -114,3 +117,17 @@ def test_a_network_of_integers_can_be_verified(tmp_path: Path) -> None:
     library = compile_stages(tmp_path / "m.onnx", calibration=data).artifact.save(tmp_path / "m.so")
     report = qcompiler.verify(library, tmp_path / "m.onnx", data)
     assert report.passed and [r.metrics.sqnr_db for r in report.outputs] == [np.inf] and report.layers
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_lstm(tmp_path: Path, per_channel: bool) -> None:
+    """DynamicQuantizeLSTM, as ONNX Runtime's quantize_dynamic makes it, both directions."""
+    quantization = require_module("onnxruntime.quantization", "onnxruntime")
+    source = network("LSTM", direction="bidirectional")
+    quantization.quantize_dynamic(str(saved(source, tmp_path)), str(tmp_path / "q.onnx"), per_channel=per_channel)
+    assert "DynamicQuantizeLSTM" in {n.op_type for n in onnx.load(str(tmp_path / "q.onnx")).graph.node}
+    compilation = compile_stages(tmp_path / "q.onnx", "x86-avx2", [feeds(source, s) for s in range(8)], preset="fast", requantize=True)
+    imported = compilation.artifact.imported
+    assert imported is not None and imported.status == "equal" and min(o.sqnr_db for o in imported.outputs) > 25, str(imported)
+    assert "qc.recurrence" in {op[0] for _, e in Module.of(compilation.integer).bindings if (op := match_op(e))}
+    assert any("(DynamicQuantizeLSTM): taken back to an LSTM of the reals" in note for note in compilation.quantized.plan.notes)

@@ -3,6 +3,7 @@
     x -> DynamicQuantizeLinear -> (q, s, z);   MatMulInteger(q, w8, z, zw) -> Cast -> Mul by s and constants c    -->    MatMul(x, DequantizeLinear(w8, c, zw))
     ConvInteger, DynamicQuantizeMatMul and MatMulIntegerToFloat (com.microsoft)                                    -->    likewise
     x -> DynamicQuantizeLinear -> (q, s, z);   DequantizeLinear(QuantizeLinear(x, s, z) or q, s, z)                --> x
+    DynamicQuantizeLSTM (com.microsoft)                                                                            -->    LSTM of the reals of its weights
 
 Such a file rounds activations to 8 bits under a scale that it finds in every run; a compiled network has one from calibration. What doesn't have this form
 stays, and is computed as it is defined (`integers.py`).
@@ -29,6 +30,39 @@ def take_back(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto, 
     if not any(n.op_type == "DynamicQuantizeLinear" or n.op_type in TAKEN_BACK for n in model.graph.node):
         return model, {}
     return _Finder(model, naming).run()
+
+
+def real_lstms(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto, list[str]]:
+    """The model with LSTM for DynamicQuantizeLSTM, and what is to be said of that. Operands: X, W int8 or uint8 [D, I, 4H], R [D, H, 4H], B, lengths, h, c, P,
+    then scale and zero point of W and of R, [D] or [D, 4H]. One whose weights are computed, or are of other shapes, stays, and is refused by name."""
+    tensors = {t.name: t for t in model.graph.initializer}
+
+    def real(node: onnx.NodeProto, index: int, numbers: int) -> str | None:
+        names = [*node.input, *[""] * 12]
+        parts = [numpy_helper.to_array(tensors[n]) if n in tensors else None for n in (names[index], names[numbers], names[numbers + 1])]
+        weight, scale, zero = parts
+        if weight is None or scale is None or weight.ndim != 3:
+            return None
+        if any(p is not None and p.shape not in (weight.shape[:1], weight.shape[::2]) for p in (scale, zero)):
+            return None
+        along = [p.astype(np.float32).reshape(len(weight), 1, -1) for p in (scale, np.zeros(len(weight)) if zero is None else zero)]
+        name = naming.made(node.output[0] or node.output[1], f"weight{index}")
+        made.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(((weight - along[1]) * along[0]).transpose(0, 2, 1), np.float32), name))
+        return name
+
+    if not any(n.op_type == "DynamicQuantizeLSTM" and n.domain == CONTRIB for n in model.graph.node):
+        return model, []
+    made, notes = onnx.ModelProto(), []
+    made.CopyFrom(model)
+    for node in made.graph.node:
+        if node.op_type == "DynamicQuantizeLSTM" and node.domain == CONTRIB and len(node.input) > 8:
+            w, r = real(node, 1, 8), real(node, 2, 10)
+            if w is not None and r is not None:
+                node.op_type, node.domain = "LSTM", ""
+                node.input[:] = [node.input[0], w, r, *node.input[3:8]]
+                said = "an LSTM of the reals that its integers stand for; requantize computes it on integers where the file does others"
+                notes.append(f"node '{node.name or w}' (DynamicQuantizeLSTM): taken back to {said}")
+    return made, notes
 
 
 @dataclass
