@@ -16,7 +16,10 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from qcompiler.base.errors import ModelError
 from qcompiler.base.files import open_regular, read_regular
+from qcompiler.base.value_ids import Naming
+from qcompiler.importers.cells import with_cells
 from qcompiler.importers.formats import by_name
+from qcompiler.importers.sequences import without_sequences
 from qcompiler.runtime.reference import OnnxRuntime
 
 OLDEST, UPGRADED = 7, 13  # operator sets: older files are converted to UPGRADED first
@@ -256,7 +259,8 @@ def _modern(where: str, model: onnx.ModelProto) -> onnx.ModelProto:
     except Exception as error:
         reason = f"operator set {default_opset(model)} can't be converted to {UPGRADED}: {error}"
         raise ModelError(f"{where}: {reason}. Export the model with operator set 13 or later") from error
-    return model
+    naming = Naming.beside(names(model))
+    return with_cells(without_sequences(model, naming), naming)
 
 
 def default_opset(model: onnx.ModelProto) -> int:
