@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,21 @@ RATE = 10e6  # bytes a second to a board
 
 
 class Clock:
-    """Simulated seconds that pass when everybody who works waits for them."""
+    """Simulated seconds that pass when all who work wait for them: `settled`(how many wait)."""
 
-    def __init__(self) -> None:
-        self.now, self._working, self._waking, self._changed = 0.0, 0, [], threading.Condition()  # type: float, int, list[float], threading.Condition
-
-    def begin(self) -> None:
-        with self._changed:
-            self._working += 1
-
-    def end(self) -> None:
-        with self._changed:
-            self._working -= 1
-            self._changed.notify_all()
+    def __init__(self, settled: Callable[[int], bool]) -> None:
+        self.now, self._settled, self._waking, self._changed = 0.0, settled, [], threading.Condition()  # type: float, Any, list[float], threading.Condition
 
     def sleep(self, seconds: float) -> None:
         with self._changed:
             mine = self.now + seconds
             self._waking.append(mine)
-            self._changed.notify_all()
             while self.now < mine:
-                if len(self._waking) >= self._working and min(self._waking) > self.now:
+                if min(self._waking) > self.now and self._settled(len(self._waking)):
                     self.now = min(self._waking)
                     self._changed.notify_all()
                 else:
-                    self._changed.wait(1.0)
+                    self._changed.wait(0.02)
             self._waking.remove(mine)
 
 
@@ -68,23 +58,17 @@ class Simulated(Fleet):
     """Boards that answer what was measured before, after the time that it takes. answers: lines by library."""
 
     def __init__(self, boards: list[Board], answers: Mapping[int, list[dict[str, Any]]]) -> None:
-        self.boards, self.clock, self._answers = boards, Clock(), answers
+        self.boards, self.clock, self._answers = boards, Clock(self._settled), answers
         self.out, self.pauses, self._stop, self.host, self.threads = {}, [], threading.Event(), "simulated", 1
         self._members = {b.name: fleets._Member(b, None, contextlib.ExitStack(), 1.0) for b in boards}  # type: ignore[arg-type]
 
     def __enter__(self) -> Simulated:
         return self
 
-    def _work(self, board: Board, digest: str) -> None:
-        try:
-            super()._work(board, digest)
-        finally:
-            self.clock.end()
-
-    def measure(self, made: Exported, threads: int, deadline: float) -> Any:
-        for _ in self.boards:
-            self.clock.begin()
-        return super().measure(made, threads, deadline)
+    def _settled(self, asleep: int) -> bool:
+        """Whether every library that was handed out is being waited for, and no board is about to take another."""
+        shared = self.round
+        return asleep >= shared._at_work and (not shared._left or shared._at_work >= len(self.boards))
 
     def _unfit(self, member: Any) -> bool:
         return False
