@@ -25,8 +25,9 @@ from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.runtime.bench import Neighbours, Timing, interleave, random_inputs, ratios
 from qcompiler.verification import footprint
+from qcompiler.verification.compared import Compared
 from qcompiler.verification.evidence import StepTime
-from qcompiler.verification.parity import Check, Compared, ParityReport, Thresholds
+from qcompiler.verification.parity import Check, ParityReport, Thresholds
 
 MANIFEST: dict[str, Any] = {
     "format": 1,

@@ -14,13 +14,16 @@ from transformer_nets import HEADS, TOKENS, VOCABULARY, WIDTH, Transformer, bert
 
 import qcompiler
 from qcompiler.base.errors import DataError
-from qcompiler.calibration.padding import ALL, Padding
+from qcompiler.calibration.padding import ALL, Counted, Padding
 from qcompiler.importers.model import load
 from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.stages import Measured, calibrate, equalize
 from qcompiler.plan.sensitivity import Walk
 from qcompiler.refine.rounding import DataRounder
+from qcompiler.verification.compared import Votes
+from qcompiler.verification.parity import ParityReport
+from qcompiler.verification.report import verify_report
 
 Sample = dict[str, np.ndarray]
 
@@ -89,6 +92,44 @@ def test_corrections_see_what_counts(path: Path, monkeypatch: pytest.MonkeyPatch
     samples = sentences(6)
     qcompiler.compile(path, calibration=samples)
     assert seen == {int(s["mask"].sum()) for s in samples}
+
+
+def figures(report: ParityReport) -> dict[str, str]:
+    """Of outputs and layers, as many digits as sums in another order leave alone."""
+    metrics = {row.name: row.metrics for row in [*report.outputs, *report.layers]}
+    return {name: f"{m.elements} {m.sqnr_db:.9f} {m.max_error:.9f} {m.mean_error:.12f} {m.cosine:.12f}" for name, m in metrics.items()}
+
+
+def test_verify_leaves_padding_out(tmp_path: Path) -> None:
+    """Figures of sentences of eight tokens are those of the same sentences with four positions of padding behind them; so is the page's account."""
+    model = bert(tmp_path / "bert.onnx", tokens="s")
+    shapes = {"ids": [(1, TOKENS), (1, 8)]}
+    library = tmp_path / "bert.so"
+    qcompiler.compile(model, calibration=sentences(4), input_shapes=shapes, preset="fast").save(library)
+    session, whole = qcompiler.load(library), np.ones((1, 8), np.int64)
+    short = [{"ids": s["ids"], "mask": whole} for s in sentences(3, tokens=8)]
+    padded = [{k: np.concatenate([a, np.full((1, TOKENS - 8), 7 * (k == "ids"), np.int64)], axis=1) for k, a in s.items()} for s in short]
+    alone, report = (qcompiler.verify(session, model, samples) for samples in (short, padded))
+    assert (alone.hidden, report.hidden) == (0, 3 * (TOKENS - 8)) and "masks hide 12 positions" in str(report) and "masks hide" not in str(alone)
+    assert report.outputs[0].metrics.elements == 3 * 8 * WIDTH
+    got, wanted = figures(report), figures(alone)
+    assert len(got) > 20 and {name for name in got if got[name] != wanted[name]} == {"cast1", "sub2", "mul3"}  # the mask itself, which has other elements
+    page = verify_report(library, model, padded, tmp_path / "page.html", seconds=0.01)
+    assert page.outputs == report.outputs and "masks hide 12 positions" in (tmp_path / "page.html").read_text()
+    with pytest.raises(DataError, match="sample 1: every position is padding: the mask computed from 'mask' hides all 12 of them"):
+        qcompiler.verify(session, model, [padded[0], {"ids": padded[0]["ids"], "mask": 0 * padded[0]["mask"]}])
+
+
+def test_votes_of_hidden_rows_do_not_count() -> None:
+    """Scores [positions, classes]: of four rows the second is hidden; and scores [1, positions], where a hidden one would win."""
+    kept = np.array([True, False, True, True])
+    counts, votes, places = Counted({"v": kept}, {"out": "v"}), Votes("out"), Votes("out")
+    expected = np.eye(4, dtype=np.float32)
+    votes.add(expected[[0, 3, 2, 1]], expected, counts)
+    got, wanted, judged = votes.result()
+    assert judged.tolist() == kept.tolist() and (got == wanted)[judged].tolist() == [True, True, False]
+    places.add(np.array([[1.0, 9.0, 3.0, 2.0]]), np.array([[1.0, 0.0, 3.0, 2.0]]), counts)
+    assert [a.tolist() for a in places.result()] == [[2], [2], [True]]
 
 
 class _Mean(Transformer):

@@ -22,11 +22,12 @@ from qcompiler.cli.main import main
 from qcompiler.numerics.metrics import Accumulator, wilson
 from qcompiler.numerics.spec import QParams
 from qcompiler.runtime.bench import Timing
+from qcompiler.verification.compared import Compared
 from qcompiler.verification.evidence import Evidence, StepTime, distribution, step_times
 from qcompiler.verification.footprint import Memory
 from qcompiler.verification.page import page
 from qcompiler.verification.page_target import section as target_section
-from qcompiler.verification.parity import Check, Compared, ParityReport, Thresholds
+from qcompiler.verification.parity import Check, ParityReport, Thresholds
 from qcompiler.verification.report import verify_report
 from qcompiler.verification.svg import histogram, pareto_chart, sqnr_chart
 

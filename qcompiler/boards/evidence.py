@@ -22,7 +22,7 @@ def measured_there(model: AnyModel) -> Measurer:
     def measure(session: BoardSession, twin: Any, sample: Mapping[str, np.ndarray], seconds: float, progress: Progress) -> Measured:
         shape = bound(session.fitting, session.whole_inputs, sample)[1]
         with temporary_folder() as folder:
-            library = float_artifact(model, session, here=False).save(folder / "float.so")
+            library = float_artifact(model, session).save(folder / "float.so")
             both = {"int8": session.specializations[shape], "float": BoardSession(session.device, library, session.threads).specializations[shape]}
             totals = take_turns(both, seconds)
             steps = {name: at.profile(ITERATIONS) for name, at in both.items()}

@@ -22,16 +22,31 @@ from qcompiler.passes.realize.transformers import MASKED
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one sample. kept: value id -> bool [batch * positions], which rows count; all of what isn't there. ports: output name -> value id."""
+    """Of one sample. kept: value id -> bool [batch * positions], which rows count; all of what isn't there. ports: output name -> value id. hidden: how many
+    positions don't count."""
 
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
     ports: Mapping[str, str] = field(default_factory=dict)
+    hidden: int = 0
 
     def rows(self, value_id: str, array: np.ndarray) -> np.ndarray:
         """The part of a value that counts, [rows, ...]; the array itself where all of it does."""
         kept = self.kept.get(value_id)
         axes = None if kept is None else leading(array.shape, len(kept))
         return array if kept is None or axes is None else array.reshape(len(kept), *(array.shape[axes:] or (1,)))[kept]
+
+    def part(self, value_id: str, array: np.ndarray) -> np.ndarray:
+        """`rows` with at least as many axes as the value has."""
+        rows = self.rows(value_id, array)
+        return rows.reshape((1,) * (array.ndim - rows.ndim) + rows.shape)
+
+    def output(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The `part` of an output."""
+        return self.part(self.ports.get(name, name), array)
+
+    def mask(self, name: str, array: np.ndarray) -> np.ndarray:
+        """bool, of an output's shape: which elements count."""
+        return self._cleared(self.ports.get(name, name), np.ones(array.shape, bool))
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The network's outputs by name, with zeros where nothing counts, so that no sum takes it in."""
@@ -95,7 +110,7 @@ class Padding:
         form = next((f for f in self._forms if all(f.inputs[name] == array.shape for name, array in sample.items() if name in f.inputs)), self._forms[0])
         if not form.sets:
             return ALL
-        kept: dict[str, np.ndarray] = {}
+        kept, hidden = dict[str, np.ndarray](), 0
         for each, biases in zip(form.sets, form.biases(twin.new_context(dict(sample))), strict=True):
             seen = np.zeros((each.batch, each.positions), bool)
             for bias in biases:
@@ -106,4 +121,5 @@ class Padding:
                 raise DataError(f"every position is padding: the mask computed from {names} hides all {each.positions} of them; leave this sample out")
             if not seen.all():
                 kept |= dict.fromkeys(each.values, seen.reshape(-1))
-        return Counted(kept, form.ports)
+                hidden += int((~seen).sum())
+        return Counted(kept, form.ports, hidden)

@@ -122,7 +122,7 @@ def bench(options: argparse.Namespace) -> int:
     with temporary_folder() as folder, chosen_boards(options, [options.board]) as (board,), opened(board) as device:
         session, twin = BoardSession(device, options.library, options.threads), None
         if options.model:
-            twin = BoardSession(device, float_artifact(options.model, session, here=False).save(folder / "float.so"), options.threads)
+            twin = BoardSession(device, float_artifact(options.model, session).save(folder / "float.so"), options.threads)
         numbers = chosen_shapes(session.manifest, shape_rows(once(OPTIONS["input_shapes"], options.input_shape)))
         found = [_measured(options, session.specializations[i], None if twin is None else twin.specializations[i]) for i in numbers]
     if "shapes" in session.manifest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompiler.base.errors import ArtifactError
-from qcompiler.verification.parity import Runner
+from qcompiler.verification.compared import Runner
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 import qcompiler
 from qcompiler.base.progress import Progress
 from qcompiler.calibration.data import Samples
+from qcompiler.calibration.padding import ALL
 from qcompiler.importers.origin import Origin
 from qcompiler.numerics.metrics import Accumulator
 from qcompiler.numerics.spec import QParams
@@ -26,6 +27,7 @@ from qcompiler.runtime.bench import Neighbours, Timing, interleave
 from qcompiler.runtime.channels import stored_form
 from qcompiler.verification.footprint import Memory, joules, memory
 from qcompiler.verification.parity import ParityReport
+from qcompiler.verification.twin import counted
 
 WORST = 10  # layers whose distributions are shown
 _BINS = 96  # of a distribution, at most
@@ -153,6 +155,7 @@ def gather(
         if done >= parity.layer_samples:
             break
         reference: dict[str, np.ndarray] = {}
+        layers.counts = counted(twin, sample)
         twin.trace(sample, lambda name, array: reference.__setitem__(name, array.copy()) if name in layers.names else None)  # noqa: B023
         session.trace(sample, lambda name, array: layers.add(name, array, stored_form(session.manifest, name, reference[name])) if name in reference else None)  # noqa: B023
         progress("trace layers", done + 1, parity.layer_samples)
@@ -238,13 +241,14 @@ class _Layers:
     """Collects, per layer, the error of rounding alone, and of the worst layers the values themselves."""
 
     def __init__(self, manifest: Mapping[str, Any], names: Sequence[str], worst: Sequence[str]) -> None:
-        self.names, self._worst = set(names), list(worst)
+        self.names, self.counts = set(names), ALL  # counts: what counts of the sample that is being added
         self._params = {name: QParams(float(v["scale"]), int(v["zero_point"])) for name, v in manifest["values"].items() if name in self.names}
         self._rounding: dict[str, Accumulator] = {}
         self._values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in worst}
 
     def add(self, name: str, actual: np.ndarray, reference: np.ndarray) -> None:
         """One sample's value in the library (int8, int16 or float32) and in the float network."""
+        actual, reference = self.counts.part(name, actual), self.counts.part(name, reference)
         params = self._params.get(name) if actual.dtype in (np.int8, np.int16) else None
         if params is not None:
             self._rounding.setdefault(name, Accumulator()).add(params.dequantize(params.quantize(reference)), reference)
@@ -257,7 +261,7 @@ class _Layers:
         return {name: a.metrics().sqnr_db for name, a in self._rounding.items()}
 
     def distributions(self) -> list[Distribution]:
-        return [self._distribution(name) for name in self._worst if self._values[name]]
+        return [self._distribution(name) for name in self._values if self._values[name]]
 
     def _distribution(self, name: str) -> Distribution:
         reference, actual = (np.concatenate(parts) for parts in zip(*self._values[name], strict=True))

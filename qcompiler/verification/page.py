@@ -12,11 +12,12 @@ from typing import Any
 from qcompiler.base.text import milliseconds, number, percent, size
 from qcompiler.numerics.metrics import wilson
 from qcompiler.runtime.bench import BUSY
+from qcompiler.verification.compared import Compared
 from qcompiler.verification.evidence import WORST, Evidence, StepTime
 from qcompiler.verification.footprint import Memory
 from qcompiler.verification.page_table import html_table
 from qcompiler.verification.page_target import section as target_section
-from qcompiler.verification.parity import Compared
+from qcompiler.verification.parity import hidden_text
 from qcompiler.verification.svg import FLOAT, INT8, bar, histogram, sqnr_chart
 
 _SLOWEST = 20  # steps with a row of their own
@@ -107,11 +108,12 @@ def _verdict(e: Evidence) -> str:
         verdict("max_channel_bias", "bias of every channel", f"at most {limits.max_channel_bias:g} steps", worst)
     failures = f"<ul>{''.join(f'<li>{_e(f)}</li>' for f in p.failures)}</ul>" if p.failures else ""
     imported = "" if p.imported is None else f'<p id="import">{_e(str(p.imported))}</p>'
+    hidden = f'<p id="padding">{_e(hidden_text(p))}</p>' if p.hidden else ""
     word, kind = ("PASSED", "pass") if p.passed else ("FAILED", "fail")
     said = "every threshold holds" if p.passed else f"{len(p.failures)} finding{'s' if len(p.failures) > 1 else ''}"
     mismatch = "The library was compiled from another model file, or for other input shapes, than the one compared with: their digests differ."
     warning = "" if e.model_matches else f'<div class="verdict warn" id="model-mismatch"><strong>Not the same model</strong><br>{mismatch}</div>'
-    box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {p.samples} samples: {said}.{failures}{imported}</div>'
+    box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {p.samples} samples: {said}.{failures}{hidden}{imported}</div>'
     return box + warning + html_table(("threshold", "required", "measured", "result"), rows, "thresholds")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress, silent
-from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, Source, load_labels, unused
 from qcompiler.calibration.frames import open_streamed
@@ -29,37 +28,20 @@ from qcompiler.calibration.ports import real_outputs
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
-from qcompiler.numerics.metrics import Accumulator, Metrics
+from qcompiler.numerics.metrics import Accumulator
 from qcompiler.pipeline.goal import check_labels, check_limits, check_thresholds, classifying
 from qcompiler.pipeline.metric import Metric, MetricFunction, Scored, load_metric
-from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.reference import ImportCheck, check_import
 from qcompiler.runtime.selftest import digest
-from qcompiler.runtime.shapes import specializations
+from qcompiler.verification.compared import Compared, Layers, Runner, Votes
 from qcompiler.verification.reach import Reach
-from qcompiler.verification.twin import Twin, fed_alike, float_session
+from qcompiler.verification.twin import Twin, counted, fed_alike, float_session
 
 DEFAULT_MIN_SQNR = 10.0
 """dB that every output must reach when no threshold is named: sound int8 networks have 14 to 22, broken ones less than 5."""
 
 IMPORT_SAMPLES = 4
 """On so many samples the float network is compared with another runtime."""
-
-Visit = Callable[[str, np.ndarray], None]
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """What is compared: `qcompiler.runtime.session.Session`, or anything that runs alike."""
-
-    manifest: dict[str, Any]
-
-    @property
-    def inputs(self) -> Sequence[TensorInfo]: ...
-    @property
-    def outputs(self) -> Sequence[TensorInfo]: ...
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
-    def trace(self, inputs: Mapping[str, np.ndarray], visit: Visit) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -86,17 +68,6 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One output or one layer. `dtype`: how the library holds it ("int8", "float32"). `agreement`: top-1, for outputs of shape [batch,
-    classes]."""
-
-    name: str
-    dtype: str
-    metrics: Metrics
-    agreement: float | None = None
-
-
-@dataclass(frozen=True)
 class Check:
     """One threshold, held against one output, one layer, or the network. threshold: its name in `Thresholds`, or "import". found: what was measured.
     missed: what a miss means, as a sentence."""
@@ -111,7 +82,8 @@ class Check:
 class ParityReport:
     """The result of a comparison; accuracies and agreements are fractions of `samples`, layers are over `layer_samples`.
 
-    `imported`: the float network itself against another runtime on the model file, where a file was given.
+    hidden: positions of the samples that the network's masks hide, which don't count. `imported`: the float network itself against another runtime on the
+    model file, where a file was given.
     """
 
     samples: int
@@ -125,6 +97,7 @@ class ParityReport:
     imported: ImportCheck | None = None
     metric: Scored | None = None
     warnings: list[str] = field(default_factory=list)
+    hidden: int = 0
 
     @property
     def passed(self) -> bool:
@@ -185,6 +158,8 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
     if report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100 * (report.float_accuracy - report.int8_accuracy)
         parts.append(f"top-1 accuracy: float {percent(report.float_accuracy)}, int8 {percent(report.int8_accuracy)}, drop {drop:.2f} points")
+    if report.hidden:
+        parts.append(hidden_text(report))
     parts += [f"warning: {warning}" for warning in report.warnings]
     if report.metric is not None:
         parts.append(str(report.metric))
@@ -192,6 +167,11 @@ def parity_text(report: ParityReport, layers: int = 10) -> str:
         parts.append(str(report.imported))
     parts.append("PASSED" if report.passed else "\n".join(f"FAILED: {failure}" for failure in report.failures))
     return "\n\n".join(parts)
+
+
+def hidden_text(report: ParityReport) -> str:
+    """What a report with padding says of it."""
+    return f"Padding does not count: the network's masks hide {report.hidden} positions of these samples."
 
 
 @checks_arguments
@@ -222,7 +202,8 @@ def verify(
     sample, or a file (see `qcompiler.calibration.data.load_labels`). `metric`: a function of ({output name: array, all samples}, labels), the higher the
     better, or "FILE.py:function"; it gets `labels` whatever they are, in an .npy of any shape or in JSON too.
     `expect_digest`: what `qcompiler digest` says of the same plan and data on any target; another one fails. A library with test vectors runs them, too.
-    Every position of an output counts, also padding that the network's masks hide (calibration leaves it out).
+    Positions that the network's own masks hide don't count, in no output and no layer; a metric finds zeros there. A `model` that is a Session does not show
+    its masks: there every position counts.
     Layers are compared on the first `layer_samples` samples; 0 skips them. Where the runtime that the model was made for is installed (ONNX Runtime,
     LiteRT), the float network is compared with what that computes from it, too (`ParityReport.imported`): an operator that was imported wrongly would be
     wrong on both sides of every other comparison.
@@ -280,56 +261,12 @@ def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> d
     return {"labels": None if labels is None else load_labels(labels, data)}
 
 
-def with_import(report: ParityReport, origin: Origin, twin: Runner, samples: Samples) -> ParityReport:
+def with_import(report: ParityReport, origin: Origin, twin: Twin, samples: Samples) -> ParityReport:
     """The report with the float network `twin` of `origin` compared with the runtime that it was made for as well, on the first samples."""
     first: Iterable[Mapping[str, np.ndarray]] = itertools.islice(samples, IMPORT_SAMPLES)
-    network, fed = (twin.network, map(twin.real, first)) if isinstance(twin, Twin) else (twin, first)
-    checked = check_import(origin.elsewhere(), network, fed, exactness(origin.read()[0]), twin.manifest.get("fixed_inputs", {}))
+    checked = check_import(origin.elsewhere(), twin.network, map(twin.real, first), exactness(origin.read()[0]), twin.manifest.get("fixed_inputs", {}))
     verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
     return replace(report, imported=checked, checks=[*report.checks, *verdict])
-
-
-class _Layers:
-    """Joins two traces by value id."""
-
-    def __init__(self, actual: Runner, reference: Runner) -> None:
-        self._actual, self._reference = actual, reference
-        self._rows: dict[str, tuple[str, Accumulator]] = {}
-        self._skip = {i.name for i in actual.inputs}
-        self._values = {name: value for m in reversed(specializations(actual.manifest)) for name, value in m.get("values", {}).items()}
-
-    def add(self, sample: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Trace both networks on a sample; returns their outputs (actual, reference)."""
-        kept: dict[str, np.ndarray] = {}
-        expected = self._reference.trace(sample, lambda name, array: kept.__setitem__(name, array.copy()))
-
-        def visit(name: str, array: np.ndarray) -> None:
-            if name in kept and name not in self._skip:
-                self._compare(name, array, stored_form(self._actual.manifest, name, kept[name]) if kept[name].dtype.kind == "f" else kept[name])
-
-        return self._actual.trace(sample, visit), expected
-
-    def _compare(self, name: str, array: np.ndarray, reference: np.ndarray) -> None:
-        if array.shape != reference.shape:
-            raise ArtifactError(f"value '{name}' has shape {list(array.shape)} in the library and {list(reference.shape)} in the float network")
-        step, real = None, array
-        if array.dtype in (np.int8, np.int16) and reference.dtype.kind == "f":
-            try:
-                info = self._values[name]
-                step, zero = float(info["scale"]), int(info["zero_point"])
-            except (KeyError, TypeError) as error:
-                raise ArtifactError(f"the manifest gives no scale and zero point for the int8 value '{name}'") from error
-            real = (array.astype(np.float32) - np.float32(zero)) * np.float32(step)
-        elif array.dtype.kind != "f" or reference.dtype.kind != "f":  # integers of the network itself
-            real, reference = array.astype(np.float32), reference.astype(np.float32)
-        if name not in self._rows:
-            self._rows[name] = (str(array.dtype), Accumulator(step))
-        self._rows[name][1].add(real, reference)
-
-    def rows(self) -> list[Compared]:
-        if not self._rows:
-            raise ArtifactError("no value of the library occurs in the float network: it was compiled from another model")
-        return [Compared(name, dtype, accumulator.metrics()) for name, (dtype, accumulator) in self._rows.items()]
 
 
 def compare(
@@ -353,40 +290,48 @@ def compare(
     classified = [o.name for o in classifying(reference.outputs)]
     check_thresholds(thresholds, classified, labels is not None)
     totals = {name: Accumulator() for name in names}
-    votes: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in classified}
-    layers = _Layers(actual, reference)
+    votes = {name: Votes(name) for name in classified}
+    layers = Layers(actual, reference)
     collected: list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = []
-    done, total = 0, getattr(samples, "count", None)
+    done, hidden, total = 0, 0, getattr(samples, "count", None)
     reach = Reach(actual.manifest)
     for sample in samples:
         reach.add(sample)
+        try:
+            counts = counted(reference, sample)
+        except DataError as error:
+            raise DataError(f"sample {done}: {error}") from None
+        hidden += counts.hidden
         if done < layer_samples:
-            got, expected = layers.add(sample)
+            got, expected = layers.add(sample, counts)
         else:
             got, expected = actual.run(sample), reference.run(sample)
         got = real_outputs(actual.manifest, got)
         for name, accumulator in totals.items():
-            accumulator.add(got[name].astype(np.float32), expected[name].astype(np.float32))
+            accumulator.add(*(counts.output(name, a[name]).astype(np.float32) for a in (got, expected)))
         if metric is not None:
-            collected.append((got, expected))
-        for name, pairs in votes.items():
-            pairs.append((got[name].argmax(1), expected[name].argmax(1)))
+            collected.append((counts.outputs(got), counts.outputs(expected)))
+        for name, vote in votes.items():
+            vote.add(got[name], expected[name], counts)
         done += 1
         progress("verify", done, total)
     if not done:
         raise DataError("the data is empty: at least one sample is needed")
-    top = {name: (np.concatenate([a for a, _ in pairs]), np.concatenate([r for _, r in pairs])) for name, pairs in votes.items()}
+    top = {name: vote.result() for name, vote in votes.items()}
+    agreement = {name: float((got == expected)[counts].mean()) for name, (got, expected, counts) in top.items()}
     dtypes = {o.name: str(o.dtype) for o in actual.outputs}
-    outputs = [Compared(name, dtypes[name], totals[name].metrics(), float((top[name][0] == top[name][1]).mean()) if name in top else None) for name in names]
+    outputs = [Compared(name, dtypes[name], totals[name].metrics(), agreement.get(name)) for name in names]
     float_accuracy, int8_accuracy = None, None
     if labels is not None:
-        got_top, float_top = top[classified[0]]
+        got_top, float_top, judged = top[classified[0]]
         check_labels(labels, len(got_top), next(o for o in reference.outputs if o.name == classified[0]))
-        float_accuracy, int8_accuracy = float((float_top == labels).mean()), float((got_top == labels).mean())
+        float_accuracy, int8_accuracy = (float((found == labels)[judged].mean()) for found in (float_top, got_top))
     rows = layers.rows() if layer_samples else []
     scored = None if metric is None else Scored(metric.name, metric.of(e for _, e in collected), metric.of(g for g, _ in collected))
     warnings = [*unused(samples), *reach.doubts()]
-    report = ParityReport(done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy, metric=scored, warnings=warnings)
+    report = ParityReport(
+        done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy, metric=scored, warnings=warnings, hidden=hidden
+    )
     report.checks.extend(_checks(report))
     return report
 

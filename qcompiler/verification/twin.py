@@ -11,18 +11,21 @@ import numpy as np
 from qcompiler.backend.artifact import Artifact
 from qcompiler.base.errors import ArtifactError
 from qcompiler.base.targets import load_targets, missing_features
+from qcompiler.calibration.padding import ALL, Counted, Padding
 from qcompiler.calibration.ports import library_inputs
 from qcompiler.calibration.shaped import ShapedSamples
+from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.runtime.shapes import of_inputs, ports, specializations
 
 
 class Twin:
     """A session of a float network that takes what `library` takes: pixels and integers become the float32 numbers that they stand for. All else is the
-    session's."""
+    session's. padding: the positions that the network's masks can hide."""
 
-    def __init__(self, network: Any, library: Any) -> None:
+    def __init__(self, network: Any, library: Any, padding: Padding | None = None) -> None:
         self.network, self.inputs, self._ports = network, library.inputs, library_inputs(library.manifest)
+        self._padding = padding
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
@@ -30,6 +33,10 @@ class Twin:
     def real(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A library's inputs as the float network takes them."""
         return {name: self._ports[name].real(array) if name in self._ports else array for name, array in inputs.items()}
+
+    def counted(self, inputs: Mapping[str, np.ndarray]) -> Counted:
+        """What counts of a sample. Raises DataError where nothing does."""
+        return self._padding.of(self.network, self.real(inputs)) if self._padding else ALL
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = self.network.run(self.real(inputs))
@@ -42,6 +49,11 @@ class Twin:
     def profile(self, inputs: Mapping[str, np.ndarray], iterations: int = 50) -> list[tuple[str, str, str, float]]:
         found: list[tuple[str, str, str, float]] = self.network.profile(self.real(inputs), iterations)
         return found
+
+
+def counted(reference: Any, inputs: Mapping[str, np.ndarray]) -> Counted:
+    """What counts of a sample; all of it where `reference` does not know its network's masks."""
+    return reference.counted(inputs) if isinstance(reference, Twin) else ALL
 
 
 def fed_alike(network: Any, library: Any) -> Any:
@@ -59,18 +71,27 @@ def _rows(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [of_inputs(m) | {name: port.model.shape for name, port in library_inputs(m).items()} for m in manifests]
 
 
-def float_artifact(model: AnyModel, like: Any, here: bool, samples: Any = None) -> Artifact:
-    """The float network of `float_session` before it is opened. here: it must run on this machine."""
-    from qcompiler.pipeline.stages import compile_float
+def _models(model: AnyModel, like: Any, samples: Any) -> Sequence[FloatModel]:
+    from qcompiler.pipeline.stages import float_models
 
-    model = origin_of(model, like.manifest.get("cut", ()))
-    row, manifests = load_targets().get(like.manifest["target"]), _manifests(like, samples)
-    target = row.name if row is not None and not row.gpu and not (here and missing_features(row)) else "native"
+    manifests = _manifests(like, samples)
     wanted = [m.get("digests", {}).get("model") for m in manifests]
-    return compile_float(model, target, _rows(manifests), input_values=like.manifest.get("fixed_inputs"), wanted=wanted)
+    return float_models(origin_of(model, like.manifest.get("cut", ())), _rows(manifests), like.manifest.get("fixed_inputs"), wanted)
 
 
-def float_session(model: AnyModel, like: Any, folder: Path, threads: int = 1, samples: Any = None) -> Any:
+def _artifact(models: Sequence[FloatModel], like: Any, here: bool) -> Artifact:
+    from qcompiler.pipeline.stages import float_library
+
+    row = load_targets().get(like.manifest["target"])
+    return float_library(models, row.name if row is not None and not row.gpu and not (here and missing_features(row)) else "native")
+
+
+def float_artifact(model: AnyModel, like: Any) -> Artifact:
+    """The float network of `float_session` as a library, which may be for another machine."""
+    return _artifact(_models(model, like, None), like, here=False)
+
+
+def float_session(model: AnyModel, like: Any, folder: Path, threads: int = 1, samples: Any = None) -> Twin:
     """A session of the float network `model`, compiled into `folder` for the target and input shapes of the session `like` (of several, those that `samples`
     have), whose inputs it takes; for this CPU, where that target is another machine's, a GPU's or of another targets file.
 
@@ -79,12 +100,12 @@ def float_session(model: AnyModel, like: Any, folder: Path, threads: int = 1, sa
     from qcompiler.runtime.session import Session
 
     manifests = _manifests(like, samples)
-    rows, artifact = _rows(manifests), float_artifact(model, like, True, samples)
-    session = Session(artifact.save(folder / "float.so"), threads=threads)
+    rows, models = _rows(manifests), _models(model, like, samples)
+    session = Session(_artifact(models, like, here=True).save(folder / "float.so"), threads=threads)
     for mine, row, manifest in zip(specializations(session.manifest), rows, manifests, strict=True):
         outputs = [(o.name, o.shape) for o in ports(manifest["outputs"])]
         for kind, theirs in (("inputs", list(row.items())), ("outputs", outputs)):
             found = [(p.name, p.shape) for p in ports(mine[kind])]
             if found != theirs:
                 raise ArtifactError(f"the library was not compiled from {origin_of(model).where}: its {kind} are {theirs}, the model's are {found}")
-    return fed_alike(session, like)
+    return Twin(session, like, Padding(*(m.module for m in models)))
