@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qcompiler.backend.build import build
 from qcompiler.base.errors import BoardError
 from qcompiler.base.files import temporary_folder
-from qcompiler.base.targets import Target, find_target
+from qcompiler.base.targets import Target
 from qcompiler.boards.device import Device
 from qcompiler.boards.session import BoardSession
 from qcompiler.pipeline.compile import compile_stages
@@ -36,8 +35,7 @@ def make_canary(target: Target) -> Canary:
     with temporary_folder() as folder:
         _write_model(folder / "canary.onnx", rng)
         made = compile_stages(folder / "canary.onnx", target, [sample], preset="fast")
-    here = made.corrected.here or build(made.integer, find_target("native"), "generate host code")
-    return Canary(made.artifact.library, sample, here.session(1).run(sample))
+    return Canary(made.artifact.library, sample, made.corrected.host_code().session(1).run(sample))
 
 
 def _write_model(path: Path, rng: np.random.Generator) -> None:

@@ -31,6 +31,7 @@ from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.metric import Metric, MetricFunction, Outputs, Scored, load_metric
 from qcompiler.pipeline.ports import ported
+from qcompiler.pipeline.scoring import ErrorSums
 from qcompiler.pipeline.sixteen import with_asked
 from qcompiler.pipeline.stages import calibrate, correct, equalize, generate, integer_network
 from qcompiler.pipeline.survey import Survey
@@ -164,8 +165,7 @@ class _Search:
         if self.runs_here:
             session = Session(compilation.artifact.save(self.folder / f"plan{number}.so"))
         else:
-            here = compilation.corrected.here or build(compilation.integer, self.host, "generate host code", progress=self.job.progress)
-            session = here.session(threads=1)
+            session = compilation.corrected.host_code().session(threads=1)
         scores = self.score(session, number)
         candidate = Candidate(keep, compilation, session, scores, judge(self.goal, scores, self.held))
         self.tried.append(candidate)
@@ -174,23 +174,22 @@ class _Search:
 
     def score(self, session: Session, number: int) -> Scores:
         outputs = self.job.model.outputs
-        floats, classified = [o.name for o in outputs if o.dtype == "float32"], classifying(outputs)
-        power, noise, votes = [], [], []
+        sums, classified, votes = ErrorSums(outputs), classifying(outputs), []
         answers: tuple[list[Outputs], list[Outputs]] = [], []
         for done, sample in enumerate(self.job.samples, 1):
             counted = self.measured.padding.of(self.twin, sample)
             got, expected = counted.outputs(session.run(sample)), counted.outputs(self.twin.run(sample))
             for collected, found in zip(answers, (got, expected), strict=True) if self.metric is not None else ():
                 collected.append({name: np.array(array) for name, array in found.items()})
-            power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
-            noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
+            sums.add(got, expected)
             if classified:
                 votes.append((got[classified[0].name].argmax(1), expected[classified[0].name].argmax(1)))
             self.clock.progress(f"judge plan {number + 1}", done, self.job.samples.count)
         top = np.array(votes)  # [samples, 2, rows]
         float_right, int8_right = (None, None) if self.labels is None else (top[:, 1] == self.labels, top[:, 0] == self.labels)
         metric = None if self.metric is None else Scored(self.metric.name, self.metric.of(answers[1]), self.metric.of(answers[0]))
-        return Scores(np.array(power), np.array(noise), top[:, 0] == top[:, 1] if classified else None, float_right, int8_right, metric)
+        agree = top[:, 0] == top[:, 1] if classified else None
+        return replace(sums.scores(), agree=agree, float_right=float_right, int8_right=int8_right, metric=metric)
 
     # -- search -------------------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.origin import AnyModel, files_of
 from qcompiler.pipeline import stages
 from qcompiler.pipeline.job import opened
+from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.options import OPTIONS, AnyPath, Options, complete, given, takes_options
 from qcompiler.pipeline.rivals import network
 
@@ -50,7 +51,7 @@ def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: 
     job = dataclasses.replace(opened(model, "native", calibration, options), passes={})
     measured = stages.calibrate(stages.equalize(job))
     if job.recipe.rival is None:  # else a compilation holds samples out, and has to look at the others itself
-        network(measured)
+        judged(network(measured))
     assert job.passes is not None
     count = save(path, job.model.digest, job.model.inputs, job.samples, job.passes, [m.inputs for m in job.sampled])
     return Calibration(path, count, measured.table, measured.warnings)

@@ -1,7 +1,8 @@
 """What the outputs of a finished network keep, and the sentence that says so where that is little.
 
-Every preset is judged: calibration samples run through the network and its float twin side by side, on the very code where there is code for this machine, else
-with its roundings in the float network. The worst output counts, and of one that holds several quantities the worst of these.
+Every preset is judged: calibration samples run through the network and its float twin side by side. The network runs as code for this machine, which has the
+bits of every target and is there whenever a recipe tries corrections; where there is none (`fast` for another machine), the float network runs with all
+roundings, which is an estimate. The worst output counts, and of one that holds several quantities the worst of these.
 
 Ranges that were taken from a sample hold it, and may not hold the next one. So the float network with all roundings runs once more, each sample with the
 ranges that the others alone would have led to. What is lost more by that is added, and the upper end of the sum's 95 % confidence interval is what other
@@ -16,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from qcompiler.numerics.metrics import Parts
 from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
-from qcompiler.pipeline.stages import Corrected
+from qcompiler.pipeline.scoring import ErrorSums
+from qcompiler.pipeline.stages import Corrected, remembered
 from qcompiler.pipeline.survey import Survey
 from qcompiler.plan.sensitivity import Sensitivity
 
@@ -55,22 +56,26 @@ def _unseen(corrected: Corrected, scores: Scores) -> float:
 
 def _scores(corrected: Corrected) -> Scores:
     """Of every quantity in every float output; one that is always zero counts as kept."""
+    network, measured = corrected.network, corrected.network.measured
+    if corrected.corrections:  # a stored calibration leads to the same figure without running anything
+        found = remembered(network.job, "judge", [network.plan.digest, measured.table.digest], lambda: _run(corrected))
+        return Scores(*_told(found["power"], found["noise"]))
+    if corrected.here is not None:
+        return Scores(*_told(**_run(corrected)))
+    return Scores(*_told(*Survey(network, corrected.integer).errors(measured.twin.session(), _samples(corrected))))
+
+
+def _run(corrected: Corrected) -> dict[str, np.ndarray]:
+    """power, noise: as `Scores` has them, by code for this machine."""
     measured, job = corrected.network.measured, corrected.network.job
-    twin = measured.twin.session()
-    if corrected.here is None:
-        return Scores(*_told(*Survey(corrected.network, corrected.integer).errors(twin, _samples(corrected))))
-    session, floats = corrected.here.session(), [o.name for o in twin.outputs if o.dtype == "float32"]
-    parts: list[Parts] = []
-    power, noise = list[np.ndarray](), list[np.ndarray]()
+    twin, session = measured.twin.session(), corrected.host_code().session()
+    sums = ErrorSums(twin.outputs)
     for done, sample in enumerate(_samples(corrected), 1):
         counted = measured.padding.of(twin, sample)
-        got, expected = counted.outputs(session.run(sample)), counted.outputs(twin.run(sample))
-        wanted = [expected[n].astype(np.float64) for n in floats]
-        parts = parts or [Parts.of(a) for a in wanted]
-        power.append(np.concatenate([p.sums(np.square(a)) for p, a in zip(parts, wanted, strict=True)]))
-        noise.append(np.concatenate([p.sums(np.square(got[n] - a)) for p, a, n in zip(parts, wanted, floats, strict=True)]))
+        sums.add(counted.outputs(session.run(sample)), counted.outputs(twin.run(sample)))
         job.progress("judge the outputs", done, _SAMPLES)
-    return Scores(*_told(np.array(power), np.array(noise)))
+    scores = sums.scores()
+    return {"power": scores.power, "noise": scores.noise}
 
 
 def _told(power: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,11 +14,10 @@ import tvm
 
 import qcompiler
 from qcompiler.backend.artifact import Artifact, port_parameters, program_manifest
-from qcompiler.backend.build import Built, build
+from qcompiler.backend.build import Built
 from qcompiler.backend.cuda import toolkit_versions
 from qcompiler.backend.lowering import Program
 from qcompiler.base.errors import PlanError
-from qcompiler.base.targets import find_target
 from qcompiler.calibration.ports import stored_inputs
 from qcompiler.importers.model import FloatModel
 from qcompiler.passes.graph import Graph
@@ -61,14 +60,11 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
     """Program -> Artifact. searched: what a choice between networks found, {name: sentence}. account: further entries of the manifest."""
     network, measured, job = corrected.network, corrected.network.measured, corrected.network.job
     warnings, attrs = [*measured.warnings, *corrected.warnings], Graph.of(corrected.integer).attrs
-    here = corrected.built if job.target == find_target("native") else corrected.here
-    if here is None and (job.pad or job.selftest):
-        here = build(corrected.integer, find_target("native"), "generate host code", others=corrected.others, progress=job.progress)
-    if job.selftest and here is not None:
-        account["selftest"] = self_test(corrected, here, job.selftest)
-    if job.pad and here is not None:
+    if job.selftest:
+        account["selftest"] = self_test(corrected, job.selftest)
+    if job.pad:
         first = [stored_inputs(described_ports(corrected), sample) for sample in itertools.islice(job.alike, 1)]
-        warnings += [w for sample in first for w in check_padding(here.session(), job.pad, sample, job.ports.outputs)]
+        warnings += [w for sample in first for w in check_padding(corrected.host_code().session(), job.pad, sample, job.ports.outputs)]
         account["padding"] = dict(job.pad)
     artifact = corrected.built.link(
         **describe(corrected.integer, job.model),
@@ -104,14 +100,14 @@ def described_ports(corrected: Corrected) -> dict[str, Any]:
     return {**port_parameters(corrected.built.program, values), **({"ports": corrected.ports[0]} if corrected.ports else {})}
 
 
-def self_test(corrected: Corrected, here: Built, count: int) -> dict[str, Any]:
+def self_test(corrected: Corrected, count: int) -> dict[str, Any]:
     """The manifest's entry of that name: what this machine makes of `count` test vectors. Raises PlanError where nothing has the same bits on every CPU."""
     program = corrected.built.program
     manifest = program_manifest(program) | described_ports(corrected)
     wanted = probes(manifest, [(s.writes, s.reads) for s in program.steps])
     if not wanted:
         raise PlanError("a self-test is not possible: all of this network is computed in float, and no value has the same bits on every CPU")
-    return vectors(here.session(1), manifest, wanted, count)
+    return vectors(corrected.host_code().session(1), manifest, wanted, count)
 
 
 def expected_sqnr(corrected: Corrected) -> float | None:

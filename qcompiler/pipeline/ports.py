@@ -8,6 +8,7 @@ from typing import Any
 from qcompiler.backend.build import build
 from qcompiler.base.debug import no_dump
 from qcompiler.base.errors import PlanError
+from qcompiler.base.targets import find_target
 from qcompiler.calibration.ports import Ports
 from qcompiler.importers.model import FloatModel
 from qcompiler.numerics.spec import QParams
@@ -41,8 +42,9 @@ def ported(corrected: Corrected) -> Corrected:
         made.append(run(PORTS, module, inputs, outputs, dump=no_dump if number else job.dump))
     first, *others = made
     built = build(first, job.target, "generate code for inputs and outputs", job.tuned, others=others, dump=job.dump, progress=job.progress)
+    here = built if job.target == find_target("native") else None
     said = [_account(ports.at(model.inputs), model) for model in job.models]
-    return dataclasses.replace(corrected, built=built, integer=first, others=others, here=None, ports=said)
+    return dataclasses.replace(corrected, built=built, integer=first, others=others, here=here, ports=said)
 
 
 def _account(ports: Ports, model: FloatModel) -> dict[str, Any]:

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from qcompiler.backend.build import build
 from qcompiler.base.parallel import one_blas_thread
-from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import CheckedSamples, Samples, take
 from qcompiler.pipeline.float_layers import settled
 from qcompiler.pipeline.goal import FEWEST, Scores, decibel, held_out
@@ -22,6 +18,7 @@ from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.ports import ported
 from qcompiler.pipeline.residuals import widened
+from qcompiler.pipeline.scoring import ErrorSums
 from qcompiler.pipeline.sixteen import with_asked
 from qcompiler.pipeline.stages import Corrected, Measured, QuantizedNetwork, calibrate, correct, equalize, generate, integer_network
 from qcompiler.plan.recipes import Recipe
@@ -68,13 +65,9 @@ def best_of(job: Job, rival: Recipe) -> Compilation:
 
 
 def _scores(made: Corrected, twin: Session, samples: Samples) -> Scores:
-    here = made.here or build(made.integer, find_target("native"), "generate host code", progress=made.network.job.progress)
-    session, floats = here.session(), [o.name for o in twin.outputs if o.dtype == "float32"]
-    power, noise = [], []
+    session, sums = made.host_code().session(), ErrorSums(twin.outputs)
     for done, sample in enumerate(samples, 1):
         counted = made.network.measured.padding.of(twin, sample)
-        got, expected = counted.outputs(session.run(sample)), counted.outputs(twin.run(sample))
-        power.append([float(np.square(expected[n], dtype=np.float64).sum()) for n in floats])
-        noise.append([float(np.square(got[n].astype(np.float64) - expected[n]).sum()) for n in floats])
+        sums.add(counted.outputs(session.run(sample)), counted.outputs(twin.run(sample)))
         made.network.job.progress(f"judge the plan of {made.network.job.recipe.preset}", done, samples.count)
-    return Scores(np.array(power), np.array(noise))
+    return sums.scores()

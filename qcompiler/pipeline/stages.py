@@ -342,6 +342,13 @@ class Corrected:
     noise: float | None = None
     warnings: tuple[str, ...] = ()
 
+    def host_code(self) -> Built:
+        """`here`, made where there is none yet."""
+        if self.here is None:
+            progress = self.network.job.progress
+            self.here = build(self.integer, find_target("native"), "generate host code", others=self.others, progress=progress)
+        return self.here
+
 
 class _Bench:
     """The integer network on this machine, with its code made when the first change is tried on it. here: that code, if there is any."""
