@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from qcompiler.base.memory import aligned
 from qcompiler.passes.graph import const, const_value, is_const, plain, relax_op, shape_of
 
 
@@ -85,7 +86,7 @@ def kernel_form(constant: Constant, kind: str, groups: int = 1) -> Constant | st
         constant = _mapped(constant, lambda a: a.reshape(groups, i // groups, kh, kw, o).transpose(0, 4, 2, 3, 1).reshape(groups * o, kh, kw, i // groups))
     if constant.value.dtype not in (np.float32, np.int8):
         return f"weights of dtype {constant.value.dtype} have no int8 kernel; supported: float32"
-    constant = replace(constant, value=np.ascontiguousarray(constant.value))
+    constant = replace(constant, value=aligned(constant.value))  # which `const` shares
     if constant.scale is None:
         return constant
     channels = constant.value.shape[0]

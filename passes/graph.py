@@ -17,6 +17,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompiler.base.memory import is_aligned
 from qcompiler.base.value_ids import Naming
 
 ANY_TYPE = ("qc.cumulative", "qc.top_k", "qc.scatter", "qc.bitcast")  # operators of ours on any element type, which importers emit where TVM has no kernel
@@ -42,13 +43,22 @@ def is_const(expr: Any) -> bool:
 
 
 def const_value(expr: Any) -> np.ndarray:
-    """The array of a Relax constant."""
-    return np.asarray(expr.value.numpy())
+    """The array of a Relax constant: its own memory, read-only."""
+    view: np.ndarray = np.from_dlpack(expr.value)[...]
+    view.flags.writeable = False
+    return view
 
 
 def const(array: np.ndarray | np.generic) -> Any:
+    """A Relax constant. The memory of an array that is read-only and aligned is shared with it, any other is copied."""
     array = np.asarray(array, order="C")
-    return relax.const(array, str(array.dtype))  # without a dtype, float64 would become float32
+    shared = array.view() if not array.flags.writeable and array.nbytes and is_aligned(array) else None
+    if shared is not None:
+        try:
+            shared.flags.writeable = True  # numpy gives no other away; refused where the memory itself is read-only
+        except ValueError:
+            shared = None
+    return relax.const(tvm.runtime.tensor(array) if shared is None else tvm.runtime.from_dlpack(shared))
 
 
 def plain(value: Any) -> Any:

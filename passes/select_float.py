@@ -80,7 +80,7 @@ def scheduled(group: Group, value: Callable[[str], Any]) -> Any:
     bias = np.zeros(weight.shape[0]) if group.bias is None else group.bias
     tensors = [
         value(group.inputs[0]),
-        const(weight.astype(np.float32)),
+        const(weight.astype(np.float32, copy=False)),
         const(bias.astype(np.float32)),
         *([value(group.residual)] if group.residual else []),
     ]

@@ -25,7 +25,7 @@ from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, subs
 from qcompiler.pipeline import accuracy_target
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.library import Compilation
-from qcompiler.pipeline.survey import constants_with, layer_noise, rounded_layers
+from qcompiler.pipeline.survey import layer_noise, rounded_layers
 from qcompiler.plan.sensitivity import measure_sensitivity
 from qcompiler.runtime.session import Session
 from qcompiler.verification.bits import bit_parity
@@ -49,9 +49,9 @@ def sessions(plain: Compilation, tmp_path_factory: pytest.TempPathFactory) -> It
     """(float, float with int8 weights, the weights with their biases)."""
     folder = tmp_path_factory.mktemp("twin")
     measured = plain.quantized.measured
-    weights = rounded_layers(plain.integer, measured)
+    weights = dict(rounded_layers(plain.integer, measured))
     original, rounded = (Session(measured.twin.link().save(folder / f"{i}.so")) for i in range(2))
-    rounded.set_constants(constants_with(measured.twin, weights))
+    rounded.set_constants(measured.twin.constants_with((name, {1: w, 2: b}) for name, (w, b) in weights.items()))
     yield original, rounded, weights
 
 
@@ -101,11 +101,14 @@ def test_sensitivity_of_weights(plain: Compilation, sessions: Twins) -> None:
     found = measure_sensitivity(original, rounded, set(weights), {}, few, seconds=0.0)
     assert found.samples == 1 and set(found.weights) == set(weights) and min(found.weights.values()) > 0
     reference = original.run(few[0])["logits"].astype(np.float64)
+    twin = plain.quantized.measured.twin
+    before = twin.constants.tobytes()
     for name in ("relu1", "clip2", "logits"):
-        original.set_constants(constants_with(plain.quantized.measured.twin, {name: weights[name]}))
+        original.set_constants(twin.constants_with([(name, dict(enumerate(weights[name], 1)))]))
         noise = np.square(original.run(few[0])["logits"] - reference).sum() / np.square(reference).sum()
         assert found.weights[name] == pytest.approx(noise, rel=1e-6), name
-    original.set_constants(constants_with(plain.quantized.measured.twin, {}))
+    assert twin.constants.tobytes() == before
+    original.set_constants(twin.constants)
     np.testing.assert_array_equal(original.run(few[0])["logits"], reference.astype(np.float32))
 
 

@@ -3,7 +3,9 @@
 import itertools
 import random
 
-from qcompiler.base.memory import ALIGNMENT, Request, plan_memory, round_up
+import numpy as np
+
+from qcompiler.base.memory import ALIGNMENT, Request, is_aligned, packed, plan_memory, round_up
 
 
 def overlap(a: Request, b: Request) -> bool:
@@ -38,3 +40,13 @@ def test_the_plan_does_not_depend_on_the_order_of_requests() -> None:
 
 def test_nothing_to_place() -> None:
     assert plan_memory([]) == ({}, 0)
+
+
+def test_packed_arrays_are_views_of_one_blob() -> None:
+    arrays = [np.arange(5, dtype=np.float32), np.zeros((0, 3), np.int8), np.arange(6, dtype=np.int64).reshape(2, 3).T]
+    lists = [arrays[:2], [], [arrays[2], arrays[2]]]
+    blob, offsets = packed(lists)
+    assert offsets == [[0, 64], [], [64, 128]] and blob.size == 192 + ALIGNMENT and is_aligned(blob)
+    for found, wanted in zip([a for each in lists for a in each], [*arrays, arrays[2]], strict=True):
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == wanted.dtype and found.flags.aligned and (found.size == 0 or np.shares_memory(found, blob))

@@ -29,6 +29,7 @@ from qcompiler.passes.graph import const, const_value, dtype_of, is_const, make_
 from qcompiler.passes.realize.site import Site, typed
 
 MASKED = -1e4  # what a bias adds at most to a key that does not count: exporters write -10^4, the least float of some type, or -inf
+_ROWS = 1024  # of a table at a time
 
 
 def rescale(site: Site) -> Any:
@@ -58,8 +59,12 @@ def gather(site: Site) -> Any:
     """A table of 8 bits with a scale per row: rows are as large as they are, and a whole table of one scale would lose the small ones."""
     group, y = site.group, site.quantized
     assert group.weight is not None
-    scale = np.maximum(np.abs(group.weight).max(axis=1).astype(np.float64), 2.0**-100) / 127
-    table = np.rint(group.weight / scale[:, None]).astype(np.int8)
+    peak = np.maximum(group.weight.max(axis=1), -group.weight.min(axis=1))
+    scale = np.maximum(peak.astype(np.float64), 2.0**-100) / 127
+    table = np.empty(group.weight.shape, np.int8)
+    for start in range(0, len(table), _ROWS):  # float64 in between: the whole table would take eight times what comes of it
+        rows = slice(start, start + _ROWS)
+        table[rows] = np.rint(group.weight[rows] / scale[rows, None])
     attrs = {"table_zero_point": 0, "zero_point": y.zero_point, **typed(y)}
     return site.call("qc.gather", [const(table), site.plain[0], const(requantize_multiplier(scale, y.scale))], attrs)
 

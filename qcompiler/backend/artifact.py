@@ -261,20 +261,21 @@ def _pad_rule(rule: Any) -> str:
 
 def _with_checksum(library: bytes) -> bytes:
     """The library with the trailer that loaders check (runtime/cpp/include/qcompiler/loader.h) behind its last ELF byte."""
-    body = library + bytes(-len(library) % 4)
-    return body + CHECKSUM_MAGIC + checksum(body)
+    padding = bytes(-len(library) % 4)
+    return b"".join((library, padding, CHECKSUM_MAGIC, checksum(library + padding if padding else library)))
 
 
 def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: Target, lasting: bool = True) -> Artifact:
     """Link object code, constants and manifest into a shared library. The same arguments give the same bytes. lasting: no, for one that lives as long as this
-    process: it takes less time to make, and there can be no archive of it.
+    process: it takes less time to make, there can be no archive of it, and on a CPU its sessions are given the constants, which are not in it.
 
     Raises TargetError when the linker is missing or fails.
     """
     manifest = {"format": FORMAT_VERSION, "numerics": NUMERICS_VERSION, **manifest}
     compiler = find_compiler(target)
     with temporary_folder() as folder:
-        sources = write_sources(folder, code, constants.tobytes(), encode_manifest(manifest), manifest, target)
+        inside = (constants if lasting or target.gpu else constants[:0]).data
+        sources = write_sources(folder, code, inside, encode_manifest(manifest), manifest, target)
         (folder / "code.z").write_bytes(zlib.compress(code, 9) if lasting else b"")
         with (folder / "data.s").open("a") as file:
             file.write(_CODE)
@@ -291,7 +292,7 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
         return Artifact(_with_checksum((folder / "out.so").read_bytes()), manifest)
 
 
-def write_sources(folder: Path, code: bytes, constants: bytes, encoded: bytes, manifest: dict[str, Any], target: Target) -> list[str]:
+def write_sources(folder: Path, code: bytes, constants: bytes | memoryview, encoded: bytes, manifest: dict[str, Any], target: Target) -> list[str]:
     """What a library is linked from: code.o, data.s, and C sources, whose names are returned. `encoded`: the manifest as JSON. Compile it with COMPILE."""
     (folder / "code.o").write_bytes(code)
     (folder / "constants.bin").write_bytes(constants)

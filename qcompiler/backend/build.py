@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qcompiler.backend.shared import Places, lower_all, packed, share
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import bugs_named
 from qcompiler.base.files import temporary_folder
+from qcompiler.base.memory import aligned_bytes
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.targets import Target
 from qcompiler.runtime.session import Session
@@ -35,7 +36,9 @@ class Built:
     code: bytes
     others: tuple[Program, ...] = ()
     _places: Places | None = field(default=None, repr=False)  # of the constants, as the code has them
-    _here: tuple[Path, int] | None = field(default=None, repr=False)  # a library for sessions of this process, and the revision of the constants in it
+    _here: tuple[Path, int] | None = field(default=None, repr=False)  # a library for sessions of this process, and the constants' revision when it was made
+    _blob: np.ndarray | None = field(default=None, repr=False)  # constants of several programs
+    _packed: int = field(default=-1, repr=False)  # the revision that it has
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -50,8 +53,25 @@ class Built:
 
     @property
     def constants(self) -> np.ndarray:
-        """The library's constants as they are now, where its code looks for them."""
-        return packed(self.programs, self.places)
+        """The library's constants as they are now, where its code looks for them: the same memory each time, until the places change. Leave it alone."""
+        if not self.others:
+            return self.program.constants
+        if self._blob is None or self._packed != self.revision or self._blob.size != self.places.size:
+            kept = self._blob if self._blob is not None and self._blob.size == self.places.size else None
+            self._blob, self._packed = packed(self.programs, self.places, kept), self.revision
+        return self._blob
+
+    def constants_with(self, layers: Iterable[tuple[str, Mapping[int, np.ndarray]]]) -> np.ndarray:
+        """The constants, with other operands of some layers: (value id, {number of the operand: array}). The programs are left as they are."""
+        constants = aligned_bytes(self.constants.size)
+        constants[...] = self.constants
+        for value_id, operands in layers:
+            for program, offsets in zip(self.programs, self.places.offsets, strict=True):
+                step = program.step_of(value_id)
+                at = next(places for each, places in zip(program.steps, offsets, strict=True) if each is step)
+                for index, raw in program.packed_with(step, operands).items():
+                    constants[at[index] : at[index] + raw.size] = raw
+        return constants
 
     @property
     def revision(self) -> int:
@@ -65,7 +85,7 @@ class Built:
     def _settle(self) -> None:
         """Constants of several shapes that were equal by chance, and no longer are, need places of their own, and so other code."""
         if self.others and (places := share(self.programs)).offsets != self.places.offsets:
-            self.code, self._places, self._here = object_code(self.program, self.others, places), places, None
+            self.code, self._places, self._here, self._blob = object_code(self.program, self.others, places), places, None, None
 
     def link(self, *, further: Sequence[Mapping[str, Any]] = (), **manifest: Any) -> Artifact:
         """The library, with the program's constants as they are now. manifest: entries beside those that describe the program; further: the same of the
@@ -92,8 +112,8 @@ class Built:
         return {k: v for k, v in entry.items() if k != "constants" and (k not in first or first[k] != v)}
 
     def session(self, threads: int | None = None) -> Session:
-        """A session on this machine, with the program's constants as they are now. The library behind it is linked once and lives as long as this object.
-        threads: all cores of this process where None."""
+        """A session on this machine, with the program's constants: on a CPU as they are whenever it runs, on a GPU as they are now. The library behind it is
+        linked once and lives as long as this object. threads: all cores of this process where None."""
         self._settle()
         if self._here is None:
             stack = contextlib.ExitStack()
@@ -102,7 +122,7 @@ class Built:
             self._here = self._linked({}, lasting=False).save(folder / "model.so"), self.revision
         path, revision = self._here
         session = Session(path, threads or len(os.sched_getaffinity(0)))
-        if self.revision != revision:
+        if self.revision != revision or not self.program.target.gpu:
             session.set_constants(self.constants)
         session.held = [p.held() for p in self.programs]
         return session

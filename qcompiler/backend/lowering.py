@@ -21,7 +21,7 @@ from qcompiler.backend.images import choose_images, one_at_a_time, one_image, ru
 from qcompiler.backend.in_place import join_in_place
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
-from qcompiler.base.memory import Request, plan_memory, round_up, united
+from qcompiler.base.memory import Request, bytes_of, packed, plan_memory, united
 from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, relax_op, shape_of
 from qcompiler.passes.sequence import CPU_KERNELS, LOWERABLE, run
@@ -125,18 +125,23 @@ class Program:
         """Pack the constants of one step again with operand `index` replaced; the kernel's code stays as it is. An operator that stays float
         has what is computed at run time first, then its constants."""
         step = self.step_of(value_id)
-        if step.op is None or step.row is None:
-            at = index - len(step.reads)
-            constants = {at: np.asarray(array, step.kernel.constants[at].dtype)}
-        else:
+        for at, raw in self.packed_with(step, {index: array}).items():
+            self.constants[step.constants[at] : step.constants[at] + raw.size] = raw
+        if step.op is not None:
             step.op.operands[index] = np.asarray(array, np.asarray(step.op.operands[index]).dtype)
-            kernel = step.row.build(step.op, step.params, self.target)
-            assert kernel.key == step.kernel.key, "constants must not decide a kernel's code"
-            constants = dict(enumerate(kernel.constants))
-        for at, packed in constants.items():
-            raw, offset = np.ascontiguousarray(packed).view(np.uint8).reshape(-1), step.constants[at]
-            self.constants[offset : offset + raw.size] = raw
         self.revision += 1
+
+    def packed_with(self, step: Step, operands: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """{number of a constant of the step: its bytes}, with these operands in the place of its own, which stay. They are numbered as for
+        `replace_operand`."""
+        if step.op is None or step.row is None:
+            at = {index - len(step.reads): array for index, array in operands.items()}
+            return {i: bytes_of(np.asarray(array, step.kernel.constants[i].dtype)) for i, array in at.items()}
+        own = step.op.operands
+        op = replace(step.op, operands=[np.asarray(operands[i], np.asarray(o).dtype) if i in operands else o for i, o in enumerate(own)])
+        kernel = step.row.build(op, step.params, self.target)
+        assert kernel.key == step.kernel.key, "constants must not decide a kernel's code"
+        return {i: bytes_of(array) for i, array in enumerate(kernel.constants)}
 
 
 def kernels_of(steps: Iterable[Step]) -> dict[str, Kernel]:
@@ -187,7 +192,9 @@ class _Lowering:
         self.decide_layouts()
         steps = self.make_steps()
         workspace, near = self.place(steps)
-        constants = _pack_constants(steps)
+        constants, offsets = packed([step.kernel.constants for step in steps])
+        for step, at in zip(steps, offsets, strict=True):
+            step.constants = at
         inputs = [Port(str(p.name), shape_of(p), dtype_of(p), str(p.name)) for p in self.graph.inputs]
         outputs = [Port(name, shape_of(v), dtype_of(v), value) for (name, v), value in zip(self.graph.outputs, self.output_values, strict=True)]
         return Program(self.target, steps, self.values, inputs, outputs, workspace, constants, near=near)
@@ -429,18 +436,3 @@ def _lifetimes(steps: Iterable[Step], values: Mapping[str, Value]) -> tuple[dict
             first.setdefault(root, index)
             last[root] = index
     return first, last
-
-
-def _pack_constants(steps: list[Step]) -> np.ndarray:
-    """All kernels' constants in one blob; sets each step's offsets."""
-    arrays, size = [], 0
-    for step in steps:
-        for array in step.kernel.constants:
-            raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1) if array.size else np.zeros(0, np.uint8)
-            step.constants.append(size)
-            arrays.append((size, raw))
-            size = round_up(size + raw.size)
-    blob = np.zeros(size + 64, np.uint8)  # vector loads may read past the last array
-    for offset, raw in arrays:
-        blob[offset : offset + raw.size] = raw
-    return blob

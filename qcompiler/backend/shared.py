@@ -18,7 +18,7 @@ import tvm
 
 from qcompiler.backend.lowering import Params, Program, Step, lower
 from qcompiler.base.debug import Dump, no_dump
-from qcompiler.base.memory import round_up
+from qcompiler.base.memory import aligned_bytes, round_up
 from qcompiler.base.targets import Target
 from qcompiler.schedules.table import OpCall, Packs, Row
 
@@ -79,11 +79,11 @@ def share(programs: Sequence[Program]) -> Places:
     return Places(places.offsets, size + 64, places.own)  # vector loads may read past the last array
 
 
-def packed(programs: Sequence[Program], places: Places) -> np.ndarray:
-    """The blob, uint8: the constants of all programs as they are now, in their places."""
+def packed(programs: Sequence[Program], places: Places, blob: np.ndarray | None = None) -> np.ndarray:
+    """The blob, uint8: the constants of all programs as they are now, in their places. Those of several are written to `blob` where one is given."""
     if len(programs) == 1:
         return programs[0].constants
-    blob = np.zeros(places.size, np.uint8)
+    blob = aligned_bytes(places.size) if blob is None else blob
     for program, offsets in zip(programs, places.offsets, strict=True):
         for step, at in zip(program.steps, offsets, strict=True):
             for start, raw in zip(at, _arrays(program, step), strict=True):

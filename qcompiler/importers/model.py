@@ -12,6 +12,7 @@ import tvm
 
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError, closest
+from qcompiler.base.memory import give_back
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.onnx import import_onnx
@@ -81,12 +82,14 @@ def load(
     proto, origin_digest = origin.read()
     near = exactness(proto)
     imported = import_onnx(origin.where, proto, input_shapes or {}, requantize, input_values)
+    del proto  # which holds all constants once more
     graph = Graph.of(imported.module)
     if not graph.inputs:
         raise ModelError(f"{origin.where}: the model has no inputs: all of its outputs are constants")
     inputs, outputs = ([TensorInfo(n, shape_of(v), dtype_of(v)) for n, v in pairs] for pairs in ([(str(p.name), p) for p in graph.inputs], graph.outputs))
     _check_state(origin.where, state or {}, inputs, outputs)
     dump("import", imported.module)
+    give_back()
     module = run(CANONICAL, imported.module, dump=dump)
     fixed = {name: array.tolist() for name, array in imported.fixed.items()}
     digest = hashlib.sha256(f"{origin_digest} {[(i.name, i.shape) for i in inputs]}{fixed or ''}".encode()).hexdigest()

@@ -98,6 +98,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     if not model.ir_version or not model.opset_import or not (model.graph.node or model.graph.output):
         raise ModelError(f"{path}: not an ONNX model: it has no graph or no operator set. Expected a file written by an ONNX exporter{by_name(path)}")
     digest = hashlib.sha256(data)
+    del data  # as large as the model
     loaded: dict[str, bytes] = {}
     for tensor in tensors(model):
         if uses_external_data(tensor):

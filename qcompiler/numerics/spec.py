@@ -74,7 +74,11 @@ class QParams:
 
     def quantize(self, real: np.ndarray) -> np.ndarray:
         """Of `dtype`: `clip(rint(real / scale) + zero_point)`, ties to even, in float64 (compile-time constants; kernels follow `operators.quantize`)."""
-        return np.asarray(np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, *LIMITS[self.dtype]), self.dtype)
+        exact = np.array(real, np.float64)  # worked on in place: tables of embeddings are large
+        exact /= self.scale
+        exact = np.rint(exact, out=exact)
+        exact += self.zero_point
+        return np.clip(exact, *LIMITS[self.dtype], out=exact).astype(self.dtype)
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
         """float64 real values of integers `q`."""

@@ -39,13 +39,13 @@ from qcompiler.plan.planner import named_groups
 
 
 def compiled(job: Job) -> Compilation:
-    """All stages behind `load`."""
+    """All stages behind `load`. A caller that keeps no reference to the job spares the memory of the weights as they were before equalization."""
     rival = job.recipe.rival
     if rival is not None and job.samples.count != 0 and any(o.dtype == "float32" for o in job.model.outputs):
         return best_of(job, rival)  # the stages below for two recipes
     equalized = equalize(job)
-    measured = calibrate(equalized)
-    return link(ported(judged(network(measured))))
+    del job
+    return link(ported(judged(network(calibrate(equalized)))))
 
 
 @takes_options
@@ -78,9 +78,9 @@ def compile_stages(model: AnyModel, target: str | Target = "native", calibration
     for name in () if goal else ("labels", "time_budget"):
         if name in asked:
             raise DataError(f"{name} serves an accuracy target only; give min_sqnr, min_agreement, max_accuracy_drop or max_metric_drop too")
-    job = opened(model, chosen, calibration, options, tuned)
     if not goal:
-        return compiled(job)
+        return compiled(opened(model, chosen, calibration, options, tuned))
+    job = opened(model, chosen, calibration, options, tuned)
     if job.samples.count == 0:
         raise DataError("calibration data is needed for an accuracy target: it is measured on them")
     return search(job, goal, options["labels"], budget, options["metric"])
@@ -135,5 +135,5 @@ def compile_weights(model: AnyModel, target: str | Target = "native", calibratio
         **float_model.account(),
         weights=Graph.of(module).attrs["qc.weights"],
         compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
-        digests={"model": float_model.digest, "constants": hashlib.sha256(built.constants.tobytes()).hexdigest()},
+        digests={"model": float_model.digest, "constants": hashlib.sha256(built.constants.data).hexdigest()},
     )

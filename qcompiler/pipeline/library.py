@@ -83,7 +83,7 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
             "calibration": measured.table.digest,
             "plan": network.plan.digest,
             "tuning_log": "" if job.tuned is None else job.tuned.digest,
-            "constants": hashlib.sha256(corrected.built.constants.tobytes()).hexdigest(),
+            "constants": hashlib.sha256(corrected.built.constants.data).hexdigest(),
         },
         further=[
             described_further(module, model) | ({"ports": corrected.ports[number]} if corrected.ports else {})

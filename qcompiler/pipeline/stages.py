@@ -19,6 +19,7 @@ from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
 from qcompiler.base.debug import no_dump
 from qcompiler.base.errors import ArtifactError, bugs_named
+from qcompiler.base.memory import give_back
 from qcompiler.base.parallel import one_blas_thread
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import shape_rows
@@ -105,17 +106,22 @@ def equalize(job: Job) -> Equalized:
     if job.samples.count == 0:
         return Equalized(job, None, Equalization())
     twin = float_code(job.model, dump=job.dump, progress=job.progress, others=job.sampled)
+    give_back()  # what import and lowering took
     imported = check_import(job.model.origin.elsewhere(), twin.session(), itertools.islice(job.samples, 1), job.model.exactness, job.model.fixed)
+    give_back()  # what the other runtime took
     first = first_layers(find_groups(job.model.module), [i.name for i in job.model.inputs])
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
         return Equalized(job, twin, Equalization(), imported, first)
     observe(job, twin, (), [seen], "measure channels")
     found = decide_channels(job.model.module, seen.values, "shift" in job.recipe.steps)
     layers = equalized_layers(job.model.module, found.channels)
+    give_back()
+    model, *others = (dataclasses.replace(m, module=run(REPLACE_WEIGHTS, m.module, layers, dump=job.dump)) for m in job.models)
+    groups = {g.id: g for g in find_groups(model.module)}
     for value_id, operands in layers.items():
         for index, array in enumerate(operands, 1):
-            twin.replace_operand(value_id, index, array)
-    model, *others = (dataclasses.replace(m, module=run(REPLACE_WEIGHTS, m.module, layers, dump=job.dump)) for m in job.models)
+            weight = groups[value_id].weight if index == 1 else None
+            twin.replace_operand(value_id, index, array if weight is None or not np.array_equal(weight, array) else weight)  # kept once
     return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), twin, found, imported, first)
 
 
@@ -225,6 +231,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids)
     groups, first = find_groups(job.model.module), FirstLayers(equalized.first, SAMPLES)
+    give_back()  # what equalization took
     table = observe(job, equalized.twin, ids, [means, ends, first], stage, [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, groups, first.constancy())
@@ -313,7 +320,9 @@ def realize(measured: Measured, plan: QuantPlan, qdq: tvm.IRModule) -> Quantized
 def integer_network(measured: Measured, kept: Mapping[str, str]) -> QuantizedNetwork:
     """The three stages from statistics to the integer module. kept: group id -> why it stays float."""
     decided = plan(measured, kept)
-    return realize(measured, decided, quantize(measured, decided))
+    made = realize(measured, decided, quantize(measured, decided))
+    give_back()
+    return made
 
 
 # -- code, and what corrects it ----------------------------------------------------------------------------------------------------------------------------

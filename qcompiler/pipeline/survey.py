@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tvm
 
-from qcompiler.backend.build import Built
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import LIMITS, QParams
@@ -51,12 +49,9 @@ class Survey:
         copies = {g.id for g in self._placer.groups if g.traits.keeps and g.id not in self._placement.reasons}
         values = [v for v in self._placement.stored if v not in copies and not isinstance(plan.edges[v], Derived)]
         params = {v: p for v in values if (p := plan.params(v)) is not None}
-        layers = rounded_layers(self._integer, measured)
-        rounded = self._rounded(layers, twin.threads)
+        rounded, layers = self._rounded(twin.threads)
         job, padding = measured.job, measured.padding
-        return measure_sensitivity(
-            twin, rounded, set(layers), params, job.alike, most=most, seconds=seconds, work=_WORK, padding=padding, progress=job.progress
-        )
+        return measure_sensitivity(twin, rounded, layers, params, job.alike, most=most, seconds=seconds, work=_WORK, padding=padding, progress=job.progress)
 
     def value_noise(self, twin: Session, values: Collection[str], most: int) -> dict[str, np.ndarray]:
         """value id -> float64[outputs], noise over power, when that value alone is rounded as the plan has it."""
@@ -80,7 +75,7 @@ class Survey:
         quantities counts as several. unseen: each sample meets the ranges that the others alone would have led to; the ends of all, in the same order."""
         plan, padding, parts = self._quantized.plan, self._quantized.measured.padding, list[Parts]()
         params = {v: p for v in self._placement.stored if (p := plan.params(v)) is not None}
-        rounded = self._rounded(rounded_layers(self._integer, self._quantized.measured), twin.threads)
+        rounded, _ = self._rounded(twin.threads)
         numbered = list(enumerate(samples))
 
         def walked(sessions: tuple[Session, Session], numbered: tuple[int, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -93,12 +88,18 @@ class Survey:
         found = list(in_order(walked, list(zip(twin.alone(count), rounded.alone(count), strict=True)), numbered))
         return np.array([power for power, _ in found]), np.array([noise for _, noise in found])
 
-    def _rounded(self, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], threads: int) -> Session:
-        """The float network with other weights."""
-        built = self._quantized.measured.twin
-        session = built.session(threads)
-        session.set_constants(constants_with(built, layers))
-        return session
+    def _rounded(self, threads: int) -> tuple[Session, set[str]]:
+        """The float network with rounded weights, and the layers that have such."""
+        measured, rounded = self._quantized.measured, set[str]()
+
+        def operands() -> Iterator[tuple[str, dict[int, np.ndarray]]]:  # one layer at a time
+            for name, arrays in rounded_layers(self._integer, measured):
+                rounded.add(name)
+                yield name, dict(enumerate(arrays, 1))
+
+        session = measured.twin.session(threads)
+        session.set_constants(measured.twin.constants_with(operands()))
+        return session, rounded
 
     def kind(self, group_id: str) -> str:
         return self._placer.made_by[group_id].kind
@@ -167,13 +168,14 @@ def _padded(group: Group) -> float:
     return -(-channels // _DOT) * _DOT / channels
 
 
-def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """group id -> (the float32 weights that the int8 weights of an integer module stand for, the float32 bias with which they keep the layer's mean), of
-    layers whose operands the float twin has as constants. The integer module's own biases also undo what the layers before did, which is not there here.
+def rounded_layers(integer: tvm.IRModule, measured: Measured) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """Group ids, each with (the float32 weights that the int8 weights of an integer module stand for, the float32 bias with which they keep the layer's
+    mean), of layers whose operands the float twin has as constants. The integer module's own biases also undo what the layers before did, which is not
+    there here.
     """
     ours = {f"qc.f32.{kind.name}" for kind in KINDS.values() if kind.float_kernel}
     known = {s.writes for s in measured.twin.program.steps if s.name in ours}
-    shapes, found = shapes_of(measured.model.module), {}
+    shapes = shapes_of(measured.model.module)
     for layer in integer_layers(integer):
         if layer.group in known:
             group = measured.means.groups[layer.group]
@@ -181,23 +183,7 @@ def rounded_layers(integer: tvm.IRModule, measured: Measured) -> dict[str, tuple
             bias = bias_for(group, weight, measured.table, shapes)
             if bias is None:
                 bias = np.zeros(len(weight)) if group.bias is None else group.bias
-            found[layer.group] = weight.astype(np.float32), bias.astype(np.float32)
-    return found
-
-
-def constants_with(twin: Built, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The constants of the float network with other weights and biases. The program is left as it was."""
-    before = {name: twin.program.step_of(name).op.operands[1:3] for name in layers}  # type: ignore[union-attr]
-    _replace(twin, layers)
-    constants: np.ndarray = twin.constants.copy()
-    _replace(twin, before)
-    return constants
-
-
-def _replace(twin: Built, layers: Mapping[str, Sequence[Any]]) -> None:
-    for name, arrays in layers.items():
-        for index, array in enumerate(arrays, 1):
-            twin.replace_operand(name, index, array)
+            yield layer.group, (weight.astype(np.float32), bias.astype(np.float32))
 
 
 @dataclass(frozen=True)

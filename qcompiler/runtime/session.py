@@ -17,6 +17,7 @@ import numpy as np
 from qcompiler.base.arguments import check, checks_arguments
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
+from qcompiler.base.memory import aligned, aligned_bytes
 from qcompiler.base.tensor import TensorInfo, as_array, fits
 from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
@@ -34,7 +35,7 @@ class Context:
         self._session = session
         self._inputs, self._shape, self._cut = session.bound(inputs)
         self.manifest = session.fitting.all[self._shape]
-        self._workspace = _aligned(self.manifest["workspace"] + 64) if workspace is None else workspace
+        self._workspace = aligned_bytes(self.manifest["workspace"] + 64) if workspace is None else workspace
         self._outputs = [np.empty(o.shape, o.dtype) for o in session.outputs_at[self._shape]]
         self._input_pointers = (ctypes.c_void_p * len(self._inputs))(*(a.ctypes.data for a in self._inputs))
         self._output_pointers = (ctypes.c_void_p * len(self._outputs))(*(a.ctypes.data for a in self._outputs))
@@ -178,7 +179,7 @@ class Session:
         self.fitting = Fitting(self.manifest)
         self.outputs_at = [ports(m["outputs"]) for m in self.fitting.all]
         self.inputs, self.outputs = ports(self.manifest["inputs"]), self.outputs_at[0]
-        self._workspace = _aligned(max(m["workspace"] for m in self.fitting.all) + 64)
+        self._workspace = aligned_bytes(max(m["workspace"] for m in self.fitting.all) + 64)
         self._shape = 0
         self.state: dict[str, str] = dict(self.manifest.get("state", {}))
         self._kept = {i.name: np.zeros(i.shape, i.dtype) for i in self.inputs if i.name in self.state}
@@ -316,11 +317,10 @@ class Session:
         return made
 
     def set_constants(self, constants: np.ndarray) -> None:
-        """Run with another constants blob (same layout) instead of the library's own: how bias correction tries its corrections."""
+        """Run with another constants blob (same layout) instead of the library's own: how bias correction tries its corrections. One that is aligned to 64
+        bytes is not copied: what is written to it later counts."""
         assert constants.size == self.manifest["constants"]
-        if self._mutable is None:
-            self._mutable = _aligned(constants.size)
-        self._mutable[:] = constants
+        self._mutable = aligned(constants)
 
     # -- pieces ---------------------------------------------------------------------------------------------------------------------
 
@@ -433,10 +433,3 @@ def _declare(library: Any) -> Any:
     library.qc_session_profile.argtypes = [pointer, pointer, pointer, pointers, pointers, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)]
     library.qc_last_error.restype = ctypes.c_char_p
     return library
-
-
-def _aligned(size: int) -> np.ndarray:
-    """Zeroed bytes whose first address is a multiple of 64."""
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size]
