@@ -391,7 +391,8 @@ def test_samples_of_their_own_lengths(folder: Path, text: tuple[Compilation, Pat
         (sentences(1, tokens=30), r"sample 0: ids \[1, 30\], mask \[1, 30\] is no shape that this library was compiled for, nor can it be padded"),
         ([{"ids": data[0]["ids"]}], "missing input 'mask'"),
         ([{**data[0], "more": data[0]["ids"]}], "unknown input 'more'"),
-        ([data[0]["ids"]], "a sample is a mapping"),
+        ([data[0]["ids"]], r"sample 0: 1 arrays, and the model has 2 inputs: 'ids', 'mask'"),
+        (["a"], "a sample is a mapping"),
         ([{"ids": data[0]["ids"].astype(np.float32), "mask": data[0]["mask"]}], "has dtype float32"),
         ([], "the data is empty"),
     ):
