@@ -32,8 +32,9 @@ import networks
 import numpy as np
 from tflite_model import tflite_model
 
-from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME
 from qcompiler.backend.build import build
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.base.targets import find_target
 from qcompiler.base.text import table
 from qcompiler.calibration.data import open_samples

@@ -24,7 +24,8 @@ import tempfile
 from pathlib import Path
 
 import qcompiler
-from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL, demo_data
 

@@ -15,7 +15,8 @@ from tools import require_module
 
 import qcompiler
 from qcompiler import schedules
-from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.backend.tuning_log import SHIPPED, read_log
 from qcompiler.base.errors import DataError
 from qcompiler.base.targets import find_target

@@ -62,6 +62,11 @@ def test_native_prefers_rows_that_ran_on_hardware(tmp_path: Path) -> None:
         ("skylake-avx512", "x86-avx512"),
         ("raspberrypi4", "arm64-neon"),
         ("jetson-orin", "cuda-sm87-arm64"),
+        ("aarch64-linux-android24+asimddp", "arm64-android-dotprod"),
+        ("aarch64-none-linux-android", "arm64-android"),
+        ("arm64-v8a", "arm64-android"),
+        ("armeabi-v7a", "armv7-android"),
+        ("armv7a-linux-androideabi", "armv7-android"),
     ],
 )
 def test_names_that_people_use(name: str, row: str) -> None:
@@ -79,7 +84,7 @@ def test_compilers_and_rows_agree_on_cpus() -> None:
     ("name", "message"),
     [
         ("x86_64-pc-windows-msvc", "target 'x86_64-pc-windows-msvc': libraries are made for Linux with the GNU C library"),
-        ("aarch64-linux-android", "target 'aarch64-linux-android': libraries are made for Linux with the GNU C library"),
+        ("x86_64-linux-android", "target 'x86_64-linux-android': libraries are made for Linux with the GNU C library, and for Android on Arm; the triple of"),
         ("cortex-a711", "unknown target 'cortex-a711'. Did you mean 'cortex-a71"),
         ("x86-avx", "unknown target 'x86-avx'. Did you mean 'x86-avx2'"),
         ("x86_64-linux-gnu+avx512vnni", "unknown feature 'avx512vnni' for x86_64-linux-gnu. Did you mean 'avx512_vnni'"),

@@ -32,6 +32,8 @@ PROGRAMS = {
     "openssl": (APT, "openssl"),
     "sshd": (APT, "openssh-server"),
     "ssh": (APT, "openssh-client"),
+    "clang-19": (APT, "clang-19"),
+    "lld-19": (APT, "lld-19"),
     "cmake": (APT, "cmake"),
     "valgrind": (APT, "valgrind"),
     "chromium": (APT, "chromium"),

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qcompiler.backend.toolchain import compiler_words, link_words
 from qcompiler.base.arguments import checks_arguments
 from qcompiler.base.errors import TargetError
 from qcompiler.base.files import replacing, temporary_folder
-from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target
 from qcompiler.runtime.library import CHECKSUM_MAGIC, FORMAT_VERSION, checksum
 from qcompiler.runtime.reference import ImportCheck
@@ -174,17 +174,6 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
     return json.dumps({"digest": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}, sort_keys=True, separators=(",", ":")).encode()
 
 
-def find_compiler(target: Target) -> str:
-    """The first of the target's C++ compilers that is installed. Raises TargetError naming what to install."""
-    for name in target.compiler:
-        found = shutil.which(name)
-        if found:
-            return found
-    package = "g++" if target.host_architecture == host_architecture() else target.package
-    install = f"; install one, on Debian or Ubuntu with: apt-get install {package}" if package else "; install one"
-    raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH{install}")
-
-
 def _feature_test(target: Target, features: Sequence[str]) -> str:
     """A C expression: the name of the first of `features` that the CPU lacks, or 0."""
     expression = "(const char*)0"
@@ -272,7 +261,7 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
     Raises TargetError when the linker is missing or fails.
     """
     manifest = {"format": FORMAT_VERSION, "numerics": NUMERICS_VERSION, **manifest}
-    compiler = find_compiler(target)
+    compiler = compiler_words(target)
     with temporary_folder() as folder:
         inside = (constants if lasting or target.gpu else constants[:0]).data
         sources = write_sources(folder, code, inside, encode_manifest(manifest), manifest, target)
@@ -281,14 +270,14 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
             file.write(_CODE)
         (folder / "exports.map").write_text(_EXPORTS)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        command = [compiler, "-shared", *COMPILE, *([] if lasting else ["-O1"]), "-o", "out.so"]
+        command = [*compiler, "-shared", *COMPILE, *([] if lasting else ["-O1"]), "-o", "out.so"]
         for name in sources:  # g++ takes -x for one file only
             command += ["-x", "c", name]
-        command += ["-x", "assembler", "data.s", "-x", "none", "code.o", "-lm", "-lpthread", *(["-ldl"] if target.gpu else [])]
+        command += ["-x", "assembler", "data.s", "-x", "none", "code.o", *link_words(target, "m", "pthread", *(["dl"] if target.gpu else []))]
         command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise TargetError(f"linking for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
+            raise TargetError(f"linking for '{target.name}' with {compiler[0]} failed: {done.stderr.strip()[:600]}")
         return Artifact(_with_checksum((folder / "out.so").read_bytes()), manifest)
 
 
@@ -304,6 +293,7 @@ def write_sources(folder: Path, code: bytes, constants: bytes | memoryview, enco
         "qc_selftest.c",
         "qc_cuda.c" if target.gpu else "qc_threads.c",
         *(["qc_arm32.c"] if target.host_architecture == "armv7a" else []),
+        *(["qc_bionic.c"] if target.android else []),
     ]
     for name in (*sources, "qc_engine.h", "qc_launches.h", "qc_shapes.h"):
         shutil.copy(RUNTIME / name, folder)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME
 from qcompiler.backend.programs import build_runner
 from qcompiler.backend.static_library import identifier, write_static
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
 from qcompiler.base.targets import Target, find_target, load_targets
@@ -27,6 +28,7 @@ HEADERS = ("qcompiler.h", "loader.h", "pool.h", "qcompiler.hpp", "pool.hpp")
 
 # How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).
 _PROCESSORS = {"x86_64": "x86_64|AMD64|amd64", "aarch64": "aarch64|arm64|ARM64", "armv7a": "armv7.*|arm|armhf|armv8l"}
+_ABIS = {"aarch64": "arm64-v8a", "armv7a": "armeabi-v7a"}  # as Android calls the architectures
 _OF_THE_SYSTEM = ("c", "dl", "gcc_s", "m", "pthread", "rt", "stdc++", "util")  # what every program links, or may: -lm must not find a network
 _C_TYPES = {"float32": "float", "float64": "double", "bool": "bool"} | {f"{u}int{b}": f"std::{u}int{b}_t" for u in ("", "u") for b in (8, 16, 32, 64)}
 
@@ -100,6 +102,7 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         "ARCHITECTURE": architecture,
         "PROCESSORS": _PROCESSORS.get(architecture, architecture),
         "TARGET": manifest["target"],
+        "SYSTEMS": "Android" if target.android else "Linux|Generic",
     }
     (folder / "lib" / "cmake" / "qcompiler" / "qcompiler-config.cmake").write_text(_expand("qcompiler-config.cmake.in", facts))
     inputs, outputs = manifest["inputs"], manifest["outputs"]
@@ -109,8 +112,7 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         "VERSION": qcompiler.__version__,
         "TRIPLE": manifest["triple"],
         "NEEDS": _needs(manifest),
-        "GLIBC": _glibc(library),
-        "RUN_GLIBC": _glibc(runner),
+        "LIBC": _libc(target, library, runner),
         "STEM": stem,
         "LIBRARY_SIZE": f"{library.stat().st_size} bytes",
         "RUN_SIZE": f"{runner.stat().st_size} bytes",
@@ -122,6 +124,9 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
         "OUTPUT_TYPE": _C_TYPES.get(last["dtype"], last["dtype"]),
     }
     readme = _expand("README.md.in", facts)
+    if target.android:
+        shutil.copytree(RUNTIME / "bundle" / "jni", folder / "jni")
+        readme += _expand("android.md.in", facts | {"API": _api_level(target), "ABI": _ABIS[architecture]})
     if static:
         readme += _fill_static(folder, library, manifest, target, facts)
     (folder / "README.md").write_text(readme)
@@ -175,6 +180,18 @@ def _shapes(manifest: Mapping[str, Any]) -> str:
     what = f"Inputs of lengths in between are padded{padding.replace(',', ':', 1)}." if padding else "Inputs of other shapes are refused."
     rows = "\n".join(f"- {spelled(of_inputs(m))}" for m in specializations(manifest))
     return f"\n\nAbove is the first of the shapes that it runs at:\n\n{rows}\n\n{what}"
+
+
+def _api_level(target: Target) -> str:
+    """Of Android, from which on libraries run: the compiler has it in its name (aarch64-linux-android24-clang)."""
+    found = re.search(r"\d+(?=-clang)", target.compiler[0])
+    return found[0] if found else "24"
+
+
+def _libc(target: Target, library: Path, runner: Path) -> str:
+    if target.android:
+        return f"libc and libm only (Android of API level {_api_level(target)}, or later; 24 is Android 7.0)"
+    return f"libc, libm and pthread only (glibc {_glibc(library)} or later; `bin/qc_run` needs {_glibc(runner)})"
 
 
 def _glibc(path: Path) -> str:

@@ -22,11 +22,12 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.backend.artifact import entry_name, find_compiler
+from qcompiler.backend.artifact import entry_name
 from qcompiler.backend.cuda import gpu_object_code
 from qcompiler.backend.kernel_cache import cached, trim
 from qcompiler.backend.lowering import Program, kernels_of
 from qcompiler.backend.shared import Places, share
+from qcompiler.backend.toolchain import compiler_words
 from qcompiler.base.errors import TargetError, bugs_named
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
@@ -175,13 +176,14 @@ def _built(module: tvm.IRModule, target: Target) -> bytes:
 
 def _joined(objects: Sequence[bytes], entries: Iterable[str], target: Target) -> bytes:
     """Object files as one, without what the entry points do not reach. Raises TargetError when the linker is missing or fails."""
-    compiler = find_compiler(target)
+    compiler = compiler_words(target)
     with temporary_folder() as folder:
         names = [f"{i}.o" for i in range(len(objects))]
         for name, content in zip(names, objects, strict=True):
             (folder / name).write_bytes(content)
-        command = [compiler, "-r", "-nostdlib", "-Wl,--build-id=none", "-Wl,--gc-sections", *(f"-Wl,-u,{entry}" for entry in entries), *names, "-o", "code.o"]
+        reached = [] if target.android else ["-Wl,--gc-sections", *(f"-Wl,-u,{entry}" for entry in entries)]  # lld does that for a whole library only
+        command = [*compiler, "-r", "-nostdlib", "-Wl,--build-id=none", *reached, *names, "-o", "code.o"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise TargetError(f"linking for '{target.name}' with {compiler} failed: {done.stderr.strip()[:600]}")
+            raise TargetError(f"linking for '{target.name}' with {compiler[0]} failed: {done.stderr.strip()[:600]}")
         return (folder / "code.o").read_bytes()

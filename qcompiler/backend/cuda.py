@@ -11,10 +11,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qcompiler.backend.artifact import RUNTIME, find_compiler
+from qcompiler.backend.artifact import RUNTIME
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.lowering import Program, Step, kernels_of
 from qcompiler.backend.shared import Places
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.base.errors import TargetError, closest
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target

@@ -12,7 +12,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from qcompiler.backend.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, find_compiler, write_sources
+from qcompiler.backend.artifact import CODE_SECTION, COMPILE, CONSTANTS_SECTION, write_sources
+from qcompiler.backend.toolchain import compiler_words
 from qcompiler.base.errors import ArtifactError, TargetError
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
@@ -41,7 +42,7 @@ def write_static(library: Path, manifest: dict[str, Any], target: Target, name: 
         constants, encoded = read_section(library, CONSTANTS_SECTION)[0], read_section(library, MANIFEST_SECTION)[0].rstrip(b"\0")
     except (ArtifactError, zlib.error) as error:
         raise ArtifactError(f"{library}: holds no object code to make a static archive of; compile the model again with this version of qcompiler") from error
-    compiler, symbol = find_compiler(target), f"qc_library_{identifier(name)}"
+    compiler, symbol = compiler_words(target), f"qc_library_{identifier(name)}"
     with temporary_folder() as folder:
         sources = write_sources(folder, code, constants, encoded, manifest, target)
         (folder / "entry.c").write_text(_ENTRY.format(symbol=symbol))
@@ -52,11 +53,12 @@ def write_static(library: Path, manifest: dict[str, Any], target: Target, name: 
                 raise TargetError(f"making a static archive for '{target.name}' with {command[0]} failed: {done.stderr.strip()[:600]}")
             return done.stdout.strip()
 
-        objcopy, archiver = (run(compiler, f"-print-prog-name={tool}") for tool in ("objcopy", "ar"))
+        prefix = "llvm-" if target.android else ""
+        objcopy, archiver = (run(*compiler, f"-print-prog-name={prefix}{tool}") for tool in ("objcopy", "ar"))
         inputs = [*sources, "entry.c", "data.s"]
         for source in inputs:
-            run(compiler, *COMPILE, "-x", "c" if source.endswith(".c") else "assembler", "-c", source, "-o", f"{source}.o")
-        run(compiler, "-r", "-nostdlib", "-Wl,--build-id=none", *(f"{i}.o" for i in inputs), "code.o", "-o", "all.o")
+            run(*compiler, *COMPILE, "-x", "c" if source.endswith(".c") else "assembler", "-c", source, "-o", f"{source}.o")
+        run(*compiler, "-r", "-nostdlib", "-Wl,--build-id=none", *(f"{i}.o" for i in inputs), "code.o", "-o", "all.o")
         run(objcopy, f"--keep-global-symbol={symbol}", "--strip-unneeded", "all.o", f"{identifier(name)}.o")
         run(archiver, "rcsD", "archive.a", f"{identifier(name)}.o")
         output.write_bytes((folder / "archive.a").read_bytes())

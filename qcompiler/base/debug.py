@@ -19,6 +19,7 @@ from qcompiler.base.errors import OutputError
 SWITCHES = {
     "QCOMPILER_DUMP_DIR": "write the module or value that each pass and stage of a compilation makes into this directory (as --dump-dir does)",
     "QCOMPILER_CACHE": "folder for object code of kernels from earlier compilations, or off (as --no-cache does); a folder of the user's caches when unset",
+    "QCOMPILER_ANDROID_SYSROOT": "sysroot of an Android NDK, to link for Android with any clang and lld in the place of that NDK's",
     "QCOMPILER_TRACEBACK": "1: show the Python traceback of an error that the command line would print on one line",
     "QCOMPILER_DATA": "directory with real networks and images for tests and benchmarks (as --data does)",
 }

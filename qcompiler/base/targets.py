@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qcompiler.base.host import host_architecture, host_features, request_tiles
 from qcompiler.base.triples import plain_triple
 from qcompiler.base.yaml_file import read_yaml
 
-_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host", "package", "cpus"}
+_KEYS = {"triple", "tvm", "features", "rows", "storage", "compiler", "emulator", "cores", "tested", "host", "package", "cpus", "sysroot"}
 _REQUIRED = {"triple", "tvm", "features", "rows", "storage"}
 
 
@@ -44,6 +45,7 @@ class Target:
     host: str = "x86_64-linux-gnu"  # of a GPU: the triple of the CPU that loads the library
     package: str = ""  # of Debian, with the first of `compiler`, on machines of another architecture
     cpus: tuple[str, ...] = ()  # names of CPUs, boards and GPUs that this is the best row for
+    sysroot: str = ""  # for Android: of an NDK, to link with any clang
     cpu_tests: dict[str, str] = field(default_factory=dict, repr=False)  # of features of the architecture: C expressions
 
     def __hash__(self) -> int:
@@ -58,6 +60,11 @@ class Target:
     def gpu(self) -> bool:
         """Whether kernels run on an NVIDIA GPU."""
         return self.architecture == "nvptx64"
+
+    @property
+    def android(self) -> bool:
+        """Whether libraries are for Android, whose C library is bionic."""
+        return "-android" in self.triple
 
     @property
     def capability(self) -> int:
@@ -153,7 +160,8 @@ def _parsed(path: Path, version: object) -> tuple[dict[Any, Any], dict[str, dict
 
 
 def missing_features(target: Target) -> list[str]:
-    """CPU features that `target` needs and this machine lacks (all of them on another architecture); for a GPU, what the machine lacks to run it."""
+    """CPU features that `target` needs and this machine lacks (all of them on another architecture, "Android" where this is another Linux); for a GPU, what the
+    machine lacks to run it."""
     if target.gpu:
         if target.host_architecture != host_architecture():
             return [target.host_architecture]
@@ -163,6 +171,8 @@ def missing_features(target: Target) -> list[str]:
         return [] if target.runs_on(gpu.capability) else [f"compute capability {target.capability / 10} ({gpu.name} has {gpu.capability / 10})"]
     if target.architecture != host_architecture():
         return list(target.features) or [target.architecture]
+    if target.android and not hasattr(sys, "getandroidapilevel"):
+        return ["Android"]
     return [f for f in target.features if f not in host_features()]
 
 

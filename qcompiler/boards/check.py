@@ -72,6 +72,8 @@ def probe(device: Device) -> Checked:
     found.clock, found.temperature = kilohertz and kilohertz / 1e3, None if milli is None else milli / 1e3
     found.free = None if free is None else free << 10
     listed = set(said.get("flags" if board.target.architecture == "x86_64" else "features", "").split())
+    if "asimd" in listed:  # how a 64-bit kernel calls what 32-bit programs know as NEON
+        listed.add("neon")
     if listed and not board.target.gpu:
         found.missing = tuple(f for f in board.target.features if f not in listed)
     return found

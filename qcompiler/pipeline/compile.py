@@ -9,11 +9,11 @@ from typing import Unpack
 import tvm
 
 import qcompiler
-from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import build
 from qcompiler.backend.cores import check_core
 from qcompiler.backend.cuda import toolkit_versions
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.backend.tuning_log import Tuned
 from qcompiler.base.debug import Dumper, no_dump
 from qcompiler.base.errors import DataError, PlanError
@@ -66,7 +66,7 @@ def compile_stages(model: AnyModel, target: str | Target = "native", calibration
         if name in asked:
             raise PlanError(f"{name} describes the option weights, which is not given")
     chosen = find_target(target, options["targets_file"])
-    artifacts.find_compiler(chosen)
+    find_compiler(chosen)
     toolkit_versions(chosen)  # a missing toolkit shows before anything long is begun
     check_core(options["core"], chosen)
     tuned = Tuned(chosen, options["tuning_log"], core=options["core"] or "")
@@ -127,7 +127,7 @@ def compile_weights(model: AnyModel, target: str | Target = "native", calibratio
     chosen = find_target(target, options["targets_file"])
     if chosen.gpu:
         raise PlanError(f"weights in 8 or 4 bits beside float activations have kernels for CPUs only; '{chosen.name}' is a GPU")
-    artifacts.find_compiler(chosen)
+    find_compiler(chosen)
     (float_model, module), *others = quantize_weights(model, calibration, options)
     built = build(module, chosen, "generate code", others=[m for _, m in others], progress=options["progress"] or silent)
     return built.link(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from qcompiler.backend.artifact import find_compiler
 from qcompiler.backend.cores import check_core
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.backend.tuning_log import isa_of, opened, read_file
 from qcompiler.base.errors import TuningError
 from qcompiler.base.files import temporary_folder

@@ -21,9 +21,9 @@ from typing import Any, Unpack
 
 import tvm_ffi
 
-from qcompiler.backend.artifact import find_compiler
 from qcompiler.backend.lowering import Program
 from qcompiler.backend.programs import build_measurer
+from qcompiler.backend.toolchain import find_compiler
 from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, opened, read_file
 from qcompiler.base.errors import TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing

@@ -107,7 +107,7 @@ static inline void qc_pool_pin(const qc_pool* pool, int32_t index) {
       if ((at - from + count) % count < pool->options.threads) CPU_SET(cpu, &mine);
       ++at;
     }
-  pthread_setaffinity_np(pthread_self(), sizeof mine, &mine);
+  sched_setaffinity(0, sizeof mine, &mine); /* of this thread alone; bionic has no pthread_setaffinity_np */
 }
 
 /* At the shapes of the request. What is padded is copied, nothing else. */

@@ -1,0 +1,2 @@
+#pragma once
+enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };

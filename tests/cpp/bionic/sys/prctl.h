@@ -1,0 +1,3 @@
+#pragma once
+enum { PR_SET_PDEATHSIG = 1 };
+int prctl(int, ...);
