@@ -15,7 +15,7 @@ Works on the canonical float module, which computes the same; what quantizes mus
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -72,21 +72,33 @@ def residual_values(groups: Sequence[Group], stated: frozenset[str] = frozenset(
     made_by = {g.id: g for g in groups}
     sums = [g for g in groups if g.reason is None and (g.residual or (g.traits.sums and g.weight is None))]
     front, found = [v for g in sums for v in (g.inputs if g.traits.sums else (g.residual,)) if v], set[str]()
-    carried = defaultdict[str, list[str]](list)  # a value -> what has its numbers, moved
-    for group in groups:
-        if group.traits.moves and not group.traits.joins and group.reason is None:
-            carried[group.inputs[0]].append(group.id)
+    carried = _carried(groups)
     while front:
         value = front.pop()
         while (maker := made_by.get(value)) is not None and value in carried[maker.inputs[0] if maker.inputs else ""]:
             value = maker.inputs[0]
         if maker is None or maker.traits.keeps or not _holds(maker):
             continue
-        moved = [value]
-        for name in moved:
-            moved += carried[name]
+        moved = with_moved([value], groups)
         if stated.isdisjoint(moved):
             found.update(moved)
+    return found
+
+
+def with_moved(values: Iterable[str], groups: Iterable[Group]) -> list[str]:
+    """The values, and what has their numbers, moved: one quantization for all."""
+    carried, found = _carried(groups), list(values)
+    for name in found:
+        found += carried[name]
+    return list(dict.fromkeys(found))
+
+
+def _carried(groups: Iterable[Group]) -> Mapping[str, list[str]]:
+    """A value -> what has its numbers, moved."""
+    found = defaultdict[str, list[str]](list)
+    for group in groups:
+        if group.traits.moves and not group.traits.joins and group.reason is None:
+            found[group.inputs[0]].append(group.id)
     return found
 
 

@@ -74,6 +74,21 @@ def test_arrays(source: Any) -> None:
     np.testing.assert_array_equal(rows(open_samples(source, ONE)), X)
 
 
+@pytest.mark.parametrize(
+    ("source", "inputs", "message"),
+    [
+        (X[:3], TWO[:1], r"3 rows make no batch of the model: at least one sample is needed. The model has: 'x' \[4, 3\]"),
+        (X[:0], ONE, "the data is empty"),
+        ({}, ONE, "the data is empty|missing input 'x'"),
+        ({"x": X, "label": np.arange(10)}, ONE, "unknown input 'label'"),
+        ([{"x": X[:4], "n": np.arange(4), "label": 3}], TWO, "unknown input 'label'"),
+    ],
+)
+def test_what_holds_no_sample_is_told(source: Any, inputs: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(open_samples(source, inputs))
+
+
 def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "LARGEST", 60)
     with pytest.raises(DataError, match="a DataLoader may shuffle, so it is read once and kept. Give max_samples"):

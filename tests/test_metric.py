@@ -31,6 +31,12 @@ def broken(outputs, labels):
 
 def nothing(outputs, labels):
     return float("nan")
+
+def endless(outputs, labels):
+    return float("inf")
+
+def leaves(outputs, labels):
+    raise SystemExit(0)
 """
 
 
@@ -95,11 +101,15 @@ def test_a_metric_in_python_gets_labels_as_they_are(library: Path) -> None:
         ("mine.py:recal", "has no function 'recal'. Did you mean 'recall'"),
         ("mine.py:broken", "the metric 'broken' failed: KeyError: 'nothing'"),
         ("mine.py:nothing", "not a number"),
+        ("mine.py:endless", "the metric 'endless' is inf on these outputs; a finite number is needed"),
+        ("mine.py:leaves", "the metric 'leaves' failed: SystemExit: 0"),
+        ("left.py:f", "left.py: can't be run: SystemExit: 3"),
     ],
 )
 def test_a_metric_that_cannot_be_used(metric: str, said: str, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(F1)
+    Path("left.py").write_text("raise SystemExit(3)")
     with pytest.raises(DataError, match=said):
         qcompiler.verify(library, library_float(library), demo_data()[1][:2], metric=metric, layer_samples=0)
     with pytest.raises(DataError, match="max_metric_drop needs a metric"):

@@ -129,6 +129,7 @@ def test_what_can_not_be_resized_inside_is_refused(tmp_path: Path) -> None:
         ({"resize_inside": "40", "input_types": uint8}, "resize_inside is '40'; expected the height and width of the pixels that come in, such as 480x640"),
         ({"resize_inside": "0x61", "input_types": uint8}, "each from 1 to 65536"),
         ({"resize_inside": (40, -1), "input_types": uint8}, "each from 1 to 65536"),
+        ({"resize_inside": (65536, 65536), "input_types": uint8}, "65536 x 65536 are 4294967296; at most 134217728 are supported"),
         ({"resize_inside": "", "input_types": uint8}, "expected the height and width"),
         ({"resize_inside": "40x61", "input_types": uint8, "preprocess": dataclasses.replace(SETTINGS, resize=None, crop=None)}, "neither resize nor crop"),
         (

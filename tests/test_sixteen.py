@@ -13,6 +13,7 @@ from cuda_emulated import EmulatedProgram
 from emulated import ARM, Host
 from onnx_nets import OnnxNet, execute
 from tools import require_target
+from transformer_nets import vit
 from x86_emulation import ALL, build_network, each, runs_here
 
 from qcompiler.backend.build import build
@@ -31,6 +32,7 @@ from qcompiler.pipeline.library import Compilation, describe
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
+from qcompiler.verification.parity import verify
 
 Samples = list[dict[str, np.ndarray]]
 
@@ -185,6 +187,21 @@ def test_cuda(compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
     compilation, sample = compiled[2], sample_of(compiled)
     program = EmulatedProgram(lower(compilation.integer, CUDA), tmp_path)
     same({step.writes: array.copy() for step, array in program.run(sample)}, compilation, sample)
+
+
+def test_all_that_can_be_has_16_bits(tmp_path: Path) -> None:
+    """What moves a number that is written in 16 bits has them too (the heads of attention), and layers behind it read a copy, or halves. In `verify` the range
+    of an input is that of its 16 bits."""
+    path, samples = vit(tmp_path / "vit.onnx"), [{"image": s["x"][:, :, :16, :16]} for s in pictures(4)]
+    compilation = compile_stages(path, "native", samples, preset="fast", keep_16="*")
+    plan = compilation.quantized.plan
+    wide = {v for v in plan.edges if (p := plan.params(v)) is not None and p.dtype == "int16"}
+    assert "image" in wide and [v for v in wide if v.startswith("reshape") and "~" not in v]
+    compilation.artifact.save(tmp_path / "wide.so")
+    session = Session(tmp_path / "wide.so")
+    assert not bit_parity(session, interpreter.run(compilation.integer, samples[0], keep="all"), samples[0])
+    report = verify(session, path, samples, min_sqnr=30, layer_samples=0)
+    assert report.passed and not [w for w in report.warnings if "calibration" in w]
 
 
 def test_names_of_what_has_no_16_bits(tmp_path: Path) -> None:

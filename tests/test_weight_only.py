@@ -53,6 +53,16 @@ def test_dequantization_is_one_product(bits: int, symmetric: bool) -> None:
     assert (np.abs(got.real() - weight) <= 0.5001 * np.repeat(got.scale, 32, axis=1)[:, :70])[inside].all()
 
 
+def test_a_group_may_be_longer_than_any_row() -> None:
+    weight = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
+    endless, one = (quantize_weight(weight, WeightScheme(4, size, False)) for size in (1 << 40, 24))
+    np.testing.assert_array_equal(endless.real(), one.real())
+    x, limits = np.ones((1, 20), np.float32), {"low": -BIG, "high": BIG}
+    operands = (x, one.q, one.zero_point, one.scale, np.zeros(3, np.float32))
+    got, wanted = (numerics.OPERATORS["qc.f32.dense_weight_only"](*operands, bits=4, group_size=size, **limits) for size in (1 << 40, 24))
+    np.testing.assert_array_equal(got, wanted)
+
+
 def test_more_bits_and_zero_points_and_smaller_groups_lose_less() -> None:
     weight = (np.random.default_rng(0).standard_normal((64, 256)) + 0.7).astype(np.float32)
 

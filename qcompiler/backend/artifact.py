@@ -149,7 +149,8 @@ def program_manifest(program: Program) -> dict[str, Any]:
 
 
 def port_parameters(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's ports, with `scale` and `zero_point` of the first (outputs: last) 8-bit value behind them where there is one.
+    """The manifest's ports, with `scale` and `zero_point` of the first (outputs: last) integer value behind them where there is
+    one, and `stored` where that has 16 bits.
 
     `values` is the manifest's {value id: {"scale", "zero_point"}}.
     """
@@ -158,6 +159,7 @@ def port_parameters(program: Program, values: Mapping[str, Any]) -> dict[str, An
 
     def ports(described: list[Port]) -> list[dict[str, Any]]:
         found = {p.name: values.get(p.value) or values.get(behind.get(p.value, ""), {}) for p in described}
+        found |= {p.name: {**found[p.name], "stored": "int16"} for p in described if (v := behind.get(p.value)) and program.values[v].layout.dtype == "int16"}
         return [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype, **found[p.name]} for p in described]
 
     return {"inputs": ports(program.inputs), "outputs": ports(program.outputs)}

@@ -72,19 +72,27 @@ class Rows:
 
     def _read(self) -> Iterator[Mapping[str, Any]]:
         rest: dict[str, np.ndarray] = {}  # rows that don't fill a batch yet
-        size = 0
+        size, count = 0, 0
         for place, item in enumerate(self._source):
             where = f"batch {place}"
             given = named(item, self._inputs, where)
+            if given.keys() != {i.name for i in self._inputs}:
+                count += 1
+                yield given  # for a check that says so
+                continue
             parts = {name: self._divided(name, value, rest) for name, value in given.items()}
             if len(counts := {name: len(found) for name, found in parts.items()}) and len(set(counts.values())) > 1:
                 raise DataError(f"{where}: the inputs make different numbers of samples: {counts}")
             for sample in zip(*parts.values(), strict=True):
+                count += 1
                 size += sum(a.nbytes for a in sample if isinstance(a, np.ndarray))
                 if size > LARGEST:
                     raise DataError(f"more than {LARGEST >> 30} GiB of samples: a DataLoader may shuffle, so it is read once and kept. Give max_samples=300")
                 yield dict(zip(parts, sample, strict=True))
         self.left_out = max((len(rows) for rows in rest.values()), default=0)
+        if not count:
+            rows = f"{self.left_out} rows make no batch of the model" if self.left_out else "the data is empty"
+            raise DataError(f"{rows}: at least one sample is needed. The model has: {', '.join(f'{i.name!r} {list(i.shape)}' for i in self._inputs)}")
 
     def _divided(self, name: str, value: Any, rest: dict[str, np.ndarray]) -> list[Any]:
         """What a batch makes of an input, a sample each; rows that are left go to `rest`. What doesn't fit stays as it is, for a check that says so."""

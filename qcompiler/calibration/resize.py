@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import DataError
-from qcompiler.calibration.preprocess import LARGEST_SIDE, Preprocess, shown
+from qcompiler.calibration.preprocess import LARGEST_IMAGE, LARGEST_SIDE, Preprocess, shown
 from qcompiler.numerics import operators as numerics
 from qcompiler.numerics.resample import FILTERS, resample_weights
 
@@ -26,6 +26,8 @@ def parse_size(given: Any) -> tuple[int, int]:
         raise DataError(
             f"resize_inside is {shown(given)}; expected the height and width of the pixels that come in, such as 480x640, each from 1 to {LARGEST_SIDE}"
         )
+    if sides[0] * sides[1] > LARGEST_IMAGE:
+        raise DataError(f"resize_inside: pixels of {spelled(sides)} are {sides[0] * sides[1]}; at most {LARGEST_IMAGE} are supported")
     return int(sides[0]), int(sides[1])
 
 

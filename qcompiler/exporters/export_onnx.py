@@ -85,7 +85,8 @@ def qdq_model(source: onnx.ModelProto, compilation: Compilation) -> Export:
     """The QDQ form of `source` (operator set 13 or later), as `compilation` quantized it; checked by `onnx.checker`."""
     if values_in_sixteen(Graph.of(compilation.quantized.model.module).attrs) is not None:
         raise ModelError(
-            "QuantizeLinear states 8 bits here, and this compilation stores values in 16; compile with --disable streams, residuals and halves to export"
+            "QuantizeLinear states 8 bits here, and this compilation stores values in 16; to export, disable the steps streams, residuals "
+            "and halves, and leave keep_16 out"
         )
     return _Exporter(source, compilation).run()
 

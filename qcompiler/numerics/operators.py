@@ -363,7 +363,7 @@ def f32_dense_weight_only(
 ) -> Array:
     """`f32_dense` with weights `w = f32(f32(q - z) * s)`: q int8 [N, K] of `bits` bits, z int8 and s float32 [N, G], one per `group_size` weights of a row."""
     assert -(1 << (bits - 1)) <= int(q.min()) and int(q.max()) < 1 << (bits - 1), bits
-    zero, factor = (np.repeat(a, group_size, axis=1)[:, : q.shape[1]] for a in (zero_point, scale))
+    zero, factor = (np.repeat(a, min(group_size, q.shape[1]), axis=1)[:, : q.shape[1]] for a in (zero_point, scale))
     w = (q.astype(F32) - zero.astype(F32)) * factor.astype(F32)
     return f32_dense(x, w, bias, residual, low=low, high=high)
 

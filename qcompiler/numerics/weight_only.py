@@ -74,7 +74,8 @@ class GroupedWeight:
 
     def real(self) -> np.ndarray:
         """The float32 weights [N, K] that the network computes with."""
-        inputs, size = self.q.shape[1], self.scheme.group_size
+        inputs = self.q.shape[1]
+        size = min(self.scheme.group_size, inputs)  # of the only group, where it is shorter
         zero, scale = (np.repeat(a, size, axis=1)[:, :inputs] for a in (self.zero_point, self.scale))
         return np.asarray((self.q.astype(np.float32) - zero.astype(np.float32)) * scale, np.float32)
 
@@ -84,7 +85,7 @@ def quantize_weight(weight: np.ndarray, scheme: WeightScheme, name: str = "") ->
     if not np.isfinite(weight).all():
         raise ModelError(f"dense '{name}': its weights are not finite; export the model again")
     outputs, inputs = weight.shape
-    groups, size = scheme.groups(inputs), scheme.group_size
+    groups, size = scheme.groups(inputs), min(scheme.group_size, max(inputs, 1))
     padded = np.zeros((outputs, groups * size))
     padded[:, :inputs] = weight
     w = padded.reshape(outputs, groups, size)

@@ -40,10 +40,10 @@ class Metric:
             value = float(self.function(whole, self.labels))
         except DataError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(f"the metric '{self.name}' failed: {type(error).__name__}: {error}. It is called with ({{output: array}}, labels)") from error
-        if math.isnan(value):
-            raise DataError(f"the metric '{self.name}' is not a number (NaN) on these outputs")
+        if not math.isfinite(value):
+            raise DataError(f"the metric '{self.name}' is {'not a number (NaN)' if math.isnan(value) else value} on these outputs; a finite number is needed")
         return value
 
 
@@ -76,7 +76,7 @@ def load_metric(metric: str | MetricFunction, labels: Any, samples: Samples) -> 
         raise DataError(f"metric '{metric}': expected FILE.py:function, or one of {', '.join(MEASURES)}")
     try:
         defined = runpy.run_path(file)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{file}: can't be run: {type(error).__name__}: {error}") from error
     if not callable(defined.get(name)):
         functions = [k for k, v in defined.items() if callable(v) and not k.startswith("_")]

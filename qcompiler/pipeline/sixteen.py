@@ -9,7 +9,7 @@ from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.halves import with_halves
 from qcompiler.pipeline.residuals import with_wide
 from qcompiler.pipeline.stages import Measured
-from qcompiler.plan.sixteen import ASKED, writes
+from qcompiler.plan.sixteen import ASKED, written_wide
 
 
 def with_asked(measured: Measured) -> Measured:
@@ -19,8 +19,8 @@ def with_asked(measured: Measured) -> Measured:
     if not wanted:
         return measured
     attrs, stated = Graph.of(job.model.module).attrs, Trained.of(Graph.of(job.model.module).attrs).values.keys()
-    have = values_in_sixteen(attrs) or frozenset()
-    written = [g.id for g in find_groups(job.model.module) if g.id in wanted and writes(g, stated) and g.id not in have]
+    groups, have = find_groups(job.model.module), values_in_sixteen(attrs) or frozenset()
+    written = [v for g in groups if g.id in wanted and g.id not in have for v in written_wide(g, groups, stated)]
     if written:
         measured = with_wide(measured, dict.fromkeys(written, ASKED))
     halves = [v for v, d in divisible(measured.model.module).items() if any(g.id in wanted for g in d.layers)]

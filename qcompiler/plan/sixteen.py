@@ -14,6 +14,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.halves import divisible
 from qcompiler.passes.sequence import RESIDUAL, run
+from qcompiler.passes.streams import with_moved
 from qcompiler.passes.trained import Trained
 from qcompiler.plan.planner import named_groups
 
@@ -28,8 +29,9 @@ def asked(model: Any, names: Iterable[str]) -> tuple[str, ...]:
     stated = Trained.of(Graph.of(model.module).attrs).values.keys()
     for name in names:
         groups = [by_id[g] for g in named_groups(model, [name])]
-        written = {g.id for g in groups if writes(g, stated)}
-        wide = run(RESIDUAL, model.module, dict.fromkeys(written, ASKED))
+        wider = {g.id: written_wide(g, by_id.values(), stated) for g in groups}
+        written = {g for g, values in wider.items() if values}
+        wide = run(RESIDUAL, model.module, dict.fromkeys((v for values in wider.values() for v in values), ASKED))
         read = {g.id for d in divisible(wide).values() for g in d.layers}
         able = [g.id for g in groups if g.id in written | read]
         if not able:
@@ -38,10 +40,12 @@ def asked(model: Any, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def writes(group: Group, stated: Container[str]) -> bool:
-    """Does a group that is asked for write its result in 16 bits?"""
-    writes = group.reason is None and group.traits.writes_wide and not group.traits.keeps and group.id not in stated
-    return writes and (group.residual is not None or not group.traits.weighted)
+def written_wide(group: Group, groups: Iterable[Group], stated: Container[str]) -> list[str]:
+    """What a group that is asked for writes in 16 bits: its result and what moves it on; nothing where it can't, or is computed in halves instead."""
+    if group.reason is not None or not group.traits.writes_wide or group.traits.keeps or (group.residual is None and group.traits.weighted):
+        return []
+    values = with_moved([group.id], groups)
+    return [] if any(v in stated for v in values) else values
 
 
 def _obstacle(group: Group, stated: Container[str]) -> str:

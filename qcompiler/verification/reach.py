@@ -16,13 +16,14 @@ LEAST_USED = 0.125
 
 
 class Reach:
-    """Counts, of every input that a library rounds to 8 bits (`scale` and `zero_point` in its manifest), what lies beyond them, and the span."""
+    """Counts, of every input that a library rounds to 8 or 16 bits (`scale` and `zero_point` in its manifest), what lies beyond them, and the span."""
 
     def __init__(self, manifest: Mapping[str, Any]) -> None:
         self._ranges = {}
         for port in manifest.get("inputs", ()):
             if "scale" in port and port.get("dtype") == "float32":
-                low, high = (port["scale"] * (q - port["zero_point"]) for q in (-128, 127))
+                stored = np.iinfo(port.get("stored", "int8"))
+                low, high = (port["scale"] * (q - port["zero_point"]) for q in (stored.min, stored.max))
                 self._ranges[port["name"]] = (low - port["scale"], high + port["scale"])
         self._count = dict.fromkeys(self._ranges, 0)
         self._outside = dict.fromkeys(self._ranges, 0)
