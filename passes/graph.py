@@ -9,7 +9,7 @@ Our own operators are `R.call_pure_packed("qc.<op>", tensors..., attributes)`; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,3 +248,15 @@ def substitute(expr: Any, replace: Callable[[Any], Any]) -> Any:
         result = expr.ty_args[0] if expr.op == _CALL_PURE_PACKED else None
         return tvm.ir.Call(expr.op, [substitute(a, replace) for a in expr.args], expr.attrs, expr.ty_args, ret_ty=result)
     return expr
+
+
+def rebuilt(graph: Graph, names: Collection[str], replace: Callable[[GraphBuilder, str, Any, Any], Any]) -> tvm.IRModule:
+    """The module with the bindings `names` made anew. replace(builder, name, the expression with its new operands, the old one): the variable that takes its
+    place."""
+    builder = GraphBuilder(graph.attrs)
+    builder.reserve(name for name, _ in graph.bindings)
+    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
+    for name, old in graph.bindings:
+        expr = substitute(old, lambda v: env[str(v.name)])
+        env[name] = replace(builder, name, expr, old) if name in names else builder.emit(name, expr)
+    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])

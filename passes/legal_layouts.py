@@ -14,21 +14,14 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, is_const, plain, relax_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, is_const, plain, rebuilt, relax_op
 
 
 def legal_layouts(module: tvm.IRModule) -> tvm.IRModule:
     """The same module with transposed convolutions in NCHW; the module itself when it has none."""
     graph = Graph.of(module)
-    if not any(_applies(expr) for _, expr in graph.bindings):
-        return module
-    builder = GraphBuilder(graph.attrs)
-    builder.reserve(name for name, _ in graph.bindings)
-    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
-    for name, old in graph.bindings:
-        expr = substitute(old, lambda v: env[str(v.name)])
-        env[name] = _rewritten(builder, name, expr) if _applies(old) else builder.emit(name, expr)
-    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+    found = [name for name, expr in graph.bindings if _applies(expr)]
+    return rebuilt(graph, found, lambda builder, name, expr, _: _rewritten(builder, name, expr)) if found else module
 
 
 def _applies(expr: Any) -> bool:

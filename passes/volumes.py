@@ -15,7 +15,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.constants import Constant, constant_of
-from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, plain, relax_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, plain, rebuilt, relax_op, shape_of
 from qcompiler.passes.select_float import NO_LIMIT
 
 _OPERATORS = ("relax.nn.conv3d", "relax.nn.conv3d_transpose")
@@ -28,17 +28,12 @@ def volumes(module: tvm.IRModule) -> tvm.IRModule:
     found = {name: weight for name, expr in graph.bindings if (weight := _weight(expr, values)) is not None}
     if not found:
         return module
-    builder = GraphBuilder(graph.attrs)
-    builder.reserve(name for name, _ in graph.bindings)
-    env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
-    for name, old in graph.bindings:
-        expr = substitute(old, lambda v: env[str(v.name)])
-        if name in found:
-            spread = _scattered if relax_op(old) == _OPERATORS[1] else _gathered
-            env[name] = spread(_Layer(builder, name, expr.args[0], old, found[name].real().astype(np.float32)))
-        else:
-            env[name] = builder.emit(name, expr)
-    return builder.finish([(name, env[str(v.name)]) for name, v in graph.outputs])
+
+    def replaced(builder: GraphBuilder, name: str, expr: Any, old: Any) -> Any:
+        spread = _scattered if relax_op(old) == _OPERATORS[1] else _gathered
+        return spread(_Layer(builder, name, expr.args[0], old, found[name].real().astype(np.float32)))
+
+    return rebuilt(graph, found, replaced)
 
 
 def _weight(expr: Any, values: dict[str, Any]) -> Constant | None:
