@@ -24,7 +24,7 @@ from qcompiler.cli import run as cli_run
 from qcompiler.cli.arguments import add_model, add_options, chosen, common_options, positive, read_files
 from qcompiler.cli.boards import add_board, session_of
 from qcompiler.cli.node_data import add_node_data, node_data_path, write_node_data
-from qcompiler.cli.process import complain, guarded, show, watched
+from qcompiler.cli.process import MISSED, complain, guarded, show, watched
 from qcompiler.cli.sheets import add_format
 from qcompiler.cli.tuning import add_verbs
 from qcompiler.pipeline.options import DATA_HELP, GROUPS, OPTIONS
@@ -166,7 +166,7 @@ def _compile(options: argparse.Namespace) -> int:
     if "shapes" in manifest:
         document["shapes"] = [{k: m[k] for k in ("inputs", "code_added", "constants_added", "workspace")} for m in specializations(manifest)]
     show(options, document, lambda: compiled_text(output, artifact, options.model, options.verbose))
-    return 0 if account is None or account["met"] else 1
+    return 0 if account is None or account["met"] else MISSED
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -202,7 +202,7 @@ def _verify(options: argparse.Namespace) -> int:
         )
     write_node_data(path, {row.name: row.metrics.sqnr_db for row in report.layers})
     show(options, report, lambda: parity_text(report, options.layers))
-    return 0 if report.passed else 1
+    return 0 if report.passed else MISSED
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -268,4 +268,4 @@ def _demo(options: argparse.Namespace) -> int:
     with watched(options) as progress:
         result = demo(check_writable(options.output), progress=progress)
     show(options, result, lambda: demo_text(result))
-    return 0 if result["parity"].passed else 1
+    return 0 if result["parity"].passed else MISSED
