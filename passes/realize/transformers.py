@@ -25,6 +25,7 @@ from qcompiler.numerics.constants import (
     rms_norm_parameters,
     softmax_parameters,
 )
+from qcompiler.numerics.spec import WEIGHT_HIGH
 from qcompiler.passes.graph import const, const_value, dtype_of, is_const, make_op, relax_op, shape_of
 from qcompiler.passes.realize.site import Site, typed
 
@@ -60,7 +61,7 @@ def gather(site: Site) -> Any:
     group, y = site.group, site.quantized
     assert group.weight is not None
     peak = np.maximum(group.weight.max(axis=1), -group.weight.min(axis=1))
-    scale = np.maximum(peak.astype(np.float64), 2.0**-100) / 127
+    scale = np.maximum(peak.astype(np.float64), 2.0**-100) / WEIGHT_HIGH
     table = np.empty(group.weight.shape, np.int8)
     for start in range(0, len(table), _ROWS):  # float64 in between: the whole table would take eight times what comes of it
         rows = slice(start, start + _ROWS)

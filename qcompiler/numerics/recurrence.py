@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.numerics.arithmetic import F32, Array, requantize, to_int
-from qcompiler.numerics.spec import QParams
+from qcompiler.numerics.spec import WEIGHT_HIGH, QParams
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 """Cell -> rows of gates, in ONNX's order: i o f c; z r h; one."""
@@ -68,9 +68,9 @@ def recurrence_parameters(weight: Array, bias: Array, p_scale: float, clip: floa
     One scale per row of weights, coarser where a bias would leave 2^29 units.
     """
     w = np.asarray(weight, np.float64)
-    scale = np.maximum(np.abs(w).max(axis=1, initial=0.0) / 127, 2.0**-60)
+    scale = np.maximum(np.abs(w).max(axis=1, initial=0.0) / WEIGHT_HIGH, 2.0**-60)
     scale = np.maximum(scale, np.abs(bias) * 128 / BIAS_LIMIT)
-    q = np.clip(np.rint(w / scale[:, None]), -127, 127).astype(np.int8)
+    q = np.clip(np.rint(w / scale[:, None]), -WEIGHT_HIGH, WEIGHT_HIGH).astype(np.int8)
     units = np.rint(np.asarray(bias, np.float64) * 128 / scale).astype(np.int32)
     limit = GATE_LIMIT if clip is None else int(min(np.rint(clip * 2.0**GATE_BITS), GATE_LIMIT))
     attrs: dict[str, Any] = {"p_multiplier": float(F32(p_scale * 2.0**GATE_BITS)), "limit": limit}

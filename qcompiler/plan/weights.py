@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompiler.numerics.spec import MIN_SCALE
+from qcompiler.numerics.spec import MIN_SCALE, WEIGHT_HIGH
 
 RATIOS = {
     "fast": (1.0,),
@@ -36,7 +36,7 @@ def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarra
     flat = np.ascontiguousarray(weight.reshape(weight.shape[0], -1), np.float32)
     channels = len(flat)
     peak = np.abs(flat).max(axis=1, initial=0.0).astype(np.float64)
-    full = np.where(peak > 0, np.maximum(peak / 127, 2 * MIN_SCALE), 1.0)  # 2: room for the ratios
+    full = np.where(peak > 0, np.maximum(peak / WEIGHT_HIGH, 2 * MIN_SCALE), 1.0)  # 2: room for the ratios
     least, chosen = np.full(channels, np.inf), np.ones(channels)
     for ratio in ratios:
         error = squared_errors(flat, full * ratio)
@@ -55,7 +55,7 @@ def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarra
 def quantize_weight(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """int8 `clip(rint(w / scale[o]), -127, 127)`, in the shape of `weight` [O, ...]."""
     inverse = (1 / scale).astype(np.float32).reshape(-1, *[1] * (weight.ndim - 1))
-    quantized: np.ndarray = np.clip(np.rint(weight * inverse), -127, 127).astype(np.int8)
+    quantized: np.ndarray = np.clip(np.rint(weight * inverse), -WEIGHT_HIGH, WEIGHT_HIGH).astype(np.int8)
     return quantized
 
 
@@ -67,7 +67,7 @@ def squared_errors(flat: np.ndarray, scale: np.ndarray) -> np.ndarray:
     for start in range(0, len(flat), rows):
         part = flat[start : start + rows] * inverse[start : start + rows]
         whole = np.rint(part)
-        np.clip(whole, -127, 127, out=whole)
+        np.clip(whole, -WEIGHT_HIGH, WEIGHT_HIGH, out=whole)
         part -= whole
         errors[start : start + rows] = np.einsum("ok,ok->o", part, part)
     errors *= scale**2

@@ -33,6 +33,7 @@ import numpy as np
 import tvm
 
 from qcompiler.calibration.histogram import channel_statistics
+from qcompiler.numerics.spec import WEIGHT_HIGH
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.layer_norms import layer_norms
@@ -315,7 +316,7 @@ class _Judge:
             low, high = (ends * scale).max(axis=1)
             total += ((low + high) / 255) ** 2 / 12 * float((self.energy[value] / np.square(scale)).sum())
         for peak, at, power, output in self.weights:
-            step = (peak / scale[at]).max(axis=1) / 127
+            step = (peak / scale[at]).max(axis=1) / WEIGHT_HIGH
             total += float((np.square(step) / 12 * (power * np.square(scale))[at].sum(axis=1)).sum()) / output
         return total
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.parallel import cores, in_order
+from qcompiler.numerics.spec import WEIGHT_HIGH
 from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
 from qcompiler.refine.integer_layers import IntegerLayer
@@ -108,7 +109,7 @@ def round_weight(steps: np.ndarray, gram: Gram, centered: bool = False) -> np.nd
     target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1).astype(np.float64)
     order = np.argsort(-own.diagonal(axis1=1, axis2=2).mean(axis=0), kind="stable")  # inputs that matter most first
     own, target = own[:, order][:, :, order], target[:, :, order]
-    nearest = target - np.clip(np.rint(target), -127, 127)
+    nearest = target - np.clip(np.rint(target), -WEIGHT_HIGH, WEIGHT_HIGH)
     best = least_error(target, own)
     worse = cost(best, own) >= cost(nearest, own)
     best[worse] = nearest[worse]
@@ -144,7 +145,7 @@ def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
         stop = min(start + _BLOCK, width)
         wanted = target[:, :, start:stop] + error @ coupling[:, :, start:stop]
         for j in range(start, stop):
-            column = target[:, :, j] - np.clip(np.rint(wanted[:, :, j - start]), -127, 127)
+            column = target[:, :, j] - np.clip(np.rint(wanted[:, :, j - start]), -WEIGHT_HIGH, WEIGHT_HIGH)
             change = column - error[:, :, j]
             error[:, :, j] = column
             wanted += change[:, :, None] * coupling[:, None, j, start:stop]
