@@ -54,7 +54,7 @@ def row_cases(target: Target) -> dict[str, Any]:
 
 def rows_program(cases: dict[str, Any], target: Target) -> Any:
     """One step per case, every tensor at a place of its own between guards."""
-    from qcompiler.backend.lowering import Place, Program, Step, Value, _pack_constants
+    from qcompiler.backend.lowering import Place, Program, Step, Value, pack_constants
     from qcompiler.schedules.table import Layout
 
     values: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def rows_program(cases: dict[str, Any], target: Target) -> Any:
         reads = [place(f"{number}x{i}", Layout((stored.size,), str(stored.dtype))) for i, stored in enumerate(case.inputs)]
         steps.append(Step(place(f"{number}y", case.output), None, case.name, kernel, reads, scratch=at))
         at += -(-kernel.scratch // 64) * 64
-    return Program(target, steps, values, [], [], at, _pack_constants(steps))
+    return Program(target, steps, values, [], [], at, pack_constants(steps))
 
 
 def prepare_rows(folder: Path, target: Target) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from kernel_cases import Case
 
 from qcompiler.backend.build import Built
 from qcompiler.backend.codegen import object_code
-from qcompiler.backend.lowering import Place, Program, Step, Value, _pack_constants
+from qcompiler.backend.lowering import Place, Program, Step, Value, pack_constants
 from qcompiler.base.targets import Target
 from qcompiler.schedules.harness import check_padding, fetch
 from qcompiler.schedules.table import Layout
@@ -51,7 +51,7 @@ def run_prepared(prepared: Sequence[Prepared], target: Target, folder: Path) -> 
     for step in steps:
         step.scratch = at
         at += -(-step.kernel.scratch // 64) * 64
-    program = Program(target, steps, values, [], [], at, _pack_constants(steps))
+    program = Program(target, steps, values, [], [], at, pack_constants(steps))
     library = Built(program, object_code(program)).link().save(folder / "kernels.so")
     workspace = np.full(at, CANARY, np.uint8)
     for p in prepared:

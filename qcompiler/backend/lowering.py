@@ -192,9 +192,7 @@ class _Lowering:
         self.decide_layouts()
         steps = self.make_steps()
         workspace, near = self.place(steps)
-        constants, offsets = packed([step.kernel.constants for step in steps])
-        for step, at in zip(steps, offsets, strict=True):
-            step.constants = at
+        constants = pack_constants(steps)
         inputs = [Port(str(p.name), shape_of(p), dtype_of(p), str(p.name)) for p in self.graph.inputs]
         outputs = [Port(name, shape_of(v), dtype_of(v), value) for (name, v), value in zip(self.graph.outputs, self.output_values, strict=True)]
         return Program(self.target, steps, self.values, inputs, outputs, workspace, constants, near=near)
@@ -436,3 +434,11 @@ def _lifetimes(steps: Iterable[Step], values: Mapping[str, Value]) -> tuple[dict
             first.setdefault(root, index)
             last[root] = index
     return first, last
+
+
+def pack_constants(steps: list[Step]) -> np.ndarray:
+    """All kernels' constants in one blob; sets each step's offsets."""
+    constants, offsets = packed([step.kernel.constants for step in steps])
+    for step, at in zip(steps, offsets, strict=True):
+        step.constants = at
+    return constants
