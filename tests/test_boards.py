@@ -259,3 +259,9 @@ def test_waiting_ends_when_it_is_told_to() -> None:
         piped(["sleep", "100"], b"", 100, stop, "b")
     with pytest.raises(BoardLost, match="more than 1 MB"):
         piped(["cat", "/dev/zero"], b"", 100, threading.Event(), "b", most=1 << 20)
+
+
+def test_a_farm_without_one_of_its_boards_measures_nothing_here(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["bench", "m.so"], ["digest", "m.so", "--data", "x.npz"], ["verify", "m.so", "--model", "m.onnx", "--data", "x.npz"]):
+        assert main([*words, "--farm", "tcp://127.0.0.1:1"]) == 2
+        assert "--farm: which of its boards? Name one with --board" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def _bench(options: argparse.Namespace) -> int:
     from qcompiler.runtime.bench import random_inputs
     from qcompiler.runtime.shapes import spelled
 
-    if options.board is not None:
+    if cli_boards.on_board(options):
         return cli_boards.bench(options)
     cli_throughput.check(options)
     if any(options.against) and not options.model:

@@ -89,11 +89,9 @@ def tuning_boards(options: argparse.Namespace) -> Iterator[list[Board]]:
 @contextlib.contextmanager
 def session_of(options: argparse.Namespace) -> Iterator[Any]:
     """The library `options.library`: on the board that was named, else here."""
-    if options.board is None:
+    if not on_board(options):
         import qcompiler
 
-        if options.farm is not None:
-            raise BoardError("--farm: which of its boards? Name one with --board")
         yield qcompiler.load(options.library, threads=options.threads)
         return
     from qcompiler.boards.device import opened
@@ -101,6 +99,13 @@ def session_of(options: argparse.Namespace) -> Iterator[Any]:
 
     with chosen_boards(options, [options.board]) as (board,), opened(board) as device:
         yield BoardSession(device, options.library, options.threads)
+
+
+def on_board(options: argparse.Namespace) -> bool:
+    """Was a board named? Raises BoardError for a farm without one of its boards."""
+    if options.board is None and options.farm is not None:
+        raise BoardError("--farm: which of its boards? Name one with --board")
+    return options.board is not None
 
 
 def refuse_on_board(options: argparse.Namespace, *names: str) -> None:
