@@ -142,7 +142,7 @@ def _splits(node: Node, values: Mapping[str, Value], batch: int) -> bool:
     if node.name not in BY_IMAGE or not BY_IMAGE[node.name](node.attrs):
         return False
     layouts = [values[v].layout for v in (*(o for o in node.operands if isinstance(o, str)), *node.outputs)]
+    if len(layouts) < 2 or not all(len(v.shape) > 1 and v.shape[0] == batch for v in layouts):
+        return False
     rank = len(layouts[-1].shape)
-    constants = [o for o in node.operands if isinstance(o, np.ndarray)]
-    alike = node.name in _WEIGHTED or all(c.ndim < rank or c.shape[0] == 1 for c in constants)
-    return len(layouts) > 1 and alike and all(len(v.shape) > 1 and v.shape[0] == batch for v in layouts)
+    return node.name in _WEIGHTED or all(c.ndim < rank or c.shape[0] == 1 for c in node.operands if isinstance(c, np.ndarray))
