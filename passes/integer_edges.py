@@ -72,9 +72,9 @@ class _Edges:
 
     def left(self, name: str, expr: Any) -> Any | None:
         """An output that is rounded to integers from a `qc.dequantize`, without the arithmetic between."""
-        kind = dtype_of(expr)
         if name not in self.handed or relax_op(expr) != "relax.astype" or (chain := self.chain(expr.args[0])) is None or match_op(chain[0]) is None:
             return None
+        kind = dtype_of(expr)
         _, (stored,), attrs = match_op(chain[0]) or ("", [None], {})
         table, last = _canonical(chain[1].astype(kind)), self.env[str(stored.name)]
         if not (table == _STEPS).all():
