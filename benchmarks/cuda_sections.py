@@ -148,9 +148,7 @@ def our_call(library: Path, inputs: dict[str, np.ndarray]) -> Call:
     c.qc_session_bind_input.argtypes = c.qc_session_bind_output.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
     c.qc_session_run.argtypes = [ctypes.c_void_p]
     held: list[Any] = [session]
-    if importlib.util.find_spec("torch") is not None:
-        import torch
-
+    if (torch := torch_for_gpus()) is not None:
         for info in session.inputs:
             held.append(torch.from_numpy(np.ascontiguousarray(inputs[info.name])).cuda())
             checked(c.qc_session_bind_input(handle, info.name.encode(), held[-1].data_ptr(), held[-1].nbytes))
@@ -165,6 +163,15 @@ def our_call(library: Path, inputs: dict[str, np.ndarray]) -> Call:
             checked(c.qc_session_input_buffer(handle, info.name.encode(), ctypes.byref(pointer)))
             ctypes.memmove(pointer, np.ascontiguousarray(inputs[info.name]).ctypes.data, inputs[info.name].nbytes)
     return lambda held=held: checked(c.qc_session_run(handle))  # type: ignore[misc]
+
+
+def torch_for_gpus() -> Any:
+    """PyTorch, if it is there and a build for GPUs; else None."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch if torch.version.cuda else None
 
 
 def torch_call(network: str, inputs: dict[str, np.ndarray], compiled: bool) -> Call:

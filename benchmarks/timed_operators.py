@@ -44,6 +44,8 @@ UNTIMED = {  # operator: why it has no case
     "qc.leave": "as qc.copy, or qc.transpose",
     "qc.pixels": "its input is pixels; `qcompiler bench --layers` times it beside qc.quantize in a library of each kind",
     "qc.f32.dense": "as qc.f32.conv2d of one pixel, which networks end with",
+    "qc.f32.conv2d_transpose": "as qc.f32.conv2d, phase by phase",
+    "qc.resample": "its input is pixels, as that of qc.pixels",
     "qc.f32.recurrence": "sums of exponentials have no exact result; it is what qc.recurrence is compared with",
     "qc.f32.dense_weight_only": "weight_only.py times it",
 }

@@ -117,9 +117,9 @@ def with_wide_residuals(module: tvm.IRModule, values: Mapping[str, str]) -> tvm.
     return _copied(module, set(values), {SIXTEEN: dict(sorted({**known, **values}.items()))})
 
 
-def _copied(module: tvm.IRModule, streams: Set[str], attrs: Mapping[str, Any]) -> tvm.IRModule:
+def _copied(network: tvm.IRModule, streams: Set[str], attrs: Mapping[str, Any]) -> tvm.IRModule:
     """The module with a copy of each of `streams` for the operators that read 8 bits only, and attributes."""
-    graph, groups = Graph.of(module), find_groups(module)
+    graph, groups = Graph.of(network), find_groups(network)
     wanted = {name: (set(g.inputs) - set(g.plain)) & streams for g in groups if g.reason is None and not g.traits.reads_wide for name in g.members}
     builder = GraphBuilder({**graph.attrs, **attrs})
     builder.reserve(name for name, _ in graph.bindings)

@@ -88,7 +88,7 @@ def test_digits_on_arm_equal_the_reference(name: str, digits: Compilation, image
 @pytest.fixture(scope="module")
 def partly_float() -> Compilation:
     """Layers in float at both ends, 8-bit layers between them."""
-    off = ["equalize", "judge-ranges", "margins", "correct-bias", "round-narrow", "round-all"]
+    off = ["equalize", "judge-ranges", "margins", "residuals", "halves", "correct-bias", "round-narrow", "round-all"]
     return compile_stages(MODEL, "native", itertools.islice(demo_data()[0], 16), preset="accurate", disable=off)
 
 

@@ -213,7 +213,6 @@ def test_the_plan_takes_the_judges_word(network: QuantizedNetwork) -> None:
 def test_steps_switch_off() -> None:
     plain = quantize(MODEL, find_target("native"), samples(12), disable=["judge-ranges", "margins"])
     assert not any("outputs" in getattr(e, "reason", "") and isinstance(e, Edge) for e in plain.plan.edges.values())
-    assert plain.measured.ends.ends == {}
     only = quantize(MODEL, find_target("native"), samples(12), disable=["judge-ranges"])
     assert any("widened" in e.reason for e in only.plan.edges.values())
     for value, edge in only.plan.edges.items():

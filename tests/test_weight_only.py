@@ -131,7 +131,7 @@ def check_kernel(target: Target, lead: tuple[int, ...], outputs: int, inputs: in
     got = fetch(run_kernel(kernel, [store(a, layout) for a, layout in zip((x, *more), layouts, strict=True)], output, target), output)
     want = numerics.f32_dense_weight_only(x, grouped.q, grouped.zero_point, grouped.scale, bias, *more, **attrs)
     offset = np.repeat(np.abs(grouped.zero_point.astype(np.float64)) + 8, scheme.group_size, axis=1)[:, :inputs]
-    largest = (np.abs(grouped.q) + offset) * np.repeat(grouped.scale, scheme.group_size, axis=1)[:, :inputs]
+    largest = (np.abs(grouped.q.astype(np.float64)) + offset) * np.repeat(grouped.scale, scheme.group_size, axis=1)[:, :inputs]
     magnitude = np.abs(x).astype(np.float64) @ largest.T + np.abs(bias) + sum(np.abs(m) for m in more)
     assert (np.abs(got - want) <= (inputs + 8) * 2.0**-24 * magnitude).all()
 
