@@ -31,6 +31,7 @@ from qcompiler.backend.build import Built
 from qcompiler.backend.codegen import object_code
 from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import Target, find_target, load_targets, missing_features
+from qcompiler.schedules import table
 from qcompiler.schedules.isa import scalar, shuffle
 from qcompiler.schedules.table import Kernel, OpCall, Row
 
@@ -114,6 +115,7 @@ def emulating() -> Iterator[None]:
         return instruction
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(table, "_CODE", {}))  # what is written once is written with other instructions here
         for name in ("call_llvm_pure_intrin", "call_llvm_intrin"):
             stack.enter_context(mock.patch.object(T, name, emulated(getattr(T, name))))
         yield
