@@ -159,7 +159,8 @@ def test_a_wrong_canary_keeps_a_board_out(server: Server, model: tuple[Path, Pat
 
 def test_an_interrupted_tune_keeps_what_it_has(server: Server, model: tuple[Path, Path], tmp_path: Path) -> None:
     """Ctrl-C while one board hangs: what the others measured is in the log, the boards are left clean, and the same command goes on."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from qcompiler.tuning import fleet; fleet.SECONDS = 0; fleet.SLOW = 1e9; "
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # what runs in the background of a shell ignores it
+    code += f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from qcompiler.tuning import fleet; fleet.SECONDS = 0; fleet.SLOW = 1e9; "
     code += "from qcompiler.cli.main import main; sys.exit(main(sys.argv[1:]))"
     words = ["tune", str(model[0]), "--calibration", str(model[1]), "--preset", "fast", "--candidates", "2", "--threads", "1"]
     words += ["--log", str(tmp_path / "log"), "--boards", str(server.file), "--board", "one", "--board", "two", "--trials"]
