@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from emulated import Host
 from kernel_cases import Case
+from x86_emulation import emulating, is_emulated, runnable, written
 
 from qcompiler.backend.build import Built
 from qcompiler.backend.codegen import object_code
@@ -37,6 +39,14 @@ class Prepared:
         kernel = case.prepare(target)
         inputs = {f"{name}~{i}": pair for i, pair in enumerate(zip(case.op.tensors, case.inputs, strict=True))}
         return Prepared(Step(name, case.op, case.op.name, kernel, list(inputs)), inputs, case.output, case.expected, None)
+
+
+def run_on_x86(make: Callable[[], Sequence[Prepared]], target: Target, folder: Path) -> None:
+    """`run_prepared` of what `make` prepares for an x86 row, whose instructions are emulated where this machine lacks them."""
+    with emulating() if is_emulated(target) else contextlib.nullcontext():
+        prepared = make()
+        written(*(p.step.kernel for p in prepared))
+    run_prepared(prepared, runnable(target), folder)
 
 
 def run_prepared(prepared: Sequence[Prepared], target: Target, folder: Path) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from pathlib import Path
 
 import pytest
 from cuda_emulated import TARGET as CUDA
 from cuda_emulated import Emulated
 from emulated import ARM
-from emulated_kernels import Prepared, run_prepared
+from emulated_kernels import Prepared, run_on_x86, run_prepared
 from tools import require_target
 from transformer_cases import CASES, attentions, products
-from x86_emulation import AVX512VNNI, AVXVNNI, HOST, code_target, each, emulating, is_emulated, runs_here, written
+from x86_emulation import AVX512VNNI, AVXVNNI, HOST, each, runs_here
 
 from qcompiler.base.targets import Target, find_target
 
@@ -23,11 +21,7 @@ from qcompiler.base.targets import Target, find_target
 def test_x86(target: Target, tmp_path: Path) -> None:
     """AVX-VNNI differs from AVX2 in its products only."""
     cases = products() | attentions() if target == AVXVNNI else CASES
-    with emulating() if is_emulated(target) else contextlib.nullcontext():
-        prepared = [Prepared.of(name, case, target) for name, case in cases.items()]
-        written(*(p.step.kernel for p in prepared))
-    code = code_target(target)
-    run_prepared(prepared, dataclasses.replace(target, tvm=code.tvm, features=code.features), tmp_path)
+    run_on_x86(lambda: [Prepared.of(name, case, target) for name, case in cases.items()], target, tmp_path)
 
 
 @pytest.mark.parametrize("name", ARM)

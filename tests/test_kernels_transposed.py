@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from emulated import ARM
-from emulated_kernels import Prepared, run_prepared
+from emulated_kernels import Prepared, run_on_x86, run_prepared
 from kernel_cases import Case, data
 from tools import require_target
-from x86_emulation import HOST, TARGETS, code_target, each, emulating, is_emulated, runs_here, written
+from x86_emulation import HOST, TARGETS, each, runs_here
 
 from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
@@ -70,11 +68,7 @@ def prepared(target: Target) -> list[Prepared]:
 @pytest.mark.parametrize("target", each(TARGETS))
 @runs_here
 def test_x86(target: Target, tmp_path: Path) -> None:
-    with emulating() if is_emulated(target) else contextlib.nullcontext():
-        made = prepared(target)
-        written(*(p.step.kernel for p in made))
-    code = code_target(target)
-    run_prepared(made, dataclasses.replace(target, tvm=code.tvm, features=code.features), tmp_path)
+    run_on_x86(lambda: prepared(target), target, tmp_path)
 
 
 @pytest.mark.parametrize("name", ARM)

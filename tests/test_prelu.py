@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_emulated import EmulatedProgram
-from emulated import ARM, Host
+from emulated import ARM
 from onnx_nets import OnnxNet, agrees
 from small_nets import Net, op
-from tools import require_target
+from traced import on_arm
 
-from qcompiler.backend.build import build, session_of
+from qcompiler.backend.build import session_of
 from qcompiler.backend.lowering import lower
 from qcompiler.base.targets import find_target
 from qcompiler.exporters.export_onnx import qdq_model
@@ -22,7 +22,7 @@ from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import const
 from qcompiler.passes.groups import find_groups
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.library import Compilation, describe
+from qcompiler.pipeline.library import Compilation
 from qcompiler.refine.equalization import find_streams
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
@@ -106,10 +106,7 @@ def test_all_of_the_network_is_int8_and_exact_here(compilation: Compilation) -> 
 
 @pytest.mark.parametrize("name", ARM)
 def test_arm(name: str, compilation: Compilation, tmp_path: Path) -> None:
-    target = find_target(name)
-    require_target(target)
-    library = build(compilation.integer, target, "test").link(**describe(compilation.integer, compilation.quantized.model))
-    _, values = Host.build(target, tmp_path).run(library, samples()[0], tmp_path / "run")
+    _, values = on_arm(compilation, samples()[0], name, tmp_path)
     want, compared = reference(compilation), 0
     for id, value in values.items():
         if id in want and value.dtype == np.int8:

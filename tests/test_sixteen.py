@@ -8,18 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from cuda_emulated import TARGET as CUDA
-from cuda_emulated import EmulatedProgram
-from emulated import ARM, Host
+from emulated import ARM
 from onnx_nets import OnnxNet, execute
-from tools import require_target
+from traced import on_arm, on_cuda, on_x86
 from transformer_nets import vit
-from x86_emulation import ALL, build_network, each, runs_here
+from x86_emulation import ALL, each, runs_here
 
-from qcompiler.backend.build import build
-from qcompiler.backend.lowering import lower
 from qcompiler.base.errors import PlanError
-from qcompiler.base.targets import Target, find_target
+from qcompiler.base.targets import Target
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
@@ -28,7 +24,7 @@ from qcompiler.passes.halves import HALVES, divisible
 from qcompiler.passes.sequence import HALVED, RESIDUAL, run
 from qcompiler.passes.streams import residual_values
 from qcompiler.pipeline.compile import compile_stages, quantize
-from qcompiler.pipeline.library import Compilation, describe
+from qcompiler.pipeline.library import Compilation
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
@@ -167,26 +163,19 @@ def test_native_is_the_interpreter(compiled: tuple[str, Path, Compilation], tmp_
 @pytest.mark.parametrize("target", each(ALL))
 @runs_here
 def test_x86(target: Target, compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
-    compilation, sample = compiled[2], sample_of(compiled)
-    session = Session(build_network(compilation.integer, target).link(**describe(compilation.integer, compilation.quantized.model)).save(tmp_path / "net.so"))
-    got: dict[str, np.ndarray] = {}
-    session.trace(sample, lambda n, v: got.__setitem__(n, v.copy()))
-    same(got, compilation, sample)
+    sample = sample_of(compiled)
+    same(on_x86(compiled[2], sample, target, tmp_path)[1], compiled[2], sample)
 
 
 @pytest.mark.parametrize("name", ARM)
 def test_arm(name: str, compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
-    target = find_target(name)
-    require_target(target)
-    compilation, sample = compiled[2], sample_of(compiled)
-    artifact = build(compilation.integer, target, "").link(**describe(compilation.integer, compilation.quantized.model))
-    same(Host.build(target, tmp_path).run(artifact, sample, tmp_path / "run")[1], compilation, sample)
+    sample = sample_of(compiled)
+    same(on_arm(compiled[2], sample, name, tmp_path)[1], compiled[2], sample)
 
 
 def test_cuda(compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
-    compilation, sample = compiled[2], sample_of(compiled)
-    program = EmulatedProgram(lower(compilation.integer, CUDA), tmp_path)
-    same({step.writes: array.copy() for step, array in program.run(sample)}, compilation, sample)
+    sample = sample_of(compiled)
+    same(on_cuda(compiled[2], sample, tmp_path), compiled[2], sample)
 
 
 def test_all_that_can_be_has_16_bits(tmp_path: Path) -> None:

@@ -8,24 +8,20 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from cuda_emulated import TARGET as CUDA
-from cuda_emulated import EmulatedProgram
-from emulated import ARM, Host
+from emulated import ARM
 from onnx_nets import OnnxNet, execute
-from tools import require_target
+from traced import on_arm, on_cuda, on_x86
 from transformer_nets import WIDTH, bert, pictures, sentences, vit
-from x86_emulation import ALL, build_network, each, runs_here
+from x86_emulation import ALL, each, runs_here
 
-from qcompiler.backend.build import build
-from qcompiler.backend.lowering import lower
-from qcompiler.base.targets import Target, find_target
+from qcompiler.base.targets import Target
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import STREAMS, find_groups
 from qcompiler.passes.sequence import WIDE, run
 from qcompiler.pipeline.compile import compile_stages
-from qcompiler.pipeline.library import Compilation, describe
+from qcompiler.pipeline.library import Compilation
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
@@ -118,28 +114,21 @@ def same(got: dict[str, np.ndarray], outputs: dict[str, np.ndarray], compilation
 @pytest.mark.parametrize("target", each(ALL))
 @runs_here
 def test_x86(target: Target, compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
-    compilation, sample = compiled[2], sample_of(compiled)
-    session = Session(build_network(compilation.integer, target).link(**describe(compilation.integer, compilation.quantized.model)).save(tmp_path / "net.so"))
-    got: dict[str, np.ndarray] = {}
-    outputs = session.trace(sample, lambda n, v: got.__setitem__(n, v.copy()))
-    same(got, outputs, compilation, sample)
+    sample = sample_of(compiled)
+    outputs, got = on_x86(compiled[2], sample, target, tmp_path)
+    same(got, outputs, compiled[2], sample)
 
 
 @pytest.mark.parametrize("name", ARM)
 def test_arm(name: str, compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
-    target = find_target(name)
-    require_target(target)
-    compilation, sample = compiled[2], sample_of(compiled)
-    artifact = build(compilation.integer, target, "").link(**describe(compilation.integer, compilation.quantized.model))
-    outputs, values = Host.build(target, tmp_path).run(artifact, sample, tmp_path / "run")
-    same(values, outputs, compilation, sample)
+    sample = sample_of(compiled)
+    outputs, got = on_arm(compiled[2], sample, name, tmp_path)
+    same(got, outputs, compiled[2], sample)
 
 
 def test_cuda(compiled: tuple[str, Path, Compilation], tmp_path: Path) -> None:
-    compilation, sample = compiled[2], sample_of(compiled)
-    program = EmulatedProgram(lower(compilation.integer, CUDA), tmp_path)
-    got = {step.writes: array.copy() for step, array in program.run(sample)}
-    same(got, {}, compilation, sample)
+    sample = sample_of(compiled)
+    same(on_cuda(compiled[2], sample, tmp_path), {}, compiled[2], sample)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

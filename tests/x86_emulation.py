@@ -137,13 +137,18 @@ def written(*kernels: Kernel) -> None:
         assert kernel.func
 
 
+def runnable(target: Target) -> Target:
+    """`target`, with code that this machine runs."""
+    code = code_target(target)
+    return dataclasses.replace(target, tvm=code.tvm, features=code.features)
+
+
 def build_network(integer: tvm.IRModule, target: Target) -> Built:
     """The program of a network for `target`, such that this machine runs it."""
     with emulating() if is_emulated(target) else contextlib.nullcontext():
         program = lower(integer, target)
         written(*(step.kernel for step in program.steps))
-    code = code_target(target)
-    program.target = dataclasses.replace(target, tvm=code.tvm, features=code.features)
+    program.target = runnable(target)
     return Built(program, object_code(program))
 
 
