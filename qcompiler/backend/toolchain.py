@@ -32,13 +32,16 @@ def compiler_words(target: Target) -> list[str]:
     if target.android:
         # Neither a helper function for atomic operations nor one of the compiler's own library: what a library needs is in libc and in our own sources.
         return [*_android(target), *(["-mno-outline-atomics"] if target.architecture == "aarch64" else [])]
-    for name in target.compiler:
-        found = shutil.which(name)
-        if found:
-            return [found]
+    if found := _on_path(target):
+        return [found]
     package = "g++" if target.host_architecture == host_architecture() else target.package
     install = f"; install one, on Debian or Ubuntu with: apt-get install {package}" if package else "; install one"
     raise TargetError(f"target '{target.name}' needs one of the compilers {', '.join(target.compiler)} to link, and none is on PATH{install}")
+
+
+def _on_path(target: Target) -> str | None:
+    """The first of a target's compilers that is on PATH."""
+    return next((found for name in target.compiler if (found := shutil.which(name))), None)
 
 
 def link_words(target: Target, *libraries: str) -> list[str]:
@@ -74,10 +77,8 @@ def _android(target: Target) -> list[str]:
             if found is None:
                 raise TargetError(f"target '{target.name}': {variable} is {folder}, where no {_BIN}/{target.compiler[0]} is; set it to the folder of an NDK")
             return [found]
-    for name in target.compiler:
-        found = shutil.which(name)
-        if found:
-            return [found]
+    if found := _on_path(target):
+        return [found]
     for variable in _SDK:
         versions = [p for p in Path(os.environ.get(variable) or "/nowhere").glob("ndk/*") if re.fullmatch(r"[\d.]+", p.name)]
         for version in sorted(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True):

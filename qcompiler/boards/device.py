@@ -41,12 +41,19 @@ class Device:
 
         Raises BoardError: BoardLost where the board stopped answering.
         """
-        new = {name: data for name, data in staying.items() if self._there.get(name) != hashlib.sha256(data).digest()}
+        new = self._missing(staying)
         words = [*self._pinned(), *command] if command[0].startswith("./") else list(command)
         with _turn(self.board, self._transport.stop):
             answer = self._transport.exchange(new, passing, words, wanted, self.board.patience if patience is None else patience)
-        self._there |= {name: hashlib.sha256(data).digest() for name, data in new.items()}
+        self._stayed(new)
         return answer
+
+    def _missing(self, staying: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Those of the files that are not there yet."""
+        return {name: data for name, data in staying.items() if self._there.get(name) != hashlib.sha256(data).digest()}
+
+    def _stayed(self, new: Mapping[str, bytes]) -> None:
+        self._there |= {name: hashlib.sha256(data).digest() for name, data in new.items()}
 
     def _pinned(self) -> list[str]:
         return ["taskset", f"{sum(1 << c for c in self.board.cores):x}"] if self.board.cores else []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import re
 import socket
 import ssl
@@ -187,13 +186,13 @@ class LentDevice(Device):
         patience: float | None = None,
     ) -> Answer:
         for _ in range(3):
-            new = {name: data for name, data in staying.items() if self._there.get(name) != hashlib.sha256(data).digest()}
+            new = self._missing(staying)
             head = {"command": list(command), "staying": list(new), "passing": list(passing), "wanted": list(wanted), "patience": patience}
             said, files = self._farm.ask(self.board, self._request("run", head, {**new, **passing}), self._waits, self._session)
             if "gone" in said:
                 self.open()
                 continue
-            self._there |= {name: hashlib.sha256(data).digest() for name, data in new.items()}
+            self._stayed(new)
             return Answer(said["status"], said["output"], said["complaints"], files)
         raise BoardLost(f"board '{self.board.name}': its worker dies again and again")
 
