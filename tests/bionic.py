@@ -56,6 +56,7 @@ def require_clang() -> str:
 def make_sysroot(folder: Path, targets: list[Target]) -> Sysroot:
     clang = require_clang()
     shutil.copytree(Path(__file__).parent / "cpp" / "bionic", folder / "usr" / "include")
+    shutil.copy(Path(__file__).parent / "cpp" / "jni" / "jni.h", folder / "usr" / "include")
     for target in targets:
         triple = target.compiler[0].removesuffix("-clang")
         there = folder / "usr" / "lib" / {"aarch64": "aarch64-linux-android", "armv7a": "arm-linux-androideabi"}[target.architecture] / "24"

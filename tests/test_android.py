@@ -3,12 +3,15 @@ bundle with its JNI example. No phone, and no NDK."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from bionic import Sysroot, make_sysroot
 from emulated import Host
 from tools import require_programs, require_target
 
+from qcompiler.backend import aar, toolchain
 from qcompiler.backend import bundle as bundle_module
-from qcompiler.backend import toolchain
+from qcompiler.backend.aar import write_aar
 from qcompiler.backend.artifact import RUNTIME
 from qcompiler.backend.bundle import Bundle, make_bundle
 from qcompiler.backend.programs import build_measurer, build_runner
@@ -227,7 +231,7 @@ def bundle(sysroot: Sysroot, digits: Callable[[str], Path], tmp_path: Path, monk
 
 def test_a_bundle_has_a_library_of_java(bundle: Bundle, sysroot: Sysroot, tmp_path: Path) -> None:
     """qc_jni.c links with the network, by its file's name, and with nothing else; the archive has one symbol."""
-    assert {"jni/qc_jni.c", "jni/Network.java", "jni/CMakeLists.txt"} <= set(bundle.files)
+    assert {"jni/qc_jni.c", "jni/Network.java", "jni/CMakeLists.txt", "arm64-android.aar"} <= set(bundle.files)
     readme = (bundle.folder / "README.md").read_text()
     assert "@" not in readme and "minSdk = 24" in readme and '"arm64-v8a"' in readme and "glibc" not in readme
     includes = [f"-I{SOURCES / 'jni'}", f"-I{bundle.folder / 'include'}"]
@@ -248,6 +252,96 @@ def test_the_library_of_java_with_cmake(bundle: Bundle, sysroot: Sysroot, tmp_pa
     run("cmake", "-S", bundle.folder / "jni", "-B", tmp_path / "build", *system, *tools)
     run("cmake", "--build", tmp_path / "build")
     check_loadable(tmp_path / "build" / "libqc_jni.so", "AArch64", ["libarm64-android.so"])
+
+
+PREFAB = "prefab/modules/model"
+ABI = f"{PREFAB}/libs/android.arm64-v8a"
+JAVA_MAIN = """
+public class Main {
+  public static void main(String[] words) {
+    float[] image = new float[256];
+    for (int i = 0; i < 256; ++i) image[i] = (i % 17) / 16f;
+    try (qcompiler.Network network = new qcompiler.Network(2)) {
+      try {
+        network.run(new float[3]);
+      } catch (IllegalArgumentException refused) {
+        System.out.println("refused");
+      }
+      for (float value : network.run(image)[0]) System.out.println(Float.floatToIntBits(value));
+    }
+  }
+}
+"""
+
+
+def test_an_archive_for_gradle(bundle: Bundle, sysroot: Sysroot, tmp_path: Path) -> None:
+    """The parts of an .aar; the class, its native half and the network are of one kind; what Prefab reads is of its schema; the same again, byte for byte."""
+    require_programs("classes of Java", "javac")
+    target, path = find_target("arm64-android"), bundle.folder / "arm64-android.aar"
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+        assert archive.testzip() is None and archive.namelist() == sorted(archive.namelist())
+        assert {i.date_time for i in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    xml = ElementTree.parse(tmp_path / "AndroidManifest.xml").getroot()
+    assert xml.get("package") == "qcompiler.arm64_android" and xml[0].get("{http://schemas.android.com/apk/res/android}minSdkVersion") == "24"
+    with zipfile.ZipFile(tmp_path / "classes.jar") as jar:
+        assert jar.namelist() == ["qcompiler/Network.class"]
+        assert jar.read("qcompiler/Network.class")[:8] == b"\xca\xfe\xba\xbe\0\0\0\x34"  # of Java 8
+    network = (bundle.folder / "lib" / "libarm64-android.so").read_bytes()
+    for name in ("jni/arm64-v8a/libarm64-android.so", f"{PREFAB}/libs/android.arm64-v8a/libarm64-android.so"):
+        assert (tmp_path / name).read_bytes() == network
+        check_loadable(tmp_path / name, "AArch64")
+    check_loadable(tmp_path / "jni" / "arm64-v8a" / "libqc_jni.so", "AArch64", ["libarm64-android.so"])
+    exported = {w.split()[-1] for w in run("nm", "-D", "--defined-only", tmp_path / "jni/arm64-v8a/libqc_jni.so").splitlines()}
+    assert exported == {f"Java_qcompiler_Network_{name}" for name in ("open", "destroy", "run")}
+    write_aar(tmp_path / "again.aar", bundle.folder / "lib" / "libarm64-android.so", "arm64-android", target, bundle.folder / "include")
+    assert (tmp_path / "again.aar").read_bytes() == path.read_bytes()
+
+
+def test_what_prefab_reads(bundle: Bundle, sysroot: Sysroot, tmp_path: Path) -> None:
+    """Version 2 of its schema: every key it knows, of its type, and no other; a program compiles and links with what it points to."""
+    with zipfile.ZipFile(bundle.folder / "arm64-android.aar") as archive:
+        archive.extractall(tmp_path)
+    package, module, abi = (json.loads((tmp_path / n).read_text()) for n in ("prefab/prefab.json", f"{PREFAB}/module.json", f"{ABI}/abi.json"))
+    assert package == {"schema_version": 2, "name": "qcompiler_arm64_android", "version": package["version"], "dependencies": []}
+    assert re.fullmatch(r"\d+(\.\d+(\.\d+(\.\d+)?)?)?", package["version"])
+    assert module == {"export_libraries": [], "library_name": "libarm64-android", "android": {}}
+    assert abi == {"abi": "arm64-v8a", "api": 24, "ndk": 0, "stl": "none", "static": False}
+    assert {p.name for p in (tmp_path / ABI).iterdir()} == {"abi.json", f"{module['library_name']}.so"}
+    (tmp_path / "user.c").write_text('#include "qcompiler/qcompiler.h"\nint ports(void) { return qc_input_count() + qc_output_count(); }\n')
+    words = [*compiler_words(find_target("arm64-android")), "-shared", "-fPIC", "-Wall", "-Werror", f"-I{tmp_path / PREFAB / 'include'}"]
+    run(*words, "user.c", str(tmp_path / ABI / "libarm64-android.so"), "-lc", "-Wl,--no-undefined", "-o", "libuser.so", cwd=tmp_path)
+    assert "libarm64-android.so" in run("readelf", "-d", tmp_path / "libuser.so")
+
+
+def test_an_archive_without_a_java_compiler(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the class nor its native half, and the README says so."""
+    monkeypatch.setattr(aar.shutil, "which", lambda name: None if name == "javac" else shutil.which(name))
+    library = bundle.folder / "lib" / "libarm64-android.so"
+    assert not write_aar(tmp_path / "x.aar", library, "arm64-android", find_target("arm64-android"), bundle.folder / "include")
+    with zipfile.ZipFile(tmp_path / "x.aar") as archive:
+        names = archive.namelist()
+    assert "classes.jar" not in names and not any("qc_jni" in n for n in names) and f"{PREFAB}/module.json" in names
+    assert "It has no Java class" in bundle_module._expand("android-no-class.md.in", {})
+
+
+def test_the_class_runs_the_network(digits: Callable[[str], Path], tmp_path: Path) -> None:
+    """qcompiler.Network and its native half for this machine, in a Java machine."""
+    require_programs("classes of Java", "javac", "java")
+    classes, library = aar.java_class(), digits(find_target("native").name)
+    assert classes is not None
+    for name, content in classes.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    shutil.copy(library, tmp_path / "libnetwork.so")
+    home = Path(shutil.which("javac") or "").resolve().parents[1] / "include"
+    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-I{home}", f"-I{home / 'linux'}", f"-I{RUNTIME / 'include'}", RUNTIME / "bundle/jni/qc_jni.c"]
+    run(*command, "-L.", "-lnetwork", "-Wl,-rpath,$ORIGIN", "-o", "libqc_jni.so", cwd=tmp_path)
+    (tmp_path / "Main.java").write_text(JAVA_MAIN)
+    run("javac", "--release", "8", "-Xlint:-options", "-cp", tmp_path, "-d", tmp_path, tmp_path / "Main.java")
+    words = run("java", "-cp", tmp_path, f"-Djava.library.path={tmp_path}", "Main").split()
+    image = (np.arange(256) % 17 / 16).astype(np.float32).reshape(1, 1, 16, 16)
+    assert words[0] == "refused" and np.array(words[1:], np.int64).astype(np.int32).tobytes() == Session(library).run({"image": image})["logits"].tobytes()
 
 
 def test_cmake_refuses_another_system(bundle: Bundle, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ PROGRAMS = {
     "clang-19": (APT, "clang-19"),
     "lld-19": (APT, "lld-19"),
     "cmake": (APT, "cmake"),
+    "java": (APT, "default-jdk-headless"),
+    "javac": (APT, "default-jdk-headless"),
     "valgrind": (APT, "valgrind"),
     "chromium": (APT, "chromium"),
     "nvcc": (PIP, "nvidia-cuda-nvcc"),

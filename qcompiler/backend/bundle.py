@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
+from qcompiler.backend.aar import ABIS, api_level, write_aar
 from qcompiler.backend.artifact import RUNTIME
 from qcompiler.backend.programs import build_runner
 from qcompiler.backend.static_library import identifier, write_static
@@ -28,7 +29,6 @@ HEADERS = ("qcompiler.h", "loader.h", "pool.h", "qcompiler.hpp", "pool.hpp")
 
 # How CMake spells the processors (CMAKE_SYSTEM_PROCESSOR, from uname -m or a toolchain file).
 _PROCESSORS = {"x86_64": "x86_64|AMD64|amd64", "aarch64": "aarch64|arm64|ARM64", "armv7a": "armv7.*|arm|armhf|armv8l"}
-_ABIS = {"aarch64": "arm64-v8a", "armv7a": "armeabi-v7a"}  # as Android calls the architectures
 _OF_THE_SYSTEM = ("c", "dl", "gcc_s", "m", "pthread", "rt", "stdc++", "util")  # what every program links, or may: -lm must not find a network
 _C_TYPES = {"float32": "float", "float64": "double", "bool": "bool"} | {f"{u}int{b}": f"std::{u}int{b}_t" for u in ("", "u") for b in (8, 16, 32, 64)}
 
@@ -125,11 +125,20 @@ def _fill(folder: Path, library: Path, manifest: dict[str, Any], target: Target,
     }
     readme = _expand("README.md.in", facts)
     if target.android:
-        shutil.copytree(RUNTIME / "bundle" / "jni", folder / "jni")
-        readme += _expand("android.md.in", facts | {"API": _api_level(target), "ABI": _ABIS[architecture]})
+        readme += _fill_android(folder, folder / "lib" / name, target, facts)
     if static:
         readme += _fill_static(folder, library, manifest, target, facts)
     (folder / "README.md").write_text(readme)
+
+
+def _fill_android(folder: Path, library: Path, target: Target, facts: dict[str, str]) -> str:
+    """The archive for Gradle, and the sources of its Java class and native half; returns the README's section about them."""
+    shutil.copytree(RUNTIME / "bundle" / "jni", folder / "jni")
+    name, archive = identifier(facts["STEM"]), folder / f"{facts['STEM']}.aar"
+    has_class = write_aar(archive, library, facts["STEM"], target, folder / "include")
+    use = "class" if has_class else "no-class"
+    facts = facts | {"API": str(api_level(target)), "ABI": ABIS[target.architecture], "AAR": archive.name, "NAME": name}
+    return _expand("android.md.in", facts) + _expand(f"android-{use}.md.in", facts)
 
 
 def _fill_static(folder: Path, library: Path, manifest: dict[str, Any], target: Target, facts: dict[str, str]) -> str:
@@ -182,15 +191,9 @@ def _shapes(manifest: Mapping[str, Any]) -> str:
     return f"\n\nAbove is the first of the shapes that it runs at:\n\n{rows}\n\n{what}"
 
 
-def _api_level(target: Target) -> str:
-    """Of Android, from which on libraries run: the compiler has it in its name (aarch64-linux-android24-clang)."""
-    found = re.search(r"\d+(?=-clang)", target.compiler[0])
-    return found[0] if found else "24"
-
-
 def _libc(target: Target, library: Path, runner: Path) -> str:
     if target.android:
-        return f"libc and libm only (Android of API level {_api_level(target)}, or later; 24 is Android 7.0)"
+        return f"libc and libm only (Android of API level {api_level(target)}, or later; 24 is Android 7.0)"
     return f"libc, libm and pthread only (glibc {_glibc(library)} or later; `bin/qc_run` needs {_glibc(runner)})"
 
 
