@@ -295,7 +295,7 @@ def test_a_killed_run_leaves_a_log_that_the_next_one_continues(tmp_path: Path) -
     assert after.measured == 2
     assert len(read_log(log)) == len(before) + 2
     assert children
-    assert not any(Path(f"/proc/{c}").exists() and "tuning_worker" in Path(f"/proc/{c}/cmdline").read_text() for c in children)
+    assert not any(Path(f"/proc/{c}").exists() and "qcompiler.tuning.worker" in Path(f"/proc/{c}/cmdline").read_text() for c in children)
 
 
 class ScriptedWorker:

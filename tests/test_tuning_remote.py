@@ -26,7 +26,7 @@ from qcompiler.cli.main import main
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 from qcompiler.tuning import remote as tuning_remote
-from qcompiler.tuning.candidates import candidate_library, output_sums, plan_lines, recipe_input
+from qcompiler.tuning.candidates import CASES, candidate_library, output_sums, plan_lines, recipe_input
 from qcompiler.tuning.remote import PENDING, SIZE_LIMIT, import_results
 
 # -- the measuring program ------------------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_the_device_finds_what_is_wrong(name: str, tmp_path: Path) -> None:
     op, row = copy_op(2, 3, 5, 7), CrashingRow()
     points = [{"kind": kind, "tasks": 1} for kind in ("copy", "wrong", "crash", "backwards", "outside")]
     (tmp_path / "task000.so").write_bytes(candidate_library(row, op, target, points))
-    lines = plan_lines("task000.so", op, [row.build(op, p, target) for p in points])
+    lines = plan_lines("task000.so", op, len(points), [output_sums(op, case) for case in range(CASES)])
     (tmp_path / "candidates.txt").write_text("\n".join(["qcompiler-candidates 1 abc 2 1", *lines, ""]))
     build_measurer(tmp_path / "qc_measure", target)
     emulator = [] if target.architecture == host_architecture() else target.emulator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import functools
 import itertools
@@ -75,9 +76,11 @@ def worker_count(size: int, most: int | None = None) -> int:
     return max(1, min(cores() if most is None else most, MEMORY // max(size, 1)))
 
 
-def in_order(function: Callable[[Worker, Item], Result], workers: Sequence[Worker], items: Iterable[Item]) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Worker, Item], Result], workers: Sequence[Worker], items: Iterable[Item], stop: Callable[[], None] = lambda: None
+) -> Iterator[Result]:
     """function(worker, item) of each item, in order; a worker has one item at a time. Items are read by the calling thread, a few ahead of their results.
-    What `function` raises is raised here, in its turn."""
+    What `function` raises is raised here, in its turn. stop: called where not all results are taken, before what is under way is waited for."""
     if len(workers) == 1:
         yield from (function(workers[0], item) for item in items)
         return
@@ -96,14 +99,16 @@ def in_order(function: Callable[[Worker, Item], Result], workers: Sequence[Worke
     with ThreadPoolExecutor(len(workers)) as pool:
         try:
             for item in items:
-                pending.append(pool.submit(work, item))
+                pending.append(pool.submit(contextvars.copy_context().run, work, item))  # numpy's settings are those of the caller
                 if len(pending) > 2 * len(workers):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:
+        except BaseException:
             for future in pending:
                 future.cancel()
+            stop()
+            raise
 
 
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], lane: Callable[[Item], Hashable]) -> list[Result]:

@@ -195,6 +195,7 @@ def live_table(state: Any, height: int) -> Any:
     left = "" if state.left is None else f", about {clock(state.left)} left"
     trouble = f", {len(state.failed)} failed" * bool(state.failed) + f", {len(state.wrong)} WRONG" * bool(state.wrong)
     place = f"trial {state.trials} of {state.budget}, {clock(state.elapsed)}{left}{trouble}" + f"; {hidden} more tasks" * (hidden > 0)
+    place += f"; {state.doing}" if state.doing else ""
     return Group(grid, Text(summary(state)), Text(place))
 
 

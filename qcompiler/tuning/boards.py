@@ -10,22 +10,25 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from qcompiler.backend.cores import check_core
+from qcompiler.backend.lowering import Program
 from qcompiler.backend.toolchain import find_compiler
 from qcompiler.backend.tuning_log import isa_of, opened, read_file
 from qcompiler.base.errors import TuningError
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import silent
+from qcompiler.base.targets import Target
 from qcompiler.boards.board import Board
 from qcompiler.boards.canary import make_canary
 from qcompiler.calibration.data import Source
 from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.options import Options, complete, takes_options
 from qcompiler.tuning.fleet import Fleet
-from qcompiler.tuning.remote import Exported, NothingNew, check_round, export_round, import_results, lowered, measurable_tasks
+from qcompiler.tuning.remote import Exported, NothingNew, Report, check_round, export_round, import_results, lowered, measurable_tasks
 from qcompiler.tuning.search import Search, Tuning, Watcher
 
 CANDIDATES = 12  # per task and round: rounds are short, so that little is lost and boards can be shared
@@ -53,42 +56,24 @@ def tune_on_boards(
     measured is in the log, but for the libraries that boards have in hand.
     """
     options = complete(options, "tune_on_boards")
-    targets = list(dict.fromkeys(b.target for b in boards))
-    if len(targets) != 1 or len({b.core for b in boards}) > 1:
-        what = ", ".join(f"{b.name} ({b.target.name}{f', {b.core}' if b.core else ''})" for b in boards)
-        raise TuningError(f"boards that tune together have one target and one core; these are {what or 'none'}")
-    (target,) = targets
-    if options["core"] not in (None, boards[0].core):
-        raise TuningError(f"the core is {options['core']!r}, and the boards are of {boards[0].core or 'no core that boards.yaml names'}; leave it out")
-    check_core(boards[0].core, target)
-    find_compiler(target)
+    target, core = _kind(boards, options["core"])
     threads = check_round(target, candidates, threads)
     if trials < 1:
         raise TuningError(f"trials is {trials}; at least 1 is needed")
     with opened(log, isa_of(target)):  # a log that can't be written shows before anything long is begun
         pass
     programs = lowered(model, target, calibration, options)
-    state = Tuning(target, threads, measurable_tasks(programs), trials, time_limit, core=boards[0].core)
-    progress = options["progress"] or silent
+    state = Tuning(target, threads, measurable_tasks(programs), trials, time_limit, core=core)
     with Fleet(boards, make_canary(target)) as fleet:
         state.started = time.monotonic()
-        deadline = state.started + (math.inf if time_limit is None else time_limit)
-        while not _over(state, log, deadline):
+        run = _Run(programs, log, fleet, state, candidates, watch, options["progress"] or silent)
+        while not _over(state, log, run.deadline):
             before = state.trials
-            with temporary_folder() as folder:
-                try:
-                    made = export_round(programs, log, folder / "round", min(candidates, _fair(state)), threads, progress, None, state.core)
-                except NothingNew:
-                    state.stopped = "nothing is left to try"
-                    break
-                state.failed += made.failed
-                watch(state)
-                fleet.recruit()
-                try:
-                    fleet.measure(made, threads, deadline)
-                finally:
-                    _collect(fleet, made, folder, log, state)
-                    state.failed[:] = [f for f in state.failed if not f.startswith("board ")] + _board_trouble(fleet)
+            try:
+                run.round()
+            except NothingNew:
+                state.stopped = "nothing is left to try"
+                break
             fleet.check()
             _recall(state, log)
             watch(state)
@@ -99,8 +84,68 @@ def tune_on_boards(
     return state
 
 
-def _fair(state: Tuning) -> int:
-    return max(1, math.ceil((state.budget - state.trials) / len(state.tasks)))
+def _kind(boards: Sequence[Board], core: str | None) -> tuple[Target, str]:
+    """The one target and core of boards that tune together. core: the one that was asked for. Raises TuningError; TargetError for a missing compiler."""
+    targets = list(dict.fromkeys(b.target for b in boards))
+    if len(targets) != 1 or len({b.core for b in boards}) > 1:
+        what = ", ".join(f"{b.name} ({b.target.name}{f', {b.core}' if b.core else ''})" for b in boards)
+        raise TuningError(f"boards that tune together have one target and one core; these are {what or 'none'}")
+    own = boards[0].core
+    if core not in (None, own):
+        raise TuningError(f"the core is {core!r}, and the boards are of {own or 'no core that boards.yaml names'}; leave it out")
+    check_core(own, targets[0])
+    find_compiler(targets[0])
+    return targets[0], own
+
+
+@dataclass
+class _Run:
+    """What the rounds of a run share. candidates: at most so many per task and round."""
+
+    programs: Sequence[Program]
+    log: str | os.PathLike[str]
+    fleet: Fleet
+    state: Tuning
+    candidates: int
+    watch: Watcher
+    progress: Report
+
+    @property
+    def deadline(self) -> float:
+        return self.state.started + (math.inf if self.state.time_limit is None else self.state.time_limit)
+
+    def round(self) -> None:
+        """Build candidates, for half of the time that is left at most, measure them, and log what was found. Raises NothingNew."""
+        state, fleet, now = self.state, self.fleet, time.monotonic()
+        fair = max(1, math.ceil((state.budget - state.trials) / len(state.tasks)))
+        with temporary_folder() as folder:
+            try:
+                made = export_round(
+                    self.programs,
+                    self.log,
+                    folder / "round",
+                    min(self.candidates, fair),
+                    state.threads,
+                    self._building,
+                    None,
+                    state.core,
+                    now + (self.deadline - now) / 2,
+                )
+            finally:
+                state.doing = ""
+            state.failed += made.failed
+            self.watch(state)
+            fleet.recruit()
+            try:
+                fleet.measure(made, state.threads, self.deadline)
+            finally:
+                _collect(fleet, made, folder, self.log, state)
+                state.failed[:] = [f for f in state.failed if not f.startswith("board ")] + _board_trouble(fleet)
+
+    def _building(self, stage: str, done: int, total: int) -> None:
+        self.state.doing = f"{stage}: {done} of {total} tasks"
+        self.watch(self.state)
+        self.progress(stage, done, total)
 
 
 def _over(state: Tuning, log: str | os.PathLike[str], deadline: float) -> bool:

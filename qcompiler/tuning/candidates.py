@@ -14,7 +14,7 @@ from qcompiler.backend.lowering import Place, Program, Step, Value
 from qcompiler.base.memory import round_up
 from qcompiler.base.targets import Target
 from qcompiler.runtime.selftest import splitmix, sums_of
-from qcompiler.schedules.table import Kernel, Layout, OpCall, Row
+from qcompiler.schedules.table import Layout, OpCall, Row
 
 GUARD, MAX_INPUTS = 4096, 8  # bytes around the output, and streams per case, as in qc_measure.c
 CASES = 2  # random, extremes
@@ -107,12 +107,12 @@ def _tensor_line(layout: Layout, offset: int, zero: int) -> str:
     return " ".join(map(str, [KINDS[layout.dtype], offset, layout.bytes, *numbers, zero]))
 
 
-def plan_lines(library: str, op: OpCall, kernels: Sequence[Kernel]) -> list[str]:
-    """A task's part of candidates.txt: name, counts, inputs, output, sums of every case."""
+def plan_lines(library: str, op: OpCall, steps: int, sums: Sequence[tuple[int, int]]) -> list[str]:
+    """A task's part of candidates.txt: name, counts, inputs, output, and the `output_sums` of every case."""
     offsets, output, _, _ = _places(op, 0)
-    lines = [f"{library} {len(kernels)} {len(op.tensors)} {CASES}"]
+    lines = [f"{library} {steps} {len(op.tensors)} {len(sums)}"]
     for i, (layout, at) in enumerate(zip(op.tensors, offsets, strict=True)):
         zero = int(op.attrs.get("x_zero_point", 0)) if i == 0 and layout.dtype != "float32" else 0
         lines.append(_tensor_line(layout, at, (zero + 128 * (layout.dtype == "uint8")) & 255))
     lines.append(_tensor_line(op.output, output, 0))
-    return lines + ["{:x} {:x}".format(*output_sums(op, case)) for case in range(CASES)]
+    return lines + ["{:x} {:x}".format(*pair) for pair in sums]

@@ -9,17 +9,16 @@ A results file names its candidate set by digest and is refused by a log that wa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
-
-import tvm_ffi
 
 from qcompiler.backend.lowering import Program
 from qcompiler.backend.programs import build_measurer
@@ -32,18 +31,19 @@ from qcompiler.base.targets import Target, find_target
 from qcompiler.calibration.data import Source
 from qcompiler.importers.origin import AnyModel
 from qcompiler.pipeline.options import Options, complete, takes_options
-from qcompiler.schedules.table import Kernel
 from qcompiler.tuning.bench import MARGIN, ratio_of
+from qcompiler.tuning.building import libraries
 from qcompiler.tuning.candidates import measurable, plan_lines
-from qcompiler.tuning.model import Point, key
-from qcompiler.tuning.search import IMPOSSIBLE_LIMIT, Search, Task, tasks_of
-from qcompiler.tuning.worker import Limits, Worker, WorkerLost
+from qcompiler.tuning.model import Point
+from qcompiler.tuning.search import Search, Task, tasks_of
+from qcompiler.tuning.worker import Limits
 
 FORMAT = 1
 SIZE_LIMIT = 58 << 20  # bytes of an exported folder
 SHARE = 4  # a task's weights, packed for every candidate, may fill this part of what is left; the first tasks of a round are those that were measured least
 PENDING = "candidates.json"  # in the log's folder: the set whose results it waits for
 CANDIDATES = 32  # per task and round
+BUILD = "build candidates"  # as progress is told
 
 Report = Callable[[str, int, int], None]
 
@@ -136,8 +136,10 @@ def export_round(
     progress: Report,
     limits: Limits | None,
     core: str = "",
+    until: float = math.inf,
 ) -> Exported:
-    """The next round for a network's programs; arguments as `export_candidates`. Raises NothingNew where every candidate is known."""
+    """The next round for a network's programs; arguments as `export_candidates`. until: of `time.monotonic`, from when on no further task is begun. Raises
+    NothingNew where every candidate is known."""
     target = programs[0].target
     with opened(log, isa_of(target)) as writer, new_folder(Path(output)) as folder:
         work = {id(s.op): s.kernel.macs for program in programs for s in program.steps if s.op is not None}
@@ -145,7 +147,7 @@ def export_round(
         search = Search(target, tasks, read_file(writer.path), core)
         tasks.sort(key=lambda t: (t.trials, -t.count * work.get(id(t.op), 0)))
         exported = Exported(Path(output), "")
-        described = _fill(folder, search, target, candidates, threads, exported, progress, limits)
+        described = _fill(folder, search, target, candidates, threads, exported, progress, limits, until)
         if not described["tasks"]:
             why = f"every candidate of this network's {len(tasks)} kernel shapes is in the log {log}, or failed"
             raise NothingNew(f"nothing new to try: {why}{f' ({len(exported.failed)} failed, first {exported.failed[0]})' if exported.failed else ''}")
@@ -157,31 +159,40 @@ def export_round(
 
 
 def _fill(
-    folder: Path, search: Search, target: Target, candidates: int, threads: int, exported: Exported, progress: Report, limits: Limits | None
+    folder: Path,
+    search: Search,
+    target: Target,
+    candidates: int,
+    threads: int,
+    exported: Exported,
+    progress: Report,
+    limits: Limits | None,
+    until: float,
 ) -> dict[str, Any]:
     """Write an export; returns the manifest."""
     build_measurer(folder / "qc_measure", target)
     left = SIZE_LIMIT - (folder / "qc_measure").stat().st_size - (64 << 10)
     described: list[dict[str, Any]] = []
     digest = hashlib.sha256()
-    with Worker(1, limits) as worker:
-        for number, task in enumerate(search.tasks):
-            progress("build candidates", number, len(search.tasks))
-            chosen = _choose(search, task, target, candidates, left // SHARE)
-            library = _library(worker, task, target, chosen, exported) if len(chosen) > 1 else b""
-            if not library or len(library) > left:
-                why = "too large for this round" if library else "no new candidate"
+    made = libraries(search, target, candidates, lambda: left // SHARE, limits, lambda: time.monotonic() > until)
+    progress(BUILD, 0, len(search.tasks))
+    with contextlib.closing(made):
+        for number, library in enumerate(made):
+            task = library.choice.task
+            progress(BUILD, number + 1, len(search.tasks))
+            exported.failed += library.failed
+            if not library.data or len(library.data) > left:
+                why = "too large for this round" if library.data else library.choice.lacking
                 exported.skipped.append(f"{task.row.name} {task.text}: {why}")
                 continue
-            left -= len(library)
+            left -= len(library.data)
             name = f"task{len(described):03}.so"
-            (folder / name).write_bytes(library)
-            digest.update(library)
-            exported.plans.append([name, *plan_lines(name, task.op, [kernel for _, kernel in chosen])])
-            described.append({"row": task.row.name, "workload": task.workload, "points": [point for point, _ in chosen], "layers": task.count})
+            (folder / name).write_bytes(library.data)
+            digest.update(library.data)
+            exported.plans.append([name, *plan_lines(name, task.op, len(library.points), library.sums)])
+            described.append({"row": task.row.name, "workload": task.workload, "points": list(library.points), "layers": task.count})
             exported.tasks += 1
-            exported.candidates += len(chosen) - 1
-        progress("build candidates", len(search.tasks), len(search.tasks))
+            exported.candidates += len(library.points) - 1
     manifest = {"format": FORMAT, "target": target.name, "isa": isa_of(target), "threads": threads, "core": search.core, "tasks": described}
     digest.update(json.dumps(manifest, sort_keys=True).encode())
     manifest["set"] = digest.hexdigest()[:32]
@@ -193,58 +204,6 @@ def _fill(
 def candidates_text(digest: str, threads: int, plans: Sequence[Sequence[str]]) -> str:
     """candidates.txt, as qc_measure reads it, of some tasks of a round (`Exported.plans`)."""
     return "\n".join([f"qcompiler-candidates {FORMAT} {digest} {threads} {len(plans)}", *(line for _, *lines in plans for line in lines), ""])
-
-
-def _choose(search: Search, task: Task, target: Target, count: int, room: int) -> list[tuple[Point, Kernel]]:
-    """The default, then up to `count` untried points with code of their own; one, and no more than whose constants fit into `room` bytes."""
-    rng, seen, impossible = random.Random(f"{task.key} {task.trials} remote"), set(), 0
-    constants: set[bytes] = set()  # of all chosen; equal ones are held once
-    chosen: list[tuple[Point, Kernel]] = []
-    batch = [task.space.default, *search.starts(task, task.space)]
-    while batch and len(chosen) <= count and impossible < IMPOSSIBLE_LIMIT:
-        for point in batch[: count + 1 - len(chosen)]:
-            task.tried.add(key(point))
-            try:
-                kernel = task.row.build(task.op, point, target)
-            except ValueError:
-                search.learn(task.row.name, task.workload, task.space, [point], [math.inf])
-                impossible += 1
-                continue
-            code = (tvm_ffi.structural_hash(kernel.func), kernel.tasks, kernel.launch)
-            if code in seen:
-                impossible += 1
-                continue
-            packed = {array.tobytes() for array in kernel.constants}
-            if len(chosen) > 1 and sum(map(len, constants | packed)) > room:
-                task.tried.discard(key(point))
-                return chosen
-            seen.add(code)
-            constants |= packed
-            chosen.append((point, kernel))
-        batch = search.candidates(task, task.space, max(1, count + 1 - len(chosen)), rng)
-    return chosen
-
-
-def _library(worker: Worker, task: Task, target: Target, chosen: list[tuple[Point, Kernel]], exported: Exported) -> bytes:
-    """The task's library; candidates that keep the code generator too long are taken out of `chosen`. Empty when the default is one of them."""
-
-    def built(points: Sequence[Point]) -> bytes | None:
-        try:
-            answer = worker.library(task.row, task.op, target, points)
-        except WorkerLost as error:
-            answer = {"error": str(error)}
-        if "error" in answer and len(points) == 1:
-            exported.failed.append(f"{task.row.name} {task.text} {points[0]}: {answer['error']}")
-        return answer.get("library")
-
-    whole = built([point for point, _ in chosen])
-    if whole is not None:
-        return whole
-    default = chosen[0][0]
-    chosen[:] = [(point, kernel) for point, kernel in chosen if built([point]) is not None]
-    if len(chosen) < 2 or chosen[0][0] != default:
-        return b""
-    return built([point for point, _ in chosen]) or b""
 
 
 # -- import ---------------------------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ class Tuning:
     turns: int = 0
     wrong: list[str] = field(default_factory=list)  # kernels with wrong results: never logged, always reported
     current: Task | None = None
+    doing: str = ""  # where it is not measuring: what else, and how far that is
     stopped: str = ""  # why the run ended
     core: str = ""  # the type of core that is measured, where it was named
 

@@ -22,7 +22,7 @@ from qcompiler.base.errors import QCompilerError
 from qcompiler.base.targets import Target
 from qcompiler.schedules.table import OpCall, Row
 from qcompiler.tuning.bench import Bench, Duplicate, WrongResult, speedup
-from qcompiler.tuning.candidates import candidate_library
+from qcompiler.tuning.candidates import CASES, candidate_library, output_sums
 
 CACHE = 512 << 20  # bytes of tasks kept ready
 
@@ -50,6 +50,7 @@ class Worker:
         self.threads, self.limits = threads, limits or Limits()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._abandoned = False
 
     def __enter__(self) -> Worker:
         return self
@@ -86,6 +87,16 @@ class Worker:
         limit = self.limits.prepare + len(points) * self.limits.build
         return self._ask(("library", row, op, target, [dict(p) for p in points]), [("done", limit, "build")])
 
+    def sums(self, op: OpCall) -> list[tuple[int, int]]:
+        """Of the operator's right output, of every case: see `tuning_candidates.output_sums`."""
+        return list(self._ask(("sums", op), [("done", self.limits.prepare, "compute references")])["sums"])
+
+    def abandon(self) -> None:
+        """From another thread: let the question under way, and all that follow, end in `WorkerLost`."""
+        self._abandoned = True
+        if (process := self._process) is not None:
+            process.kill()
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -111,10 +122,14 @@ class Worker:
         )
         theirs.close()
         self._pipe = ours
+        if self._abandoned:  # since this question was asked
+            self._process.kill()
         self._receive("hello", self.limits.prepare, "start")
 
     def _ask(self, question: tuple[Any, ...], phases: Sequence[tuple[str, float, str]]) -> dict[str, Any]:
         """Send a question and wait for the reports of its phases (a final "done" may come early). The last one's content."""
+        if self._abandoned:
+            raise WorkerLost("the worker was stopped")
         if not self.alive:
             self.stop()
             self._start()
@@ -179,6 +194,9 @@ def serve(pipe: Connection, threads: int) -> None:
                 pipe.send(("done", {"library": candidate_library(*question[1:])}))
             except (ValueError, RuntimeError, TypeError, QCompilerError) as error:
                 pipe.send(("done", {"error": str(error)[:500]}))
+            continue
+        if question[0] == "sums":
+            pipe.send(("done", {"sums": [output_sums(question[1], case) for case in range(CASES)]}))
             continue
         assert bench is not None
         _, params, judged = question
