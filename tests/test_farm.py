@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -32,6 +33,7 @@ from qcompiler.boards.check import Checked
 from qcompiler.boards.device import opened
 from qcompiler.boards.farm import Farm
 from qcompiler.boards.parcel import packed, unpacked
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.pipeline.options import complete
 from qcompiler.tuning import boards as tuning_boards
@@ -179,6 +181,30 @@ def test_workers_that_are_killed_lose_no_record(running: Processes, model: tuple
     assert points(tmp_path / "hand") == points(tmp_path / "log")
     text = "".join(p.read_text() for p in (tmp_path / "log").iterdir())
     assert "127.0.0.1" not in text and str(running.folder) not in text
+
+
+def test_samples_are_shared_out_while_workers_are_killed(running: Processes, digits: Callable[[str], Path], tmp_path: Path, capsys: Any) -> None:
+    """verify over all boards of a target, whose workers die now and then: the report of one board, bit for bit."""
+    np.save(tmp_path / "x.npy", np.stack([s["image"] for s in demo_data()[1][:30]]))
+    words = ["verify", str(digits(TARGET)), "--model", str(MODEL), "--data", str(tmp_path / "x.npy"), "--json", "--quiet", "--layer-samples", "3"]
+    processes, over, killed, rng = running.workers(), threading.Event(), [], random.Random(5)
+
+    def kill() -> None:
+        for name in rng.sample(BOARDS, 2):
+            if not over.wait(rng.uniform(0.5, 1.5)):
+                os.kill(processes[name], signal.SIGKILL)
+                killed.append(name)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        assert main([*words, "--farm", running.address, "--any", TARGET]) == 0
+    finally:
+        over.set()
+        killer.join()
+    shared = json.loads(capsys.readouterr().out)
+    assert main([*words, "--farm", running.address, "--board", "one"]) == 0
+    assert json.loads(capsys.readouterr().out) | {"warnings": shared["warnings"]} == shared and shared["samples"] == 30 and killed
 
 
 def test_a_worker_that_stays_away_is_a_lost_board(running: Processes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     timings = [Timing("int8", 1e-3, 2e-3, 9), Timing("float", 3e-3, 4e-3, 9)]
     steps = [StepTime(evil, evil, evil, 1e-6, None)]
     sizes: dict[str, tuple[Memory, float | None]] = {"int8": (Memory(1000, 2000, None), 0.5), "float": (Memory(4000, 3000, 9000), 1.25)}
-    evidence = Evidence(parity, 3, {evil: 40.0}, [d], timings, steps, 0.0, 1, 10, 20, 0, manifest, {evil: evil}, False, {evil: evil}, sizes, {evil: evil})
+    evidence = Evidence(parity, {evil: 40.0}, [d], timings, steps, 0.0, 1, 10, 20, 0, manifest, {evil: evil}, False, {evil: evil}, sizes, {evil: evil})
     document = page(evidence, evil, evil)
     shown = Page(document)
     assert "<b onload" not in document and "onload" in shown.texts["float-ops"]
@@ -182,6 +182,35 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     memory = [cells for cells in shown.rows["footprint"] if cells]
     assert memory == [["int8", "1.0 kB", "2.0 kB", "not measurable", "500.000"], ["float", "4.0 kB", "3.0 kB", "9.0 kB", "1250.000"]]
     assert "not compared" in page(replace(evidence, parity=replace(parity, layers=[]), distributions=[]), "l", "m")
+
+
+def test_intervals_are_over_what_counts(made: tuple[ParityReport, str]) -> None:
+    """Rows that a mask hides are none: an interval is that of the rows that an agreement is over, not of the samples."""
+    parity = made[0]
+    (out,) = parity.outputs
+    assert out.rows == parity.samples == parity.rows
+    few = replace(parity, outputs=[replace(out, agreement=0.75, rows=4)], int8_accuracy=0.5, float_accuracy=0.25, hidden=parity.samples - 4)
+    evidence = Evidence(
+        few,
+        {},
+        [],
+        [Timing("int8", 1e-3, 2e-3, 9), Timing("float", 3e-3, 4e-3, 9)],
+        [],
+        0.0,
+        1,
+        10,
+        20,
+        0,
+        {"target": "t", "features": [], "values": {}, "float_ops": []},
+        {},
+        True,
+        {},
+        {},
+    )
+    document = page(evidence, "l", "m")
+    for fraction in (3, 2, 1):
+        low, high = wilson(fraction, 4)
+        assert f"{100 * low:.2f} to {100 * high:.2f} %" in document
 
 
 def account(met: bool = True) -> dict[str, Any]:

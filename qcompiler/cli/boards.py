@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,15 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
     add_files(p)
 
 
-def add_board(p: argparse.ArgumentParser, what: str) -> None:
-    """The options --board, --boards and --farm of a verb."""
-    p.add_argument("--board", metavar="NAME", help=f"{what} on this board instead of on this machine")
+def add_board(p: argparse.ArgumentParser, what: str, several: bool = False) -> None:
+    """The options --board, --boards and --farm of a verb. several: samples may be shared out to boards, named or with --any."""
+    if several:
+        p.add_argument(
+            "--board", action="append", default=[], metavar="NAME", help=f"{what} on this board instead of on this machine; repeat to spread samples"
+        )
+        p.add_argument("--any", metavar="T", help="share out samples to every board of --boards, or of --farm, that has this target")
+    else:
+        p.add_argument("--board", metavar="NAME", help=f"{what} on this board instead of on this machine")
     add_files(p)
 
 
@@ -71,24 +78,33 @@ def chosen_boards(options: argparse.Namespace, names: Sequence[str] | None, any_
 
 
 @contextlib.contextmanager
-def tuning_boards(options: argparse.Namespace) -> Iterator[list[Board]]:
-    """The boards that `tune` was told to measure on; none for this machine. Raises BoardError."""
-    if options.any is not None and options.board:
+def named_boards(options: argparse.Namespace) -> Iterator[list[Board]]:
+    """The boards that --board names, or --any; none for this machine. Raises BoardError."""
+    any_of, names = getattr(options, "any", None), options.board or []
+    names = [names] if isinstance(names, str) else names
+    if any_of is not None and names:
         raise BoardError("--board names boards and --any takes all of a target; give one of them")
-    if options.farm is not None and options.any is None and not options.board:
-        raise BoardError("--farm: which of its boards? --board names one, --any takes all of a target")
-    if options.any is None and not options.board:
+    if options.farm is not None and any_of is None and not names:
+        raise BoardError(f"--farm: which of its boards? --board names one{', --any takes all of a target' if hasattr(options, 'any') else ''}")
+    if any_of is None and not names:
         yield []
         return
-    with chosen_boards(options, options.board, options.any) as found:
-        if options.target not in ("native", found[0].target.name):
+    with chosen_boards(options, names, any_of) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def tuning_boards(options: argparse.Namespace) -> Iterator[list[Board]]:
+    """The boards that `tune` was told to measure on; none for this machine. Raises BoardError."""
+    with named_boards(options) as found:
+        if found and options.target not in ("native", found[0].target.name):
             raise BoardError(f"--target {options.target}: the boards are for {found[0].target.name}; leave --target out")
         yield found
 
 
 @contextlib.contextmanager
 def session_of(options: argparse.Namespace) -> Iterator[Any]:
-    """The library `options.library`: on the board that was named, else here."""
+    """The library `options.library`: on the boards that were named, else here."""
     if not on_board(options):
         import qcompiler
 
@@ -96,22 +112,26 @@ def session_of(options: argparse.Namespace) -> Iterator[Any]:
         return
     from qcompiler.boards.device import opened
     from qcompiler.boards.session import BoardSession
+    from qcompiler.boards.several import SharedSession
 
-    with chosen_boards(options, [options.board]) as (board,), opened(board) as device:
-        yield BoardSession(device, options.library, options.threads)
+    stop = threading.Event()
+    with named_boards(options) as boards, contextlib.ExitStack() as stack:
+        sessions = [BoardSession(stack.enter_context(opened(board, stop)), options.library, options.threads) for board in boards]
+        yield sessions[0] if len(sessions) == 1 else SharedSession(sessions, stop)
 
 
 def on_board(options: argparse.Namespace) -> bool:
     """Was a board named? Raises BoardError for a farm without one of its boards."""
-    if options.board is None and options.farm is not None:
-        raise BoardError("--farm: which of its boards? Name one with --board")
-    return options.board is not None
+    named = bool(options.board) or getattr(options, "any", None) is not None
+    if not named and options.farm is not None:
+        raise BoardError(f"--farm: which of its boards? Name one with --board{', or take all of a target with --any' if hasattr(options, 'any') else ''}")
+    return named
 
 
 def refuse_on_board(options: argparse.Namespace, *names: str) -> None:
     """Raises DataError for an option that has no meaning on a board."""
     for name in names:
-        if options.board is not None and getattr(options, name):
+        if options.board and getattr(options, name):
             raise DataError(f"--{name} measures on this machine, and --board asks for another; leave one of them out")
 
 

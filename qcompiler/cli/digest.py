@@ -25,7 +25,7 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
     p.add_argument("--preprocess", metavar="FILE.yaml", help=OPTIONS["preprocess"].help)
     p.add_argument("--samples", dest="max_samples", type=positive, metavar="N", help="at most N samples, as `verify` takes them")
     p.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of a run (default 1)")
-    add_board(p, "run FILE.so")
+    add_board(p, "run FILE.so", several=True)
 
 
 def _digest(options: argparse.Namespace) -> int:

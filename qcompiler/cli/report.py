@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from qcompiler.base.errors import DataError
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen
-from qcompiler.cli.boards import session_of
+from qcompiler.cli.boards import on_board, session_of
 from qcompiler.cli.node_data import EXACT, add_node_data, node_data_path, write_node_data
 from qcompiler.cli.process import MISSED, complain, watched
 from qcompiler.cli.sheets import add_format
@@ -116,8 +117,10 @@ def verify(options: argparse.Namespace, show: Show) -> int:
     from qcompiler.verification.parity import Thresholds, parity_text
     from qcompiler.verification.report import verify_report
 
-    here = options.board is None and options.farm is None
+    here = not on_board(options)
     with contextlib.nullcontext(options.library) if here else session_of(options) as library, watched(options) as progress:
+        if getattr(library, "devices", 1) > 1:
+            raise DataError("--report has the times of one board; name one with --board, or leave --report out")
         report = verify_report(
             library,
             options.model,
@@ -132,6 +135,7 @@ def verify(options: argparse.Namespace, show: Show) -> int:
             threads=options.threads,
             progress=progress,
             measure=measured_here if here else measured_there(options.model),
+            expect_digest=options.expect_digest,
         )
     show(options, report, lambda: parity_text(report, options.layers) + f"\n\n{options.report}: the report")
     return 0 if report.passed else MISSED

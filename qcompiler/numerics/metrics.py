@@ -150,29 +150,55 @@ class Accumulator:
         assert actual.shape == reference.shape, (actual.shape, reference.shape)
         a, r = actual.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
         error = a - r
-        self._elements += a.size
         everything = error
         if (out := masked(r)) is not None:
             a, r, error = (np.where(out, 0.0, x) for x in (a, r, error))
-        self._reference2 += float(r @ r)
-        self._actual2 += float(a @ a)
-        self._product += float(a @ r)
-        self._error2 += float(error @ error)
-        self._signed += float(everything.sum())
+        slices = {}
         for axis in _axes(actual.shape):
             power, noise = (slice_sums(np.square(x).reshape(actual.shape), axis) for x in (r, error))
+            slices[axis] = (power, noise)
+        # The bit pattern of a non-negative float32 grows with its value, so its high bits are a histogram bin with 64 bins per octave.
+        magnitude = np.abs(everything).astype(np.float32)
+        channels = everything.reshape(-1, actual.shape[-1]).sum(0) if self._step is not None and actual.ndim else None
+        self._join(
+            a.size,
+            (float(r @ r), float(a @ a), float(a @ r), float(error @ error), float(everything.sum())),
+            float(magnitude.max(initial=0.0)),
+            np.bincount(magnitude.view(np.uint32) >> _SHIFT, minlength=_BINS),
+            channels,
+            slices,
+        )
+
+    def merge(self, other: Accumulator) -> None:
+        """Add what another one collected. Where that is one pair, the sums have the bits that `add` gives."""
+        sums = (other._reference2, other._actual2, other._product, other._error2, other._signed)
+        self._join(other._elements, sums, other._maximum, other._histogram, other._channels, other._slices)
+
+    def _join(
+        self,
+        elements: int,
+        sums: tuple[float, float, float, float, float],
+        maximum: float,
+        histogram: np.ndarray,
+        channels: np.ndarray | None,
+        slices: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self._elements += elements
+        self._reference2 += sums[0]
+        self._actual2 += sums[1]
+        self._product += sums[2]
+        self._error2 += sums[3]
+        self._signed += sums[4]
+        self._maximum = float(np.maximum(self._maximum, maximum))  # np.maximum keeps NaN
+        self._histogram += histogram
+        for axis, (power, noise) in slices.items():
             before = self._slices.get(axis, (np.zeros_like(power), np.zeros_like(noise)))
             same = len(before[0]) == len(power)
             self._slices[axis] = (before[0] + power, before[1] + noise) if same else (np.zeros(0), np.zeros(0))
-        # The bit pattern of a non-negative float32 grows with its value, so its high bits are a histogram bin with 64 bins per octave.
-        magnitude = np.abs(everything).astype(np.float32)
-        self._maximum = float(np.maximum(self._maximum, magnitude.max(initial=0.0)))  # np.maximum keeps NaN
-        self._histogram += np.bincount(magnitude.view(np.uint32) >> _SHIFT, minlength=_BINS)
-        if self._step is not None and actual.ndim:
-            sums = everything.reshape(-1, actual.shape[-1]).sum(0)
-            if self._channels is not None and len(self._channels) != len(sums):
-                self._channels, sums = self._channels.sum(keepdims=True), sums.sum(keepdims=True)
-            self._channels = sums if self._channels is None else self._channels + sums
+        if channels is not None:
+            if self._channels is not None and len(self._channels) != len(channels):
+                self._channels, channels = self._channels.sum(keepdims=True), channels.sum(keepdims=True)
+            self._channels = channels if self._channels is None else self._channels + channels
 
     def metrics(self) -> Metrics:
         assert self._elements, "nothing was compared"

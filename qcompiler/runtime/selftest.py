@@ -6,6 +6,7 @@ library are the exact outputs, and the exact values that such steps read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qcompiler.base.errors import ArtifactError
+from qcompiler.base.parallel import in_order
 from qcompiler.runtime.library import checksum
 
 STREAMS = 64  # ports of a vector have streams of random numbers of their own
@@ -104,21 +106,28 @@ def digest(session: Traced, samples: Iterable[Mapping[str, np.ndarray]]) -> tupl
     """(digest, samples, names): SHA-256 over the exact outputs of every sample in order, or where no output is exact over the last exact value. Libraries of
     one plan have the same digest on every target. Raises ArtifactError for a library without exact values."""
     outputs, values = digested(session.manifest)
-    names, found = outputs or values, dict[str, bytes]()
+    names = outputs or values
     whole, count = hashlib.sha256("\n".join(names).encode()), 0
 
-    def visit(name: str, array: np.ndarray) -> None:
-        if name in names:
-            found[name] = hashlib.sha256(f"{array.dtype} {list(array.shape)}\n".encode() + np.ascontiguousarray(array).tobytes()).digest()
+    def of_one(session: Traced, sample: Mapping[str, np.ndarray]) -> bytes:
+        found: dict[str, bytes] = {}
 
-    for sample in samples:
+        def visit(name: str, array: np.ndarray) -> None:
+            if name in names:
+                found[name] = hashlib.sha256(f"{array.dtype} {list(array.shape)}\n".encode() + np.ascontiguousarray(array).tobytes()).digest()
+
         if outputs:
             for name, array in session.run(sample).items():
                 visit(name, array)
         else:
             session.trace(sample, visit)
-        whole.update(b"".join(found[n] for n in names))
-        count += 1
+        return b"".join(found[n] for n in names)
+
+    stop = getattr(session, "interrupt", lambda: None)
+    with contextlib.closing(in_order(of_one, [session] * getattr(session, "devices", 1), samples, stop)) as parts:
+        for part in parts:
+            whole.update(part)
+            count += 1
     return whole.hexdigest(), count, names
 
 

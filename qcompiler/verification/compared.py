@@ -1,4 +1,8 @@
-"""Two networks side by side: values joined by value id, and classes voted for, over any number of samples."""
+"""Two networks side by side: values joined by value id, and classes voted for, over any number of samples.
+
+What samples tell is a `Tally`. Each sample has one of its own, whoever computes it; they are merged in the order of the samples, so that sums have the same
+bits wherever samples run.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import numpy as np
 from qcompiler.base.errors import ArtifactError
 from qcompiler.base.tensor import TensorInfo
 from qcompiler.calibration.padding import Counted
+from qcompiler.calibration.ports import real_outputs
 from qcompiler.numerics.metrics import Accumulator, Metrics
 from qcompiler.runtime.channels import stored_form
 from qcompiler.runtime.shapes import specializations
@@ -35,12 +40,13 @@ class Runner(Protocol):
 @dataclass(frozen=True)
 class Compared:
     """One output or one layer. `dtype`: how the library holds it ("int8", "float32"). `agreement`: top-1, for outputs of shape [batch,
-    classes]."""
+    classes], over `rows` of them."""
 
     name: str
     dtype: str
     metrics: Metrics
     agreement: float | None = None
+    rows: int | None = None
 
 
 class Layers:
@@ -82,6 +88,14 @@ class Layers:
             self._rows[name] = (str(array.dtype), Accumulator(step))
         self._rows[name][1].add(real, reference)
 
+    def merge(self, later: Layers) -> None:
+        """Add what another sample showed."""
+        for name, (dtype, accumulator) in later._rows.items():
+            if name in self._rows:
+                self._rows[name][1].merge(accumulator)
+            else:
+                self._rows[name] = (dtype, accumulator)
+
     def rows(self) -> list[Compared]:
         if not self._rows:
             raise ArtifactError("no value of the library occurs in the float network: it was compiled from another model")
@@ -101,7 +115,49 @@ class Votes:
         best = (np.where(mask, scores, -np.inf).argmax(1) for scores in (got, expected))
         self._found.append((*best, mask.any(1)))
 
+    def merge(self, later: Votes) -> None:
+        """Add the votes on samples that follow."""
+        self._found += later._found
+
     def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(classes by the library, classes by the float network, bool: what counts), each [rows of all samples]."""
         got, expected, counts = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
         return got, expected, counts
+
+
+class Tally:
+    """What samples tell of two networks. names: of the outputs; classified: those that are scores of classes; keep: whether the outputs themselves are
+    kept, with zeros where they don't count."""
+
+    def __init__(self, actual: Runner, reference: Runner, names: Sequence[str], classified: Sequence[str], keep: bool) -> None:
+        self._actual, self._reference, self._keep = actual, reference, keep
+        self.samples = self.hidden = 0
+        self.outputs = {name: Accumulator() for name in names}
+        self.votes = {name: Votes(name) for name in classified}
+        self.layers = Layers(actual, reference)
+        self.kept: list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = []
+
+    def add(self, sample: Mapping[str, np.ndarray], counts: Counted, layers: bool) -> None:
+        """Run both networks on a sample, of which `counts` counts, and compare them, with all layers or without."""
+        if layers:
+            got, expected = self.layers.add(sample, counts)
+        else:
+            got, expected = self._actual.run(sample), self._reference.run(sample)
+        got = real_outputs(self._actual.manifest, got)
+        for name, accumulator in self.outputs.items():
+            accumulator.add(*(counts.output(name, a[name]).astype(np.float32) for a in (got, expected)))
+        for name, vote in self.votes.items():
+            vote.add(got[name], expected[name], counts)
+        if self._keep:
+            self.kept.append((counts.outputs(got), counts.outputs(expected)))
+        self.samples, self.hidden = self.samples + 1, self.hidden + counts.hidden
+
+    def merge(self, later: Tally) -> None:
+        """Add the tally of a sample that follows."""
+        for name, accumulator in self.outputs.items():
+            accumulator.merge(later.outputs[name])
+        for name, vote in self.votes.items():
+            vote.merge(later.votes[name])
+        self.layers.merge(later.layers)
+        self.kept += later.kept
+        self.samples, self.hidden = self.samples + later.samples, self.hidden + later.hidden

@@ -66,14 +66,13 @@ class StepTime:
 class Evidence:
     """All that the page shows. rounding: value id -> SQNR in dB of the float network's own value rounded to the library's 8 bits.
 
-    rows: classified rows over all samples (samples * batch). float_only: seconds of float steps that the library does not have.
+    float_only: seconds of float steps that the library does not have.
     sizes in bytes; `parameters` are those of the model's float tensors. digests: SHA-256, hexadecimal. model_matches: is the model the one that
     the library was compiled from, by digest? footprint: "int8", "float" -> (memory, joules per run or None where no counter can be read).
     busy: cores that other processes used during the measurement of `totals`, None where unknown. Of a board the footprint is empty.
     """
 
     parity: ParityReport
-    rows: int
     rounding: dict[str, float]
     distributions: list[Distribution]
     totals: list[Timing]
@@ -166,10 +165,8 @@ def gather(
     digests = {"library": hashlib.sha256(session.path.read_bytes()).hexdigest(), **manifest.get("digests", {}), "evaluation data, as fed": samples.digest}
     if labels is not None:
         digests["labels"] = hashlib.sha256(labels.tobytes()).hexdigest()
-    batch = next((o.shape[0] for o, row in zip(session.outputs, parity.outputs, strict=True) if row.agreement is not None), 1)
     return Evidence(
         parity,
-        parity.samples * batch,
         layers.rounding(),
         layers.distributions(),
         measured.totals,

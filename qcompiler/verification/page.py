@@ -73,7 +73,10 @@ def _e(value: object) -> str:
     return html.escape(str(value))
 
 
-def _interval(fraction: float, rows: int) -> str:
+def _interval(fraction: float, rows: int | None) -> str:
+    """rows: over which the fraction is, those that count."""
+    if not rows:
+        return "not known"
     low, high = wilson(round(fraction * rows), rows)
     return f"{100 * low:.2f} to {100 * high:.2f} %"
 
@@ -106,6 +109,9 @@ def _verdict(e: Evidence) -> str:
     if limits.max_channel_bias is not None:
         worst = f"{max(found('max_channel_bias'), default=0.0):.2f} steps"
         verdict("max_channel_bias", "bias of every channel", f"at most {limits.max_channel_bias:g} steps", worst)
+    for check, what in (("selftest", "test vectors of the library"), ("digest", "digest of all results")):
+        if p.checked(check):
+            verdict(check, what, "every bit as expected", "equal" if all(c.met for c in p.checked(check)) else "other bits")
     failures = f"<ul>{''.join(f'<li>{_e(f)}</li>' for f in p.failures)}</ul>" if p.failures else ""
     imported = "" if p.imported is None else f'<p id="import">{_e(str(p.imported))}</p>'
     hidden = f'<p id="padding">{_e(hidden_text(p))}</p>' if p.hidden else ""
@@ -124,12 +130,12 @@ def _facts(e: Evidence) -> str:
         tiles.append(f'<div class="fact"><span>{_e(what)}</span><b id="{name}">{_e(value)}</b><span>{_e(more)}</span></div>')
 
     if p.int8_accuracy is not None and p.float_accuracy is not None:
-        tile("int8-accuracy", percent(p.int8_accuracy), "top-1 accuracy, int8", f"95 %: {_interval(p.int8_accuracy, e.rows)}")
-        tile("float-accuracy", percent(p.float_accuracy), "top-1 accuracy, float", f"95 %: {_interval(p.float_accuracy, e.rows)}")
+        tile("int8-accuracy", percent(p.int8_accuracy), "top-1 accuracy, int8", f"95 %: {_interval(p.int8_accuracy, p.rows)}")
+        tile("float-accuracy", percent(p.float_accuracy), "top-1 accuracy, float", f"95 %: {_interval(p.float_accuracy, p.rows)}")
     if p.metric is not None:
         tile("metric", f"{p.metric.int8_value:.4f}", f"{p.metric.name}, int8", f"float: {p.metric.float_value:.4f}")
     if p.agreement is not None:
-        tile("agreement", percent(p.agreement), "top-1 agreement with float", f"95 %: {_interval(p.agreement, e.rows)}")
+        tile("agreement", percent(p.agreement), "top-1 agreement with float", f"95 %: {_interval(p.agreement, p.rows)}")
     tile("sqnr", f"{number(min(r.metrics.worst_db for r in p.outputs))} dB", "SQNR of the output" + ("s, the least" if len(p.outputs) > 1 else ""))
     times = {t.name: t.minimum for t in e.totals}
     threads = f"{e.threads} thread{'s' if e.threads > 1 else ''}"
@@ -155,7 +161,7 @@ def _metrics(row: Compared) -> list[str]:
 def _outputs(e: Evidence) -> str:
     rows = []
     for r in e.parity.outputs:
-        interval = "" if r.agreement is None else _interval(r.agreement, e.rows)
+        interval = "" if r.agreement is None else _interval(r.agreement, r.rows)
         rows.append([f"<code>{_e(r.name)}</code>", _e(r.dtype), *_metrics(r), percent(r.agreement), interval])
         rows += [[f"<code>{_e(r.name)}</code>, {_e(name)}", "", number(db), *[""] * 6] for name, db in r.metrics.parts.items()]
     columns = ("output", "dtype", *_METRICS, "top-1 agreement|", "95 % interval|")

@@ -6,10 +6,11 @@ integer value is compared as the real number it stands for, `scale * (q - zero_p
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,20 +21,19 @@ from qcompiler.base.arguments import checks_arguments
 from qcompiler.base.debug import plain_json
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure
 from qcompiler.base.files import temporary_folder
+from qcompiler.base.parallel import in_order
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, Source, load_labels, unused
 from qcompiler.calibration.frames import open_streamed
-from qcompiler.calibration.ports import real_outputs
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.importers.onnx_file import exactness
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
-from qcompiler.numerics.metrics import Accumulator
 from qcompiler.pipeline.goal import check_labels, check_limits, check_thresholds, classifying
 from qcompiler.pipeline.metric import Metric, MetricFunction, Scored, load_metric
 from qcompiler.runtime.reference import ImportCheck, check_import
 from qcompiler.runtime.selftest import digest
-from qcompiler.verification.compared import Compared, Layers, Runner, Votes
+from qcompiler.verification.compared import Compared, Runner, Tally
 from qcompiler.verification.reach import Reach
 from qcompiler.verification.twin import Twin, counted, fed_alike, float_session
 
@@ -116,6 +116,11 @@ class ParityReport:
     def agreement(self) -> float | None:
         """Top-1 agreement of the first output that has one."""
         return next((o.agreement for o in self.outputs if o.agreement is not None), None)
+
+    @property
+    def rows(self) -> int | None:
+        """Over how many rows that is, and the accuracies: of all samples those that count."""
+        return next((o.rows for o in self.outputs if o.rows is not None), None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; infinities and NaN are the strings "inf", "-inf" and "nan"."""
@@ -280,7 +285,8 @@ def compare(
     layer_samples: int = 8,
     progress: Progress = silent,
 ) -> ParityReport:
-    """`verify` on two sessions and checked samples. `labels`: int64, one per sample (per row of the batch)."""
+    """`verify` on two sessions and checked samples. `labels`: int64, one per sample (per row of the batch). A library on several boards
+    (`qcompiler.boards.several`) runs on all of them, to the same report."""
     if thresholds.max_metric_drop is not None and metric is None:
         raise DataError("max_metric_drop needs a metric: give FILE.py:function (--metric)")
     thresholds = thresholds.effective()
@@ -289,51 +295,65 @@ def compare(
         raise ArtifactError(f"the library's outputs {[o.name for o in actual.outputs]} are not the float network's {names}")
     classified = [o.name for o in classifying(reference.outputs)]
     check_thresholds(thresholds, classified, labels is not None)
-    totals = {name: Accumulator() for name in names}
-    votes = {name: Votes(name) for name in classified}
-    layers = Layers(actual, reference)
-    collected: list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = []
-    done, hidden, total = 0, 0, getattr(samples, "count", None)
-    reach = Reach(actual.manifest)
-    for sample in samples:
-        reach.add(sample)
+    reach, total = Reach(actual.manifest), getattr(samples, "count", None)
+    tally = Tally(actual, reference, names, classified, metric is not None)
+
+    def numbered() -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+        for numbered in enumerate(samples):
+            reach.add(numbered[1])
+            yield numbered
+
+    def of_one(pair: tuple[Runner, Runner], item: tuple[int, Mapping[str, np.ndarray]]) -> Tally:
+        number, sample = item
         try:
-            counts = counted(reference, sample)
+            counts = counted(pair[1], sample)
         except DataError as error:
-            raise DataError(f"sample {done}: {error}") from None
-        hidden += counts.hidden
-        if done < layer_samples:
-            got, expected = layers.add(sample, counts)
-        else:
-            got, expected = actual.run(sample), reference.run(sample)
-        got = real_outputs(actual.manifest, got)
-        for name, accumulator in totals.items():
-            accumulator.add(*(counts.output(name, a[name]).astype(np.float32) for a in (got, expected)))
-        if metric is not None:
-            collected.append((counts.outputs(got), counts.outputs(expected)))
-        for name, vote in votes.items():
-            vote.add(got[name], expected[name], counts)
-        done += 1
-        progress("verify", done, total)
-    if not done:
+            raise DataError(f"sample {number}: {error}") from None
+        one = Tally(*pair, names, classified, metric is not None)
+        one.add(sample, counts, number < layer_samples)
+        return one
+
+    pairs, stop = pairs_of(actual, reference)
+    with contextlib.closing(in_order(of_one, pairs, numbered(), stop)) as tallies:
+        for one in tallies:
+            tally.merge(one)
+            progress("verify", tally.samples, total)
+    if not tally.samples:
         raise DataError("the data is empty: at least one sample is needed")
-    top = {name: vote.result() for name, vote in votes.items()}
-    agreement = {name: float((got == expected)[counts].mean()) for name, (got, expected, counts) in top.items()}
-    dtypes = {o.name: str(o.dtype) for o in actual.outputs}
-    outputs = [Compared(name, dtypes[name], totals[name].metrics(), agreement.get(name)) for name in names]
-    float_accuracy, int8_accuracy = None, None
-    if labels is not None:
-        got_top, float_top, judged = top[classified[0]]
-        check_labels(labels, len(got_top), next(o for o in reference.outputs if o.name == classified[0]))
-        float_accuracy, int8_accuracy = (float((found == labels)[judged].mean()) for found in (float_top, got_top))
-    rows = layers.rows() if layer_samples else []
-    scored = None if metric is None else Scored(metric.name, metric.of(e for _, e in collected), metric.of(g for g, _ in collected))
-    warnings = [*unused(samples), *reach.doubts()]
-    report = ParityReport(
-        done, min(done, layer_samples), outputs, rows, thresholds, float_accuracy, int8_accuracy, metric=scored, warnings=warnings, hidden=hidden
-    )
+    report = _judged(tally, actual, reference, labels, layer_samples)
+    scored = None if metric is None else Scored(metric.name, metric.of(e for _, e in tally.kept), metric.of(g for g, _ in tally.kept))
+    report = replace(report, thresholds=thresholds, metric=scored, warnings=[*unused(samples), *reach.doubts(), *getattr(actual, "lost", ())])
     report.checks.extend(_checks(report))
     return report
+
+
+def pairs_of(actual: Any, reference: Any) -> tuple[list[tuple[Any, Any]], Callable[[], None]]:
+    """(pairs of sessions that may run samples at once, what ends their work): one pair but for a library on several boards, each with a float network
+    of its own beside it. Where the reference can't be had twice, one pair too."""
+    count = getattr(actual, "devices", 1)
+    if count == 1 or not isinstance(reference, Twin):
+        return [(actual, reference)], lambda: None
+    return [(actual, reference.another()) for _ in range(count)], actual.interrupt
+
+
+def _judged(tally: Tally, actual: Runner, reference: Runner, labels: np.ndarray | None, layer_samples: int) -> ParityReport:
+    """The report without what needs no tally: thresholds, a metric, warnings."""
+    top = {name: vote.result() for name, vote in tally.votes.items()}
+    dtypes, outputs = {o.name: str(o.dtype) for o in actual.outputs}, []
+    for name, accumulator in tally.outputs.items():
+        agreement, rows = None, None
+        if name in top:
+            got, expected, counts = top[name]
+            agreement, rows = float((got == expected)[counts].mean()), int(counts.sum())
+        outputs.append(Compared(name, dtypes[name], accumulator.metrics(), agreement, rows))
+    float_accuracy, int8_accuracy = None, None
+    if labels is not None:
+        got_top, float_top, judged = next(iter(top.values()))
+        check_labels(labels, len(got_top), classifying(reference.outputs)[0])
+        float_accuracy, int8_accuracy = (float((found == labels)[judged].mean()) for found in (float_top, got_top))
+    layers = tally.layers.rows() if layer_samples else []
+    compared = min(tally.samples, layer_samples)
+    return ParityReport(tally.samples, compared, outputs, layers, Thresholds(), float_accuracy, int8_accuracy, hidden=tally.hidden)
 
 
 def _checks(report: ParityReport) -> list[Check]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
@@ -12,10 +15,11 @@ from qcompiler.calibration.ports import open_given
 from qcompiler.importers.origin import AnyModel, files_of, origin_of
 from qcompiler.pipeline.metric import MetricFunction
 from qcompiler.verification.evidence import HashedSamples, Measurer, gather, measured_here
-from qcompiler.verification.parity import ParityReport, Thresholds, compare, judges, with_import
+from qcompiler.verification.parity import ParityReport, Thresholds, bit_checks, compare, judges, with_import
 from qcompiler.verification.twin import float_session
 
 
+@np.errstate(over="ignore", invalid="ignore")  # as `verify`
 def verify_report(
     library: Any,
     model: AnyModel,
@@ -32,6 +36,7 @@ def verify_report(
     seconds: float = 2.0,
     progress: Progress = silent,
     measure: Measurer = measured_here,
+    expect_digest: str | None = None,
 ) -> ParityReport:
     """`qcompiler.verify`, with the page written to `output`. `seconds`: for the latency of both networks. measure: what times them, for a session that is not
     of this machine.
@@ -51,6 +56,7 @@ def verify_report(
         twin = float_session(origin, session, folder, threads, samples.source)
         parity = compare(session, twin, samples, thresholds=thresholds, layer_samples=layer_samples, progress=progress, **given)
         parity = with_import(parity, origin, twin, samples)
+        parity = replace(parity, checks=[*parity.checks, *bit_checks(session, samples, expect_digest)])
         evidence = gather(session, twin, samples, parity, origin, given.get("labels"), seconds, progress, measure)
     sources = {"evaluation data": data, "labels": labels, "preprocessing": preprocess, "metric": metric}
     evidence.source.update({k: str(v) if isinstance(v, (str, Path)) else "given in Python" for k, v in sources.items() if v is not None})

@@ -25,7 +25,13 @@ class Twin:
 
     def __init__(self, network: Any, library: Any, padding: Padding | None = None) -> None:
         self.network, self.inputs, self._ports = network, library.inputs, library_inputs(library.manifest)
-        self._padding = padding
+        self._library, self._padding = library, padding
+
+    def another(self) -> Twin:
+        """The same, for another thread: a session of its own."""
+        from qcompiler.runtime.session import Session
+
+        return Twin(Session(self.network.path, threads=self.network.threads), self._library, self._padding)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
