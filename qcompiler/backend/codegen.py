@@ -40,6 +40,32 @@ def _entry_symbol(index: int) -> str:
     return f"__tvm_ffi_{entry_name(index)}"
 
 
+def _at(base: Any, offset: int) -> Any:
+    return tirx.handle_add_byte_offset(base, offset) if offset else base
+
+
+class _Memory:
+    """Where an entry point with these arguments finds values."""
+
+    def __init__(self, program: Program, workspace: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self._program, self._workspace, self._ports = program, workspace, {"input": inputs, "output": outputs}
+        self._inner = inner_roots(program)
+
+    def pointer(self, value: str, image: Any, images: int, whole: bool) -> Any:
+        """Of an image of a value, in a run of all steps (`whole`) or of some."""
+        found = self._program.values[value]
+        assert found.place is not None, value
+        stride = 0 if image is None else found.layout.bytes // images
+        if found.place.space != "workspace":
+            base, offset = self._ports[found.place.space][found.place.offset], 0
+        elif whole:
+            base, offset = self._workspace, self._program.near[found.root] + found.shift
+            stride = 0 if found.root in self._inner else stride
+        else:
+            base, offset = self._workspace, found.place.offset
+        return _at(base, offset) if not stride else tirx.handle_add_byte_offset(base, T.Cast("int64", image) * stride + offset)
+
+
 def _entry(name: str, program: Program, offsets: Sequence[Sequence[int]], symbols: Mapping[str, str]) -> Any:
     """An entry point. offsets: where the constants of each step lie. symbols: kernel key -> name of its function, in another object."""
     with IRBuilder() as builder:
@@ -50,29 +76,14 @@ def _entry(name: str, program: Program, offsets: Sequence[Sequence[int]], symbol
             outputs = [T.arg(f"output{i}", T.handle()) for i in range(len(program.outputs))]
             begin, end = T.arg("begin", T.int32()), T.arg("end", T.int32())
 
-            def at(base: Any, offset: int) -> Any:
-                return tirx.handle_add_byte_offset(base, offset) if offset else base
-
-            def pointer(value: str, image: Any, images: int, whole: bool) -> Any:
-                """Of an image of a value, in a run of all steps (`whole`) or of some."""
-                found = program.values[value]
-                assert found.place is not None, value
-                stride = 0 if image is None else found.layout.bytes // images
-                if found.place.space != "workspace":
-                    base, offset = (inputs if found.place.space == "input" else outputs)[found.place.offset], 0
-                elif whole:
-                    base, offset = workspace, program.near[found.root] + found.shift
-                    stride = 0 if found.root in inner else stride
-                else:
-                    base, offset = workspace, found.place.offset
-                return at(base, offset) if not stride else tirx.handle_add_byte_offset(base, T.Cast("int64", image) * stride + offset)
+            memory = _Memory(program, workspace, inputs, outputs)
 
             def call(index: int, image: Any = None, whole: bool = False) -> None:
                 step, symbol = program.steps[index], symbols[program.steps[index].kernel.key]
-                args = [pointer(v, image, step.images, whole) for v in step.reads] + [at(constants, o) for o in offsets[index]]
-                args += [pointer(v, image, step.images, whole) for v in [step.writes, *step.more]]
+                args = [memory.pointer(v, image, step.images, whole) for v in step.reads] + [_at(constants, o) for o in offsets[index]]
+                args += [memory.pointer(v, image, step.images, whole) for v in [step.writes, *step.more]]
                 if step.kernel.scratch:
-                    args.append(at(workspace, program.near[f"scratch {index}"] if whole else step.scratch))
+                    args.append(_at(workspace, program.near[f"scratch {index}"] if whole else step.scratch))
                 if step.kernel.tasks == 1:
                     T.evaluate(tirx.call_extern("int32", symbol, tirx.const(0, "int32"), *args))
                 else:
@@ -93,7 +104,6 @@ def _entry(name: str, program: Program, offsets: Sequence[Sequence[int]], symbol
                     with T.If(tirx.all(begin <= index, end > index)), T.Then():
                         each_image(index, index + 1, step.images, False)
 
-            inner = inner_roots(program)
             if not program.near:
                 some()
             else:

@@ -29,6 +29,8 @@ from qcompiler.cli.sheets import add_format
 from qcompiler.cli.tuning import add_verbs
 from qcompiler.pipeline.options import DATA_HELP, GROUPS, OPTIONS
 
+Verb = Callable[[str, Callable[[argparse.Namespace], int] | None, str, str], argparse.ArgumentParser]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Prints an error on one line."""
@@ -56,6 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
         common_options(sub)
         return sub
 
+    _add_compile(verb)
+    add_verbs(verb, show)
+    cli_report.add(verb, show)
+    _add_verify(verb)
+    cli_bench.add(verb)
+    cli_run.add(verb)
+    _add_looks(verb)
+    cli_bundle.add(verb)
+    cli_boards.add(verb)
+    cli_farm.add(verb)
+    cli_digest.add(verb)
+    _add_completion(verb, parser)
+    return parser
+
+
+def _add_compile(verb: Verb) -> None:
     p = verb(
         "compile",
         _compile,
@@ -66,9 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(p)
     p.add_argument("-o", "--output", required=True, metavar="FILE.so", help="the library to write; it appears only when it is complete")
     add_options(p, GROUPS)
-    add_verbs(verb, show)
-    cli_report.add(verb, show)
 
+
+def _add_verify(verb: Verb) -> None:
     p = verb(
         "verify",
         _verify,
@@ -107,9 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_node_data(p, "the measured SQNR of every layer")
     p.add_argument("--report", metavar="FILE.html", help="write one self-contained page for a sign-off: figures, charts, latency, digests")
 
-    cli_bench.add(verb)
-    cli_run.add(verb)
 
+def _add_looks(verb: Verb) -> None:
+    """The verbs that show what there is, and the demonstration."""
     p = verb(
         "inspect",
         _inspect,
@@ -135,10 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
         "measure int8 against float, and leave the library.",
     )
     p.add_argument("-o", "--output", default="digits.so", metavar="FILE.so", help="the library to leave (default digits.so)")
-    cli_bundle.add(verb)
-    cli_boards.add(verb)
-    cli_farm.add(verb)
-    cli_digest.add(verb)
+
+
+def _add_completion(verb: Verb, parser: argparse.ArgumentParser) -> None:
     p = verb(
         "completion",
         lambda options: _completion(options, parser),
@@ -146,7 +163,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Print a script for SHELL, made by shtab. For bash: qcompiler completion bash > ~/.local/share/bash-completion/completions/qcompiler",
     )
     p.add_argument("shell", choices=["bash", "zsh", "tcsh"], metavar="SHELL", help="bash, zsh or tcsh")
-    return parser
 
 
 def _compile(options: argparse.Namespace) -> int:

@@ -18,56 +18,66 @@ import numpy as np
 from onnx import TensorProto, helper
 
 
+def _constant(value: int, kind: int) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Constant(value=helper.make_tensor("value", kind, [], [value]))
+
+
+def _parameters(scale: Any, zero: Any, kind: int) -> tuple[Any, Any]:
+    """A scale and a zero point, numbers or tensors, in the types that ONNX wants. A zero point that isn't there stays so."""
+    from onnxscript import opset18 as op
+
+    if isinstance(zero, (int, float)):
+        return op.Constant(value_float=float(scale)), _constant(int(zero), kind)
+    return op.Cast(scale, to=TensorProto.FLOAT), None if zero is None else op.Cast(zero, to=kind)
+
+
+def _quantize(x: Any, scale: Any, zero: Any, low: int, high: int, kind: int, **axis: int) -> Any:
+    from onnxscript import opset18 as op
+
+    y = op.QuantizeLinear(x, *_parameters(scale, zero, kind), **axis)
+    whole = np.iinfo(helper.tensor_dtype_to_np_dtype(kind))
+    return y if (low, high) == (whole.min, whole.max) else op.Clip(y, _constant(max(low, whole.min), kind), _constant(min(high, whole.max), kind))
+
+
+def _dequantize(x: Any, scale: Any, zero: Any, kind: int, real: int | None, **axis: int) -> Any:
+    from onnxscript import opset18 as op
+
+    y = op.DequantizeLinear(x, *_parameters(scale, zero, kind), **axis)
+    return y if real in (None, -1, TensorProto.FLOAT) else op.Cast(y, to=real)
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """Operator of PyTorch -> what `torch.onnx.export` writes for it, as its `custom_translation_table` takes it."""
     import torch
     import torch.ao.quantization.fx._decomposed
     from onnxscript import opset18 as op
 
-    def constant(value: int, kind: int) -> Any:
-        return op.Constant(value=helper.make_tensor("value", kind, [], [value]))
-
-    def quantize(x: Any, scale: Any, zero: Any, low: int, high: int, kind: int, **axis: int) -> Any:
-        if isinstance(zero, (int, float)):
-            scale, zero = op.Constant(value_float=float(scale)), constant(int(zero), kind)
-        else:
-            scale, zero = op.Cast(scale, to=TensorProto.FLOAT), op.Cast(zero, to=kind)
-        y = op.QuantizeLinear(x, scale, zero, **axis)
-        whole = np.iinfo(helper.tensor_dtype_to_np_dtype(kind))
-        return y if (low, high) == (whole.min, whole.max) else op.Clip(y, constant(max(low, whole.min), kind), constant(min(high, whole.max), kind))
-
-    def dequantize(x: Any, scale: Any, zero: Any, kind: int, real: int | None, **axis: int) -> Any:
-        if isinstance(zero, (int, float)):
-            scale, zero = op.Constant(value_float=float(scale)), constant(int(zero), kind)
-        else:
-            scale, zero = op.Cast(scale, to=TensorProto.FLOAT), None if zero is None else op.Cast(zero, to=kind)
-        y = op.DequantizeLinear(x, scale, zero, **axis)
-        return y if real in (None, -1, TensorProto.FLOAT) else op.Cast(y, to=real)
-
     def quantize_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int, dtype: int) -> Any:
-        return quantize(x, scale, zero, quant_min, quant_max, dtype)
+        return _quantize(x, scale, zero, quant_min, quant_max, dtype)
 
     def dequantize_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1) -> Any:
-        return dequantize(x, scale, zero, dtype, out_dtype)
+        return _dequantize(x, scale, zero, dtype, out_dtype)
 
     def quantize_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int, dtype: int) -> Any:
-        return quantize(x, scales, zeros, quant_min, quant_max, dtype, axis=axis)
+        return _quantize(x, scales, zeros, quant_min, quant_max, dtype, axis=axis)
 
     def dequantize_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1) -> Any:
-        return dequantize(x, scales, zeros, dtype, out_dtype, axis=axis)
+        return _dequantize(x, scales, zeros, dtype, out_dtype, axis=axis)
 
     def fake_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int) -> Any:
         kind = TensorProto.INT8 if quant_min < 0 else TensorProto.UINT8
-        return dequantize(quantize(x, scale, zero, quant_min, quant_max, kind), scale, zero, kind, None)
+        return _dequantize(_quantize(x, scale, zero, quant_min, quant_max, kind), scale, zero, kind, None)
 
     def fake_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int) -> Any:
         kind = TensorProto.INT8 if quant_min < 0 else TensorProto.UINT8
-        return dequantize(quantize(x, scales, zeros, quant_min, quant_max, kind, axis=axis), scales, zeros, kind, None, axis=axis)
+        return _dequantize(_quantize(x, scales, zeros, quant_min, quant_max, kind, axis=axis), scales, zeros, kind, None, axis=axis)
 
     def choose(x: Any, *numbers: Any) -> tuple[Any, Any]:
         """The scale and zero point of int8; of 8 bits that start at 0 they were found alike."""
         _, scale, zero = op.DynamicQuantizeLinear(x)
-        return scale, op.Sub(op.Cast(zero, to=TensorProto.INT64), constant(128, TensorProto.INT64))
+        return scale, op.Sub(op.Cast(zero, to=TensorProto.INT64), _constant(128, TensorProto.INT64))
 
     q, aten = torch.ops.quantized_decomposed, torch.ops.aten
     found: dict[Any, Callable[..., Any]] = {}

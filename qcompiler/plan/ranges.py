@@ -99,55 +99,79 @@ def output_noise(
     standing = {member: standing[member] for p in judged.values() for member in p.members}
     if not judged:
         return {}
+    judges = _Judges(twin, judged, standing, count, padding)
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
-    leader = {member: name for name, p in judged.items() for member in p.members}
-    noise: dict[str, np.ndarray] = {}  # by member, [proposals, outputs]
-    power: dict[str, np.ndarray] = {}
-    wanted = [[member for member, weights in standing.items() if i in weights] for i in range(count)]
-    at = {i.name: 0 for i in twin.inputs} | {v: n for n, step in enumerate(twin.manifest["steps"], 1) for v in values_of(step)}
-    left = {name: np.ones(len(p.params), bool) for name, p in judged.items()}
-    parts: list[Parts] = []
-
-    def judge(session: Session, item: tuple[int, Mapping[str, np.ndarray]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
-        """(number of a sample, its power, errors with each range that is left of the values that it judges)."""
-        index, sample = item
-        walk, found = Walk(session, sample, parts=parts, padding=padding, stops=[at[m] for m in wanted[index]]), dict[str, np.ndarray]()
-        for member in wanted[index]:
-            walk.return_to(at[member])
-            trying = left[leader[member]]
-            found[member] = np.zeros((len(trying), len(walk.power)))
-            found[member][trying] = walk.errors_with_each(member, itertools.compress(proposals[leader[member]].params.values(), trying))
-        return index, walk.power, found
-
-    def total(name: str) -> np.ndarray:
-        """float64[proposals]: the noise of each range of a value, over power, by the samples so far."""
-        ratios = [noise[m] / np.maximum(power[m], np.finfo(np.float64).tiny) for m in judged[name].members]
-        return np.asarray(sum(r.mean(axis=1) for r in ratios))
-
     opening = {i for weights in standing.values() for i in (*list(weights)[:_OPENING], *list(weights)[-_OPENING:])}
     openings: dict[str, np.ndarray] = {}
     workers = twin.alone(worker_count(twin.manifest["workspace"]))
     for chosen in (opening, set(range(count)) - opening):
-        judges: Iterator[tuple[int, Mapping[str, np.ndarray]]] = ((i, sample) for i, sample in enumerate(samples) if i in chosen and wanted[i])
-        if not parts and (first := next(judges, None)):
-            parts += Walk(twin, first[1], padding=padding).parts  # those of the first judge, for all
-            judges = itertools.chain([first], judges)
-        for index, own, errors_of in in_order(judge, workers, judges):
-            for member, errors in errors_of.items():
+        items = judges.prepared((i, sample) for i, sample in enumerate(samples) if i in chosen and judges.wanted[i])
+        for index, own, errors_of in in_order(judges.judge, workers, items):
+            for errors in errors_of.values():
                 done += len(errors)
                 progress("judge ranges", done, variants)
-                weight = standing[member][index]
-                noise[member] = noise.get(member, np.zeros_like(errors)) + weight * errors
-                power[member] = power.get(member, np.zeros_like(own)) + weight * own
+            judges.take(index, own, errors_of)
         if not openings:
-            openings = {name: total(name) for name, p in judged.items() if all(m in noise for m in p.members)}
-            left |= {name: noises <= _HOPELESS * noises.min() for name, noises in openings.items()}
+            openings = {name: judges.total(name) for name, p in judged.items() if all(m in judges.noise for m in p.members)}
+            judges.left |= {name: noises <= _HOPELESS * noises.min() for name, noises in openings.items()}
     found = {}
     for name, early in openings.items():
-        best = int(early.argmin())
-        noises = np.where(left[name], total(name), total(name)[best] * early / max(early[best], np.finfo(np.float64).tiny))
+        best, total = int(early.argmin()), judges.total(name)
+        noises = np.where(judges.left[name], total, total[best] * early / max(early[best], np.finfo(np.float64).tiny))
         found[name] = dict(zip(judged[name].params, noises.tolist(), strict=True))
     return found
+
+
+class _Judges:
+    """Ranges that compete, and what the samples so far say of them. judged: value -> its ranges; standing: of each member of a value, the samples that judge
+    it, and how many each stands for.
+
+    noise: member -> float64[ranges, outputs]; power: member -> float64[outputs]; wanted: sample -> the members that it judges; left: value -> bool[ranges].
+    """
+
+    def __init__(
+        self, twin: Session, judged: Mapping[str, Proposals], standing: Mapping[str, Mapping[int, float]], count: int, padding: Padding | None
+    ) -> None:
+        self._twin, self._judged, self._standing, self._padding = twin, judged, standing, padding
+        self._leader = {member: name for name, p in judged.items() for member in p.members}
+        self._at = {i.name: 0 for i in twin.inputs} | {v: n for n, step in enumerate(twin.manifest["steps"], 1) for v in values_of(step)}
+        self._parts: list[Parts] = []
+        self.noise: dict[str, np.ndarray] = {}
+        self.power: dict[str, np.ndarray] = {}
+        self.wanted = [[member for member, weights in standing.items() if i in weights] for i in range(count)]
+        self.left = {name: np.ones(len(p.params), bool) for name, p in judged.items()}
+
+    def prepared(self, items: Iterator[tuple[int, Mapping[str, np.ndarray]]]) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+        """The items, before the first of which the parts of the outputs are told apart, by it, for all."""
+        if not self._parts and (first := next(items, None)):
+            self._parts += Walk(self._twin, first[1], padding=self._padding).parts
+            items = itertools.chain([first], items)
+        return items
+
+    def judge(self, session: Session, item: tuple[int, Mapping[str, np.ndarray]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+        """(number of a sample, its power, errors with each range that is left of the values that it judges)."""
+        index, sample = item
+        stops = [self._at[m] for m in self.wanted[index]]
+        walk, found = Walk(session, sample, parts=self._parts, padding=self._padding, stops=stops), dict[str, np.ndarray]()
+        for member in self.wanted[index]:
+            walk.return_to(self._at[member])
+            leader = self._leader[member]
+            trying = self.left[leader]
+            found[member] = np.zeros((len(trying), len(walk.power)))
+            found[member][trying] = walk.errors_with_each(member, itertools.compress(self._judged[leader].params.values(), trying))
+        return index, walk.power, found
+
+    def take(self, index: int, own: np.ndarray, errors_of: Mapping[str, np.ndarray]) -> None:
+        """Add what a sample says: its power, and the errors of the members that it judges."""
+        for member, errors in errors_of.items():
+            weight = self._standing[member][index]
+            self.noise[member] = self.noise.get(member, np.zeros_like(errors)) + weight * errors
+            self.power[member] = self.power.get(member, np.zeros_like(own)) + weight * own
+
+    def total(self, name: str) -> np.ndarray:
+        """float64[ranges]: the noise of each range of a value, over power, by the samples so far."""
+        ratios = [self.noise[m] / np.maximum(self.power[m], np.finfo(np.float64).tiny) for m in self._judged[name].members]
+        return np.asarray(sum(r.mean(axis=1) for r in ratios))
 
 
 def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most: float) -> dict[str, Proposals]:
