@@ -198,6 +198,43 @@ def test_layer_table_has_the_greatest_loss_first(script: Any) -> None:
     assert text[2].split()[0] == "copy" and len(text) == 3
 
 
+def small_tflite(path: Path, scale: float | None = None) -> Path:
+    """A convolution of [1, 8, 8, 4], in float32, or in int8 of one scale."""
+    pytest.importorskip("ai_edge_litert")
+    tflite_nets = importlib.import_module("tflite_nets")
+    parameters, rng = None if scale is None else (scale, 0), np.random.default_rng(0)
+    net = tflite_nets.TfliteNet(parameters)
+    x = net.input((1, 8, 8, 4), "float32" if scale is None else "int8", parameters)
+    weight = rng.standard_normal((8, 3, 3, 4)).astype(np.float32)
+    constants = [weight, np.zeros(8, np.float32)] if scale is None else [np.clip(weight * 50, -127, 127).astype(np.int8), np.zeros(8, np.int32)]
+    w, b = (net.const(c, q if scale is not None else None) for c, q in zip(constants, ((0.02, 0), (0.02 * (scale or 1), 0)), strict=True))
+    return Path(net.save(path, [net.op("CONV_2D", [x, w, b], (1, 8, 8, 8), kind="Conv2DOptions", strideW=1, strideH=1)]))
+
+
+def test_litert_quantizes_by_its_own_quantizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A float file without a signature; the quantized network computes nearly the same, and nothing is printed. A quantized file is measured as it is."""
+    rng = np.random.default_rng(1)
+    samples = [{"x": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)} for _ in range(4)]
+    quantized = small_tflite(tmp_path / "int8.tflite", 0.05)
+    assert list(peers.peer_calls("litert", quantized, samples[0], 1, samples, tmp_path, quantized)) == ["litert int8.tflite"]
+    require_module("ai_edge_quantizer", "ai-edge-quantizer", peer=True)
+    model = small_tflite(tmp_path / "float.tflite")
+    calls = peers.peer_calls("litert", model, samples[0], 1, samples, tmp_path, model)
+    assert list(calls) == ["litert float.tflite", "litert int8"] and not any(capsys.readouterr())
+    (exact,), (rounded,) = (call() for call in calls.values())  # type: ignore[misc]
+    assert exact.dtype == np.float32 and rounded.dtype == np.int8 and not peers.litert_is_float(tmp_path / "litert_int8.tflite")
+    assert np.corrcoef(exact.ravel(), rounded.ravel().astype(np.float32))[0, 1] > 0.999
+    assert list(peers.peer_calls("litert", model, samples[0], 1, [], tmp_path, model)) == ["litert float.tflite"]
+
+
+def test_without_its_quantizer_litert_is_refused_in_int8_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = small_tflite(tmp_path / "float.tflite"), {"x": np.zeros((1, 8, 8, 4), np.float32)}
+    monkeypatch.setattr(peers, "installed", lambda module: module != "ai_edge_quantizer")
+    assert list(peers.peer_calls("litert", model, sample, 1, [], tmp_path, model)) == ["litert float.tflite"]
+    with pytest.raises(DataError, match=r"--against litert: ai_edge_quantizer is not installed; pip install 'qcompiler\[peers\]'"):
+        peers.peer_calls("litert", model, sample, 1, [sample], tmp_path, model)
+
+
 def test_litert_input_is_converted_for_the_twin() -> None:
     x = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
     detail = {"shape": np.array([1, 2, 2, 3]), "dtype": np.int8, "quantization": (0.5, -3)}

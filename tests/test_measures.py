@@ -88,5 +88,9 @@ def test_verify_takes_them_by_name(digits: Callable[[str], Path], tmp_path: Path
     words = ["verify", str(digits("native")), "--model", str(MODEL), "--data", str(tmp_path / "x.npy"), "--labels", str(tmp_path / "labels.npy"), "--quiet"]
     assert main([*words, "--json", "--layer-samples", "0", "--metric", "top5", "--max-metric-drop", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["metric"] == {"name": "top5", "float_value": 1.0, "int8_value": 1.0}
+    without = [w for w in words if w != "--labels" and not w.endswith("labels.npy")]
+    for name in ("top5", "f1", "miou", "map"):
+        assert main([*without, "--metric", name]) == 2
+        assert f"the metric '{name}' compares outputs with labels, and there are none; give them with --labels" in capsys.readouterr().err
     assert main([*words, "--metric", "top6"]) == 2
     assert "expected FILE.py:function, or one of top5, f1, miou, map" in capsys.readouterr().err

@@ -135,7 +135,13 @@ def test_images_are_classified(library: Path, tmp_path: Path, monkeypatch: pytes
     np.testing.assert_allclose(np.load("out.npz")["logits"], np.concatenate(logits), rtol=1e-5)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "a.png" and out[1].endswith(f"digit {logits[0].argmax()}") and out[6] == "b.png"
-    for words, said in (("a.png", "need --preprocess"), ("", "give either image files or --input"), ("a.png --input image=x.npy", "give either")):
+    for words, said in (
+        ("a.png", "need --preprocess"),
+        ("", "give either image files or --input"),
+        ("a.png --input image=x.npy", "give either"),
+        ("x.npz", "x.npz: only image files stand alone; arrays are named: --input NAME=X.npy"),
+        ("a.png x.npy", "x.npy: only image"),
+    ):
         assert main(["run", str(library), *words.split()]) == 2
         assert said in capsys.readouterr().err
     Path("names.txt").write_text("one\n")

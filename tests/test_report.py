@@ -195,7 +195,7 @@ def test_intervals_are_over_what_counts(made: tuple[ParityReport, str]) -> None:
         {},
         [],
         [Timing("int8", 1e-3, 2e-3, 9), Timing("float", 3e-3, 4e-3, 9)],
-        [],
+        [StepTime("v", "o", "k", 1e-6, None)],
         0.0,
         1,
         10,

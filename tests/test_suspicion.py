@@ -37,6 +37,49 @@ def test_each_symptom_is_named_and_sound_data_is_not() -> None:
     assert doubts(table(varied), ["x"], [{"y": np.zeros(5, np.float32)}] * 3) == [], "an output that is always zero says nothing"
 
 
+def test_outputs_that_are_not_finite_are_not_compared() -> None:
+    for odd in (np.nan, np.inf):
+        assert doubts(table(np.arange(10)), ["x"], [{"y": np.full(5, odd, np.float32)}] * 3) == []
+
+
+def test_one_sample_says_that_nothing_can_be_judged() -> None:
+    one = CalibrationTable(samples=1, values=table(np.arange(10)).values)
+    (said,) = doubts(one, ["x"], outputs(1.0)[:1])
+    assert said.startswith("1 calibration sample: whether others fit into its ranges can't be judged; give 50 to 500 samples")
+
+
+def huge(path: Path, factor: float) -> Path:
+    """A convolution whose outputs are `factor` times its inputs, or so."""
+    net = OnnxNet()
+    y = net.op("Mul", net.op("Conv", net.input("x", 1, 4, 8, 8), net.weight(8, 4, 3, 3), pads=[1, 1, 1, 1], kernel_shape=[3, 3]), net.const(factor))
+    return net.save(path, [net.op("Relu", y)])
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("preset", ["fast", "default"])
+def test_numbers_near_the_end_of_float32_bring_no_warning_of_numpys(tmp_path: Path, preset: str) -> None:
+    """Whether the network's outputs are finite or not, in calibration and in comparison; numpy's settings are as before."""
+    rng = np.random.default_rng(0)
+    data = [{"x": np.float32(3e37) * rng.uniform(-1, 1, (1, 4, 8, 8)).astype(np.float32)} for _ in range(4)]
+    before = np.geterr()
+    for factor in (1e-3, 10.0):
+        model = huge(tmp_path / "huge.onnx", factor)
+        report = qcompiler.verify(qcompiler.compile(model, calibration=data, preset=preset), model, data)
+        assert len(report.outputs) == 1
+    assert np.geterr() == before
+
+
+def test_an_output_of_nothing_but_nan_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an operator that no statistics are collected of."""
+    net = OnnxNet()
+    found = net.op("ArgMax", net.op("Conv", net.input("x", 1, 4, 8, 8), net.weight(8, 4, 3, 3), kernel_shape=[3, 3]), axis=1)
+    model = net.save(tmp_path / "nan.onnx", [net.op("Sqrt", net.op("Sub", net.op("Cast", found, to=1), net.const(100.0)))])
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((4, 4, 8, 8)).astype(np.float32))
+    for preset in ("fast", "default"):
+        assert main(["compile", str(model), "--calibration", str(tmp_path / "x.npy"), "--preset", preset, "-o", str(tmp_path / "nan.so")]) == 2
+        assert "is nothing but NaN although the inputs are numbers" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_fast_compares_outputs_too() -> None:
     noise = [{"image": np.random.default_rng(0).standard_normal((1, 1, 16, 16)).astype(np.float32)}] * 4
     warnings = qcompiler.compile(MODEL, calibration=noise, preset="fast").manifest["warnings"]

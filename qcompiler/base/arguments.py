@@ -84,6 +84,7 @@ def checks_arguments(function: F) -> F:
         for key, wanted in types_of().items():
             if key in given:
                 check(f"{name}()", key, given[key], wanted)
-        return function(*positional, **named)
+        with np.errstate(over="ignore", invalid="ignore"):  # a network's numbers may be infinite; what becomes of them is judged, and said in words
+            return function(*positional, **named)
 
     return typing.cast(F, call)

@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -78,7 +78,7 @@ def worker_count(size: int, most: int | None = None) -> int:
 
 def in_order(
     function: Callable[[Worker, Item], Result], workers: Sequence[Worker], items: Iterable[Item], stop: Callable[[], None] = lambda: None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """function(worker, item) of each item, in order; a worker has one item at a time. Items are read by the calling thread, a few ahead of their results.
     What `function` raises is raised here, in its turn. stop: called where not all results are taken, before what is under way is waited for."""
     if len(workers) == 1:

@@ -46,17 +46,25 @@ def doubts(
                 f"input '{name}' is {seen.low:g} everywhere in all {table.samples} calibration samples; "
                 "give data that looks like what the network will see, and check the preprocessing"
             )
-    return found or [*_raw_pixels(table, groups), *_small_pixels(table, constancy or {}), *_steady(outputs)]
+    return [*_alone(table), *(found or [*_raw_pixels(table, groups), *_small_pixels(table, constancy or {}), *_steady(outputs)])]
+
+
+def _alone(table: CalibrationTable) -> list[str]:
+    if table.samples != 1:
+        return []
+    return ["1 calibration sample: whether others fit into its ranges can't be judged; give 50 to 500 samples that look like what the network will see"]
 
 
 def _steady(outputs: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
-    """Of each output, how little it depends on the sample; nothing where a quantity in one of them does: of a detector only the scores do, beside boxes that
-    lie where its anchors are."""
+    """Of each finite output, how little it depends on the sample; nothing where a quantity in one of them does: of a detector only the scores do, beside boxes
+    that lie where its anchors are."""
     changes = {}
     for name, first in outputs[0].items() if len(outputs) > 1 else ():
         if first.dtype != np.float32 or first.size < 2:
             continue
         every = np.stack([o[name] for o in outputs]).astype(np.float64)
+        if not np.isfinite(every).all():
+            continue
         parts = Parts.of(np.sqrt(np.square(every).mean(axis=0)))
         power, change = parts.sums(np.square(every).mean(axis=0)), parts.sums(every.var(axis=0))
         if power.any():

@@ -201,7 +201,8 @@ def calibrate(
     Each sample is {input name: array} with exactly the model's shapes and dtypes; `ShapedSamples` are of any shape that the executor has. `watchers` see
     every value of the same pass, those `at_first` only where the sample has the executor's first shape; `stage` is what `progress` calls it. padding:
     positions that the network masks, which are left out; `executor` is a `Session` then. Raises DataError for no samples; samples that are all padding, or
-    that a watcher refuses; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, or NaN in a recorded value.
+    that a watcher refuses; missing or unknown input names; a wrong shape or dtype; NaN or infinity in an input, NaN in a recorded value, or
+    an output that is nothing else.
     """
     wanted = None if ids is None else set(ids)
     table = CalibrationTable()
@@ -225,19 +226,7 @@ def calibrate(
 
     executors: Sequence[Executor] = executor.alone(worker_count(executor.manifest["workspace"])) if isinstance(executor, Session) else [executor]
     for found in in_order(looked, executors, _numbered(samples, executor.inputs, watchers, at_first)):
-        for name, seen, noticed in found.values:
-            if seen is not None and not table.values.setdefault(name, Statistics()).take(seen):
-                if seen.nan:
-                    raise DataError(
-                        f"calibration sample {table.samples}: value '{name}' is not a number (NaN) although the inputs are; "
-                        "check the preprocessing, or leave this sample out"
-                    )
-                table.unbounded.add(name)
-            for watcher, something in zip(found.watchers, noticed, strict=True):
-                if something is not None:
-                    watcher.take(name, something)
-        for watcher in found.watchers:
-            watcher.end_sample(found.outputs)
+        _take(table, found)
         table.samples += 1
         progress(stage, table.samples, total)
     if table.samples == 0:
@@ -252,6 +241,29 @@ class _Looked:
     watchers: Sequence[Watcher]
     values: list[tuple[str, Seen | None, list[Any]]] = field(default_factory=list)
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def _take(table: CalibrationTable, found: _Looked) -> None:
+    """Add a sample to the table, and tell the watchers. Raises DataError for NaN."""
+    for name, seen, noticed in found.values:
+        if seen is not None and not table.values.setdefault(name, Statistics()).take(seen):
+            if seen.nan:
+                raise DataError(
+                    f"calibration sample {table.samples}: value '{name}' is not a number (NaN) although the inputs are; "
+                    "check the preprocessing, or leave this sample out"
+                )
+            table.unbounded.add(name)
+        for watcher, something in zip(found.watchers, noticed, strict=True):
+            if something is not None:
+                watcher.take(name, something)
+    for name, array in found.outputs.items():
+        if array.size and array.dtype.kind == "f" and np.isnan(array).all():
+            raise DataError(
+                f"calibration sample {table.samples}: output '{name}' is nothing but NaN although the inputs are numbers; "
+                "check the preprocessing, and the network in the runtime that it comes from"
+            )
+    for watcher in found.watchers:
+        watcher.end_sample(found.outputs)
 
 
 def _numbered(

@@ -44,6 +44,10 @@ def _run(options: argparse.Namespace) -> int:
     output = None if options.output is None else check_writable(options.output, [*read_files(options), *options.images])
     if output is not None and output.suffix != ".npz":
         raise DataError(f"{output}: outputs are written as .npz; name a file that ends so")
+    for image in options.images:
+        if Path(image).suffix in (".npy", ".npz"):
+            more = "an array for each input" if image.endswith(".npy") else "of an .npz, one .npy for each input"
+            raise DataError(f"{image}: only image files stand alone; arrays are named: --input NAME=X.npy, {more}, and --output OUT.npz")
     if bool(options.images) == bool(options.input):
         raise DataError("give either image files or --input NAME=X.npy for every input")
     if options.input and output is None:

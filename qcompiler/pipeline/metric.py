@@ -37,7 +37,8 @@ class Metric:
         rows = list(outputs)
         whole = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
         try:
-            value = float(self.function(whole, self.labels))
+            with np.errstate(over="warn", invalid="warn"):  # numpy's warnings about it are the user's own
+                value = float(self.function(whole, self.labels))
         except DataError:
             raise
         except (Exception, SystemExit) as error:
@@ -67,6 +68,8 @@ def load_metric(metric: str | MetricFunction, labels: Any, samples: Samples) -> 
     """A metric given as a function, by the name of a ready-made one (`MEASURES`), or as "FILE.py:function", whose file is run for it. labels: what the
     function gets; a path is read: an .npy of any shape, JSON, else a table of class indices. Raises DataError."""
     truth = _labels(labels, samples)
+    if truth is None and metric in MEASURES:
+        raise DataError(f"the metric '{metric}' compares outputs with labels, and there are none; give them with --labels (labels=...)")
     if callable(metric):
         return Metric(getattr(metric, "__name__", type(metric).__name__), metric, truth)
     if metric in MEASURES:

@@ -5,8 +5,11 @@ A call takes float32 inputs `{name: array}` of the ONNX model and runs the netwo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from qcompiler.runtime.reference import Outputs
 Call = Callable[[], object]
 Inputs = Mapping[str, np.ndarray]
 AnyPath = str | os.PathLike[str]
-PEERS = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino", "nncf"), "litert": ("ai_edge_litert",), "torch": ("torch",)}
+PEERS = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino", "nncf"), "litert": ("ai_edge_litert", "ai_edge_quantizer"), "torch": ("torch",)}
 """Runtimes by name, and the modules of each: of the runtime, and of its quantizer where that is a package of its own."""
 
 
@@ -32,23 +35,26 @@ def peer_calls(
 ) -> dict[str, Call]:
     """{"NAME float", "NAME int8": call}: the runtime on the model, and on what its own quantizer makes of it with `samples` (none: float only).
 
-    file: a .tflite of the same network, which LiteRT needs, as it reads no ONNX; it is measured as it is. folder: for intermediate files.
+    file: a .tflite of the same network, which LiteRT needs, as it reads no ONNX; it is measured as it is, and where it is in float, quantized too. folder: for
+    intermediate files.
     Raises DataError where the runtime or its quantizer is not installed, or can't take the model.
     """
     if name not in PEERS:
         raise DataError(f"--against {name}: unknown runtime. Known: {', '.join(PEERS)}")
     if name == "torch":
         raise DataError(f"--against torch: PyTorch runs exported programs (.pt2), and {model} is none; measure onnxruntime instead")
-    for module in PEERS[name][: 2 if samples else 1]:
+    quantizes = bool(samples) and (name != "litert" or (file is not None and litert_is_float(Path(file))))
+    for module in PEERS[name][: 2 if quantizes else 1]:
         if not installed(module):
             raise DataError(f"--against {name}: {module} is not installed; pip install 'qcompiler[peers]'")
     try:
         if name == "litert":
             if file is None:
                 raise DataError("--against litert: LiteRT reads no ONNX; give the same network as a file, litert=FILE.tflite")
-            return {f"litert {Path(file).name}": litert_call(Path(file), inputs, threads)}
+            calls: dict[str, Call] = {f"litert {Path(file).name}": litert_call(Path(file), inputs, threads)}
+            return calls | ({"litert int8": litert_call(litert_int8(Path(file), samples, folder), inputs, threads)} if quantizes else {})
         if name == "onnxruntime":
-            calls: dict[str, Call] = {"onnxruntime float": onnxruntime_call(model, inputs, threads)}
+            calls = {"onnxruntime float": onnxruntime_call(model, inputs, threads)}
             return calls | ({"onnxruntime int8": onnxruntime_call(onnxruntime_int8(Path(model), samples, folder), inputs, threads)} if samples else {})
         calls = {"openvino float": openvino_call(Path(model), inputs, threads)}
         return calls | ({"openvino int8": openvino_call(nncf_model(Path(model), samples), inputs, threads)} if samples else {})
@@ -167,6 +173,63 @@ def litert_call(model: Path, inputs: Inputs, threads: int) -> Call:
         return [interpreter.get_tensor(index) for index in outputs]
 
     return call
+
+
+def litert_is_float(model: Path) -> bool:
+    """Whether no tensor of a TFLite file is quantized. False where LiteRT is not installed, or can't read it, which is told elsewhere."""
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+
+        tensors = Interpreter(model_path=str(model)).get_tensor_details()
+    except (ImportError, ValueError, RuntimeError):
+        return False
+    return not any(len(t["quantization_parameters"]["scales"]) for t in tensors)
+
+
+def litert_int8(model: Path, samples: Iterable[Inputs], folder: Path) -> Path:
+    """A TFLite network in float, quantized by LiteRT's own quantizer: int8 weights per channel, int8 activations in the ranges that the samples have."""
+    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_quantizer import quantizer, recipe
+
+    prepared, quantized = folder / "prepared.tflite", folder / "litert_int8.tflite"
+    prepared.write_bytes(_with_signature(model.read_bytes()))
+    runner = Interpreter(model_path=str(prepared))
+    (key, ports), *_ = runner.get_signature_list().items()
+    details = runner.get_signature_runner(key).get_input_details()
+    fed = [{name: litert_input(x, details[name], str(model)) for name, x in zip(ports["inputs"], s.values(), strict=True)} for s in samples]
+    said = io.StringIO()  # the package has a progress bar, prints sizes, and warns of what it does itself
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = quantizer.Quantizer(str(prepared))
+        made.load_quantization_recipe(recipe.static_wi8_ai8())
+        made.quantize(made.calibrate({key: fed})).export_model(str(quantized), overwrite=True)
+    return quantized
+
+
+def _with_signature(data: bytes) -> bytes:
+    """A TFLite file with names for its inputs and outputs, which the quantizer asks for, in their order; as it is where it has some."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+    if model.signatureDefs:
+        return data
+
+    def named(tensors: Iterable[int], what: str) -> list[Any]:
+        found = []
+        for number, index in enumerate(tensors):
+            entry = schema.TensorMapT()
+            entry.name, entry.tensorIndex = f"{what}{number:03}", int(index)
+            found.append(entry)
+        return found
+
+    signature, graph = schema.SignatureDefT(), model.subgraphs[0]
+    signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+    signature.inputs, signature.outputs = named(graph.inputs, "input"), named(graph.outputs, "output")
+    model.signatureDefs = [signature]
+    builder = flatbuffers.Builder(len(data))
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
 
 
 def litert_input(x: np.ndarray, detail: Mapping[str, Any], where: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import tvm_ffi
@@ -54,7 +54,7 @@ class Library:
 
 def libraries(
     search: Search, target: Target, count: int, room: Callable[[], int], limits: Limits | None = None, over: Callable[[], bool] = lambda: False
-) -> Iterator[Library]:
+) -> Generator[Library, None, None]:
     """For each task of the search, in order: its default and up to `count` untried points. room: bytes that the constants of the next library may take, which
     never grow. over: asked before each task but the first, whether the rest are left out.
 
