@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import tflite_states
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tflite_cases import BOTH
@@ -298,14 +299,16 @@ def model(rng: random.Random, folder: Path, library: Path) -> None:
 
 @cache
 def tflite_models() -> list[bytes]:
-    """A float network, and a quantized one; loaded once before the processes part."""
+    """A float network, a quantized one, and what keeps something from call to call; loaded once before the processes part."""
     made = []
     for quantization in (None, (0.05, -3)):
         net = TfliteNet(quantization)
         x = net.input((1, 6, 6, 4), "float32" if quantization is None else "int8", quantization, name="x")
         parts = [case(net, x) for case in (BOTH["conv same"], BOTH["pieces"], BOTH["sliced"], BOTH["bilinear"], BOTH["dense flattened"])]
         made.append(net.bytes([p for part in parts for p in (part if isinstance(part, list) else [part])]))
-    return made
+    return made + [
+        net.bytes(outputs) for net, outputs in (tflite_states.CASES[name]() for name in ("stream", "lstm", "lstm all", "svdf rank 2", "both second"))
+    ]
 
 
 def tflite(rng: random.Random, folder: Path, library: Path) -> None:

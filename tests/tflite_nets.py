@@ -23,6 +23,7 @@ class TfliteNet:
         self.operators: list[Any] = []
         self.codes: list[Any] = []
         self.inputs: list[int] = []
+        self.called: list[TfliteNet] = []
 
     def tensor(
         self, shape: Sequence[int], dtype: str = "float32", quantization: Quantization | None = None, axis: int = 0, buffer: int = 0, name: str = ""
@@ -49,6 +50,27 @@ class TfliteNet:
         self.buffers.append(buffer)
         return self.tensor(array.shape, str(array.dtype), quantization, axis, len(self.buffers) - 1)
 
+    def variable(self, shape: Sequence[int], dtype: str = "float32", quantization: Quantization | None = None, name: str = "") -> int:
+        """A tensor whose value stays from call to call, and that operators read and write."""
+        index = self.tensor(shape, dtype, quantization, name=name)
+        self.tensors[index].isVariable = True
+        return index
+
+    def handle(self, name: str) -> int:
+        """Of the variable `name`, which READ_VARIABLE and ASSIGN_VARIABLE take."""
+        result: int = self.op("VAR_HANDLE", [], (), dtype="resource", quantization=None, kind="VarHandleOptions", sharedName=name, container="")
+        return result
+
+    def first(self, **values: Any) -> None:
+        """CALL_ONCE of a subgraph that gives variables their first values: arrays, or (array, quantization)."""
+        inner = TfliteNet()
+        inner.buffers, inner.codes = self.buffers, self.codes
+        for name, value in values.items():
+            array, quantization = value if isinstance(value, tuple) else (value, None)
+            inner.op("ASSIGN_VARIABLE", [inner.handle(name), inner.const(array, quantization)], kind="AssignVariableOptions")
+        self.called.append(inner)
+        self.op("CALL_ONCE", [], kind="CallOnceOptions", initSubgraphIndex=len(self.called))
+
     def op(
         self,
         name: str,
@@ -56,11 +78,12 @@ class TfliteNet:
         *shapes: Sequence[int],
         dtype: str = "",
         quantization: Any = "",
+        intermediates: Sequence[int] = (),
         custom: str = "",
         stored: bytes = b"",
         **options: Any,
     ) -> Any:
-        """The result, or the list of results where there are several shapes. options: fields of the operator's options as the schema names them. stored: the
+        """The result, or the list of them where the shapes are not one. options: fields of the operator's options as the schema names them. stored: the
         options of a custom operator."""
         quantization = self.quantized if quantization == "" else quantization
         dtype = dtype or (self.dtype if quantization is not None else "float32")
@@ -69,6 +92,7 @@ class TfliteNet:
         code.builtinCode = getattr(schema.BuiltinOperator, name)
         code.deprecatedBuiltinCode, code.version, code.customCode = min(code.builtinCode, 127), options.pop("version", 1), custom or None
         operator.opcodeIndex, operator.inputs, operator.outputs = len(self.codes), list(inputs), results
+        operator.intermediates = list(intermediates) or None
         operator.customOptions = np.frombuffer(stored, np.uint8) if stored else None
         kind = options.pop("kind", "")
         if kind:
@@ -82,12 +106,17 @@ class TfliteNet:
         return results[0] if len(results) == 1 else results
 
     def bytes(self, outputs: Sequence[int]) -> bytes:
-        graph, model = schema.SubGraphT(), schema.ModelT()
-        graph.tensors, graph.operators, graph.inputs, graph.outputs, graph.name = self.tensors, self.operators, self.inputs, list(outputs), "main"
-        model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], self.buffers, self.codes
+        model = schema.ModelT()
+        model.version, model.buffers, model.operatorCodes = 3, self.buffers, self.codes
+        model.subgraphs = [net.graph(outputs if net is self else []) for net in (self, *self.called)]
         builder = flatbuffers.Builder(1 << 16)
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return bytes(builder.Output())
+
+    def graph(self, outputs: Sequence[int]) -> Any:
+        graph = schema.SubGraphT()
+        graph.tensors, graph.operators, graph.inputs, graph.outputs, graph.name = self.tensors, self.operators, self.inputs, list(outputs), "main"
+        return graph
 
     def save(self, path: Path, outputs: Sequence[int]) -> Path:
         path.write_bytes(self.bytes(outputs))

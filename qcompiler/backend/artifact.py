@@ -222,11 +222,20 @@ def _model_header(manifest: dict[str, Any], target: Target) -> str:
     lines += [f"#define QC_STEPS {len(manifest['steps'])}", f"#define QC_STEP_COUNTS {', '.join(str(len(m['steps'])) for m in shapes)}"]
     numbers = [{p["name"]: i for i, p in enumerate(manifest[ports])} for ports in ("inputs", "outputs")]
     state = manifest.get("state", {})
-    lines += [f"#define QC_STATE_COUNT {len(state)}", f"#define QC_STATES {', '.join(f'{{{numbers[0][i]}, {numbers[1][o]}}}' for i, o in state.items())}"]
+    pairs = (f"{{{numbers[0][i]}, {numbers[1][o]}, {_first_bytes(manifest, i)}}}" for i, o in state.items())
+    lines += [f"#define QC_STATE_COUNT {len(state)}", f"#define QC_STATES {', '.join(pairs)}"]
     test = manifest.get("selftest", {"vectors": 0, "probes": []})
     lines += [f"#define QC_VECTORS {test['vectors']}", f"#define QC_PROBES {', '.join(_probe(p, manifest['layouts'][p['value']]) for p in test['probes'])}"]
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target, manifest['features'])}", ""])
+
+
+def _first_bytes(manifest: dict[str, Any], name: str) -> str:
+    """What a state is in the first run: a C string that is repeated, and its length."""
+    dtype = next(p["dtype"] for p in manifest["inputs"] if p["name"] == name)
+    data = np.asarray(manifest.get("initial", {}).get(name, 0), dtype).tobytes()
+    data = data if any(data) else b"\0"
+    return f'"{"".join(f"{chr(92)}{byte:03o}" for byte in data)}", {len(data)}u'
 
 
 def _probe(probe: dict[str, Any], layout: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def first_states(inputs: Iterable[TensorInfo], state: Mapping[str, str], initial: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the states (input -> output) are in the first call: zeros, but for those in `initial`, a number or nested lists."""
+    return {i.name: np.broadcast_to(np.asarray(initial.get(i.name, 0), i.dtype), i.shape).copy() for i in inputs if i.name in state}
 
 
 def fits(dtype: np.dtype, wanted: str) -> bool:

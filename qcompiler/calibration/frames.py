@@ -1,4 +1,4 @@
-"""Frames of a stream as samples: data without the states of a network gets those that its float network has at each frame, from zeros on.
+"""Frames of a stream as samples: data without the states of a network gets those that its float network has at each frame, from its first one on.
 
 A file, a list or a loader is one stream, in order; each `.npz` of a folder is a stream of its own.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.base.tensor import TensorInfo
+from qcompiler.base.tensor import TensorInfo, first_states
 from qcompiler.calibration.arrays import read_headers
 from qcompiler.calibration.batches import is_batches
 from qcompiler.calibration.data import Preprocessing, Sample, Samples, at_most
@@ -58,15 +58,16 @@ def open_streamed(source: Any, library: Any, preprocess: Preprocessing, count: i
     if not is_frames(held, inputs, state):
         return open_given(held, library, preprocess, count)
     fed = SimpleNamespace(manifest=library.manifest, inputs=without_states(inputs, state))
-    return at_most(StreamedSamples([open_given(one, fed, preprocess, count) for one in streams_of(held)], inputs, state, start), count)
+    first = first_states(inputs, state, library.manifest.get("initial", {}))
+    return at_most(StreamedSamples([open_given(one, fed, preprocess, count) for one in streams_of(held)], first, state, start), count)
 
 
 class StreamedSamples:
-    """Samples of one stream or several, with the states that the float network has. start: makes what runs it, once the first sample is wanted."""
+    """Samples of one stream or several, with the states that the float network has. first: the states before the first frame of each. start: makes what runs
+    it, once the first sample is wanted."""
 
-    def __init__(self, streams: Sequence[Samples], inputs: Sequence[TensorInfo], state: Mapping[str, str], start: Callable[[], Run]) -> None:
-        self._streams, self._state, self._start = streams, state, start
-        self._zeros = {i.name: np.zeros(i.shape, i.dtype) for i in inputs if i.name in state}
+    def __init__(self, streams: Sequence[Samples], first: Mapping[str, np.ndarray], state: Mapping[str, str], start: Callable[[], Run]) -> None:
+        self._streams, self._first, self._state, self._start = streams, dict(first), state, start
         self.left_out = sum(getattr(s, "left_out", 0) for s in streams)
         self.unit = getattr(streams[0], "unit", "images")
 
@@ -84,7 +85,7 @@ class StreamedSamples:
         """Before each frame."""
         run, found = self._start(), []
         for stream in self._streams:
-            states = self._zeros
+            states = self._first
             for frame in stream:
                 found.append(states)
                 results = run({**frame, **states})

@@ -154,6 +154,11 @@ def exactness(model: onnx.ModelProto) -> float:
     return 30.0 if _HALVES & {t.data_type for t in tensors(model)}.union(ports, casts) else 60.0
 
 
+def rounded(model: onnx.ModelProto) -> frozenset[str]:
+    """The outputs that are the integers of a quantization."""
+    return frozenset({o.name for o in model.graph.output} & {n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"})
+
+
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor that a model stores: initializers and attributes, in subgraphs and functions too."""
     everywhere = [*model.graph.node, *(n for function in model.functions for n in function.node)]

@@ -20,9 +20,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.base.errors import ModelError, closest
 from qcompiler.importers.nodes import Refused, cut_offer
-from qcompiler.importers.tflite_file import DAMAGED, Network, Operator, read_network
+from qcompiler.importers.qlinear import CONTRIB
+from qcompiler.importers.states import declare
+from qcompiler.importers.tflite_file import DAMAGED, RESOURCE, Network, Operator, read_network
 from qcompiler.importers.tflite_graph import Graph
 from qcompiler.importers.tflite_operators import converter
+from qcompiler.importers.tflite_state import up_to, with_ports, without_variables
 from qcompiler.runtime.reference import LiteRt
 
 OPSET = 21  # the first whose QuantizeLinear knows 16 bits
@@ -54,16 +57,32 @@ class TfliteFile:
         return _Translation(str(self.path), network).run(), digest
 
     def elsewhere(self) -> LiteRt:
-        network, _ = self._network()
-        inputs, outputs = ([network.tensors[i].name for i in ports] for ports in (network.inputs, network.outputs))
+        whole, _ = read_network(self.path)
+        ported = self._ported(whole)
+        network = _cut(self.where, ported, self.cut) if self.cut else ported
+        names = [t.name for t in network.tensors]
+        inputs = {names[i]: i for i in (*network.inputs, *(s.port for s in network.states))}
+        outputs = {names[i]: i for i in network.outputs} | {names[s.next]: s.value for s in network.states}
         custom = any(operator.op == "CUSTOM" for operator in network.operators)
-        return LiteRt(str(self.path), inputs, outputs, network.outputs if self.cut else None, custom)
+        if ported.states and (self.cut or any(t.dtype == RESOURCE for t in whole.tensors)):
+            return LiteRt(without_variables(self.path.read_bytes(), ported, list(outputs.values())), inputs, outputs, False, custom)
+        return LiteRt(str(self.path), inputs, outputs, bool(self.cut), custom)
 
     def _network(self) -> tuple[Network, str]:
         network, digest = read_network(self.path)
+        network = self._ported(network)
         if not self.cut:
             return network, digest
         return _cut(self.where, network, self.cut), hashlib.sha256(f"{digest} {self.cut}".encode()).hexdigest()
+
+    def _ported(self, network: Network) -> Network:
+        try:
+            return with_ports(network)
+        except Refused as reason:
+            raise ModelError(f"{self.where}: {reason}") from reason
+        except DAMAGED as error:
+            why = f"{type(error).__name__}: {str(error)[:120]}"
+            raise ModelError(f"{self.where}: what it says of its variables contradicts itself ({why}). Export or download it again") from error
 
 
 def _cut(where: str, network: Network, wanted: Sequence[str]) -> Network:
@@ -73,25 +92,20 @@ def _cut(where: str, network: Network, wanted: Sequence[str]) -> Network:
         if name not in places:
             own = ", ".join(network.tensors[i].name for i in network.outputs)
             raise ModelError(f"{where}: outputs: no operator computes '{name}'.{closest(name, list(places))} Its own outputs: {own}")
-    outputs = [places[name] for name in dict.fromkeys(wanted)]
-    needed, operators = set(outputs), list[Operator]()
-    for operator in reversed(network.operators):
-        if not needed.isdisjoint(operator.outputs):
-            needed |= set(operator.inputs)
-            operators.append(operator)
-    return Network(network.tensors, operators[::-1], network.inputs, outputs)
+    return up_to(network, [places[name] for name in dict.fromkeys(wanted)])
 
 
 class _Translation(Graph):
     def __init__(self, where: str, network: Network) -> None:
-        super().__init__(network.tensors, set(network.outputs))
+        super().__init__(network.tensors, {*network.outputs, *(s.next for s in network.states)})
         self.where, self.network = where, network
 
     def run(self) -> onnx.ModelProto:
         if not self.network.outputs:
             raise ModelError(f"{self.where}: the model has no outputs")
         self.check_known()
-        inputs = [self.input(i) for i in self.network.inputs]
+        states = self.network.states
+        inputs = [self.input(i) for i in (*self.network.inputs, *(s.port for s in states))]
         refusals: list[str] = []
         lost: set[int] = set()
         for operator in self.network.operators:
@@ -105,11 +119,14 @@ class _Translation(Graph):
         if refusals:
             shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} operators more"] if len(refusals) > SHOWN else [])
             raise ModelError(f"{self.where}: {'; '.join(shown)}")
-        outputs = [self.output(i) for i in dict.fromkeys(self.network.outputs)]
+        outputs = [self.output(i) for i in dict.fromkeys((*self.network.outputs, *(s.next for s in states)))]
         used = {name for node in self.nodes for name in node.input} | {o.name for o in outputs}
         initializers = [numpy_helper.from_array(array, name) for name, array in self.constants.items() if name in used]
         graph = helper.make_graph(self.nodes, "tflite", inputs, outputs, initializers)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        declare(model, {self.tensors[s.port].name: (self.tensors[s.next].name, s.initial) for s in states})
+        return model
 
     def check_known(self) -> None:
         """Raises ModelError that names every kind of operator without a translation, and how many there are of each."""
@@ -125,7 +142,7 @@ class _Translation(Graph):
 
     def offer(self) -> str:
         """The tensors that unknown operators, and what reads their results, need, as an option; empty where they need the inputs alone."""
-        lost, ends, varies = set[int](), set(self.network.outputs), set(self.network.inputs)
+        lost, ends, varies = set[int](), set(self.network.outputs), {*self.network.inputs, *(s.port for s in self.network.states)}
         for operator in self.network.operators:
             if not varies.isdisjoint(operator.inputs):
                 varies |= set(operator.outputs)

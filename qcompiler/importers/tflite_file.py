@@ -23,6 +23,7 @@ from qcompiler.importers.nodes import Refused, check_bytes
 DAMAGED = (struct.error, IndexError, KeyError, ValueError, TypeError, OverflowError, AttributeError)
 """What reading a flatbuffer raises whose offsets and lengths are wrong."""
 LARGEST = 100_000  # operators of a model
+RESOURCE = "RESOURCE"  # the type of a tensor that is a handle of a variable
 _NAME = 300  # bytes of a name
 _DTYPES = {
     "FLOAT32": "float32", "FLOAT16": "float16", "FLOAT64": "float64", "INT8": "int8", "UINT8": "uint8", "INT16": "int16", "UINT16": "uint16",
@@ -33,7 +34,8 @@ _DTYPES = {
 @dataclass(frozen=True, eq=False)
 class Tensor:
     """shape: as stored, what the file leaves open as -1; data: of a constant; scale, zero_point: float32 and int64 [1 or channels] along `axis`, where the
-    tensor holds quantized integers. 4-bit integers are held as int8."""
+    tensor holds quantized integers. 4-bit integers are held as int8. variable: its value stays from call to call; a handle of such a value (`RESOURCE`) has
+    that as its type."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,6 +44,7 @@ class Tensor:
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
     axis: int = 0
+    variable: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -68,13 +71,32 @@ class Operator:
             return [] if isinstance(found, int) else [int(v) for v in found]
         return getattr(self.options, name)()
 
+    def text(self, name: str) -> str:
+        """An option that is a text, empty where it is left out."""
+        return _printable(getattr(self.options, name)()) if hasattr(self.options, name) else ""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a network keeps from call to call. port, next: tensors, an input and the output that is its next value. value: the tensor of the file that holds
+    the next value after a call. initial: what it is in the first call, of the port's shape and type."""
+
+    port: int
+    next: int
+    value: int
+    initial: np.ndarray
+
 
 @dataclass
 class Network:
+    """`called`: what CALL_ONCE runs, by the number of the subgraph. `states`: empty as the file is read, see `tflite_state.py`."""
+
     tensors: list[Tensor] = field(default_factory=list)
     operators: list[Operator] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    called: dict[int, Network] = field(default_factory=dict)
+    states: list[State] = field(default_factory=list)
 
 
 def schema() -> Any:
@@ -111,12 +133,19 @@ class _Reader:
         self.types, self.kinds, self.unions = named(schema.TensorType), named(schema.BuiltinOperator), named(schema.BuiltinOptions)
 
     def run(self) -> Network:
-        model, network = self.schema.Model.GetRootAs(self.data, 0), Network()
-        if self.length(model.SubgraphsLength) < 1:
-            raise ValueError("no subgraph")
-        graph = model.Subgraphs(0)
+        model = self.schema.Model.GetRootAs(self.data, 0)
         codes = [self.code(model.OperatorCodes(i)) for i in range(self.length(model.OperatorCodesLength))]
-        names: set[str] = set()
+        network = self.network(model, 0, codes)
+        for operator in network.operators:
+            if operator.op == "CALL_ONCE":
+                number = operator.option("InitSubgraphIndex")
+                network.called[number] = network.called.get(number) or self.network(model, number, codes)
+        return network
+
+    def network(self, model: Any, number: int, codes: list[tuple[str, str]]) -> Network:
+        if not 0 <= number < self.length(model.SubgraphsLength):
+            raise ValueError(f"subgraph {number} of {model.SubgraphsLength()}")
+        graph, network, names = model.Subgraphs(number), Network(), set[str]()
         for i in range(self.length(graph.TensorsLength)):
             network.tensors.append(self.tensor(model, graph.Tensors(i), i, names))
         count = self.length(graph.OperatorsLength)
@@ -164,8 +193,8 @@ class _Reader:
             name = f"{name}_{index}"
         names.add(name)
         dtype = _DTYPES.get(self.types.get(tensor.Type(), ""), "")
-        if tensor.IsVariable() or self.types.get(tensor.Type()) in ("RESOURCE", "VARIANT"):
-            raise Refused(f"tensor '{name}' keeps its value from call to call; supported: networks without state. Export it with its state as input and output")
+        if self.types.get(tensor.Type()) == RESOURCE:
+            return Tensor(name, (), RESOURCE, variable=True)
         if not dtype:
             raise Refused(f"tensor '{name}' is of type {self.types.get(tensor.Type(), tensor.Type())}; supported: {', '.join(_DTYPES.values())}")
         stored, signature = ([] if isinstance(v, int) else [int(d) for d in v] for v in (tensor.ShapeAsNumpy(), tensor.ShapeSignatureAsNumpy()))
@@ -174,7 +203,8 @@ class _Reader:
             raise ValueError(f"tensor '{name}' has shape {stored}")
         data = self.constant(model, tensor, name, tuple(stored), dtype)
         scale, zero, axis = self.quantization(tensor, name, shape, dtype)
-        return Tensor(name, shape, "int8" if dtype == "int4" else dtype, data, scale, zero, axis)
+        variable = bool(tensor.IsVariable())  # LiteRT passes over a value that is stored with it
+        return Tensor(name, shape, "int8" if dtype == "int4" else dtype, None if variable else data, scale, zero, axis, variable)
 
     def constant(self, model: Any, tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
         buffer = model.Buffers(tensor.Buffer()) if tensor.Buffer() < self.length(model.BuffersLength) else None

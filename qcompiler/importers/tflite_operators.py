@@ -15,6 +15,8 @@ from onnx import TensorProto
 from qcompiler.importers.nodes import Refused
 from qcompiler.importers.tflite_file import Operator
 from qcompiler.importers.tflite_graph import Graph
+from qcompiler.importers.tflite_recurrent import RECURRENT
+from qcompiler.importers.tflite_state import KEPT
 from qcompiler.importers.tflite_windows import CUSTOM, WINDOWS
 
 Convert = Callable[[Graph, Operator], None]
@@ -116,6 +118,15 @@ def dequantize(g: Graph, op: Operator) -> None:
 def same(g: Graph, op: Operator) -> None:
     """QUANTIZE, whose result is rounded like any other; DENSIFY, whose operand is whole here."""
     g.bind(op.outputs[0], g.value(op))
+
+
+def kept(g: Graph, op: Operator) -> None:
+    """The next value of a state, which has the scale and zero point of its operand."""
+    if g.tensors[op.outputs[0]].quantized:
+        g.reals[op.outputs[0]] = g.value(op)
+        g.quantized(g.value(op), g.tensors[op.outputs[0]], g.tensors[op.outputs[0]].name)
+    else:
+        g.chain(op, "Identity", [g.value(op)])
 
 
 # -- reductions -----------------------------------------------------------------------------------------------------------------------------------
@@ -343,7 +354,7 @@ def converter(op: Operator) -> Convert | None:
     return CUSTOM.get(op.custom) if op.op == "CUSTOM" else OPERATORS.get(op.op)
 
 
-OPERATORS: dict[str, Convert] = WINDOWS | {
+OPERATORS: dict[str, Convert] = WINDOWS | RECURRENT | {
     "ADD": plain("Add", 2), "SUB": plain("Sub", 2), "MUL": plain("Mul", 2), "DIV": plain("Div", 2), "MAXIMUM": plain("Max", 2), "MINIMUM": plain("Min", 2),
     "POW": plain("Pow", 2), "EQUAL": plain("Equal", 2), "GREATER": plain("Greater", 2), "GREATER_EQUAL": plain("GreaterOrEqual", 2), "LESS": plain("Less", 2),
     "LESS_EQUAL": plain("LessOrEqual", 2), "NOT_EQUAL": not_equal, "LOGICAL_AND": plain("And", 2), "LOGICAL_OR": plain("Or", 2),
@@ -353,7 +364,7 @@ OPERATORS: dict[str, Convert] = WINDOWS | {
     "ELU": plain("Elu"), "HARD_SWISH": plain("HardSwish"), "PRELU": plain("PRelu", 2), "LEAKY_RELU": leaky_relu, "GELU": gelu, "RELU": clip("RELU"),
     "RELU6": clip("RELU6"), "RELU_N1_TO_1": clip("RELU_N1_TO_1"), "RELU_0_TO_1": clip("RELU_0_TO_1"), "SOFTMAX": softmax,
     "LOG_SOFTMAX": plain("LogSoftmax", axis=-1), "L2_NORMALIZATION": l2_normalization, "SELECT": select, "SELECT_V2": select, "CAST": cast,
-    "DEQUANTIZE": dequantize, "QUANTIZE": same, "DENSIFY": same, "SUM": reduction("ReduceSum"), "MEAN": reduction("ReduceMean"),
+    "DEQUANTIZE": dequantize, "QUANTIZE": same, "DENSIFY": same, KEPT: kept, "SUM": reduction("ReduceSum"), "MEAN": reduction("ReduceMean"),
     "REDUCE_MAX": reduction("ReduceMax"), "REDUCE_MIN": reduction("ReduceMin"), "REDUCE_PROD": reduction("ReduceProd"),
     "REDUCE_ANY": logical_reduction("ReduceMax"), "REDUCE_ALL": logical_reduction("ReduceMin"), "ARG_MAX": extremum("ArgMax"), "ARG_MIN": extremum("ArgMin"),
     "CUMSUM": cumsum, "TOPK_V2": topk, "RESHAPE": reshape, "SQUEEZE": squeeze, "EXPAND_DIMS": expand_dims, "TRANSPOSE": transpose,

@@ -12,6 +12,7 @@ from qcompiler.base.errors import DataError, ModelError
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import Row, read_shape_table, shape_rows
 from qcompiler.base.targets import Target, find_target
+from qcompiler.base.tensor import first_states
 from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most
 from qcompiler.calibration.frames import StreamedSamples, is_frames, streams_of, without_states
 from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
@@ -114,7 +115,8 @@ def _opened(calibration: Any, model: FloatModel, ports: Ports, options: Options)
         return open_real(held, model.inputs, ports, preprocess, most, model.digest)
     inputs = without_states(model.inputs, model.state)
     streams = [open_real(one, inputs, ports, preprocess, most, model.digest) for one in streams_of(held)]
-    return at_most(StreamedSamples(streams, model.inputs, model.state, lambda: float_code(model).session().run), most)
+    first = first_states(model.inputs, model.state, model.initial)
+    return at_most(StreamedSamples(streams, first, model.state, lambda: float_code(model).session().run), most)
 
 
 def in_order(

@@ -107,7 +107,8 @@ def equalize(job: Job) -> Equalized:
         return Equalized(job, None, Equalization())
     twin = float_code(job.model, dump=job.dump, progress=job.progress, others=job.sampled)
     give_back()  # what import and lowering took
-    imported = check_import(job.model.origin.elsewhere(), twin.session(), itertools.islice(job.samples, 1), job.model.exactness, job.model.fixed)
+    model = job.model
+    imported = check_import(model.origin.elsewhere(), twin.session(), itertools.islice(job.samples, 1), model.exactness, model.fixed, model.rounded)
     give_back()  # what the other runtime took
     first = first_layers(find_groups(job.model.module), [i.name for i in job.model.inputs])
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:

@@ -6,7 +6,7 @@ runtime is installed, it runs the model as it is, without optimizations of its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,14 +66,14 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class LiteRt:
-    """LiteRT on a file: its reference kernels, or its usual ones where those lack an operator. `inputs` and `outputs`: what the file's inputs and outputs
-    are called here, in its order. places: the tensors that are wanted in the place of its outputs. custom: the network has operators that only the
-    delegate for CPUs knows."""
+    """LiteRT on a file (its path) or on its bytes: its reference kernels, or its usual ones where those lack an operator. `inputs` and `outputs`: name here
+    -> tensor of the file; an input that is none of the file's is a state, which the file keeps. inside: tensors are wanted that are no outputs of the file's.
+    custom: the network has operators that only the delegate for CPUs knows."""
 
-    path: str
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    places: Sequence[int] | None = None
+    model: str | bytes = field(repr=False)
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    inside: bool = False
     custom: bool = False
     package: str = "ai-edge-litert"
 
@@ -82,25 +82,26 @@ class LiteRt:
 
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        kept = {"num_threads": 1, "experimental_preserve_all_tensors": self.places is not None}
+        given: dict[str, Any] = {"model_path" if isinstance(self.model, str) else "model_content": self.model}
+        kept = {**given, "num_threads": 1, "experimental_preserve_all_tensors": self.inside}
         try:
             first = OpResolverType.BUILTIN if self.custom else OpResolverType.BUILTIN_REF
-            interpreter = Interpreter(self.path, experimental_op_resolver_type=first, **kept)
+            interpreter = Interpreter(experimental_op_resolver_type=first, **kept)
         except ValueError:
             usual = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-            interpreter = Interpreter(self.path, experimental_op_resolver_type=usual, **kept)
-        inputs = interpreter.get_input_details()
-        places = [port["index"] for port in interpreter.get_output_details()] if self.places is None else self.places
+            interpreter = Interpreter(experimental_op_resolver_type=usual, **kept)
+        ports = {port["index"]: port for port in interpreter.get_input_details()}
+        types = {port["index"]: port["dtype"] for port in interpreter.get_tensor_details()}
 
         def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            for name, port in zip(self.inputs, inputs, strict=True):
-                if tuple(port["shape"]) != np.shape(given[name]):
-                    interpreter.resize_tensor_input(port["index"], np.shape(given[name]))
+            for name, place in self.inputs.items():
+                if place in ports and tuple(ports[place]["shape"]) != np.shape(given[name]):
+                    interpreter.resize_tensor_input(place, np.shape(given[name]))
             interpreter.allocate_tensors()
-            for name, port in zip(self.inputs, inputs, strict=True):
-                interpreter.set_tensor(port["index"], np.asarray(given[name]).astype(port["dtype"]))
+            for name, place in self.inputs.items():
+                interpreter.set_tensor(place, np.asarray(given[name]).astype(types[place]))
             interpreter.invoke()
-            return {name: interpreter.get_tensor(place) for name, place in zip(self.outputs, places, strict=True)}
+            return {name: interpreter.get_tensor(place) for name, place in self.outputs.items()}
 
         return f"LiteRT {importlib.metadata.version('ai-edge-litert')}", run
 
@@ -153,11 +154,18 @@ class ImportCheck:
         )
 
 
-def check_import(other: Elsewhere, imported: Runs, samples: Iterable[Mapping[str, np.ndarray]], least_db: float, fixed: Mapping[str, Any] = {}) -> ImportCheck:
+def check_import(
+    other: Elsewhere,
+    imported: Runs,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    least_db: float,
+    fixed: Mapping[str, Any] = {},
+    rounded: Container[str] = (),
+) -> ImportCheck:
     """Compare the float network `imported` with its model in the runtime `other`, over `samples`, each as the network takes them.
 
-    least_db: how near floating outputs must come. fixed: inputs of the model that the network has as constants. What the other runtime
-    can't do is no error, but in the result.
+    least_db: how near outputs must come that are floats, or the integers of a quantization (`rounded`), where a step is nothing. fixed: inputs of the model
+    that the network has as constants. What the other runtime can't do is no error, but in the result.
     """
     runtime, totals, done = other.package, dict[str, _Total](), 0
     try:
@@ -171,7 +179,7 @@ def check_import(other: Elsewhere, imported: Runs, samples: Iterable[Mapping[str
         return ImportCheck("not installed", runtime)
     except Exception as error:  # the runtimes' exceptions have no common class of their own
         return ImportCheck("not run", runtime, reason=" ".join(str(error).split())[:300] or type(error).__name__)
-    outputs = [total.result(name, least_db) for name, total in totals.items()]
+    outputs = [total.result(name, least_db, name in rounded) for name, total in totals.items()]
     return ImportCheck("equal" if all(o.equal for o in outputs) else "different", runtime, done, least_db, outputs)
 
 
@@ -179,7 +187,7 @@ class _Total:
     """Sums over samples of one output."""
 
     def __init__(self) -> None:
-        self.signal = self.noise = self.worst = 0.0
+        self.sum = self.signal = self.noise = self.worst = 0.0
         self.count = self.differing = 0
         self.integers = self.broken = False
 
@@ -194,19 +202,24 @@ class _Total:
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         self.broken |= bool((~finite & ~same).any())
         error = np.abs(a[finite] - b[finite])
-        self.signal, self.noise = self.signal + float((b[finite] ** 2).sum()), self.noise + float((error**2).sum())
+        self.sum, self.signal, self.noise = self.sum + float(b[finite].sum()), self.signal + float((b[finite] ** 2).sum()), self.noise + float((error**2).sum())
         self.worst = max(self.worst, float(error.max(initial=0.0)))
         self.count, self.differing = self.count + a.size, self.differing + int((~same).sum())
 
-    def result(self, name: str, least_db: float) -> OutputCheck:
+    def result(self, name: str, least_db: float, rounded: bool) -> OutputCheck:
+        """rounded: integers with a zero point, which no part of them tells; what they say is how they differ from their mean."""
+        signal = max(self.signal - self.sum**2 / max(self.count, 1), 0.0) if rounded else self.signal
         if self.broken:
             sqnr = -np.inf
         elif self.noise == 0:
             sqnr = np.inf
         else:
-            sqnr = 10 * np.log10(self.signal / self.noise) if self.signal else -np.inf
-        if self.integers:
-            equal = not self.broken and self.differing <= max(1, FLIPS * self.count)
+            sqnr = 10 * np.log10(signal / self.noise) if signal else -np.inf
+        few = self.differing <= max(1, FLIPS * self.count)
+        if rounded:
+            equal = not self.broken and (few or self.worst <= 1 or sqnr >= least_db)
+        elif self.integers:
+            equal = not self.broken and few
         else:
             equal = not self.broken and (sqnr >= least_db or self.worst <= SMALL)
         return OutputCheck(name, float(sqnr), self.worst, self.differing, bool(equal))

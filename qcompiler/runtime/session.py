@@ -18,7 +18,7 @@ from qcompiler.base.arguments import check, checks_arguments
 from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, IncompatibleDevice, SessionBusy, closest
 from qcompiler.base.host import host_architecture, host_features
 from qcompiler.base.memory import aligned, aligned_bytes
-from qcompiler.base.tensor import TensorInfo, as_array, fits
+from qcompiler.base.tensor import TensorInfo, as_array, first_states, fits
 from qcompiler.runtime.library import check_complete, manifest_in
 from qcompiler.runtime.private_copy import PrivateCopy
 from qcompiler.runtime.shapes import Fitting, Shapes, ports
@@ -148,8 +148,9 @@ class Session:
     `threads` bounds the threads of one call; it has no meaning for a GPU. Inputs may have any alignment and strides; outputs are fresh arrays.
     The file is copied into memory when it is loaded, once for all sessions of equal contents: it may be replaced, overwritten or removed afterwards.
     A session can't be copied or pickled.
-    `state` {input: output}: what the library was compiled to keep (`--state`). Calls leave those inputs out: they are zeros in the first call, and what the
-    output became in the next. A call that gives all of them is one by itself: it neither reads nor changes what the session keeps.
+    `state` {input: output}: what the library was compiled to keep (`--state`), or what its TFLite file keeps. Calls leave those inputs out: in the first call
+    they are zeros (or what the file begins with), and in the next what the output became. A call that gives all of them is one by itself: it neither reads
+    nor changes what the session keeps.
     A child made by fork may use it, but for one on a GPU, and unless another thread was inside it at that moment.
 
     Raises ArtifactError for a file that is damaged or not ours, IncompatibleDevice when this machine lacks an instruction set, driver or GPU that it needs,
@@ -182,7 +183,7 @@ class Session:
         self._workspace = aligned_bytes(max(m["workspace"] for m in self.fitting.all) + 64)
         self._shape = 0
         self.state: dict[str, str] = dict(self.manifest.get("state", {}))
-        self._kept = {i.name: np.zeros(i.shape, i.dtype) for i in self.inputs if i.name in self.state}
+        self._kept = self._first_states()
         self._mutable: np.ndarray | None = None
         self.held: Sequence[Sequence[Sequence[tuple[int, int]]]] = ()  # at each shape, before each step: ranges of the workspace in use, where known
         self._turn = _Turn()
@@ -240,10 +241,12 @@ class Session:
             return self._without_state(inputs, context.outputs())
 
     def reset(self) -> None:
-        """Make the states that the session keeps zeros again, as for a new stream."""
+        """Make the states that the session keeps what they were in the first call again, as for a new stream."""
         with self._turn:
-            for array in self._kept.values():
-                array[...] = 0
+            self._kept = self._first_states()
+
+    def _first_states(self) -> dict[str, np.ndarray]:
+        return first_states(self.inputs, self.state, self.manifest.get("initial", {}))
 
     def _with_state(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """A call's inputs and what the session keeps. Raises DataError where a call gives some states and leaves out others."""

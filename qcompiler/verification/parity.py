@@ -27,7 +27,7 @@ from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, Source, load_labels, unused
 from qcompiler.calibration.frames import open_streamed
 from qcompiler.calibration.preprocess import Preprocess
-from qcompiler.importers.onnx_file import exactness
+from qcompiler.importers.onnx_file import exactness, rounded
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
 from qcompiler.pipeline.goal import check_labels, check_limits, check_thresholds, classifying
 from qcompiler.pipeline.metric import Metric, MetricFunction, Scored, load_metric
@@ -269,7 +269,8 @@ def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> d
 def with_import(report: ParityReport, origin: Origin, twin: Twin, samples: Samples) -> ParityReport:
     """The report with the float network `twin` of `origin` compared with the runtime that it was made for as well, on the first samples."""
     first: Iterable[Mapping[str, np.ndarray]] = itertools.islice(samples, IMPORT_SAMPLES)
-    checked = check_import(origin.elsewhere(), twin.network, map(twin.real, first), exactness(origin.read()[0]), twin.manifest.get("fixed_inputs", {}))
+    model, fixed = origin.read()[0], twin.manifest.get("fixed_inputs", {})
+    checked = check_import(origin.elsewhere(), twin.network, map(twin.real, first), exactness(model), fixed, rounded(model))
     verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
     return replace(report, imported=checked, checks=[*report.checks, *verdict])
 

@@ -1,8 +1,8 @@
 /* The runtime inside every compiled library: errors, introspection, sessions, bound buffers. What runs the steps is qc_engine.h's.
  *
  * It is compiled together with `model.h`, which the compiler writes: QC_SHAPES, QC_INPUTS, QC_OUTPUTS (initializers of qc_tensor_info, for each shape),
- * QC_INPUT_COUNT, QC_OUTPUT_COUNT, QC_STATE_COUNT, QC_STATES (pairs: number of the input, of the output that is its next value), QC_WORKSPACE (of the
- * shape that needs most), QC_STEP_COUNTS, what qc_shapes.h needs, QC_TARGET,
+ * QC_INPUT_COUNT, QC_OUTPUT_COUNT, QC_STATE_COUNT, QC_STATES (number of the input, of the output that is its next value, the bytes that fill it
+ * in the first run and their number), QC_WORKSPACE (of the shape that needs most), QC_STEP_COUNTS, what qc_shapes.h needs, QC_TARGET,
  * QC_MISSING_FEATURE (an expression: a string naming the first CPU feature that this machine lacks, or 0),
  * QC_TILES (whether the code uses AMX tiles).
  */
@@ -40,7 +40,7 @@ extern const char qc_manifest_end[];
 
 /* ---- introspection --------------------------------------------------------------------------------------------------------------- */
 
-static const struct { int32_t input, output; } states[QC_STATE_COUNT + 1] = {QC_STATES};
+static const struct { int32_t input, output; const char* first; size_t period; } states[QC_STATE_COUNT + 1] = {QC_STATES};
 
 EXPORT int32_t qc_abi_version(void) { return QC_ABI_VERSION; }
 EXPORT const char* qc_target_name(void) { return QC_TARGET; }
@@ -196,8 +196,19 @@ static qc_status own_buffer(const char* what, qc_session* s, const qc_tensor_inf
   return *own ? QC_OK : engine_allocate(s->engine, what, infos[i].name, most_bytes(infos, ports, i), own);
 }
 
+/* State number i as in the first run. */
+static void begin_state(qc_session* s, int32_t i) {
+  size_t bytes = input_infos[s->shape][states[i].input].bytes, period = states[i].period;
+  char* data = s->own_inputs[states[i].input];
+  if (period == 1) memset(data, states[i].first[0], bytes);
+  for (size_t at = 0; period > 1 && at < bytes; at += period) memcpy(data + at, states[i].first, period);
+}
+
 static qc_status own_input(const char* what, qc_session* s, int32_t i) {
+  int fresh = !s->own_inputs[i];
   qc_status status = own_buffer(what, s, input_infos[0], QC_INPUT_COUNT + 1, i, &s->own_inputs[i]);
+  for (int32_t state = 0; state < QC_STATE_COUNT && fresh && !status; ++state)
+    if (states[state].input == i) begin_state(s, state);
   if (!status) s->inputs[i] = s->own_inputs[i];
   return status;
 }
@@ -272,10 +283,8 @@ EXPORT qc_status qc_session_profile(qc_session* s, void* workspace, const void* 
 EXPORT qc_status qc_session_reset(qc_session* s) {
   qc_status status = enter(s, __func__);
   if (status) return status;
-  for (int32_t i = 0; i < QC_STATE_COUNT; ++i) {
-    int32_t in = states[i].input;
-    if (s->own_inputs[in]) memset(s->own_inputs[in], 0, input_infos[s->shape][in].bytes);
-  }
+  for (int32_t i = 0; i < QC_STATE_COUNT; ++i)
+    if (s->own_inputs[states[i].input]) begin_state(s, i);
   return leave(s, QC_OK);
 }
 
