@@ -215,7 +215,8 @@ def _model_header(manifest: dict[str, Any], target: Target) -> str:
         axes = (f"{{{', '.join(str(kind_of.get((what, p['name'], a), 0)) for a in range(8))}}}" for p in manifest[what])
         lines += [f"#define QC_{name}_COUNT {len(manifest[what])}", f"#define QC_{name}S {at_each}", f"#define QC_{name}_AXES {', '.join(axes)}"]
         sizes = ", ".join(f"{{{', '.join(f'{port_bytes(port)}u' for port in m[what]) or 0}}}" for m in shapes)
-        lines.append(f"#define QC_{name}_BYTES {sizes}")
+        most = ", ".join(f"{max(port_bytes(m[what][i]) for m in shapes)}u" for i in range(len(manifest[what]))) or 0
+        lines += [f"#define QC_{name}_BYTES {sizes}", f"#define QC_MOST_{name} {most}"]
     lines.append(f"#define QC_PADS {', '.join(_pad_rule(rules.get(p['name'])) for p in manifest['inputs'])}")
     lines.append(f"#define QC_ENTRIES(X) {' '.join(f'X({entry_name(i)})' for i in range(len(shapes)))}")
     lines += [f"#define QC_WORKSPACE {max(m['workspace'] for m in shapes)}u", f"#define QC_CONSTANTS {manifest['constants']}u"]

@@ -236,17 +236,8 @@ struct engine {
 
 static const size_t input_bytes[QC_SHAPES][QC_INPUT_COUNT + 1] = {QC_INPUT_BYTES};
 static const size_t output_bytes[QC_SHAPES][QC_OUTPUT_COUNT + 1] = {QC_OUTPUT_BYTES};
+static const size_t most_input[] = {QC_MOST_INPUT}, most_output[] = {QC_MOST_OUTPUT}; /* bytes at the shape that needs most */
 
-/* The largest that port `i` is at any shape. */
-static size_t most(const size_t* bytes, int32_t ports, int32_t i) {
-  size_t found = 0;
-  for (int32_t shape = 0; shape < QC_SHAPES; ++shape)
-    if (bytes[shape * ports + i] > found) found = bytes[shape * ports + i];
-  return found;
-}
-
-static size_t most_input(int32_t i) { return most(input_bytes[0], QC_INPUT_COUNT + 1, i); }
-static size_t most_output(int32_t i) { return most(output_bytes[0], QC_OUTPUT_COUNT + 1, i); }
 static int32_t steps_of(int32_t shape) { return launch_starts[shape + 1] - launch_starts[shape]; }
 
 static size_t padded(size_t bytes) { return (bytes + 2 * SPARE - 1) / SPARE * SPARE; }
@@ -315,8 +306,8 @@ qc_status engine_create(int32_t threads, engine** made) {
   e->arguments = calloc((size_t)launch_argument_count + 1, sizeof *e->arguments);
   if (!e->pointers || !e->arguments) status = fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   size_t bytes = padded(QC_WORKSPACE) + padded((size_t)launch_counters * 4);
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) bytes += padded(most_input(i));
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) bytes += padded(most_output(i));
+  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) bytes += padded(most_input[i]);
+  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) bytes += padded(most_output[i]);
   if (!status) status = allocate(&e->memory, bytes, "a session's tensors");
   if (!status) status = check(cuda.stream_create(&e->stream, STREAM_NON_BLOCKING), "to make a stream", QC_ERROR_DEVICE);
   if (!status) status = check(cuda.set_bytes(e->memory, 0, bytes, e->stream), "to clear memory", QC_ERROR_DEVICE);
@@ -324,8 +315,8 @@ qc_status engine_create(int32_t threads, engine** made) {
     address at = e->workspace = e->memory;
     at += padded(QC_WORKSPACE);
     e->counters = at, at += padded((size_t)launch_counters * 4);
-    for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) e->inputs[i] = at, at += padded(most_input(i));
-    for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) e->outputs[i] = at, at += padded(most_output(i));
+    for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) e->inputs[i] = at, at += padded(most_input[i]);
+    for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) e->outputs[i] = at, at += padded(most_output[i]);
     resolve_pointers(e, device.constants);
     for (int32_t shape = 0; shape < QC_SHAPES; ++shape) record(e, shape);
     status = check(cuda.stream_wait(e->stream), "to set up a session", QC_ERROR_DEVICE);

@@ -192,8 +192,8 @@ EXPORT qc_status qc_session_bind_output(qc_session* s, const char* name, void* d
 }
 
 /* The session's own buffer of a port, allocated on first use, large enough for every shape. */
-static qc_status own_buffer(const char* what, qc_session* s, const qc_tensor_info* infos, int32_t ports, int32_t i, void** own) {
-  return *own ? QC_OK : engine_allocate(s->engine, what, infos[i].name, most_bytes(infos, ports, i), own);
+static qc_status own_buffer(const char* what, qc_session* s, const qc_tensor_info* info, size_t most, void** own) {
+  return *own ? QC_OK : engine_allocate(s->engine, what, info->name, most, own);
 }
 
 /* State number i as in the first run. */
@@ -206,7 +206,7 @@ static void begin_state(qc_session* s, int32_t i) {
 
 static qc_status own_input(const char* what, qc_session* s, int32_t i) {
   int fresh = !s->own_inputs[i];
-  qc_status status = own_buffer(what, s, input_infos[0], QC_INPUT_COUNT + 1, i, &s->own_inputs[i]);
+  qc_status status = own_buffer(what, s, &input_infos[0][i], most_input[i], &s->own_inputs[i]);
   for (int32_t state = 0; state < QC_STATE_COUNT && fresh && !status; ++state)
     if (states[state].input == i) begin_state(s, state);
   if (!status) s->inputs[i] = s->own_inputs[i];
@@ -216,7 +216,7 @@ static qc_status own_input(const char* what, qc_session* s, int32_t i) {
 /* Where a run writes an output: what is bound, else the session's own buffer. */
 static qc_status any_output(const char* what, qc_session* s, int32_t i) {
   if (s->outputs[i]) return QC_OK;
-  qc_status status = own_buffer(what, s, output_infos[0], QC_OUTPUT_COUNT + 1, i, &s->own_outputs[i]);
+  qc_status status = own_buffer(what, s, &output_infos[0][i], most_output[i], &s->own_outputs[i]);
   if (!status) s->outputs[i] = s->own_outputs[i];
   return status;
 }

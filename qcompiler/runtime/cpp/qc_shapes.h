@@ -13,6 +13,7 @@ enum { PAD_NEVER, PAD_VALUE, PAD_REPEAT };
 
 static const qc_tensor_info input_infos[QC_SHAPES][QC_INPUT_COUNT + 1] = {QC_INPUTS};
 static const qc_tensor_info output_infos[QC_SHAPES][QC_OUTPUT_COUNT + 1] = {QC_OUTPUTS};
+static const size_t most_input[] = {QC_MOST_INPUT}, most_output[] = {QC_MOST_OUTPUT}; /* bytes at the shape that needs most */
 static const int32_t step_counts[QC_SHAPES] = {QC_STEP_COUNTS};
 static const int8_t input_axes[QC_INPUT_COUNT + 1][QC_MAX_RANK] = {QC_INPUT_AXES};
 static const int8_t output_axes[QC_OUTPUT_COUNT + 1][QC_MAX_RANK] = {QC_OUTPUT_AXES};
@@ -21,14 +22,6 @@ static const pad_rule pad_rules[QC_INPUT_COUNT + 1] = {QC_PADS};
 static size_t element_bytes(qc_dtype dtype) {
   static const size_t bytes[] = {4, 1, 1, 4, 8, 1, 8, 2, 2, 2, 4, 8};
   return bytes[dtype];
-}
-
-/* The largest that port `i` is at any shape. */
-static size_t most_bytes(const qc_tensor_info* infos, int32_t ports, int32_t i) {
-  size_t most = 0;
-  for (int32_t shape = 0; shape < QC_SHAPES; ++shape)
-    if (infos[shape * ports + i].bytes > most) most = infos[shape * ports + i].bytes;
-  return most;
 }
 
 typedef struct { char text[300]; size_t used; } sentence;
