@@ -36,8 +36,8 @@ def cuda_source(kernels: Mapping[str, Kernel], target: Target) -> str:
         attrs = {"target": device, "calling_conv": DEVICE_KERNEL, "global_symbol": symbol, "tirx.is_global_func": True}
         attrs["tirx.kernel_launch_params"] = ["blockIdx.x", "threadIdx.x"]
         functions[symbol] = kernel.func.with_attrs(attrs)
+    # Kernels' buffers are flat: FlattenBuffer would add 0 to every index, and a vector's would be no ramp any more, but read element by element.
     passes = [
-        tirx.transform.FlattenBuffer(),
         tirx.transform.VectorizeLoop(True),
         tirx.transform.UnrollLoop(),
         tirx.transform.LowerIntrin(),

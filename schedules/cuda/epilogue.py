@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules.builder import Emitter, clamp, round_word
-from qcompiler.schedules.portable.threads import pack, quarter, unpack, words
+from qcompiler.schedules.portable.threads import load_words, pack, quarter, store_words, unpack, words
 from qcompiler.schedules.table import Layout, OpCall
 
 LIMIT = 2.0**30  # of a convolution's share in a sum with a residual: numerics.md (10)
@@ -122,7 +122,7 @@ class Epilogue:
         assert self.residual
         if self.residual_words is None or len(wanted) == 1:
             return [self.k.inputs[1][source + i] for i in wanted]
-        loaded = [T.bind(self.residual_words[quarter(source) + i]) for i in range(self.run // 4)]
+        loaded = load_words(self.residual_words, source, self.run // 4, self.residual_step)
         return [unpack(loaded[i // 4], i % 4, "int8") for i in wanted]
 
     def _finish(self, value: Any, extra: Any) -> Any:
@@ -140,11 +140,7 @@ class Epilogue:
                 self._store(out + i, value)
             return
         packed = [T.bind(pack(values[i : i + 4])) for i in range(0, self.run, 4)]
-        lanes = min(4, self.out_step // 4)
-        for i in range(0, len(packed), lanes):
-            place = quarter(out) + i
-            value = packed[i] if lanes == 1 else T.Shuffle(packed[i : i + lanes], list(range(lanes)))
-            T.buffer_store(self.out_words, value, [place if lanes == 1 else T.ramp(place, 1, lanes)])
+        store_words(self.out_words, out, packed, self.out_step)
 
     def _store(self, index: Any, value: Any) -> None:
         T.buffer_store(self.k.output, T.Cast(self.layout.dtype, value) if self.rounded else value, [index])

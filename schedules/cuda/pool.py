@@ -14,7 +14,7 @@ from qcompiler.schedules.cuda.base import Reader, gpu_row, local, run_length
 from qcompiler.schedules.portable.elementwise import constants_of
 from qcompiler.schedules.portable.pool import Window, average_tables, check_mean, check_window
 from qcompiler.schedules.portable.resize import ONE
-from qcompiler.schedules.portable.threads import each, pack, quarter, unravel, words
+from qcompiler.schedules.portable.threads import alignment, each, pack, store_words, unravel, words
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 
 
@@ -23,9 +23,8 @@ def write(view_: Any, index: Any, values: list[Any]) -> None:
     if len(values) == 1:
         T.buffer_store(view_.buffer, T.Cast(view_.dtype, values[0]), [index])
         return
-    memory = words(view_.buffer)
-    for i in range(0, len(values), 4):
-        T.buffer_store(memory, pack(values[i : i + 4]), [quarter(index) + i // 4])
+    packed = [T.bind(pack(values[i : i + 4])) for i in range(0, len(values), 4)]
+    store_words(words(view_.buffer), index, packed, alignment(view_))
 
 
 def pool2d(op: OpCall, target: Target, row: str) -> Kernel:

@@ -42,6 +42,30 @@ def words(buffer: Any) -> Any:
     return T.decl_buffer((size,), "int32", data=buffer.data)
 
 
+def alignment(view: View) -> int:
+    """Bytes, at most 16, by which every row of the last dimension of an 8-bit view is aligned."""
+    return math.gcd(16, view.offset, *view.strides[:-1])
+
+
+def load_words(memory: Any, index: Any, count: int, step: int) -> list[Any]:
+    """`count` words of an int32 buffer from byte `index` on, which is a multiple of `step` bytes (4, 8, 16): as many at once as that allows."""
+    lanes = math.gcd(count, step // 4, 4)
+    if lanes == 1:
+        return [T.bind(memory[quarter(index) + i]) for i in range(count)]
+    first = T.bind(T.shift_right(index, T.int32(lanes.bit_length() + 1)))  # the code generator must see that its place is a multiple of `lanes`
+    loaded = [T.bind(memory[T.ramp((first + i) * lanes, 1, lanes)]) for i in range(count // lanes)]
+    return [T.Shuffle([vector], [i]) for vector in loaded for i in range(lanes)]
+
+
+def store_words(memory: Any, index: Any, values: Sequence[Any], step: int) -> None:
+    """The other way."""
+    lanes = math.gcd(len(values), step // 4, 4)
+    for i in range(0, len(values), lanes):
+        place = quarter(index) + i
+        value = values[i] if lanes == 1 else T.Shuffle(list(values[i : i + lanes]), list(range(lanes)))
+        T.buffer_store(memory, value, [place if lanes == 1 else T.ramp(place, 1, lanes)])
+
+
 def quarter(index: Any) -> Any:
     """The word of a byte index that is a multiple of 4."""
     return T.shift_right(index, T.int32(2))
@@ -71,6 +95,8 @@ def elementwise(k: Emitter, views: Sequence[View], compute: Callable[[list[Any]]
     memory = [words(v.buffer) if packed and np.dtype(v.dtype).itemsize == 1 and v.strides[-1] else v.buffer for v in views]
     with each(k, *outer, inner // run) as (*index, part):
         starts = [T.bind(T.int32(0) + v.at([*index, part * run])) for v in views]
+        whole = [[] if m is v.buffer else load_words(m, s, run // 4, alignment(v)) for v, m, s in zip(sources, memory, starts, strict=False)]
+        results: list[Any] = []
         for first in range(0, run, 4):
             loaded: list[list[Any]] = []  # per source, its elements
             for source, buffer, start in zip(sources, memory, starts, strict=False):
@@ -79,13 +105,14 @@ def elementwise(k: Emitter, views: Sequence[View], compute: Callable[[list[Any]]
                     shared = T.bind(buffer[start]) if stride == 0 else None
                     loaded.append([shared if stride == 0 else buffer[start + (first + i) * stride] for i in range(min(run, 4))])
                 else:
-                    word = T.bind(buffer[quarter(start) + first // 4])
-                    loaded.append([unpack(word, i, source.dtype) for i in range(4)])
+                    loaded.append([unpack(whole[len(loaded)][first // 4], i, source.dtype) for i in range(4)])
             values = [T.bind(compute([x[i] for x in loaded])) for i in range(min(run, 4))]
             if packed:
-                T.buffer_store(memory[-1], pack([T.Cast("int32", v) for v in values]), [quarter(starts[-1]) + first // 4])
+                results.append(T.bind(pack([T.Cast("int32", v) for v in values])))
             else:
                 T.buffer_store(target.buffer, values[0], [starts[-1]])
+        if packed:
+            store_words(memory[-1], starts[-1], results, alignment(target))
 
 
 def in_words(view: View) -> bool:
