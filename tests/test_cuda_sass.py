@@ -16,11 +16,12 @@ from qcompiler import schedules
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.cuda import find_nvcc
 from qcompiler.base.targets import Target, find_target
+from qcompiler.numerics import constants
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
 
 def instructions(kernels: dict[str, Kernel], target: Target, folder: Path) -> dict[str, collections.Counter[str]]:
-    """How often each kernel has each instruction."""
+    """How often each kernel has each instruction; "LDG 128": those of so many bits, and "IMMA U8": those of unsigned bytes by signed ones."""
     (folder / "kernels.cu").write_text(cuda_source(kernels, target))
     arch = str(target.tvm["arch"])
     subprocess.run([str(find_nvcc(target)), "-std=c++17", "-w", f"-arch={arch}", "-cubin", "kernels.cu", "-o", "kernels.cubin"], cwd=folder, check=True)
@@ -29,8 +30,10 @@ def instructions(kernels: dict[str, Kernel], target: Target, folder: Path) -> di
     for line in listing.splitlines():
         if begin := re.match(r"\.text\.(\w+):", line):
             current = found.setdefault(begin[1], collections.Counter())
-        elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line):
+        elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([.\w]*)", line):
             current[code[1]] += 1
+            for part in ("64", "128", "U8"):
+                current[f"{code[1]} {part}"] += part in code[2].split(".")
     assert set(found) == set(kernels)
     return found
 
@@ -57,6 +60,52 @@ def add(target: Target) -> Kernel:
     return build(OpCall("qc.add", [layout, layout], attrs, layout), target)
 
 
+def attention(target: Target, zero_point: int, value_size: int) -> Kernel:
+    q, v = Layout((4, 128, 8 * 64), "int8"), Layout((4, 128, 8 * value_size), "int8")
+    m, c = constants.attention_multipliers(1.0, np.full(8, 1e-5), 1.0, 1.0, 1.0, 8)
+    attrs = {"heads": 8, "kv_heads": 8, "size": 64, "value_size": value_size, "columns": [0, 0, 0], "zero_points": [zero_point] * 3}
+    return build(OpCall("qc.attention", [q, q, v, m, c], attrs, v), target)
+
+
+def matmul(target: Target, zero_point: int) -> Kernel:
+    a, b, out = (Layout((48, *s), "int8") for s in ((128, 64), (64, 128), (128, 128)))
+    return build(OpCall("qc.matmul", [a, b], {"a_zero_point": zero_point, "b_zero_point": zero_point, "multiplier": 0.01}, out), target)
+
+
+def weight_only(target: Target, rows: int, bits: int, zero_point: int) -> Kernel:
+    x, out, groups = Layout((rows, 4096), "float32"), Layout((rows, 1000), "float32"), (1000, 64)
+    operands = [x, np.ones((1000, 4096), np.int8), np.full(groups, zero_point, np.int8), np.ones(groups, np.float32), np.ones(1000, np.float32)]
+    largest = float(np.finfo(np.float32).max)
+    return build(OpCall("qc.f32.dense_weight_only", operands, {"bits": bits, "group_size": 64, "low": -largest, "high": largest}, out), target)
+
+
+@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm90a"])
+def test_products(name: str, tmp_path: Path) -> None:
+    """Attention: q . k of signed bytes, p . v of unsigned by signed ones; nothing is spilled, and operands come in words."""
+    require_nvcc()
+    target = find_target(name)
+    schedules.load(target)
+    kernels = {
+        "attention": attention(target, 0, 64),
+        "attention_zeros": attention(target, -5, 128),
+        "matmul": matmul(target, 0),
+        "matmul_zeros": matmul(target, 3),
+        "four": weight_only(target, 1, 4, 0),
+        "four_zeros": weight_only(target, 1, 4, 3),
+        "four_rows": weight_only(target, 64, 4, 0),
+        "eight": weight_only(target, 1, 8, 0),
+    }
+    for symbol, counts in instructions(kernels, target, tmp_path).items():
+        row = kernels[symbol].row
+        assert counts["STL"] == counts["LDL"] == 0, f"{symbol}: registers were spilled"
+        assert ("IMMA" in counts) == row.startswith("cuda-mma"), (symbol, row, counts)
+        assert (counts["IMMA U8"] > 0) == (row == "cuda-mma/attention"), (symbol, row, counts)
+        if row == "cuda/f32.dense_weight_only":
+            assert counts["I2F"] == 0 and counts["LDG 128"] > 1 and counts["FFMA"] > 16, f"{symbol}: weights are converted, or not read in whole words"
+        else:
+            assert counts["LDG 64"] > 0 and counts["STG 64"] > 0, (symbol, counts)
+
+
 @pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90", "cuda-sm90a"])
 def test_instructions(name: str, tmp_path: Path) -> None:
     require_nvcc()
@@ -80,6 +129,8 @@ def test_instructions(name: str, tmp_path: Path) -> None:
         assert (counts["IGMMA"] > 0) == row.startswith("cuda-wgmma"), (symbol, row, counts)
         if row.startswith(("cuda-mma", "cuda-wgmma")):
             assert (counts["LDSM"] > 0) == row.startswith("cuda-mma") and counts["LDGSTS"] > 0, f"{symbol}: operands are not staged as the row says"
+            assert counts["LDG 128"] > 0, f"{symbol}: the end reads single words"
+            assert counts["STG 128"] + counts["STG 64"] > 0 or symbol == "grouped", f"{symbol}: the end writes single words"  # lanes have 4 channels there
         shared = kernels[symbol].counters > 0
         assert shared == (symbol == "small"), f"{symbol}: {kernels[symbol].params}"
         fences = counts["MEMBAR"] - counts["FENCE"]  # without those of what tensor cores read by themselves

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from cuda_emulated import TARGET as CUDA
+from cuda_emulated import Emulated
+from fake_cuda import FakeGpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import Case
 from onnx import TensorProto, helper, numpy_helper
+from tools import require_nvcc
 
 import qcompiler
 from qcompiler import schedules
@@ -22,9 +28,10 @@ from qcompiler.numerics import operators as numerics
 from qcompiler.numerics.weight_only import WeightScheme, quantize_weight
 from qcompiler.runtime.library import read_manifest
 from qcompiler.runtime.session import Session
+from qcompiler.schedules.cuda import weight_only as gpu
 from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.portable.weight_only import pack_weights
-from qcompiler.schedules.table import Layout, OpCall, select
+from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
 BIG = 3.4028234663852886e38
 TARGETS = [t for t in map(find_target, ("x86-avx512vnni", "x86-avx2")) if not missing_features(t)]
@@ -115,47 +122,108 @@ def test_packing_keeps_every_weight() -> None:
 # -- kernels --------------------------------------------------------------------------------------------------------------------------------
 
 
-def check_kernel(target: Target, lead: tuple[int, ...], outputs: int, inputs: int, scheme: WeightScheme, *, residual: bool = False, seed: int = 0) -> None:
-    """The kernel's sums lie within the rounding of any order of summation: (K + 8) * 2^-24 of the sum of magnitudes."""
-    schedules.load(target)
-    rng = np.random.default_rng(seed)
-    weight = (rng.standard_normal((outputs, inputs)) + 0.2).astype(np.float32)
-    grouped = quantize_weight(weight, scheme)
-    x, bias = rng.standard_normal((*lead, inputs)).astype(np.float32), rng.standard_normal(outputs).astype(np.float32)
-    more = [rng.standard_normal((*lead, outputs)).astype(np.float32)] if residual else []
-    attrs = {"bits": scheme.bits, "group_size": scheme.group_size, "low": -0.5 if residual else -BIG, "high": BIG}
-    layouts = [Layout(a.shape, "float32") for a in (x, *more)]
-    output = Layout((*lead, outputs), "float32")
-    op = OpCall("qc.f32.dense_weight_only", [layouts[0], grouped.q, grouped.zero_point, grouped.scale, bias, *layouts[1:]], attrs, output)
-    kernel = select(op, target).build(op, {}, target)
-    got = fetch(run_kernel(kernel, [store(a, layout) for a, layout in zip((x, *more), layouts, strict=True)], output, target), output)
-    want = numerics.f32_dense_weight_only(x, grouped.q, grouped.zero_point, grouped.scale, bias, *more, **attrs)
-    offset = np.repeat(np.abs(grouped.zero_point.astype(np.float64)) + 8, scheme.group_size, axis=1)[:, :inputs]
-    largest = (np.abs(grouped.q.astype(np.float64)) + offset) * np.repeat(grouped.scale, scheme.group_size, axis=1)[:, :inputs]
-    magnitude = np.abs(x).astype(np.float64) @ largest.T + np.abs(bias) + sum(np.abs(m) for m in more)
-    assert (np.abs(got - want) <= (inputs + 8) * 2.0**-24 * magnitude).all()
+@dataclass
+class Layer:
+    """A dense layer on random data, with what its kernels read and write."""
+
+    lead: tuple[int, ...]
+    outputs: int
+    inputs: int
+    scheme: WeightScheme
+    residual: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        weight = (rng.standard_normal((self.outputs, self.inputs)) + 0.2).astype(np.float32)
+        self.grouped = quantize_weight(weight, self.scheme)
+        self.x = rng.standard_normal((*self.lead, self.inputs)).astype(np.float32)
+        self.bias = rng.standard_normal(self.outputs).astype(np.float32)
+        self.more = [rng.standard_normal((*self.lead, self.outputs)).astype(np.float32)] if self.residual else []
+        self.attrs = {"bits": self.scheme.bits, "group_size": self.scheme.group_size, "low": -0.5 if self.residual else -BIG, "high": BIG}
+        layouts = [Layout(a.shape, "float32") for a in (self.x, *self.more)]
+        self.output = Layout((*self.lead, self.outputs), "float32")
+        self.inputs_stored = [store(a, layout) for a, layout in zip((self.x, *self.more), layouts, strict=True)]
+        self.constants = self.grouped.q, self.grouped.zero_point, self.grouped.scale, self.bias
+        self.op = OpCall("qc.f32.dense_weight_only", [layouts[0], *self.constants, *layouts[1:]], self.attrs, self.output)
+
+    def case(self) -> Case:
+        """For whoever runs all cases of all kernels."""
+        return Case(self.op.name, [self.x, *self.constants, *self.more], self.attrs, constants=(1, 2, 3, 4), tolerance=1e-4)
+
+    def kernel(self, target: Target, **params: int) -> Kernel:
+        schedules.load(target)
+        row = select(self.op, target)
+        return row.build(self.op, row.default(self.op, target) | params, target)
+
+    def check(self, stored: np.ndarray) -> None:
+        """The sums lie within the rounding of any order of summation: (K + 8) * 2^-24 of the sum of magnitudes."""
+        got, g = fetch(stored, self.output), self.grouped
+        want = numerics.f32_dense_weight_only(self.x, *self.constants, *self.more, **self.attrs)
+        size = min(self.scheme.group_size, self.inputs)
+        offset, scale = (np.repeat(a, size, axis=1)[:, : self.inputs] for a in (np.abs(g.zero_point.astype(np.float64)) + 8, g.scale))
+        largest = (np.abs(g.q.astype(np.float64)) + offset) * scale
+        magnitude = np.abs(self.x).astype(np.float64) @ largest.T + np.abs(self.bias) + sum(np.abs(m) for m in self.more)
+        assert (np.abs(got - want) <= (self.inputs + 8) * 2.0**-24 * magnitude).all()
+
+
+LAYERS = [
+    Layer((1,), 64, 128, WeightScheme(8, 64, True)),
+    Layer((1,), 70, 131, WeightScheme(4, 64, True)),
+    Layer((5,), 33, 131, WeightScheme(4, 32, False), residual=True),
+    Layer((3,), 5, 7, WeightScheme(8, 8, False)),
+    Layer((2, 3), 130, 200, WeightScheme(8, 128, False), residual=True),
+    Layer((1, 2, 2), 17, 9, WeightScheme(4, 8, False)),
+    Layer((2,), 8, 1, WeightScheme(4, 64, True)),
+    Layer((1,), 1, 4096, WeightScheme(4, 4096, True)),
+    Layer((1,), 2048, 512, WeightScheme(4, 64, False)),  # more than one task
+    Layer((19,), 12, 1000, WeightScheme(4, 1 << 40, False)),
+]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
-@pytest.mark.parametrize(("lead", "outputs", "inputs", "bits", "size", "symmetric", "residual"), [
-    ((1,), 64, 128, 8, 64, True, False),
-    ((1,), 70, 131, 4, 64, True, False),
-    ((5,), 33, 131, 4, 32, False, True),
-    ((3,), 5, 7, 8, 8, False, False),
-    ((2, 3), 130, 200, 8, 128, False, True),
-    ((1, 2, 2), 17, 9, 4, 8, False, False),
-    ((2,), 8, 1, 4, 64, True, False),
-    ((1,), 1, 4096, 4, 4096, True, False),
-    ((1,), 2048, 512, 4, 64, False, False),  # more than one task
-])  # fmt: skip
-def test_kernel(target: Target, lead: tuple[int, ...], outputs: int, inputs: int, bits: int, size: int, symmetric: bool, residual: bool) -> None:
-    check_kernel(target, lead, outputs, inputs, WeightScheme(bits, size, symmetric), residual=residual)
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_kernel(target: Target, number: int) -> None:
+    layer = LAYERS[number]
+    layer.check(run_kernel(layer.kernel(target), layer.inputs_stored, layer.output, target))
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 70), st.integers(1, 90), st.sampled_from([8, 4]), st.sampled_from([8, 16, 64]), st.booleans(), st.integers(0, 99))
 def test_kernel_of_any_shape(rows: int, outputs: int, inputs: int, bits: int, size: int, symmetric: bool, seed: int) -> None:
-    check_kernel(find_target("x86-avx2"), (rows,), outputs, inputs, WeightScheme(bits, size, symmetric), seed=seed)
+    layer, target = Layer((rows,), outputs, inputs, WeightScheme(bits, size, symmetric), seed=seed), find_target("x86-avx2")
+    layer.check(run_kernel(layer.kernel(target), layer.inputs_stored, layer.output, target))
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    """Each layer by the heuristic and with every number of warps."""
+    kernels = {f"k{i}_{w}": layer.kernel(CUDA, **({"warps": w} if w else {})) for i, layer in enumerate(LAYERS) for w in (0, 1, 2, 4, 8)}
+    assert {k.row for k in kernels.values()} == {"cuda/f32.dense_weight_only"}
+    return Emulated(kernels, CUDA, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_cuda(number: int, on_gpu: Emulated) -> None:
+    layer = LAYERS[number]
+    for warps in (0, 1, 2, 4, 8):
+        layer.check(on_gpu.run(f"k{number}_{warps}", layer.inputs_stored, layer.output))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cuda_reads_weights_exactly(bits: int, tmp_path: Path) -> None:
+    """One activation of 1, all others 0: a result is its weight, to the bit, whatever the weight's place in its word."""
+    everything = np.arange(-(1 << (bits - 1)), 1 << (bits - 1))
+    q = np.resize(everything, (1, 32 * len(everything))).astype(np.int8)[:, ::-1]
+    x = np.eye(q.shape[1], dtype=np.float32)[:256]
+    s = gpu.Sizes(len(x), 1, q.shape[1], bits, 64, 8)
+    words = gpu.pack_weights(np.ascontiguousarray(q), s).view(np.uint32).reshape(s.words, 4)[:, 0]
+    fields = (words[:, None] >> (np.arange(s.per_word, dtype=np.uint32) * bits) & ((1 << bits) - 1)).astype(int) - (1 << (bits - 1))
+    assert np.array_equal(fields.reshape(-1), q[0])
+    layer = Layer((len(x),), 1, q.shape[1], WeightScheme(bits, 64))
+    layer.op.operands[1:5] = [q, np.zeros((1, s.groups), np.int8), np.ones((1, s.groups), np.float32), np.zeros(1, np.float32)]
+    got = Emulated({"k": layer.kernel(CUDA)}, CUDA, tmp_path).run("k", [store(x, layer.op.tensors[0])], layer.output)
+    assert np.array_equal(fetch(got, layer.output)[:, 0], q[0, :256])
 
 
 # -- the whole path -------------------------------------------------------------------------------------------------------------------------
@@ -222,7 +290,6 @@ def test_explain(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     (["--weights", "int5"], "supported: int8, int4"),
     (["--weights", "int4", "--group-size", "0"], "a group of 0 weights is not supported"),
-    (["--weights", "int4", "--target", "cuda-sm80"], "have kernels for CPUs only; 'cuda-sm80' is a GPU"),
     (["--weights", "int4", "--calibration", "x.npy"], "need no calibration; leave it out"),
     (["--weights", "int4", "--preset", "fast", "--min-sqnr", "20"], "need no min_sqnr, preset; leave them out"),
     (["--group-size", "32", "--calibration", "x.npy"], "group_size describes the option weights, which is not given"),
@@ -247,3 +314,23 @@ def test_a_network_without_dense_layers_is_refused(tmp_path: Path) -> None:
         qcompiler.compile(tmp_path / "relu.onnx", weights="int8")
     with pytest.raises(PlanError, match="rules for padding are tried on calibration data .* leave pad out"):
         qcompiler.compile(tmp_path / "relu.onnx", weights="int8", pad={"x": 0})
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_network_on_a_gpu(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    """Its results lie as close to the CPU library's as two orders of summation do; the manifests say the same of the weights."""
+    require_nvcc()
+    options = {"weights": weights, "group_size": 32, "asymmetric": True}
+    gpu_ = FakeGpu.record(tmp_path, monkeypatch)
+    on_gpu = qcompiler.compile(model, target="cuda-sm80", **options)
+    on_cpu = qcompiler.compile(model, **options)
+    assert on_gpu.manifest["weights"] == on_cpu.manifest["weights"] and "nvcc" in on_gpu.manifest["compiler"]
+    assert {s["kernel"] for s in on_gpu.manifest["steps"]} >= {"cuda/f32.dense_weight_only"}
+    gpu_.emulate()
+    x = np.random.default_rng(2).standard_normal((3, 48)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    code = "import sys, numpy as np; from qcompiler import load; np.save(sys.argv[3], load(sys.argv[1]).run({'x': np.load(sys.argv[2])})['y'])"
+    done = gpu_.python(code, on_gpu.save(tmp_path / "gpu.so"), tmp_path / "x.npy", tmp_path / "y.npy")
+    assert done.returncode == 0, done.stderr
+    want = Session(on_cpu.save(tmp_path / "cpu.so")).run({"x": x})["y"]
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, rtol=1e-5, atol=1e-5)

@@ -206,6 +206,7 @@ def attentions() -> dict[str, Case]:
         heads: tuple[int, int],
         size: tuple[int, int] = (16, 16),
         packed: bool = False,
+        lead: int = 1,
         spread: float = 1.0,
         bias: Any = None,
         bias_multipliers: list[int] | None = None,
@@ -217,8 +218,8 @@ def attentions() -> dict[str, Case]:
         (b, s, t), (h, g), (d, e), seed = sizes, heads, size, len(cases)
         rng, columns = np.random.default_rng(seed), [0, 0, 0]
         if packed:
-            both = data(seed, b, s, h * d + g * d + g * e + 1)
-            q, k, v, columns = both, both, both, [1, 1 + h * d, 1 + h * d + g * d]
+            both = data(seed, b, s, h * d + g * d + g * e + lead)
+            q, k, v, columns = both, both, both, [lead, lead + h * d, lead + h * d + g * d]
         else:
             q, k, v = data(seed, b, s, h * d), data(seed + 1, b, t, g * d), data(seed + 2, b, t, g * e)
         extras = {n: x for n, x in (("bias", bias), ("mask", mask), ("lengths", lengths)) if x is not None}
@@ -232,6 +233,8 @@ def attentions() -> dict[str, Case]:
     rng = np.random.default_rng(99)
     case("plain", (2, 19, 19), (3, 3))
     case("packed", (2, 13, 13), (2, 2), (12, 12), packed=True, zero_points=[5, 5, 5], zero_point=-9)
+    case("packed-words", (2, 37, 37), (4, 2), (20, 36), packed=True, lead=4, zero_points=[-128, 5, 127])
+    case("wide", (1, 18, 50), (2, 2), (8, 256), zero_points=[127, -128, -128], zero_point=-1)
     case("cross", (1, 6, 37), (2, 2), (20, 7), zero_points=[-128, 127, -128])
     case("grouped", (2, 9, 11), (6, 2), packed=False)
     case("multi-query", (1, 5, 65), (4, 1), (8, 8))

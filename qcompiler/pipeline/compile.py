@@ -125,15 +125,14 @@ def compile_weights(model: AnyModel, target: str | Target = "native", calibratio
     """A library that computes in float32, with the weights of dense layers in 8 or 4 bits. Arguments and errors as `compile`."""
     options = complete(options)
     chosen = find_target(target, options["targets_file"])
-    if chosen.gpu:
-        raise PlanError(f"weights in 8 or 4 bits beside float activations have kernels for CPUs only; '{chosen.name}' is a GPU")
     find_compiler(chosen)
+    toolkit = toolkit_versions(chosen)
     (float_model, module), *others = quantize_weights(model, calibration, options)
     built = build(module, chosen, "generate code", others=[m for _, m in others], progress=options["progress"] or silent)
     return built.link(
         further=[{"digests": {"model": m.digest}} for m, _ in others],
         **float_model.account(),
         weights=Graph.of(module).attrs["qc.weights"],
-        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__},
+        compiler={"qcompiler": qcompiler.__version__, "tvm": tvm.__version__, **toolkit},
         digests={"model": float_model.digest, "constants": hashlib.sha256(built.constants.data).hexdigest()},
     )

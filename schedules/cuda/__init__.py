@@ -2,5 +2,5 @@
 
 from importlib import import_module as _import_module
 
-for _name in ("depthwise", "conv", "direct", "pool", "matmul", "rows", "attention", "recurrence"):
+for _name in ("depthwise", "conv", "direct", "pool", "matmul_mma", "matmul", "rows", "attention_mma", "attention", "weight_only", "recurrence"):
     _import_module(f"{__name__}.{_name}")

@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import View
 from qcompiler.schedules.portable.base import PortableRow
-from qcompiler.schedules.portable.threads import in_words, quarter, unpack, words
+from qcompiler.schedules.portable.threads import alignment, in_words, load_words, unpack, words
 from qcompiler.schedules.table import Kernel, OpCall, register
 
 Make = Callable[[OpCall, Target, str], Kernel]
@@ -37,13 +37,22 @@ class Reader:
         """The elements at flat index `index`, a multiple of `run`."""
         if self.run == 1:
             return [T.Cast("int32", self.memory[index])]
-        found = []
-        for i in range(self.run // 4):
-            word = T.bind(self.memory[quarter(index) + i])
-            found += [T.Cast("int32", unpack(word, j, self.view.dtype)) for j in range(4)]
-        return found
+        loaded = load_words(self.memory, index, self.run // 4, alignment(self.view))
+        return [T.Cast("int32", unpack(word, j, self.view.dtype)) for word in loaded for j in range(4)]
 
 
 def local(elements: int, dtype: str = "int32") -> Any:
     """Registers of a thread: every index must be a constant once loops are unrolled."""
     return T.alloc_buffer((elements,), dtype, scope="local")
+
+
+def transpose(pixels: list[Any]) -> list[Any]:
+    """Four words of 4 channels as four words of 4 pixels."""
+
+    def permute(a: Any, b: Any, selector: int) -> Any:
+        return T.bind(T.call_pure_extern("int32", "__byte_perm", a, b, T.int32(selector)))
+
+    a, b, c, d = pixels
+    low = permute(a, b, 0x5140), permute(c, d, 0x5140)  # channels 0 and 1 of two pixels
+    high = permute(a, b, 0x7362), permute(c, d, 0x7362)
+    return [permute(*pair, selector) for pair in (low, high) for selector in (0x5410, 0x7632)]

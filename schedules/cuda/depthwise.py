@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.conv import wrap
-from qcompiler.schedules.cuda.base import local
+from qcompiler.schedules.cuda.base import local, transpose
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, finish_arrays, quad
 from qcompiler.schedules.cuda.gemm_plan import MULTIPROCESSORS, repeated_byte
 from qcompiler.schedules.depthwise_plan import Geometry, refuse_depthwise
@@ -180,18 +180,6 @@ class DepthwiseRow:
 
         macs = math.prod(op.output.shape) * math.prod(g.kernel)
         return make_kernel(self.name, op, target, emit, arrays=arrays, macs=macs, threads=threads(g, tile), block=128, params=params)
-
-
-def transpose(pixels: list[Any]) -> list[Any]:
-    """Four words of 4 channels as four words of 4 pixels."""
-
-    def permute(a: Any, b: Any, selector: int) -> Any:
-        return T.bind(T.call_pure_extern("int32", "__byte_perm", a, b, T.int32(selector)))
-
-    a, b, c, d = pixels
-    low = permute(a, b, 0x5140), permute(c, d, 0x5140)  # channels 0 and 1 of two pixels
-    high = permute(a, b, 0x7362), permute(c, d, 0x7362)
-    return [permute(*pair, selector) for pair in (low, high) for selector in (0x5410, 0x7632)]
 
 
 register("qc.conv2d", DepthwiseRow())

@@ -51,6 +51,31 @@ static __device__ __forceinline__ void qc_multiply_matrices(int* c, const int* a
 #endif
 }
 
+// The same with unsigned bytes in a.
+static __device__ __forceinline__ void qc_multiply_unsigned(int* c, const int* a, const int* b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Of the 4 lanes 4 * i .. 4 * i + 3, which hold sums of the same rows: all of a warp's lanes must come here.
+static __device__ __forceinline__ int qc_row_max(int value) {
+  value = max(value, __shfl_xor_sync(0xFFFFFFFFu, value, 1));
+  return max(value, __shfl_xor_sync(0xFFFFFFFFu, value, 2));
+}
+
+static __device__ __forceinline__ float qc_warp_sum(float value) {
+  for (int other = 16; other; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+  return value;
+}
+
+static __device__ __forceinline__ int qc_row_sum(int value) {
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
+  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
+}
+
 #endif  // __CUDACC__
 
 // Partial sums of a thread, n of them, to and from other blocks: words of 16 bytes, `stride` ints apart, so that neighbouring threads' words adjoin.

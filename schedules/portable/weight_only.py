@@ -203,7 +203,7 @@ class _Tile:
         return [rest, *reversed(found)] if len(self.out.shape) > 1 else []
 
 
-def _check(op: OpCall) -> str | None:
+def check_weight_only(op: OpCall) -> str | None:
     if not isinstance(op.operands[0], Layout) or not all(isinstance(o, np.ndarray) for o in op.operands[1:5]):
         return "the input must be computed at run time, and weights and bias must be constants."
     if op.operands[0].dtype != "float32" or op.output.dtype != "float32":
@@ -211,4 +211,4 @@ def _check(op: OpCall) -> str | None:
     return None
 
 
-portable("qc.f32.dense_weight_only", weight_only, check=_check, dense=True)
+portable("qc.f32.dense_weight_only", weight_only, check=check_weight_only, dense=True)

@@ -199,6 +199,11 @@ inline auto caller(size_t count, std::index_sequence<N...>) {
 
 // -- what kernels call -------------------------------------------------------------------------------------------------------------------
 
+inline void copy_aligned(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) fail("a word of 8 or 16 bytes is not aligned to its size");
+  std::memcpy(to, from, bytes);
+}
+
 inline unsigned warp() { return here->index.x / 32; }
 inline unsigned lane() { return here->index.x % 32; }
 
@@ -231,12 +236,24 @@ extern "C" inline __attribute__((used)) void qc_emulate(void* function, int argu
 // Seeds the order in which threads run between barriers.
 extern "C" inline __attribute__((used)) void qc_emulate_order(uint64_t seed) { qc_emulation::order = 2 * seed + 1; }
 
+// Words of 8 and 16 bytes must be aligned where they are read and written.
+#define QC_COPIES(name)                                                               \
+  name() = default;                                                                   \
+  name(const name& from) { qc_emulation::copy_aligned(this, &from, sizeof from); }    \
+  name& operator=(const name& from) {                                                 \
+    qc_emulation::copy_aligned(this, &from, sizeof from);                             \
+    return *this;                                                                     \
+  }
 #define QC_VECTORS(type)                                                              \
   struct type##2 {                                                                    \
     type x, y;                                                                        \
+    QC_COPIES(type##2)                                                                \
+    type##2(type a, type b) : x(a), y(b) {}                                           \
   } __attribute__((aligned(8)));                                                      \
   struct type##4 {                                                                    \
     type x, y, z, w;                                                                  \
+    QC_COPIES(type##4)                                                                \
+    type##4(type a, type b, type c, type d) : x(a), y(b), z(c), w(d) {}               \
   } __attribute__((aligned(16)));                                                     \
   inline type##2 make_##type##2(type x, type y) { return {x, y}; }                    \
   inline type##4 make_##type##4(type x, type y, type z, type w) { return {x, y, z, w}; }
@@ -363,7 +380,8 @@ inline void qc_load_matrices(int* to, const void* row) {
 
 // Fragments of m16n8k32 (PTX manual): a[i] holds row lane / 4 + 8 * (i % 2), columns 4 * (lane % 4) + 16 * (i / 2) ..; b[i] column lane / 4,
 // rows 4 * (lane % 4) + 16 * i ..; c[i] row lane / 4 + 8 * (i / 2), column 2 * (lane % 4) + i % 2.
-inline void qc_multiply_matrices(int* c, const int* a, const int* b) {
+template <typename Left>
+inline void qc_multiply_as(int* c, const int* a, const int* b) {
   const int mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   qc_exchange(mine, sizeof mine, [&](int (*shown)[8]) {
     const int row = qc_emulation::lane() / 4, quarter = qc_emulation::lane() % 4;
@@ -371,9 +389,36 @@ inline void qc_multiply_matrices(int* c, const int* a, const int* b) {
       for (int k = 0; k < 32; k += 4) {
         const int left = shown[4 * row + k % 16 / 4][i / 2 + 2 * (k / 16)];
         const int right = shown[4 * (2 * quarter + i % 2) + k % 16 / 4][4 + k / 16];
-        c[i] = __dp4a(left, right, c[i]);
+        for (int j = 0; j < 4; ++j) c[i] += static_cast<Left>(left >> 8 * j) * static_cast<int8_t>(right >> 8 * j);
       }
   });
+}
+inline void qc_multiply_matrices(int* c, const int* a, const int* b) { qc_multiply_as<int8_t>(c, a, b); }
+inline void qc_multiply_unsigned(int* c, const int* a, const int* b) { qc_multiply_as<uint8_t>(c, a, b); }
+
+inline int qc_row_max(int value) {
+  qc_exchange(&value, sizeof value, [&](int (*shown)[8]) {
+    for (unsigned i = 0, first = qc_emulation::lane() / 4 * 4; i < 4; ++i) value = max(value, shown[first + i][0]);
+  });
+  return value;
+}
+
+inline float qc_warp_sum(float value) {
+  for (unsigned other = 16; other; other /= 2)
+    qc_exchange(&value, sizeof value, [&](int (*shown)[8]) {
+      float theirs;
+      std::memcpy(&theirs, shown[qc_emulation::lane() ^ other], sizeof theirs);
+      value += theirs;
+    });
+  return value;
+}
+
+inline int qc_row_sum(int value) {
+  qc_exchange(&value, sizeof value, [&](int (*shown)[8]) {
+    value = 0;
+    for (unsigned i = 0, first = qc_emulation::lane() / 4 * 4; i < 4; ++i) value += shown[first + i][0];
+  });
+  return value;
 }
 
 // -- what schedules/cuda/wgmma.py has for GPUs ------------------------------------------------------------------------------------------------
