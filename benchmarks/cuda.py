@@ -18,22 +18,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import cuda_sections as sections
 import networks
-from cuda_prepare import prepare
+from cuda_prepare import WEIGHTS, prepare
 
 from qcompiler.base.cuda_driver import Gpu, find_gpu
 from qcompiler.base.host import host_architecture
 from qcompiler.base.targets import Target, find_target, load_targets
 
 HERE = Path(__file__).resolve().parent
+LEAST = 5.0  # seconds that are worth beginning a section
 
 
 def target_of(gpu: Gpu) -> Target:
@@ -89,13 +92,16 @@ class Report:
 
 def child(section: str, result: Path, options: argparse.Namespace, without: list[str]) -> str:
     """Run a section in a process of its own. Empty, or why it failed."""
+    limit = min(options.limit, options.within - time.monotonic())  # `measure` made a moment of it
+    if limit < LEAST:
+        return "no time was left"
     command = [sys.executable, __file__, "--prepared", options.prepared, "--section", section, "--json", result, "--seconds", str(options.seconds)]
     for name in without:
         command += ["--without", name]
     try:
-        done = subprocess.run([str(c) for c in command], stderr=subprocess.PIPE, text=True, timeout=options.limit, errors="replace")
+        done = subprocess.run([str(c) for c in command], stderr=subprocess.PIPE, text=True, timeout=limit, errors="replace")
     except subprocess.TimeoutExpired:
-        return f"took longer than {options.limit:g} s"
+        return f"took longer than {limit:.0f} s"
     if done.returncode == 0:
         sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line.startswith("left out: ")))
         return ""
@@ -169,6 +175,7 @@ def measure(options: argparse.Namespace, gpu: Gpu) -> int:
     if plan["capability"] > gpu.capability:
         print(f"{options.prepared} was prepared for {plan['target']}, and {gpu.name} has compute capability {gpu.capability / 10}", file=sys.stderr)
         return 2
+    options.within += time.monotonic()
     path = options.json or HERE / "results" / f"cuda-{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
     report = Report(path, gpu, plan)
     print(f"{gpu.name}, compute capability {gpu.capability / 10}, target {plan['target']}; results in {path}", flush=True)
@@ -188,14 +195,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=networks.default_data(), help="folder with models/ and imagenet/")
     parser.add_argument("--network", action="append", choices=[*networks.NAMES, *networks.GENERATED, "none"], help="default: the trained ones")
+    parser.add_argument("--text", action="append", default=[], type=Path, metavar="FILE", help="with --prepare: a network that reads tokens (ONNX) too")
+    parser.add_argument("--tokens", type=int, default=128, help="of each of --text")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring per network and batch")
-    parser.add_argument("--without", action="append", default=[], choices=["rows", "exact", "steps", "speed", "torch", "tensorrt"])
+    parser.add_argument("--without", action="append", default=[], choices=["rows", "weights", "exact", "steps", "speed", "torch", "tensorrt"])
     parser.add_argument("--json", type=Path, help="where the results go (default benchmarks/results/cuda-GPU.json)")
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="compile into DIR and stop: needs --target and no GPU")
     parser.add_argument("--target", help="with --prepare: a GPU target of targets.yaml")
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="run what --prepare left in DIR")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds that a section may take")
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS", help="for all sections; those without any are named as failed")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if bool(options.prepare) != bool(options.target):
@@ -215,11 +225,13 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
         folder, target = options.prepare or Path(name), find_target(options.target) if options.target else target_of(gpu)  # type: ignore[arg-type]
         found = [networks.find(n, options.data, networks.default_cache()) for n in options.network or networks.NAMES if n != "none"]
-        chosen = [n for n in found if n]
+        chosen = [n for n in found if n] + [networks.text_network(path, options.tokens, networks.default_cache()) for path in options.text]
         from qcompiler.base.progress import terminal_progress
 
         with terminal_progress() as progress:
-            plan = prepare(folder, target, chosen, options.batch, "rows" not in options.without, "tensorrt" not in options.without, progress)
+            weights = () if "weights" in options.without else WEIGHTS
+            parts = {"rows": "rows" not in options.without, "peers": "tensorrt" not in options.without}
+            plan = prepare(folder, target, chosen, options.batch, weights=weights, **parts, progress=progress)
         if options.prepare:
             size = sum(p.stat().st_size for p in folder.iterdir())
             print(f"{folder}: {len(plan['rows'])} cases, {len(plan['networks'])} networks, {size / 1e6:.1f} MB; {len(plan['failed'])} parts failed")

@@ -1,8 +1,8 @@
 """What benchmarks/cuda.py runs on a GPU, made where there is none: a folder with libraries, inputs, and the outputs to expect.
 
-plan.json             {target, capability, rows: [a row of cases each], networks: [{name, network, batch, input}], failed: [{section, error}]}
+plan.json             {target, capability, rows: [a row of cases each], networks: [{name, network, batch, inputs, integer}], failed: [{section, error}]}
 rows.so, rows.npz     one step per case of the test suite, on a workspace of its own; of each case inputs, places of the output's elements, and their values
-NAME.so, NAME.npz     a network at a batch size for the GPU; images, and its outputs by the library of this CPU made from the same plan
+NAME.so, NAME.npz     a network at a batch size for the GPU; samples, and its outputs by the library of this CPU made from the same plan
 NAME-qdq.onnx         the network with quantize and dequantize nodes, and NETWORK.onnx, the float one: for TensorRT
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,12 +25,13 @@ import numpy as np
 from qcompiler.base.targets import Target
 
 HERE = Path(__file__).resolve().parent
-GUARD, IMAGES = 4096, 8
+GUARD, SINGLES = 4096, 8
+WEIGHTS = (("encoder", 1), ("product", 32))  # what comes along always
 
 
-def batch_of(images: np.ndarray, batch: int, sample: int) -> np.ndarray:
-    """Sample 0 or 1: [batch, ...] of a few images, each moved by some columns so that no two are equal."""
-    return np.ascontiguousarray([np.roll(images[(sample + k) % len(images)], k // len(images), axis=-1) for k in range(batch)])
+def batch_of(singles: np.ndarray, batch: int, sample: int) -> np.ndarray:
+    """Sample 0 or 1: [batch, ...] of a few images or texts, each moved by some columns so that no two are equal."""
+    return np.ascontiguousarray([np.roll(singles[(sample + k) % len(singles)], k // len(singles), axis=-1) for k in range(batch)])
 
 
 # -- rows -----------------------------------------------------------------------------------------------------------------------------------
@@ -41,8 +43,13 @@ def row_cases(target: Target) -> dict[str, Any]:
 
     schedules.load(target)
     sys.path.insert(0, str(HERE.parent / "tests"))
-    plain, gemm, depthwise = (importlib.import_module(f"test_kernels_{name}") for name in ("cuda", "cuda_gemm", "cuda_depthwise"))
-    found = {name: (case, case.prepare(target)) for name, case in plain.CASES.items()}
+    plain, gemm, depthwise, products = (importlib.import_module(f"test_kernels_{name}") for name in ("cuda", "cuda_gemm", "cuda_depthwise", "cuda_products"))
+    transformers, weights = importlib.import_module("transformer_cases"), importlib.import_module("test_weight_only")
+    cases = plain.CASES | transformers.CASES | {f"weights/{i}": layer.case() for i, layer in enumerate(weights.LAYERS)}
+    found = {name: (case, case.prepare(target)) for name, case in cases.items()}
+    if "cuda-mma" in target.rows:
+        for group in products.every_point(target).values():
+            found |= group
     for unit in gemm.UNITS:
         if unit.name in target.rows:
             found |= {f"{unit.name}/{name}": pair for name, pair in gemm.kernels(unit).items()}
@@ -102,36 +109,72 @@ def prepare_network(folder: Path, network: networks.Network, batch: int, target:
     """Compile for the GPU and for this CPU from one plan; write the former and what the latter answers."""
     import onnx
 
-    import qcompiler
     from qcompiler.backend.build import build
     from qcompiler.base.targets import find_target
     from qcompiler.calibration.data import open_samples
     from qcompiler.importers.model import load
     from qcompiler.pipeline.compile import quantize
 
-    port = onnx.load(str(network.model), load_external_data=False).graph.input[0]
-    shape = (batch, *(d.dim_value for d in port.type.tensor_type.shape.dim[1:]))
-    singles = open_samples(network.calibration(), load(network.model, {port.name: (1, *shape[1:])}).inputs, network.preprocess)
-    images = np.concatenate([sample[port.name] for sample in itertools.islice(singles, IMAGES)])
-    samples = [{port.name: batch_of(images, batch, i)} for i in (0, 1)]
-    shapes: Any = {port.name: shape}
+    ports = onnx.load(str(network.model), load_external_data=False).graph.input
+    shapes: Any = {p.name: (batch, *(d.dim_value for d in p.type.tensor_type.shape.dim[1:])) for p in ports}
+    alone = load(network.model, {name: (1, *shape[1:]) for name, shape in shapes.items()}).inputs
+    singles = list(itertools.islice(open_samples(network.calibration(), alone, network.preprocess), SINGLES))
+    inputs = {name: np.concatenate([sample[name] for sample in singles]) for name in shapes}
+    samples = [{name: batch_of(array, batch, i) for name, array in inputs.items()} for i in (0, 1)]
     integer = quantize(network.model, target, samples, preset="fast", input_shapes=shapes, progress=progress).integer
-    name = f"{network.name}-{batch}"
-    build(integer, target, "generate gpu code", progress=progress).link().save(folder / f"{name}.so")
-    on_cpu = qcompiler.load(build(integer, find_target("native"), "generate cpu code", progress=progress).link().save(folder / "cpu.so"))
-    outputs = {f"{key}-{i}": value.copy() for i, sample in enumerate(samples) for key, value in on_cpu.run(sample).items()}
-    np.savez_compressed(folder / f"{name}.npz", images=images, **outputs)
-    (folder / "cpu.so").unlink()
+    name = f"{re.sub(r'[^A-Za-z0-9_.]+', '-', network.name)}-{batch}"
+    on_gpu, on_cpu = (build(integer, t, "generate code", progress=progress).link() for t in (target, find_target("native")))
     if peers:
         from qcompiler.exporters.export_onnx import export_onnx
 
         shutil.copy(network.model, folder / f"{network.name}.onnx")
         export_onnx(network.model, folder / f"{name}-qdq.onnx", samples, preset="fast", input_shapes=shapes)
-    return {"name": name, "network": network.name, "batch": batch, "input": port.name}
+    return {"name": name, "network": network.name, "batch": batch} | keep(folder, name, on_gpu, on_cpu, inputs, batch)
 
 
-def prepare(folder: Path, target: Target, chosen: Sequence[networks.Network], batches: Sequence[int], rows: bool, peers: bool, progress: Any) -> dict[str, Any]:
-    """Fill the folder. What fails is noted in the plan and left out."""
+def keep(folder: Path, name: str, on_gpu: Any, on_cpu: Any, inputs: dict[str, np.ndarray], batch: int) -> dict[str, Any]:
+    """Write the library for the GPU, samples, and what the one for this CPU answers; float operators may differ in their last bits."""
+    import qcompiler
+
+    on_gpu.save(folder / f"{name}.so")
+    session = qcompiler.load(on_cpu.save(folder / "cpu.so"))
+    answers = [session.run({port: batch_of(array, batch, i) for port, array in inputs.items()}) for i in (0, 1)]
+    outputs = {f"{key}-{i}": value.copy() for i, answer in enumerate(answers) for key, value in answer.items()}
+    np.savez_compressed(folder / f"{name}.npz", **{f"input {port}": array for port, array in inputs.items()}, **outputs)
+    (folder / "cpu.so").unlink()
+    steps = on_gpu.manifest["steps"]
+    integer = not any(s["op"].startswith("qc.f32.") or s["kernel"] == "cuda/legalized" for s in steps)
+    return {"inputs": list(inputs), "integer": integer}
+
+
+def prepare_weights(folder: Path, name: str, rows: int, target: Target, progress: Any) -> dict[str, Any]:
+    """A network of linear layers with weights in 4 bits beside float activations: `encoder` or `product` of benchmarks/weight_only.py."""
+    import weight_only
+
+    import qcompiler
+
+    model = weight_only.encoder(rows, folder / "weights.onnx") if name == "encoder" else weight_only.product(rows, 1024, folder / "weights.onnx")
+    columns = weight_only.HIDDEN if name == "encoder" else 1024
+    inputs = {"x": np.random.default_rng(0).standard_normal((SINGLES, columns)).astype(np.float32)}
+    on_gpu, on_cpu = (qcompiler.compile(model, t, weights="int4", asymmetric=True, progress=progress) for t in (target, "native"))
+    model.unlink()
+    network = f"{name}, weights in 4 bits"
+    return {"name": f"{name}-int4-{rows}", "network": network, "batch": rows} | keep(folder, f"{name}-int4-{rows}", on_gpu, on_cpu, inputs, rows)
+
+
+def prepare(
+    folder: Path,
+    target: Target,
+    chosen: Sequence[networks.Network],
+    batches: Sequence[int],
+    *,
+    rows: bool,
+    weights: Sequence[tuple[str, int]],
+    peers: bool,
+    progress: Any,
+) -> dict[str, Any]:
+    """Fill the folder. rows: with the cases of single kernels; weights: see `prepare_weights`, name and rows of each; peers: with files for TensorRT.
+    What fails is noted in the plan and left out."""
     folder.mkdir(parents=True, exist_ok=True)
     plan: dict[str, Any] = {"target": target.name, "capability": target.capability, "rows": [], "networks": [], "failed": []}
 
@@ -145,8 +188,10 @@ def prepare(folder: Path, target: Target, chosen: Sequence[networks.Network], ba
 
     if rows:
         plan["rows"] = attempt("rows", lambda: prepare_rows(folder, target)) or []
-    for network, batch in itertools.product(chosen, batches):
-        made = attempt(f"{network.name}-{batch}", lambda n=network, b=batch: prepare_network(folder, n, b, target, peers, progress))
+    work = {f"{n.name}-{b}": lambda n=n, b=b: prepare_network(folder, n, b, target, peers, progress) for n, b in itertools.product(chosen, batches)}
+    work |= {f"{n}-int4-{r}": lambda n=n, r=r: prepare_weights(folder, n, r, target, progress) for n, r in weights}
+    for name, make in work.items():
+        made = attempt(name, make)
         plan["networks"] += [made] if made else []
     (folder / "plan.json").write_text(json.dumps(plan, indent=1))
     return plan

@@ -45,14 +45,15 @@ class Prepared:
 
 @pytest.fixture(scope="module")
 def prepared(scripts: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Five kernels of the test suite, the example network, and one that can't be compiled."""
+    """Five kernels of the test suite, the example network, one with 4-bit weights, and one that can't be compiled."""
     require_nvcc()
     prepare, network = scripts("cuda_prepare"), scripts("networks").Network
     all_cases, folder = prepare.row_cases, tmp_path_factory.mktemp("prepared")
 
     def few(target: Any) -> dict[str, Any]:
         found = all_cases(target)
-        assert {kernel.row.partition("/")[0] for _, kernel in found.values()} >= set(target.rows) and len(found) > 150
+        assert {kernel.row.partition("/")[0] for _, kernel in found.values()} >= set(target.rows) and len(found) > 400
+        assert {"cuda-mma/attention", "cuda-mma/matmul", "cuda/f32.dense_weight_only", "cuda/layer_norm"} <= {kernel.row for _, kernel in found.values()}
         shared = next(name for name, (_, kernel) in found.items() if kernel.counters)
         chosen = ("cuda-mma/pointwise_0", "cuda-dp4a/residual_0", "depthwise/ragged_padded", next(n for n, (c, _) in found.items() if c.tolerance), shared)
         return {name: found[name] for name in chosen}
@@ -61,8 +62,11 @@ def prepared(scripts: Any, root: Path, tmp_path_factory: pytest.TempPathFactory)
         gpu = FakeGpu.record(folder, monkeypatch)
         monkeypatch.setattr(prepare, "row_cases", few)
         digits, broken = network("digits", MODEL, None, None), network("broken", folder / "none.onnx", None, None)
-        plan = prepare.prepare(folder / "made", find_target("cuda-sm80"), [broken, digits], [1], True, False, silent)
-        assert [f["section"] for f in plan["failed"]] == ["prepare broken-1"] and [n["name"] for n in plan["networks"]] == ["digits-1"]
+        plan = prepare.prepare(
+            folder / "made", find_target("cuda-sm80"), [broken, digits], [1], rows=True, weights=[("product", 2)], peers=False, progress=silent
+        )
+        assert [f["section"] for f in plan["failed"]] == ["prepare broken-1"]
+        assert [(n["name"], n["integer"]) for n in plan["networks"]] == [("digits-1", True), ("product-int4-2", False)]
     gpu.emulate()
     return Prepared(gpu, folder / "made", root / "benchmarks" / "cuda.py")
 
@@ -73,8 +77,8 @@ def test_all_sections(prepared: Prepared, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["gpu"] == "Fake GPU" and [(r["wrong"], r["outside"]) for r in document["rows"]] == [(0, False)] * 5
-    (network,) = document["networks"]
-    assert network["exact"]["outputs"] == {"logits": 0}
+    network, weights = document["networks"]
+    assert (network["exact"]["outputs"], weights["exact"]["outputs"]) == ({"logits": 0}, {"y": 0})
     assert network["steps"]["peak"] == 4096 * 10 * 1e9 and all(s["seconds"] > 0 for s in network["steps"]["steps"])
     assert any(s["of_peak"] > 0 for s in network["steps"]["steps"])
     assert list(network["speed"]["candidates"]) == ["int8"] and set(network["speed"]["left_out"]) == {"tensorrt float16", "tensorrt int8"}
@@ -91,21 +95,29 @@ def test_a_kernel_that_breaks_the_device(prepared: Prepared, tmp_path: Path) -> 
     document = json.loads((tmp_path / "r.json").read_text())
     assert ["error" in r for r in document["rows"]] == [False, True, False, False, False]
     failed = [f["section"] for f in document["failed"]]
-    assert failed[1].startswith("rows, cuda-dp4a/residual_0") and failed[2:] == [f"{kind}:digits-1" for kind in ("exact", "steps", "speed", "speed")]
+    assert failed[1].startswith("rows, cuda-dp4a/residual_0") and failed[2:6] == [f"{kind}:digits-1" for kind in ("exact", "steps", "speed", "speed")]
     assert all("unspecified launch failure" in f["error"] and f"FAILED: {f['section']}" in done.stdout for f in document["failed"][1:])
 
 
 def test_differences_are_reported(prepared: Prepared, tmp_path: Path) -> None:
     made = Path(shutil.copytree(prepared.folder, tmp_path / "made"))
-    for name, key in (("rows.npz", "2y"), ("digits-1.npz", "logits-1")):
+    for name, key in (("rows.npz", "2y"), ("digits-1.npz", "logits-1"), ("product-int4-2.npz", "y-0")):
         arrays = dict(np.load(made / name))
         arrays[key].reshape(-1)[3] += 1
         np.savez(made / name, **arrays)
     done = prepared.run(tmp_path / "r.json", "", made, "--without", "steps", "--without", "speed")
     document = json.loads((tmp_path / "r.json").read_text())
     assert done.returncode == 1 and [r["wrong"] for r in document["rows"]] == [0, 0, 1, 0, 0]
-    assert document["networks"][0]["exact"]["outputs"] == {"logits": 1}
+    assert [n["exact"]["outputs"] for n in document["networks"]] == [{"logits": 1}, {"y": 1}]
     assert "digits, batch 1: DIFFERS FROM THE CPU: {'logits': 1}" in done.stdout and "SOMETHING DIFFERS" in done.stdout
+
+
+def test_no_time(prepared: Prepared, tmp_path: Path) -> None:
+    """What no time is left for is named, and the file is whole."""
+    done = prepared.run(tmp_path / "r.json", "", None, "--within", "1")
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert done.returncode == 1 and not any("exact" in n for n in document["networks"])
+    assert {f["error"] for f in document["failed"][1:]} == {"no time was left"} and len(document["failed"]) > 6
 
 
 def test_what_cannot_run(prepared: Prepared, tmp_path: Path) -> None:
