@@ -156,7 +156,11 @@ def text_of(network: dict[str, Any], kind: str) -> str:
     title, found = f"{network['network']}, batch {network['batch']}", network[kind]
     if kind == "exact":
         wrong = {name: count for name, count in found["outputs"].items() if count}
-        return f"{title}: {f'DIFFERS FROM THE CPU: {wrong}' if wrong else 'the same bytes as on the CPU'}"
+        verdict = (
+            f"DIFFERS FROM THE CPU: {wrong}" if wrong else "the same bytes as on the CPU" if network["integer"] else "as on the CPU, to float32's rounding"
+        )
+        first, second, planned, left = (f"{found['memory'][k] / 1e6:.1f}" for k in ("first", "second", "planned", "left"))
+        return f"{title}: {verdict}; a session takes {second} MB of the GPU's memory ({planned} planned), the first one {first}; {left} MB stay behind"
     if kind == "steps":
         steps = sorted(found["steps"], key=lambda s: -s["seconds"])
         cells = [[s["id"], s["op"], s["kernel"], f"{s['seconds'] * 1e6:.1f}", f"{100 * s['of_peak']:.1f} %" if s["of_peak"] else ""] for s in steps]

@@ -6,8 +6,10 @@ Needs numpy and the runtime; PyTorch and TensorRT where they are installed. TVM,
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,11 +79,44 @@ def samples_of(folder: Path, network: dict[str, Any]) -> list[dict[str, np.ndarr
     return [{port: batch_of(arrays[f"input {port}"], network["batch"], i) for port in network["inputs"]} for i in (0, 1)]
 
 
+def free_memory() -> Callable[[], int]:
+    """A function that says how many bytes of the GPU are free; its context is the process's first, and stays."""
+    driver, context, available, total = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    if driver.cuInit(0) or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or driver.cuCtxPushCurrent_v2(context):
+        raise OSError("the driver makes no context")
+
+    def ask() -> int:
+        if driver.cuMemGetInfo_v2(ctypes.byref(available), ctypes.byref(total)):
+            raise OSError("the driver does not tell how much memory is free")
+        return available.value
+
+    return ask
+
+
+def planned_bytes(session: Session) -> int:
+    """Of the device's memory, by the plan, for each session: workspace and ports. Counters and padding come on top, some kilobytes."""
+    return int(session.manifest["workspace"]) + sum(math.prod(p.shape) * np.dtype(p.dtype).itemsize for p in (*session.inputs, *session.outputs))
+
+
 def check_network(folder: Path, network: dict[str, Any]) -> dict[str, Any]:
-    """{outputs: {name: elements that differ from the CPU's}}: two samples in a row, in two sessions, so that what a run leaves behind would show. Where float
-    operators are among the steps, they differ by more than a thousandth of the largest."""
-    wanted, sessions = np.load(folder / f"{network['name']}.npz"), [Session(folder / f"{network['name']}.so") for _ in range(2)]
-    wrong: dict[str, int] = {}
+    """{outputs: {name: elements that differ from the CPU's}, memory: bytes of the GPU}: two samples in a row, in two sessions, so that what a run leaves behind
+    would show. Where float operators are among the steps, they differ by more than a thousandth of the largest. The first session brings code and
+    weights along; `left`: what is not free again when both are gone."""
+    free, sessions = free_memory(), list[Session]()
+    steps = [free()]
+    for _ in range(2):
+        sessions.append(Session(folder / f"{network['name']}.so"))
+        steps.append(free())
+    memory = {"first": steps[0] - steps[1], "second": steps[1] - steps[2], "planned": planned_bytes(sessions[0])}
+    outputs = differences(folder, network, sessions)
+    sessions.clear()
+    gc.collect()
+    return {"outputs": outputs, "memory": memory | {"left": steps[0] - free()}}
+
+
+def differences(folder: Path, network: dict[str, Any], sessions: list[Session]) -> dict[str, int]:
+    """Elements of each output that differ from the CPU's, at most."""
+    wanted, wrong = np.load(folder / f"{network['name']}.npz"), dict[str, int]()
     for turn in range(2):
         for i, sample in enumerate(samples_of(folder, network)):
             for name, got in sessions[turn].run(sample).items():
@@ -91,7 +126,7 @@ def check_network(folder: Path, network: dict[str, Any]) -> dict[str, Any]:
                 else:
                     differ = ~(np.abs(got - want) <= 1e-3 * np.abs(want).max())
                 wrong[name] = max(wrong.get(name, 0), int(differ.sum()))
-    return {"outputs": wrong}
+    return wrong
 
 
 # -- speed ----------------------------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ def test_all_sections(prepared: Prepared, tmp_path: Path) -> None:
     assert document["gpu"] == "Fake GPU" and [(r["wrong"], r["outside"]) for r in document["rows"]] == [(0, False)] * 5
     network, weights = document["networks"]
     assert (network["exact"]["outputs"], weights["exact"]["outputs"]) == ({"logits": 0}, {"y": 0})
+    for memory in (n["exact"]["memory"] for n in (network, weights)):
+        assert 0 <= memory["second"] - memory["planned"] < 4096 and memory["first"] > memory["second"] and memory["left"] == 0, memory
     assert network["steps"]["peak"] == 4096 * 10 * 1e9 and all(s["seconds"] > 0 for s in network["steps"]["steps"])
     assert any(s["of_peak"] > 0 for s in network["steps"]["steps"])
     assert list(network["speed"]["candidates"]) == ["int8"] and set(network["speed"]["left_out"]) == {"tensorrt float16", "tensorrt int8"}
