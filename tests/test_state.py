@@ -160,3 +160,57 @@ def test_frames_are_calibrated_as_a_stream(folder: Path, tmp_path: Path) -> None
     assert report.passed and report.samples == 12, str(report)
     with pytest.raises(DataError, match="missing input 'c'"):
         list(opened(folder / "model.onnx", "x86-avx2", [{"x": x[0], "h": wanted[0]["h"]}], {"state": STATE}).samples)
+
+
+# -- pools, and verbs that take data ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_keeps_no_states(folder: Path, session: Session, tmp_path: Path) -> None:
+    """A request gives them all, and gets the next ones, in Python, C++ and C: requests of several streams don't mix."""
+    with qcompiler.SessionPool(folder / "model.so", streams=2) as pool:
+        with pytest.raises(DataError, match="a pool keeps no states.*give 'c', 'h' with each request.*or use a Session for each stream"):
+            pool.submit({"x": frames()[0]})
+        wanted, last = handed(session, frames())
+        states = {i.name: np.zeros(i.shape, i.dtype) for i in session.inputs if i.name in STATE}
+        for x, y in zip(frames(), wanted, strict=True):
+            outputs = pool.submit({"x": x, **states}).result()
+            states = {name: outputs[output] for name, output in STATE.items()}
+            np.testing.assert_array_equal(outputs["y"], y)
+        assert all(np.array_equal(states[name], last[name]) for name in last)
+    flags = ["-std=c++17", "-Wall", "-Werror", "-fsanitize=address", f"-I{RUNTIME / 'include'}"]
+    subprocess.run(["g++", *flags, str(CPP / "state_pool.cc"), "-o", str(tmp_path / "state_pool"), "-lpthread", "-ldl"], check=True)
+    lines = subprocess.run([tmp_path / "state_pool", folder / "model.so"], capture_output=True, text=True, check=True).stdout.splitlines()
+    inputs = [np.array(x, np.float32).reshape(1, 1, 6) for x in ((1, -2, 3, -4, 5, -6), (6, 5, -4, -3, 2, 1))]
+    streams = [handed(session, [x] * 3)[0] for x in inputs]
+    for request, line in enumerate(lines):
+        np.testing.assert_array_equal([float.fromhex(v) for v in line.split()], streams[request % 2][request // 2].reshape(-1))
+    assert len(lines) == 6
+
+
+def test_sessions_on_one_library_are_streams_of_their_own(folder: Path) -> None:
+    first, second = qcompiler.load(folder / "model.so"), qcompiler.load(folder / "model.so")
+    wanted = [first.run({"x": x})["y"] for x in frames()]
+    np.testing.assert_array_equal([second.run({"x": x})["y"] for x in frames()], wanted)
+
+
+def test_verbs_take_frames(folder: Path, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data without states are frames: bench, digest and the page of verify stream them; data with the library's own states are the same digest."""
+    library = str(folder / "model.so")
+    x, states = np.concatenate(frames())[:, None], {i.name: np.zeros(i.shape, i.dtype) for i in session.inputs if i.name in STATE}
+    np.savez(tmp_path / "frames.npz", x=x)
+    whole: dict[str, list[np.ndarray]] = {name: [] for name in ("x", *STATE)}
+    for frame in frames():
+        outputs = session.run({"x": frame, **states})
+        for name, array in {"x": frame, **states}.items():
+            whole[name].append(array)
+        states = {name: outputs[output] for name, output in STATE.items()}
+    np.savez(tmp_path / "whole.npz", **{name: np.stack(arrays) for name, arrays in whole.items()})
+    said = []
+    for data in ("frames.npz", "whole.npz"):
+        assert main(["digest", library, "--data", str(tmp_path / data)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and f"{FRAMES} samples" in said[0]
+    assert main(["bench", library, "--data", str(tmp_path / "frames.npz"), "--seconds", "0.05"]) == 0
+    page = tmp_path / "page.html"
+    command = ["verify", library, "--model", str(folder / "model.onnx"), "--data", str(tmp_path / "frames.npz"), "--report", str(page), "--min-sqnr", "5"]
+    assert main(command) == 0 and page.stat().st_size > 10_000

@@ -1,4 +1,5 @@
-"""Frames of a stream as samples: data without the states of a network gets those that its float network has at each frame, from its first one on.
+"""Frames of a stream as samples: data without the states of a network gets those that its float network has at each frame (of a library that is measured
+alone, those that the library has), from the first frame on.
 
 A file, a list or a loader is one stream, in order; each `.npz` of a folder is a stream of its own.
 """
@@ -52,7 +53,7 @@ def streams_of(source: Any) -> list[Any]:
 
 
 def open_streamed(source: Any, library: Any, preprocess: Preprocessing, count: int | None, start: Callable[[], Run]) -> Samples:
-    """`open_given`; of data without the states of `library`, frames with those that the float network has (start: makes what runs it)."""
+    """`open_given`; of data without the states of `library`, frames with those that a network has (start: makes what runs it)."""
     state, inputs = library.manifest.get("state", {}), library.inputs
     held = list(source) if isinstance(source, Iterator) else source
     if not is_frames(held, inputs, state):
@@ -62,8 +63,13 @@ def open_streamed(source: Any, library: Any, preprocess: Preprocessing, count: i
     return at_most(StreamedSamples([open_given(one, fed, preprocess, count) for one in streams_of(held)], first, state, start), count)
 
 
+def open_kept(source: Any, library: Any, preprocess: Preprocessing, count: int | None = None) -> Samples:
+    """`open_given`; of data without the states of `library` (a session), frames with those that the library itself has there."""
+    return open_streamed(source, library, preprocess, count, lambda: library.run)
+
+
 class StreamedSamples:
-    """Samples of one stream or several, with the states that the float network has. first: the states before the first frame of each. start: makes what runs
+    """Samples of one stream or several, with the states that a network has. first: the states before the first frame of each. start: makes what runs
     it, once the first sample is wanted."""
 
     def __init__(self, streams: Sequence[Samples], first: Mapping[str, np.ndarray], state: Mapping[str, str], start: Callable[[], Run]) -> None:

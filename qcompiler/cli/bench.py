@@ -105,16 +105,16 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _picked(options: argparse.Namespace, session: Any) -> list[tuple[Any, list[dict[str, Any]]]]:
     """(the session at a shape, samples of --data for it) of every shape that is to be measured: those asked for, else those of the data, else all."""
-    from qcompiler.calibration.ports import open_given
+    from qcompiler.calibration.frames import open_kept
     from qcompiler.calibration.shaped import ShapedSamples
     from qcompiler.runtime.shapes import chosen_shapes
 
     most = QUANTIZING_SAMPLES if any(options.against) else 1
     if "shapes" not in session.manifest and not options.input_shape and not options.batch:
-        return [(session, list(itertools.islice(open_given(options.data, session, options.preprocess, most), most)) if options.data else [])]
+        return [(session, list(itertools.islice(open_kept(options.data, session, options.preprocess, most), most)) if options.data else [])]
     numbers = chosen_shapes(session.manifest, shape_rows(once(OPTIONS["input_shapes"], options.input_shape)))
     numbers = numbers if options.batch is None else _of_batch(options, session, numbers)
-    data = open_given(options.data, session, options.preprocess) if options.data else None
+    data = open_kept(options.data, session, options.preprocess) if options.data else None
     if isinstance(data, ShapedSamples):
         numbers = [i for i in numbers if data.shapes[i]]
         if not numbers:

@@ -29,11 +29,11 @@ def add(verb: Callable[[str, Callable[[argparse.Namespace], int], str, str], arg
 
 
 def _digest(options: argparse.Namespace) -> int:
-    from qcompiler.calibration.ports import open_given
+    from qcompiler.calibration.frames import open_kept
     from qcompiler.runtime.selftest import digest
 
     with session_of(options) as session:
-        found, count, names = digest(session, open_given(options.data, session, options.preprocess, options.max_samples))
+        found, count, names = digest(session, open_kept(options.data, session, options.preprocess, options.max_samples))
         others = [o.name for o in session.outputs if o.name not in names]
     said = [f"sha256:{found}", f"of {', '.join(names)}, {count} sample{'s' * (count > 1)}"]
     said += [f"not of {', '.join(others)}: computed in float, the last bits may differ between CPUs"] if others else []

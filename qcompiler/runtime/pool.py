@@ -50,6 +50,7 @@ class SessionPool:
     i * threads and up, of those that this process may use, in turns. `deadline`: of a library for several batches, requests of the least wait for others to run
     with: until they fill the largest batch, else until the first of them has waited so many seconds; then as many run together as the largest batch takes that
     they fill. Their arrays are copied side by side.
+    A pool keeps no states (`--state`): each request gives them, and gets their next values with its outputs.
     A request's arrays are not copied, where they are contiguous and aligned: they must not change before its future is done.
 
     `close` accepts no more requests and runs those accepted to their end; leaving a `with` block closes. `submit` raises PoolClosed then, in threads that wait
@@ -99,6 +100,7 @@ class SessionPool:
             raise errors[0]
         _POOLS.add(self)
         self.inputs, self.outputs, self.manifest = self._sessions[0].inputs, self._sessions[0].outputs, self._sessions[0].manifest
+        self.state = self._sessions[0].state
 
     def submit(self, inputs: Mapping[str, np.ndarray], timeout: float | None = None) -> Future[Outputs]:
         """Ask for one run; its outputs are the future's result. Waits for room in the queue, `timeout` seconds at most where given.
@@ -108,6 +110,12 @@ class SessionPool:
         if timeout is not None and not timeout >= 0:
             raise DataError(f"timeout is {timeout}; it must be 0 (do not wait) or more seconds")
         self._check_open()
+        if self.state and isinstance(inputs, Mapping) and not set(self.state) <= set(inputs):
+            names = ", ".join(f"'{name}'" for name in self.state)
+            raise DataError(
+                f"a pool keeps no states, since a request runs in whichever stream is free: give {names} with each request, from what the request before "
+                "it in its stream handed out, or use a Session for each stream"
+            )
         bound = dict(zip([i.name for i in self.inputs], self._sessions[0].bind(inputs), strict=True))
         due = time.monotonic() + (self.deadline or 0.0)
         if not self._room.acquire(timeout=timeout):

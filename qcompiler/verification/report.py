@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompiler.base.files import check_writable, replacing, temporary_folder
 from qcompiler.base.progress import Progress, silent
-from qcompiler.calibration.ports import open_given
+from qcompiler.calibration.frames import open_streamed
 from qcompiler.importers.origin import AnyModel, files_of, origin_of
 from qcompiler.pipeline.metric import MetricFunction
 from qcompiler.verification.evidence import HashedSamples, Measurer, gather, measured_here
@@ -50,7 +50,8 @@ def verify_report(
     path = check_writable(output, [file, *files_of(model), data, labels, preprocess])
     session: Any = Session(library, threads=threads) if isinstance(library, (str, Path)) else library
     origin = origin_of(model, session.manifest.get("cut", ()))
-    samples = HashedSamples(open_given(data, session, preprocess, max_samples))
+    twin: Any = None
+    samples = HashedSamples(open_streamed(data, session, preprocess, max_samples, lambda: twin.run))
     given = judges(labels, metric, samples)
     with temporary_folder() as folder:
         twin = float_session(origin, session, folder, threads, samples.source)

@@ -18,6 +18,8 @@
  * Batching: with a `deadline`, of a library for several batches, requests wait for others to run with: until they fill the largest batch, else until the first
  * of them has waited that long; then as many run together as the largest batch takes that they fill. Their arrays, in host memory, are copied side by side.
  *
+ * States: a pool keeps none. Each request has buffers for all inputs and outputs, states among them, and whoever asks hands the next values on.
+ *
  * Back-pressure: at most `waiting` requests wait for a stream; qc_pool_submit then waits for room, qc_pool_try_submit says QC_ERROR_BUSY.
  *
  * Closing: from qc_pool_close on, no request is accepted (QC_ERROR_STATE), also from threads that wait for room at that moment; those accepted before are
@@ -110,27 +112,39 @@ static inline void qc_pool_pin(const qc_pool* pool, int32_t index) {
   sched_setaffinity(0, sizeof mine, &mine); /* of this thread alone; bionic has no pthread_setaffinity_np */
 }
 
-/* At the shapes of the request. What is padded is copied, nothing else. */
+/* What is padded, and a state, which is in the session's own memory, is copied; nothing else. Null in libraries of the first versions: session_write. */
+static inline qc_status qc_pool_give(const qc_library* library, qc_session* session, const qc_tensor_info* info, const void* data) {
+  qc_status status = library->session_bind_input(session, info->name, data, info->bytes);
+  int copied = status == QC_ERROR_SIZE || status == QC_ERROR_STATE;
+  return copied && library->session_write ? library->session_write(session, info->name, data, info->bytes) : status;
+}
+
+/* Sets *copied where the run's result has to be fetched by qc_pool_fetch. */
+static inline qc_status qc_pool_place(const qc_library* library, qc_session* session, const qc_tensor_info* info, void* data, int* copied) {
+  qc_status status = library->session_bind_output(session, info->name, data, info->bytes);
+  if (!library->session_read || (status != QC_ERROR_SIZE && status != QC_ERROR_STATE)) return status;
+  *copied = 1;
+  return QC_OK;
+}
+
+static inline qc_status qc_pool_fetch(const qc_library* library, qc_session* session, const qc_tensor_info* info, void* data) {
+  void* own = 0;
+  qc_status status = library->session_output_buffer(session, info->name, &own);
+  if (status == QC_ERROR_STATE || (status == QC_OK && own != data)) return library->session_read(session, info->name, data, info->bytes);
+  return status;
+}
+
+/* At the shapes of the request. */
 static inline qc_status qc_pool_run_at(const qc_library* library, qc_session* session, const qc_pool_request* request) {
   qc_status status = library->session_fit(session, request->shapes, library->input_count());
-  for (int32_t i = 0; i < library->input_count() && status == QC_OK; ++i) {
-    const qc_tensor_info* info = library->session_input_info(session, i);
-    status = library->session_bind_input(session, info->name, request->inputs[i], info->bytes);
-    if (status == QC_ERROR_SIZE) status = library->session_write(session, info->name, request->inputs[i], info->bytes);
-  }
-  for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i) {
-    const qc_tensor_info* info = library->session_output_info(session, i);
-    status = library->session_bind_output(session, info->name, request->outputs[i], info->bytes);
-    if (status == QC_ERROR_SIZE) status = QC_OK; /* padded, and read below */
-  }
+  for (int32_t i = 0; i < library->input_count() && status == QC_OK; ++i)
+    status = qc_pool_give(library, session, library->session_input_info(session, i), request->inputs[i]);
+  int copied = 0;
+  for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i)
+    status = qc_pool_place(library, session, library->session_output_info(session, i), request->outputs[i], &copied);
   if (status == QC_OK) status = library->session_run(session);
-  for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i) {
-    const qc_tensor_info* info = library->session_output_info(session, i);
-    void* own = 0;
-    status = library->session_output_buffer(session, info->name, &own);
-    if (status == QC_ERROR_STATE || (status == QC_OK && own != request->outputs[i]))
-      status = library->session_read(session, info->name, request->outputs[i], info->bytes);
-  }
+  for (int32_t i = 0; copied && i < library->output_count() && status == QC_OK; ++i)
+    status = qc_pool_fetch(library, session, library->session_output_info(session, i), request->outputs[i]);
   return status;
 }
 
@@ -138,10 +152,14 @@ static inline qc_status qc_pool_run(const qc_library* library, qc_session* sessi
   if (request->shaped) return qc_pool_run_at(library, session, request);
   qc_status status = library->shape_count && library->shape_count() > 1 ? library->session_set_shape(session, 0) : QC_OK;
   for (int32_t i = 0; i < library->input_count() && status == QC_OK; ++i)
-    status = library->session_bind_input(session, library->input_info(i)->name, request->inputs[i], library->input_info(i)->bytes);
+    status = qc_pool_give(library, session, library->input_info(i), request->inputs[i]);
+  int copied = 0;
   for (int32_t i = 0; i < library->output_count() && status == QC_OK; ++i)
-    status = library->session_bind_output(session, library->output_info(i)->name, request->outputs[i], library->output_info(i)->bytes);
-  return status == QC_OK ? library->session_run(session) : status;
+    status = qc_pool_place(library, session, library->output_info(i), request->outputs[i], &copied);
+  if (status == QC_OK) status = library->session_run(session);
+  for (int32_t i = 0; copied && i < library->output_count() && status == QC_OK; ++i)
+    status = qc_pool_fetch(library, session, library->output_info(i), request->outputs[i]);
+  return status;
 }
 
 /* Several requests in one run, their arrays copied side by side. */

@@ -143,11 +143,11 @@ qc_status qc_session_read(qc_session* session, const char* name, void* data, siz
 
 /**
  * Run the network. Every input must have been bound; unbound outputs get the session's own buffers. Errors: ARGUMENT, STATE, BUSY, MEMORY, GPU.
- * States (compiled with --state INPUT=OUTPUT) need nothing: they are zeros in the first run, and what the output became in the next. They have the
+ * States (compiled with --state INPUT=OUTPUT) need nothing: zeros (or what a TFLite file has) in the first run, what the output became in the next. They have the
  * session's own buffers, which may be read and written between runs; binding a caller's is QC_ERROR_STATE.
  */
 qc_status qc_session_run(qc_session* session);
-/** Make all states zeros again, as for a new stream. Errors: ARGUMENT, BUSY. */
+/** Make all states what they were in the first run, as for a new stream. Errors: ARGUMENT, BUSY. */
 qc_status qc_session_reset(qc_session* session);
 
 /**

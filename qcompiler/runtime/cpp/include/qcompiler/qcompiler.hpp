@@ -259,7 +259,7 @@ class Session {
 
   /// Run the network on the inputs as they are now. Throws Error(QC_ERROR_STATE) when one was never set, Error(QC_ERROR_BUSY) while another thread is inside.
   void run() { library_->check((*library_)->session_run(session_)); }
-  /// Make the states that the session keeps from run to run (compiled with --state) zeros again, as for a new stream.
+  /// Make the states that the session keeps from run to run what they were in the first one, as for a new stream.
   void reset() {
     if ((*library_)->session_reset) library_->check((*library_)->session_reset(session_));  // a library of the first versions has no states
   }
