@@ -11,7 +11,7 @@ Works on the canonical float module, with copies of its streams where it has suc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,20 +30,27 @@ HALVES = "qc.halves"
 
 @dataclass(frozen=True)
 class Division:
-    """A value that can be read in halves. chain: its id, and those of what moves it to the layers that read it. layers: convolutions and dense layers, in
-    order."""
+    """A value that can be read in halves. chain: its id, and those of what moves it to the layers that read it; joined: of what it is joined from. layers:
+    convolutions and dense layers, in order. makers: the recurrent layers that write it."""
 
     chain: tuple[str, ...]
-    layers: tuple[Group, ...]
+    layers: tuple[Group, ...] = ()
+    joined: tuple[str, ...] = ()
+    makers: tuple[Group, ...] = ()
 
     @property
     def read(self) -> str:
         return self.chain[-1]
 
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All that has its 16 bits."""
+        return (*self.joined, *self.chain)
+
 
 def divisible(module: tvm.IRModule) -> dict[str, Division]:
-    """By value id, what can be read in halves: an input of the network, or what is written by an operator that can write 16 bits; read by convolutions or
-    dense layers, and beside them by what reads 16 bits anyway, or float32."""
+    """By value id, what can be read in halves: an input of the network, what is written by an operator that can write 16 bits, or what several recurrent layers
+    write, side by side; read by convolutions or dense layers, and beside them by what reads 16 bits anyway, or float32."""
     graph, groups = Graph.of(module), find_groups(module)
     readers: dict[str, list[Group]] = {str(v.name): [] for _, v in graph.outputs}
     taken = {*(values_in_sixteen(graph.attrs) or ()), *Trained.of(graph.attrs).values, *readers}
@@ -51,16 +58,40 @@ def divisible(module: tvm.IRModule) -> dict[str, Division]:
     for group in groups:
         for value in dict.fromkeys((*group.operands, *group.plain)):
             readers.setdefault(value, []).append(group)
+    made_by = {g.id: g for g in groups}
     written = [g.id for g in groups if g.reason is None and g.traits.writes_wide and not g.traits.keeps]
+    starts = [Division((v,)) for v in [*(str(p.name) for p in graph.inputs if dtype_of(p) == "float32"), *written]]
+    starts = [replace(s, makers=(g,)) if (g := made_by.get(s.read)) is not None and g.traits.recurs else s for s in starts]
+    starts += [start for g in groups if (start := _joined(g, made_by, readers)) is not None]
     found: dict[str, Division] = {}
-    for value in [*(str(p.name) for p in graph.inputs if dtype_of(p) == "float32"), *written]:
-        chain = [value]
+    for start in starts:
+        chain = [start.read]
         while len(behind := readers.get(chain[-1], [])) == 1 and behind[0].traits.moves and not behind[0].traits.joins and behind[0].reason is None:
             chain.append(behind[0].id)
         layers = [g for g in behind if _doubles(g, chain[-1])]
-        if layers and taken.isdisjoint(chain) and all(g in layers or _takes(g, chain[-1]) for g in behind):
-            found[value] = Division(tuple(chain), tuple(layers))
+        division = replace(start, chain=tuple(chain), layers=tuple(layers))
+        if layers and taken.isdisjoint(division.values) and all(g in layers or _takes(g, chain[-1]) for g in behind):
+            found[start.read] = division
     return found
+
+
+def _joined(group: Group, made_by: Mapping[str, Group], readers: Mapping[str, Sequence[Group]]) -> Division | None:
+    """What begins with a concatenation of results that recurrent layers write for it alone (both directions of one)."""
+    if not group.traits.joins or group.reason is not None:
+        return None
+    values, makers = list[str](), list[Group]()
+    for value in group.inputs:
+        while len(readers.get(value, ())) == 1 and (maker := made_by.get(value)) is not None and maker.reason is None:
+            values.append(value)
+            if maker.traits.recurs:
+                makers.append(maker)
+                break
+            if not maker.traits.moves or maker.traits.joins:
+                return None
+            value = maker.inputs[0]
+        else:
+            return None
+    return Division((group.id,), (), tuple(values), tuple(makers))
 
 
 def _doubles(group: Group, value: str) -> bool:
@@ -88,7 +119,7 @@ def in_halves(module: tvm.IRModule, values: Mapping[str, str], whole: Collection
     ends = {g.id: [m for m in g.members if doubled.get(m) is g][-1] for division in chosen.values() for g in division.layers}
     halves: dict[str, list[str]] = dict(graph.attrs.get(HALVES, {}))
     parts: dict[str, tuple[Any, Any]] = {}
-    sixteen = {**graph.attrs.get(SIXTEEN, {}), **{v: why for value, why in values.items() for v in known[value].chain}}
+    sixteen = {**graph.attrs.get(SIXTEEN, {}), **{v: why for value, why in values.items() for v in known[value].values}}
 
     def divide(name: str) -> None:
         x = env[name]

@@ -36,6 +36,7 @@ class Kind:
     alone: one operator by itself, with constants of its own (`alone.py`).
     edge: a rounding to 8 bits, or its end, in a QDQ module: a border between groups.
     normalizes: divides each row by its own spread, so that what is added up before it may lie far apart.
+    recurs: a recurrent layer, whose products read all 16 bits of its states where its result has them.
     restates: the same numbers with other scales, which float readers take unrounded.
     reads_wide, writes_wide: its operands, its result may be stored in 16 bits (docs/numerics.md, section 8). wants_wide: its operands shall be.
     float_kernel: has a float kernel of ours, `qc.f32.<name>`, that takes in the whole group.
@@ -64,6 +65,7 @@ class Kind:
     alone: bool = False
     edge: bool = False
     normalizes: bool = False
+    recurs: bool = False
     restates: bool = False
     reads_wide: bool = False
     writes_wide: bool = False
@@ -238,7 +240,7 @@ KINDS: dict[str, Kind] = {
         Kind("rms_norm", ("relax.nn.rms_norm",), "qc.rms_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
         Kind("softmax", ("relax.nn.softmax",), "qc.softmax", light=True, alone=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
         Kind("take", ("relax.take",), "qc.gather", alone=True, writes_wide=True, row_by_row=_any_rows),
-        Kind("recurrence", (), "qc.recurrence", accumulates=True, reads_wide=True, wants_wide=True),
+        Kind("recurrence", (), "qc.recurrence", accumulates=True, reads_wide=True, writes_wide=True, wants_wide=True, recurs=True),
         Kind("quantize", ("relax.quantize",), edge=True),
         Kind("dequantize", ("relax.dequantize",), edge=True),
         Kind("float"),

@@ -5,7 +5,8 @@ A task has rows of the batch of its own, and takes their steps one after the oth
     accumulators of all gates = bias + W . (state of the step before)         dot steps, as convolutions have them, over packed weights
     element by element: gates, cell, state, result                            vectors along the hidden state
 
-State, cell, accumulators and the vector that the product reads lie in scratch, an area per row of the batch.
+State, cell, accumulators and the vector that the product reads lie in scratch, an area per row of the batch. A product that reads 16 bits of the state
+(`wide`) takes two such vectors, h = 256 * upper + lower + 128: those of the upper one start from a 256th of the accumulators of the lower one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Geometry:
         self.lanes, self.group, self.tile = lanes, group, tile
         self.padded = -(-self.hidden // lanes) * lanes  # rows of weights per gate
         self.columns = -(-self.hidden // group) * group
-        vector = -(-self.columns * vector_bytes // 64) * 16
+        self.halves = 2 if op.attrs.get("wide") else 1
+        self.half = -(-self.columns * vector_bytes // 64) * 16
+        vector = self.halves * self.half
         self.state, self.cell, self.sums = 0, self.padded, 2 * self.padded
         self.vectors = [-(-(self.sums + self.gates * self.padded) // 16) * 16]
         self.vectors.append(self.vectors[0] + vector)
@@ -82,7 +85,7 @@ def padded_rows(g: Geometry, array: np.ndarray) -> np.ndarray:
 
 
 def packed(op: OpCall, g: Geometry, step: Step) -> tuple[np.ndarray, np.ndarray]:
-    """(weights tile by tile, group by group, block by block; what accumulators start from)."""
+    """(weights tile by tile, group by group, block by block; what accumulators start from, and behind that those of lower halves)."""
     weight, bias = padded_rows(g, np.asarray(op.operands[1])), padded_rows(g, np.asarray(op.operands[2]))
     weight = np.pad(weight, [(0, 0), (0, g.columns - g.hidden)])
     groups = weight.reshape(-1, g.lanes, g.columns // g.group, g.group).transpose(0, 2, 1, 3)  # block, step, lane, element
@@ -93,7 +96,8 @@ def packed(op: OpCall, g: Geometry, step: Step) -> tuple[np.ndarray, np.ndarray]
             parts.append(step.pack_weights(tile.transpose(0, 2, 1, 3, 4)).reshape(-1))
     if bias.dtype.kind == "i":
         rest = step.missing(groups).sum(axis=1).reshape(-1) - step.storage_offset * weight.astype(np.int64).sum(axis=1)
-        bias = ((bias + rest + 2**31) % 2**32 - 2**31).astype(np.int32)
+        starts = [bias + rest, 128 * weight.astype(np.int64).sum(axis=1) + rest][: g.halves]
+        bias = ((np.concatenate(starts) + 2**31) % 2**32 - 2**31).astype(np.int32)
     return np.concatenate(parts), bias
 
 
@@ -117,8 +121,12 @@ class Layer(ABC):
         """A state, or a cell, that the network hands in."""
 
     @abstractmethod
-    def vector_value(self, state: Any, n: int) -> Any:
-        """A state as the product reads it."""
+    def vector_values(self, state: Any, n: int) -> list[Any]:
+        """A state as the product reads it: one number, or an upper and a lower half."""
+
+    @abstractmethod
+    def carried(self, acc: Any, n: int) -> Any:
+        """What the accumulators of lower halves add to those of upper ones."""
 
     @abstractmethod
     def input(self, gate: int, j: Any, n: int) -> Any:
@@ -158,7 +166,8 @@ class Layer(ABC):
 
     def publish(self, which: int, j: Any, state: Any, n: int) -> None:
         """A state as the operand of the next product."""
-        store(self.bytes, (self.area + self.g.vectors[which]) * self.scale + j, self.vector_value(state, n), n)
+        for half, value in enumerate(self.vector_values(state, n)):
+            store(self.bytes, (self.area + self.g.vectors[which] + half * self.g.half) * self.scale + j, value, n)
 
     def each(self, body: Callable[[Any, int], None]) -> None:
         """`body(j, lanes)` for disjoint vectors that cover the hidden state."""
@@ -175,19 +184,21 @@ class Layer(ABC):
     def multiply(self, first: int, last: int, which: int) -> None:
         """Accumulators of gates [first, last) from vector `which`."""
         g, step, unit = self.g, self.step, self.g.lanes * self.g.group
-        source = T.bind((self.area + g.vectors[which]) * self.scale)
+        sources = [T.bind((self.area + g.vectors[which] + half * g.half) * self.scale) for half in range(g.halves)]
         groups = g.columns // g.group
         for block, count, size in g.tiles(first, last):
             with loops(count) as (tile,):
                 row, base = T.bind((block + tile * size) * g.lanes), T.bind((block + tile * size) * (groups * unit))
                 accs = [T.alloc_buffer((g.lanes,), self.dtype) for _ in range(size)]
-                for i, acc in enumerate(accs):
-                    store(acc, 0, load(self.bias, row + i * g.lanes, g.lanes), g.lanes)
-                with loops(groups) as (c,):
-                    x = step.activation(self.bytes, source + c * g.group, g.group)
+                for half in reversed(range(g.halves)):
                     for i, acc in enumerate(accs):
-                        w = step.weights(self.weight, base + (c * size + i) * unit)
-                        store(acc, 0, step.dot(load(acc, 0, g.lanes), x, w), g.lanes)
+                        start = load(self.bias, row + half * g.gates * g.padded + i * g.lanes, g.lanes)
+                        store(acc, 0, start if half == g.halves - 1 else start + self.carried(load(acc, 0, g.lanes), g.lanes), g.lanes)
+                    with loops(groups) as (c,):
+                        x = step.activation(self.bytes, sources[half] + c * g.group, g.group)
+                        for i, acc in enumerate(accs):
+                            w = step.weights(self.weight, base + (c * size + i) * unit)
+                            store(acc, 0, step.dot(load(acc, 0, g.lanes), x, w), g.lanes)
                 for i, acc in enumerate(accs):
                     store(self.words, self.area + g.sums + row + i * g.lanes, load(acc, 0, g.lanes), g.lanes)
 
@@ -284,7 +295,7 @@ def recurrence_kernel(op: OpCall, target: Target, row: str, g: Geometry, arrays:
     def emit(k: Emitter) -> None:
         make(k).run()
 
-    macs = g.steps * g.batch * g.gates * g.hidden * g.hidden
+    macs = g.steps * g.batch * g.gates * g.hidden * g.hidden * g.halves
     return make_kernel(row, op, target, emit, tasks=min(g.batch, 64), arrays=arrays, macs=macs, threads=g.batch, scratch=4 * g.batch * g.words)
 
 

@@ -28,6 +28,7 @@ class Layer:
     lengths: tuple[int, ...] | None = None
     clip: float | None = None
     spread: float = 1.0
+    wide: bool = False
     out: QParams = USUAL
     activations: tuple[str, ...] = ()
 
@@ -54,7 +55,7 @@ class Layer:
         (p, w, bias, h0, c0, lengths), _ = self.real(seed)
         stored = QParams.from_range(-float(np.abs(p).max()), float(np.abs(p).max()), dtype="int16")
         out = None if self.finals else self.out
-        q, units, multiplier, attrs = recurrence_parameters(w, bias, stored.scale, self.clip, out)
+        q, units, multiplier, attrs = recurrence_parameters(w, bias, stored.scale, self.clip, out, self.wide)
         tables = np.stack([table(f, 0.2, 0.5) for f in self.functions()])
         return [stored.quantize(p), q, units, multiplier, tables, h0, c0, lengths], {**self.attributes(), **attrs}
 
@@ -64,10 +65,13 @@ LAYERS = {
     "lstm_reverse": Layer("lstm", reverse=True, batch=3, hidden=17, lengths=(5, 0, 3)),
     "lstm_one": Layer("lstm", steps=1, hidden=1, finals=2),
     "lstm_final": Layer("lstm", hidden=33, batch=2, sequence=False, finals=2, spread=4.0),
-    "lstm_wide": Layer("lstm", hidden=70, out=QParams(2.0**-15, 0, "int16"), clip=1.5),
+    "lstm_wide": Layer("lstm", hidden=70, out=QParams(2.0**-15, 0, "int16"), clip=1.5, wide=True),
+    "lstm_to_wide": Layer("lstm", hidden=19, out=QParams(2.0**-14, 0, "int16")),
     "gru": Layer("gru", hidden=18, lengths=(9,)),
+    "gru_wide": Layer("gru", hidden=21, batch=2, spread=3.0, lengths=(5, 2), finals=1, wide=True),
     "gru_reset_last": Layer("gru", hidden=37, batch=2, linear_before_reset=True, spread=6.0, lengths=(-1, 4)),
     "gru_reverse": Layer("gru", steps=3, hidden=7, reverse=True, linear_before_reset=True, finals=1, clip=0.7),
+    "rnn_wide": Layer("rnn", hidden=30, reverse=True, wide=True),
     "rnn": Layer("rnn", hidden=13, batch=2, out=QParams(1 / 100, -5)),
     "rnn_hard": Layer("rnn", hidden=40, steps=2, activations=("HardSigmoid",), out=QParams.from_range(0, 1)),
 }

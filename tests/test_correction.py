@@ -20,7 +20,7 @@ from qcompiler.passes.graph import Graph, const_value, is_const, match_op
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.replace_operands import BIAS, replace_operands
 from qcompiler.plan.planner import decide, observed_ids
-from qcompiler.refine.correction import correct_biases, steady
+from qcompiler.refine.correction import correct_biases, stated_biases, steady
 from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.refine.means import FloatMeans, pre_activation, reach, tap_means
 from qcompiler.verification import interpreter
@@ -174,6 +174,25 @@ def test_an_injected_bias_is_found_and_removed() -> None:
     assert np.abs((mended - reference).mean((0, 1))).max() < 1e-3
     for layer in integer_layers(replace_operands(damaged, {BIAS: result.biases})):  # the biases in the module are those in the executor
         np.testing.assert_array_equal(layer.bias, stepper.biases.get(layer.id, layer.bias))
+
+
+def test_biases_as_they_were() -> None:
+    """What was added to biases goes where that does harm, and comes back where it did good."""
+    _, integer, means, samples = quantized()
+    layers = integer_layers(integer)
+    rng = np.random.default_rng(2)
+    added = {layer.group: rng.uniform(-0.3, 0.3, len(layer.bias)) for layer in layers}
+    shifted = {layer.id: (layer.bias + np.rint(added[layer.group] / layer.unit)).astype(np.int32) for layer in layers}
+    damaged = replace_operands(integer, {BIAS: shifted})
+    result = stated_biases(added, damaged, Stepper(damaged), means, samples)
+    assert result.kept and result.summary().startswith("biases as they were, of ")
+    for layer in layers:
+        assert np.abs(result.biases[layer.id] - layer.bias).max() <= 1
+    stepper = Stepper(integer)
+    result = stated_biases(added, integer, stepper, means, samples)
+    assert not result.kept
+    for layer in layers:
+        np.testing.assert_array_equal(stepper.biases[layer.id], layer.bias)
 
 
 def test_the_better_network_stays(monkeypatch: pytest.MonkeyPatch) -> None:

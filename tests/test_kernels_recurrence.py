@@ -22,7 +22,7 @@ from qcompiler.schedules.harness import fetch, run_kernel, store
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, Row, select
 
 FLOAT = [t for name in ("x86-avx2", "x86-avx512vnni") if not missing_features(t := find_target(name))]
-SAMPLE = {"lstm_reverse", "lstm_wide", "lstm_final", "gru", "gru_reset_last"}
+SAMPLE = {"lstm_reverse", "lstm_wide", "lstm_final", "gru", "gru_wide", "gru_reset_last"}
 pytestmark = runs_here
 schedules.load(FLOAT[0])
 
@@ -45,7 +45,7 @@ def test_integers_are_exact(name: str, target: Target) -> None:
     np.testing.assert_array_equal(*compiled("qc.recurrence", LAYERS[name], target))
 
 
-@pytest.mark.parametrize("name", ("lstm_reverse", "gru", "rnn"))
+@pytest.mark.parametrize("name", ("lstm_reverse", "gru", "gru_wide", "rnn"))
 def test_the_row_for_every_target(name: str) -> None:
     row = next(r for r in KERNELS["qc.recurrence"] if r.isa == "any")
     np.testing.assert_array_equal(*compiled("qc.recurrence", LAYERS[name], FLOAT[0], row, runtime=(0, 5, 6, 7)))

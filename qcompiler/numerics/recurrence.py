@@ -61,11 +61,13 @@ def table(name: str, alpha: float = 0.0, beta: float = 0.0) -> Array:
     return np.clip(np.rint(real * 2.0**STATE_BITS), -STATE_LIMIT, STATE_LIMIT).astype(np.int16)
 
 
-def recurrence_parameters(weight: Array, bias: Array, p_scale: float, clip: float | None, y: QParams | None) -> tuple[Array, Array, Array, dict[str, Any]]:
+def recurrence_parameters(
+    weight: Array, bias: Array, p_scale: float, clip: float | None, y: QParams | None, wide: bool = False
+) -> tuple[Array, Array, Array, dict[str, Any]]:
     """(w int8 [G * H, H], bias int32 [G * H], multiplier float32 [G * H], attributes) of `qc.recurrence`.
 
-    weight, bias: of the hidden state, real; p_scale: of the projection; clip: of what gates' functions are applied to; y: of the result, None for float32.
-    One scale per row of weights, coarser where a bias would leave 2^29 units.
+    weight, bias: of the hidden state, real; p_scale: of the projection; clip: of what gates' functions are applied to; y: of the result, None for float32;
+    wide: products read states in 16 bits. One scale per row of weights, coarser where a bias would leave 2^29 units.
     """
     w = np.asarray(weight, np.float64)
     scale = np.maximum(np.abs(w).max(axis=1, initial=0.0) / WEIGHT_HIGH, 2.0**-60)
@@ -73,7 +75,7 @@ def recurrence_parameters(weight: Array, bias: Array, p_scale: float, clip: floa
     q = np.clip(np.rint(w / scale[:, None]), -WEIGHT_HIGH, WEIGHT_HIGH).astype(np.int8)
     units = np.rint(np.asarray(bias, np.float64) * 128 / scale).astype(np.int32)
     limit = GATE_LIMIT if clip is None else int(min(np.rint(clip * 2.0**GATE_BITS), GATE_LIMIT))
-    attrs: dict[str, Any] = {"p_multiplier": float(F32(p_scale * 2.0**GATE_BITS)), "limit": limit}
+    attrs: dict[str, Any] = {"p_multiplier": float(F32(p_scale * 2.0**GATE_BITS)), "limit": limit, "wide": wide}
     if y is None:
         return q, units, (scale * 2.0 ** (GATE_BITS - 7)).astype(F32), {**attrs, "out_dtype": "float32"}
     attrs |= {"multiplier": float(F32(2.0**-STATE_BITS / y.scale)), "zero_point": y.zero_point, "out_dtype": y.dtype}
@@ -125,6 +127,7 @@ def recurrence(
     finals: int,
     p_multiplier: float,
     limit: int,
+    wide: bool = False,
     multiplier: float = 2.0**-STATE_BITS,
     zero_point: int = 0,
     out_dtype: str = "int8",
@@ -132,7 +135,8 @@ def recurrence(
     """The hidden states of all steps [T, B, H] (where `sequence`), behind them the last one (`finals` >= 1) and the last cell (2): [T + finals, B, H].
 
     p int16 [T, B, G * H]; w int8 [G * H, H]; bias int32, multiplier_ float32 [G * H]; tables int16 [F, 1025] (`table`); h0, c0 float32 [B, H]; lengths
-    int32 [B], clipped to [0, T]: what lies beyond is 0. Made by `recurrence_parameters`. out_dtype: "int8", "int16", or "float32", which finals need.
+    int32 [B], clipped to [0, T]: what lies beyond is 0. Made by `recurrence_parameters`. wide: products read all bits of a state, not its 8
+    upper ones. out_dtype: "int8", "int16", or "float32", which finals need.
     """
     steps, batch, hidden = p.shape[0], p.shape[1], w.shape[1]
     h, c = _stored(h0, STATE_BITS, STATE_LIMIT), _stored(c0, CELL_BITS, CELL_LIMIT)
@@ -143,7 +147,10 @@ def recurrence(
     def recurrent(state: Array, first: int, last: int, most: int = TERM_LIMIT) -> Array:
         """[B, (last - first) * H] of a state in units of 2^-15."""
         part = slice(first * hidden, last * hidden)
-        acc = np.clip(_shifted(state, STATE_BITS - 7), -128, 127) @ weight[part].T + bias[part]
+        if wide:
+            acc = _shifted(state @ weight[part].T, STATE_BITS - 7) + bias[part]
+        else:
+            acc = np.clip(_shifted(state, STATE_BITS - 7), -128, 127) @ weight[part].T + bias[part]
         return to_int(acc.astype(np.int32).astype(F32) * multiplier_[part], -most, most).astype(np.int64)
 
     def gate(function: int, x: Array, bound: int = limit) -> Array:

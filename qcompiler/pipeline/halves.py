@@ -2,7 +2,8 @@
 
 Exact like everything in 8 bits, and cheaper than a layer in float32. The candidates' roundings are measured one by one (`qcompiler/plan/sensitivity.py`);
 those that bring most for their work are taken while the recipe allows it: `default` roundings that stand out, for a few percent more work and of networks with
-16-bit streams only, `accurate` all that can be felt. Where the outputs lose too much, `float_layers.py` takes more of them.
+16-bit streams only, `accurate` all that can be felt. States of recurrent layers may take more (`Recipe.states`): what their rounding costs inside of
+the layer is not in the measurement, and comes back in every step. Where the outputs lose too much, `float_layers.py` takes more of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
 from qcompiler.plan.tradeoff import WideCost
 
 _SAMPLES = 8
+_INSIDE = 2  # times what is measured, at least, is lost where 8 bits of states are multiplied in recurrent layers too
 _MOVED = 4  # elements written for each of a value that is read in halves: the value, its halves, a partial sum
 
 
@@ -37,7 +39,7 @@ def candidates(network: QuantizedNetwork) -> dict[str, Division]:
 def costs(network: QuantizedNetwork, found: Mapping[str, Division], element: float = ELEMENT) -> dict[str, WideCost]:
     """What reading each of `candidates` in halves costs, where writing an element costs `element`."""
     elements = {i.name: math.prod(i.shape) for i in network.model.inputs} | {g.id: math.prod(g.shape) for g in find_groups(network.model.module)}
-    return {v: WideCost(tuple(g.id for g in d.layers), _MOVED * element * elements[v]) for v, d in found.items()}
+    return {v: WideCost(tuple(g.id for g in (*d.layers, *d.makers)), _MOVED * element * elements[v]) for v, d in found.items()}
 
 
 def with_halves(measured: Measured, values: Mapping[str, str], floats: Collection[str] = ()) -> Measured:
@@ -48,15 +50,16 @@ def with_halves(measured: Measured, values: Mapping[str, str], floats: Collectio
 def halved(network: QuantizedNetwork) -> QuantizedNetwork:
     """The network with some operands in halves, measured and planned anew; itself where none is worth it. The step's account says how many."""
     job = network.job
-    ratio, allowance = job.recipe.halves
-    if STREAMS not in Graph.of(network.model.module).attrs and not job.recipe.divides_anywhere:
-        return network
     found = candidates(network)
+    everywhere = STREAMS in Graph.of(network.model.module).attrs or job.recipe.divides_anywhere
+    if not everywhere:
+        found = {v: d for v, d in found.items() if d.makers}
+    ratio, allowance = job.recipe.halves if everywhere else job.recipe.states
     if not found or not network.measured.table.samples:
         return network
     survey, session = Survey(network, network.integer), network.measured.twin.session()
     whole = np.maximum(survey.noise(session, itertools.islice(job.alike, _SAMPLES)), np.finfo(np.float64).tiny)
-    if decibel(float(whole.max())) >= BEYOND_NOTICE:
+    if decibel(float(whole.max()) * (1 if everywhere else _INSIDE)) >= BEYOND_NOTICE:
         return network
     alone = survey.value_noise(session, found, _SAMPLES)
     work, _ = survey.work()

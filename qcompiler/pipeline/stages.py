@@ -43,8 +43,8 @@ from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
 from qcompiler.plan.ranges import SampleEnds, choose, output_noise
 from qcompiler.plan.recipes import Recipe
-from qcompiler.refine.analytic import mean_of_rounding
-from qcompiler.refine.correction import correct_biases
+from qcompiler.refine.analytic import mean_of_rounding, shift_of_rounding
+from qcompiler.refine.correction import correct_biases, stated_biases
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
 from qcompiler.refine.first_layers import FirstLayers, first_layers
 from qcompiler.refine.means import FloatMeans
@@ -386,7 +386,9 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     bench = _Bench(network, built if built.program.target == find_target("native") else None)
     integer, others, tried = network.integer, network.others, dict[str, Correction]()
     limit = min(measured.means.limit, job.recipe.samples)
-    for name, change in _corrections(job.recipe) if limit and measured.means.outputs else ():  # there may be no sample of the plan's shape left
+    for name, change in _corrections(network) if limit and measured.means.outputs else ():  # there may be no sample of the plan's shape left
+        if name == "stated_biases" and tried["bias_correction"].kept:
+            continue  # means are worth keeping here
         tries = bench.tries
         find = functools.partial(bench.attempt, change, integer, others, limit)
         found = tried[name] = Correction.of_state(remembered(job, name, [network.plan.digest, measured.table.digest, limit], find))
@@ -401,11 +403,14 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
     return Corrected(network, built, integer, bench.here, tried, others)
 
 
-def _corrections(recipe: Recipe) -> list[tuple[str, Callable[..., Correction]]]:
-    """(name in the manifest, how it is done) of the corrections that a recipe asks for, in order."""
-    found: list[tuple[str, Callable[..., Correction]]] = []
+def _corrections(network: QuantizedNetwork) -> list[tuple[str, Callable[..., Correction]]]:
+    """(name in the manifest, how it is done) of the corrections that a network's recipe asks for, in order."""
+    recipe, found = network.job.recipe, list[tuple[str, Callable[..., Correction]]]()
     if "correct-bias" in recipe.steps:
         found.append(("bias_correction", correct_biases))
+    if recipe.steps >= {"correct-bias", "analytic-bias"}:
+        shifts = shift_of_rounding(network.model.module, network.plan, network.measured.table)
+        found.append(("stated_biases", functools.partial(stated_biases, shifts)))
     if recipe.steps & {"round-narrow", "round-all"}:
         rounder = DataRounder(recipe.positions, None if "round-all" in recipe.steps else NARROW)
         found.append(("weight_rounding", functools.partial(round_weights, rounder)))

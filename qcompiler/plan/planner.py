@@ -361,7 +361,10 @@ class _Planner:
             if upper:
                 return Fixed(QParams(whole.scale * 256, 0), math.inf, f"the upper half of '{value}', in steps of 256")
             return Fixed(QParams(whole.scale, 0), math.inf, f"the lower half of '{value}', what its upper half leaves")
-        histogram = self.histogram(members)
+        histogram, fixed = self.histogram(members), {self.fixed(v) for v in roots}
+        if members & self.wide and fixed == {"recurrence"}:
+            params = QParams(_WIDE_MARGIN * 2.0**-15, 0, "int16")
+            return Fixed(params, sqnr_db(histogram, params), f"16 bits for {_WIDE_MARGIN:g} times (-1, 1), where a hidden state lies: {self.why_wide(members)}")
         if members & self.wide:
             reach = _WIDE_MARGIN * max(-histogram.low, histogram.high)
             params = QParams.from_range(-reach, reach, dtype="int16") if reach > _TINY else QParams(1.0, 0, "int16")
@@ -371,7 +374,6 @@ class _Planner:
                 sqnr_db(histogram, params),
                 f"16 bits for {_WIDE_MARGIN:g} times what was seen: {self.why_wide(members)}",
             )
-        fixed = {self.fixed(v) for v in roots}
         if len(fixed) == 1 and (name := fixed.pop()) is not None:
             params, reason = _FIXED[name]
             return Fixed(params, sqnr_db(histogram, params), reason)

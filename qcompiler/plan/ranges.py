@@ -35,6 +35,7 @@ from qcompiler.runtime.session import Session
 REACH = 2.0
 PREMIUM = 0.02
 LEAST_COUNTED = 64
+LITTLE = 2.0**36  # float multiplications: a second or two
 _OPENING = 2
 _HOPELESS = 1.5
 _NEAR = 0.02
@@ -89,13 +90,17 @@ def output_noise(
 ) -> dict[str, dict[str, float]]:
     """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
     each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
-    network's multiplications lies are left out, like those that `twin` does not compute. work: so many times the multiplications of calibration (of
-    `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides. padding: positions that don't count.
+    network's multiplications lie are left out, unless judging all takes `LITTLE` at most; so are those that `twin` does not compute. work: so many times
+    the multiplications of calibration (of `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides.
+    padding: positions that don't count.
     """
     behind = work_behind(twin)
-    judged = {name: p for name, p in proposals.items() if p.members and all(behind.get(m, math.inf) <= part for m in p.members)}
+    judged = {name: p for name, p in proposals.items() if p.members and all(m in behind for m in p.members)}
     standing = {member: ends.weights(member, count, each, each) for p in judged.values() for member in p.members}
-    judged = _affordable(judged, {m: len(w) * behind[m] for m, w in standing.items()}, work * max(count, LEAST_COUNTED))
+    runs, whole = {m: len(w) * behind[m] for m, w in standing.items()}, float(sum(step["macs"] for step in twin.manifest["steps"]))
+    if whole * sum(len(p.params) * sum(runs[m] for m in p.members) for p in judged.values()) > LITTLE:
+        judged = {name: p for name, p in judged.items() if all(behind[m] <= part for m in p.members)}
+    judged = _affordable(judged, runs, work * max(count, LEAST_COUNTED))
     standing = {member: standing[member] for p in judged.values() for member in p.members}
     if not judged:
         return {}

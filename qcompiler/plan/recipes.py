@@ -36,7 +36,7 @@ class Recipe:
     """samples: how many calibration samples correction and rounding look at. positions: of each sample's outputs, how many decide a rounding.
     judges: of `ranges.output_noise`, half the samples that judge a value's ranges, the part of the network in which values are judged, and the work
     that this may take, in calibrations. halves: how many times its part in the work an operand's part in the noise has to be to be read in halves, and
-    the work, as a part of the network's, that all of them may take."""
+    the work, as a part of the network's, that all of them may take; states: the same of results of recurrent layers, in networks without 16-bit streams."""
 
     preset: str
     steps: frozenset[str]
@@ -44,6 +44,7 @@ class Recipe:
     positions: int
     judges: tuple[int, float, float]
     halves: tuple[float, float]
+    states: tuple[float, float]
 
     @property
     def observers(self) -> tuple[str, ...]:
@@ -86,6 +87,7 @@ _SAMPLES = {"fast": 32, "default": 32, "accurate": 64}
 _POSITIONS = {"fast": 128, "default": 256, "accurate": 512}
 _JUDGES = {"fast": (4, 0.5, 8.0), "default": (8, 0.5, 16.0), "accurate": (16, 1.0, 64.0)}
 _HALVES = {"fast": (2.5, 1 / 16), "default": (2.5, 1 / 16), "accurate": (0.2, 1 / 3)}
+_STATES = (0.5, 1.0)
 
 
 def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable: Iterable[str] = ()) -> Recipe:
@@ -100,4 +102,4 @@ def recipe(preset: str | Recipe = "default", enable: Iterable[str] = (), disable
             raise PlanError(f"unknown step '{step}'.{closest(step, list(STEPS))} Known: {', '.join(STEPS)}")
     if both := sorted(set(on) & set(off)):
         raise PlanError(f"step '{both[0]}' is both enabled and disabled; leave one out")
-    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset], _JUDGES[preset], _HALVES[preset])
+    return Recipe(preset, (PRESETS[preset] | set(on)) - set(off), _SAMPLES[preset], _POSITIONS[preset], _JUDGES[preset], _HALVES[preset], _STATES)

@@ -34,6 +34,12 @@ def mean_of_rounding(module: tvm.IRModule, plan: QuantPlan, table: CalibrationTa
     return corrected
 
 
+def shift_of_rounding(module: tvm.IRModule, plan: QuantPlan, table: CalibrationTable) -> dict[str, np.ndarray]:
+    """{group id: float64[O]}: what `mean_of_rounding` adds to biases."""
+    stated = {g.id: g.bias for g in find_groups(module)}
+    return {name: bias if (b := stated[name]) is None else bias - b for name, (_, bias) in mean_of_rounding(module, plan, table).items()}
+
+
 def shapes_of(module: tvm.IRModule) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors of a canonical float module, by value id."""
     graph = Graph.of(module)

@@ -43,6 +43,25 @@ def correct_biases(
     return trial.outcome()
 
 
+def stated_biases(
+    shifts: Mapping[str, np.ndarray],
+    module: tvm.IRModule,
+    executor: IntegerExecutor,
+    means: FloatMeans,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    memory: int = MEMORY,
+    progress: Progress = silent,
+) -> Correction:
+    """Take `shifts` (float64[O] by group id: what the analytic correction added to biases) back. Where a network spends most of its time at values at which
+    its functions are flat, what keeps means there moves the others. Arguments and errors otherwise as `correct_biases`."""
+    trial = Trial(module, executor, means, samples, memory, what="biases as they were,")
+    for layer in trial.layers("try biases as they were", progress):
+        if layer.group in shifts:
+            bias = np.rint(layer.bias - shifts[layer.group] / layer.unit)
+            trial.change(layer, layer.weight, np.clip(bias, -_INT32, _INT32).astype(np.int32))
+    return trial.outcome()
+
+
 def corrected_bias(layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[Context], means: FloatMeans) -> np.ndarray | str:
     """The layer's new bias (int32[O]), or why it keeps its own. Its inputs must be there and its step be next. weight: the layer's, or what takes their
     place; then the bias first keeps the mean that the layer's own gave."""

@@ -113,7 +113,7 @@ class Correction:
 
     kept: whether the corrected biases (int32[O] by value id) are in force. shift: value id -> the largest correction in output steps, and
     skipped: value id -> why a layer was left alone. weights: int8 by value id, of layers that a rounder rounded anew; `before` and `after` are then over
-    `held_out` samples that neither weights nor biases were fitted to.
+    `held_out` samples that neither weights nor biases were fitted to. what: a name for people, where only biases changed.
     """
 
     samples: int
@@ -125,6 +125,7 @@ class Correction:
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     held_out: int = 0
     worst: float = math.nan
+    what: str = "bias correction"
 
     def operands(self) -> dict[int, dict[str, np.ndarray]]:
         """What changed, as `replace_operands` takes it."""
@@ -148,7 +149,7 @@ class Correction:
     def summary(self) -> str:
         """One line for people."""
         verdict = "kept" if self.kept else "dropped"
-        what = f"weight rounding of {len(self.weights)} layers" if self.weights else f"bias correction of {len(self.biases)} layers"
+        what = f"weight rounding of {len(self.weights)} layers" if self.weights else f"{self.what} of {len(self.biases)} layers"
         judged = f", judged on {self.held_out} others" if self.held_out else ""
         return f"{what} on {self.samples} samples{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
 
@@ -157,8 +158,8 @@ class Trial:
     """Changes to the layers of `module`, which `executor` runs. fitted: contexts of the samples that decide a change; judges: those that decide whether
     changes are kept, the last third of the samples where `held_out`, else the same.
 
-    means: collected from the first of these `samples`, in the same order. Contexts of all samples live together and take at most `memory` bytes (one is
-    always allowed). Raises DataError when there are no samples.
+    what: a name of the changes. means: collected from the first of these `samples`, in the same order. Contexts of all samples live together and take at
+    most `memory` bytes (one is always allowed). Raises DataError when there are no samples.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Trial:
         memory: int,
         *,
         held_out: bool = False,
+        what: str = Correction.what,
     ) -> None:
         count = max(1, min(len(means.outputs), memory // max(executor.context_bytes, 1)))
         taken = [sample for sample, _ in zip(samples, range(count), strict=False)]
@@ -182,7 +184,7 @@ class Trial:
         self._references = means.outputs[first if len(taken) > first else 0 :]
         self._executor, self._steps = executor, list(executor.steps)
         self._layers = [layer for layer in integer_layers(module) if layer.id in self._steps and layer.group in means.groups]
-        self._found = Correction(first, held_out=len(taken) - first)
+        self._found = Correction(first, held_out=len(taken) - first, what=what)
 
     def layers(self, stage: str, progress: Progress) -> Iterator[IntegerLayer]:
         """Each layer when all samples are about to run it. stage: what `progress` calls this."""

@@ -29,14 +29,17 @@ class Block(Layer):
 
     def multiply(self, first: int, last: int, which: int) -> None:
         g = self.g
-        rows, source = (last - first) * g.padded, T.bind((self.area + g.vectors[which]) * self.scale)
+        rows = (last - first) * g.padded
+        sources = [T.bind((self.area + g.vectors[which] + half * g.half) * self.scale) for half in range(g.halves)]
 
         def sums(row: Any) -> None:
             acc, at = local(1, self.dtype), T.bind(row + first * g.padded)
-            T.buffer_store(acc, self.bias[at], [0])
-            with T.serial(0, g.hidden) as c:
-                x, w = self.step.activation(self.bytes, source + c, 1), self.step.weights(self.weight, first * g.padded * g.hidden + c * rows + row)
-                T.buffer_store(acc, self.step.dot(acc[0], x, w), [0])
+            for half in reversed(range(g.halves)):
+                start = self.bias[at + half * g.gates * g.padded]
+                T.buffer_store(acc, start if half == g.halves - 1 else start + self.carried(acc[0], 1), [0])
+                with T.serial(0, g.hidden) as c:
+                    x, w = self.step.activation(self.bytes, sources[half] + c, 1), self.step.weights(self.weight, first * g.padded * g.hidden + c * rows + row)
+                    T.buffer_store(acc, self.step.dot(acc[0], x, w), [0])
             T.buffer_store(self.words, acc[0], [self.area + g.sums + at])
 
         along(self.k, rows, sums)

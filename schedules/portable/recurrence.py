@@ -79,9 +79,17 @@ class IntegerLayer(Layer):
         bits, limit = (CELL_BITS, CELL_LIMIT) if cell else (STATE_BITS, STATE_LIMIT)
         return to_int(self.k, value * splat(tirx.const(2.0**bits, "float32"), n), -limit, limit, n)
 
-    def vector_value(self, state: Any, n: int) -> Any:
-        byte = T.max(T.min(_shifted(state, STATE_BITS - 7, n), splat(T.int32(127), n)), splat(T.int32(-128), n))
-        return cast(self.step.input_dtype, byte + splat(T.int32(self.step.storage_offset), n), n)
+    def vector_values(self, state: Any, n: int) -> list[Any]:
+        bits, offset = STATE_BITS - 7, splat(T.int32(self.step.storage_offset), n)
+        if self.g.halves == 1:
+            bytes = [T.max(T.min(_shifted(state, bits, n), splat(T.int32(127), n)), splat(T.int32(-128), n))]
+        else:
+            lower = T.bitwise_and(state, splat(T.int32((1 << bits) - 1), n)) - splat(T.int32(1 << (bits - 1)), n)
+            bytes = [T.shift_right(state, splat(T.int32(bits), n)), lower]
+        return [cast(self.step.input_dtype, byte + offset, n) for byte in bytes]
+
+    def carried(self, acc: Any, n: int) -> Any:
+        return _shifted(acc, STATE_BITS - 7, n)
 
     def input(self, gate: int, j: Any, n: int) -> Any:
         stored = cast("int32", load(self.projection, self.place + gate * self.g.hidden + j, n), n)
@@ -140,8 +148,11 @@ class FloatLayer(Layer):
     def initial(self, operand: int, index: Any, cell: bool, n: int) -> Any:
         return load(self.k.operands()[operand].buffer, index, n)
 
-    def vector_value(self, state: Any, n: int) -> Any:
-        return state
+    def vector_values(self, state: Any, n: int) -> list[Any]:
+        return [state]
+
+    def carried(self, acc: Any, n: int) -> Any:
+        raise AssertionError("real numbers have no halves")
 
     def input(self, gate: int, j: Any, n: int) -> Any:
         return load(self.projection, self.place + gate * self.g.hidden + j, n)
