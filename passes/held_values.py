@@ -14,6 +14,10 @@ from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_
 from qcompiler.passes.trained import ATTRIBUTE, Trained
 
 
+def _key(held: Held, order: Order) -> tuple[str, Order]:
+    return str(held.var.name) + "/" + "/".join(map(str, held.order)), order
+
+
 class HeldValues:
     """The module being made, and how each of its values is held. `image`: operators that want images in NHWC; `keeps_axes`: operators whose result has
     its operand's axes."""
@@ -71,7 +75,7 @@ class HeldValues:
         order = tuple(range(len(held.shape))) if order is None else order
         if held.order == order:
             return held.var
-        key = (str(held.var.name) + "/" + "/".join(map(str, held.order)), order)
+        key = _key(held, order)
         if key not in self.made:
             self.made[key] = self._move(held, order)
         return self.made[key]
@@ -90,6 +94,14 @@ class HeldValues:
         """`held` with every axis of the value present (extra axes kept): what an operator that names axes needs."""
         order = complete(held.order, held.shape)
         return Held(held.id, self.ordered(held, order), order, held.shape)
+
+    def moved(self, name: str, order: Order) -> Held:
+        """Hold the value `name` in `order` from here on. The variable that held it before still serves who asks for that order."""
+        before = self.held[name]
+        now = Held(before.id, self.ordered(before, order), order, before.shape)
+        self.made[_key(now, before.order)] = before.var
+        self.held[name] = now
+        return now
 
     def plain(self, name: str, expr: Any) -> bool:
         """Emit an operator as it is, on operands in the file's order."""

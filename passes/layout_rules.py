@@ -202,9 +202,23 @@ def _layer_norm(layout: HeldValues, name: str, expr: Any) -> bool:
     axes = [v % len(x.shape) for v in plain(a.axes)]
     if len(axes) != 1 or not all(is_const(v) for v in expr.args[1:]):
         return False
-    x = layout.full(x)
-    call = relax.op.nn.layer_norm(x.var, *expr.args[1:], [x.order.index(axes[0])], float(a.epsilon), bool(a.center), bool(a.scale))
+    x = _with_last(layout, expr.args[0], axes[0])
+    call = relax.op.nn.layer_norm(x.var, *expr.args[1:], [len(x.order) - 1], float(a.epsilon), bool(a.center), bool(a.scale))
     return layout.bind(name, call, x.order, x.shape)
+
+
+def _softmax(layout: HeldValues, name: str, expr: Any) -> bool:
+    x = _with_last(layout, expr.args[0], int(expr.attrs.axis) % len(shape_of(expr)))
+    return layout.bind(name, relax.op.nn.softmax(x.var, len(x.order) - 1), x.order, x.shape)
+
+
+def _with_last(layout: HeldValues, operand: Any, axis: int) -> Held:
+    """The operand with `axis` innermost, where kernels that go along one axis read it, and where alone they have integer forms: as it is held, or else in
+    the file's order, or else with that axis alone moved. What reads it later finds it so: a residual beside a normalization stays in its order."""
+    x = layout.of(operand)
+    ours, file = complete(x.order, x.shape), tuple(range(len(x.shape)))
+    order: Order = next((o for o in (ours, file) if o[-1] == axis), (*(a for a in ours if a != axis), axis))
+    return layout.full(x) if order == ours else layout.moved(str(operand.name), order)
 
 
 def _instance_norm(layout: HeldValues, name: str, expr: Any) -> bool:
@@ -329,7 +343,7 @@ RULES: dict[str, Rule] = {
     "relax.strided_slice": _slice,
     "relax.nn.pad": _pad,
     "relax.nn.prelu": _prelu,
-    "relax.nn.softmax": _along_axis(lambda e, x, axis: relax.op.nn.softmax(x, axis)),
+    "relax.nn.softmax": _softmax,
     "relax.nn.log_softmax": _along_axis(lambda e, x, axis: relax.op.nn.log_softmax(x, axis)),
     "relax.flip": _along_axis(lambda e, x, axis: relax.op.flip(x, axis)),
     "relax.take": _take,

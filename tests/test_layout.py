@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qcompiler.passes.axes import complete, matched, together
-from qcompiler.passes.graph import Graph, shape_of
+from qcompiler.passes.graph import Graph, relax_op, shape_of
 from tests.onnx_nets import OnnxNet, agrees, operators
 
 Build = Callable[[OnnxNet, str], str]
@@ -73,10 +73,22 @@ def pixel_shuffle(n: OnnxNet, x: str) -> str:
     return n.op("Conv", n.op("PRelu", y, n.weight(3, 1, 1)), n.weight(3, 3, 1, 1))
 
 
+def token_blocks(n: OnnxNet, x: str) -> str:
+    """MobileViT's blocks: 2 x 2 patches become rows of tokens, normalizations beside a residual stream, and back to an image."""
+    y = n.op("Reshape", n.op("Conv", x, n.weight(4, 4, 1, 1)), n.ints(16, 2, 4, 2))
+    y = n.op("Reshape", n.op("Transpose", y, perm=[0, 2, 1, 3]), n.ints(1, 4, 16, 4))
+    y = n.op("Reshape", n.op("Transpose", y, perm=[0, 3, 2, 1]), n.ints(4, 16, 4))
+    for _ in range(3):
+        y = n.op("Add", n.op("MatMul", n.op("LayerNormalization", y, n.weight(4), n.weight(4)), n.weight(4, 4)), y)
+    y = n.op("Transpose", n.op("Reshape", y, n.ints(1, 4, 16, 4)), perm=[0, 3, 2, 1])
+    y = n.op("Transpose", n.op("Reshape", y, n.ints(16, 4, 2, 2)), perm=[0, 2, 1, 3])
+    return n.op("Conv", n.op("Reshape", y, n.ints(1, 4, 8, 8)), n.weight(3, 4, 1, 1))
+
+
 # structure -> data movements (permute_dims) besides the two at the edges (-2: not even those)
 STRUCTURES = [
     (squeeze_excite, 0), (squeeze_excite_dense, 0), (convnext, 0), (pyramid, 0), (space_to_depth_stem, 0), (channels_last_source, -2),
-    (channel_shuffle, 1), (pixel_shuffle, 1),
+    (channel_shuffle, 1), (pixel_shuffle, 1), (token_blocks, 6),
 ]  # fmt: skip
 
 
@@ -89,6 +101,28 @@ def test_structures(build: Build, moves: int, tmp_path: Path) -> None:
     assert kinds.count("permute_dims") == moves + 2, kinds
     if moves >= 0:
         assert (kinds[0], kinds[-1]) == ("permute_dims", "permute_dims")
+
+
+@pytest.mark.parametrize("op", ["Softmax", "LayerNormalization"])
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_goes_along_one_axis_finds_it_innermost(op: str, axis: int, transposed: bool, tmp_path: Path) -> None:
+    """There alone it has an integer form; who reads the image beside it still finds it as it was."""
+    net = OnnxNet(17)
+    y = held = net.op("Conv", net.input("x", 1, 4, 6, 5), net.weight(4, 4, 1, 1))
+    perm = [0, 3, 1, 2] if transposed else [0, 1, 2, 3]
+    y = net.op("Transpose", held, perm=perm)
+    sizes = [(1, 4, 6, 5)[a] for a in perm]
+    if op == "Softmax":
+        y = net.op(op, y, axis=axis)
+    else:  # of the last axis: another is brought there and back
+        there = [0, *(a for a in (1, 2, 3) if a != axis), axis]
+        y = net.op(op, net.op("Transpose", y, perm=there), net.weight(sizes[axis]), net.weight(sizes[axis]))
+        y = net.op("Transpose", y, perm=[there.index(a) for a in range(4)])
+    y = net.op("Transpose", y, perm=[perm.index(a) for a in range(4)])
+    model = agrees(net.save(tmp_path / "net.onnx", [net.op("Conv", net.op("Add", y, held), net.weight(3, 4, 1, 1)), net.op("Relu", held)]))
+    found = [e for _, e in Graph.of(model.module).bindings if "softmax" in str(relax_op(e)) or "layer_norm" in str(relax_op(e))]
+    assert [[int(a) % 4 for a in getattr(e.attrs, "axes", None) or [e.attrs.axis]] for e in found] == [[3]]
 
 
 def test_classifier_ends_without_movement(tmp_path: Path) -> None:
