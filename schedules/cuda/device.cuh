@@ -66,8 +66,16 @@ static __device__ __forceinline__ int qc_row_max(int value) {
   return max(value, __shfl_xor_sync(0xFFFFFFFFu, value, 2));
 }
 
-static __device__ __forceinline__ float qc_warp_sum(float value) {
+// Of all lanes of a warp, which must all come here.
+template <typename T>
+static __device__ __forceinline__ T qc_warp_sum(T value) {
   for (int other = 16; other; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+  return value;
+}
+
+template <typename T>
+static __device__ __forceinline__ T qc_warp_max(T value) {
+  for (int other = 16; other; other /= 2) value = max(value, __shfl_xor_sync(0xFFFFFFFFu, value, other));
   return value;
 }
 

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules.builder import Emitter, clamp, round_word
-from qcompiler.schedules.portable.threads import load_words, pack, quarter, store_words, unpack, words
+from qcompiler.schedules.portable.threads import load_words, pack, quarter, store_words, words
 from qcompiler.schedules.table import Layout, OpCall
 
 LIMIT = 2.0**30  # of a convolution's share in a sum with a residual: numerics.md (10)
@@ -26,6 +26,23 @@ def quad(buffer: Any, index: Any) -> Any:
 
 def element(vector: Any, i: int) -> Any:
     return T.Shuffle([vector], [i])
+
+
+def element_of(word: Any, i: int, dtype: str) -> Any:
+    """Element i of an int32 word that holds int8, int16 or 32-bit ones."""
+    bits = 8 * np.dtype(dtype).itemsize
+    if bits == 32:
+        return T.reinterpret(dtype, word)
+    return T.Cast(dtype, T.shift_right(word, T.int32(bits * i)) if i else word)
+
+
+def word_of(values: Sequence[Any]) -> Any:
+    """The int32 word of 4 int8 elements or 2 int16 ones, each at the bottom of an int32, or of one 32-bit element."""
+    if len(values) == 4:
+        return pack(values)
+    if len(values) == 2:
+        return T.call_pure_extern("int32", "__byte_perm", *values, T.int32(0x5410))
+    return T.reinterpret("int32", values[0])
 
 
 def finish_arrays(op: OpCall, bias: np.ndarray, channels: np.ndarray) -> list[np.ndarray]:
@@ -71,11 +88,9 @@ class Epilogue:
         self.residual_words = words(k.inputs[1]) if self.residual_step >= 4 else None
 
     def _step(self, layout: Layout) -> int:
-        """Bytes that can be read or written at once: the alignment of every run. 1: elements of 2 or 4 bytes are, one by one."""
-        if np.dtype(layout.dtype).itemsize > 1:
-            return 1
+        """Bytes that can be read or written at once: the alignment of every run. Below 4: elements are, one by one."""
         parts = [self.run, layout.channel_pitch] + ([self.outputs] if self.groups > 1 else [])
-        return math.gcd(*parts)
+        return math.gcd(16, math.gcd(*parts) * np.dtype(layout.dtype).itemsize)
 
     def __call__(self, accs: Sequence[Any], table: Any, pixel: Any, group: Any, channel: Any) -> None:
         """`table`: index of the first accumulator in the constants, a multiple of `run`. `pixel`: flat output pixel; `channel`: the first
@@ -122,8 +137,9 @@ class Epilogue:
         assert self.residual
         if self.residual_words is None or len(wanted) == 1:
             return [self.k.inputs[1][source + i] for i in wanted]
-        loaded = load_words(self.residual_words, source, self.run // 4, self.residual_step)
-        return [unpack(loaded[i // 4], i % 4, "int8") for i in wanted]
+        size = np.dtype(self.residual.dtype).itemsize
+        loaded = load_words(self.residual_words, T.bind(source * size), self.run * size // 4, self.residual_step)
+        return [element_of(loaded[i * size // 4], i % (4 // size), self.residual.dtype) for i in wanted]
 
     def _finish(self, value: Any, extra: Any) -> Any:
         if not self.rounded:
@@ -139,8 +155,9 @@ class Epilogue:
             for i, value in enumerate(values):
                 self._store(out + i, value)
             return
-        packed = [T.bind(pack(values[i : i + 4])) for i in range(0, self.run, 4)]
-        store_words(self.out_words, out, packed, self.out_step)
+        size = np.dtype(self.layout.dtype).itemsize
+        packed = [T.bind(word_of(values[i : i + 4 // size])) for i in range(0, self.run, 4 // size)]
+        store_words(self.out_words, T.bind(out * size), packed, self.out_step)
 
     def _store(self, index: Any, value: Any) -> None:
         T.buffer_store(self.k.output, T.Cast(self.layout.dtype, value) if self.rounded else value, [index])

@@ -17,7 +17,7 @@ from qcompiler.schedules.portable.normalization import LEAST, Normalization, Sof
 from qcompiler.schedules.portable.threads import unravel
 from qcompiler.schedules.table import Kernel, OpCall
 
-ROW_THREADS = 128
+WARP, ROW_THREADS = 32, 128
 
 
 def along(k: Emitter, extent: int, body: Callable[[Any], None]) -> None:
@@ -29,11 +29,11 @@ def along(k: Emitter, extent: int, body: Callable[[Any], None]) -> None:
 
 
 class Fold:
-    """A sum or a maximum of what the threads of a block `add`. All of them must ask for the `result`."""
+    """A sum or a maximum of integers that the threads of a block `add`. All of them must ask for the `result`, once."""
 
     def __init__(self, k: Emitter, dtype: str, start: int, largest: bool = False) -> None:
         self.k, self.largest, self.mine = k, largest, local(1, dtype)
-        self.shared = T.alloc_buffer((ROW_THREADS,), dtype, scope="shared")
+        self.shared = T.alloc_buffer((ROW_THREADS // WARP,), dtype, scope="shared")
         T.buffer_store(self.mine, tirx.const(start, dtype), [0])
 
     def joined(self, a: Any, b: Any) -> Any:
@@ -43,15 +43,16 @@ class Fold:
         T.buffer_store(self.mine, self.joined(self.mine[0], value), [0])
 
     def result(self) -> Any:
-        k, size = self.k, ROW_THREADS // 2
-        T.buffer_store(self.shared, self.mine[0], [k.thread])
+        """Lanes hand each other what they have; then all threads read what the warps have."""
+        k, name = self.k, "qc_warp_max" if self.largest else "qc_warp_sum"
+        of_warp = T.bind(T.call_extern(str(self.mine.dtype), name, self.mine[0]))
+        with T.If(T.bitwise_and(k.thread, T.int32(WARP - 1)) == 0), T.Then():
+            T.buffer_store(self.shared, of_warp, [T.shift_right(k.thread, T.int32(5))])
         barrier()
-        while size:
-            with T.If(k.thread < size), T.Then():
-                T.buffer_store(self.shared, self.joined(self.shared[k.thread], self.shared[k.thread + size]), [k.thread])
-            barrier()
-            size //= 2
-        return T.bind(self.shared[0])
+        total = self.shared[0]
+        for i in range(1, ROW_THREADS // WARP):
+            total = self.joined(total, self.shared[i])
+        return T.bind(total)
 
 
 def barrier() -> None:

@@ -403,14 +403,23 @@ inline int qc_row_max(int value) {
   return value;
 }
 
-inline float qc_warp_sum(float value) {
+template <typename T, typename Join>
+inline T qc_fold_warp(T value, Join join) {
   for (unsigned other = 16; other; other /= 2)
     qc_exchange(&value, sizeof value, [&](int (*shown)[8]) {
-      float theirs;
+      T theirs;
       std::memcpy(&theirs, shown[qc_emulation::lane() ^ other], sizeof theirs);
-      value += theirs;
+      value = join(value, theirs);
     });
   return value;
+}
+template <typename T>
+inline T qc_warp_sum(T value) {
+  return qc_fold_warp(value, [](T a, T b) { return a + b; });
+}
+template <typename T>
+inline T qc_warp_max(T value) {
+  return qc_fold_warp(value, [](T a, T b) { return a > b ? a : b; });
 }
 
 inline int qc_row_sum(int value) {
