@@ -431,6 +431,9 @@ def test_the_live_table_shows_where_the_run_stands() -> None:
     text = console.export_text()
     for part in (">  test/copy", "2x3x4 > 2x3x4", "2000.0", "1600.0", "0.800", "trial 7 of 10", "left", "1 WRONG"):
         assert part in text
+    state.doing = "build candidates: 3 of 40 tasks"
+    console.print(live_table(state, 20))
+    assert ", about 0:00:" in (line := console.export_text().splitlines()[-1]) and line.endswith("; build candidates: 3 of 40 tasks")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("20m", 1200), ("1.5h", 5400)])

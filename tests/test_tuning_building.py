@@ -23,12 +23,13 @@ from qcompiler.base.parallel import in_order
 from qcompiler.base.targets import Target, find_target
 from qcompiler.pipeline.options import complete
 from qcompiler.schedules.table import Kernel, OpCall
+from qcompiler.tuning import boards as tuning_boards
 from qcompiler.tuning import building
 from qcompiler.tuning import remote as tuning_remote
 from qcompiler.tuning.building import libraries
 from qcompiler.tuning.model import Space
-from qcompiler.tuning.remote import export_round, lowered
-from qcompiler.tuning.search import Search, Task
+from qcompiler.tuning.remote import NothingNew, export_round, lowered
+from qcompiler.tuning.search import Search, Task, Tuning
 from qcompiler.tuning.worker import Limits
 
 NATIVE = find_target("native")
@@ -104,6 +105,23 @@ def test_what_is_over_begins_no_further_task() -> None:
     with contextlib.closing(libraries(search(*rows), NATIVE, 3, lambda: 1 << 20, over=lambda: True)) as made:
         found = list(made)
     assert [bool(library.data) for library in found] == [True, False, False] and found[1].choice.lacking == "no time left in this round"
+
+
+def test_a_time_limit_leaves_half_for_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is left of it, and who watches sees what is being built."""
+    state, left, seen = Tuning(NATIVE, 1, [task(AwayRow(), 2, 3)], 10, 60.0), list[float](), list[str]()
+
+    def exported(*arguments: Any) -> None:
+        arguments[5]("build candidates", 1, 4)
+        left.append(arguments[-1] - time.monotonic())
+        raise NothingNew("all is known")
+
+    monkeypatch.setattr(tuning_boards, "export_round", exported)
+    state.started -= 20
+    run = tuning_boards._Run([], "log", None, state, 12, lambda s: seen.append(s.doing), lambda *at: None)  # type: ignore[arg-type]
+    with pytest.raises(NothingNew):
+        run.round()
+    assert 15 < left[0] <= 20 and seen == ["build candidates: 1 of 4 tasks"] and state.doing == ""
 
 
 @pytest.fixture(scope="module")
