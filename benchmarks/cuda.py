@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
         folder, target = options.prepare or Path(name), find_target(options.target) if options.target else target_of(gpu)  # type: ignore[arg-type]
         found = [networks.find(n, options.data, networks.default_cache()) for n in options.network or networks.NAMES if n != "none"]
-        chosen = [n for n in found if n] + [networks.text_network(path, options.tokens, networks.default_cache()) for path in options.text]
+        chosen = [n for n in found if n] + [networks.text_network(path, options.tokens, networks.default_cache(), True) for path in options.text]
         from qcompiler.base.progress import terminal_progress
 
         with terminal_progress() as progress:

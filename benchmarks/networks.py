@@ -41,7 +41,7 @@ class Network:
         ports = onnx.load(str(self.model), load_external_data=False).graph.input
         if self.tokens is not None:
             rng = np.random.default_rng(0)
-            sizes = {p.name: tuple(d.dim_value for d in p.type.tensor_type.shape.dim) for p in ports}
+            sizes = {p.name: tuple(max(1, d.dim_value) for d in p.type.tensor_type.shape.dim) for p in ports}
             return [{n: rng.integers(*_ids(self.tokens[n]), sizes[n], np.int64) for n in sizes} for _ in range(RANDOM_IMAGES)]
         port = ports[0]
         shape = tuple(max(1, d.dim_value) for d in port.type.tensor_type.shape.dim)
@@ -53,8 +53,9 @@ def _ids(words: int) -> tuple[int, int]:
     return (0, words) if words else (1, 2)
 
 
-def text_network(path: Path, length: int, cache: Path) -> Network:
-    """A network that reads tokens, batch 1, in a copy of so many tokens. Its inputs are integers; those that index no table are masks, and all ones."""
+def text_network(path: Path, length: int, cache: Path, any_batch: bool = False) -> Network:
+    """A network that reads tokens, batch 1 (any_batch: of any size), in a copy of so many tokens. Its inputs are integers; those that index no table are masks,
+    and all ones."""
     import onnx
 
     model = onnx.load(str(path))
@@ -66,9 +67,12 @@ def text_network(path: Path, length: int, cache: Path) -> Network:
         for dim, size in zip(port.type.tensor_type.shape.dim, (1, length), strict=True):
             dim.Clear()
             dim.dim_value = size
+        if any_batch:
+            port.type.tensor_type.shape.dim[0].dim_param = "batch"
     del graph.value_info[:]
     cache.mkdir(parents=True, exist_ok=True)
-    target, part = cache / f"{path.stem}-{length}.onnx", cache / f"{path.stem}-{length}.{os.getpid()}.onnx"
+    name = f"{path.stem}-{length}{'-any' if any_batch else ''}"
+    target, part = cache / f"{name}.onnx", cache / f"{name}.{os.getpid()}.onnx"
     onnx.save(model, str(part))
     part.replace(target)
     return Network(f"{path.stem}, {length} tokens", target, None, None, words)
