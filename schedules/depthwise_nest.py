@@ -19,7 +19,7 @@ class DepthwiseNest(ABC):
     `order`, what is outermost within a task, "channels" (an input row stays in L1 for the next row tile) or "rows" (every cache line is fetched
     once where blocks share lines); `row_tasks` x `channel_tasks`, the most tasks an image is divided into.
 
-    Constants are packed block after block, so a block's constants start behind the sum of the widths before it.
+    Constants are packed block after block, so a block's constants start behind the sum of the `lanes` before it.
     """
 
     def __init__(self, op: OpCall, blocks: Sequence[Pair], params: Mapping[str, Any]) -> None:
@@ -33,10 +33,14 @@ class DepthwiseNest(ABC):
     def prepare(self) -> None:
         """Bind what all steps use (`self.k` is set)."""
 
+    def lanes(self, width: int) -> int:
+        """Constants of each kind that a block of `width` channels has."""
+        return width
+
     @abstractmethod
     def step(self, source: Any, at: tuple[Any, Any, Any, Any], packed: Any, width: int) -> None:
         """One tile of one block. `source`: index of its first input pixel; `at`: (image, row, column, channel) of its first output;
-        `packed`: channels packed before the block."""
+        `packed`: lanes before the block's."""
 
     def emit(self, k: Emitter) -> None:
         """The body of the kernel."""
@@ -60,13 +64,13 @@ class DepthwiseNest(ABC):
         t, width = self.tasks, self.blocks[0][1]
         with loops(blocks) as (block,):
             first = T.bind(T.min(block * width, max(self.g.channels - width, 0)))
-            self._strip(image, rows, first, T.bind(block * width), width)
+            self._strip(image, rows, first, T.bind(block * self.lanes(width)), width)
         if len(self.blocks) > t.blocks:
             with T.If(chunk == t.channel_chunks - 1), T.Then():
-                packed = t.blocks * width
+                packed = t.blocks * self.lanes(width)
                 for channel, narrow in self.blocks[t.blocks :]:
                     self._strip(image, rows, T.int32(channel), T.int32(packed), narrow)
-                    packed += narrow
+                    packed += self.lanes(narrow)
 
     def _strip(self, image: Any, rows: Any, channel: Any, packed: Any, width: int) -> None:
         """All tiles of some row tiles of a block; the last one down and along is moved back to end with the image."""

@@ -148,6 +148,41 @@ def test_equals_the_reference(name: str, target: Target) -> None:
     CASES[name].run(target)
 
 
+COLUMNS = {  # vectors of outputs that lie side by side
+    "touch": Case(32, (5, 9)),
+    "four-touch": Case(16, (5, 11)),
+    "apart": Case(32, (5, 9), out={"halo": (1, 2, 0, 1), "pitch": 48}, halo=1),
+    "few-channels": Case(5, (5, 9), out={"halo": (1, 1, 1, 1), "pitch": 16}),
+    "behind-wider": Case(112, (5, 9)),
+    "stride-2": Case(48, (9, 18), strides=(2, 2)),
+    "stride-3-1": Case(16, (10, 21), strides=(1, 3)),
+    "dilation": Case(32, (7, 12), pad=(2, 3, 2, 3), dilation=(2, 3)),
+    "5x5": Case(24, (7, 10), (5, 5), pad=(2, 2, 2, 2)),
+    "residual": Case(80, (5, 9), zero=3, residual=True),
+    "residual-touch": Case(16, (5, 9), residual=True, bounds=(-128, 90)),
+    "int8-storage": Case(32, (5, 9), zero=4, bounds=(-100, 110), storage="int8"),
+    "float-output": Case(40, (5, 9), attrs={"out_dtype": "float32", "float_low": 0.0, "float_high": 30.0}),
+}
+
+
+@runs_here
+@sampled("name", COLUMNS, {"few-channels", "stride-2", "residual", "float-output"})
+@pytest.mark.parametrize("point", [{"columns": 4}, {"rows": 2, "columns": 6, "leftover": "wide"}, {"columns": 4, "fold": 0}], ids=str)
+def test_columns_share_vectors(name: str, point: dict[str, Any], target: Target) -> None:
+    COLUMNS[name].run(target, {"rows": 1} | point)
+
+
+def test_vectors_of_few_channels_are_filled() -> None:
+    """Half as many dot steps for two columns as for one after the other."""
+    attrs = Case(32).geometry() | {"x_zero_point": 0, "zero_point": -128, "low": -128, "high": 127, "out_dtype": "int8"}
+    constants = [np.ones((32, 3, 3, 1), np.int8), np.zeros(32, np.int32), np.full(32, 1e-3, np.float32)]
+    op = OpCall("qc.conv2d", [Layout((1, 4, 8, 32), "uint8", (1, 1, 1, 1)), *constants], attrs, Layout((1, 4, 8, 32), "uint8"))
+    row = row_of("qc.conv2d", AVX512VNNI)
+    point = row.default(op, AVX512VNNI) | {"rows": 2, "columns": 4}
+    apart, together = (str(row.build(op, point | {"fold": fold}, AVX512VNNI).func).count("vpdpbusd") for fold in (0, 1))
+    assert apart == 2 * together > 0
+
+
 @runs_here
 @sampled("seed", range(8), {2})
 def test_points_of_the_space_are_exact(seed: int, target: Target) -> None:

@@ -7,7 +7,8 @@ spread the channels of a vector of B bytes over four vectors, its slots:
     slot k, dword 4 * part + i  <->  channel 16 * part + 4 * k + i          (part < B / 16, i < 4)
 
 Weights, bias and multipliers are packed in that order at compile time, and the epilogue's VPACKSSDW and VPACKUSWB, which work within parts too,
-undo it. Without VNNI two taps are interleaved, widened to int16 and summed by VPMADDWD (exact; VPMADDUBSW would saturate).
+undo it. Vectors that the channels do not fill hold those of several output columns side by side (`Fold`). Without VNNI two taps are interleaved,
+widened to int16 and summed by VPMADDWD (exact; VPMADDUBSW would saturate).
 
 The epilogue clamps after rounding: bounds are integers and rint is monotone, so clip(rint(v), low - z, high - z) == rint(clip(v, low - z, high - z)),
 and the saturation of the packs does most of it. That needs |v| < 2^31 (VCVTPS2DQ), which the weights prove at compile time; where they can't, a
@@ -17,7 +18,8 @@ clip in float comes first.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -33,8 +35,8 @@ from qcompiler.schedules.builder import make_kernel
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
-from qcompiler.schedules.isa import call, demand, load, scalar, shuffle
-from qcompiler.schedules.table import Kernel, Need, OpCall, register
+from qcompiler.schedules.isa import call, demand, load, save, scalar, shuffle
+from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
 
 MAX_STEP = 450  # vector instructions of one tile that the heuristic allows, and those that `build` does: LLVM takes about 1 ms for each
 LARGEST_STEP = 1500
@@ -109,6 +111,36 @@ def pack(name: str, dtype: str, a: Any, b: Any, width: int) -> Any:
     return call(dtype, f"llvm.x86.{prefix}.{name}{suffix}", a, b)
 
 
+# -- vectors --------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a vector holds: `width` channels of each of `columns` outputs that lie side by side; and the taps of a tile of such vectors."""
+
+    width: int
+    columns: int
+    plan: TapPlan
+
+    @property
+    def lanes(self) -> int:
+        """Bytes of the vector."""
+        return self.width * self.columns
+
+    @staticmethod
+    def of(g: Geometry, width: int, widest: int, point: Mapping[str, Any], taps: int) -> Fold:
+        """As many columns as a tile can be divided into, and a vector of `widest` bytes takes; one unless the point says `fold`."""
+        rows, across = min(int(point["rows"]), g.out[0]), min(int(point["columns"]), g.out[1])
+        columns = math.gcd(across, widest // width) if point["fold"] else 1
+        strides, tile = (g.strides[0], g.strides[1] * columns), (rows, across // columns)
+        return Fold(width, columns, plan_taps(g.kernel, strides, g.dilation, tile, taps, str(point["leftover"])))
+
+    def output(self, number: int, across: int) -> int:
+        """The first output of vector `number` of a tile of `across` columns."""
+        row, column = divmod(number, across // self.columns)
+        return row * across + column * self.columns
+
+
 # -- constants ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -116,30 +148,32 @@ def pack(name: str, dtype: str, a: Any, b: Any, width: int) -> Any:
 class Packed:
     """Constants in the order the kernel reads them, block after block."""
 
-    weights: np.ndarray  # int8 or int16 [block][pattern][slot][lane][tap]
+    weights: np.ndarray  # int8 or int16 [block][pattern][slot][lane][tap], for each block `patterns` of them
     bias: np.ndarray  # int32 [block][slot][lane], the input's zero point and storage offset folded in
     multiplier: np.ndarray  # float32 [block][slot][lane]
+    patterns: int
     peak: float  # bound on |acc * multiplier|
 
 
-def pack_constants(op: OpCall, blocks: Sequence[Pair], plan: TapPlan, isa: ByteIsa) -> Packed:
+def pack_constants(op: OpCall, blocks: Sequence[Pair], folds: Mapping[int, Fold], isa: ByteIsa) -> Packed:
     """bias' = bias - (x_zero_point + 128) * sum(w), because the input is stored as q + 128 and padding holds its zero point."""
     w, bias, multiplier = np.asarray(op.operands[1])[..., 0].astype(np.int64), np.asarray(op.operands[2]), np.asarray(op.operands[3], np.float32)
     folded = bias.astype(np.int64) - (int(op.attrs["x_zero_point"]) + 128) * w.sum((1, 2))
     peak = (np.abs(folded) + 255 * np.abs(w).sum((1, 2))) * np.abs(multiplier.astype(np.float64))
     spare = max(first + width for first, width in blocks) - len(w)  # lanes past the last channel
     w, folded, multiplier = (np.pad(v, [(0, spare)] + [(0, 0)] * (v.ndim - 1)) for v in (w, folded, multiplier))
-    channels = [first + channel_order(width) for first, width in blocks]
+    most = max(len(fold.plan.patterns) for fold in folds.values())
+    channels = [first + channel_order(folds[width].lanes) % width for first, width in blocks]
     weights = []
-    for c in channels:
-        placed = np.zeros((len(plan.patterns), *c.shape, isa.taps), isa.weight_dtype)
-        for p, pattern in enumerate(plan.patterns):
+    for c, (_, width) in zip(channels, blocks, strict=True):
+        placed = np.zeros((most, *c.shape, isa.taps), isa.weight_dtype)
+        for p, pattern in enumerate(folds[width].plan.patterns):
             for slot, tap in enumerate(pattern):
                 if tap is not None:
                     placed[p, ..., slot] = w[c, tap[0], tap[1]]
         weights.append(placed.reshape(-1))
     order = np.concatenate([c.reshape(-1) for c in channels])
-    return Packed(np.concatenate(weights), folded[order].astype(np.int32), multiplier[order], float(peak.max(initial=0.0)))
+    return Packed(np.concatenate(weights), folded[order].astype(np.int32), multiplier[order], most, float(peak.max(initial=0.0)))
 
 
 # -- the kernel ---------------------------------------------------------------------------------------------------------------------------
@@ -149,13 +183,17 @@ class ByteKernel(DepthwiseNest):
     """An int8 depthwise kernel while it is written. `split`: the four slots are computed two at a time, which halves the live accumulators."""
 
     def __init__(self, op: OpCall, params: Mapping[str, Any], isa: ByteIsa) -> None:
-        blocks = blocks_of(op.output.shape[3], [w for w in isa.widths if w <= int(params["width"])])
+        widths = [w for w in isa.widths if w <= int(params["width"])]
+        blocks = blocks_of(op.output.shape[3], widths)
         super().__init__(op, blocks, params)
         self.isa, self.halves = isa, [[0], [1]] if params["split"] else [[0, 1]]
-        self.plan = plan_taps(self.g.kernel, self.g.strides, self.g.dilation, self.tile, isa.taps, str(params["leftover"]))
-        self.constants = pack_constants(op, self.blocks, self.plan, isa)
+        self.folds = {width: Fold.of(self.g, width, widths[0], params, isa.taps) for _, width in blocks}
+        self.constants = pack_constants(op, self.blocks, self.folds, isa)
         self.bounded = self.constants.peak < RESIDUAL_LIMIT
         self.residual = op.tensors[1] if len(op.tensors) > 1 else None
+
+    def lanes(self, width: int) -> int:
+        return self.folds[width].lanes
 
     def build(self, row: str, target: Target) -> Kernel:
         arrays, facts = [self.constants.weights, self.constants.bias, self.constants.multiplier], (self.params, self.bounded)
@@ -175,28 +213,53 @@ class ByteKernel(DepthwiseNest):
 
     def step(self, source: Any, at: tuple[Any, Any, Any, Any], packed: Any, width: int) -> None:
         weights, bias, _ = self.k.arrays
-        lanes, size = width // 4, width // 4 * self.isa.taps
-        out = self.place(self.op.output, at)
-        residual = self.place(self.residual, at) if self.residual else None
-        first = T.bind(packed * (len(self.plan.patterns) * self.isa.taps))
-        last_use = {o: i for i, bundle in enumerate(self.plan.bundles) for o, _ in bundle.uses}
+        fold, size = self.folds[width], self.lanes(width)
+        lanes, operand = size // 4, size // 4 * self.isa.taps
+        places = self.places(self.op.output, at, fold)
+        residuals = self.places(self.residual, at, fold) if self.residual else None
+        first = T.bind(packed * (self.constants.patterns * self.isa.taps))
+        last_use = {o: i for i, bundle in enumerate(fold.plan.bundles) for o, _ in bundle.uses}
         values: dict[int, list[Any]] = {}
         for halves in self.halves:
             slots = [2 * half + side for half in halves for side in (0, 1)]
             acc: dict[int, list[Any]] = {}
-            for i, bundle in enumerate(self.plan.bundles):
-                pixels = [T.bind(T.reinterpret(f"int8x{width}", self.pixel(source, r, c, width))) for r, c in bundle.pixels]
-                vectors = [v for half in halves for v in self.isa.interleave(pixels, half, width)]
+            for i, bundle in enumerate(fold.plan.bundles):
+                pixels = [T.bind(T.reinterpret(f"int8x{size}", self.vector(source, r, c, fold))) for r, c in bundle.pixels]
+                vectors = [v for half in halves for v in self.isa.interleave(pixels, half, size)]
                 for o, p in bundle.uses:
                     sums = acc.pop(o, None) or [load(bias, packed + s * lanes, lanes) for s in slots]
-                    w = [load(weights, first + (4 * p + s) * size, size) for s in slots]
-                    sums = [T.bind(self.isa.dot(a, v, u, width)) for a, v, u in zip(sums, vectors, w, strict=True)]
+                    w = [load(weights, first + (4 * p + s) * operand, operand) for s in slots]
+                    sums = [T.bind(self.isa.dot(a, v, u, size)) for a, v, u in zip(sums, vectors, w, strict=True)]
                     if last_use[o] > i:
                         acc[o] = sums
                         continue
-                    values.setdefault(o, []).extend(self.finish(sums, slots, packed, None if residual is None else residual(o), width))
+                    added = None if residuals is None else self.joined(self.k.inputs[1], residuals(o), width)
+                    values.setdefault(o, []).extend(self.finish(sums, slots, packed, added, size))
                     if halves == self.halves[-1]:
-                        self.write(values.pop(o), out(o), width)
+                        self.write(values.pop(o), places(o), fold)
+
+    def places(self, layout: Layout, at: tuple[Any, Any, Any, Any], fold: Fold) -> Callable[[int], list[Any]]:
+        """Where in `layout` (of the output's shape) the columns of a vector begin, by its number."""
+        place = self.place(layout, at)
+
+        def found(number: int) -> list[Any]:
+            first = fold.output(number, self.tile[1])
+            return [place(first + column) for column in range(fold.columns)]
+
+        return found
+
+    def vector(self, source: Any, row: int, column: int, fold: Fold) -> Any:
+        """The input pixels that one tap of a vector of outputs reads: at (row, column) from `source`, and so on along the row."""
+        x, step = self.op.tensors[0], self.g.strides[1]
+        if step * x.channel_pitch == fold.width:  # they touch
+            return self.pixel(source, row, column, fold.lanes)
+        places = [source + (row * x.rows[1] + column + i * step) * x.channel_pitch for i in range(fold.columns)]
+        return self.joined(self.k.inputs[0], places, fold.width)
+
+    def joined(self, buffer: Any, places: Sequence[Any], width: int) -> Any:
+        """`width` bytes of each place, side by side."""
+        parts = [load(buffer, place, width) for place in places]
+        return parts[0] if len(parts) == 1 else shuffle(parts, range(width * len(parts)))
 
     def finish(self, sums: list[Any], slots: list[int], packed: Any, residual: Any, width: int) -> list[Any]:
         """int16 vectors of two slots each (float32 output: a vector per slot), of some slots of one output."""
@@ -216,31 +279,36 @@ class ByteKernel(DepthwiseNest):
             words = [call(f"int16x{width // 2}", "llvm.sadd.sat", w, T.broadcast(self.zero, width // 2)) for w in words]
         return [T.bind(w) for w in words]
 
-    def share(self, index: Any, slot: int, width: int) -> Any:
-        """int32 `(r - residual_zero_point) * residual_multiplier` of one slot."""
+    def share(self, stored: Any, slot: int, width: int) -> Any:
+        """int32 `(r - residual_zero_point) * residual_multiplier` of one slot of a vector of the residual."""
         zeros = scalar(0, "int8", width)
-        r = T.reinterpret(f"int8x{width}", load(self.k.inputs[1], index, width))
-        words = unpack(r, zeros, width, 1, slot // 2)
+        words = unpack(T.reinterpret(f"int8x{width}", stored), zeros, width, 1, slot // 2)
         stored = T.reinterpret(f"int32x{width // 4}", unpack(words, zeros, width, 2, slot % 2))
         return (stored - T.broadcast(self.residual_zero, width // 4)) * T.broadcast(self.factor, width // 4)
 
-    def write(self, values: list[Any], index: Any, width: int) -> None:
-        """Store one output: two int16 vectors, or four float32 slots."""
+    def write(self, values: list[Any], places: Sequence[Any], fold: Fold) -> None:
+        """Store one vector of outputs, whose columns begin at `places`: two int16 vectors, or four float32 slots."""
+        size, width = fold.lanes, fold.width
         if self.dtype == "float32":
             low, high = self.float_bounds
-            order = np.argsort(channel_order(width).reshape(-1))
-            for first in range(0, width, width // 4):
-                value = shuffle(values, order[first : first + width // 4].tolist())
-                value = value if low is None else T.max(value, T.broadcast(low, width // 4))
-                value = value if high is None else T.min(value, T.broadcast(high, width // 4))
-                self.save(index, first, value, width // 4)
+            order = np.argsort(channel_order(size).reshape(-1))
+            for first in range(0, size, size // 4):
+                value = shuffle(values, order[first : first + size // 4].tolist())
+                value = value if low is None else T.max(value, T.broadcast(low, size // 4))
+                value = value if high is None else T.min(value, T.broadcast(high, size // 4))
+                self.save(places[first // width], first % width, value, size // 4)
             return
-        out = T.reinterpret(f"uint8x{width}", pack("packuswb", f"int8x{width}", values[0], values[1], width))
+        out = T.reinterpret(f"uint8x{size}", pack("packuswb", f"int8x{size}", values[0], values[1], size))
         if self.bounds:
-            out = T.min(T.max(out, T.broadcast(self.bounds[0], width)), T.broadcast(self.bounds[1], width))
+            out = T.min(T.max(out, T.broadcast(self.bounds[0], size)), T.broadcast(self.bounds[1], size))
         if self.dtype == "int8":
-            out = T.reinterpret(f"int8x{width}", T.bitwise_xor(out, scalar(128, "uint8", width)))
-        self.save(index, 0, out, width)
+            out = T.reinterpret(f"int8x{size}", T.bitwise_xor(out, scalar(128, "uint8", size)))
+        if self.g.channels == self.op.output.channel_pitch == width:  # the columns touch
+            save(self.k.output, places[0], out, size)
+            return
+        out = T.bind(out)
+        for column, place in enumerate(places):
+            self.save(place, 0, shuffle([out], range(column * width, (column + 1) * width)) if fold.columns > 1 else out, width)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------------------------
@@ -250,7 +318,8 @@ class ByteKernel(DepthwiseNest):
 class DepthwiseRow:
     """`qc.conv2d` with one input channel per output channel.
 
-    Tunables, besides those of `DepthwiseNest`: `leftover`, see `plan_taps`; `split`, see `ByteKernel`; `width`, bytes of the widest vector.
+    Tunables, besides those of `DepthwiseNest`: `leftover`, see `plan_taps`; `split`, see `ByteKernel`; `width`, bytes of the widest vector; `fold`, see
+    `Fold`: where vectors of all widths take as long, those of few channels are worth filling.
     """
 
     name: str
@@ -276,6 +345,7 @@ class DepthwiseRow:
             "columns": [c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 14) if c <= width],
             "leftover": ["tall", "wide"],
             "split": [0, 1],
+            "fold": [0, 1],
             "width": list(self.unit.widths),
             "order": ["channels", "rows"],
             "row_tasks": [1, 2, 4, 8, 16],
@@ -285,41 +355,50 @@ class DepthwiseRow:
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         g, space = Geometry.of(op), self.space(op, target)
         keys = ("rows", "columns", "leftover", "split")
-        points = [dict(zip(keys, p, strict=True)) for p in product(*(space[k] for k in keys))]
+        points = [dict(zip(keys, p, strict=True)) | {"fold": 1} for p in product(*(space[k] for k in keys))]
         best = min(points, key=lambda p: self.cycles(g, p))
         row_tasks, channel_tasks = default_tasks(g, -(-g.out[0] // best["rows"]), MACS_PER_TASK)
         order = "rows" if g.channels > self.unit.widths[0] and op.tensors[0].bytes > L2_BYTES else "channels"
         return best | {"width": self.unit.widths[0], "order": order, "row_tasks": row_tasks, "channel_tasks": channel_tasks}
 
-    def instructions(self, plan: TapPlan) -> tuple[int, int, int]:
+    def instructions(self, fold: Fold) -> tuple[int, int, int]:
         """Vector instructions of a step: all, those of the two units that multiply, those of the three that multiply or shuffle."""
+        plan = fold.plan
         dot = 4 * plan.dots
         spread = (8 if self.unit.taps == 4 else 6) * len(plan.bundles)
+        join = (fold.columns - 1) * (sum(len(b.pixels) for b in plan.bundles) + plan.outputs)
         add = 0 if self.unit.taps == 4 else dot
-        return dot + add + spread + 17 * plan.outputs, dot + 4 * plan.outputs, dot + spread + 7 * plan.outputs
+        return dot + add + spread + join + 17 * plan.outputs, dot + 4 * plan.outputs, dot + spread + join + 7 * plan.outputs
 
     def cycles(self, g: Geometry, point: Mapping[str, Any]) -> float:
-        """Estimated cycles of a channel block, of full-width vectors on four 256-bit units (a 512-bit instruction occupies two).
+        """Estimated cycles of all channel blocks, on four 256-bit units (a 512-bit instruction occupies two).
 
         A step is bound by its instructions, by those that only some units execute, or by its loads, one vector per cycle: weights that don't fit
         the registers beside the accumulators are memory operands. Measured steps of good points take 2 to 10 % more; what this picks was within
         7 % of the fastest of about 30 points per layer.
         """
-        tile = (point["rows"], point["columns"])
-        plan = plan_taps(g.kernel, g.strides, g.dilation, tile, self.unit.taps, point["leftover"])
-        total, multiply, shuffled = self.instructions(plan)
-        if total > MAX_STEP and tile != (1, 1):
+        total, widest = 0.0, self.unit.widths[0]
+        for width, count in Counter(width for _, width in blocks_of(g.channels, self.unit.widths)).items():
+            total += count * self.step_cycles(
+                Fold.of(g, width, widest, point, self.unit.taps), bool(point["split"]), (point["rows"], point["columns"]) == (1, 1)
+            )
+        return float(-(-g.out[0] // point["rows"]) * -(-g.out[1] // point["columns"]) * total)
+
+    def step_cycles(self, fold: Fold, split: bool, least: bool) -> float:
+        """Of one tile of one block; infinite for one of too many instructions, unless it is the `least` there is."""
+        plan, (total, multiply, shuffled) = fold.plan, self.instructions(fold)
+        if total > MAX_STEP and not least:
             return math.inf
-        passes, weights = (2 if point["split"] else 1), 4 * len(plan.patterns)
+        passes, weights = (2 if split else 1), 4 * len(plan.patterns)
         used = (plan.live + 1) * 4 // passes + 4  # accumulators, a bundle, temporaries
         unkept = min(max(used + weights - self.unit.registers, 0), weights) / weights
-        loads = 4 * plan.dots * unkept + passes * sum(len(b.pixels) for b in plan.bundles) + 8 * plan.outputs
-        step: float = max(total / 2, multiply, shuffled * 2 / 3, loads) + 5
-        return float(-(-g.out[0] // tile[0]) * -(-g.out[1] // tile[1]) * step)
+        pixels = fold.columns * sum(len(b.pixels) for b in plan.bundles)
+        loads = 4 * plan.dots * unkept + passes * pixels + 8 * plan.outputs
+        return max(total / 2, multiply, shuffled * 2 / 3, loads) + 5
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         kernel = ByteKernel(op, params, self.unit)
-        size = self.instructions(kernel.plan)[0]
+        size = max(self.instructions(fold)[0] for fold in kernel.folds.values())
         if size > LARGEST_STEP and kernel.tile != (1, 1):
             raise ValueError(f"a step of {kernel.tile[0]} x {kernel.tile[1]} outputs has {size} instructions, more than {LARGEST_STEP}")
         return kernel.build(self.name, target)
