@@ -141,7 +141,8 @@ class ConvRow:
         exact = bool((largest < 2**30).all())
         if op.output.dtype == "int16":
             return Epilogue("int16", residual, True, True, exact)
-        return Epilogue(op.output.dtype, residual, attrs.get("low", -128) > -128, attrs.get("high", 127) < 127, exact)
+        offset = attrs.get("zero_point", 0) + offset_of(op.output.dtype) != 0
+        return Epilogue(op.output.dtype, residual, attrs.get("low", -128) > -128, attrs.get("high", 127) < 127, exact, offset)
 
     def parameters(self, op: OpCall) -> np.ndarray:
         """See `Parameters`."""

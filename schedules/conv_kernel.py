@@ -30,7 +30,8 @@ FLOAT_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows the accumulator. `output`: "uint8", "int8", "int16" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven.
+    """What follows the accumulator. `output`: "uint8", "int8", "int16" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven; `offset`:
+    an 8-bit output is stored with one (0 is that of most rectified values in uint8).
 
     A clamp is emitted only where flagged: without one, 8-bit outputs still saturate when they are packed; those of 16 bits are always clamped.
     """
@@ -40,6 +41,7 @@ class Epilogue:
     clamp_low: bool
     clamp_high: bool
     exact_range: bool
+    offset: bool = False
 
     @property
     def packed(self) -> bool:
@@ -362,7 +364,7 @@ class ConvKernel:
                     added = self.gather_words(places, run) if g.residual.dtype == "int16" else self.gather(places, run)
                 ints = [self.requantize(values[p + i][b], vector, b, word) for (i, b), word in zip(slots, added, strict=True)]
                 ints = [ints[i % len(ints)] for i in range(4)]
-                packed = isa.pack(ints, self.params.offset(), e.output == "int8")
+                packed = isa.pack(ints, self.params.offset() if e.offset else None, e.output == "int8")
                 if e.clamp_low:
                     packed = T.max(packed, self.params.bound("low", e.output))
                 if e.clamp_high:

@@ -255,7 +255,7 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
     return count * geometry.groups * (channels.full * tile(blocks) + (tile(channels.last) if channels.last else 0))
 
 
-def best_tile(geometry: Geometry, isa: Isa, choice: Sequence[int] = (1, 2, 3, 4, 6, 8)) -> tuple[int, int, int]:
+def best_tile(geometry: Geometry, isa: Isa, choice: Sequence[int] = (1, 2, 3, 4, 5, 6, 8)) -> tuple[int, int, int]:
     """(rows, cols, blocks) with the lowest estimate, blocks of `choice`."""
     _, height, width = geometry.pixels
     vectors, form = -(-geometry.outputs // isa.lanes), isa if sorts_steps(geometry, isa) else isa.forms[-1]
@@ -319,7 +319,7 @@ def design_space(geometry: Geometry, isa: Isa) -> dict[str, list[Any]]:
     return {
         "rows": [r for r in (1, 2, 3, 4, 7) if r <= height],
         "cols": [c for c in range(1, isa.registers) if c <= width],
-        "blocks": [b for b in (1, 2, 3, 4, 6, 8) if b <= vectors],
+        "blocks": [b for b in (1, 2, 3, 4, 5, 6, 8) if b <= vectors],
         "order": ["channels", "pixels"],
         "unroll": [1] if sorts_steps(geometry, isa) else [1, 2, 4, 8],
         "pixel_tasks": [1, 2, 4, 8, 16, 32],

@@ -253,7 +253,7 @@ class Isa(ABC):
 
     @abstractmethod
     def pack(self, slots: Sequence[Any], offset: Any, signed: bool) -> Any:
-        """Four vectors of int32, plus `offset` (int16 lanes), saturated to 8 bits: one vector of bytes, ordered as `packed_dwords` says."""
+        """Four vectors of int32, plus `offset` (int16 lanes; None: 0), saturated to 8 bits: one vector of bytes, ordered as `packed_dwords` says."""
 
     @abstractmethod
     def unpack(self, packed: Any, slot: int) -> Any:

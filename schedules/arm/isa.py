@@ -195,7 +195,9 @@ class Arm(Isa):
         """As `Isa`. Each of the three saturating steps keeps the sign of an excess, so together they equal one exact saturation."""
         assert signed
         words = [shuffle([self.narrow("int16x4", slots[i]), self.narrow("int16x4", slots[i + 1])], range(8)) for i in (0, 2)]
-        return shuffle([self.narrow("int8x8", call("int16x8", "llvm.sadd.sat", w, offset)) for w in words], range(16))
+        if offset is not None:
+            words = [call("int16x8", "llvm.sadd.sat", w, offset) for w in words]
+        return shuffle([self.narrow("int8x8", w) for w in words], range(16))
 
     def unpack(self, packed: Any, slot: int) -> Any:
         return T.Cast("int32x4", shuffle([packed], range(4 * slot, 4 * slot + 4)))
