@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ def first_states(inputs: Iterable[TensorInfo], state: Mapping[str, str], initial
     return {i.name: np.broadcast_to(np.asarray(initial.get(i.name, 0), i.dtype), i.shape).copy() for i in inputs if i.name in state}
 
 
+@lru_cache(maxsize=256)  # spelling a type takes numpy two microseconds, and every call of a session asks
 def fits(dtype: np.dtype, wanted: str) -> bool:
     """May arrays of `dtype` be fed where `wanted` is? float16 may serve as float32, of which it is a part: networks of float16 compute in float32."""
     return str(dtype) in (wanted, "float16" if wanted == "float32" else wanted)

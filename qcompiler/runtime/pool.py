@@ -40,16 +40,48 @@ class _Request:
         return len(first) if first.ndim else 1
 
 
+class _Room:
+    """Places in a queue. Threads that wait for one are woken when no more than half of the queue is waiting: one that asks again and again would else be woken
+    for every request, which costs about as much as all else that a pool does. Made of queues of tokens, which cost a third of a semaphore."""
+
+    def __init__(self, places: int) -> None:
+        self._half = places // 2
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._left: queue.SimpleQueue[None] = queue.SimpleQueue()  # free too, and nobody has been woken for it
+        for _ in range(places):
+            self._free.put(None)
+
+    def take(self, timeout: float | None) -> bool:
+        """Take a place, waiting for one if need be; False: there was none in time."""
+        for tokens, wait in ((self._free, 0.0), (self._left, 0.0), (self._free, timeout), (self._left, 0.0)):
+            try:
+                tokens.get(timeout=wait)
+                return True
+            except queue.Empty:
+                continue
+        return False
+
+    def leave(self, waiting: int) -> None:
+        """Give a place back; so many requests still wait."""
+        self._left.put(None)
+        while waiting <= self._half:
+            try:
+                self._left.get_nowait()
+            except queue.Empty:
+                break
+            self._free.put(None)
+
+
 _POOLS: weakref.WeakSet[SessionPool] = weakref.WeakSet()
 
 
 class SessionPool:
     """`streams` sessions on the library at `path`, `threads` threads each. They share code and weights, and requests begin in the order in which they came.
 
-    `waiting`: so many requests may wait for a stream (two per stream if not given); `submit` then waits for room. `pin`: stream i stays on CPUs
-    i * threads and up, of those that this process may use, in turns. `deadline`: of a library for several batches, requests of the least wait for others to run
-    with: until they fill the largest batch, else until the first of them has waited so many seconds; then as many run together as the largest batch takes that
-    they fill. Their arrays are copied side by side.
+    `waiting`: so many requests may wait for a stream (two per stream if not given); `submit` then waits for room, until half of them have begun.
+    `pin`: stream i stays on CPUs i * threads and up, of those that this process may use, in turns. `deadline`: of a library for several batches, requests
+    of the least wait for others to run with: until they fill the largest batch, else until the first of them has waited so many seconds; then as many run
+    together as the largest batch takes that they fill. Their arrays are copied side by side.
     A pool keeps no states (`--state`): each request gives them, and gets their next values with its outputs.
     A request's arrays are not copied, where they are contiguous and aligned: they must not change before its future is done.
 
@@ -80,7 +112,7 @@ class SessionPool:
             )
         self.streams, self.threads, self.deadline = int(streams), int(threads), deadline
         self._batches = [1] if deadline is None else batches(read_manifest(path), Path(path))
-        self._room = threading.Semaphore(waiting)
+        self._room = _Room(waiting)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._lock, self._closed, self._owner = threading.Lock(), False, os.getpid()
         self._gathered: list[_Request] = []
@@ -118,11 +150,11 @@ class SessionPool:
             )
         bound = dict(zip([i.name for i in self.inputs], self._sessions[0].bind(inputs), strict=True))
         due = time.monotonic() + (self.deadline or 0.0)
-        if not self._room.acquire(timeout=timeout):
+        if not self._room.take(timeout):
             raise SessionBusy(f"as many requests wait as may, and none was begun within {timeout:g} s; wait longer, or allow more to wait")
         with self._lock:
             if self._closed:
-                self._room.release()
+                self._room.leave(0)  # whoever else waits for room finds the pool closed too
                 self._check_open()
             future: Future[Outputs] = Future()
             self._requests.put(_Request(future, bound, due))
@@ -134,7 +166,7 @@ class SessionPool:
         with self._lock:
             first, self._closed = not self._closed, True
             if first and self._owner == os.getpid():
-                self._room.release(1 << 16)  # whoever waits for room finds the pool closed
+                self._room.leave(0)  # whoever waits for room finds the pool closed
                 for _ in self._workers:
                     self._requests.put(None)
         if self._owner == os.getpid():
@@ -194,7 +226,7 @@ class SessionPool:
             if request is None:
                 open_ = False
                 break
-            self._room.release()
+            self._room.leave(self._requests.qsize())
             if request.future.set_running_or_notify_cancel():
                 held.append(request)
                 joining = most > 1 and request.rows == least
@@ -267,22 +299,23 @@ def measure(pool: SessionPool, inputs: Mapping[str, np.ndarray], duration: float
     for future in [pool.submit(inputs) for _ in range(3 * pool.streams)]:
         future.result()
     latencies: list[float] = []
-    answered = threading.Semaphore(0)
+    answered: queue.SimpleQueue[None] = queue.SimpleQueue()
     begin = time.perf_counter()
 
     def ask(due: float) -> None:
         def answer(future: Future[Outputs]) -> None:
             latencies.append(time.perf_counter() - due)
-            answered.release()
+            answered.put(None)
 
         pool.submit(inputs).add_done_callback(answer)
 
     asked = 0
     while (after := time.perf_counter() - begin if rate is None else asked / rate) < duration or not asked:
         due = begin + after
-        time.sleep(max(0.0, due - time.perf_counter()))
+        if rate is not None:
+            time.sleep(max(0.0, due - time.perf_counter()))
         ask(due)
         asked += 1
     for _ in range(asked):
-        answered.acquire()
+        answered.get()
     return Load(time.perf_counter() - begin, latencies, rate)
