@@ -221,10 +221,14 @@ class GraphBuilder:
         returned = {str(v.name) for _, v in outputs}
         replaced: dict[str, Any] = {}
         bindings = []
-        for binding in kept:  # what leaves the block must be a plain Var
-            name, expr = str(binding.var.name), self._typed(substitute(binding.value, lambda v: replaced.get(str(v.name), v)))
-            var = relax.Var(name, binding.var.ty) if name in returned else relax.DataflowVar(name, binding.var.ty)
-            replaced[name] = var
+        for binding in kept:  # what leaves the block must be a plain Var, and so be read as one
+            name, expr = str(binding.var.name), binding.value
+            if any(isinstance(a, relax.Var) and str(a.name) in replaced for a in arguments(expr)):
+                expr = self._typed(substitute(expr, lambda v: replaced.get(str(v.name), v)))
+            elif name not in returned:
+                bindings.append(binding)
+                continue
+            var = replaced[name] = relax.Var(name, binding.var.ty) if name in returned else relax.DataflowVar(name, binding.var.ty)
             bindings.append(relax.VarBinding(var, expr))
         results = [replaced.get(str(v.name), v) for _, v in outputs]
         result = self._typed(relax.Tuple(results))

@@ -82,7 +82,7 @@ def run(passes: tuple[Pass, ...], module: tvm.IRModule, *arguments: Any, dump: D
             made = each(module, *arguments)
         dump(each.__name__, made)
         with bugs_named(f"pass '{each.__name__}', whose result is not well-formed", made):
-            check(made)
+            check(made, types=each is passes[-1])
             if gone := lost(made):
                 raise IllFormed(f"what the model file states of {', '.join(gone)} is lost")
         module, arguments = made, ()

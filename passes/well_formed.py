@@ -14,9 +14,10 @@ class IllFormed(Exception):
     """A module breaks the rules of its form; the message says which, and where."""
 
 
-def check(module: tvm.IRModule) -> None:
+def check(module: tvm.IRModule, types: bool = True) -> None:
     """Raises IllFormed for a module that is not one function `main` with at most one dataflow block, whose value ids are unique, whose tensors have static
-    shapes, and whose outputs are values with as many names; or that TVM finds ill-formed (a value read before it is computed, say)."""
+    shapes, and whose outputs are values with as many names; or that TVM finds ill-formed (a value read before it is computed, say). types: infer those of all
+    values once more too, which takes as long as a pass; `GraphBuilder.emit` did so when it wrote them."""
     functions = {str(v.name_hint): f for v, f in module.functions.items()}
     others = sorted(name for name, f in functions.items() if name != "main" and isinstance(f, relax.Function))
     if not isinstance(functions.get("main"), relax.Function) or others:
@@ -43,7 +44,7 @@ def check(module: tvm.IRModule) -> None:
     if names and len(names) != len(results):
         raise IllFormed(f"{len(results)} outputs have {len(names)} names")
     try:
-        relax.analysis.well_formed(module)
+        relax.analysis.well_formed(module, check_ty=types)
     except (ValueError, TypeError, RuntimeError) as error:
         raise IllFormed(str(error).strip()) from error
 

@@ -74,6 +74,7 @@ def undefined() -> tvm.IRModule:
     return module_of(relax.SeqExpr([block], y), x)
 
 
+@pytest.mark.parametrize("types", [True, False])
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -85,9 +86,9 @@ def undefined() -> tvm.IRModule:
         (lambda: tvm.IRModule({}), "one Relax function 'main' expected"),
     ],
 )
-def test_what_is_not_well_formed(make: Any, message: str) -> None:
+def test_what_is_not_well_formed(make: Any, message: str, types: bool) -> None:
     with pytest.raises(IllFormed, match=re.escape(message)):
-        check(make())
+        check(make(), types)
 
 
 def test_every_pass_is_in_the_list_and_named_as_its_file_says(root: Path) -> None:

@@ -53,7 +53,13 @@ def _saved(artifact: Any) -> bytes:
 
 @pytest.mark.parametrize(
     ("options", "passes"),
-    [({}, []), ({"target": "x86-avx2"}, []), ({"preset": "fast"}, ["calibrate"]), ({"disable": ["round-narrow"]}, list(LOOKING[2:4]))],
+    [
+        ({}, []),
+        ({"target": "x86-avx2"}, []),
+        ({"keep_float": ["conv1"]}, list(LOOKING[2:])),
+        ({"preset": "fast"}, ["calibrate"]),
+        ({"disable": ["round-narrow"]}, list(LOOKING[2:4])),
+    ],
 )
 def test_the_library_is_the_same_bytes(options: dict[str, Any], passes: list[str], stored: Path, data: Path) -> None:
     expected, made = bytes_of(data, **options)

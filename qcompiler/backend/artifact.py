@@ -272,6 +272,8 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
 
     Raises TargetError when the linker is missing or fails.
     """
+    from qcompiler.backend.runtime_objects import runtime_objects  # not above: it needs TVM, and sessions need this file
+
     manifest = {"format": FORMAT_VERSION, "numerics": NUMERICS_VERSION, **manifest}
     compiler = compiler_words(target)
     with temporary_folder() as folder:
@@ -282,10 +284,9 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
             file.write(_CODE)
         (folder / "exports.map").write_text(_EXPORTS)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        command = [*compiler, "-shared", *COMPILE, *([] if lasting else ["-O1"]), "-o", "out.so"]
-        for name in sources:  # g++ takes -x for one file only
-            command += ["-x", "c", name]
-        command += ["-x", "assembler", "data.s", "-x", "none", "code.o", *link_words(target, "m", "pthread", *(["dl"] if target.gpu else []))]
+        objects = runtime_objects(folder, sources, [*compiler, *COMPILE, *([] if lasting else ["-O1"])], target)
+        command = [*compiler, "-shared", "-o", "out.so", *objects, "-x", "assembler", "data.s", "-x", "none", "code.o"]
+        command += [*link_words(target, "m", "pthread", *(["dl"] if target.gpu else []))]
         command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -33,6 +34,8 @@ from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import Target
 from qcompiler.runtime.elf import symbol_sizes
 from qcompiler.schedules.table import Kernel
+
+_IDLE = ["s_tir.CompactBufferAllocation"]  # a tenth of the time, and no kernel holds a buffer that is larger than what is used of it
 
 
 def _entry_symbol(index: int) -> str:
@@ -142,8 +145,8 @@ def object_code(program: Program, others: Sequence[Program] = (), places: Places
 
         objects = list(pool.map(made, kernels))
         offsets = (places or share(programs)).offsets
-        entries = {entry_name(i): _entry(entry_name(i), p, offsets[i], symbols) for i, p in enumerate(programs)}
-        objects.append(_built(tvm.IRModule(entries), program.target))
+        entries = tvm.IRModule({entry_name(i): _entry(entry_name(i), p, offsets[i], symbols) for i, p in enumerate(programs)})
+        objects.append(cached(f"entries {tvm_ffi.structural_hash(entries)}", program.target, lambda: _built(entries, program.target)))
     trim()
     return _joined(objects, map(_entry_symbol, range(len(programs))), program.target)
 
@@ -178,7 +181,7 @@ def _kernel_object(symbol: str, kernel: Kernel, target: Target) -> bytes:
 
 
 def _built(module: tvm.IRModule, target: Target) -> bytes:
-    with temporary_folder() as folder:
+    with temporary_folder() as folder, tvm.transform.PassContext(disabled_pass=_IDLE):
         path = folder / "code.o"
         tvm.tirx.build(module, target=tvm.target.Target(target.tvm)).write_to_file(str(path), "o")
         return path.read_bytes()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qcompiler.backend.artifact import RUNTIME
-from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.lowering import Program, Step, kernels_of
 from qcompiler.backend.shared import Places
 from qcompiler.backend.toolchain import find_compiler
@@ -157,6 +156,8 @@ def gpu_object_code(programs: Sequence[Program], places: Places) -> bytes:
 
     Raises TargetError when a compiler is missing or fails, InternalError when code generation does.
     """
+    from qcompiler.backend.codegen_cuda import cuda_source  # not above: the schedules for GPUs, which no other target needs
+
     target = programs[0].target
     code = fat_binary(cuda_source(kernels_of(step for program in programs for step in program.steps), target), target)
     compiler = find_compiler(target)

@@ -46,7 +46,7 @@ def cached(key: str, target: Target, make: Callable[[], bytes]) -> bytes:
     folder = cache_folder()
     if folder is None:
         return make()
-    path = folder / hashlib.sha256(f"{_installation()}\0{target!r}\0{key}".encode()).hexdigest()
+    path = folder / hashlib.sha256(f"{installation()}\0{target!r}\0{key}".encode()).hexdigest()
     found = _read(path)
     if found is None:
         found = make()
@@ -81,11 +81,11 @@ def _read(path: Path) -> bytes | None:
 
 
 @functools.cache
-def _installation() -> str:
-    """A digest of the sources that kernels come from."""
+def installation() -> str:
+    """A digest of this compiler's sources, and TVM's version: what it does depends on nothing else."""
     digest = hashlib.sha256(tvm.__version__.encode())
     for package in (qcompiler, passes, schedules):
-        for folder in package.__path__:
-            for file in sorted(Path(folder).rglob("*.py")):
-                digest.update(f"\0{file.relative_to(folder)}\0".encode() + file.read_bytes())
+        folder = Path(package.__path__[0])  # in a checkout the second one of qcompiler is the checkout, with all that lies there
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"\0{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return digest.hexdigest()

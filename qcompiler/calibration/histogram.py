@@ -113,9 +113,7 @@ class Histogram:
             return self
         used = np.flatnonzero(self.counts)
         to = ((used + self.first) >> min(exponent - self.exponent, 62)) - first
-        counts, relative = np.zeros(BINS, np.int64), np.zeros(BINS)
-        np.add.at(counts, to, self.counts[used])
-        np.add.at(relative, to, self.relative[used])
+        counts, relative = (np.bincount(to, a[used], BINS).astype(a.dtype) for a in (self.counts, self.relative))  # integers where nothing is used
         return replace(self, exponent=exponent, first=first, counts=counts, relative=relative)
 
     def add(self, values: np.ndarray, low: float, high: float, power: float) -> None:

@@ -6,13 +6,14 @@ same bytes as one from the data; passes that the file knows are not made again. 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -89,34 +90,41 @@ class StoredSamples:
         entry = self._passes.get(name)
         if entry is None or entry.get("key") != key:
             return None
-        with damage(self._path, SUFFIX, f"pass '{name}'"):
-            table = CalibrationTable.from_json(self._array(entry["table"]).tobytes().decode(), str(self._path))
-            return Pass(key, table, [{k: self._array(member) for k, member in state.items()} for state in entry["watchers"]])
+        with damage(self._path, SUFFIX, f"pass '{name}'"), self._arrays() as array:
+            table = CalibrationTable.from_json(array(entry["table"]).tobytes().decode(), str(self._path))
+            return Pass(key, table, [{k: array(member) for k, member in state.items()} for state in entry["watchers"]])
 
     def __iter__(self) -> Iterator[Sample]:
         digest = hashlib.sha256()
         assert self.count is not None
-        for index in range(self.count):
-            where = f"{self._path}: sample {index}"
-            with damage(self._path, SUFFIX, f"sample {index}"):
-                form = self.forms[self.which[index]]
-                sample = {info.name: self._array(f"sample/{index}/{number}") for number, info in enumerate(form)}
-            digest.update(_bytes(sample))
-            yield check_sample(sample, form, where)
+        with self._arrays() as array:
+            for index in range(self.count):
+                with damage(self._path, SUFFIX, f"sample {index}"):
+                    form = self.forms[self.which[index]]
+                    sample = {info.name: array(f"sample/{index}/{number}") for number, info in enumerate(form)}
+                digest.update(_bytes(sample))
+                yield check_sample(sample, form, f"{self._path}: sample {index}")
         if digest.hexdigest() != self.digest:
             raise DataError(f"{self._path}: its samples are not those that were stored (their digest differs); calibrate again")
 
-    def _array(self, name: str) -> np.ndarray:
-        header: Header = self._headers[name]
-        with open_regular(self._path) as file, zipfile.ZipFile(file) as archive, archive.open(header.member) as stream:
-            skip_header(stream)
-            return read_rows(stream, header, math.prod(header.shape)).reshape(header.shape)
+    @contextlib.contextmanager
+    def _arrays(self) -> Iterator[Callable[[str], np.ndarray]]:
+        """What reads arrays of the open file by their names."""
+        with damage(self._path, SUFFIX), open_regular(self._path) as file, zipfile.ZipFile(file) as archive:
+
+            def array(name: str) -> np.ndarray:
+                header: Header = self._headers[name]
+                with archive.open(header.member) as stream:
+                    skip_header(stream)
+                    return read_rows(stream, header, math.prod(header.shape)).reshape(header.shape)
+
+            yield array
 
     def _json(self, name: str) -> Any:
         if name not in self._headers:
             raise DataError(f"{self._path}: not a calibration that qcompiler stored; make one with `qcompiler calibrate`")
-        with damage(self._path, SUFFIX):
-            return parse_json(self._array(name).tobytes().decode())
+        with damage(self._path, SUFFIX), self._arrays() as array:
+            return parse_json(array(name).tobytes().decode())
 
 
 class StoredShaped(ShapedSamples):

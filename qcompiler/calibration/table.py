@@ -6,6 +6,7 @@ value, not by the number of samples. The result does not depend on the order of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -147,9 +148,9 @@ class CalibrationTable:
     unbounded: set[str] = field(default_factory=set)
     proposed: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what plans have asked of these histograms, for the next plan
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) of the table's content."""
+        """SHA-256 (hexadecimal) of the table's content, which nobody changes once it was asked for."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:

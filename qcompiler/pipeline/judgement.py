@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
 from qcompiler.pipeline.scoring import ErrorSums
-from qcompiler.pipeline.stages import Corrected, remembered
+from qcompiler.pipeline.stages import Corrected, State, remembered
 from qcompiler.pipeline.survey import Survey
-from qcompiler.plan.sensitivity import Sensitivity
 
 _SAMPLES = 8
 _FEW = 2  # samples that tell which roundings to name
@@ -48,24 +47,35 @@ def _samples(corrected: Corrected) -> Iterator[Mapping[str, np.ndarray]]:
 def _unseen(corrected: Corrected, scores: Scores) -> float:
     """Noise over power that other samples may lead to."""
     measured = corrected.network.measured
-    survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
-    _, seen = survey.errors(twin, _samples(corrected))
-    _, unseen = survey.errors(twin, _samples(corrected), measured.ends)
-    return dataclasses.replace(scores, noise=scores.noise + np.maximum(unseen - seen, 0.0)).noise_bound()
+
+    def found() -> State:
+        survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
+        seen, unseen = (survey.errors(twin, _samples(corrected), ends)[1] for ends in (None, measured.ends))
+        return {"seen": seen, "unseen": unseen}
+
+    noise = _remembered(corrected, "unseen", found)
+    return dataclasses.replace(scores, noise=scores.noise + np.maximum(noise["unseen"] - noise["seen"], 0.0)).noise_bound()
 
 
 def _scores(corrected: Corrected) -> Scores:
-    """Of every quantity in every float output; one that is always zero counts as kept."""
+    """Of every quantity in every float output; one that is always zero counts as kept. A stored calibration leads to the same figures without running
+    anything."""
     network, measured = corrected.network, corrected.network.measured
-    if corrected.corrections:  # a stored calibration leads to the same figure without running anything
-        found = remembered(network.job, "judge", [network.plan.digest, measured.table.digest], lambda: _run(corrected))
-        return Scores(*_told(found["power"], found["noise"]))
-    if corrected.here is not None:
-        return Scores(*_told(**_run(corrected)))
-    return Scores(*_told(*Survey(network, corrected.integer).errors(measured.twin.session(), _samples(corrected))))
+
+    def estimated() -> State:
+        power, noise = Survey(network, corrected.integer).errors(measured.twin.session(), _samples(corrected))
+        return {"power": power, "noise": noise}
+
+    runs = corrected.corrections or corrected.here is not None
+    return Scores(*_told(**(_remembered(corrected, "judge", lambda: _run(corrected)) if runs else _remembered(corrected, "judge unrun", estimated))))
 
 
-def _run(corrected: Corrected) -> dict[str, np.ndarray]:
+def _remembered(corrected: Corrected, name: str, find: Callable[[], State]) -> State:
+    network = corrected.network
+    return remembered(network.job, name, [network.plan.digest, network.measured.table.digest], find)
+
+
+def _run(corrected: Corrected) -> State:
     """power, noise: as `Scores` has them, by code for this machine."""
     measured, job = corrected.network.measured, corrected.network.job
     twin, session = measured.twin.session(), corrected.host_code().session()
@@ -86,8 +96,7 @@ def _told(power: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _warning(corrected: Corrected, noise: float, bound: float) -> str:
     network = corrected.network
-    found = Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW)
-    costs = _costs(corrected, found)
+    costs = _costs(corrected)
     total = sum(costs.values()) or 1.0
     worst = sorted(costs, key=lambda name: -costs[name])[:_NAMED]
     named = ", ".join(f"{name} ({100 * costs[name] / total:.0f} %)" for name in worst)
@@ -99,11 +108,22 @@ def _warning(corrected: Corrected, noise: float, bound: float) -> str:
     )
 
 
-def _costs(corrected: Corrected, found: Sensitivity) -> dict[str, float]:
+def _costs(corrected: Corrected) -> dict[str, float]:
     """Relative noise at the worst output of each rounding that is left in a network, as people call it."""
-    plan = corrected.network.plan
-    values = {f"value '{v}'": float(noise.max()) for v, noise in found.values.items() if plan.params(v) is not None}
-    return values | {f"the weights of '{v}'": float(noise.max()) for v, noise in found.weights.items() if v not in plan.reasons}
+    network = corrected.network
+
+    def found() -> State:
+        alone = Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW)
+        return {f"{kind}/{name}": noise for kind in ("values", "weights") for name, noise in getattr(alone, kind).items()}
+
+    costs = {}
+    for key, noise in _remembered(corrected, "roundings", found).items():
+        kind, _, name = key.partition("/")
+        if kind == "values" and network.plan.params(name) is not None:
+            costs[f"value '{name}'"] = float(noise.max())
+        elif kind == "weights" and name not in network.plan.reasons:
+            costs[f"the weights of '{name}'"] = float(noise.max())
+    return costs
 
 
 def _advice(preset: str) -> str:

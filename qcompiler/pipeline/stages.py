@@ -17,6 +17,7 @@ import tvm
 import qcompiler
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
+from qcompiler.backend.kernel_cache import installation
 from qcompiler.base.debug import no_dump
 from qcompiler.base.errors import ArtifactError, bugs_named
 from qcompiler.base.memory import give_back
@@ -51,7 +52,7 @@ from qcompiler.refine.means import FloatMeans
 from qcompiler.refine.rounding import NARROW, DataRounder
 from qcompiler.refine.trial import Correction, SessionExecutor
 from qcompiler.refine.weight_rounding import round_weights
-from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.runtime.reference import ImportCheck, check_import, installed_version
 
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
 
@@ -91,8 +92,9 @@ def float_library(models: Sequence[FloatModel], target: str = "native", progress
 
 @dataclass
 class Equalized:
-    """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted). imported: what another
-    runtime says of the float network. first: the layers at the inputs, with the weights that they had before."""
+    """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted: with all that is seen of samples
+    in a stored calibration, it never is). imported: what another runtime says of the float network. first: the layers at the inputs, with the weights that
+    they had before."""
 
     job: Job
     twin: Built | None
@@ -100,37 +102,57 @@ class Equalized:
     imported: ImportCheck | None = None
     first: Mapping[str, tuple[str, Group]] = field(default_factory=dict)
 
+    def float_code(self) -> Built:
+        """`twin`, made where there is none yet."""
+        if self.twin is None:
+            self.twin = float_code(self.job.model, dump=self.job.dump, progress=self.job.progress, others=self.job.sampled)
+        return self.twin
+
 
 def equalize(job: Job) -> Equalized:
     """FloatModel, samples -> FloatModel: channels scaled against each other, where the recipe asks for it and something is gained."""
     if job.samples.count == 0:
         return Equalized(job, None, Equalization())
-    twin = float_code(job.model, dump=job.dump, progress=job.progress, others=job.sampled)
-    give_back()  # what import and lowering took
-    model = job.model
-    imported = check_import(model.origin.elsewhere(), twin.session(), itertools.islice(job.samples, 1), model.exactness, model.fixed, model.rounded)
-    give_back()  # what the other runtime took
     first = first_layers(find_groups(job.model.module), [i.name for i in job.model.inputs])
+    plain = Equalized(job, None, Equalization(), first=first)
+    plain.imported = imported = compared(plain)
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
-        return Equalized(job, twin, Equalization(), imported, first)
-    observe(job, twin, (), [seen], "measure channels")
+        return plain
+    observe(plain, (), [seen], "measure channels")
     found = decide_channels(job.model.module, seen.values, "shift" in job.recipe.steps)
     layers = equalized_layers(job.model.module, found.channels)
     give_back()
     model, *others = (dataclasses.replace(m, module=run(REPLACE_WEIGHTS, m.module, layers, dump=job.dump)) for m in job.models)
-    groups = {g.id: g for g in find_groups(model.module)}
-    for value_id, operands in layers.items():
-        for index, array in enumerate(operands, 1):
-            weight = groups[value_id].weight if index == 1 else None
-            twin.replace_operand(value_id, index, array if weight is None or not np.array_equal(weight, array) else weight)  # kept once
-    return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), twin, found, imported, first)
+    if plain.twin is not None:
+        groups = {g.id: g for g in find_groups(model.module)}
+        for value_id, operands in layers.items():
+            for index, array in enumerate(operands, 1):
+                weight = groups[value_id].weight if index == 1 else None
+                plain.twin.replace_operand(value_id, index, array if weight is None or not np.array_equal(weight, array) else weight)  # kept once
+    return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), plain.twin, found, imported, first)
+
+
+def compared(equalized: Equalized) -> ImportCheck:
+    """The float network beside another runtime on the file, on one sample. A stored calibration tells as long as it is the same compiler and runtime."""
+    job = equalized.job
+    other, model = job.model.origin.elsewhere(), job.model
+
+    def find() -> State:
+        session = equalized.float_code().session()
+        give_back()  # what import and lowering took
+        found = check_import(other, session, itertools.islice(job.samples, 1), model.exactness, model.fixed, model.rounded)
+        give_back()  # what the other runtime took
+        return found.state()
+
+    return ImportCheck.of_state(remembered(job, "import", [installation(), installed_version(other.package), model.exactness], find))
 
 
 def observe(
-    job: Job, twin: Built, ids: Sequence[str], watchers: Sequence[Remembering], stage: str, decided_by: Sequence[int] = (), at_first: bool = False
+    equalized: Equalized, ids: Sequence[str], watchers: Sequence[Remembering], stage: str, decided_by: Sequence[int] = (), at_first: bool = False
 ) -> CalibrationTable:
     """One pass over the samples; or what a stored calibration knows of the same pass. ids: values of the table. decided_by: what a watcher looks at, beside
     the recipe's steps that changed the network before. at_first: watchers see samples of the plan's shape only."""
+    job = equalized.job
     before = sorted(job.recipe.steps & ({"streams"} if stage == "measure channels" else {"streams", "equalize", "shift"}))
     decisive = [qcompiler.__version__, before, job.recipe.judges_ranges, list(ids), list(decided_by), job.model.fixed]
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
@@ -143,7 +165,8 @@ def observe(
     looking: dict[str, Any] = {"at_first": watchers} if at_first else {}
     everyone = [Lookups(job.model.module), *(() if at_first else watchers)]
     padding = Padding(*(m.module for m in job.models))
-    table = calibration.calibrate(twin.session(), job.samples, ids=ids, watchers=everyone, padding=padding, progress=job.progress, stage=stage, **looking)
+    twin = equalized.float_code().session()
+    table = calibration.calibrate(twin, job.samples, ids=ids, watchers=everyone, padding=padding, progress=job.progress, stage=stage, **looking)
     if job.passes is not None:
         job.passes[stage] = Pass(key, table, [w.state() for w in watchers])
     return table
@@ -189,10 +212,10 @@ class Measured:
         """The positions that the network's masks hide."""
         return Padding(*(m.module for m in self.job.models))
 
-    @functools.cached_property
+    @property
     def twin(self) -> Built:
         """The float network's code for this machine."""
-        return self.equalized.twin or float_code(self.model, dump=self.job.dump, progress=self.job.progress, others=self.job.sampled)
+        return self.equalized.float_code()
 
     def under(self, recipe: Recipe) -> Measured:
         """The same statistics for another recipe, which may look at no more samples."""
@@ -225,7 +248,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     """FloatModel, samples -> CalibrationTable: the float network runs, on this machine whatever the target, over all samples. Without any (a model that
     states its own ranges) nothing is run. stage: what the pass is called."""
     job = equalized.job
-    if equalized.twin is None:
+    if job.samples.count == 0:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
     ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
     ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
@@ -233,7 +256,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     ends = SampleEnds(ids)
     groups, first = find_groups(job.model.module), FirstLayers(equalized.first, SAMPLES)
     give_back()  # what equalization took
-    table = observe(job, equalized.twin, ids, [means, ends, first], stage, [means.limit], at_first=True)
+    table = observe(equalized, ids, [means, ends, first], stage, [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, groups, first.constancy())
     if equalized.imported is not None and equalized.imported.failure:
@@ -247,8 +270,7 @@ def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ..
     job = measured.job
     first, *others = (dataclasses.replace(m, module=run(rewrite, m.module, *arguments, dump=job.dump)) for m in job.models)
     job = dataclasses.replace(job, model=first, others=tuple(others))
-    twin = float_code(first, dump=job.dump, progress=job.progress, others=job.sampled) if measured.equalized.twin is not None else None
-    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=twin), stage).with_noise_of(measured)
+    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=None), stage).with_noise_of(measured)
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------

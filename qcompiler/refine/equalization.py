@@ -234,8 +234,7 @@ def decide_channels(module: tvm.IRModule, seen: Mapping[str, Extremes], absorb: 
         clamped = {g.id for g in groups if g.low is not None or g.high is not None}
         shifts = {v: _shift(seen[v], v in clamped, stream.limit) if v in free else np.zeros_like(seen[v].mean) for v in stream.values}
         judge = _Judge(stream, seen, shifts, order)
-        plain = _Judge(stream, seen, {v: np.zeros_like(s) for v, s in shifts.items()}, order)
-        before = plain.noise(np.ones(len(plain.span)))
+        before = judge.noise(np.ones(len(judge.span)), _ends(seen, {v: np.zeros_like(s) for v, s in shifts.items()}))
         candidates = [_snapped(judge.scale(a, b)) for a, b in EXPONENTS]
         noises = [judge.noise(s) for s in candidates]
         best = int(np.argmin(noises))
@@ -264,6 +263,11 @@ def _snapped(scale: np.ndarray) -> np.ndarray:
     return result
 
 
+def _ends(seen: Mapping[str, Extremes], shifts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """float64[2, C] of each value: how far its channels reach below and above their shifts."""
+    return {v: np.stack([np.maximum(s - seen[v].low, 0), np.maximum(seen[v].high - s, 0)]) for v, s in shifts.items()}
+
+
 class _Judge:
     """Candidates for a stream's scales, and what they cost."""
 
@@ -272,7 +276,7 @@ class _Judge:
         self.reach = {v: np.stack([seen[v].reach(end, shifts[v]) for end in (0, 1)]) for v in stream.values}
         self.span = np.maximum.reduce([r.max(axis=0) for r in self.reach.values()])
         self.seen_top = np.maximum.reduce([seen[v].high for v in stream.values])
-        self.ends = {v: np.stack([np.maximum(shifts[v] - seen[v].low, 0), np.maximum(seen[v].high - shifts[v], 0)]) for v in stream.values}
+        self.ends = _ends(seen, shifts)
         channels = len(self.span)
         self.energy = {v: np.zeros(channels) for v in stream.values}  # |w[:, c]|^2 of the readers behind a value, per output power
         self.share = np.zeros(channels)
@@ -286,9 +290,9 @@ class _Judge:
             power = max(float(seen[reader.id].variance.mean()), 1e-12)
             peak = flat.max(axis=1)
             row = np.maximum(peak.max(axis=1, keepdims=True), 1e-30)
-            np.maximum.at(self.share, at, peak / row)
-            energy = np.zeros(channels)
-            np.add.at(energy, at, np.square(flat).sum(axis=1) / power)
+            blocks = (peak / row).reshape(int(reader.attrs.get("groups", 1)), -1, weight.shape[-1])
+            self.share = np.maximum(self.share, blocks.max(axis=1).reshape(-1))
+            energy = np.bincount(at.reshape(-1), (np.square(flat).sum(axis=1) / power).reshape(-1), channels)
             x = reader.inputs[0]
             self.weights.append((peak, at, seen[x].variance * flat.shape[1], power))
             for value in stream.values:
@@ -310,10 +314,11 @@ class _Judge:
         result: np.ndarray = scale
         return result
 
-    def noise(self, scale: np.ndarray) -> float:
+    def noise(self, scale: np.ndarray, ends: Mapping[str, np.ndarray] | None = None) -> float:
+        """ends: other ones than with the shifts."""
         total = 0.0
-        for value, ends in self.ends.items():
-            low, high = (ends * scale).max(axis=1)
+        for value, reach in (self.ends if ends is None else ends).items():
+            low, high = (reach * scale).max(axis=1)
             total += ((low + high) / 255) ** 2 / 12 * float((self.energy[value] / np.square(scale)).sum())
         for peak, at, power, output in self.weights:
             step = (peak / scale[at]).max(axis=1) / WEIGHT_HIGH

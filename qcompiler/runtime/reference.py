@@ -6,8 +6,10 @@ runtime is installed, it runs the model as it is, without optimizations of its o
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,8 +80,6 @@ class LiteRt:
     package: str = "ai-edge-litert"
 
     def open(self) -> tuple[str, Outputs]:
-        import importlib.metadata
-
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
         given: dict[str, Any] = {"model_path" if isinstance(self.model, str) else "model_content": self.model}
@@ -132,6 +132,15 @@ class ImportCheck:
     outputs: list[OutputCheck] = field(default_factory=list)
     reason: str = ""
 
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as an array, for `of_state`."""
+        return {"plain": np.frombuffer(json.dumps(asdict(self)).encode(), np.uint8)}
+
+    @staticmethod
+    def of_state(state: Mapping[str, np.ndarray]) -> ImportCheck:
+        plain = json.loads(state["plain"].tobytes().decode())
+        return ImportCheck(**{**plain, "outputs": [OutputCheck(**o) for o in plain["outputs"]]})
+
     def __str__(self) -> str:
         if self.status == "not installed":
             return f"import: not compared with another runtime ({self.runtime} is not installed)"
@@ -152,6 +161,14 @@ class ImportCheck:
             f"the imported float network is not what {self.runtime} computes from the model: {wrong}, at least {self.least_db:g} dB expected. "
             "An operator is read wrongly; please report the model"
         )
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_import(
