@@ -19,7 +19,7 @@ from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, arguments, const_value, is_const, relax_op
 
 ATTRIBUTE = "qc.trained"
-EXACT = "exact"  # the part of the attribute that converters of single operators add to
+EXACT, INTEGER, CALIBRATED = "exact", "integer", "calibrated"  # the parts of the attribute that converters of single operators add to
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Trained:
         exact = {str(k): str(v) for k, v in found.get(EXACT, {}).items()}
         notes = [str(n) for n in found.get("notes", [])]
         return Trained(
-            params("values"), arrays("weights"), arrays("biases"), params("constants"), names("integer"), names("calibrated"), exact, notes,
+            params("values"), arrays("weights"), arrays("biases"), params("constants"), names(INTEGER), names(CALIBRATED), exact, notes,
             bool(found.get("requantize", False)),
         )  # fmt: skip
 
@@ -78,7 +78,7 @@ class Trained:
         """As plain Python, for `ATTRIBUTE`."""
         document: dict[str, Any] = {name: {k: [p.scale, p.zero_point] for k, p in getattr(self, name).items()} for name in ("values", "constants")}
         document |= {name: {k: [float(x) for x in v] for k, v in getattr(self, name).items()} for name in ("weights", "biases")}
-        document |= {name: sorted(getattr(self, name)) for name in ("integer", "calibrated")}
+        document |= {name: dict.fromkeys(sorted(getattr(self, name)), "") for name in (INTEGER, CALIBRATED)}
         return document | {EXACT: dict(self.exact), "notes": list(self.notes), "requantize": self.requantize}
 
     def names(self) -> set[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from onnx_nets import OnnxNet
 from quantized_cases import SHAPE, Graph
 from recurrent_nets import feeds, network, saved
 from test_partly_quantized import inputs, loss, model
@@ -131,3 +132,24 @@ def test_lstm(tmp_path: Path, per_channel: bool) -> None:
     assert imported is not None and imported.status == "equal" and min(o.sqnr_db for o in imported.outputs) > 25, str(imported)
     assert "qc.recurrence" in {op[0] for _, e in Module.of(compilation.integer).bindings if (op := match_op(e))}
     assert any("(DynamicQuantizeLSTM): taken back to an LSTM of the reals" in note for note in compilation.quantized.plan.notes)
+
+
+def test_an_lstm_beside_other_operators_on_integers(tmp_path: Path) -> None:
+    """It is on integers as they are, without being asked; what the file leaves in float stays float."""
+    quantization = require_module("onnxruntime.quantization", "onnxruntime")
+    net = OnnxNet(seed=3)
+    x = net.input("x", 6, 1, 8)
+    before = net.op("MatMul", x, net.weight(8, 8))
+    weights = [net.const(RNG.standard_normal(shape) * 0.4) for shape in ((1, 48, 8), (1, 48, 12), (1, 96))]
+    y = net.op("LSTM", before, *weights, hidden_size=12, outputs=3)[0]
+    flat = net.op("Reshape", y, net.ints(6, 12))
+    source = net.save(tmp_path / "net.onnx", [net.op("MatMul", flat, net.weight(12, 4))])
+    quantization.quantize_dynamic(str(source), str(tmp_path / "q.onnx"), extra_options={"DefaultTensorType": TensorProto.FLOAT})
+    kinds = {n.op_type for n in onnx.load(str(tmp_path / "q.onnx")).graph.node}
+    assert {"DynamicQuantizeLSTM", "MatMulInteger"} <= kinds
+    data = [{"x": RNG.standard_normal((6, 1, 8)).astype(np.float32)} for _ in range(16)]
+    compilation = compile_stages(tmp_path / "q.onnx", "x86-avx2", data, preset="fast")
+    assert "qc.recurrence" in {op[0] for _, e in Module.of(compilation.integer).bindings if (op := match_op(e))}
+    assert not [f for f in compilation.artifact.manifest["float_ops"] if f["op"] in ("LSTM", "MatMul")], compilation.artifact.manifest["float_ops"]
+    library = compilation.artifact.save(tmp_path / "q.so")
+    assert qcompiler.verify(library, tmp_path / "q.onnx", data, min_sqnr=20).passed

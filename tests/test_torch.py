@@ -169,6 +169,36 @@ def test_what_pytorch_quantized(torch: Any, form: str) -> None:
     assert any("taken back" in note and "is calibrated" in note for note in plan.notes) == calibrated
 
 
+def test_weights_with_a_scale_for_each_group(torch: Any, tmp_path: Path) -> None:
+    """Groups along a row, as PT2E writes 4-bit weights, stored and computed: the reals are PyTorch's; 8 bits and own groups of 4 are there for the asking."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+
+    class Net(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.register_buffer("q", torch.randint(-8, 8, (16, 64), dtype=torch.int8))
+            self.register_buffer("scales", torch.rand(16, 2) * 0.05 + 0.01)
+            self.register_buffer("zeros", torch.randint(-2, 2, (16, 2), dtype=torch.int8))
+
+        def forward(self, x: Any) -> Any:
+            q, numbers = torch.ops.quantized_decomposed, (self.scales, self.zeros, -8, 7, torch.int8, 32)
+            w = q.dequantize_per_channel_group.default(self.q, *numbers, torch.float32)
+            again = q.dequantize_per_channel_group.default(q.quantize_per_channel_group.default(w * 1.02, *numbers), *numbers, torch.float32)
+            return torch.cat([x @ w.t(), x @ again.t()], 1)
+
+    net = Net().eval()
+    samples = [{"x": x} for x in np.random.default_rng(0).standard_normal((8, 4, 64)).astype(np.float32)]
+    for options, least in (({"calibration": samples, "requantize": True}, 25), ({"weights": "int4", "group_size": 32, "asymmetric": True}, 20)):
+        artifact = qcompiler.compile(net, target="x86-avx2", example_inputs=samples[0]["x"], **options)
+        report = qcompiler.verify(artifact, net, samples, min_sqnr=least, example_inputs=samples[0]["x"])
+        assert report.passed and report.imported is not None and report.imported.status == "equal", str(report)
+        assert min(o.sqnr_db for o in report.imported.outputs) > 100
+        assert {f["op"] for f in artifact.manifest["float_ops"]} <= {"Concat"} or "weights" in options
+    notes = qcompiler.compile(net, "x86-avx2", samples, example_inputs=samples[0]["x"]).manifest["notes"]
+    assert any("several scales along an output channel" in note and "--weights int4" in note for note in notes)
+
+
 def test_stated_scales_are_kept(torch: Any, tmp_path: Path) -> None:
     """What PyTorch's own quantization writes between the operators: quantize and dequantize with numbers."""
     importlib.import_module("torch.ao.quantization.fx._decomposed")

@@ -22,6 +22,8 @@ from qcompiler.importers.control import captured
 from qcompiler.importers.qlinear import CONTRIB
 
 _PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
+ON_INTEGERS = "qcompiler_on_integers"
+"""An attribute of LSTMs: the file computes their products on integers."""
 TAKEN_BACK = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
@@ -60,7 +62,8 @@ def real_lstms(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto,
             if w is not None and r is not None:
                 node.op_type, node.domain = "LSTM", ""
                 node.input[:] = [node.input[0], w, r, *node.input[3:8]]
-                said = "an LSTM of the reals that its integers stand for; requantize computes it on integers where the file does others"
+                node.attribute.append(helper.make_attribute(ON_INTEGERS, 1))
+                said = "an LSTM of the reals that its integers stand for; the ranges of its activations, looked up in every run, are calibrated"
                 notes.append(f"node '{node.name or w}' (DynamicQuantizeLSTM): taken back to {said}")
     return made, notes
 

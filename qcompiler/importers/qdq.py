@@ -311,8 +311,9 @@ class _Rewriter:
         scales = weight_scales(node.op_type, attributes, weight)
         self.trained.integer.add(y)
         if isinstance(scales, str):
-            if x in self.held or x in self.trained.calibrated:
-                self.note(node, f"{scales}; they are quantized anew")
+            known = x in self.held or x in self.trained.calibrated
+            ways = "what they stand for is computed in float; requantize makes 8 bits of all, and --weights int4 stores weights alone in 4"
+            self.note(node, f"{scales}; {'they are quantized anew' if known else ways}")
             return
         self.trained.weights[y] = scales
         lowest = int((weight.value - weight.zero_point == -128).sum())

@@ -15,9 +15,11 @@ import onnx
 from tvm import relax
 
 from qcompiler.importers.control import reads, subgraphs
+from qcompiler.importers.dynamic import ON_INTEGERS
 from qcompiler.importers.nodes import Node, Refused, Value
 from qcompiler.numerics.recurrence import DEFAULTS, FUNCTIONS, GATES, REAL
 from qcompiler.passes.graph import const, make_op, shape_of
+from qcompiler.passes.trained import ATTRIBUTE, CALIBRATED, INTEGER
 
 RECURRENT = ("GRU", "LSTM", "RNN")
 _NAMES = {name.lower(): name for name in REAL}
@@ -159,8 +161,8 @@ class _Reader:
         """[T + finals, B, H]"""
         rows = self.gates * self.hidden
         name = "backwards" if self.backwards[d] else "forwards"
-        projected = self.node.emit(f"{name}-projection", relax.op.matmul(x, const(np.ascontiguousarray(self.w[d].T))))
-        projected = self.node.emit(f"{name}-gates", relax.op.add(projected, const(self.b[d, :rows])))
+        product = self.node.emit(f"{name}-projection", relax.op.matmul(x, const(np.ascontiguousarray(self.w[d].T))))
+        projected = self.node.emit(f"{name}-gates", relax.op.add(product, const(self.b[d, :rows])))
         attrs = {
             "cell": self.cell,
             "reverse": self.backwards[d],
@@ -176,7 +178,12 @@ class _Reader:
         c0 = self.initial(6, "initial_c", d) if self.cell == "lstm" else const(np.zeros((self.batch, self.hidden), np.float32))
         operands = [projected, const(self.r[d]), const(self.b[d, rows:]), h0, c0, lengths]
         shape = ((self.steps if sequence else 0) + finals, self.batch, self.hidden)
-        return self.node.emit(f"{name}-states", make_op("qc.f32.recurrence", operands, attrs, shape, "float32"))
+        states = self.node.emit(f"{name}-states", make_op("qc.f32.recurrence", operands, attrs, shape, "float32"))
+        if self.node.attrs.get(ON_INTEGERS):
+            for part, values in ((INTEGER, (product, states)), (CALIBRATED, (x, projected))):
+                for value in values:
+                    self.node.builder.annotate(ATTRIBUTE, part, str(value.name), "")
+        return states
 
     def joined(self, name: str, rows: list[tuple[Any, int, int]]) -> Any:
         """Rows [begin, end) of each direction's states, as ONNX orders axes: [T, D, B, H] or [D, B, H], batch first where the node says so."""

@@ -3,6 +3,7 @@
     quantize_per_tensor, quantize_per_channel, quantize_per_token         -->    QuantizeLinear [, Clip to a range narrower than the type's]
     dequantize_*                                                          -->    DequantizeLinear
     fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine     -->    both
+    quantize_per_channel_group, dequantize_per_channel_group              -->    both, of a row for each group: of weights, which are constants
     choose_qparams*, which finds a scale in every run                     -->    DynamicQuantizeLinear, which the import takes back to a float network
 
 PyTorch's own table has some of these; it leaves out ranges of a tensor's that are narrower than its type, and has none whose numbers are tensors.
@@ -48,6 +49,19 @@ def _dequantize(x: Any, scale: Any, zero: Any, kind: int, real: int | None, **ax
     return y if real in (None, -1, TensorProto.FLOAT) else op.Cast(y, to=real)
 
 
+def _flat(numbers: Any) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Reshape(numbers, op.Constant(value_ints=[-1]))
+
+
+def _rows(x: Any, group_size: int) -> Any:
+    """[N, K] -> [N * K / group_size, group_size]"""
+    from onnxscript import opset18 as op
+
+    return op.Reshape(x, op.Constant(value_ints=[-1, group_size]))
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """Operator of PyTorch -> what `torch.onnx.export` writes for it, as its `custom_translation_table` takes it."""
     import torch
@@ -65,6 +79,14 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def dequantize_channel(x: Any, scales: Any, zeros: Any, axis: int, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1) -> Any:
         return _dequantize(x, scales, zeros, dtype, out_dtype, axis=axis)
+
+    def quantize_group(x: Any, scales: Any, zeros: Any, quant_min: int, quant_max: int, dtype: int, group_size: int) -> Any:
+        rows = _rows(x, group_size)
+        return op.Reshape(_quantize(rows, _flat(scales), _flat(zeros), quant_min, quant_max, dtype, axis=0), op.Shape(x))
+
+    def dequantize_group(x: Any, scales: Any, zeros: Any, quant_min: int, quant_max: int, dtype: int, group_size: int, output_dtype: int = -1) -> Any:
+        rows, zero = _rows(x, group_size), None if zeros is None else _flat(zeros)
+        return op.Reshape(_dequantize(rows, _flat(scales), zero, dtype, output_dtype, axis=0), op.Shape(x))
 
     def fake_tensor(x: Any, scale: Any, zero: Any, quant_min: int, quant_max: int) -> Any:
         kind = TensorProto.INT8 if quant_min < 0 else TensorProto.UINT8
@@ -86,6 +108,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ((q.dequantize_per_tensor.default, q.dequantize_per_tensor.tensor, q.dequantize_per_token.default), dequantize_tensor),
         ((q.quantize_per_channel.default,), quantize_channel),
         ((q.dequantize_per_channel.default,), dequantize_channel),
+        ((q.quantize_per_channel_group.default,), quantize_group),
+        ((q.dequantize_per_channel_group.default,), dequantize_group),
         ((aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams), fake_tensor),
         ((aten.fake_quantize_per_channel_affine.default, q.fake_quant_per_channel.default), fake_channel),
         ((q.choose_qparams.tensor, q.choose_qparams_symmetric.tensor), choose),
