@@ -46,6 +46,10 @@ def row_cases(target: Target) -> dict[str, Any]:
     plain, gemm, depthwise, products = (importlib.import_module(f"test_kernels_{name}") for name in ("cuda", "cuda_gemm", "cuda_depthwise", "cuda_products"))
     transformers, weights = importlib.import_module("transformer_cases"), importlib.import_module("test_weight_only")
     cases = plain.CASES | transformers.CASES | {f"weights/{i}": layer.case() for i, layer in enumerate(weights.LAYERS)}
+    for name, layer in importlib.import_module("recurrent_cases").LAYERS.items():
+        (operands, attrs), (real, real_attrs) = layer.integer(), layer.real()
+        cases[f"recurrence/{name}"] = plain.Case("qc.recurrence", operands, attrs, constants=tuple(range(1, len(operands))))
+        cases[f"f32.recurrence/{name}"] = plain.Case("qc.f32.recurrence", real, real_attrs, constants=tuple(range(1, len(real))), tolerance=1e-4)
     found = {name: (case, case.prepare(target)) for name, case in cases.items()}
     if "cuda-mma" in target.rows:
         for group in products.every_point(target).values():

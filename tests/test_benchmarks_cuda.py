@@ -53,7 +53,7 @@ def prepared(scripts: Any, root: Path, tmp_path_factory: pytest.TempPathFactory)
     def few(target: Any) -> dict[str, Any]:
         found = all_cases(target)
         assert {kernel.row.partition("/")[0] for _, kernel in found.values()} >= set(target.rows) and len(found) > 400
-        assert {"cuda-mma/attention", "cuda-mma/matmul", "cuda/f32.dense_weight_only", "cuda/layer_norm"} <= {kernel.row for _, kernel in found.values()}
+        assert {"cuda-mma/attention", "cuda-mma/matmul", "cuda/f32.dense_weight_only", "cuda/recurrence"} <= {kernel.row for _, kernel in found.values()}
         shared = next(name for name, (_, kernel) in found.items() if kernel.counters)
         chosen = ("cuda-mma/pointwise_0", "cuda-dp4a/residual_0", "depthwise/ragged_padded", next(n for n, (c, _) in found.items() if c.tolerance), shared)
         return {name: found[name] for name in chosen}
