@@ -64,6 +64,20 @@ def test_products_are_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "note: node" in (text := capsys.readouterr().out) and "MatMulInteger" in text
 
 
+@pytest.mark.parametrize("unit", (0.01, 0.02))
+def test_a_bias_that_is_rounded_in_every_run(unit: float, tmp_path: Path) -> None:
+    """As older tools write it; under another scale than that of the sum it is no bias of the product, and the file is computed as it stands."""
+    g, bias = Graph("g"), RNG.normal(size=8).astype(np.float32)
+    q, s, z = quantized(g, "x")
+    total = g.op("ConvInteger", q, g.tensor(RNG.integers(0, 256, (8, 8, 1, 1)), "uint8"), z, g.tensor(128, "uint8"))
+    whole = g.op("Cast", g.op("Floor", g.op("Div", g.tensor(bias), g.op("Mul", s, g.tensor(np.float32(unit))))), to=TensorProto.INT32)
+    total = g.op("Add", total, g.op("Reshape", whole, g.tensor(np.array([1, 8, 1, 1]), "int64")))
+    y = g.op("Mul", g.op("Cast", total, to=TensorProto.FLOAT), g.op("Mul", s, g.tensor(np.float32(0.01))))
+    compilation, (noise,) = loss(model(g, y), tmp_path, inputs())
+    assert noise < 10**-3.0
+    assert len(compilation.quantized.plan.scales) == (unit == 0.01)
+
+
 def test_weights_are_the_files(tmp_path: Path) -> None:
     g, weight = Graph("g"), RNG.integers(-127, 128, (6, 5))
     onnx.save(model(g, product(g, "x", weight, np.float32(0.005))), str(tmp_path / "m.onnx"))

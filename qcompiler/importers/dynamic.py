@@ -1,6 +1,7 @@
 """What dynamic quantization wrote, taken back to the float network that it came from; the weights stay integers with their scale.
 
     x -> DynamicQuantizeLinear -> (q, s, z);   MatMulInteger(q, w8, z, zw) -> Cast -> Mul by s and constants c    -->    MatMul(x, DequantizeLinear(w8, c, zw))
+    ... -> Add of Cast(Floor(b / (s * c)))  -> Cast -> ...    -->    ... and Add of b, which older files round in every run
     ConvInteger, DynamicQuantizeMatMul and MatMulIntegerToFloat (com.microsoft)                                    -->    likewise
     x -> DynamicQuantizeLinear -> (q, s, z);   DequantizeLinear(QuantizeLinear(x, s, z) or q, s, z)                --> x
     DynamicQuantizeLSTM (com.microsoft)                                                                            -->    LSTM of the reals of its weights
@@ -175,13 +176,18 @@ class _Finder:
 
     def scaled(self, product: _Product, scale: str) -> _Product | None:
         """The product with the Cast and the multiplications that follow it, up to the one by `scale`; None where anything else reads what is between."""
-        found = False
+        found, stated = False, None
         while not found:
             readers = self.readers.get(product.result, [])
             if len(readers) != 1 or product.result in self.outputs:
                 return None
             (reader,) = readers
-            if reader.op_type == "Cast" and len(product.gone) == 1:
+            if reader.op_type == "Add" and len(product.gone) == 1:
+                bias = self.rounded_bias(reader.input[1] if reader.input[0] == product.result else reader.input[0], scale)
+                if bias is None:
+                    return None
+                product.bias, stated = bias
+            elif reader.op_type == "Cast" and product.gone[-1].op_type != "Cast":
                 if helper.get_attribute_value(reader.attribute[0]) != TensorProto.FLOAT:
                     return None
             elif reader.op_type == "Mul" and len(product.gone) > 1:
@@ -200,7 +206,25 @@ class _Finder:
                 return None
             product.gone.append(reader)
             product.result = reader.output[0]
-        return product
+        same = stated is None or (product.scale is not None and np.allclose(stated, product.scale, rtol=1e-6, atol=0))
+        return product if same else None
+
+    def rounded_bias(self, name: str, scale: str) -> tuple[str, np.ndarray] | None:
+        """(the constant b, the constant c) of Cast(Floor(b / (scale * c))), reshaped or not, as files add it to sums of products; None for anything else."""
+        shape, node = None, self.made_by.get(name)
+        if node is not None and node.op_type == "Reshape" and node.input[1] in self.tensors:
+            shape, node = numpy_helper.to_array(self.tensors[node.input[1]]), self.made_by.get(node.input[0])
+        for op in ("Cast", "Floor"):
+            node = self.made_by.get(node.input[0]) if node is not None and node.op_type == op else None
+        unit = self.made_by.get(node.input[1]) if node is not None and node.op_type == "Div" else None
+        if node is None or unit is None or unit.op_type != "Mul" or scale not in unit.input or node.input[0] not in self.tensors:
+            return None
+        factor = self.tensors.get(unit.input[1] if unit.input[0] == scale else unit.input[0])
+        bias = numpy_helper.to_array(self.tensors[node.input[0]])
+        if factor is None or bias.dtype != np.float32:
+            return None
+        self.added.append(numpy_helper.from_array(bias if shape is None else bias.reshape(shape), self.naming.made(name, "bias")))
+        return self.added[-1].name, numpy_helper.to_array(factor).astype(np.float32).reshape(-1)
 
     def channels(self, product: _Product) -> int:
         return int(self.tensors[product.weight].dims[0 if product.op == "Conv" else -1])
