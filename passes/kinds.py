@@ -117,6 +117,10 @@ def _slice(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
     return attrs["strides"][-1] == 1 and _channels(attrs, xs, y)
 
 
+def _selected(attrs: Mapping[str, Any], xs: Sequence[Shape], y: Shape) -> bool:
+    return not attrs["indices"][-1]
+
+
 def _any_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
     return True
 
@@ -131,6 +135,10 @@ def _averaged_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
 
 def _moved_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
     return list(attrs["axes"][:axes]) == list(range(axes))
+
+
+def _selected_rows(attrs: Mapping[str, Any], rank: int, axes: int) -> bool:
+    return not any(attrs["indices"][:axes])
 
 
 _RESHAPES = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
@@ -235,6 +243,17 @@ KINDS: dict[str, Kind] = {
             row_by_row=_any_rows,
         ),
         Kind("pad", ("relax.nn.pad",), "qc.pad", moves=True, pads=True, keeps=True, reads_wide=True, writes_wide=True, row_by_row=_any_rows),
+        Kind(
+            "select",
+            ("relax.flip", "relax.broadcast_to"),
+            "qc.select",
+            moves=True,
+            keeps=True,
+            per_channel=_selected,
+            reads_wide=True,
+            writes_wide=True,
+            row_by_row=_selected_rows,
+        ),
         Kind("attention", ("relax.nn.attention", "relax.nn.attention_bias"), "qc.attention", alone=True, writes_wide=True),
         Kind("layer_norm", ("relax.nn.layer_norm",), "qc.layer_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),
         Kind("rms_norm", ("relax.nn.rms_norm",), "qc.rms_norm", alone=True, normalizes=True, reads_wide=True, writes_wide=True, row_by_row=_last_axis),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from qcompiler.base.selection import MAX_BOXES, count_boxes
 from qcompiler.passes.graph import arguments, const_value, is_const, plain, relax_op, shape_of
 
 
@@ -114,20 +115,29 @@ def _slice(expr: Any) -> Described | str:
     if axes is None or begins is None or ends is None:
         return "a slice whose bounds are computed at run time has no int8 kernel"
     steps = [int(plain(v)) for v in expr.args[4].fields] if len(expr.args) > 4 else [1] * len(axes)
+    if min(steps) < 0:
+        chosen: list[np.ndarray | None] = [None] * len(shape)
+        for axis, first, last, step in zip(axes, begins, ends, steps, strict=True):
+            chosen[axis] = np.arange(shape[axis])[slice(first, last, step)]
+        return "an empty slice has no int8 kernel" if any(c is not None and not c.size for c in chosen) else _selection(expr, chosen)
     begin, end, strides = [0] * len(shape), list(shape), [1] * len(shape)
     for axis, first, last, step in zip(axes, begins, ends, steps, strict=True):
-        if step < 1:
-            return "a slice with a negative stride has no int8 kernel"
         axis %= len(shape)
         begin[axis], end[axis], strides[axis] = *slice(first, last).indices(shape[axis])[:2], step
         end[axis] = max(end[axis], begin[axis])
     return Described("slice", [expr.args[0]], {"begin": begin, "end": end, "strides": strides})
 
 
+_BORDERS = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # Relax's names of a padding's mode, and numpy's
+
+
 def _pad(expr: Any) -> Described | str:
-    if str(expr.attrs.pad_mode) != "constant":
-        return f"padding of mode '{expr.attrs.pad_mode}' has no int8 kernel; supported: constant"
-    widths = plain(expr.attrs.pad_width)
+    widths, mode = plain(expr.attrs.pad_width), str(expr.attrs.pad_mode)
+    if min(widths) >= 0 and mode in _BORDERS:
+        pairs = zip(shape_of(expr.args[0]), widths[::2], widths[1::2], strict=True)
+        return _selection(expr, [np.pad(np.arange(n), (a, b), mode=_BORDERS[mode]) if a or b else None for n, a, b in pairs])  # type: ignore[call-overload]
+    if mode != "constant":
+        return f"padding of mode '{mode}' has no int8 kernel; supported: constant, {', '.join(_BORDERS)}"
     if min(widths) < 0:
         return "padding by a negative width has no int8 kernel"
     if not math.isfinite(float(expr.attrs.pad_value)):
@@ -137,6 +147,37 @@ def _pad(expr: Any) -> Described | str:
         [expr.args[0]],
         {"pads": [list(p) for p in zip(widths[::2], widths[1::2], strict=True)], "value": float(expr.attrs.pad_value)},
     )
+
+
+def _flip(expr: Any) -> Described | str:
+    shape = shape_of(expr)
+    return _selection(expr, [np.arange(n)[::-1] if k == int(expr.attrs.axis) % len(shape) else None for k, n in enumerate(shape)])
+
+
+def _take(expr: Any) -> Described | str:
+    x, indices = expr.args
+    if is_const(x) or not is_const(indices) or expr.attrs.axis is None or (chosen := const_value(indices)).ndim != 1:
+        return "operator 'take' has no int8 kernel but for a table's rows, and for constant indices along one axis"
+    shape = shape_of(x)
+    axis = int(expr.attrs.axis) % len(shape)
+    if not chosen.size or chosen.min() < 0 or chosen.max() >= shape[axis]:
+        return "operator 'take' has no int8 kernel for indices outside of its operand"
+    return _selection(expr, [chosen if k == axis else None for k in range(len(shape))])
+
+
+def _broadcast(expr: Any) -> Described | str:
+    before, after = shape_of(expr.args[0]), shape_of(expr)
+    if len(before) != len(after):
+        return "repetition along new dimensions has no int8 kernel"
+    return _selection(expr, [None if a == b else np.zeros(b, np.int64) for a, b in zip(before, after, strict=True)])
+
+
+def _selection(expr: Any, chosen: list[np.ndarray | None]) -> Described | str:
+    """Indices along each axis; None of one that is taken whole."""
+    indices = [[] if c is None else [int(i) for i in c] for c in chosen]
+    if (count := count_boxes(indices)) > MAX_BOXES:
+        return f"{relax_op(expr)} of {count} pieces has no int8 kernel; supported: up to {MAX_BOXES}".replace("relax.", "")
+    return Described("select", [expr.args[0]], {"indices": indices})
 
 
 def _resize(expr: Any) -> Described | str:
@@ -163,5 +204,8 @@ _TABLE: dict[str | None, Callable[[Any], Described | str]] = {
     "relax.permute_dims": _transpose,
     "relax.strided_slice": _slice,
     "relax.nn.pad": _pad,
+    "relax.flip": _flip,
+    "relax.take": _take,
+    "relax.broadcast_to": _broadcast,
     "relax.image.resize2d": _resize,
 }

@@ -312,6 +312,9 @@ def test_large_concat_is_divided(target: Target) -> None:
         ("qc.slice", (9, 50), {"begin": [0, 5], "end": [9, 50], "strides": [1, 7]}, {}),
         ("qc.pad", (2, 5, 6, 7), {"pads": [[0, 1], [2, 1], [0, 3], [1, 2]], "value": -7}, {"halo": HALO, "pitch": 12}),
         ("qc.pad", (40,), {"pads": [[3, 9]], "value": 100}, {}),
+        ("qc.select", (2, 5, 6, 7), {"indices": [[1, 0], [2, 1, *range(5), 3, 2], [], [1, *range(7), 5, 4]]}, {"halo": HALO, "pitch": 12}),
+        ("qc.select", (1, 5, 6, 70), {"indices": [[0, 0, 0], [], [5, 4, 3, 2, 1, 0], [*range(69, -1, -1)]]}, {}),
+        ("qc.select", (9, 50), {"indices": [[], [49, 49, 49, *range(0, 50, 7), *range(40, 3, -2)]]}, {}),
         ("qc.pad", (5, 6), {"pads": [[0, 0], [0, 0]], "value": 0}, {}),
     ],
 )

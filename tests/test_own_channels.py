@@ -70,6 +70,7 @@ CASES: dict[str, list[tuple[list[Any], dict[str, Any]]]] = {  # operands: shapes
     "qc.transpose": [([(1, 21, 9, 11)], {"axes": [0, 2, 3, 1]}), ([X8], {"axes": [0, 2, 1, 3]})],
     "qc.slice": [([X8], {"begin": [0, 1, 0, 2], "end": [1, 9, 11, 21], "strides": [1, 1, 2, 1]})],
     "qc.pad": [([X8], {"pads": [[0, 0], [1, 2], [0, 1], [1, 3]], "value": -7})],
+    "qc.select": [([X8], {"indices": [[], [1, 0, 1, *range(2, 9), 7], [], [3, 2, 1, *range(21), 20, 20, 20]]})],
 }
 
 

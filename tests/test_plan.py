@@ -121,6 +121,8 @@ def test_a_sigmoid_that_is_concatenated_with_other_values_takes_their_scale() ->
         ("transpose", lambda x: op.permute_dims(x, [0, 2, 1, 3])),
         ("slice", lambda x: op.strided_slice(x, [1], [0], [4])),
         ("pad", lambda x: op.nn.pad(x, (0, 0, 1, 1, 1, 1, 0, 0))),
+        ("select", lambda x: op.nn.pad(x, (0, 0, 1, 1, 1, 1, 0, 0), "reflect")),
+        ("select", lambda x: op.flip(x, 2)),
         (
             "resize2d",
             lambda x: op.image.resize2d(

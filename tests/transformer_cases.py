@@ -94,6 +94,7 @@ def movement() -> dict[str, Case]:
         "concat": Case("qc.concat", [x, data16(5, 2, 5, 6, 3)], {"axis": 3}),
         "concat-rows": Case("qc.concat", [data16(6, 1, 1, 19), data16(7, 1, 50, 19)], {"axis": 1}),
         "pad": Case("qc.pad", [x], {"pads": [[0, 0], [1, 2], [0, 0], [3, 0]], "value": -300}),
+        "select": Case("qc.select", [x], {"indices": [[], [2, 1, *range(5), 3], [0, 0, 0, 5, 1], [*range(16, -1, -1), 3]]}),
         "reshape": Case("qc.reshape", [x], {"shape": [10, 102]}),
     }
 

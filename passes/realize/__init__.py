@@ -50,7 +50,7 @@ RULES: dict[str, Callable[[Site], Any]] = {
     "prelu": elementwise.prelu,
     "max_pool2d": pool.max_pool2d,
     **dict.fromkeys(("avg_pool2d", "mean"), pool.average),
-    **dict.fromkeys(("concat", "reshape", "transpose", "slice", "pad"), shape.move),
+    **dict.fromkeys(("concat", "reshape", "transpose", "slice", "pad", "select"), shape.move),
     "resize2d": resize.resize2d,
 }
 

@@ -1,7 +1,7 @@
 """Data movement: bytes move, numbers stay. Operands under other parameters than the output's pass through a table first.
 
 q(concat(dq(a), dq(b)))   -->   qc.concat(a, qc.lut(b))
-q(reshape(dq(x)))         -->   qc.reshape(x)                also transpose, slice, pad
+q(reshape(dq(x)))         -->   qc.reshape(x)                also transpose, slice, pad, select
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ BY_IMAGE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     **dict.fromkeys(("qc.concat", "qc.resample"), _not_first),
     "qc.mean": lambda attrs: 0 not in attrs["axes"],
     "qc.pad": lambda attrs: not any(attrs["pads"][0]),
+    "qc.select": lambda attrs: not attrs["indices"][0],
 }
 _WEIGHTED = ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.dense", "qc.requantize", "qc.lut", "qc.lut16", "qc.pixels", "qc.prelu")
 

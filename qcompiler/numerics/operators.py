@@ -249,6 +249,13 @@ def pad(x: Array, *, pads: Sequence[Sequence[int]], value: int) -> Array:
     return np.pad(x, [tuple(p) for p in pads], constant_values=x.dtype.type(value))
 
 
+def select(x: Array, *, indices: Sequence[Sequence[int]]) -> Array:
+    """Elements of x by their indices along each axis, from 0 on; an axis without indices is taken whole."""
+    for axis, chosen in enumerate(indices):
+        x = np.take(x, chosen, axis) if chosen else x
+    return np.ascontiguousarray(x)
+
+
 def gather(
     table: Array,
     ids: Array,
@@ -400,6 +407,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "qc.transpose": transpose,
     "qc.slice": slice_,
     "qc.pad": pad,
+    "qc.select": select,
     "qc.gather": gather,
     "qc.cumulative": cumulative,
     "qc.top_k": top_k,

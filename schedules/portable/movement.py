@@ -1,4 +1,4 @@
-"""Data movement: copy, halo fill, reshape, transpose, slice, pad, concat. Values are never changed."""
+"""Data movement: copy, halo fill, reshape, transpose, slice, pad, select, concat. Values are never changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.base.selection import boxes
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, offset_of, recode, splat, task_count, vector, view
 from qcompiler.schedules.portable.base import portable
@@ -123,6 +124,18 @@ def pad(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
 
 
+def select(op: OpCall, target: Target, row: str) -> Kernel:
+    """Box by box, each in steps of its own through the operand."""
+
+    def emit(k: Emitter) -> None:
+        source, whole = k.operands()[0], view(k.output, op.output)
+        for box in boxes(op.attrs["indices"], source.shape):
+            part = source.window(box.start, box.shape)
+            move(k, replace(part, strides=tuple(s * t for s, t in zip(part.strides, box.step, strict=True))), whole.window(box.begin, box.shape))
+
+    return make_kernel(row, op, target, emit, tasks=tasks_of(op, GRAIN), arrays=constants_of(op))
+
+
 def concat(op: OpCall, target: Target, row: str) -> Kernel:
     """Each operand is copied to its part of the output, but for those that attribute `in_place` lists, which lie there; tasks divide every operand."""
     axis = op.attrs["axis"] % len(op.output.shape)
@@ -160,4 +173,5 @@ portable("qc.reshape", reshape, dense=True)
 portable("qc.transpose", transpose, own_channels=True)
 portable("qc.slice", slice_, own_channels=True)
 portable("qc.pad", pad, own_channels=True)
+portable("qc.select", select, own_channels=True)
 portable("qc.concat", concat, own_channels=True)
