@@ -170,7 +170,7 @@ def _places_of_largest(node: Node, kernel: list[int], strides: list[int], dilati
     for axis in range(rank):
         at = (np.arange(counts[axis]) * strides[axis] - begin[axis]) * weight[axis]
         start = start + at.reshape([-1 if i == axis + 2 else 1 for i in range(rank + 2)])
-    offset = node.emit("offset", relax.op.take(const(np.asarray(offsets, np.int64)), node.emit("flat", relax.op.reshape(best, form)), 0))
+    offset = node.emit("offset", relax.op.take(const(np.asarray(offsets, np.int64)), node.emit("flat", relax.op.reshape(best, form)), 0, mode="clip"))
     return relax.op.add(offset, const(start.astype(np.int64)))
 
 
@@ -268,7 +268,7 @@ def resize(node: Node) -> list[Value]:
         bounds = (float(roi[axes.index(a)]), float(roi[len(axes) + axes.index(a)])) if roi is not None else (0.0, 1.0)
         axis = Axis(shape[a], sizes[a], scales[a], coordinates, bounds)
         if mode == "nearest" and roi is None:
-            x = relax.op.take(x, const(nearest_indices(axis, rounding)), a)
+            x = relax.op.take(x, const(nearest_indices(axis, rounding)), a, mode="clip")
         elif node.dtype() != "float32":
             raise Refused(f"mode '{mode}' rounds sums of {node.dtype()}, which ONNX leaves open; supported: float32. Cast its input to float32")
         else:

@@ -92,7 +92,7 @@ def gather_nd(node: Node) -> list[Value]:
         places = _combined(node, "places", relax.op.add, places, _positions(form[:-1], [*strides[:batch], *[0] * (len(form) - 1 - batch)]))
     rows = math.prod(shape[:depth])
     data = node.variable("rows", node.reshape(node.inputs[0], (rows, *shape[depth:])))
-    return [relax.op.take(data, _inside(node, places, rows), 0)]
+    return [relax.op.take(data, _inside(node, places, rows), 0, mode="clip")]
 
 
 def _inside(node: Node, places: Value, size: int) -> Any:
@@ -272,8 +272,8 @@ def compress(node: Node) -> list[Value]:
     x, places = node.tensor(0), np.flatnonzero(condition)
     if "axis" not in node.attrs:
         flat = node.emit("flat", relax.op.reshape(x, (math.prod(node.shape()),)))
-        return [relax.op.take(flat, const(places), 0)]
-    return [relax.op.take(x, const(places), node.axis(int(node.attrs["axis"]), len(node.shape())))]
+        return [relax.op.take(flat, const(places), 0, mode="clip")]
+    return [relax.op.take(x, const(places), node.axis(int(node.attrs["axis"]), len(node.shape())), mode="clip")]
 
 
 def eye_like(node: Node) -> list[Value]:

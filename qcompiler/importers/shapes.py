@@ -126,7 +126,7 @@ def gather(node: Node) -> list[Value] | None:
         i, result = int(indices.reshape(-1)[0]), [*shape[:axis], *indices.shape, *shape[axis + 1 :]]
         part = node.tensor(0) if shape[axis] == 1 else node.emit("slice", relax.op.strided_slice(node.tensor(0), [axis], [i], [i + 1], [1]))
         return [node.reshape(part, result)]
-    return [relax.op.take(node.tensor(0), const(indices), axis)]
+    return [relax.op.take(node.tensor(0), const(indices), axis, mode="clip")]
 
 
 def pad(node: Node) -> list[Value]:

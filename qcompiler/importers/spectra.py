@@ -79,7 +79,7 @@ def stft(node: Node) -> list[Value]:
     places = np.arange(count)[:, None] * step + np.arange(length)[None, :]
     signal = node.tensor(0) if len(shape) == 3 else node.emit("parts", relax.op.expand_dims(node.tensor(0), 2))
     parts = shape[2] if len(shape) == 3 else 1
-    flat = node.emit("frames", relax.op.take(signal, const(places.reshape(-1)), 1))
+    flat = node.emit("frames", relax.op.take(signal, const(places.reshape(-1)), 1, mode="clip"))
     frames = node.emit("framed", relax.op.reshape(flat, (shape[0], count, length, parts)))
     if window is not None:
         weights = const(real(window).reshape(length, 1)) if isinstance(window, np.ndarray) else node.emit("window", relax.op.reshape(window, (length, 1)))
