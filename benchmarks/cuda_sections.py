@@ -9,7 +9,6 @@ import ctypes
 import gc
 import importlib.util
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from cuda_prepare import batch_of
 
 from qcompiler.base.cuda_driver import Gpu
+from qcompiler.runtime.library import session_bytes
 from qcompiler.runtime.session import Session
 
 Call = Callable[[], object]
@@ -93,11 +93,6 @@ def free_memory() -> Callable[[], int]:
     return ask
 
 
-def planned_bytes(session: Session) -> int:
-    """Of the device's memory, by the plan, for each session: workspace and ports. Counters and padding come on top, some kilobytes."""
-    return int(session.manifest["workspace"]) + sum(math.prod(p.shape) * np.dtype(p.dtype).itemsize for p in (*session.inputs, *session.outputs))
-
-
 def check_network(folder: Path, network: dict[str, Any]) -> dict[str, Any]:
     """{outputs: {name: elements that differ from the CPU's}, memory: bytes of the GPU}: two samples in a row, in two sessions, so that what a run leaves behind
     would show. Where float operators are among the steps, they differ by more than a thousandth of the largest. The first session brings code and
@@ -107,7 +102,7 @@ def check_network(folder: Path, network: dict[str, Any]) -> dict[str, Any]:
     for _ in range(2):
         sessions.append(Session(folder / f"{network['name']}.so"))
         steps.append(free())
-    memory = {"first": steps[0] - steps[1], "second": steps[1] - steps[2], "planned": planned_bytes(sessions[0])}
+    memory = {"first": steps[0] - steps[1], "second": steps[1] - steps[2], "planned": session_bytes(sessions[0].manifest)}
     outputs = differences(folder, network, sessions)
     sessions.clear()
     gc.collect()

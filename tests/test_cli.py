@@ -343,6 +343,19 @@ def test_inspect_says_why_an_operator_is_not_int8(monkeypatch: pytest.MonkeyPatc
     assert [o["id"] for o in json.loads(capsys.readouterr().out)["operators"]] == ["conv1", "y"]
 
 
+def test_inspect_tells_what_a_session_takes_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import qcompiler.runtime.library
+
+    larger = {"inputs": [{"name": "x", "shape": [4, 1000], "dtype": "float32"}], "outputs": MANIFEST["outputs"], "workspace": 1000, "steps": MANIFEST["steps"]}
+    added = {"code_added": 0, "constants_added": 0}
+    more = {"triple": "nvptx64-nvidia-cuda", "constants": 5, "workspace": 4000, **added, "shapes": [larger | added]}
+    monkeypatch.setattr(qcompiler.runtime.library, "read_manifest", lambda path: MANIFEST | more)
+    (tmp_path / "m.so").write_bytes(b"x" * 1000)
+    assert main(["inspect", str(tmp_path / "m.so")]) == 0
+    out = capsys.readouterr().out
+    assert "memory of a session" in out and "20.0 kB on the GPU" in out and "memory of a run" not in out
+
+
 def test_inspect_in_every_format(digits: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     def said(*words: str) -> str:
         assert main(["inspect", str(digits("native")), *words]) == 0

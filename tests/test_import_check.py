@@ -113,6 +113,21 @@ def test_what_counts_as_equal(tmp_path: Path, ours: list[float], theirs: list[fl
     assert check(tmp_path, np.array(ours, np.float32), np.array(theirs, np.float32)).status == status
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "overflow"),
+    [
+        ([1.0, np.nan, np.inf], [1.0, np.inf, np.inf], True),
+        ([np.nan, 2.0], [-np.inf, 2.0], True),
+        ([1.0, np.inf], [1.0, 2.0], False),  # here alone
+        ([5.0, np.nan], [1.0, np.inf], False),  # finite elements tell of another fault
+    ],
+)
+def test_what_overflows_in_both_is_no_wrong_operator(tmp_path: Path, ours: list[float], theirs: list[float], overflow: bool) -> None:
+    checked = check(tmp_path, np.array(ours, np.float32), np.array(theirs, np.float32))
+    assert checked.status == "different" and checked.failure is not None and checked.outputs[0].overflow == overflow
+    assert ("'y' grow beyond float32, here and in onnxruntime" in checked.failure, "An operator is read wrongly" in checked.failure) == (overflow, not overflow)
+
+
 def test_integers_may_differ_where_ties_flip(tmp_path: Path) -> None:
     theirs = np.arange(300, dtype=np.int64)
     ours = theirs.copy()

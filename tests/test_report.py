@@ -182,6 +182,8 @@ def test_failures_names_and_odd_numbers(made: tuple[ParityReport, str]) -> None:
     memory = [cells for cells in shown.rows["footprint"] if cells]
     assert memory == [["int8", "1.0 kB", "2.0 kB", "not measurable", "500.000"], ["float", "4.0 kB", "3.0 kB", "9.0 kB", "1250.000"]]
     assert "not compared" in page(replace(evidence, parity=replace(parity, layers=[]), distributions=[]), "l", "m")
+    at_once = replace(evidence, totals=[Timing("int8", 0.0, 0.0, 9), Timing("float", 3e-3, 4e-3, 9)], steps=[StepTime(evil, evil, evil, 0.0, 1e-6)])
+    assert Page(page(at_once, "l", "m")).texts["speedup"] == "not known"
 
 
 def test_intervals_are_over_what_counts(made: tuple[ParityReport, str]) -> None:

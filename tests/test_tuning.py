@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ from qcompiler.base.errors import ModelError, TargetError, TuningError
 from qcompiler.base.targets import find_target, load_targets, missing_features
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
-from qcompiler.cli.tuning import duration, live_table
+from qcompiler.cli.tuning import Display, duration, live_table
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 from qcompiler.schedules.table import KERNELS
@@ -434,6 +435,15 @@ def test_the_live_table_shows_where_the_run_stands() -> None:
     state.doing = "build candidates: 3 of 40 tasks"
     console.print(live_table(state, 20))
     assert ", about 0:00:" in (line := console.export_text().splitlines()[-1]) and line.endswith("; build candidates: 3 of 40 tasks")
+
+
+def test_without_a_terminal_a_line_says_what_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    state = finished(interrupted=True)
+    state.time_limit = 5400.0
+    with Display(argparse.Namespace(quiet=False, verbose=False)) as display:
+        display.watch(state)
+        display.watch(state)
+    assert capsys.readouterr().err == f"tune: {len(state.tasks)} kernel shapes, 7 of 10 trials made, 1:30:00 at most ...\n"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("20m", 1200), ("1.5h", 5400)])

@@ -22,7 +22,7 @@ from qcompiler.base.errors import OutputError, TargetError
 from qcompiler.base.files import new_folder
 from qcompiler.base.targets import Target, find_target, load_targets
 from qcompiler.runtime.elf import mapped, read_section
-from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, read_manifest
+from qcompiler.runtime.library import MANIFEST_SECTION, check_complete, on_gpu, read_manifest
 from qcompiler.runtime.shapes import of_inputs, specializations, spelled
 
 HEADERS = ("qcompiler.h", "loader.h", "pool.h", "qcompiler.hpp", "pool.hpp")
@@ -156,7 +156,7 @@ def _fill_static(folder: Path, library: Path, manifest: dict[str, Any], target: 
 
 def _needs(manifest: Mapping[str, Any]) -> str:
     features = ", ".join(manifest["features"])
-    if manifest["triple"].startswith("nvptx64"):
+    if on_gpu(manifest):
         return f"Needed: an NVIDIA driver, and a GPU of architecture {features} or later"
     return f"CPU features needed: {features or 'no more than the architecture has'}"
 

@@ -11,6 +11,7 @@ from qcompiler.cli.sheets import Sheet
 from qcompiler.numerics.weight_only import heading
 from qcompiler.pipeline.texts import weights_text
 from qcompiler.runtime.bench import Timing, ratios
+from qcompiler.runtime.library import on_gpu, session_bytes
 from qcompiler.runtime.shapes import of_inputs, specializations, spelled
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ def manifest_sheets(manifest: Mapping[str, Any], file_size: int) -> list[Sheet]:
         "triple": manifest.get("triple"),
         "size": size(file_size),
         "weights and tables": size(manifest["constants"]) if "constants" in manifest else None,
-        "memory of a run": size(manifest["workspace"]) if "workspace" in manifest else None,
+        "memory of a run": size(manifest["workspace"]) if "workspace" in manifest and not on_gpu(manifest) else None,
+        "memory of a session": f"{size(session_bytes(manifest))} on the GPU, beside weights and tables once" if on_gpu(manifest) else None,
         "compiled by": compiler,
         "format, numerics": ", ".join(str(manifest[k]) for k in ("format", "numerics") if k in manifest),
         "preset": manifest.get("preset"),

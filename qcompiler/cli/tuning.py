@@ -11,7 +11,7 @@ from typing import Any
 
 from qcompiler.cli.arguments import QUANTIZING, add_model, add_options, chosen, common_options, duration
 from qcompiler.cli.boards import add_files, tuning_boards
-from qcompiler.cli.process import watched
+from qcompiler.cli.process import complain, watched
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -144,7 +144,7 @@ def result_text(state: Any, log: str) -> str:
 
 
 class Display:
-    """Shows a run on a terminal, on standard error: bars while the model is prepared, then a live table. Silent when that is no terminal."""
+    """Shows a run on standard error: bars while the model is prepared, then a live table; where that is no terminal, lines."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.state: Any = None
@@ -165,8 +165,12 @@ class Display:
             self._bars(stage, done, total)
 
     def watch(self, state: Any) -> None:
-        self.state = state
-        if not sys.stderr.isatty() or self._options.quiet:
+        first, self.state = self.state is None, state
+        if self._options.quiet:
+            return
+        if not sys.stderr.isatty():
+            if first:
+                complain(f"tune: {begun_text(state)} ...")
             return
         from rich.console import Console
         from rich.live import Live
@@ -176,6 +180,12 @@ class Display:
             self._bars = None
             self._live = self._stack.enter_context(Live(console=Console(stderr=True), refresh_per_second=4, transient=True))
         self._live.update(live_table(state, self._live.console.height - 8))
+
+
+def begun_text(state: Any) -> str:
+    """What a run is about to do."""
+    limit = "" if state.time_limit is None else f", {clock(state.time_limit)} at most"
+    return f"{len(state.tasks)} kernel shapes, {state.trials} of {state.budget} trials made{limit}"
 
 
 def live_table(state: Any, height: int) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from qcompiler.base.errors import ArtifactError
 from qcompiler.base.files import parse_json
 from qcompiler.runtime.elf import find_section, mapped
+from qcompiler.runtime.shapes import specializations
 
 FORMAT_VERSION = 1
 MANIFEST_SECTION = ".qc.manifest"
@@ -46,6 +49,20 @@ def manifest_in(data: mmap.mmap | bytes, path: Path) -> tuple[dict[str, Any], st
             f"{path}: artifact format {manifest.get('format')}, this version of qcompiler reads format {FORMAT_VERSION}; compile the model again"
         )
     return manifest, architecture
+
+
+def on_gpu(manifest: Mapping[str, Any]) -> bool:
+    """Is the library for a GPU?"""
+    return str(manifest.get("triple", "")).startswith("nvptx64")
+
+
+def session_bytes(manifest: Mapping[str, Any]) -> int:
+    """What each session of a library for a GPU takes of the device's memory, by the plan: a workspace and ports, of the largest shape each. Counters and
+    padding come on top, some kilobytes."""
+    shapes = specializations(manifest)
+    ports = zip(*([*m["inputs"], *m["outputs"]] for m in shapes), strict=True)
+    largest = (max(int(math.prod(p["shape"])) * np.dtype(p["dtype"]).itemsize for p in same) for same in ports)
+    return int(max(m["workspace"] for m in shapes) + sum(largest))
 
 
 def checksum(body: bytes | memoryview) -> bytes:

@@ -109,13 +109,15 @@ class LiteRt:
 @dataclass(frozen=True)
 class OutputCheck:
     """One output. sqnr_db: of the imported network against the file's, infinite where they are equal, -infinite where infinities or shapes differ;
-    for integers the decibels of the fraction that is equal have no meaning, and `differing` counts. max_error: over the finite elements."""
+    for integers the decibels of the fraction that is equal have no meaning, and `differing` counts. max_error: over the finite elements. overflow: both
+    have infinities or NaN, at other places, and are equal where both are finite."""
 
     name: str
     sqnr_db: float
     max_error: float
     differing: int
     equal: bool
+    overflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,16 @@ class ImportCheck:
         """The sentence for a verdict, or None."""
         if self.status != "different":
             return None
-        wrong = ", ".join(f"'{o.name}' {o.sqnr_db:.1f} dB (largest error {o.max_error:.3g})" for o in self.outputs if not o.equal)
+        wrong = [o for o in self.outputs if not o.equal]
+        if all(o.overflow for o in wrong):
+            names = ", ".join(f"'{o.name}'" for o in wrong)
+            return (
+                f"the numbers of {names} grow beyond float32, here and in {self.runtime}, to infinities or NaN that are not at the same places, so "
+                "they can't be compared. Check the preprocessing and the weights of the model"
+            )
+        said = ", ".join(f"'{o.name}' {o.sqnr_db:.1f} dB (largest error {o.max_error:.3g})" for o in wrong)
         return (
-            f"the imported float network is not what {self.runtime} computes from the model: {wrong}, at least {self.least_db:g} dB expected. "
+            f"the imported float network is not what {self.runtime} computes from the model: {said}, at least {self.least_db:g} dB expected. "
             "An operator is read wrongly; please report the model"
         )
 
@@ -207,6 +216,7 @@ class _Total:
         self.sum = self.signal = self.noise = self.worst = 0.0
         self.count = self.differing = 0
         self.integers = self.broken = False
+        self.beyond = [False, False]  # has the network, has the other runtime something that is not finite?
 
     def add(self, got: np.ndarray, wanted: np.ndarray) -> None:
         if got.shape != wanted.shape:
@@ -218,6 +228,7 @@ class _Total:
         finite = np.isfinite(a) & np.isfinite(b)
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         self.broken |= bool((~finite & ~same).any())
+        self.beyond = [seen or not np.isfinite(x).all() for seen, x in zip(self.beyond, (a, b), strict=True)]
         error = np.abs(a[finite] - b[finite])
         self.sum, self.signal, self.noise = self.sum + float(b[finite].sum()), self.signal + float((b[finite] ** 2).sum()), self.noise + float((error**2).sum())
         self.worst = max(self.worst, float(error.max(initial=0.0)))
@@ -226,17 +237,13 @@ class _Total:
     def result(self, name: str, least_db: float, rounded: bool) -> OutputCheck:
         """rounded: integers with a zero point, which no part of them tells; what they say is how they differ from their mean."""
         signal = max(self.signal - self.sum**2 / max(self.count, 1), 0.0) if rounded else self.signal
-        if self.broken:
-            sqnr = -np.inf
-        elif self.noise == 0:
-            sqnr = np.inf
-        else:
-            sqnr = 10 * np.log10(signal / self.noise) if signal else -np.inf
+        sqnr = np.inf if self.noise == 0 else 10 * np.log10(signal / self.noise) if signal else -np.inf
         few = self.differing <= max(1, FLIPS * self.count)
         if rounded:
-            equal = not self.broken and (few or self.worst <= 1 or sqnr >= least_db)
+            near = few or self.worst <= 1 or sqnr >= least_db
         elif self.integers:
-            equal = not self.broken and few
+            near = few
         else:
-            equal = not self.broken and (sqnr >= least_db or self.worst <= SMALL)
-        return OutputCheck(name, float(sqnr), self.worst, self.differing, bool(equal))
+            near = sqnr >= least_db or self.worst <= SMALL
+        overflow = self.broken and near and all(self.beyond)
+        return OutputCheck(name, -np.inf if self.broken else float(sqnr), self.worst, self.differing, bool(near and not self.broken), bool(overflow))

@@ -19,7 +19,7 @@ from qcompiler.base.errors import ArtifactError, DataError, DeviceFailure, Incom
 from qcompiler.base.host import host_architecture, host_features
 from qcompiler.base.memory import aligned, aligned_bytes
 from qcompiler.base.tensor import TensorInfo, as_array, first_states, fits
-from qcompiler.runtime.library import check_complete, manifest_in
+from qcompiler.runtime.library import check_complete, manifest_in, on_gpu
 from qcompiler.runtime.private_copy import PrivateCopy
 from qcompiler.runtime.shapes import Fitting, Shapes, ports
 
@@ -219,7 +219,7 @@ class Session:
                 "compiled from the same model and data with --target native, a library has the same 8-bit values, and can be run and verified here; "
                 "verify, run and bench take --board for a device or an emulator (docs/boards.md)"
             )
-        if self.manifest["triple"].startswith("nvptx64"):
+        if on_gpu(self.manifest):
             return  # the library looks at the GPU when a session is made
         missing = [f for f in self.manifest["features"] if f not in host_features()]
         if missing:

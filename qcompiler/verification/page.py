@@ -73,6 +73,11 @@ def _e(value: object) -> str:
     return html.escape(str(value))
 
 
+def _times(longer: float | None, shorter: float) -> str:
+    """A ratio of times; empty where one is too short for the clock."""
+    return f"{longer / shorter:.2f} x" if longer and shorter else ""
+
+
 def _interval(fraction: float, rows: int | None) -> str:
     """rows: over which the fraction is, those that count."""
     if not rows:
@@ -140,7 +145,7 @@ def _facts(e: Evidence) -> str:
     times = {t.name: t.minimum for t in e.totals}
     threads = f"{e.threads} thread{'s' if e.threads > 1 else ''}"
     both = f"{milliseconds(times['int8'])} against {milliseconds(times['float'])} ms, {threads}"
-    tile("speedup", f"{times['float'] / times['int8']:.2f} x", "speed, int8 over float", both)
+    tile("speedup", _times(times["float"], times["int8"]) or "not known", "speed, int8 over float", both)
     share = f"{e.library_bytes / e.parameter_bytes:.2f} of the float parameters" if e.parameter_bytes else ""
     tile("library-size", size(e.library_bytes), "library, code included", share)
     tile("parameter-size", size(e.parameter_bytes), "float parameters", f"model file: {size(e.model_bytes)}")
@@ -214,9 +219,8 @@ def _latency(e: Evidence) -> str:
     largest = max([1e-12, *(s.int8 for s in shown), *(s.float32 or 0.0 for s in shown)])
 
     def cells(s: StepTime) -> list[str]:
-        ratio = "" if not s.float32 else f"{s.float32 / s.int8:.2f} x"
         bars = bar(s.int8, largest, INT8) + ("" if s.float32 is None else bar(s.float32, largest, FLOAT))
-        return [f"<code>{_e(s.name)}</code>", _e(s.op), _e(s.kernel), _micro(s.int8), _micro(s.float32), ratio, bars]
+        return [f"<code>{_e(s.name)}</code>", _e(s.op), _e(s.kernel), _micro(s.int8), _micro(s.float32), _times(s.float32, s.int8), bars]
 
     rows = [cells(s) for s in shown]
     if others:
@@ -225,7 +229,7 @@ def _latency(e: Evidence) -> str:
     if e.float_only > 0:
         rows.append(["steps of the float network only", "", "", "", _micro(e.float_only), "", ""])
     both = sum(s.int8 for s in order), sum(s.float32 or 0.0 for s in order) + e.float_only
-    rows.append(["sum of the steps", "", "", *map(_micro, both), f"{both[1] / both[0]:.2f} x", ""])
+    rows.append(["sum of the steps", "", "", *map(_micro, both), _times(both[1], both[0]), ""])
     whole = [[t.name, milliseconds(t.minimum), milliseconds(t.median), str(t.rounds)] for t in (times["int8"], times["float"])]
     note = (
         f"Both networks are compiled for {_e(e.manifest['target'])} and take turns on the same sample. "
