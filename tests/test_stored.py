@@ -120,6 +120,16 @@ def test_what_cannot_be_stored_or_read(stored: Path, data: Path, tmp_path: Path,
         list(StoredSamples(damaged, _inputs()))
 
 
+def test_findings_that_are_none(stored: Path, tmp_path: Path) -> None:
+    """A file whose arrays are whole, and one of whose findings says nothing that its reader knows."""
+    damaged = tmp_path / "d.qcal"
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(damaged, "w") as new:
+        for member in old.namelist():
+            new.writestr(member, old.read("pass/calibrate/table.npy" if member.startswith("pass/import ") and "/table" not in member else member))
+    with pytest.raises(DataError, match=r"d\.qcal: pass 'import [0-9a-f]{16}': can't be read as \.qcal"):
+        qcompiler.compile(MODEL, calibration=damaged)
+
+
 def _inputs() -> Any:
     from qcompiler.base.tensor import TensorInfo
 

@@ -85,12 +85,16 @@ class StoredSamples:
         if digest not in (None, self.model):
             raise DataError(f"{self._path}: made for another model (its digest is {self.model}, this one's {digest}); calibrate this model")
 
+    def reading(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Whatever the pass of that name makes a reader raise inside becomes a DataError."""
+        return damage(self._path, SUFFIX, f"pass '{name}'")
+
     def known(self, name: str, key: str) -> Pass | None:
         """The pass of that name, where the file has it and nothing that decides it differs."""
         entry = self._passes.get(name)
         if entry is None or entry.get("key") != key:
             return None
-        with damage(self._path, SUFFIX, f"pass '{name}'"), self._arrays() as array:
+        with self.reading(name), self._arrays() as array:
             table = CalibrationTable.from_json(array(entry["table"]).tobytes().decode(), str(self._path))
             return Pass(key, table, [{k: array(member) for k, member in state.items()} for state in entry["watchers"]])
 

@@ -58,7 +58,7 @@ def _estimate(network: QuantizedNetwork) -> float:
         survey = Survey(network, network.integer)
         return {"noise": np.array([survey.estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))])}
 
-    return float(remembered(network.job, "estimate", [network.plan.digest, network.measured.table.digest], found)["noise"][0])
+    return remembered(network.job, "estimate", [network.plan.digest, network.measured.table.digest], found, lambda state: float(state["noise"][0]))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
 from qcompiler.pipeline.scoring import ErrorSums
-from qcompiler.pipeline.stages import Corrected, State, remembered
+from qcompiler.pipeline.stages import Corrected, Found, State, remembered
 from qcompiler.pipeline.survey import Survey
 
 _SAMPLES = 8
@@ -53,8 +53,8 @@ def _unseen(corrected: Corrected, scores: Scores) -> float:
         seen, unseen = (survey.errors(twin, _samples(corrected), ends)[1] for ends in (None, measured.ends))
         return {"seen": seen, "unseen": unseen}
 
-    noise = _remembered(corrected, "unseen", found)
-    return dataclasses.replace(scores, noise=scores.noise + np.maximum(noise["unseen"] - noise["seen"], 0.0)).noise_bound()
+    more = _remembered(corrected, "unseen", found, lambda state: np.maximum(state["unseen"] - state["seen"], 0.0))
+    return dataclasses.replace(scores, noise=scores.noise + more).noise_bound()
 
 
 def _scores(corrected: Corrected) -> Scores:
@@ -67,12 +67,13 @@ def _scores(corrected: Corrected) -> Scores:
         return {"power": power, "noise": noise}
 
     runs = corrected.corrections or corrected.here is not None
-    return Scores(*_told(**(_remembered(corrected, "judge", lambda: _run(corrected)) if runs else _remembered(corrected, "judge unrun", estimated))))
+    name, find = ("judge", lambda: _run(corrected)) if runs else ("judge unrun", estimated)
+    return _remembered(corrected, name, find, lambda state: Scores(*_told(state["power"], state["noise"])))
 
 
-def _remembered(corrected: Corrected, name: str, find: Callable[[], State]) -> State:
+def _remembered(corrected: Corrected, name: str, find: Callable[[], State], read: Callable[[State], Found]) -> Found:
     network = corrected.network
-    return remembered(network.job, name, [network.plan.digest, network.measured.table.digest], find)
+    return remembered(network.job, name, [network.plan.digest, network.measured.table.digest], find, read)
 
 
 def _run(corrected: Corrected) -> State:
@@ -116,13 +117,16 @@ def _costs(corrected: Corrected) -> dict[str, float]:
         alone = Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW)
         return {f"{kind}/{name}": noise for kind in ("values", "weights") for name, noise in getattr(alone, kind).items()}
 
+    def largest(state: State) -> dict[str, float]:
+        return {key: float(noise.max()) for key, noise in state.items()}
+
     costs = {}
-    for key, noise in _remembered(corrected, "roundings", found).items():
+    for key, cost in _remembered(corrected, "roundings", found, largest).items():
         kind, _, name = key.partition("/")
         if kind == "values" and network.plan.params(name) is not None:
-            costs[f"value '{name}'"] = float(noise.max())
+            costs[f"value '{name}'"] = cost
         elif kind == "weights" and name not in network.plan.reasons:
-            costs[f"the weights of '{name}'"] = float(noise.max())
+            costs[f"the weights of '{name}'"] = cost
     return costs
 
 

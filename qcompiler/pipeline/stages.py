@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
@@ -144,7 +145,7 @@ def compared(equalized: Equalized) -> ImportCheck:
         give_back()  # what the other runtime took
         return found.state()
 
-    return ImportCheck.of_state(remembered(job, "import", [installation(), installed_version(other.package), model.exactness], find))
+    return remembered(job, "import", [installation(), installed_version(other.package), model.exactness], find, ImportCheck.of_state)
 
 
 def observe(
@@ -173,11 +174,12 @@ def observe(
 
 
 State = dict[str, np.ndarray]
+Found = TypeVar("Found")
 
 
-def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], State]) -> State:
-    """What `find` finds by looking at samples, or what a stored calibration knows of it. decisive: what it depends on, beside the model, the samples and the
-    recipe's numbers."""
+def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], State], read: Callable[[State], Found]) -> Found:
+    """What `read` makes of what `find` finds by looking at samples, or of what a stored calibration knows of it. decisive: what it depends on, beside the
+    model, the samples and the recipe's numbers. Raises DataError for a stored calibration that `read` can't read."""
     recipe = dataclasses.replace(job.recipe, steps=frozenset())
     key = hashlib.sha256(json.dumps([qcompiler.__version__, repr(recipe), sorted(job.recipe.steps), *decisive], default=str).encode()).hexdigest()
     file, name = file_behind(job.samples), f"{name} {key[:16]}"
@@ -185,7 +187,8 @@ def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], 
     state = known.watchers[0] if known is not None and known.watchers else find()
     if job.passes is not None:
         job.passes[name] = Pass(key, CalibrationTable(), [state])
-    return state
+    with file.reading(name) if file and known is not None else contextlib.nullcontext():
+        return read(state)
 
 
 @dataclass
@@ -238,9 +241,11 @@ class Measured:
                 return {name: np.array([*by_observer.values()]) for name, by_observer in noise.items()}
 
             decisive = [self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
-            found = remembered(job, "ranges", decisive, judged)
-            pairs = {name: dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {} for name, p in new.items()}
-            self._noise |= {name: (p, pairs[name]) for name, p in new.items()}
+
+            def pairs(found: State) -> dict[str, tuple[Proposals, dict[str, float]]]:
+                return {name: (p, dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {}) for name, p in new.items()}
+
+            self._noise |= remembered(job, "ranges", decisive, judged, pairs)
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
@@ -413,7 +418,7 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
             continue  # means are worth keeping here
         tries = bench.tries
         find = functools.partial(bench.attempt, change, integer, others, limit)
-        found = tried[name] = Correction.of_state(remembered(job, name, [network.plan.digest, measured.table.digest, limit], find))
+        found = tried[name] = remembered(job, name, [network.plan.digest, measured.table.digest, limit], find, Correction.of_state)
         job.dump(name, found)
         if found.kept:
             integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)

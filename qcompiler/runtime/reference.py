@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qcompiler.base.files import parse_json
+
 SMALL = 1e-6  # an error below this is none, whatever the signal
 FLIPS = 0.01  # the fraction of integers (classes, indices, masks) that ties between floats may decide otherwise; one element always may
 LIMIT = 3e38  # beyond it a number counts as infinite: masks are the least float here and minus infinity there
@@ -140,7 +142,8 @@ class ImportCheck:
 
     @staticmethod
     def of_state(state: Mapping[str, np.ndarray]) -> ImportCheck:
-        plain = json.loads(state["plain"].tobytes().decode())
+        """Raises what a state makes a parser raise that `state` did not make."""
+        plain = parse_json(state["plain"].tobytes().decode())
         return ImportCheck(**{**plain, "outputs": [OutputCheck(**o) for o in plain["outputs"]]})
 
     def __str__(self) -> str:
