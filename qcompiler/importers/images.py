@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -219,28 +220,10 @@ def group_normalization(node: Node) -> list[Value]:
 def resize(node: Node) -> list[Value]:
     """Resize since 10, and Upsample: `relax.image.resize2d` where that means the same; else gathers (nearest) or products with weight matrices."""
     shape, rank = node.shape(), len(node.shape())
-    upsample = node.op == "Upsample"
-    place = 1 if upsample or node.opset < 11 else 2
+    legacy = node.op == "Upsample" or node.opset < 11
     axes = [node.axis(int(a), rank) for a in node.attrs.get("axes", range(rank))]
-    found = node.attrs["scales"] if "scales" in node.attrs else node.constant(place, "scales")
-    given = np.asarray(found if found is not None else [], np.float32).astype(np.float64)
-    scales, sizes = [1.0] * rank, list(shape)
-    if not (np.isfinite(given) & (given > 0)).all():
-        raise Refused(f"scales {given.tolist()} are not positive finite numbers")
-    if given.size == len(axes):
-        for a, s in zip(axes, given, strict=True):
-            scales[a], sizes[a] = float(s), int(np.floor(shape[a] * s + 1e-9))
-    elif (wanted := node.param("sizes", 3)) is not None and len(wanted) == len(axes):
-        policy = node.text("keep_aspect_ratio_policy", "stretch")
-        ratios = [w / shape[a] for a, w in zip(axes, wanted, strict=True)]
-        common = None if policy == "stretch" else (min(ratios) if policy == "not_larger" else max(ratios))
-        for a, w, r in zip(axes, wanted, ratios, strict=True):
-            sizes[a] = w if common is None else int(np.floor(shape[a] * common + 0.5))
-            scales[a] = r if common is None else common
-    else:
-        raise Refused("neither scales nor sizes fit its axes")
+    scales, sizes, by_scales = _scaled(node, axes, 1 if legacy else 2)
     check_bytes("its result", sizes)
-    legacy = upsample or node.opset < 11
     coordinates = "asymmetric" if legacy else node.text("coordinate_transformation_mode", "half_pixel")
     mode = node.text("mode", "nearest")
     rounding = "floor" if legacy else node.text("nearest_mode", "round_prefer_floor")
@@ -248,7 +231,7 @@ def resize(node: Node) -> list[Value]:
     changed = [a for a in range(rank) if sizes[a] != shape[a] or scales[a] != 1.0 or (roi is not None and a in axes)]
     if not changed:
         return [node.inputs[0]]
-    exact = all(sizes[a] == shape[a] * scales[a] or given.size != len(axes) for a in changed)
+    exact = all(sizes[a] == shape[a] * scales[a] or not by_scales for a in changed)
     common_modes = ("half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel")
     plain = rank == 4 and set(changed) <= {2, 3} and not node.attrs.get("antialias", 0)
     if plain and exact and mode in ("nearest", "linear") and coordinates in common_modes and node.dtype() == "float32":
@@ -283,6 +266,30 @@ def resize(node: Node) -> list[Value]:
         filling = const(np.float32(node.attrs.get("extrapolation_value", 0.0)))
         return [relax.op.where(const(np.broadcast_to(beyond, sizes)), filling, node.emit("inside", x))]
     return [x]
+
+
+def _scaled(node: Node, axes: Sequence[int], place: int) -> tuple[list[float], list[int], bool]:
+    """(scale, size of the result) of every axis, and whether scales were given, as operand `place` or attribute, and not sizes. Raises Refused."""
+    shape = node.shape()
+    found = node.attrs["scales"] if "scales" in node.attrs else node.constant(place, "scales")
+    given = np.asarray(found if found is not None else [], np.float32).astype(np.float64)
+    scales, sizes = [1.0] * len(shape), list(shape)
+    if not (np.isfinite(given) & (given > 0)).all():
+        raise Refused(f"scales {given.tolist()} are not positive finite numbers")
+    by_scales = given.size == len(axes)
+    if by_scales:
+        for a, s in zip(axes, given, strict=True):
+            scales[a], sizes[a] = float(s), int(np.floor(shape[a] * s + 1e-9))
+    elif (wanted := node.param("sizes", 3)) is not None and len(wanted) == len(axes):
+        policy = node.text("keep_aspect_ratio_policy", "stretch")
+        ratios = [w / shape[a] for a, w in zip(axes, wanted, strict=True)]
+        common = None if policy == "stretch" else (min(ratios) if policy == "not_larger" else max(ratios))
+        for a, w, r in zip(axes, wanted, ratios, strict=True):
+            sizes[a] = w if common is None else int(np.floor(shape[a] * common + 0.5))
+            scales[a] = r if common is None else common
+    else:
+        raise Refused("neither scales nor sizes fit its axes")
+    return scales, sizes, by_scales
 
 
 def _times(node: Node, matrix: np.ndarray, x: Any, axis: int, rank: int) -> Any:

@@ -185,16 +185,16 @@ def _integers(g: Graph, op: Operator, w_at: int, r_at: int) -> tuple[np.ndarray,
 
 
 def lstm_direction(g: Graph, p: _Lstm, x: str, steps: int, h: str, c: str, backwards: bool = False) -> _Result:
-    return (_lstm_node if p.plain else _unrolled)(g, p, x, steps, h, c, backwards)
+    return _lstm_node(g, p, x, h, c, backwards) if p.plain else _unrolled(g, p, x, steps, h, c, backwards)
 
 
-def _lstm_node(g: Graph, p: _Lstm, x: str, steps: int, h: str, c: str, backwards: bool) -> _Result:
+def _lstm_node(g: Graph, p: _Lstm, x: str, h: str, c: str, backwards: bool) -> _Result:
     size = p.bias.shape[1]
     b = g.constant(np.concatenate([p.bias.reshape(-1), np.zeros(4 * size, np.float32)])[None], "biases")
     h0, c0 = (g.node("Unsqueeze", [v, g.int64([0])])[0] for v in (h, c))
-    function = [_FUNCTIONS[p.activation]] * 2
-    attributes: dict[str, Any] = {"hidden_size": size, "direction": "reverse" if backwards else "forward", "activations": ["Sigmoid", *function]}
-    if function[0] == "Affine":
+    name = _FUNCTIONS[p.activation]
+    attributes: dict[str, Any] = {"hidden_size": size, "direction": "reverse" if backwards else "forward", "activations": ["Sigmoid", name, name]}
+    if name == "Affine":
         attributes |= {"activation_alpha": [1.0, 1.0], "activation_beta": [0.0, 0.0]}
     if p.integers is None:
         weights = [g.constant(v.reshape(1, 4 * size, -1), what) for v, what in ((p.w, "weights"), (p.r, "recurrence"))]

@@ -7,6 +7,7 @@ for three products that are rounded to an integer right away.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,52 @@ def steps_of(steps: int, lengths: Array, reverse: bool) -> list[tuple[Array, Arr
     return found
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The integers of a step, int64 all; names as those of `recurrence`, weight [G * H, H]."""
+
+    cell: str
+    weight: Array
+    bias: Array
+    multiplier: Array
+    tables: Array
+    limit: int
+    wide: bool
+    linear_before_reset: bool
+
+    def recurrent(self, state: Array, first: int, last: int, most: int = TERM_LIMIT) -> Array:
+        """[B, (last - first) * H], the gates from `first` to `last`, of a state in units of 2^-15."""
+        part = slice(first * state.shape[1], last * state.shape[1])
+        if self.wide:
+            acc = _shifted(state @ self.weight[part].T, STATE_BITS - 7) + self.bias[part]
+        else:
+            acc = np.clip(_shifted(state, STATE_BITS - 7), -128, 127) @ self.weight[part].T + self.bias[part]
+        return to_int(acc.astype(np.int32).astype(F32) * self.multiplier[part], -most, most).astype(np.int64)
+
+    def gate(self, function: int, x: Array, bound: int | None = None) -> Array:
+        bound = self.limit if bound is None else bound
+        return _looked_up(self.tables[function], np.clip(x, -bound, bound))
+
+    def taken(self, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
+        """(the new h, the new c), both [B, H]. x [B, G * H]: the inputs of the gates."""
+        hidden = h.shape[1]
+        if self.cell == "rnn":
+            return self.gate(0, x + self.recurrent(h, 0, 1)), c
+        if self.cell == "gru":
+            z, r = np.split(self.gate(0, x[:, : 2 * hidden] + self.recurrent(h, 0, 2)), 2, axis=1)
+            if self.linear_before_reset:
+                new = _shifted(r * self.recurrent(h, 2, 3, RESET_LIMIT), STATE_BITS)
+            else:
+                new = self.recurrent(_shifted(r * h, STATE_BITS), 2, 3)
+            n = self.gate(1, x[:, 2 * hidden :] + new)
+            return n + _shifted(z * (h - n), STATE_BITS), c
+        a = x + self.recurrent(h, 0, GATES["lstm"])
+        i, o, f = np.split(self.gate(0, a[:, : 3 * hidden]), 3, axis=1)
+        kept = np.rint(c.astype(F32) * (f.astype(F32) * F32(2.0**-STATE_BITS))).astype(np.int64)
+        c = np.clip(kept + _shifted(i * self.gate(1, a[:, 3 * hidden :]), 2 * STATE_BITS - CELL_BITS), -CELL_LIMIT, CELL_LIMIT)
+        return _shifted(o * self.gate(2, _shifted(c, CELL_BITS - GATE_BITS), GATE_LIMIT), STATE_BITS), c
+
+
 def recurrence(
     p: Array,
     w: Array,
@@ -142,35 +189,9 @@ def recurrence(
     h, c = _stored(h0, STATE_BITS, STATE_LIMIT), _stored(c0, CELL_BITS, CELL_LIMIT)
     inputs = to_int(p.astype(np.int32).astype(F32) * F32(p_multiplier), -TERM_LIMIT, TERM_LIMIT).astype(np.int64)
     states = np.zeros((steps, batch, hidden), np.int64)
-    weight, gates = w.astype(np.int64), GATES[cell]
-
-    def recurrent(state: Array, first: int, last: int, most: int = TERM_LIMIT) -> Array:
-        """[B, (last - first) * H] of a state in units of 2^-15."""
-        part = slice(first * hidden, last * hidden)
-        if wide:
-            acc = _shifted(state @ weight[part].T, STATE_BITS - 7) + bias[part]
-        else:
-            acc = np.clip(_shifted(state, STATE_BITS - 7), -128, 127) @ weight[part].T + bias[part]
-        return to_int(acc.astype(np.int32).astype(F32) * multiplier_[part], -most, most).astype(np.int64)
-
-    def gate(function: int, x: Array, bound: int = limit) -> Array:
-        return _looked_up(tables[function], np.clip(x, -bound, bound))
-
+    step = _Step(cell, w.astype(np.int64), bias, multiplier_, tables, limit, wide, linear_before_reset)
     for rows, at in steps_of(steps, lengths, reverse):
-        x, old = inputs[at, rows], h[rows]
-        if cell == "rnn":
-            h[rows] = gate(0, x + recurrent(old, 0, 1))
-        elif cell == "gru":
-            z, r = np.split(gate(0, x[:, : 2 * hidden] + recurrent(old, 0, 2)), 2, axis=1)
-            new = recurrent(_shifted(r * old, STATE_BITS), 2, 3) if not linear_before_reset else _shifted(r * recurrent(old, 2, 3, RESET_LIMIT), STATE_BITS)
-            n = gate(1, x[:, 2 * hidden :] + new)
-            h[rows] = n + _shifted(z * (old - n), STATE_BITS)
-        else:
-            a = x + recurrent(old, 0, gates)
-            i, o, f = np.split(gate(0, a[:, : 3 * hidden]), 3, axis=1)
-            kept = np.rint(c[rows].astype(F32) * (f.astype(F32) * F32(2.0**-STATE_BITS))).astype(np.int64)
-            c[rows] = np.clip(kept + _shifted(i * gate(1, a[:, 3 * hidden :]), 2 * STATE_BITS - CELL_BITS), -CELL_LIMIT, CELL_LIMIT)
-            h[rows] = _shifted(o * gate(2, _shifted(c[rows], CELL_BITS - GATE_BITS), GATE_LIMIT), STATE_BITS)
+        h[rows], c[rows] = step.taken(inputs[at, rows], h[rows], c[rows])
         states[at, rows] = h[rows]
     if out_dtype != "float32":
         assert not finals, "last states are float32"

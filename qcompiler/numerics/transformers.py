@@ -5,7 +5,7 @@ Every float step is one correctly rounded float32 operation, and none is an addi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -107,13 +107,7 @@ def attention(
     acc = (queries @ keys.swapaxes(-1, -2)).astype(np.int64)
     if "bias" in given:
         acc = acc + _batched(given["bias"], b).astype(np.int64) * np.asarray(bias_multipliers, np.int64).reshape(-1, 1, 1)
-    counts = np.ones((b, heads, s, t), bool)
-    if "mask" in given:
-        counts &= _batched(given["mask"], b) != 0
-    if "lengths" in given:
-        counts &= np.arange(t) < given["lengths"].reshape(-1, 1, 1, 1)
-    if causal is not None:
-        counts &= np.arange(t) <= np.arange(s)[:, None] + causal
+    counts = _counted(acc.shape, given, causal)
     nothing = ~counts.any(-1, keepdims=True)
     largest = np.where(counts, acc, np.iinfo(np.int32).min).max(-1, keepdims=True)
     index = ATTENTION.index(np.where(counts, largest - acc, 0), multiplier.astype(F32).reshape(-1, 1, 1))
@@ -122,6 +116,19 @@ def attention(
     total = (p.astype(np.float64) @ values).astype(np.int64)
     scale = out_multiplier.astype(F32).reshape(-1, 1, 1) / p.sum(-1, keepdims=True, dtype=np.int32).astype(F32)
     return requantize(total, scale, zero_point, low, high, out_dtype).transpose(0, 2, 1, 3).reshape(b, s, -1)
+
+
+def _counted(shape: tuple[int, ...], given: Mapping[str, Array], causal: int | None) -> Array:
+    """bool [B, heads, S, T]: which keys count for a query, by the operands "mask" and "lengths" and by `causal` (see `attention`)."""
+    b, _, s, t = shape
+    counts = np.ones(shape, bool)
+    if "mask" in given:
+        counts &= _batched(given["mask"], b) != 0
+    if "lengths" in given:
+        counts &= np.arange(t) < given["lengths"].reshape(-1, 1, 1, 1)
+    if causal is not None:
+        counts &= np.arange(t) <= np.arange(s)[:, None] + causal
+    return counts
 
 
 def _batched(tensor: Array, b: int) -> Array:
