@@ -294,7 +294,7 @@ def test_an_archive_for_gradle(bundle: Bundle, sysroot: Sysroot, tmp_path: Path)
     check_loadable(tmp_path / "jni" / "arm64-v8a" / "libqc_jni.so", "AArch64", ["libarm64-android.so"])
     exported = {w.split()[-1] for w in run("nm", "-D", "--defined-only", tmp_path / "jni/arm64-v8a/libqc_jni.so").splitlines()}
     assert exported == {f"Java_qcompiler_Network_{name}" for name in ("open", "destroy", "run")}
-    write_aar(tmp_path / "again.aar", bundle.folder / "lib" / "libarm64-android.so", "arm64-android", target, bundle.folder / "include")
+    write_aar(tmp_path / "again.aar", bundle.folder / "lib" / "libarm64-android.so", target, bundle.folder / "include")
     assert (tmp_path / "again.aar").read_bytes() == path.read_bytes()
 
 
@@ -318,7 +318,7 @@ def test_an_archive_without_a_java_compiler(bundle: Bundle, tmp_path: Path, monk
     """Neither the class nor its native half, and the README says so."""
     monkeypatch.setattr(aar.shutil, "which", lambda name: None if name == "javac" else shutil.which(name))
     library = bundle.folder / "lib" / "libarm64-android.so"
-    assert not write_aar(tmp_path / "x.aar", library, "arm64-android", find_target("arm64-android"), bundle.folder / "include")
+    assert not write_aar(tmp_path / "x.aar", library, find_target("arm64-android"), bundle.folder / "include")
     with zipfile.ZipFile(tmp_path / "x.aar") as archive:
         names = archive.namelist()
     assert "classes.jar" not in names and not any("qc_jni" in n for n in names) and f"{PREFAB}/module.json" in names

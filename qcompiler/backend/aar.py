@@ -12,6 +12,7 @@ give the same bytes.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -41,23 +42,24 @@ def api_level(target: Target) -> int:
     return int(found[0]) if found else 24
 
 
-def write_aar(path: Path, library: Path, stem: str, target: Target, headers: Path) -> bool:
-    """Write the archive of a complete library, of the file's name without `lib` and `.so` `stem`. headers: a folder `qcompiler` with them.
+def write_aar(path: Path, library: Path, target: Target, headers: Path) -> bool:
+    """Write the archive of a complete library `libNAME.so`. headers: a folder that has them in its folder `qcompiler`.
 
     Returns whether it has the Java class. Raises TargetError where the native half can't be built.
     """
-    abi, api, name = ABIS[target.architecture], api_level(target), f"lib{stem}.so"
+    abi, api = ABIS[target.architecture], api_level(target)
+    name, symbol = library.name, identifier(library.stem.removeprefix("lib"))
     model = "prefab/modules/model"
     files = {
-        "AndroidManifest.xml": _manifest(identifier(stem), api),
+        "AndroidManifest.xml": _manifest(symbol, api),
         f"jni/{abi}/{name}": library.read_bytes(),
-        "prefab/prefab.json": _json({"schema_version": 2, "name": f"qcompiler_{identifier(stem)}", "version": _version(), "dependencies": []}),
-        f"{model}/module.json": _json({"export_libraries": [], "library_name": f"lib{stem}", "android": {}}),
+        "prefab/prefab.json": _json({"schema_version": 2, "name": f"qcompiler_{symbol}", "version": _version(), "dependencies": []}),
+        f"{model}/module.json": _json({"export_libraries": [], "library_name": library.stem, "android": {}}),
         f"{model}/libs/android.{abi}/abi.json": _json({"abi": abi, "api": api, "ndk": _ndk(target), "stl": "none", "static": False}),
         f"{model}/libs/android.{abi}/{name}": library.read_bytes(),
     }
     files |= {f"{model}/include/{p.relative_to(headers)}": p.read_bytes() for p in (headers / "qcompiler").glob("*.h*")}
-    java = _java(library.with_name(name), target, headers)
+    java = _java(library, target, headers)
     if java is not None:
         files |= {"classes.jar": java[0], f"jni/{abi}/libqc_jni.so": java[1]}
     path.write_bytes(zipped(files))
@@ -66,11 +68,11 @@ def write_aar(path: Path, library: Path, stem: str, target: Target, headers: Pat
 
 def zipped(files: Mapping[str, bytes]) -> bytes:
     """A zip archive, without the time of its making."""
-    with temporary_folder() as folder:
-        with zipfile.ZipFile(folder / "archive", "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in sorted(files.items()):
-                archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-        return (folder / "archive").read_bytes()
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in sorted(files.items()):
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return made.getvalue()
 
 
 def java_class() -> dict[str, bytes] | None:

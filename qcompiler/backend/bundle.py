@@ -135,7 +135,7 @@ def _fill_android(folder: Path, library: Path, target: Target, facts: dict[str, 
     """The archive for Gradle, and the sources of its Java class and native half; returns the README's section about them."""
     shutil.copytree(RUNTIME / "bundle" / "jni", folder / "jni")
     name, archive = identifier(facts["STEM"]), folder / f"{facts['STEM']}.aar"
-    has_class = write_aar(archive, library, facts["STEM"], target, folder / "include")
+    has_class = write_aar(archive, library, target, folder / "include")
     use = "class" if has_class else "no-class"
     facts = facts | {"API": str(api_level(target)), "ABI": ABIS[target.architecture], "AAR": archive.name, "NAME": name}
     return _expand("android.md.in", facts) + _expand(f"android-{use}.md.in", facts)

@@ -1,6 +1,6 @@
-"""Object code of kernels on disk, from one compilation to the next.
+"""Object code on disk, from one compilation to the next: of kernels, entry points and the C runtime.
 
-An entry's name is a digest of all that decides its bytes: the kernel's key, the target, TVM's version and every source file of this installation. So an entry
+An entry's name is a digest of all that decides its bytes: its key, the target, TVM's version and every source file of this installation. So an entry
 is never out of date, only unused; the longest unused go when the folder grows beyond its limit. Each is written beside and renamed, and begins with a digest
 of its own: processes share the folder without locks, and a damaged entry is as good as none.
 """
@@ -42,7 +42,7 @@ def cache_folder() -> Path | None:
 
 
 def cached(key: str, target: Target, make: Callable[[], bytes]) -> bytes:
-    """The object code of the kernel called `key`, kept from an earlier compilation, or made and kept for later ones."""
+    """The object code that is called `key`, which with the target decides it, kept from an earlier compilation, or made and kept for later ones."""
     folder = cache_folder()
     if folder is None:
         return make()
