@@ -6,7 +6,8 @@ zoo.yaml lists packages, model files with their checksums, and what their inputs
 network runs in a process of its own with a limit of time and of memory. Results are in the JSON file after each, so that a run that was stopped
 goes on where it was; --again measures anew what --only selects. Samples to calibrate with and to judge by are others, made from the same recipe.
 
-SQNR: of the worst floating output, over all evaluation samples. int8: the share of the multiplications of the library that int8 steps do.
+SQNR: of the worst floating output, over all evaluation samples. A network that keeps states is fed frames of one
+stream, and every runtime goes on with the states that it left, which are outputs too. int8: the share of the multiplications of the library that int8 steps do.
 A ! behind "compiled": the compiler warned that the outputs lose much.
 of float: ratio of the least times to ONNX Runtime float on one thread, in turns (of LiteRT for its files). NNCF: SQNR of OpenVINO's network quantized on
 the same samples, and its time as a ratio to the same, where installed; ORT: of ONNX Runtime's static quantization. A process that is ended at its limit
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,13 @@ import networks
 import numpy as np
 import yaml
 
+from qcompiler.base.tensor import first_states
+from qcompiler.calibration.frames import without_states
+
 HERE = Path(__file__).resolve().parent
 LIST = HERE / "zoo.yaml"
 CALIBRATION, EVALUATION = 16, 8  # samples
+FRAMES = 64  # of the stream that a network with states is fed instead of a sample
 Array = np.ndarray
 
 
@@ -72,10 +78,10 @@ def audio(rng: np.random.Generator, shape: tuple[int, ...], loudest: float = 0.7
     return (loudest * np.clip(sound, -1, 1)).reshape(shape)
 
 
-def spectrum(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Powers of a sound in decibels, scaled to about -1..1: bands that wander slowly along the axis before the last."""
+def spectrum(rng: np.random.Generator, shape: tuple[int, ...], most: float = 1.0) -> Array:
+    """Powers of a sound in decibels, scaled to -most..most: bands that wander slowly along the axis before the last."""
     walk = np.cumsum(rng.normal(0, 0.08, shape), -2 if len(shape) > 1 else 0)
-    return np.tanh(walk - rng.uniform(-0.3, 0.3) + rng.normal(0, 0.1, shape))
+    return most * np.tanh(walk - rng.uniform(-0.3, 0.3) + rng.normal(0, 0.1, shape))
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0) -> Array:
@@ -103,6 +109,30 @@ def samples(recipe: str | Mapping[str, str], inputs: Any, first: int, count: int
     for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         yield {i.name: made(i.name, rng, i.shape).astype(i.dtype) for i in inputs}
+
+
+def frames(recipe: str | Mapping[str, str], inputs: Any, seed: int) -> list[dict[str, Array]]:
+    """One stream: a sample of which every input is FRAMES times as long, cut along its first axis after that of the batch."""
+    long = [replace(i, shape=(i.shape[0], FRAMES * i.shape[1], *i.shape[2:])) for i in inputs]
+    cut = {name: np.split(x, FRAMES, 1) for name, x in next(samples(recipe, long, seed, 1)).items()}
+    return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
+
+
+def made_for(network: Any, recipe: str | Mapping[str, str]) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
+    """To calibrate with, and to judge by: samples, or the frames of a stream each, without states."""
+    fed = without_states(network.inputs, network.state)
+    if network.state:
+        return frames(recipe, fed, 0), frames(recipe, fed, 1000)
+    return list(samples(recipe, fed, 0, CALIBRATION)), list(samples(recipe, fed, 1000, EVALUATION))
+
+
+def computed(network: Any, run: Callable[[dict[str, Array]], Mapping[str, Array]], given: list[dict[str, Array]]) -> list[Mapping[str, Array]]:
+    """What a runtime makes of every sample, handed the states that it left at the frame before."""
+    states, found = first_states(network.inputs, network.state, network.initial), []
+    for sample in given:
+        found.append(run({**sample, **states}))
+        states = {name: found[-1][output] for name, output in network.state.items()}
+    return found
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------------------------------
@@ -142,7 +172,7 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[
     options: dict[str, Any] = {"input_shapes": entry.get("shapes"), "input_values": entry.get("values"), "outputs": entry.get("outputs", ())}
     try:
         network = load(origin_of(model, options["outputs"]), entry.get("shapes"), input_values=entry.get("values"))
-        calibration = list(samples(entry["made"], network.inputs, 0, CALIBRATION))
+        calibration, evaluation = made_for(network, entry["made"])
         artifact = qcompiler.compile(model, calibration=calibration, preset=preset, **options)
     except QCompilerError as error:
         return {"status": "refused" if isinstance(error, (ModelError, PlanError)) else "failed", "reason": str(error).replace(str(model), model.name)}
@@ -150,13 +180,13 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[
     inside = sum(s["macs"] for s in steps if s["op"].startswith("qc.") and not s["op"].startswith("qc.f32."))
     found: dict[str, Any] = {"status": "compiled", "int8_share": inside / max(1, sum(s["macs"] for s in steps))}
     found |= {"expected_db": artifact.manifest.get("sqnr_db"), "warnings": artifact.manifest.get("warnings", [])}
-    evaluation = list(samples(entry["made"], network.inputs, 1000, EVALUATION))
     fixed = {name: np.asarray(value) for name, value in network.fixed.items()}
     found["runtime"], reference = network.origin.elsewhere().open()
-    wanted = [reference(fixed | s) for s in evaluation]
+    wanted = computed(network, lambda sample: reference(fixed | sample), evaluation)
     with tempfile.TemporaryDirectory() as folder:
         session = qcompiler.Session(artifact.save(Path(folder) / "net.so"), threads=1)
-        found["outputs"] = worst([session.run(s) for s in evaluation], wanted)
+        got = computed(network, session.run, evaluation)
+        found["outputs"], found["steps"] = worst(got, wanted), steps_apart(got, wanted)
         found["sqnr_db"] = min(found["outputs"].values(), default=None)
         calls: dict[str, Callable[[], object]] = {"int8": lambda: session.run(evaluation[0])}
         for attempt in peers_of(model, fixed, calibration, evaluation, Path(folder), calls, found, wanted):
@@ -167,7 +197,7 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[
     return found
 
 
-def worst(got: list[dict[str, Array]], wanted: list[dict[str, Array]]) -> dict[str, float]:
+def worst(got: list[Any], wanted: list[Any]) -> dict[str, float]:
     """dB of every floating output, over all samples."""
     found = {}
     for name in got[0]:
@@ -176,6 +206,12 @@ def worst(got: list[dict[str, Array]], wanted: list[dict[str, Array]]) -> dict[s
             noise = float(((a - b) ** 2).sum())
             found[name] = round(10 * float(np.log10(max((b**2).sum(), 1e-30) / max(noise, 1e-30))), 2)
     return found
+
+
+def steps_apart(got: list[Any], wanted: list[Any]) -> dict[str, int]:
+    """The greatest difference in every output of integers, over all samples."""
+    integers = [name for name in got[0] if wanted[0][name].dtype.kind in "iu"]
+    return {name: max(int(np.abs(a[name].astype(np.int64) - b[name]).max()) for a, b in zip(got, wanted, strict=True)) for name in integers}
 
 
 def peers_of(
@@ -275,6 +311,8 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> str:
         body.append([r["kind"], key, r["status"] + doubtful, *(number(r.get(name), form) for name, form in figures.items())])
     head = ["kind", "network", "", "int8|", "SQNR dB|", "NNCF dB|", "ORT dB|", "of float|", "NNCF|", "ORT|"]
     reasons = [f"{key}: {r['reason']}" for key, r in results.items() if r.get("reason")]
+    apart = {key: r["steps"].values() for key, r in results.items() if r.get("steps")}
+    reasons += [f"{key}: {len(steps)} outputs of integers, at most {max(steps)} from the file's" for key, steps in apart.items()]
     done = [r for r in results.values() if r["status"] == "compiled"]
     return "\n".join([table("", head, body), "", f"{len(done)} of {len(results)} compiled", *reasons])
 

@@ -94,6 +94,17 @@ def relax_op(expr: Any) -> str | None:
     return str(expr.op.name) if isinstance(expr, tvm.ir.Call) and isinstance(expr.op, tvm.ir.Op) else None
 
 
+def slice_ranges(expr: Any) -> list[range] | None:
+    """The places along each axis that a `relax.strided_slice` takes; None where they are computed at run time."""
+    if not all(hasattr(bounds, "fields") for bounds in expr.args[1:]):
+        return None
+    found = [range(d) for d in shape_of(expr.args[0])]
+    axes, begin, end, *rest = ([int(plain(v)) for v in bounds.fields] for bounds in expr.args[1:])
+    for axis, *bounds in zip(axes, begin, end, rest[0] if rest else [1] * len(axes), strict=True):
+        found[axis] = found[axis][slice(*bounds)]
+    return found
+
+
 @dataclass
 class Graph:
     """A module read as named bindings, in execution order. Variables are compared by identity (`same_as`) or by name."""

@@ -42,6 +42,7 @@ from qcompiler.passes.select_kernels import select_kernels
 from qcompiler.passes.simplify import simplify
 from qcompiler.passes.streams import with_copies, with_wide_residuals
 from qcompiler.passes.trained import lost, settled
+from qcompiler.passes.unread_states import unread_states
 from qcompiler.passes.views import views_to_reshape
 from qcompiler.passes.volumes import volumes
 from qcompiler.passes.well_formed import IllFormed, check
@@ -53,6 +54,7 @@ CANONICAL: tuple[Pass, ...] = (
     fold_constants,
     simplify,
     recognise,
+    unread_states,
     simplify,  # what is recognized is spelled with views of its own
     common,
     fold_batch_norm,

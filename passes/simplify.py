@@ -4,6 +4,8 @@
     reshape(reshape(x)), permute_dims(permute_dims(x))                           -->  one
     reshape(permute_dims(reshape(x))) that moves axes of x as they are           -->  permute_dims(x)
     take and gather_nd of every element, in order                                -->  reshape
+    strided_slice(concat(x, y)) that lies within x                               -->  strided_slice(x)
+    strided_slice of everything                                                  -->  x
     where(a constant that is true, or false, everywhere, x, y)                   -->  x, or y
     x / c                                                                        -->  x * (1 / c)
     x - c                                                                        -->  x + (-c)
@@ -24,7 +26,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import const, const_value, dtype_of, is_const, plain, relax_op, shape_of
+from qcompiler.passes.graph import const, const_value, dtype_of, is_const, plain, relax_op, shape_of, slice_ranges
 from qcompiler.passes.rewrite import Rewrite
 from qcompiler.passes.unary import clamp, clamped, join_clamps
 
@@ -160,6 +162,29 @@ def _axes(expr: Any) -> list[int]:
     return [a % rank for a in plain(expr.attrs.axes)] if expr.attrs.axes is not None else list(range(rank - 1, -1, -1))
 
 
+def _slice(rewrite: Rewrite, expr: Any) -> Any:
+    """Exporters stack what belongs together (last states of recurrent layers), and take some of it out again."""
+    x, taken = expr.args[0], slice_ranges(expr)
+    if is_const(x) or taken is None:
+        return None
+    if taken == [range(d) for d in shape_of(x)]:
+        return x
+    joined = rewrite.value(x)
+    if relax_op(joined) != "relax.concat" or 0 in shape_of(expr):
+        return None
+    axis, before = int(joined.attrs.axis) % len(taken), 0
+    rows = taken[axis]
+    for part in joined.args[0].fields:
+        behind = before + shape_of(part)[axis]
+        if rows.step > 0 and before <= rows[0] and rows[-1] < behind:
+            taken[axis] = range(rows[0] - before, rows[-1] + 1 - before, rows.step)
+            begin, end, strides = ([getattr(t, bound) for t in taken] for bound in ("start", "stop", "step"))
+            forwards = all(t.step > 0 for t in taken) and not is_const(part)
+            return relax.op.strided_slice(part, list(range(len(taken))), begin, end, strides) if forwards else None
+        before = behind
+    return None
+
+
 def _astype(rewrite: Rewrite, expr: Any) -> Any:
     return expr.args[0] if not is_const(expr.args[0]) and dtype_of(expr.args[0]) == dtype_of(expr) else None
 
@@ -182,6 +207,7 @@ _RULES: dict[str, Callable[[Rewrite, Any], Any]] = {
     **dict.fromkeys(["relax.nn.avg_pool1d", "relax.nn.avg_pool2d", "relax.nn.avg_pool3d"], _avg_pool),
     "relax.reshape": _reshape,
     "relax.permute_dims": _permute,
+    "relax.strided_slice": _slice,
     "relax.astype": _astype,
     "relax.where": _where,
     **dict.fromkeys(["relax.take", "relax.gather_nd"], _gather),

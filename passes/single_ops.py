@@ -15,7 +15,7 @@ import numpy as np
 from tvm import relax
 
 from qcompiler.base.selection import MAX_BOXES, count_boxes
-from qcompiler.passes.graph import arguments, const_value, is_const, plain, relax_op, shape_of
+from qcompiler.passes.graph import arguments, const_value, is_const, plain, relax_op, shape_of, slice_ranges
 
 
 @dataclass(frozen=True)
@@ -110,22 +110,14 @@ def _transpose(expr: Any) -> Described:
 
 
 def _slice(expr: Any) -> Described | str:
-    shape = shape_of(expr.args[0])
-    axes, begins, ends = ([int(plain(v)) for v in t.fields] if hasattr(t, "fields") else None for t in expr.args[1:4])
-    if axes is None or begins is None or ends is None:
+    taken = slice_ranges(expr)
+    if taken is None:
         return "a slice whose bounds are computed at run time has no int8 kernel"
-    steps = [int(plain(v)) for v in expr.args[4].fields] if len(expr.args) > 4 else [1] * len(axes)
-    if min(steps) < 0:
-        chosen: list[np.ndarray | None] = [None] * len(shape)
-        for axis, first, last, step in zip(axes, begins, ends, steps, strict=True):
-            chosen[axis] = np.arange(shape[axis])[slice(first, last, step)]
+    if any(t.step < 0 for t in taken):
+        chosen = [None if t == range(d) else np.array(t, np.int64) for t, d in zip(taken, shape_of(expr.args[0]), strict=True)]
         return "an empty slice has no int8 kernel" if any(c is not None and not c.size for c in chosen) else _selection(expr, chosen)
-    begin, end, strides = [0] * len(shape), list(shape), [1] * len(shape)
-    for axis, first, last, step in zip(axes, begins, ends, steps, strict=True):
-        axis %= len(shape)
-        begin[axis], end[axis], strides[axis] = *slice(first, last).indices(shape[axis])[:2], step
-        end[axis] = max(end[axis], begin[axis])
-    return Described("slice", [expr.args[0]], {"begin": begin, "end": end, "strides": strides})
+    bounds = {"begin": [t.start for t in taken], "end": [max(t.start, t.stop) for t in taken], "strides": [t.step for t in taken]}
+    return Described("slice", [expr.args[0]], bounds)
 
 
 _BORDERS = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # Relax's names of a padding's mode, and numpy's

@@ -427,6 +427,14 @@ def test_zoo(script: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, again)
     assert first.dtype == np.float32 and -1 <= first.min() < first.max() <= 1
     assert (next(zoo.samples({"x": "equal 3"}, [port], 0, 1))["x"] == 3).all()
+    state = TensorInfo("h", (1, 2), "float32")
+    net = argparse.Namespace(inputs=[TensorInfo("f", (1, 2, 5), "int8"), state], state={"h": "next"}, initial={"h": 3})
+    fed, _ = zoo.made_for(net, "spectrum 127")
+    whole = next(zoo.samples("spectrum 127", [TensorInfo("f", (1, 2 * zoo.FRAMES, 5), "int8")], 0, 1))["f"]
+    np.testing.assert_array_equal(np.concatenate([frame["f"] for frame in fed], 1), whole, "frames are one stream")
+    kept = zoo.computed(net, lambda frame: {"next": frame["h"] + frame["f"][:, :, 0]}, fed)
+    np.testing.assert_array_equal(kept[-1]["next"], 3 + sum(frame["f"][:, :, 0].astype(np.float32) for frame in fed), "states go on")
+    assert zoo.steps_apart([{"a": np.int8([[-128, 1]])}], [{"a": np.int8([[127, 1]])}]) == {"a": 255}
     node = onnx.helper.make_node("NonZero", ["x"], ["y"])
     ports = [onnx.helper.make_tensor_value_info(n, t, s) for n, t, s in (("x", 1, [1, 3, 8, 8]), ("y", 7, [4, "n"]))]
     data = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ports[:1], ports[1:])).SerializeToString()

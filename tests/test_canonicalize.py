@@ -191,6 +191,11 @@ def one(value: float) -> Any:
     return const(np.float32(value))
 
 
+def joined(emit: Any, x: Any) -> Any:
+    """x, exp(x) and a constant, side by side along channels."""
+    return emit("joined", op.concat([x, emit("e", op.exp(x)), randoms(1, 4, 8, 8)], 1))
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -211,6 +216,14 @@ def one(value: float) -> Any:
         (lambda e, x: (lambda r: [e("y", op.clip(r, 0.0, 6.0)), r])(e("a", op.nn.relu(x))), ["relu", "clip"]),
         (lambda e, x: e("y", op.add(x, const(np.zeros((2, 1, 1, 1), np.float32)))), ["add"]),  # broadcasts
         (lambda e, x: e("y", op.divide(one(1), e("a", op.exp(x)))), ["exp", "divide"]),
+        (lambda e, x: e("y", op.nn.relu(e("s", op.strided_slice(x, [1, -1], [-9, 0], [4, 99])))), ["relu"]),
+        (lambda e, x: e("y", op.strided_slice(joined(e, x), [1], [4], [8])), ["exp"]),
+        (lambda e, x: e("y", op.strided_slice(joined(e, x), [1, 2], [5, 1], [8, 7], [2, 3])), ["exp", "strided_slice"]),
+        (lambda e, x: e("y", op.strided_slice(joined(e, x), [-3], [-7], [-5])), ["exp", "strided_slice"]),
+        (lambda e, x: e("y", op.strided_slice(joined(e, x), [1], [3], [5])), ["exp", "concat", "strided_slice"]),
+        (lambda e, x: e("y", op.strided_slice(joined(e, x), [1], [3], [0], [-1])), ["exp", "concat", "strided_slice"]),
+        (lambda e, x: e("y", op.strided_slice(joined(e, x), [1], [8], [9])), ["exp", "concat", "strided_slice"]),  # of a constant
+        (lambda e, x: e("y", op.strided_slice(e("t", op.concat([joined(e, x), x], 1)), [1], [6], [7])), ["exp", "strided_slice"]),
     ],
 )
 def test_simplify(make: Callable[..., Any], expected: list[str]) -> None:

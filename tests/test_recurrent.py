@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx_nets import OnnxNet
 from recurrent_nets import feeds, network, saved
 
 import qcompiler
 from qcompiler.base.errors import ModelError
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.passes.graph import Graph, match_op
 from qcompiler.verification import interpreter
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -104,3 +107,24 @@ def test_what_keeps_a_layer_in_float(tmp_path: Path) -> None:
     far = [{**s, "h": s["h"] * 5} for s in samples]
     manifest = qcompiler.compile(path, calibration=far, preset="fast").manifest
     assert any("its initial state reaches" in f["reason"] and f["op"] == "GRU" for f in manifest["float_ops"])
+
+
+@pytest.mark.parametrize(("op", "taken", "finals"), [("GRU", [-1], [0, 1]), ("LSTM", [-1], [0, 1]), ("LSTM", [0, 1], [1, 1]), ("GRU", [0], [1])])
+def test_stacked_last_states(op: str, taken: list[int], finals: list[int], tmp_path: Path) -> None:
+    """PyTorch stacks the last states of all layers; a layer of which none is taken out again hands out none, and has integers for a result."""
+    net = OnnxNet(seed=4)
+    y, states = net.input("x", 5, 1, 6), []
+    for width in (6, 7):
+        rows = {"GRU": 3, "LSTM": 4}[op] * 7
+        operands = [net.weight(1, rows, k) for k in (width, 7)]
+        y, h, *_ = net.op(op, y, *operands, net.weight(1, 2 * rows), hidden_size=7, outputs=3 if op == "LSTM" else 2)
+        states.append(h)
+        y = net.op("Reshape", y, net.ints(5, 1, 7))
+    parts = [net.op("Gather", net.op("Concat", *states, axis=0), net.ints(at), axis=0) for at in taken]
+    path = net.save(tmp_path / "stacked.onnx", [net.op("MatMul", net.op("Concat", *parts, axis=-1), net.weight(7 * len(parts), 3))])
+    found = [own for _, expr in Graph.of(load(path).module).bindings if (own := match_op(expr))]
+    assert [own[2]["finals"] for own in found if own[0] == "qc.f32.recurrence"] == finals
+    inputs = feeds(onnx.load(path), 3)
+    got = interpreter.run(load(path).module, inputs)
+    for output, wanted in by_onnxruntime(path, inputs).items():
+        np.testing.assert_allclose(got[output], wanted, atol=3e-6)
