@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 from recurrent_nets import feeds, network, saved
 
 import qcompiler
@@ -14,6 +15,7 @@ from qcompiler.backend.artifact import RUNTIME
 from qcompiler.base.errors import DataError, ModelError
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
+from qcompiler.importers.states import KEY
 from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.stages import compile_float
 from qcompiler.runtime.library import CHECKSUM_MAGIC, checksum
@@ -121,6 +123,27 @@ BAD = [
 def test_states_that_do_not_fit(state: dict[str, str], message: str, folder: Path) -> None:
     with pytest.raises(ModelError, match=message):
         load(folder / "model.onnx", state=state)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ("{", "its metadata 'qcompiler.states' is damaged"),
+        ('["x"]', "is damaged"),
+        ('{"x": {"output": "y"}}', "is damaged"),
+        ('{"x": {"output": "y", "initial": [[1], [2, 3]]}}', "is damaged"),
+        ('{"x": {"output": "z", "initial": 0}}', "there is no output 'z'"),
+        ('{"x": {"output": "y", "initial": [1, 2, 3]}}', r"has shape \[2\], and its first value \[3\]"),
+        ('{"x": {"output": "y", "initial": 300}}', "state 'x' holds int8, and its first value does not"),
+    ],
+)
+def test_states_that_a_model_declares_wrongly(declared: str, message: str) -> None:
+    ports = [[helper.make_tensor_value_info(n, TensorProto.INT8, [2])] for n in ("x", "y")]
+    model = helper.make_model(helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", *ports), opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    model.metadata_props.add(key=KEY, value=declared)
+    with pytest.raises(ModelError, match=message):
+        load(model)
 
 
 def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,8 +118,12 @@ def _check_states(where: str, states: States, inputs: Sequence[TensorInfo], outp
                 f"{where}: state '{'='.join(pair)}': the input is {into.dtype} {list(into.shape)} and the output {out.dtype} {list(out.shape)}; "
                 "a state is the next call's input, so both must be the same"
             )
-        if np.shape(states.initial.get(pair[0], 0)) not in ((), into.shape):
-            raise ModelError(f"{where}: state '{pair[0]}' has shape {list(into.shape)}, and its first value {list(np.shape(states.initial[pair[0]]))}")
+        try:
+            shape = np.asarray(states.initial.get(pair[0], 0), into.dtype).shape
+        except (OverflowError, ValueError, TypeError) as error:
+            raise ModelError(f"{where}: state '{pair[0]}' holds {into.dtype}, and its first value does not ({error})") from error
+        if shape not in ((), into.shape):
+            raise ModelError(f"{where}: state '{pair[0]}' has shape {list(into.shape)}, and its first value {list(shape)}")
     twice = next((o for o in state.values() if list(state.values()).count(o) > 1), None)
     if twice is not None:
         raise ModelError(f"{where}: output '{twice}' is given as the state of two inputs; each state has an output of its own")

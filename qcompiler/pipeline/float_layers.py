@@ -20,7 +20,7 @@ import numpy as np
 
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.halves import candidates, costs, operands, with_halves
-from qcompiler.pipeline.stages import QuantizedNetwork, State, integer_network, remembered
+from qcompiler.pipeline.stages import Findings, QuantizedNetwork, integer_network, remembered
 from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import Network, Point, Wide, first_below
@@ -54,7 +54,7 @@ def relative_noise(db: float) -> float:
 def _estimate(network: QuantizedNetwork) -> float:
     """Noise over power of the worst output."""
 
-    def found() -> State:
+    def found() -> Findings:
         survey = Survey(network, network.integer)
         return {"noise": np.array([survey.estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))])}
 

@@ -20,7 +20,7 @@ import numpy as np
 from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
 from qcompiler.pipeline.scoring import ErrorSums
-from qcompiler.pipeline.stages import Corrected, Found, State, remembered
+from qcompiler.pipeline.stages import Corrected, Findings, Found, remembered
 from qcompiler.pipeline.survey import Survey
 
 _SAMPLES = 8
@@ -48,7 +48,7 @@ def _unseen(corrected: Corrected, scores: Scores) -> float:
     """Noise over power that other samples may lead to."""
     measured = corrected.network.measured
 
-    def found() -> State:
+    def found() -> Findings:
         survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
         seen, unseen = (survey.errors(twin, _samples(corrected), ends)[1] for ends in (None, measured.ends))
         return {"seen": seen, "unseen": unseen}
@@ -62,7 +62,7 @@ def _scores(corrected: Corrected) -> Scores:
     anything."""
     network, measured = corrected.network, corrected.network.measured
 
-    def estimated() -> State:
+    def estimated() -> Findings:
         power, noise = Survey(network, corrected.integer).errors(measured.twin.session(), _samples(corrected))
         return {"power": power, "noise": noise}
 
@@ -71,12 +71,12 @@ def _scores(corrected: Corrected) -> Scores:
     return _remembered(corrected, name, find, lambda state: Scores(*_told(state["power"], state["noise"])))
 
 
-def _remembered(corrected: Corrected, name: str, find: Callable[[], State], read: Callable[[State], Found]) -> Found:
+def _remembered(corrected: Corrected, name: str, find: Callable[[], Findings], read: Callable[[Findings], Found]) -> Found:
     network = corrected.network
     return remembered(network.job, name, [network.plan.digest, network.measured.table.digest], find, read)
 
 
-def _run(corrected: Corrected) -> State:
+def _run(corrected: Corrected) -> Findings:
     """power, noise: as `Scores` has them, by code for this machine."""
     measured, job = corrected.network.measured, corrected.network.job
     twin, session = measured.twin.session(), corrected.host_code().session()
@@ -113,11 +113,11 @@ def _costs(corrected: Corrected) -> dict[str, float]:
     """Relative noise at the worst output of each rounding that is left in a network, as people call it."""
     network = corrected.network
 
-    def found() -> State:
+    def found() -> Findings:
         alone = Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW)
         return {f"{kind}/{name}": noise for kind in ("values", "weights") for name, noise in getattr(alone, kind).items()}
 
-    def largest(state: State) -> dict[str, float]:
+    def largest(state: Findings) -> dict[str, float]:
         return {key: float(noise.max()) for key, noise in state.items()}
 
     costs = {}

@@ -138,7 +138,7 @@ def compared(equalized: Equalized) -> ImportCheck:
     job = equalized.job
     other, model = job.model.origin.elsewhere(), job.model
 
-    def find() -> State:
+    def find() -> Findings:
         session = equalized.float_code().session()
         give_back()  # what import and lowering took
         found = check_import(other, session, itertools.islice(job.samples, 1), model.exactness, model.fixed, model.rounded)
@@ -173,11 +173,11 @@ def observe(
     return table
 
 
-State = dict[str, np.ndarray]
+Findings = dict[str, np.ndarray]  # as a stored calibration keeps them
 Found = TypeVar("Found")
 
 
-def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], State], read: Callable[[State], Found]) -> Found:
+def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], Findings], read: Callable[[Findings], Found]) -> Found:
     """What `read` makes of what `find` finds by looking at samples, or of what a stored calibration knows of it. decisive: what it depends on, beside the
     model, the samples and the recipe's numbers. Raises DataError for a stored calibration that `read` can't read."""
     recipe = dataclasses.replace(job.recipe, steps=frozenset())
@@ -235,14 +235,14 @@ class Measured:
         if new:
             job = self.job
 
-            def judged() -> State:
+            def judged() -> Findings:
                 count = job.alike.count or self.table.samples
                 noise = output_noise(self.twin.session(), new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding)
                 return {name: np.array([*by_observer.values()]) for name, by_observer in noise.items()}
 
             decisive = [self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
 
-            def pairs(found: State) -> dict[str, tuple[Proposals, dict[str, float]]]:
+            def pairs(found: Findings) -> dict[str, tuple[Proposals, dict[str, float]]]:
                 return {name: (p, dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {}) for name, p in new.items()}
 
             self._noise |= remembered(job, "ranges", decisive, judged, pairs)
@@ -395,7 +395,7 @@ class _Bench:
         self._network = network
         self._executor: SessionExecutor | None = None
 
-    def attempt(self, change: Callable[..., Correction], integer: tvm.IRModule, others: Sequence[tvm.IRModule], limit: int) -> State:
+    def attempt(self, change: Callable[..., Correction], integer: tvm.IRModule, others: Sequence[tvm.IRModule], limit: int) -> Findings:
         """`change` tried on so many samples, and left in force where it is kept."""
         measured, job = self._network.measured, self._network.job
         self.here = here = self.here or build(integer, find_target("native"), "generate host code", others=others, progress=job.progress)
