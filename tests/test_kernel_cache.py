@@ -58,6 +58,16 @@ def test_a_damaged_entry_is_made_anew(folder: Path, damage: Callable[[bytes], by
     assert cached("k", TARGET, lambda: code) == code == cached("k", TARGET, unmade)
 
 
+def test_a_folder_that_others_fill_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("k", TARGET, lambda: b"code")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cached("k", TARGET, unmade) == b"code"
+
+
 def test_targets_and_keys_have_entries_of_their_own(folder: Path) -> None:
     for target in ("x86-avx2", "x86-avx512", "arm64-neon"):
         for key in ("a", "b"):

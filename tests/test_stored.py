@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from onnx_nets import OnnxNet
 
 import qcompiler
 from qcompiler.base.errors import DataError, PlanError
-from qcompiler.calibration.stored import StoredSamples, open_source
+from qcompiler.calibration.stored import StoredSamples, _digest, open_source
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.pipeline.explain import Explanation
@@ -121,13 +123,69 @@ def test_what_cannot_be_stored_or_read(stored: Path, data: Path, tmp_path: Path,
 
 
 def test_findings_that_are_none(stored: Path, tmp_path: Path) -> None:
-    """A file whose arrays are whole, and one of whose findings says nothing that its reader knows."""
-    damaged = tmp_path / "d.qcal"
-    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(damaged, "w") as new:
-        for member in old.namelist():
-            new.writestr(member, old.read("pass/calibrate/table.npy" if member.startswith("pass/import ") and "/table" not in member else member))
+    """A file whose arrays are whole, and one of whose findings says nothing that its reader knows, with a digest that fits."""
+    (table,) = (n for n in zipfile.ZipFile(stored).namelist() if n.startswith("pass/import ") and "/table" in n)
+    other = _array(b"[]")
+
+    def meant(member: bytes) -> bytes:
+        meta = json.loads(np.load(io.BytesIO(member)).tobytes())
+        (name,) = (n for n in meta["passes"] if n.startswith("import "))
+        (key,) = meta["passes"][name]["watchers"][0]
+        content = np.load(io.BytesIO(zipfile.ZipFile(stored).read(table))).tobytes()
+        meta["passes"][name]["digest"] = _digest(name, content, [{key: np.load(io.BytesIO(other))}])
+        return _array(json.dumps(meta).encode())
+
+    _edit(stored, tmp_path / "d.qcal", {table.replace("/table", "/0/0"): lambda _: other, "meta.npy": meant})
     with pytest.raises(DataError, match=r"d\.qcal: pass 'import [0-9a-f]{16}': can't be read as \.qcal"):
-        qcompiler.compile(MODEL, calibration=damaged)
+        qcompiler.compile(MODEL, calibration=tmp_path / "d.qcal")
+
+
+@pytest.mark.parametrize("edited", ["pass/calibrate/table", "pass/calibrate/0", "pass/import", "pass/judge", "pass/measure channels/0"])
+def test_a_pass_that_is_not_what_was_stored_is_refused(edited: str, stored: Path, tmp_path: Path) -> None:
+    """What a pass saw is not computed again, so it has a digest of its own; the table of an edited pass still reads as one."""
+    found = [n for n in zipfile.ZipFile(stored).namelist() if n.startswith(edited)]
+    assert found
+    _edit(stored, tmp_path / "e.qcal", {found[0]: _digits_swapped})
+    with pytest.raises(DataError, match=r"e\.qcal: pass '.*' is not what was stored"):
+        qcompiler.compile(MODEL, calibration=tmp_path / "e.qcal")
+
+
+def test_passes_of_a_file_without_their_digests_are_made_again(stored: Path, data: Path, tmp_path: Path) -> None:
+    def older(member: bytes) -> bytes:
+        meta = json.loads(np.load(io.BytesIO(member)).tobytes())
+        return _array(json.dumps({**meta, "passes": {n: {k: v for k, v in p.items() if k != "digest"} for n, p in meta["passes"].items()}}).encode())
+
+    _edit(stored, tmp_path / "o.qcal", {"meta.npy": older})
+    assert bytes_of(tmp_path / "o.qcal", preset="fast") == bytes_of(data, preset="fast")
+
+
+def test_samples_that_are_numbers_are_stored(tmp_path: Path) -> None:
+    net = OnnxNet()
+    y = net.op("Mul", net.op("Relu", net.op("MatMul", net.input("x", 1, 16), net.weight(16, 16))), net.input("gain"))
+    model = net.save(tmp_path / "n.onnx", [net.op("MatMul", y, net.weight(16, 8))])
+    samples = [{"x": net.rng.standard_normal((1, 16)).astype(np.float32), "gain": np.float32(1 + i)} for i in range(4)]
+    qcompiler.calibrate(model, tmp_path / "n.qcal", samples)
+    made = [_saved(qcompiler.compile(model, calibration=c)) for c in (samples, tmp_path / "n.qcal")]
+    assert made[0] == made[1]
+
+
+def _edit(stored: Path, into: Path, edits: Mapping[str, Callable[[bytes], bytes]]) -> None:
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(into, "w") as new:
+        for member in old.namelist():
+            new.writestr(member, edits.get(member, bytes)(old.read(member)))
+
+
+def _digits_swapped(member: bytes) -> bytes:
+    """Another array of the same type and shape, and JSON where it was JSON."""
+    array = np.load(io.BytesIO(member))
+    plain = array.reshape(-1).view(np.uint8)
+    return _array(np.where((plain >= 48) & (plain < 57), plain + 1, np.where(plain == 57, 49, plain)) if array.dtype == np.uint8 else array + 1)
+
+
+def _array(content: bytes | np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content)
+    return stream.getvalue()
 
 
 def _inputs() -> Any:

@@ -74,9 +74,10 @@ def trim(limit: int = LIMIT) -> None:
 def _read(path: Path) -> bytes | None:
     try:
         content = read_regular(path)
-        os.utime(path)  # used now
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # a folder that others fill, which may be read alone
+        os.utime(path)  # used now
     return content[_DIGEST:] if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST] else None
 
 

@@ -90,13 +90,15 @@ class StoredSamples:
         return damage(self._path, SUFFIX, f"pass '{name}'")
 
     def known(self, name: str, key: str) -> Pass | None:
-        """The pass of that name, where the file has it and nothing that decides it differs."""
+        """The pass of that name, where the file has it and nothing that decides it differs. Raises DataError where it is not what was stored."""
         entry = self._passes.get(name)
-        if entry is None or entry.get("key") != key:
+        if entry is None or entry.get("key") != key or "digest" not in entry:
             return None
         with self.reading(name), self._arrays() as array:
-            table = CalibrationTable.from_json(array(entry["table"]).tobytes().decode(), str(self._path))
-            return Pass(key, table, [{k: array(member) for k, member in state.items()} for state in entry["watchers"]])
+            table, states = array(entry["table"]).tobytes(), [{k: array(member) for k, member in state.items()} for state in entry["watchers"]]
+            if _digest(name, table, states) != entry["digest"]:
+                raise DataError(f"{self._path}: pass '{name}' is not what was stored (its digest differs); calibrate again")
+            return Pass(key, CalibrationTable.from_json(table.decode(), str(self._path)), states)
 
     def __iter__(self) -> Iterator[Sample]:
         digest = hashlib.sha256()
@@ -189,7 +191,7 @@ def save(
 
         def put(name: str, array: np.ndarray) -> str:
             stream = io.BytesIO()
-            np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+            np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)  # a number stays one
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), stream.getvalue(), zipfile.ZIP_DEFLATED, 4)
             return name
 
@@ -207,7 +209,9 @@ def save(
         described: dict[str, Any] = {}
         for name, seen in passes.items():
             states = [{k: put(f"pass/{name}/{i}/{j}", state[k]) for j, k in enumerate(state)} for i, state in enumerate(seen.watchers)]
-            described[name] = {"key": seen.key, "table": text(f"pass/{name}/table", seen.table.to_json()), "watchers": states}
+            table = seen.table.to_json()
+            told = _digest(name, table.encode(), seen.watchers)
+            described[name] = {"key": seen.key, "table": text(f"pass/{name}/table", table), "watchers": states, "digest": told}
         first, *more = ([{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in form] for form in (inputs, *others))
         meta = {"format": FORMAT, "model": model, "samples": len(which), "digest": digest.hexdigest(), "passes": described, "inputs": first}
         text("meta", json.dumps(meta | ({"shapes": more, "which": which} if more else {})))
@@ -216,6 +220,11 @@ def save(
 
 def _described(form: Sequence[TensorInfo]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
     return tuple((i.name, tuple(i.shape), i.dtype) for i in form)
+
+
+def _digest(name: str, table: bytes, states: Sequence[Mapping[str, np.ndarray]]) -> str:
+    """Of what a pass saw."""
+    return hashlib.sha256(b"\0".join([name.encode(), table, *map(_bytes, states)])).hexdigest()
 
 
 def _bytes(sample: Mapping[str, np.ndarray]) -> bytes:

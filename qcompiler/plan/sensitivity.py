@@ -199,7 +199,7 @@ class Walk:
             return self._errors(len(self._steps))
 
     def _round(self, name: str, params: QParams) -> None:
-        view = self._context.view(name)
+        view = np.atleast_1d(self._context.view(name))  # of a number too
         least, most = LIMITS[params.dtype]
         with np.errstate(over="ignore", invalid="ignore"):  # in float32, as kernels do, and many times as fast as by way of integers
             stored = np.rint(view * np.float32(1 / params.scale))
