@@ -114,6 +114,7 @@ def others(storage: str) -> list[Case]:
     transposed = [rng.integers(-127, 128, (32, 2, 2, 64)).astype(np.int8), np.zeros(32, np.int32), np.full(32, 1e-4, np.float32)]
     geometry = {"strides": [2, 2], "padding": [0] * 4, "output_padding": [0, 0], "dilation": [1, 1], "groups": 1}
     image, small = (1, 56, 56, 96), (1, 28, 28, 64)
+    mirrored = [1, *range(56), 54]
     rows: list[tuple[str, list[tuple[int, ...]], list[np.ndarray], dict[str, Any], tuple[int, ...]]] = [
         ("qc.dense", [(1, 1280)], [weight, bias, multiplier], dense, (1, 1000)),
         ("qc.conv2d_transpose", [small], transposed, geometry | {"x_zero_point": -3, **bounds}, (1, 56, 56, 32)),
@@ -130,6 +131,7 @@ def others(storage: str) -> list[Case]:
         ("qc.transpose", [(1, 128, 12, 64)], [], {"axes": [0, 2, 1, 3]}, (1, 12, 128, 64)),
         ("qc.slice", [image], [], {"begin": [0, 0, 0, 48], "end": list(image), "strides": [1] * 4}, (1, 56, 56, 48)),
         ("qc.pad", [image], [], {"pads": [[0, 0], [1, 1], [1, 1], [0, 0]], "value": -128}, (1, 58, 58, 96)),
+        ("qc.select", [image], [], {"indices": [[], mirrored, mirrored, []]}, (1, 58, 58, 96)),
     ]
     cases = []
     for name, shapes, constants, attrs, output in rows:

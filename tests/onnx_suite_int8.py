@@ -51,7 +51,7 @@ def joined(models: dict[str, FloatModel]) -> FloatModel:
 
     sources = {f"{name}/{k}": v for name, model in models.items() for k, v in model.sources.items()}
     readers = {f"{name}/{k}": [f"{name}/{r}" for r in v] for name, model in models.items() for k, v in model.readers.items()}
-    return FloatModel(merged(models), ports("inputs"), ports("outputs"), "suite", "", sources, readers, OnnxFile(Path("suite.onnx")), math.inf)
+    return FloatModel(merged(models), ports("inputs"), ports("outputs"), "suite", "", sources, readers, OnnxFile(Path("suite.onnx")), math.inf, frozenset())
 
 
 def int8_verdicts(names: Sequence[str], folder: Path) -> dict[str, str]:

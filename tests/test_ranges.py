@@ -203,7 +203,7 @@ def test_a_clamp_ends_a_margin() -> None:
 def test_the_plan_takes_the_judges_word(network: QuantizedNetwork) -> None:
     plan, noise = network.plan, network.measured.noise(network.plan.proposals)
     judged = [v for v in noise if isinstance(plan.edges[v], Edge)]
-    assert len(judged) > 3 and set(noise) < set(plan.proposals), "only behind half of the work"
+    assert len(judged) > 3 and set(noise) == set(plan.proposals), "all of so small a network"
     for value in judged:
         edge = plan.edges[value]
         assert (isinstance(edge, Edge) and "least error at the network's outputs" in edge.reason) or len(plan.proposals[value].params) == 1

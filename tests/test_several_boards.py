@@ -68,14 +68,18 @@ def shared(place: Path, library: Path, stop: threading.Event | None = None) -> A
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, *names: str, after: int = 2) -> dict[str, int]:
-    """Boards that are lost at their run number `after`; how many runs each has begun."""
+    """Boards that are lost behind their run number `after`; how many runs each has begun. The others begin no later one before all of them are lost."""
     runs: dict[str, int] = {}
+    lost = {name: threading.Event() for name in names}
 
     def run(self: BoardSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         name = self.device.board.name
         runs[name] = runs.get(name, 0) + 1
-        if name in names and runs[name] > after:
+        if runs[name] > after and name in names:
+            lost[name].set()
             raise BoardLost(f"board '{name}': the connection is lost")
+        if runs[name] > after:
+            assert all(event.wait(60) for event in lost.values())
         return one(self, inputs)
 
     one = BoardSession.run

@@ -23,7 +23,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"can't be read: {error.strerror or error}") from error
     if len(data) > _LIMIT:
         raise ValueError(f"is too large: {len(data)} bytes, at most {_LIMIT} are supported")
-    depth = 0
+    depth, too_deep = 0, "is nested too deeply"
     try:
         for event in yaml.parse(data, _LOADER):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -32,5 +32,6 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         else:
             return yaml.load(data, _LOADER)
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:  # dates and numbers are converted as they come
-        raise ValueError(f"can't be read as YAML: {' '.join(str(error).split())}") from error
-    raise ValueError("is nested too deeply" if depth > _DEPTH else "uses an alias (*name); write the value out where it is used")
+        reason = " ".join(str(error).split())
+        raise ValueError(too_deep if "nesting depth" in reason else f"can't be read as YAML: {reason}") from error  # libyaml reads ahead to its own limit
+    raise ValueError(too_deep if depth > _DEPTH else "uses an alias (*name); write the value out where it is used")
