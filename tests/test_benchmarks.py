@@ -429,7 +429,7 @@ def test_zoo(script: Any, tmp_path: Path) -> None:
     assert (next(zoo.samples({"x": "equal 3"}, [port], 0, 1))["x"] == 3).all()
     state = TensorInfo("h", (1, 2), "float32")
     net = argparse.Namespace(inputs=[TensorInfo("f", (1, 2, 5), "int8"), state], state={"h": "next"}, initial={"h": 3})
-    fed, _ = zoo.made_for(net, "spectrum 127")
+    fed, _ = zoo.made_for(net, "spectrum 127", 8)
     whole = next(zoo.samples("spectrum 127", [TensorInfo("f", (1, 2 * zoo.FRAMES, 5), "int8")], 0, 1))["f"]
     np.testing.assert_array_equal(np.concatenate([frame["f"] for frame in fed], 1), whole, "frames are one stream")
     kept = zoo.computed(net, lambda frame: {"next": frame["h"] + frame["f"][:, :, 0]}, fed)
@@ -441,8 +441,10 @@ def test_zoo(script: Any, tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "some_nets-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("nets/a.onnx", data)
+    files = [{"file": f} for f in ("a/x.onnx", "b/x.onnx", "a/y.onnx")]
+    assert [key for key, *_ in zoo.listed([{"package": "p==1", "models": files}])] == ["p==1 a/x.onnx", "p==1 b/x.onnx", "p==1 y.onnx"]
     entry = {"file": "nets/a.onnx", "sha256": hashlib.sha256(data).hexdigest(), "kind": "test", "made": "image"}
-    options = argparse.Namespace(cache=tmp_path, seconds=120.0, gigabytes=16.0, preset="fast")
+    options = argparse.Namespace(cache=tmp_path, seconds=120.0, gigabytes=16.0, preset="fast", evaluation=2)
     found = zoo.in_child("some-nets==1.0", entry, options)
     assert found["status"] == "refused" and "NonZero" in found["reason"] and "refused" in zoo.rows({"a": {"kind": "test", **found}})
     zoo.written(tmp_path / "some.json", {"status": "compiled", "sqnr_db": 31.0})
