@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -37,7 +38,7 @@ NATIVE = find_target("native")
 
 @dataclass
 class AwayRow(FaultyRow):
-    """As `FaultyRow`, of kinds that only a process other than this one can't build: "crash" ends it, "hang" never returns."""
+    """As `FaultyRow`, of kinds that only a process other than this one can't build: "crash" ends it, "hang" never returns, "full" finds no room on its disk."""
 
     default_kind: str = "copy"
     kinds: tuple[str, ...] = ("copy", "backwards", "crash")
@@ -51,7 +52,9 @@ class AwayRow(FaultyRow):
             os.kill(os.getpid(), signal.SIGSEGV)
         if os.getpid() != self.home and params["kind"] == "hang":
             time.sleep(3600)
-        return super().build(op, {**params, "kind": {"crash": "outside", "hang": "wrong"}.get(params["kind"], params["kind"])}, target)
+        if os.getpid() != self.home and params["kind"] == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().build(op, {**params, "kind": {"crash": "outside", "hang": "wrong", "full": "wrong"}.get(params["kind"], params["kind"])}, target)
 
 
 def task(row: FaultyRow, *shape: int) -> Task:
@@ -90,6 +93,14 @@ def test_an_end_in_the_middle_waits_for_nothing(monkeypatch: pytest.MonkeyPatch)
         begin = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - begin < 20 and not children()
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "cores", lambda: 1)
+    with contextlib.closing(libraries(search(AwayRow(kinds=("copy", "backwards", "full"))), NATIVE, 3, lambda: 1 << 20)) as made:
+        (found,) = made
+    assert [p["kind"] for p in found.points] == ["copy", "backwards"] and found.data
+    assert len(found.failed) == 1 and "No space left on device" in found.failed[0]
 
 
 def test_a_process_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def serve(pipe: Connection, threads: int) -> None:
         if question[0] == "library":
             try:
                 pipe.send(("done", {"library": candidate_library(*question[1:])}))
-            except (ValueError, RuntimeError, TypeError, QCompilerError) as error:
+            except (ValueError, RuntimeError, TypeError, OSError, QCompilerError) as error:  # OSError: a full disk, say
                 pipe.send(("done", {"error": str(error)[:500]}))
             continue
         if question[0] == "sums":
