@@ -150,6 +150,9 @@ def test_lut(target: Target, storage: str) -> None:
     check(target, "qc.lut", [every, table], {}, constants=(1,), storage=storage)
     check(target, "qc.lut", [data(1, 2, 5, 6, 7), table], {}, constants=(1,), out={"halo": HALO, "pitch": 8}, storage=storage)
     check(target, "qc.lut", [data(1, 50_001), table], {}, constants=(1,), storage=storage)
+    wide = np.random.default_rng(3).integers(-(2**15), 2**15, 256, np.int16)  # into a stream
+    check(target, "qc.lut", [every, wide], {}, constants=(1,), storage=storage)
+    check(target, "qc.lut", [data(1, 2, 5, 6, 7), wide], {}, constants=(1,), storage=storage)
     for length in (1, 15, 16, 17, 31, 33, 48, 100):
         check(target, "qc.lut", [data(length, 3, length), table], {}, constants=(1,), storage=storage)
         check(target, "qc.lut", [data(length, 1, 2, 3, length), table], {}, constants=(1,), layouts={0: {"pitch": length + 5}}, storage=storage)

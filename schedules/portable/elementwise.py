@@ -151,7 +151,7 @@ def lut(op: OpCall, target: Target, row: str) -> Kernel:
     indices = stored if source == "uint8" else (stored.astype(np.uint8).view(np.int8).astype(np.int32) + 128)
     entries = (table.reshape(256).astype(np.int32)[indices] + offset_of(dtype)).astype(dtype)
     constant = [x] if isinstance(x, np.ndarray) else []
-    vectorized = has_avx2(target)
+    vectorized = has_avx2(target) and entries.itemsize == 1  # tables of 16 bits, of a stream, are read one by one
     tables = [avx2.lookup_tables(entries)] if vectorized else []
 
     def emit(k: Emitter) -> None:
