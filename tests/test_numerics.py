@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qcompiler.numerics import operators as numerics
-from qcompiler.numerics.spec import resize_indices
+from qcompiler.numerics.spec import QParams, lut, resize_indices
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 BYTE = st.integers(-128, 127)
@@ -415,3 +415,9 @@ def test_an_unknown_attribute_is_a_type_error(name: str) -> None:
     for missing in (p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty):
         with pytest.raises(TypeError, match=f"'{missing}'"):
             function(*tensors, **{k: v for k, v in attributes.items() if k != missing})
+
+
+def test_a_table_into_16_bits_reaches_its_ends() -> None:
+    made = lut(np.tanh, QParams(0.03, 0), QParams(2.0**-14, 0, "int16"))
+    assert made.dtype == np.int16
+    np.testing.assert_array_equal(made, np.rint(np.tanh(np.arange(-128, 128) * 0.03) * 2**14))

@@ -155,11 +155,11 @@ def conv_accumulator_bound(w: np.ndarray, bias: np.ndarray | None, x_zero_point:
 
 
 def lut(function: Callable[[np.ndarray], np.ndarray], x: QParams, y: QParams) -> np.ndarray:
-    """int8 [256]: entry `q + 128` is `quantize(function(dequantize(q)))`, in float64. Results that are NaN give the zero point; infinities saturate."""
+    """[256] of the type of `y`: entry `q + 128` is `quantize(function(dequantize(q)))`, in float64. NaN gives the zero point; infinities saturate."""
     with np.errstate(all="ignore"):
         real = np.asarray(function(x.dequantize(np.arange(LOW, HIGH + 1))), np.float64)
     real = np.where(np.isnan(real), 0.0, real)
-    limit = 1024 * y.scale  # beyond saturation; keeps infinities out of the division
+    limit = 8 * (LIMITS[y.dtype][1] + 1) * y.scale  # beyond saturation; keeps infinities out of the division
     return y.quantize(np.clip(real, -limit, limit))
 
 
