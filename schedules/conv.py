@@ -17,6 +17,9 @@ from qcompiler.schedules.conv_steps import sort_steps
 from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
 
+HEADROOM = 2.0
+"""How many times larger constants may grow that replace an operator's while its code stays: code trusts that sums times multipliers stay below 2^30 only where
+this many times as much would. Attribute `headroom` of an operator stands in its place."""
 ALIKE = 0.02  # of an operator's estimated time, that constants packed alike for several shapes may cost at one of them
 
 
@@ -138,7 +141,7 @@ class ConvRow:
             return Epilogue("float32", False, attrs.get("float_low") is not None, attrs.get("float_high") is not None, True)
         weight, bias, multiplier = (np.abs(np.asarray(o, np.float64)) for o in op.operands[1:4])
         largest = (bias + 255 * weight.reshape(weight.shape[0], -1).sum(axis=1)) * multiplier
-        exact = bool((largest < 2**30).all())
+        exact = bool((largest * op.attrs.get("headroom", HEADROOM) < 2**30).all())
         if op.output.dtype == "int16":
             return Epilogue("int16", residual, True, True, exact)
         offset = attrs.get("zero_point", 0) + offset_of(op.output.dtype) != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ def test_a_wrong_kernel_is_found(digits: dict[str, Compilation], tmp_path: Path)
     mismatches = bit_parity(session, expected, sample)
     compilation.program.replace_operand(step.writes, 2, bias)
     assert mismatches and mismatches[0].name == step.writes
+
+
+@pytest.mark.parametrize("target", X86)
+def test_replaced_constants_do_not_decide_the_code(digits: dict[str, Compilation], target: str) -> None:
+    """Code that trusts sums to stay below 2^30 serves constants that are a little larger, and code that does not serves all."""
+    program = digits[target].program
+    step = next(s for s in program.steps if s.name == "qc.conv2d")
+    assert step.op is not None and step.row is not None
+    weight, bias, multiplier = (np.asarray(o) for o in step.op.operands[1:4])
+    largest = ((np.abs(bias.astype(np.float64)) + 255 * np.abs(weight.astype(np.float64)).reshape(len(weight), -1).sum(1)) * multiplier).max()
+    near, over = (multiplier * np.float32(share * 2**30 / largest) for share in (0.75, 1.5))
+    assert program.packed_with(step, {3: near}).keys() == program.packed_with(step, {3: multiplier}).keys()
+    with pytest.raises(AssertionError, match="must not decide"):
+        program.packed_with(step, {3: over})
+    op = replace(step.op, operands=[*step.op.operands[:3], over])
+    clamping = replace(step, op=op, kernel=step.row.build(op, step.params, program.target))
+    assert clamping.kernel.key != step.kernel.key and program.packed_with(clamping, {3: multiplier})
 
 
 def test_layers_kept_float(tmp_path: Path) -> None:
