@@ -49,6 +49,19 @@ from qcompiler.runtime.bench import interleave
 assert interleave({"int8": lambda: session.run({session.inputs[0].name: image})}, seconds=0.01)[0].minimum > 0
 """
 
+EXTRAS = """PIL ai_edge_litert ai_edge_quantizer bokeh distributed flatbuffers nncf onnxruntime onnxscript openvino pycocotools setuptools shtab sklearn tflite
+torch"""
+WITHOUT_EXTRAS = f"""
+import importlib, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS.split()!r}:
+            raise ModuleNotFoundError(f"No module named '{{name}}'", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
 
 def run(*command: str, cwd: Path, path: str = "") -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": path} if path else {})
@@ -136,6 +149,16 @@ def test_checkout_imports_without_installing(root: Path) -> None:
         done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=root, capture_output=True, text=True)
         assert done.returncode
         assert f"import this package as qcompiler.{name}" in done.stderr
+
+
+def test_every_module_imports_without_the_extras(root: Path) -> None:
+    """`pip install .` alone compiles: what an extra brings is imported where it is used."""
+    files = [p.relative_to(root).with_suffix("") for part in ("qcompiler", "passes", "schedules") for p in sorted((root / part).rglob("*.py"))]
+    names = [".".join(f.parts if f.parts[0] == "qcompiler" else ("qcompiler", *f.parts)) for f in files]
+    names = [n.removesuffix(".__init__") for n in names if not n.endswith("__main__")]
+    assert len(names) > 200
+    program = WITHOUT_EXTRAS + "\n".join(f"importlib.import_module({n!r})" for n in names)
+    run(sys.executable, "-c", program, cwd=root)
 
 
 def test_tvm_is_pinned_exactly(root: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import flatbuffers
 import numpy as np
 
 from qcompiler.importers.nodes import Refused, check_bytes
@@ -51,6 +50,8 @@ def up_to(network: Network, outputs: list[int]) -> Network:
 
 def without_variables(data: bytes, network: Network, outputs: list[int]) -> bytes:
     """The file of `network`, which has ports, with an input for each variable, and the outputs `outputs`; their next values are tensors (`State.value`)."""
+    import flatbuffers  # of the extra `tflite`
+
     table: Any = schema()
     model = table.ModelT.InitFromObj(table.Model.GetRootAs(data, 0))
     graph = model.subgraphs[0]
