@@ -65,7 +65,8 @@ def _article(word: str) -> str:
 
 
 def checks_arguments(function: F) -> F:
-    """A decorator: TypeError for an argument that is not of the type of its annotation. Keyword arguments that the function takes as `**name` are its own."""
+    """A decorator: TypeError for an argument that is not of the type of its annotation. Keyword arguments that the function takes as `**name` are its own.
+    Inside of it numpy does not warn of overflow."""
     signature = inspect.signature(function)
     name = function.__qualname__.removesuffix(".__init__")
 
