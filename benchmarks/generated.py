@@ -2,6 +2,7 @@
 
     squeezenet, densenet121   the graphs that the onnx package ships as test data without weights (`light_*.onnx`)
     mobilenet_v2_shifted      MobileNetV2 with 8 more channels in every layer: shapes that no tuning log has seen
+    efficientnet_lite4        the largest EfficientNet-Lite, 300 x 300: its blocks by the published scaling, batch normalization folded
 
 Weights are He-scaled, so that activations neither vanish nor explode and calibration finds ordinary ranges; results mean nothing.
 """
@@ -102,6 +103,53 @@ def with_shifted_channels(model: onnx.ModelProto, shift: int = 8, seed: int = 0)
     del graph.value_info[:]
     onnx.checker.check_model(shifted)
     return shifted
+
+
+# Kernel, stride, expansion, channels, repeats of each stage of EfficientNet-B0, which all others scale (Tan, Le: EfficientNet, 2019, table 1).
+STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+
+
+def efficientnet_lite(width: float = 1.4, depth: float = 1.8, size: int = 300, seed: int = 0) -> onnx.ModelProto:
+    """EfficientNet-Lite4, or another of the family by its factors (2: 1.1, 1.2, 260; 3: 1.2, 1.4, 280). Against EfficientNet it has no squeeze-and-excitation,
+    and ReLU6 for swish; stem, head, and the depth of the first and the last stage are not scaled."""
+    rng, nodes, weights = np.random.default_rng(seed), [], []
+
+    def convolved(x: str, inputs: int, outputs: int, kernel: int, stride: int, groups: int = 1, rectified: bool = True) -> str:
+        at = len(nodes)
+        drawn = {f"w{at}": he(rng, (outputs, inputs // groups, kernel, kernel)), f"b{at}": near_zero(rng, (outputs,))}
+        weights.extend(numpy_helper.from_array(value.astype(np.float32), name) for name, value in drawn.items())
+        side = {"strides": [stride] * 2, "pads": [kernel // 2] * 4, "group": groups}
+        nodes.append(onnx.helper.make_node("Conv", [x, *drawn], [f"conv{at}"], f"conv{at}", **side))
+        if rectified:
+            nodes.append(onnx.helper.make_node("Clip", [f"conv{at}", "zero", "six"], [f"clip{at}"], f"clip{at}"))
+        return str(nodes[-1].output[0])
+
+    channels = 32
+    x = convolved("image", 3, channels, 3, 2)
+    for stage, (kernel, stride, expansion, base, repeats) in enumerate(STAGES):
+        scaled = base * width
+        outputs = max(8, int(scaled + 4) // 8 * 8)  # to the nearest 8, but not below 0.9 of it
+        outputs += 8 * (outputs < 0.9 * scaled)
+        for i in range(repeats if stage in (0, len(STAGES) - 1) else math.ceil(repeats * depth)):
+            inside = channels * expansion
+            y = convolved(x, channels, inside, 1, 1) if expansion > 1 else x
+            y = convolved(y, inside, inside, kernel, stride if i == 0 else 1, inside)
+            y = convolved(y, inside, outputs, 1, 1, rectified=False)
+            if i:
+                nodes.append(onnx.helper.make_node("Add", [x, y], [f"sum{len(nodes)}"], f"sum{len(nodes)}"))
+                y = str(nodes[-1].output[0])
+            x, channels = y, outputs
+    x = convolved(x, channels, 1280, 1, 1)
+    nodes.append(onnx.helper.make_node("GlobalAveragePool", [x], ["mean"]))
+    nodes.append(onnx.helper.make_node("Flatten", ["mean"], ["flat"]))
+    nodes.append(onnx.helper.make_node("Gemm", ["flat", "head", "bias"], ["logits"]))
+    drawn = {"head": he(rng, (1000, 1280)).T, "bias": near_zero(rng, (1000,)), "zero": np.float32(0), "six": np.float32(6)}
+    weights.extend(numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in drawn.items())
+    ports = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("image", ("batch", 3, size, size)), ("logits", ("batch", 1000)))]
+    graph = onnx.helper.make_graph(nodes, "efficientnet_lite", ports[:1], ports[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model
 
 
 def random_images(shape: tuple[int, ...], count: int, seed: int = 0) -> list[np.ndarray]:

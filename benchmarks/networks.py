@@ -16,7 +16,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("mobilenet_v2", "efficientnet_lite0", "resnet50")  # trained: these have images and labels
-GENERATED = ("squeezenet", "densenet121", "mobilenet_v2_shifted")  # see generated.py
+GENERATED = ("squeezenet", "densenet121", "mobilenet_v2_shifted", "efficientnet_lite4")  # see generated.py
 RANDOM_IMAGES = 16  # enough for the ranges of random weights
 
 
@@ -115,6 +115,8 @@ def _generated(name: str, data: Path, cache: Path) -> Network | None:
 
     if name in generated.LIGHT:
         model = generated.with_random_weights(onnx.load(str(generated.light_path(name))))
+    elif name == "efficientnet_lite4":
+        model = generated.efficientnet_lite()
     else:
         source = find("mobilenet_v2", data, cache)
         if source is None:

@@ -88,7 +88,7 @@ def compared(network: networks.Network, folder: Path, options: argparse.Namespac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    networks.add_arguments(parser, networks.NAMES)
+    networks.add_arguments(parser, (*networks.NAMES, "efficientnet_lite4"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,14 @@ def test_rivals_are_measured_on_the_same_images(method: str, script: Any, tmp_pa
     assert all(row["images"] == 6 and 10 < row["sqnr_db"] < 60 and 0 <= row["agreement"] <= 1 for row in rows), rows
     assert len({row["sqnr_db"] for row in rows}) == len(rows)
     assert len(accuracy.table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_the_largest_efficientnet_lite_has_the_published_size(script: Any) -> None:
+    """13.0 million parameters, and 300 pixels a side become 10."""
+    model = onnx.shape_inference.infer_shapes(script("generated").efficientnet_lite())
+    assert 12.9e6 < sum(math.prod(i.dims) for i in model.graph.initializer) < 13.1e6
+    [last] = [v for v in model.graph.value_info if v.name == next(n.input[0] for n in model.graph.node if n.op_type == "GlobalAveragePool")]
+    assert [d.dim_value for d in last.type.tensor_type.shape.dim] == [0, 1280, 10, 10]
 
 
 def test_light_graphs_get_weights_that_keep_activations_alive(script: Any, tmp_path: Path) -> None:
