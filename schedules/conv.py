@@ -12,7 +12,8 @@ from qcompiler.base.targets import Target
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.builder import canonical, offset_of
-from qcompiler.schedules.conv_kernel import FLOAT_MAX, ConvKernel, Epilogue, Parameters, subgroups_of
+from qcompiler.schedules.conv_epilogue import FLOAT_MAX, Epilogue, Parameters
+from qcompiler.schedules.conv_kernel import ConvKernel
 from qcompiler.schedules.conv_steps import sort_steps
 from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
@@ -111,22 +112,22 @@ class ConvRow:
 
     def constants(self, op: OpCall, weight: np.ndarray, lanes: Sequence[np.ndarray], emitter: ConvKernel, joined: int) -> list[np.ndarray]:
         """weight [O, KH, KW, I/groups], and of each channel the bias and (int8) the multiplier, packed."""
-        bias, order, groups = lanes[0], subgroups_of(emitter.channels) if emitter.epilogue.packed else None, emitter.g.groups
-        constants, absent = self.pack(plan.merge_weight(weight, groups * joined, joined), emitter, order)
+        bias, groups, packed = lanes[0], emitter.g.groups, emitter.epilogue.packed
+        constants, absent = self.pack(plan.merge_weight(weight, groups * joined, joined), emitter)
         if self.unit.is_float:
-            return [*constants, plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, order)]
+            return [*constants, plan.pack_lanes(bias.astype(np.float32), self.unit, emitter.channels, groups, packed)]
         # sum((u - offset - zx) * w) = sum(u * w) - (zx + offset) * sum(w), for storage u = q + offset
         shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
         folded = bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3))
-        sums = wrap(plan.pack_lanes(folded, self.unit, emitter.channels, groups, order) + np.reshape(absent, -1))
-        return [*constants, sums, plan.pack_lanes(lanes[1].astype(np.float32), self.unit, emitter.channels, groups, order)]
+        sums = wrap(plan.pack_lanes(folded, self.unit, emitter.channels, groups, packed) + np.reshape(absent, -1))
+        return [*constants, sums, plan.pack_lanes(lanes[1].astype(np.float32), self.unit, emitter.channels, groups, packed)]
 
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return ConvKernel(geometry, self.unit, tiling, epilogue)
 
-    def pack(self, weight: np.ndarray, emitter: ConvKernel, order: dict[int, list[int]] | None) -> tuple[list[np.ndarray], np.ndarray]:
-        """For weights [G, O, KH, KW, I], the constants that hold them, and what is missing of each lane's sum. `order`: see `lane_order`."""
-        steps = plan.steps_of(weight, self.unit, emitter.channels, order)
+    def pack(self, weight: np.ndarray, emitter: ConvKernel) -> tuple[list[np.ndarray], np.ndarray]:
+        """For weights [G, O, KH, KW, I], the constants that hold them, and what is missing of each lane's sum."""
+        steps = plan.steps_of(weight, self.unit, emitter.channels, emitter.epilogue.packed)
         if emitter.sorted:
             packed, table, absent = sort_steps(steps, emitter.g, self.unit, emitter.channels)
             return [packed, table], absent

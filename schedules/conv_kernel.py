@@ -5,6 +5,8 @@
 Inputs carry a halo that holds the zero point, so inner loops have no bounds checks. A ragged edge of the image is a tile moved back over
 pixels that the same task or another one computes as well: equal bytes are written twice. Hence the output must not overlap any input,
 the residual among them. A residual of ragged channels may be read up to 63 bytes past its end, never used.
+
+Channels that would leave half of the last vector empty are computed for two pixels in it (`Isa.sharing`): their weights lie in both halves.
 """
 
 from __future__ import annotations
@@ -21,68 +23,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import aligned_frame, when
+from qcompiler.schedules.conv_epilogue import Epilogue, Parameters
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, sorts_steps, split_blocks
 from qcompiler.schedules.conv_steps import step_classes, step_offsets, table_pitch, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
-
-FLOAT_MAX = 3.4028234663852886e38
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What follows the accumulator. `output`: "uint8", "int8", "int16" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven; `offset`:
-    an 8-bit output is stored with one (0 is that of most rectified values in uint8).
-
-    A clamp is emitted only where flagged: without one, 8-bit outputs still saturate when they are packed; those of 16 bits are always clamped.
-    """
-
-    output: str
-    residual: bool
-    clamp_low: bool
-    clamp_high: bool
-    exact_range: bool
-    offset: bool = False
-
-    @property
-    def packed(self) -> bool:
-        return self.output in ("uint8", "int8")
-
-
-class Parameters:
-    """The constant with what layers of equal code differ in, as int32 words: vectors, which serve as memory operands, then scalars.
-
-    Vectors: the offset added before the 8-bit saturation (int16 lanes), the clamp's low and high in storage (byte lanes). Scalars: the
-    residual's multiplier and constant (int32), its 2^-shift, and the bounds of a float or 16-bit output (float32); then two zeros.
-    """
-
-    def __init__(self, isa: Isa) -> None:
-        self.isa, self.zero = isa, 3 * isa.lanes + 5
-
-    def array(
-        self,
-        clamp: tuple[int, int, int] = (0, 0, 0),  # offset, low, high
-        residual: tuple[int, int, float] = (0, 0, 0.0),  # multiplier, constant, scale
-        bounds: tuple[float, float] = (-FLOAT_MAX, FLOAT_MAX),
-    ) -> np.ndarray:
-        n, (offset, low, high), (multiplier, constant, scale) = self.isa.bytes, clamp, residual
-        vectors: list[np.ndarray] = [np.full(n // 2, offset, np.int16), np.full(n, low & 255, np.uint8), np.full(n, high & 255, np.uint8)]
-        scalars: list[np.ndarray] = [np.array([multiplier, constant], np.int32), np.array([scale, *bounds], np.float32), np.zeros(2, np.int32)]
-        return np.concatenate([v.view(np.int32) for v in vectors + scalars])
-
-    def declare(self, pointer: Any) -> None:
-        size = 4 * (self.zero + 2)
-        types = ("int32", "float32", "int16", "uint8", "int8")
-        self.views = {t: T.decl_buffer((size // np.dtype(t).itemsize,), t, data=pointer) for t in types}
-
-    def offset(self) -> Any:
-        return load(self.views["int16"], 0, self.isa.bytes // 2)
-
-    def bound(self, which: str, dtype: str) -> Any:
-        return load(self.views[dtype], self.isa.bytes * (1 if which == "low" else 2), self.isa.bytes)
-
-    def word(self, name: str) -> Any:
-        index = 3 * self.isa.lanes + ["multiplier", "constant", "scale", "low", "high"].index(name)
-        return T.broadcast(self.views["int32" if name in ("multiplier", "constant") else "float32"][index], self.isa.lanes)
 
 
 @dataclass(frozen=True)
@@ -100,7 +44,7 @@ class ConvKernel:
 
     def __init__(self, geometry: Geometry, isa: Isa, tiling: Tiling, epilogue: Epilogue) -> None:
         self.g, self.isa, self.tiling, self.epilogue = geometry, isa, tiling, epilogue
-        self.channels: Channels = cut_channels(geometry.outputs, isa.lanes, tiling.blocks)
+        self.channels: Channels = cut_channels(geometry.outputs, isa, tiling.blocks)
         batch, height, width = geometry.pixels
         if tiling.rows > height or tiling.cols > width:
             raise ValueError(f"a tile of {tiling.rows} x {tiling.cols} pixels is larger than the output, {height} x {width}")
@@ -116,6 +60,7 @@ class ConvKernel:
         self.offsets = [(r, c) for r in range(tiling.rows) for c in range(tiling.cols)]
         padded = self.offsets + self.offsets[-1:] * (-len(self.offsets) % isa.pixels)
         self.ties = [padded[i : i + isa.pixels] for i in range(0, len(padded), isa.pixels)]  # pixels that are computed together
+        self.sharers = [self.offsets[i : i + self.channels.sharing] for i in range(0, len(self.offsets), self.channels.sharing)]  # of a last vector
 
     @property
     def tasks(self) -> int:
@@ -232,28 +177,42 @@ class ConvKernel:
         x = T.bind(g.x.index(image, row * g.strides[0] - g.padding[0], col * g.strides[1] - g.padding[1], group * g.inputs) + self.start.x)
         w = T.bind(vector * self.vector_weights + self.start.w)
         vector = vector + self.start.vector
-        accs = [[[T.alloc_buffer((isa.lanes,), isa.accumulator) for _ in ties] for _ in range(blocks)] for ties in self.ties]
+        whole = blocks - (ragged and self.channels.sharing > 1)  # vectors of one pixel each
+        accs = [[[self.accumulator() for _ in ties] for _ in range(whole)] for ties in self.ties]
+        shared = [self.accumulator() for _ in self.sharers] if whole < blocks else []
         for b in range(blocks):
             bias = T.bind(load(self.bias, (vector + b) * isa.lanes, isa.lanes))
+            if b == whole:
+                for acc in shared:
+                    save(acc, 0, bias, isa.lanes)
+                continue
             for line in accs:
                 for acc, value in zip(line[b], isa.tie(bias), strict=True):
                     save(acc, 0, value, isa.lanes)
         if self.sorted:
             self.reduce_sorted(accs, blocks, x, w, T.bind(group * len(tile_spans(self.channels)) + block // self.channels.blocks))
         else:
-            self.reduce(accs, blocks, x, w)
+            self.reduce(accs, shared, blocks, x, w)
         values = []
         for line in accs:
             sums = [[T.bind(v) for v in isa.untie([load(acc, 0, isa.lanes) for acc in tied])] for tied in line]
             values += [list(pixel) for pixel in zip(*sums, strict=True)]
-        values = values[: len(self.offsets)]
         store = self.finish_packed if self.epilogue.packed else self.finish_wide
         out = T.bind(g.out.index(image, row, col, channel) + self.start.out)
         residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
-        store(values, vector, out, residual, self.channels.valid if ragged else blocks * isa.lanes)
+        valid = self.channels.valid if ragged else blocks * isa.lanes
+        if whole:
+            store(values[: len(self.offsets)], vector, out, residual, min(valid, whole * isa.lanes))
+        if shared:
+            done = whole * isa.lanes
+            sums = [[T.bind(load(acc, 0, isa.lanes))] for acc in shared]
+            store(sums, vector + whole, out + done, None if residual is None else residual + done, valid - done, self.sharers)
 
-    def reduce(self, accs: list[list[list[Any]]], blocks: int, x: Any, w: Any) -> None:
-        """The loops over kernel and input channels; the innermost one unrolled."""
+    def accumulator(self) -> Any:
+        return T.alloc_buffer((self.isa.lanes,), self.isa.accumulator)
+
+    def reduce(self, accs: list[list[list[Any]]], shared: list[Any], blocks: int, x: Any, w: Any) -> None:
+        """The loops over kernel and input channels; the innermost one unrolled. `shared`: accumulators of the last vector for the pixels of `sharers`."""
         g, isa = self.g, self.isa.forms[-1]
         loops, size = g.loops(isa.group), blocks * isa.lanes * isa.group
         tail = g.tail(isa.group)
@@ -268,10 +227,14 @@ class ConvKernel:
                 for i, (tied, line) in enumerate(zip(places, accs, strict=True)):
                     if s == 0:
                         values.append(isa.activations(self.x, [x + place for place in tied], valid, count))
-                    for block, weight in zip(line, weights, strict=True):
+                    for block, weight in zip(line, weights, strict=not shared):
                         sums = isa.dots([load(acc, 0, isa.lanes) for acc in block], values[i][s], weight)
                         for acc, value in zip(block, sums, strict=True):
                             save(acc, 0, value, isa.lanes)
+                    group, last = divmod(i, self.channels.sharing)
+                    if shared and last + 1 == len(self.sharers[group]):
+                        value = isa.dot(load(shared[group], 0, isa.lanes), isa.join([v[s] for v in values[i - last : i + 1]]), weights[-1])
+                        save(shared[group], 0, value, isa.lanes)
 
         def run(x: Any, w: Any, move: int, begin: int, end: int) -> None:
             """Whole dot steps [begin, end), as many together as one load serves."""
@@ -330,16 +293,17 @@ class ConvKernel:
         lanes = self.isa.lanes
         return T.Cast(f"float32x{lanes}", value) * load(self.multiplier, (vector + b) * lanes, lanes)
 
-    def finish_wide(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
-        """float32 or int16 output: natural channel order."""
+    def finish_wide(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int, sharers: list[list[Any]] | None = None) -> None:
+        """float32 or int16 output: natural channel order. `sharers`: the pixels that a line of values holds side by side, if not those of `offsets`."""
         g, isa, e = self.g, self.isa, self.epilogue
-        for (r, c), line in zip(self.offsets, values, strict=True):
+        lines = sharers or [[pixel] for pixel in self.offsets]
+        width = isa.lanes // len(lines[0])
+        for pixels, line in zip(lines, values, strict=True):
             for b, value in enumerate(line):
-                here = min(isa.lanes, valid - b * isa.lanes)
                 y = value if isa.is_float else self.scaled(value, vector, b)
                 if g.residual:
-                    place = (r * g.residual.rows[1] + c) * g.residual.channel_pitch + b * isa.lanes
-                    added = load(self.residual, residual + place, isa.lanes)
+                    parts = [load(self.residual, residual + self.residual_step(*pixel) + b * isa.lanes, width) for pixel in pixels]
+                    added = joined(parts, len(lines[0]), isa.lanes)
                     y = y + added if isa.is_float else self.rescaled(self.convertible(y, True), T.Cast(f"int32x{isa.lanes}", added))
                 if e.clamp_low:
                     y = T.max(y, self.params.word("low"))
@@ -347,21 +311,23 @@ class ConvKernel:
                     y = T.min(y, self.params.word("high"))
                 if e.output == "int16":
                     y = T.Cast(f"int16x{isa.lanes}", isa.to_int(y))
-                place = g.out.step(r, c) + b * isa.lanes
-                self.save_part(out + place, T.bind(y), isa.lanes, 0, here)
+                y = T.bind(y)
+                for i, (r, c) in enumerate(pixels):
+                    self.save_part(out + g.out.step(r, c) + b * isa.lanes, y, isa.lanes, i * width, min(width, valid - b * isa.lanes))
 
-    def finish_packed(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int) -> None:
-        """8-bit output: runs of 4, 2 or 1 vectors of 4 // run pixels are requantized and packed together."""
+    def finish_packed(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int, sharers: list[list[Any]] | None = None) -> None:
+        """8-bit output: runs of 4, 2 or 1 vectors of 4 // run lines of values are requantized and packed together. `sharers`: as in `finish_wide`."""
         g, isa, e = self.g, self.isa, self.epilogue
-        start = 0
+        lines, start = sharers or [[pixel] for pixel in self.offsets], 0
         for run in split_blocks(len(values[0])):
-            for p in range(0, len(self.offsets), 4 // run):
-                pixels = self.offsets[p : p + 4 // run]
-                slots = [(i, start + b) for i in range(len(pixels)) for b in range(run)]
+            width = run * isa.lanes // len(lines[0])
+            for p in range(0, len(lines), 4 // run):
+                here = lines[p : p + 4 // run]
+                slots = [(i, start + b) for i in range(len(here)) for b in range(run)]
                 added: list[Any] = [None] * len(slots)
                 if g.residual:
-                    places = [residual + (r * g.residual.rows[1] + c) * g.residual.channel_pitch + start * isa.lanes for r, c in pixels]
-                    added = self.gather_words(places, run) if g.residual.dtype == "int16" else self.gather(places, run)
+                    parts = [[load(self.residual, residual + self.residual_step(*pixel) + start * isa.lanes, width) for pixel in pixels] for pixels in here]
+                    added = self.gather_words(parts, run) if g.residual.dtype == "int16" else self.gather(parts, run)
                 ints = [self.requantize(values[p + i][b], vector, b, word) for (i, b), word in zip(slots, added, strict=True)]
                 ints = [ints[i % len(ints)] for i in range(4)]
                 packed = isa.pack(ints, self.params.offset() if e.offset else None, e.output == "int8")
@@ -373,8 +339,7 @@ class ConvKernel:
                 if order != sorted(order):
                     packed = T.reinterpret(f"{e.output}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", packed)], order))
                 packed = T.bind(packed)
-                width = run * isa.lanes
-                for i, (r, c) in enumerate(pixels):
+                for i, (r, c) in enumerate(pixel for pixels in here for pixel in pixels):
                     place = g.out.step(r, c) + start * isa.lanes
                     self.save_part(out + place, packed, isa.bytes, i * width, min(width, valid - start * isa.lanes))
             start += run
@@ -400,20 +365,24 @@ class ConvKernel:
         total = self.isa.to_int(y) + (added * self.params.word("multiplier") + self.params.word("constant"))
         return T.Cast(f"float32x{self.isa.lanes}", total) * self.params.word("scale")
 
-    def gather(self, places: list[Any], run: int) -> list[Any]:
-        """The residual bytes of up to `4 // run` pixels as int32 lanes of each slot, by the inverse of the permutation before the store."""
+    def residual_step(self, row: int, column: int) -> int:
+        """From the first pixel of a tile to another one."""
+        assert self.g.residual is not None
+        return (row * self.g.residual.rows[1] + column) * self.g.residual.channel_pitch
+
+    def gather(self, parts: list[list[Any]], run: int) -> list[Any]:
+        """The residual bytes of up to `4 // run` lines of pixels as int32 lanes of each slot, by the inverse of the permutation before the store."""
         isa = self.isa
-        parts = [load(self.residual, place, run * isa.lanes) for place in places]
-        together = T.bind(parts[0] if run == 4 else shuffle(parts + [parts[0]] * (4 // run - len(parts)), range(isa.bytes)))
+        together = T.bind(joined([part for line in parts for part in line], 4 // run * len(parts[0]), isa.bytes))
         if run < 4:
             inverse = np.argsort(isa.packed_dwords(run))
             together = T.bind(T.reinterpret(f"{isa.input_dtype}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
-        return [isa.unpack(together, slot) for slot in range(len(places) * run)]
+        return [isa.unpack(together, slot) for slot in range(len(parts) * run)]
 
-    def gather_words(self, places: list[Any], run: int) -> list[Any]:
+    def gather_words(self, parts: list[list[Any]], run: int) -> list[Any]:
         """The same for a residual of 16 bits."""
         isa, order = self.isa, self.isa.channel_order(run).reshape(run, -1).tolist()
-        loaded = [T.bind(load(self.residual, place, run * isa.lanes)) for place in places]
+        loaded = [T.bind(joined(line, len(parts[0]), run * isa.lanes)) for line in parts]
         return [T.Cast(f"int32x{isa.lanes}", shuffle([words], channels)) for words in loaded for channels in order]
 
     def save_part(self, index: Any, vector: Any, total: int, begin: int, count: int) -> None:
@@ -434,8 +403,9 @@ class ConvKernel:
             index, begin, count = index + size, begin + size, count - size
 
 
-def subgroups_of(channels: Channels) -> dict[int, list[int]]:
-    return {n: split_blocks(n) for n in {channels.blocks, channels.last} if n}
+def joined(parts: list[Any], count: int, lanes: int) -> Any:
+    """`count` vectors side by side in one of `lanes`, the first one again where there are fewer `parts`."""
+    return parts[0] if count == 1 else shuffle(parts + parts[:1] * (count - len(parts)), range(lanes))
 
 
 def _length(first: Any, run: int, total: int, tasks: int) -> Any:

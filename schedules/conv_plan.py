@@ -153,25 +153,35 @@ class Tiling:
 class Channels:
     """How the channels of one group are cut: `full` tiles of `blocks` vectors, then one last tile of `last` vectors (0: none).
 
-    Only the very last tile may be ragged, and then it is the `last` one unless it is the only one. `valid`: channels of that tile.
+    Only the very last tile may be ragged, and then it is the `last` one unless it is the only one. `valid`: channels of that tile; `sharing`: pixels that
+    share its last vector, each in an equal part of the lanes.
     """
 
     blocks: int
     full: int
     last: int
     valid: int
+    sharing: int = 1
 
     @property
     def vectors(self) -> int:
         return self.full * self.blocks + self.last
 
+    @property
+    def tiles(self) -> list[tuple[int, int, int]]:
+        """(number, vectors, pixels that share the last of them) of the tiles that are alike."""
+        if self.last == 0 and self.full == 1:
+            return [(1, self.blocks, self.sharing)]
+        return [(self.full, self.blocks, 1)] + [(1, self.last, self.sharing)] * (self.last > 0)
 
-def cut_channels(outputs: int, lanes: int, blocks: int) -> Channels:
-    vectors = -(-outputs // lanes)
+
+def cut_channels(outputs: int, isa: Isa, blocks: int) -> Channels:
+    vectors, rest = -(-outputs // isa.lanes), outputs % isa.lanes
     full, last = divmod(vectors, blocks)
-    if outputs % lanes and last == 0 and full > 1:
+    if rest and last == 0 and full > 1:
         full, last = full - 1, blocks
-    return Channels(blocks, full, last, outputs - (vectors - (last or blocks)) * lanes)
+    sharing = isa.sharing if 0 < rest * isa.sharing <= isa.lanes else 1
+    return Channels(blocks, full, last, outputs - (vectors - (last or blocks)) * isa.lanes, sharing)
 
 
 def runs(count: int, tasks: int) -> tuple[int, int]:
@@ -180,13 +190,13 @@ def runs(count: int, tasks: int) -> tuple[int, int]:
     return length, -(-count // length)
 
 
-def steps_of(weight: np.ndarray, isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
-    """[G, O, KH, KW, I] as the weights of dot steps, [G, vectors, depth, lanes, group], zeros where padded. `subgroups`: see `lane_order`."""
+def steps_of(weight: np.ndarray, isa: Isa, channels: Channels, packed: bool) -> np.ndarray:
+    """[G, O, KH, KW, I] as the weights of dot steps, [G, vectors, depth, lanes, group], zeros where padded. `packed`: see `lane_order`."""
     groups, outputs, kh, kw, inputs = weight.shape
     steps = -(-inputs // isa.group)
     padded = np.zeros((groups, channels.vectors * isa.lanes, kh, kw, steps * isa.group), weight.dtype)
     padded[:, :outputs, :, :, :inputs] = weight
-    padded = padded[:, lane_order(isa, channels, subgroups)]
+    padded = padded[:, lane_order(isa, channels, packed)]
     by_block = padded.reshape(groups, channels.vectors, isa.lanes, kh * kw * steps, isa.group).transpose(0, 1, 3, 2, 4)
     return np.ascontiguousarray(by_block)
 
@@ -203,23 +213,22 @@ def pack(steps: np.ndarray, isa: Isa, channels: Channels) -> np.ndarray:
     return np.concatenate(tiles, axis=1).reshape(-1)
 
 
-def pack_lanes(values: np.ndarray, isa: Isa, channels: Channels, groups: int, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+def pack_lanes(values: np.ndarray, isa: Isa, channels: Channels, groups: int, packed: bool) -> np.ndarray:
     """A per-channel table [O] in the order of accumulator lanes, zeros where padded."""
     padded = np.zeros((groups, channels.vectors * isa.lanes), values.dtype)
     padded[:, : values.size // groups] = values.reshape(groups, -1)
-    return np.ascontiguousarray(padded[:, lane_order(isa, channels, subgroups)].reshape(-1))
+    return np.ascontiguousarray(padded[:, lane_order(isa, channels, packed)].reshape(-1))
 
 
-def lane_order(isa: Isa, channels: Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
-    """The channel that each accumulator lane of a group computes. `subgroups` maps a tile's blocks to the runs that are packed together
-    (`Isa.channel_order`); None: natural order."""
-    if subgroups is None:
-        return np.arange(channels.vectors * isa.lanes)
+def lane_order(isa: Isa, channels: Channels, packed: bool) -> np.ndarray:
+    """The channel that each accumulator lane of a group computes. `packed`: runs of vectors are packed together (`Isa.channel_order`), else lanes lie
+    in natural order."""
     order, start = [], 0
-    for blocks in [channels.blocks] * channels.full + [channels.last] * (channels.last > 0):
-        for run in subgroups[blocks]:
-            order.append(start + isa.channel_order(run))
+    for number, blocks, sharing in channels.tiles:
+        for run in (packed_runs(blocks, sharing) if packed else [1] * blocks) * number:
+            order.append(start + (isa.channel_order(run) if packed else np.arange(isa.lanes)))
             start += run * isa.lanes
+    order[-1] = order[-1][np.arange(order[-1].size) % (order[-1].size // channels.sharing)]
     return np.concatenate(order)
 
 
@@ -234,6 +243,11 @@ def split_blocks(blocks: int) -> list[int]:
     return [4] * (blocks // 4) + [2] * (blocks % 4 // 2) + [1] * (blocks % 2)
 
 
+def packed_runs(blocks: int, sharing: int) -> list[int]:
+    """`split_blocks` of a tile whose last vector is packed alone if several pixels share it."""
+    return [*split_blocks(blocks - 1), 1] if sharing > 1 else split_blocks(blocks)
+
+
 def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> float:
     """The model's estimate for the whole operator on one core, from throughputs of `isa` (inputs are taken to keep up).
 
@@ -242,17 +256,18 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
     isa = isa if sorts_steps(geometry, isa) else isa.forms[-1]
     batch, height, width = geometry.pixels
     depth, pixels = geometry.depth(isa.group), rows * cols
-    channels = cut_channels(geometry.outputs, isa.lanes, blocks)
+    channels = cut_channels(geometry.outputs, isa, blocks)
     extra = 0.0 if geometry.residual is None else 2.5
 
-    def tile(n: int) -> float:
-        permuted = sum(run * {4: 0.0, 2: 0.2, 1: 0.3}[run] for run in split_blocks(n))
+    def tile(blocks: int, sharing: int) -> float:
+        n = blocks - 1 + -(-pixels // sharing) / pixels  # vectors per pixel
+        permuted = sum(run * {4: 0.0, 2: 0.2, 1: 0.3}[run] for run in packed_runs(blocks, sharing))
         epilogue = pixels * isa.epilogue_cost * (n * (1 + extra) + permuted)
-        streamed = depth * n * isa.weight_bytes > 16 << 10
+        streamed = depth * blocks * isa.weight_bytes > 16 << 10
         return depth * isa.step_cycles(pixels, n, streamed) + epilogue + 0.6 * isa.dot_cost * max(0, pixels * n - 16) + 6
 
     count = batch * -(-height // rows) * -(-width // cols)
-    return count * geometry.groups * (channels.full * tile(blocks) + (tile(channels.last) if channels.last else 0))
+    return count * geometry.groups * sum(number * tile(*kind) for number, *kind in channels.tiles)
 
 
 def best_tile(geometry: Geometry, isa: Isa, choice: Sequence[int] = (1, 2, 3, 4, 5, 6, 8)) -> tuple[int, int, int]:
@@ -281,7 +296,7 @@ def split_tasks(geometry: Geometry, isa: Isa, tile: tuple[int, int, int], total:
     batch, height, width = geometry.pixels
     rows, cols, blocks = tile
     pixels = batch * -(-height // rows) * -(-width // cols)
-    channels = cut_channels(geometry.outputs, isa.lanes, blocks)
+    channels = cut_channels(geometry.outputs, isa, blocks)
     units = geometry.groups if geometry.groups > 1 else channels.full
     weights = geometry.groups * channels.vectors * geometry.depth(isa.group) * isa.weight_bytes
     channel_tasks = runs(units, min(wanted, -(-weights // (256 << 10))))[1]

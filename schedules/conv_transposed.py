@@ -24,7 +24,8 @@ from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.builder import when
 from qcompiler.schedules.conv import ConvRow
-from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, Parameters, Start
+from qcompiler.schedules.conv_epilogue import Epilogue, Parameters
+from qcompiler.schedules.conv_kernel import ConvKernel, Start
 from qcompiler.schedules.isa import Isa
 from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, kernel_key
 

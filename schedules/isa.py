@@ -98,6 +98,7 @@ class Isa(ABC):
     weight_cost        cycles per weight operand and step
     epilogue_cost      cycles per accumulator
     latency            cycles from one dot of an accumulator to the next
+    sharing            pixels that may share a vector which the channels of one leave so empty
     """
 
     name: str
@@ -110,6 +111,7 @@ class Isa(ABC):
     weight_cost: Cycles
     epilogue_cost: Cycles
     latency: Cycles
+    sharing: int = 1
 
     def __post_init__(self) -> None:
         costs = (self.dot_cost, self.broadcast_cost, self.weight_cost, self.epilogue_cost, self.latency)
@@ -173,8 +175,8 @@ class Isa(ABC):
         """Bytes of weights per block and dot step."""
         return self.lanes * (4 if self.is_float else self.group)
 
-    def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
-        """Estimated cycles of one dot step of a tile; `streamed`: its weights come from the level 2 cache, at 24 bytes a cycle."""
+    def step_cycles(self, pixels: int, blocks: float, streamed: bool) -> float:
+        """Estimated cycles of one dot step of a tile of so many vectors per pixel; `streamed`: its weights come from the level 2 cache, at 24 bytes a cycle."""
         dots, operands = pixels * blocks * self.dot_cost, pixels * self.broadcast_cost + blocks * self.weight_cost
         stream = blocks * self.weight_bytes / 24 if streamed else 0.0
         return max(dots, operands, stream, self.latency)
@@ -234,6 +236,10 @@ class Isa(ABC):
     @abstractmethod
     def dot(self, acc: Any, x: list[Any], w: list[Any]) -> Any:
         """acc + x . w - what is `missing`, per lane; exact for integers."""
+
+    def join(self, activations: Sequence[list[Any]]) -> list[Any]:
+        """The operand that holds up to `sharing` of these, each in an equal part of the lanes."""
+        raise NotImplementedError
 
     def tie(self, bias: Any) -> list[Any]:
         """The first values of the accumulators of `pixels` pixels and one block."""

@@ -21,7 +21,8 @@ from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.builder import when
 from qcompiler.schedules.conv import ConvRow, wrap
-from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue, subgroups_of
+from qcompiler.schedules.conv_epilogue import Epilogue
+from qcompiler.schedules.conv_kernel import ConvKernel
 from qcompiler.schedules.isa import Isa, call, load, save, scalar
 from qcompiler.schedules.table import Kernel, Need, OpCall, kernel_key
 from qcompiler.schedules.winograd_forms import FORMS, both_ways
@@ -227,12 +228,12 @@ class WinogradKernel(ConvKernel):
             store(values, vector, out, residual, self.channels.valid if ragged else blocks * lanes)
 
 
-def pack(weight: np.ndarray, isa: Isa, channels: plan.Channels, subgroups: dict[int, list[int]] | None) -> np.ndarray:
+def pack(weight: np.ndarray, isa: Isa, channels: plan.Channels, packed: bool) -> np.ndarray:
     """[O, 3, 3, C] as [vector][channel pair][tap][lane][2], lanes as `conv_plan.lane_order` says."""
     outputs, _, _, inputs = weight.shape
     padded = np.zeros((channels.vectors * isa.lanes, 9, inputs // 2, 2), np.int8)
     padded[:outputs] = weight.reshape(outputs, 9, inputs // 2, 2)
-    ordered = padded[plan.lane_order(isa, channels, subgroups)].reshape(channels.vectors, isa.lanes, 9, inputs // 2, 2)
+    ordered = padded[plan.lane_order(isa, channels, packed)].reshape(channels.vectors, isa.lanes, 9, inputs // 2, 2)
     return np.ascontiguousarray(ordered.transpose(0, 3, 2, 1, 4).reshape(-1))
 
 
@@ -318,12 +319,11 @@ class WinogradRow(ConvRow):
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         geometry, tiling, epilogue = plan.geometry_of(op), WinogradTiling(**params), self.epilogue(op)
         emitter = WinogradKernel(geometry, self.unit, tiling, epilogue)
-        order = subgroups_of(emitter.channels) if epilogue.packed else None
         weight, bias, multiplier = (np.asarray(o) for o in op.operands[1:4])
         shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset - FORMS[tiling.form].offset
         folded = wrap(bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3)))
-        constants = [pack(weight, self.unit, emitter.channels, order)]
-        constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, order) for a in (folded, multiplier.astype(np.float32))]
+        constants = [pack(weight, self.unit, emitter.channels, epilogue.packed)]
+        constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, epilogue.packed) for a in (folded, multiplier.astype(np.float32))]
         constants.append(self.parameters(op))
         key = kernel_key("winograd", self.unit, geometry, tiling, epilogue)
         return Kernel(emitter.build, emitter.tasks, constants, key, self.name, emitter.tasks * emitter.scratch, geometry.macs, tiling.params())

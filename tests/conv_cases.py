@@ -141,8 +141,10 @@ CASES = {
     ),
     "int16-overflow": Case((1, 4, 7, 16), 32, residual=True, residual_dtype="int16", attrs=STREAM, scale=1e12),
     "int16-bytes": Case((1, 7, 7, 16), 40, residual=True, attrs=WIDE | {"residual_multiplier": 1400000}, scale=250),
+    "int16-shared": Case((1, 7, 9, 16), 24, residual=True, residual_dtype="int16", attrs={"residual_zero_point": 0, "residual_multiplier": 9}),
     "grouped": Case((1, 9, 8, 64), 96, (3, 3), pad=1, groups=2),
     "grouped-narrow": Case((1, 9, 8, 24), 36, (3, 3), (2, 2), 1, groups=6),
+    "grouped-shared": Case((1, 7, 9, 96), 120, (3, 3), pad=1, groups=3),
     "grouped-ragged": Case((1, 5, 8, 10), 34, pad=0, groups=2),
     "depthwise": Case((1, 6, 8, 20), 20, (3, 3), pad=1, groups=20),
 }

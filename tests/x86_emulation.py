@@ -226,6 +226,18 @@ def vpmulhrsw(dtype: str, a: Any, b: Any) -> Any:
     return T.Cast(dtype, T.shift_right(product, scalar(15, "int32", lanes)))
 
 
+def vpternlogd(dtype: str, a: Any, b: Any, c: Any, table: Any) -> Any:
+    """Of each bit, the bit of `table` that those of `a`, `b` and `c` name."""
+    ones = scalar(-1, "int32", int(dtype.removeprefix("int32x")))
+    a, b, c = (T.bind(v) for v in (a, b, c))
+    found = T.bitwise_xor(ones, ones)
+    for case in range(8):
+        if int(table) >> case & 1:
+            picked = [v if case >> bit & 1 else T.bitwise_xor(v, ones) for v, bit in ((a, 2), (b, 1), (c, 0))]
+            found = T.bitwise_or(found, T.bitwise_and(T.bitwise_and(picked[0], picked[1]), picked[2]))
+    return T.bind(found)
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     **{f"llvm.x86.avx512.vpdpbusd.{bits}": vpdpbusd for bits in (128, 256, 512)},
     "llvm.x86.avx512.pmaddw.d.512": vpmaddwd,
@@ -236,4 +248,5 @@ MODELS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.packsswb.512": vpack(signed=True),
     "llvm.x86.avx512.packuswb.512": vpack(signed=False),
     "llvm.x86.avx512.mask.cvtps2dq.512": vcvtps2dq,
+    "llvm.x86.avx512.pternlog.d.512": vpternlogd,
 }

@@ -74,7 +74,7 @@ class Arm(Isa):
             return "a weight is -128, and sums of two products are exact in int16 for weights in [-127, 127] only."
         return None
 
-    def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
+    def step_cycles(self, pixels: int, blocks: float, streamed: bool) -> float:
         """As `Isa`. "mmla" ties pairs of pixels, and "mull" spreads elements, in the units that multiply."""
         whole = pixels + pixels % self.pixels
         dots = whole * blocks * self.dot_cost

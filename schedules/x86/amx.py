@@ -33,7 +33,8 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
 from qcompiler.schedules.conv import ConvRow
-from qcompiler.schedules.conv_kernel import ConvKernel, Epilogue
+from qcompiler.schedules.conv_epilogue import Epilogue
+from qcompiler.schedules.conv_kernel import ConvKernel
 from qcompiler.schedules.isa import load
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
 from qcompiler.schedules.x86 import isa
@@ -48,7 +49,7 @@ SUMS = 2
 """Tiles of sums that the heuristic takes. Measured on a shared Sapphire Rapids, TDPBUSD and the loads of its operands from the level 1 cache: on quiet minutes
 a product takes 6 to 8 ns however many sums there are; on others 26 ns with 2 x 2 sums in eight registers and 14 ns with 1 x 2 in five. A likely cause is
 that the other thread of the core, another tenant's, takes its part of the physical tile registers."""
-UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx")  # for the epilogue
+UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx", sharing=1)  # for the epilogue
 
 
 # -- what is multiplied ---------------------------------------------------------------------------------------------------------------------
@@ -288,11 +289,11 @@ class AmxRow(ConvRow):
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return TileKernel(geometry, tiling, epilogue)
 
-    def pack(self, weight: np.ndarray, emitter: ConvKernel, order: dict[int, list[int]] | None) -> tuple[list[np.ndarray], np.ndarray]:
+    def pack(self, weight: np.ndarray, emitter: ConvKernel) -> tuple[list[np.ndarray], np.ndarray]:
         chunks, channels = Chunks.of(emitter.g), emitter.channels
         padded = np.zeros((channels.vectors * ROWS, *weight.shape[2:]), weight.dtype)
         padded[: weight.shape[1]] = weight[0]
-        cut = chunks.cut(padded[plan.lane_order(self.unit, channels, order)], emitter.g.x.channel_pitch)
+        cut = chunks.cut(padded[plan.lane_order(self.unit, channels, emitter.epilogue.packed)], emitter.g.x.channel_pitch)
         steps = cut.reshape(1, channels.vectors, ROWS, chunks.total, chunks.size // 4, 4).transpose(0, 1, 3, 4, 2, 5)
         packed = plan.pack(np.ascontiguousarray(steps).reshape(1, channels.vectors, chunks.total, -1, 4), self.unit, channels)
         return [packed], np.zeros((1, channels.vectors * ROWS), np.int64)
@@ -309,7 +310,7 @@ def cycles(g: plan.Geometry, rows: int, cols: int, blocks: int) -> float:
     """An estimate of the whole operator on one core, by which tilings are ranked; throughputs are those of Intel's manual."""
     depth, (across, rows_of_a) = Chunks.of(g).total, columns(cols)
     tiles = rows * across
-    channels = plan.cut_channels(g.outputs, ROWS, blocks)
+    channels = plan.cut_channels(g.outputs, UNIT, blocks)
 
     def one(b: int) -> float:
         epilogue = (EPILOGUE[0] + EPILOGUE[1] * (b % 2)) * rows * cols * b

@@ -45,6 +45,7 @@ class X86(Isa):
                 "the kind is known": self.kind in ("vnni", "bytes", "pairs", "signs", "fma"),
                 "an 8-bit step takes four channels": self.is_float or self.group == 4,
                 "the order is one of the group": sorted(self.order) == [0, 1, 2, 3],
+                "at most two pixels share a vector": self.sharing in (1, 2),
             },
         )
 
@@ -86,7 +87,7 @@ class X86(Isa):
         w = groups.astype(np.int64)  # sum(u w) = sum(q w) + 128 sum(w), and sum(q w) = what is computed - sum(w < 0)
         return np.asarray(128 * w.sum(-1) - np.minimum(w, 0).sum(-1))
 
-    def step_cycles(self, pixels: int, blocks: int, streamed: bool) -> float:
+    def step_cycles(self, pixels: int, blocks: float, streamed: bool) -> float:
         """As `Isa`; all instructions of "bytes" compete for the same units."""
         if self.kind in ("bytes", "signs"):
             return pixels * blocks * self.dot_cost + pixels * self.broadcast_cost + blocks * self.weight_cost
@@ -118,6 +119,17 @@ class X86(Isa):
         if self.order != (0, 1, 2, 3):
             bytes_ = shuffle([bytes_], [4 * lane + i for lane in range(self.lanes) for i in self.order])
         return [T.bind(bytes_)]
+
+    def join(self, activations: Sequence[list[Any]]) -> list[Any]:
+        """As `Isa`. VPTERNLOGD by name: of a shuffle LLVM makes VPERMT2D, which competes with dots for a unit."""
+        n, dtype = self.lanes, "float32" if self.is_float else "int8"
+        first, last = (T.reinterpret(f"int32x{n}", x) for (x,) in (activations[0], activations[-1]))
+        if n < 16:
+            both = shuffle([first, last], [i + n * (i >= n // 2) for i in range(n)])
+        else:
+            upper = shuffle([scalar(0, "int32", n), scalar(-1, "int32", n)], [i + n * (i >= n // 2) for i in range(n)])
+            both = call("int32x16", "llvm.x86.avx512.pternlog.d.512", upper, last, first, tirx.const(0xCA, "int32"))  # upper ? last : first
+        return [T.bind(T.reinterpret(f"{dtype}x{4 * n // (4 if self.is_float else 1)}", both))]
 
     def dot(self, acc: Any, x: list[Any], w: list[Any]) -> Any:
         if self.kind == "vnni":
@@ -168,6 +180,7 @@ AVX512VNNI = X86(
     weight_cost=zen4(1.0),
     epilogue_cost=zen4(2.0),
     latency=zen5(8.0),
+    sharing=2,
 )
 AVX512 = X86(
     name="x86-avx512",
@@ -194,6 +207,7 @@ AVXVNNI = X86(
     weight_cost=zen4(0.5),
     epilogue_cost=zen4(1.0),
     latency=zen4(4.3),
+    sharing=2,
 )
 AVX2 = X86(
     name="x86-avx2",
@@ -220,6 +234,7 @@ AVX512FMA = X86(
     weight_cost=zen4(1.0),
     epilogue_cost=zen4(1.0),
     latency=zen4(4.0),
+    sharing=2,
 )
 AVX2FMA = X86(
     name="x86-avx2",
@@ -233,4 +248,5 @@ AVX2FMA = X86(
     weight_cost=zen4(0.5),
     epilogue_cost=zen4(0.5),
     latency=zen4(4.3),
+    sharing=2,
 )
