@@ -18,6 +18,7 @@ from qcompiler.backend import artifact as artifacts
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.codegen import object_code
 from qcompiler.backend.lowering import Program, lower
+from qcompiler.base import host
 from qcompiler.base.errors import ArtifactError, DataError, IncompatibleDevice, OutputError, TargetError
 from qcompiler.base.targets import find_target
 from qcompiler.passes.graph import GraphBuilder, const
@@ -208,6 +209,18 @@ def test_a_cpu_that_lacks_a_feature(built: tuple[Program, bytes], tmp_path: Path
     foreign = damaged(library, 18, struct.pack("<H", 183))
     with pytest.raises(IncompatibleDevice, match="compiled for aarch64"):
         Session(foreign)
+
+
+def test_the_library_is_asked_where_the_kernel_shows_another_machine(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to a process under emulation: what the library itself finds decides."""
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    host.host_features.cache_clear()
+    try:
+        assert host.host_features() is None
+        Session(library)
+    finally:
+        host.host_features.cache_clear()
 
 
 def test_places_that_cannot_be_written(artifact: Artifact, tmp_path: Path) -> None:

@@ -8,20 +8,23 @@ import platform
 from pathlib import Path
 from typing import Any
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @functools.cache
-def host_features() -> frozenset[str]:
-    """CPU features of this machine as the kernel reports them ("flags" on x86, "Features" on ARM), less the AMX tiles that it gives to no process."""
+def host_features() -> frozenset[str] | None:
+    """CPU features of this machine as the kernel reports them ("flags" on x86, "Features" on Arm), less the AMX tiles that it gives to no process. None where
+    it reports those of another kind of machine, as to a process under emulation."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            features = frozenset(value.split())
-            return features if "amx_tile" not in features or _tiles_are_given() else features - {"amx_tile"}
-    return frozenset()
+        return None
+    ours = "flags" if host_architecture() in ("x86_64", "i686") else "Features"
+    found = next((value for key, _, value in (line.partition(":") for line in lines) if key.strip() == ours), None)
+    if found is None:
+        return None
+    features = frozenset(found.split())
+    return features if "amx_tile" not in features or _tiles_are_given() else features - {"amx_tile"}
 
 
 _ARCH_PRCTL, _GET_SUPPORTED, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1021, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h, the state component

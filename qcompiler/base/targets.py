@@ -173,7 +173,7 @@ def missing_features(target: Target) -> list[str]:
         return list(target.features) or [target.architecture]
     if target.android and not hasattr(sys, "getandroidapilevel"):
         return ["Android"]
-    return [f for f in target.features if f not in host_features()]
+    return [f for f in target.features if f not in (host_features() or ())]
 
 
 def permit(target: Target) -> None:

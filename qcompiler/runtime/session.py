@@ -221,7 +221,8 @@ class Session:
             )
         if on_gpu(self.manifest):
             return  # the library looks at the GPU when a session is made
-        missing = [f for f in self.manifest["features"] if f not in host_features()]
+        known = host_features()
+        missing = [f for f in self.manifest["features"] if known is not None and f not in known]  # else the library asks by itself when a session is made
         if missing:
             raise IncompatibleDevice(
                 f"{self.path}: compiled for {self.manifest['target']}, which needs the CPU features {', '.join(missing)}, and this CPU lacks them; "
