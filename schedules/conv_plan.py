@@ -264,7 +264,7 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
         permuted = sum(run * {4: 0.0, 2: 0.2, 1: 0.3}[run] for run in packed_runs(blocks, sharing))
         epilogue = pixels * isa.epilogue_cost * (n * (1 + extra) + permuted)
         streamed = depth * blocks * isa.weight_bytes > 16 << 10
-        return depth * isa.step_cycles(pixels, n, streamed) + epilogue + 0.6 * isa.dot_cost * max(0, pixels * n - 16) + 6
+        return depth * isa.step_cycles(pixels, n, streamed) + epilogue + 0.6 * isa.dot_cost * max(0, pixels * n - 12) + 6
 
     count = batch * -(-height // rows) * -(-width // cols)
     return count * geometry.groups * sum(number * tile(*kind) for number, *kind in channels.tiles)
