@@ -198,6 +198,12 @@ def store(buffer: Any, index: Any, value: Any, lanes: int) -> None:
     T.buffer_store(buffer, value, [index if lanes == 1 else T.ramp(index, 1, lanes)])
 
 
+def prefetch(buffer: Any, index: Any) -> None:
+    """Asks a CPU for the cache line of an element that is read soon; nothing happens where there is none."""
+    read, all_levels, data = (tirx.const(v, "int32") for v in (0, 3, 1))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[index]), read, all_levels, data))
+
+
 def accumulator(lanes: int, dtype: str = "int32") -> Any:
     """A local vector that LLVM keeps in registers, as every index into it is a constant."""
     return T.alloc_buffer((lanes,), dtype)

@@ -14,8 +14,12 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.builder import Emitter, View, load, loops, share, splat, store, tiles, vector, vectors
+from qcompiler.schedules.builder import Emitter, View, load, loops, prefetch, share, splat, store, tiles, vector, vectors
 from qcompiler.schedules.portable import threads
+
+AHEAD = 512
+"""Elements. Hardware follows three streams of an image less well than told so: quantizing eight from memory took 0.72 of the time on a Zen 5 core, one from
+the level 2 cache 0.95."""
 
 Compute = Callable[[list[Any], int], Any]  # (vectors, lanes) -> vector
 Fetch = Callable[[View, Any, int, int], Any]  # (view, flat index, lanes, stride) -> vector
@@ -154,6 +158,9 @@ def _transposing(k: Emitter, source: View, target: View, axis: int, compute: Com
         out = T.bind(T.int32(0) + target.at([*index, row]))
         loaded = [load(source.buffer, start + min(r, rows - 1) * source.strides[-1], lanes) for r in range(count)]
         if words is not None and count == 4 and target.strides[axis] == 4:
+            if k.avx2:
+                for r in range(rows):
+                    prefetch(source.buffer, start + (r * source.strides[-1] + AHEAD))
             store(target.buffer, out, _pack_words([T.bind(words([x], lanes)) for x in loaded], target.dtype, lanes), 4 * lanes)
             return
         loaded = [T.bind(compute([x], lanes) if before else x) for x in loaded]
