@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tflite_cases import BOTH, FLOAT, IMAGE, Case, rng, weights
+from tflite_cases import BOTH, FLOAT, IMAGE, Case, ints, rng, weights
 from tflite_nets import TfliteNet, schema
 from tools import require_module
 
@@ -192,6 +192,21 @@ def refused(tmp_path: Path, net: TfliteNet, outputs: Any) -> str:
         load(net.save(tmp_path / "bad.tflite", outputs if isinstance(outputs, list) else [outputs]))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_complex_numbers_beyond_a_spectrum(tmp_path: Path) -> None:
+    def spectrum(dtype: str = "float32") -> tuple[TfliteNet, int]:
+        net = TfliteNet()
+        x = net.input((1, 8), dtype, name="x")
+        return net, net.op("RFFT2D", [x, net.const(ints(1, 8))], (1, 5), dtype="complex64", kind="Rfft2dOptions")
+
+    net, found = spectrum()
+    message = refused(tmp_path, net, net.op("REAL", [net.op("MUL", [found, found], (1, 5), dtype="complex64", kind="MulOptions")], (1, 5)))
+    assert "operator 1 (MUL, of 't3'): it computes with complex numbers; supported for these: REAL, IMAG, COMPLEX_ABS, CAST, RESHAPE" in message
+    net, found = spectrum()
+    assert "output 't2' holds complex numbers; hand out their real and imaginary parts" in refused(tmp_path, net, found)
+    net, _ = spectrum("complex64")
+    assert "input 'x' holds complex numbers; take in their real and imaginary parts" in refused(tmp_path, net, net.op("REAL", [0], (1, 8)))
 
 
 def test_unknown_operators_are_named_together(tmp_path: Path) -> None:

@@ -226,6 +226,48 @@ def by_shape(net: TfliteNet, x: int) -> list[int]:
     ]
 
 
+def frames(net: TfliteNet, x: int) -> list[int]:
+    """What tf.signal.frame becomes where the batch was left open: bounds, counts and places that are computed; a split of which one part is empty."""
+    flat = net.op("RESHAPE", [x, net.const(ints(1, 144))], (1, 144), kind="ReshapeOptions")
+    shape = net.op("SHAPE", [flat], (2,), dtype="int32", kind="ShapeOptions", outType=2)
+    operands = [shape, net.const(ints(1, 1, 0)), net.const(ints(0).reshape(()))]
+    batch, length, _ = net.op("SPLIT_V", operands, (1,), (1,), (0,), dtype="int32", kind="SplitVOptions", version=2, numSplits=3)
+    count = net.op("FLOOR_DIV", [length, net.const(ints(25))], (1,), dtype="int32", kind="FloorDivOptions")  # 5
+    below = net.op("FLOOR_DIV", [net.op("NEG", [length], (1,), dtype="int32", kind="NegOptions"), net.const(ints(25))], (1,), dtype="int32")  # -6
+    ends = net.op("CONCATENATION", [batch, net.op("SUB", [length, net.const(ints(44))], (1,), dtype="int32")], (2,), dtype="int32", kind="ConcatenationOptions")
+    cut = [flat, net.const(ints(0, 7)), ends, net.const(ints(1, 1))]
+    numbers = [net.const(ints(0).reshape(())), net.op("RESHAPE", [count, net.const(ints())], (), dtype="int32"), net.const(ints(2).reshape(()))]
+    places = net.op("RANGE", numbers, (3,), dtype="int32", kind="RangeOptions")
+    last = [flat, net.op("CONCATENATION", [batch, below], (2,), dtype="int32", kind="ConcatenationOptions"), ends, net.const(ints(1, 1))]
+    return [
+        net.op("STRIDED_SLICE", cut, (1, 93), kind="StridedSliceOptions", version=2),
+        net.op("STRIDED_SLICE", cut, (1, 100), kind="StridedSliceOptions", version=2, beginMask=2, endMask=1),
+        net.op("STRIDED_SLICE", last, (1, 6), kind="StridedSliceOptions", version=2, beginMask=1, endMask=2),
+        net.op("GATHER", [flat, places], (1, 3), kind="GatherOptions", axis=1),
+    ]
+
+
+def spectra(net: TfliteNet, x: int) -> list[int]:
+    """Complex numbers between a Fourier transform and their parts, moved in every way that is supported."""
+
+    def moved(name: str, of: int, shape: tuple[int, ...], *operands: np.ndarray, **options: Any) -> int:
+        result: int = net.op(name, [of, *map(net.const, operands)], shape, dtype="complex64", **options)
+        return result
+
+    rows = net.op("EXPAND_DIMS", [net.op("TRANSPOSE", [x, net.const(ints(0, 1, 3, 2))], (1, 6, 4, 6)), net.const(ints(-2))], (1, 6, 4, 1, 6))
+    short = net.op("RFFT2D", [rows, net.const(ints(1, 4))], (1, 6, 4, 1, 3), dtype="complex64", kind="Rfft2dOptions")  # two numbers of six are left out
+    lines = moved("SQUEEZE", short, (1, 6, 4, 3), kind="SqueezeOptions", squeezeDims=[3])
+    filled = net.op("RFFT2D", [x, net.const(ints(8, 4))], (1, 6, 8, 3), dtype="complex64", kind="Rfft2dOptions")  # and two are zeros
+    wide = moved("EXPAND_DIMS", filled, (1, 6, 1, 8, 3), ints(-3), kind="ExpandDimsOptions")
+    behind = moved("EXPAND_DIMS", filled, (1, 6, 8, 3, 1), ints(4), kind="ExpandDimsOptions")
+    return [
+        net.op("COMPLEX_ABS", [lines], (1, 6, 4, 3)),
+        net.op("REAL", [moved("TRANSPOSE", filled, (1, 3, 6, 8), ints(0, 3, 1, 2), kind="TransposeOptions")], (1, 3, 6, 8)),
+        net.op("IMAG", [moved("RESHAPE", wide, (6, 24), ints(6, -1), kind="ReshapeOptions")], (6, 24)),
+        net.op("CAST", [behind], (1, 6, 8, 3, 1), kind="CastOptions"),
+    ]
+
+
 def symmetric(net: TfliteNet, x: int) -> int:
     around = net.const(ints(0, 0, 1, 1, 1, 0, 0, 0).reshape(4, 2))
     result: int = net.op("MIRROR_PAD", [x, around], (1, 8, 7, 4), kind="MirrorPadOptions", mode=1)
@@ -250,6 +292,6 @@ FLOAT: dict[str, Case] = {
     "lookup": lambda net, x: net.op("EMBEDDING_LOOKUP", [net.const(ints(2, 0)), second(net, 3, 5)], (2, 5)),
     "picked": lambda net, x: net.op("GATHER_ND", [x, net.const(ints(0, 1, 0, 5).reshape(2, 2))], (2, 6, 4), kind="GatherNdOptions"),
     "grouped": lambda net, x: conv(net, x, padding=SAME, groups=2),
-    "logical": logical, "indices": indices, "by shape": by_shape,
+    "logical": logical, "indices": indices, "by shape": by_shape, "frames": frames, "spectra": spectra,
 }  # fmt: skip
 """Operators in float32 alone."""

@@ -22,6 +22,7 @@ from qcompiler.base.errors import ModelError, closest
 from qcompiler.importers.nodes import Refused, cut_offer
 from qcompiler.importers.qlinear import CONTRIB
 from qcompiler.importers.states import declare
+from qcompiler.importers.tflite_complex import COMPLEX, ON_COMPLEX
 from qcompiler.importers.tflite_file import DAMAGED, RESOURCE, Network, Operator, read_network
 from qcompiler.importers.tflite_graph import Graph
 from qcompiler.importers.tflite_operators import converter
@@ -156,7 +157,7 @@ class _Translation(Graph):
         return f"operator {self.network.operators.index(operator)} ({operator.op}, of '{self.tensors[operator.outputs[0]].name if operator.outputs else ''}')"
 
     def translate(self, operator: Operator) -> None:
-        if not operator.outputs or any(o < 0 or o in self.reals or self.tensors[o].data is not None for o in operator.outputs):
+        if not operator.outputs or any(o < 0 or o in self.reals or self.tensors[o].holds for o in operator.outputs):
             raise Refused("its results are missing, or computed by another operator too")
         for i in operator.inputs:
             if i >= 0 and i not in self.reals and self.tensors[i].data is None:
@@ -165,6 +166,10 @@ class _Translation(Graph):
         try:
             convert = converter(operator)
             assert convert is not None, operator  # `check_known`
+            if any(i >= 0 and self.tensors[i].dtype == COMPLEX for i in operator.inputs):
+                if operator.op not in ON_COMPLEX:
+                    raise Refused(f"it computes with complex numbers; supported for these: {', '.join(ON_COMPLEX)}")
+                convert = ON_COMPLEX[operator.op]
             convert(self, operator)
         except DAMAGED as error:
             raise Refused(f"its operands or options contradict its definition ({type(error).__name__}: {str(error)[:120]})") from error
@@ -175,6 +180,8 @@ class _Translation(Graph):
         tensor = self.tensors[index]
         if index in self.reals or tensor.data is not None:
             raise ModelError(f"{self.where}: input '{tensor.name}' is listed twice, or a constant")
+        if tensor.dtype == COMPLEX:
+            raise ModelError(f"{self.where}: input '{tensor.name}' holds complex numbers; take in their real and imaginary parts")
         self.reals[index] = self.dequantized(tensor.name, tensor, self.fresh(tensor.name, "real")) if tensor.quantized else tensor.name
         return helper.make_tensor_value_info(tensor.name, _element(tensor.dtype), [None if d < 0 else d for d in tensor.shape])
 
@@ -182,6 +189,8 @@ class _Translation(Graph):
         tensor = self.tensors[index]
         if index not in self.reals and tensor.data is None:
             raise ModelError(f"{self.where}: output '{tensor.name}' is computed by no operator")
+        if tensor.dtype == COMPLEX:
+            raise ModelError(f"{self.where}: output '{tensor.name}' holds complex numbers; hand out their real and imaginary parts, or their magnitude")
         if tensor.data is not None:
             self.constants[tensor.name] = tensor.data
         elif tensor.quantized and index in self.network.inputs:

@@ -28,6 +28,7 @@ _NAME = 300  # bytes of a name
 _DTYPES = {
     "FLOAT32": "float32", "FLOAT16": "float16", "FLOAT64": "float64", "INT8": "int8", "UINT8": "uint8", "INT16": "int16", "UINT16": "uint16",
     "INT32": "int32", "UINT32": "uint32", "INT64": "int64", "UINT64": "uint64", "BOOL": "bool", "INT4": "int4",
+    "COMPLEX64": "complex64",
 }  # fmt: skip
 
 
@@ -49,6 +50,11 @@ class Tensor:
     @property
     def quantized(self) -> bool:
         return self.scale is not None
+
+    @property
+    def holds(self) -> bool:
+        """Does it hold numbers? A tensor without elements is a constant, and may be computed as well."""
+        return self.data is not None and self.data.size > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +232,7 @@ class _Reader:
 
     def quantization(self, tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray | None, np.ndarray | None, int]:
         found = tensor.Quantization()
-        if found is None or found.ScaleIsNone() or dtype.startswith(("float", "bool")):
+        if found is None or found.ScaleIsNone() or dtype.startswith(("float", "bool", "complex")):
             return None, None, 0
         if found.DetailsType() not in (0, 1):  # 1: of custom operators
             raise Refused(f"tensor '{name}' is quantized in blocks; supported: a scale for the tensor or for each channel")

@@ -13,6 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from qcompiler.importers.nodes import Refused
+from qcompiler.importers.tflite_complex import SPECTRA
 from qcompiler.importers.tflite_file import Operator
 from qcompiler.importers.tflite_graph import Graph
 from qcompiler.importers.tflite_recurrent import RECURRENT
@@ -58,9 +59,11 @@ def squared_difference(g: Graph, op: Operator) -> None:
 
 
 def floor_div(g: Graph, op: Operator) -> None:
-    if not g.operand(op, 0).dtype.startswith("float"):
-        raise Refused("its operands are integers; supported: floats")
-    g.chain(op, "Floor", g.node("Div", [g.value(op, 0), g.value(op, 1)]))
+    """Of integers (x - x mod y) / y, whose remainder has the sign of y: ONNX's quotient of integers is cut, not rounded down."""
+    x, y = g.value(op, 0), g.value(op, 1)
+    if g.operand(op, 0).dtype.startswith("float"):
+        return g.chain(op, "Floor", g.node("Div", [x, y]))
+    return g.chain(op, "Div", [*g.node("Sub", [x, *g.node("Mod", [x, y])]), y])
 
 
 def floor_mod(g: Graph, op: Operator) -> None:
@@ -237,23 +240,33 @@ def slice_(g: Graph, op: Operator) -> None:
 
 def strided_slice(g: Graph, op: Operator) -> None:
     """Bit k of a mask is about axis k: no begin, no end, one element of which the axis goes."""
-    begin, end, steps = (g.ints(op, i, what) for i, what in ((1, "begin"), (2, "end"), (3, "strides")))
+    steps = g.ints(op, 3, "strides")
     for name, what in (("EllipsisMask", "an ellipsis"), ("NewAxisMask", "new axes"), ("Offset", "ends counted from the begin")):
         if op.option(name, 0):
             raise Refused(f"it has {what}; supported: begin, end, strides, and axes that go")
-    gone = []
-    for k, step in enumerate(steps):
-        if op.option("ShrinkAxisMask") >> k & 1:
-            gone.append(k)
-            end[k], steps[k] = begin[k] + 1 or _LAST, 1
-        elif step == 0:
-            raise Refused("a stride is 0")
-        else:
-            begin[k] = begin[k] if not op.option("BeginMask") >> k & 1 else 0 if step > 0 else _LAST
-            end[k] = end[k] if not op.option("EndMask") >> k & 1 else _LAST if step > 0 else -_LAST
-    axes = g.int64(list(range(len(begin))))
-    part = g.node("Slice", [g.value(op), g.int64(begin), g.int64(end), axes, g.int64(steps)])[0]
+    gone = [k for k in range(len(steps)) if op.option("ShrinkAxisMask") >> k & 1]
+    begins, ends = (
+        {k: _LAST if (step > 0) == last else first for k, step in enumerate(steps) if op.option(mask) >> k & 1}
+        for mask, last, first in (("BeginMask", False, 0), ("EndMask", True, -_LAST))
+    )
+    for k in gone:
+        steps[k], begins[k] = 1, g.ints(op, 1, "begin")[k]
+        ends[k] = begins[k] + 1 or _LAST
+    if 0 in steps:
+        raise Refused("a stride is 0")
+    part = g.node("Slice", [g.value(op), _bounds(g, op, 1, begins), _bounds(g, op, 2, ends), g.int64(list(range(len(steps)))), g.int64(steps)])[0]
     g.result(op, g.node("Squeeze", [part, g.int64(gone)])[0] if gone else part)
+
+
+def _bounds(g: Graph, op: Operator, place: int, fixed: dict[int, int]) -> str:
+    """An operand of integers, constant or computed, with the numbers `fixed` in their places."""
+    if g.operand(op, place).data is not None:
+        return g.int64([fixed.get(k, v) for k, v in enumerate(g.ints(op, place, "bounds"))])
+    axes = range(len(g.ints(op, 3, "strides")))
+    if not fixed:
+        return g.cast(op, place)
+    known = g.constant(np.array([k in fixed for k in axes]), "known")
+    return g.node("Where", [known, g.int64([fixed.get(k, 0) for k in axes]), g.cast(op, place)])[0]
 
 
 def pads_of(g: Graph, op: Operator) -> str:
@@ -354,7 +367,7 @@ def converter(op: Operator) -> Convert | None:
     return CUSTOM.get(op.custom) if op.op == "CUSTOM" else OPERATORS.get(op.op)
 
 
-OPERATORS: dict[str, Convert] = WINDOWS | RECURRENT | {
+OPERATORS: dict[str, Convert] = WINDOWS | RECURRENT | SPECTRA | {
     "ADD": plain("Add", 2), "SUB": plain("Sub", 2), "MUL": plain("Mul", 2), "DIV": plain("Div", 2), "MAXIMUM": plain("Max", 2), "MINIMUM": plain("Min", 2),
     "POW": plain("Pow", 2), "EQUAL": plain("Equal", 2), "GREATER": plain("Greater", 2), "GREATER_EQUAL": plain("GreaterOrEqual", 2), "LESS": plain("Less", 2),
     "LESS_EQUAL": plain("LessOrEqual", 2), "NOT_EQUAL": not_equal, "LOGICAL_AND": plain("And", 2), "LOGICAL_OR": plain("Or", 2),
@@ -371,5 +384,5 @@ OPERATORS: dict[str, Convert] = WINDOWS | RECURRENT | {
     "CONCATENATION": concatenation, "PACK": pack, "UNPACK": unpack, "SPLIT": split, "SPLIT_V": split, "SLICE": slice_, "STRIDED_SLICE": strided_slice,
     "PAD": pad, "PADV2": pad, "MIRROR_PAD": mirror_pad, "SPACE_TO_BATCH_ND": batch_and_space, "BATCH_TO_SPACE_ND": batch_and_space, "GATHER": gather,
     "GATHER_ND": gather_nd, "EMBEDDING_LOOKUP": embedding_lookup, "TILE": tile, "BROADCAST_TO": broadcast_to, "REVERSE_V2": reverse, "SHAPE": shape,
-    "ZEROS_LIKE": zeros_like, "FILL": fill, "ONE_HOT": one_hot,
+    "ZEROS_LIKE": zeros_like, "FILL": fill, "ONE_HOT": one_hot, "RANGE": plain("Range", 3),
 }  # fmt: skip
