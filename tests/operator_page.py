@@ -18,6 +18,8 @@ import onnx.defs
 from onnx import numpy_helper
 from tvm import relax
 
+from qcompiler.importers.classical import CLASSICAL
+from qcompiler.importers.classical import DOMAIN as CLASSICAL_DOMAIN
 from qcompiler.importers.control import CONTROL
 from qcompiler.importers.dynamic import TAKEN_BACK
 from qcompiler.importers.model import FloatModel
@@ -188,6 +190,7 @@ def page() -> str:
     floating = [f"| {op} | {'; '.join(sorted(s.reasons))} |" for op, s in sorted(found.items(), key=lambda item: item[0].lower()) if s.whole and s.reasons]
     theirs = {op: "Relax's importer" for domain, op in CONTRIBUTED if domain == CONTRIB}
     theirs |= dict.fromkeys(ON_INTEGERS, "as a quantized file states it") | dict.fromkeys(TAKEN_BACK, TAKEN)
+    theirs |= dict.fromkeys((f"{op} (`{CLASSICAL_DOMAIN}`)" for op in CLASSICAL), "a converter of ours")
     own = [f"| {op} | {what} |" for op, what in sorted(theirs.items(), key=lambda item: item[0].lower())]
     kinds = [kind_row(k) for k in KINDS.values() if k.operator]
     return TEXT.format(
@@ -227,7 +230,7 @@ case (sequences, strings, random numbers), and nothing tests them.
 {rows}
 
 Operators of other domains are refused by name, but for those that the ONNX package defines by operators of the standard, and these of ONNX Runtime
-(`com.microsoft`):
+(`com.microsoft`) and of the standard's second domain (`ai.onnx.ml`):
 
 | operator | how |
 |---|---|

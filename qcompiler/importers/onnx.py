@@ -22,10 +22,12 @@ from tvm import relax
 from qcompiler.base.errors import ModelError, QCompilerError, bugs_named
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
+from qcompiler.importers.classical import CLASSICAL
+from qcompiler.importers.classical import DOMAIN as CLASSICAL_DOMAIN
 from qcompiler.importers.control import CONTROL, in_order, reads
 from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, cut_offer, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
-from qcompiler.importers.operators import CONVERTERS
+from qcompiler.importers.operators import CONVERTERS, Converter
 from qcompiler.importers.qdq import take_out
 from qcompiler.importers.recurrent import RECURRENT, without_unread
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
@@ -40,6 +42,7 @@ CONTRIBUTED = {("com.microsoft", op) for op in ("BiasGelu", "FastGelu", "Gelu", 
 WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 NO_CONVERSION = f"no conversion exists for this operator; {ADVICE}"
 SHOWN = 8  # refused nodes in one error
+_TABLES: dict[str, Mapping[str, Converter]] = {"": CONVERTERS, CLASSICAL_DOMAIN: CLASSICAL}
 
 
 @dataclass
@@ -142,9 +145,9 @@ class _Importer:
         domain = "" if proto.domain in _STANDARD else proto.domain
         if (domain, proto.op_type) in CONTRIBUTED or defined(proto.op_type, self.opset, domain):
             return
-        if domain:
+        if domain not in _TABLES:
             raise Beyond(f"operator '{domain}::{proto.op_type}' is not one of the ONNX standard, whatever its name; {ADVICE}")
-        if proto.op_type not in CONVERTERS and proto.op_type not in CONTROL and not known_to_relax(proto.op_type):
+        if proto.op_type not in _TABLES[domain] and (domain or (proto.op_type not in CONTROL and not known_to_relax(proto.op_type))):
             raise Beyond(NO_CONVERSION)
 
     def nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -210,7 +213,7 @@ class _Importer:
         axis, rank = node.attrs.get("axis"), len(node.shape()) if node.has(0) and is_tensor(node.inputs[0]) else None
         if isinstance(axis, int) and rank is not None and not -rank - 1 <= axis <= rank + 1:  # no operator has one beyond; some definitions count up to it
             raise Refused(f"axis {axis} is out of range for a tensor of rank {rank}")
-        own = CONVERTERS.get(node.op) if node.domain == "" else None
+        own = _TABLES[node.domain].get(node.op) if node.domain in _TABLES else None
         refused: Refused | None = None
         try:
             results = own(node) if own else None
