@@ -147,6 +147,48 @@ def test_halves_and_quantized_files_are_less_exact(tmp_path: Path) -> None:
     assert checked.status == "equal" and checked.outputs[0].sqnr_db < 120
 
 
+def rounding(path: Path) -> Path:
+    """A quantized network whose first range cuts off most of its input, and whose HardSigmoid comes behind that."""
+    rng = np.random.default_rng(0)
+    weights = numpy_helper.from_array(rng.integers(-127, 128, (8, 8)).astype(np.int8), "w")
+    constants = [weights, *(numpy_helper.from_array(np.float32(v), n) for n, v in (("s", 0.002), ("sw", 0.01), ("sy", 0.01)))]
+    constants.append(numpy_helper.from_array(np.int8(0), "z"))
+    steps = [
+        ("QuantizeLinear", "x", "s"),
+        ("DequantizeLinear", "q", "s"),
+        ("DequantizeLinear", "w", "sw"),
+        ("QuantizeLinear", "h", "sy"),
+        ("DequantizeLinear", "r", "sy"),
+    ]
+    results = ["q", "d", "wd", "r", "y"]
+    nodes = [helper.make_node(op, [x, scale, "z"], [y]) for (op, x, scale), y in zip(steps, results, strict=True)]
+    nodes[3:3] = [helper.make_node("MatMul", ["d", "wd"], ["m"]), helper.make_node("HardSigmoid", ["m"], ["h"])]
+    ports = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 8])] for n in ("x", "y")]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", *ports, constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_roundings_of_a_quantized_file_are_no_wrong_operator(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its float network is far from what it computes; the library isn't, and that of an operator that is read wrongly is."""
+    model = rounding(tmp_path / "q.onnx")
+    artifact = qcompiler.compile(model, calibration=data)
+    assert artifact.imported is not None and (artifact.imported.status, artifact.imported.library) == ("equal", True)
+    assert not any("read wrongly" in warning for warning in artifact.manifest["warnings"])
+    report = qcompiler.verify(artifact.save(tmp_path / "q.so"), model, data)
+    assert report.imported is not None and report.imported.library and "import: the library is what onnxruntime" in str(report)
+    assert not report.passed and all("SQNR" in failure for failure in report.failures)  # the float network is another all the same
+
+    bare = qcompiler.compile(model)
+    (doubt,) = qcompiler.verify(bare.save(tmp_path / "b.so"), model, data).warnings
+    assert "and the model file has the range [-0.258, 0.256]: " in doubt and doubt.endswith("Are these samples preprocessed as the model wants it?")
+
+    monkeypatch.setitem(operators.CONVERTERS, "HardSigmoid", lambda node: [node.inputs[0]])
+    wrong = qcompiler.compile(model, calibration=data)
+    assert wrong.imported is not None and (wrong.imported.status, wrong.imported.library) == ("different", False)
+    assert any("An operator is read wrongly" in warning for warning in wrong.manifest["warnings"])
+    assert any("An operator is read wrongly" in failure for failure in qcompiler.verify(wrong.save(tmp_path / "w.so"), model, data).failures)
+
+
 def test_a_library_of_another_model_is_refused(tmp_path: Path, data: Path, digits: Callable[[str], Path]) -> None:
     """Same inputs, same outputs, other weights: the digest tells."""
     model = saved(tmp_path / "m.onnx", RELU)

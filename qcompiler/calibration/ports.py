@@ -332,3 +332,14 @@ def real_outputs(manifest: Mapping[str, Any], outputs: Mapping[str, np.ndarray])
         name: array if name not in integers else dequantize(array, scale=integers[name]["scale"], zero_point=integers[name]["zero_point"])
         for name, array in outputs.items()
     }
+
+
+@dataclass(frozen=True)
+class OnReals:
+    """A session of a library, fed and read in the float numbers that its network knows. manifest: of the shape that it runs at."""
+
+    session: Any
+    manifest: Mapping[str, Any]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return real_outputs(self.manifest, self.session.run(stored_inputs(self.manifest, inputs)))

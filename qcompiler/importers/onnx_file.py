@@ -143,12 +143,16 @@ def names(model: onnx.ModelProto) -> Iterator[str]:
             graphs += [a.g for a in node.attribute if a.HasField("g")] + [g for a in node.attribute for g in a.graphs]
 
 
+QUANTIZED = 10.0
+"""`exactness` of a quantized file."""
+
+
 def exactness(model: onnx.ModelProto) -> float:
     """The SQNR, in dB, that two implementations of the float network of a model reach at least: 60 where everything is float32 (sums in another order,
-    other approximations of exp), 30 where halves are stored or computed, 10 where the file is quantized, whose steps the float network leaves out."""
+    other approximations of exp), 30 where halves are stored or computed, `QUANTIZED` where the file is, whose steps the float network leaves out."""
     nodes = list(_nodes([*model.graph.node, *(n for function in model.functions for n in function.node)]))
     if any(n.op_type.startswith(("QLinear", "QGemm")) or n.op_type.endswith(("QuantizeLinear", "Integer", "QuantizeLSTM")) for n in nodes):
-        return 10.0
+        return QUANTIZED
     ports = [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)]
     casts = [a.i for n in nodes if n.op_type == "Cast" for a in n.attribute if a.name == "to"]
     return 30.0 if _HALVES & {t.data_type for t in tensors(model)}.union(ports, casts) else 60.0

@@ -16,19 +16,22 @@ import qcompiler
 from qcompiler.backend.artifact import Artifact, port_parameters, program_manifest
 from qcompiler.backend.build import Built
 from qcompiler.backend.cuda import toolkit_versions
+from qcompiler.backend.kernel_cache import installation
 from qcompiler.backend.lowering import Program
 from qcompiler.base.errors import PlanError
-from qcompiler.calibration.ports import stored_inputs
+from qcompiler.calibration.ports import OnReals, stored_inputs
 from qcompiler.importers.model import FloatModel
+from qcompiler.importers.onnx_file import QUANTIZED
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import SIXTEEN, find_groups
 from qcompiler.passes.halves import HALVES
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.padding import check_padding
-from qcompiler.pipeline.stages import Corrected, QuantizedNetwork
+from qcompiler.pipeline.stages import Corrected, Findings, QuantizedNetwork, remembered
 from qcompiler.plan.quant_plan import Quantized, count_operators
 from qcompiler.plan.recipes import STEPS
 from qcompiler.refine.trial import EXACT
+from qcompiler.runtime.reference import ImportCheck, check_import, confirmed, installed_version
 from qcompiler.runtime.selftest import probes, vectors
 
 
@@ -66,6 +69,9 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         first = [stored_inputs(described_ports(corrected), sample) for sample in itertools.islice(job.alike, 1)]
         warnings += [w for sample in first for w in check_padding(corrected.host_code().session(), job.pad, sample, job.ports.outputs)]
         account["padding"] = dict(job.pad)
+    imported = _imported(corrected)
+    if imported is not None and imported.failure and job.model.exactness == QUANTIZED:
+        warnings.append(imported.failure)
     artifact = corrected.built.link(
         **describe(corrected.integer, job.model),
         channels={k: c.to_json() for k, c in measured.equalized.equalization.channels.items()},
@@ -91,7 +97,22 @@ def link(corrected: Corrected, searched: Mapping[str, str] = {}, **account: Any)
         ],
         **account,
     )
-    return Compilation(dataclasses.replace(artifact, imported=measured.equalized.imported), corrected)
+    return Compilation(dataclasses.replace(artifact, imported=imported), corrected)
+
+
+def _imported(corrected: Corrected) -> ImportCheck | None:
+    """The import beside another runtime; of a quantized file see `confirmed`."""
+    network, job = corrected.network, corrected.network.job
+    found, model, other = network.measured.equalized.imported, job.model, job.model.origin.elsewhere()
+    if found is None or model.exactness != QUANTIZED:
+        return found
+
+    def checked() -> Findings:
+        library = OnReals(corrected.host_code().session(), described_ports(corrected))
+        return check_import(other, library, itertools.islice(job.alike, 1), model.exactness, model.fixed, model.rounded).state()
+
+    decisive = [installation(), installed_version(other.package), network.plan.digest]
+    return confirmed(found, lambda: remembered(job, "import by the library", decisive, checked, ImportCheck.of_state))
 
 
 def described_ports(corrected: Corrected) -> dict[str, Any]:

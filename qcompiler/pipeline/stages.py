@@ -34,6 +34,7 @@ from qcompiler.calibration.stored import Pass, Remembering, file_behind
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
+from qcompiler.importers.onnx_file import QUANTIZED
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
@@ -264,7 +265,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     table = observe(equalized, ids, [means, ends, first], stage, [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, groups, first.constancy())
-    if equalized.imported is not None and equalized.imported.failure:
+    if equalized.imported is not None and equalized.imported.failure and job.model.exactness != QUANTIZED:  # such a file is judged by its library
         warnings.append(equalized.imported.failure)
     return Measured(equalized, table, means, ends, warnings)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,7 +126,8 @@ class OutputCheck:
 class ImportCheck:
     """Whether the imported float network computes what another runtime does. status: "equal", "different", "not run" (`reason` says why) or "not installed".
 
-    least_db: the SQNR that every floating output must reach; `samples`: on how many it was measured.
+    least_db: the SQNR that every floating output must reach; `samples`: on how many it was measured. library: the library was compared, which rounds as
+    the quantized file does, and whose float network is farther from it.
     """
 
     status: str
@@ -135,6 +136,7 @@ class ImportCheck:
     least_db: float = 0.0
     outputs: list[OutputCheck] = field(default_factory=list)
     reason: str = ""
+    library: bool = False
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it as an array, for `of_state`."""
@@ -154,7 +156,8 @@ class ImportCheck:
         worst = min(self.outputs, key=lambda o: (o.equal, o.sqnr_db))
         measured = f"'{worst.name}' {worst.sqnr_db:.1f} dB, {worst.differing} elements differ by up to {worst.max_error:.3g}"
         verdict = "is" if self.status == "equal" else "is NOT"
-        return f"import: the float network {verdict} what {self.runtime} computes from the model, on {self.samples} samples: at the worst {measured}"
+        what = "library" if self.library else "float network"
+        return f"import: the {what} {verdict} what {self.runtime} computes from the model, on {self.samples} samples: at the worst {measured}"
 
     @property
     def failure(self) -> str | None:
@@ -173,6 +176,15 @@ class ImportCheck:
             f"the imported float network is not what {self.runtime} computes from the model: {said}, at least {self.least_db:g} dB expected. "
             "An operator is read wrongly; please report the model"
         )
+
+
+def confirmed(found: ImportCheck, checked: Callable[[], ImportCheck]) -> ImportCheck:
+    """`found`, of the float network of a quantized file, or, where that is far from what the file computes, `checked`, of the library: the roundings of the
+    file may take its results that far, where inputs lie beyond its ranges or scales are coarse, and an operator that is read wrongly is wrong in both."""
+    if found.failure is None:
+        return found
+    other = checked()
+    return replace(other, library=True) if other.status == "equal" else found
 
 
 def installed_version(package: str) -> str | None:

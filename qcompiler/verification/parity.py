@@ -26,12 +26,13 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.text import number, percent, table
 from qcompiler.calibration.data import Samples, Source, load_labels, unused
 from qcompiler.calibration.frames import open_streamed
+from qcompiler.calibration.ports import OnReals
 from qcompiler.calibration.preprocess import Preprocess
-from qcompiler.importers.onnx_file import exactness, rounded
+from qcompiler.importers.onnx_file import QUANTIZED, exactness, rounded
 from qcompiler.importers.origin import AnyModel, Origin, origin_of
 from qcompiler.pipeline.goal import check_labels, check_limits, check_thresholds, classifying
 from qcompiler.pipeline.metric import Metric, MetricFunction, Scored, load_metric
-from qcompiler.runtime.reference import ImportCheck, check_import
+from qcompiler.runtime.reference import ImportCheck, check_import, confirmed
 from qcompiler.runtime.selftest import digest
 from qcompiler.verification.compared import Compared, Runner, Tally
 from qcompiler.verification.reach import Reach
@@ -236,7 +237,7 @@ def verify(
     origin = origin_of(model, actual.manifest.get("cut", ()), example_inputs)
     with temporary_folder() as folder:
         twin = float_session(origin, actual, folder, threads, data)
-        report = with_import(compare(actual, twin, data, **options), origin, twin, data)
+        report = with_import(compare(actual, twin, data, **options), origin, actual, twin, data)
         return replace(report, checks=[*report.checks, *bit_checks(actual, data, expect_digest)])
 
 
@@ -266,13 +267,21 @@ def judges(labels: Any, metric: str | MetricFunction | None, data: Samples) -> d
     return {"labels": None if labels is None else load_labels(labels, data)}
 
 
-def with_import(report: ParityReport, origin: Origin, twin: Twin, samples: Samples) -> ParityReport:
-    """The report with the float network `twin` of `origin` compared with the runtime that it was made for as well, on the first samples."""
-    first: Iterable[Mapping[str, np.ndarray]] = itertools.islice(samples, IMPORT_SAMPLES)
+def with_import(report: ParityReport, origin: Origin, actual: Any, twin: Twin, samples: Samples) -> ParityReport:
+    """The report with the float network `twin` of `origin` compared with the runtime that it was made for as well, on the first samples; of a quantized
+    file see `confirmed`."""
     model, fixed = origin.read()[0], twin.manifest.get("fixed_inputs", {})
-    checked = check_import(origin.elsewhere(), twin.network, map(twin.real, first), exactness(model), fixed, rounded(model))
-    verdict = [Check("import", min(o.sqnr_db for o in checked.outputs), not checked.failure, checked.failure or "")] if checked.outputs else []
-    return replace(report, imported=checked, checks=[*report.checks, *verdict])
+    near, whole = exactness(model), rounded(model)
+
+    def checked(network: Any) -> ImportCheck:
+        first: Iterable[Mapping[str, np.ndarray]] = itertools.islice(samples, IMPORT_SAMPLES)
+        return check_import(origin.elsewhere(), network, map(twin.real, first), near, fixed, whole)
+
+    found = checked(twin.network)
+    if near == QUANTIZED:
+        found = confirmed(found, lambda: checked(OnReals(actual, actual.manifest)))
+    verdict = [Check("import", min(o.sqnr_db for o in found.outputs), not found.failure, found.failure or "")] if found.outputs else []
+    return replace(report, imported=found, checks=[*report.checks, *verdict])
 
 
 def compare(

@@ -20,6 +20,7 @@ class Reach:
 
     def __init__(self, manifest: Mapping[str, Any]) -> None:
         self._ranges = {}
+        self._calibrated = manifest.get("calibration_samples", 1) > 0  # else the ranges stand in the model file
         for port in manifest.get("inputs", ()):
             if "scale" in port and port.get("dtype") == "float32":
                 stored = np.iinfo(port.get("stored", "int8"))
@@ -37,13 +38,15 @@ class Reach:
             self._seen[name] = (min(least, float(array.min())), max(most, float(array.max())))
 
     def doubts(self) -> list[str]:
-        """A sentence for every input whose values are elsewhere than those of the calibration."""
+        """A sentence for every input whose values are elsewhere than those of the calibration, or than the quantized file has them."""
         found = []
+        led = "calibration led to" if self._calibrated else "the model file has the range"
+        ask = "Was the calibration data preprocessed as these samples are?" if self._calibrated else "Are these samples preprocessed as the model wants it?"
         for name, (low, high) in self._ranges.items():
             outside, (least, most) = self._outside[name] / max(self._count[name], 1), self._seen[name]
-            said = f"input '{name}' lies in [{least:.4g}, {most:.4g}] here, and calibration led to [{low:.4g}, {high:.4g}]"
+            said = f"input '{name}' lies in [{least:.4g}, {most:.4g}] here, and {led} [{low:.4g}, {high:.4g}]"
             if outside > MOST_OUTSIDE:
-                found.append(f"{said}: {100 * outside:.0f} % of it is cut off. Was the calibration data preprocessed as these samples are?")
+                found.append(f"{said}: {100 * outside:.0f} % of it is cut off. {ask}")
             elif self._count[name] and most - least < LEAST_USED * (high - low):
-                found.append(f"{said}, of which little is used. Was the calibration data preprocessed as these samples are?")
+                found.append(f"{said}, of which little is used. {ask}")
         return found

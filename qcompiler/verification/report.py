@@ -56,7 +56,7 @@ def verify_report(
     with temporary_folder() as folder:
         twin = float_session(origin, session, folder, threads, samples.source)
         parity = compare(session, twin, samples, thresholds=thresholds, layer_samples=layer_samples, progress=progress, **given)
-        parity = with_import(parity, origin, twin, samples)
+        parity = with_import(parity, origin, session, twin, samples)
         parity = replace(parity, checks=[*parity.checks, *bit_checks(session, samples, expect_digest)])
         evidence = gather(session, twin, samples, parity, origin, given.get("labels"), seconds, progress, measure)
     sources = {"evaluation data": data, "labels": labels, "preprocessing": preprocess, "metric": metric}
