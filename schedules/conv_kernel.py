@@ -303,7 +303,7 @@ class ConvKernel:
                 y = value if isa.is_float else self.scaled(value, vector, b)
                 if g.residual:
                     parts = [load(self.residual, residual + self.residual_step(*pixel) + b * isa.lanes, width) for pixel in pixels]
-                    added = joined(parts, len(lines[0]), isa.lanes)
+                    added = joined(parts, width, isa.lanes)
                     y = y + added if isa.is_float else self.rescaled(self.convertible(y, True), T.Cast(f"int32x{isa.lanes}", added))
                 if e.clamp_low:
                     y = T.max(y, self.params.word("low"))
@@ -327,7 +327,7 @@ class ConvKernel:
                 added: list[Any] = [None] * len(slots)
                 if g.residual:
                     parts = [[load(self.residual, residual + self.residual_step(*pixel) + start * isa.lanes, width) for pixel in pixels] for pixels in here]
-                    added = self.gather_words(parts, run) if g.residual.dtype == "int16" else self.gather(parts, run)
+                    added = (self.gather_words if g.residual.dtype == "int16" else self.gather)(parts, width, run)
                 ints = [self.requantize(values[p + i][b], vector, b, word) for (i, b), word in zip(slots, added, strict=True)]
                 ints = [ints[i % len(ints)] for i in range(4)]
                 packed = isa.pack(ints, self.params.offset() if e.offset else None, e.output == "int8")
@@ -370,19 +370,20 @@ class ConvKernel:
         assert self.g.residual is not None
         return (row * self.g.residual.rows[1] + column) * self.g.residual.channel_pitch
 
-    def gather(self, parts: list[list[Any]], run: int) -> list[Any]:
-        """The residual bytes of up to `4 // run` lines of pixels as int32 lanes of each slot, by the inverse of the permutation before the store."""
+    def gather(self, parts: list[list[Any]], width: int, run: int) -> list[Any]:
+        """The residual bytes of up to `4 // run` lines of pixels, of each so many, as int32 lanes of each slot, by the inverse of the permutation before
+        the store."""
         isa = self.isa
-        together = T.bind(joined([part for line in parts for part in line], 4 // run * len(parts[0]), isa.bytes))
+        together = T.bind(joined([part for line in parts for part in line], width, isa.bytes))
         if run < 4:
             inverse = np.argsort(isa.packed_dwords(run))
             together = T.bind(T.reinterpret(f"{isa.input_dtype}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", together)], inverse.tolist())))
         return [isa.unpack(together, slot) for slot in range(len(parts) * run)]
 
-    def gather_words(self, parts: list[list[Any]], run: int) -> list[Any]:
+    def gather_words(self, parts: list[list[Any]], width: int, run: int) -> list[Any]:
         """The same for a residual of 16 bits."""
         isa, order = self.isa, self.isa.channel_order(run).reshape(run, -1).tolist()
-        loaded = [T.bind(joined(line, len(parts[0]), run * isa.lanes)) for line in parts]
+        loaded = [T.bind(joined(line, width, run * isa.lanes)) for line in parts]
         return [T.Cast(f"int32x{isa.lanes}", shuffle([words], channels)) for words in loaded for channels in order]
 
     def save_part(self, index: Any, vector: Any, total: int, begin: int, count: int) -> None:
@@ -403,9 +404,9 @@ class ConvKernel:
             index, begin, count = index + size, begin + size, count - size
 
 
-def joined(parts: list[Any], count: int, lanes: int) -> Any:
-    """`count` vectors side by side in one of `lanes`, the first one again where there are fewer `parts`."""
-    return parts[0] if count == 1 else shuffle(parts + parts[:1] * (count - len(parts)), range(lanes))
+def joined(parts: list[Any], width: int, lanes: int) -> Any:
+    """Vectors of `width` elements side by side in one of `lanes`, the first one again where they are too few."""
+    return parts[0] if width == lanes else shuffle(parts + parts[:1] * (lanes // width - len(parts)), range(lanes))
 
 
 def _length(first: Any, run: int, total: int, tasks: int) -> Any:

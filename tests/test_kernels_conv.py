@@ -50,6 +50,15 @@ def test_ragged_widths(width: int, target: Target) -> None:
     Case((2, 3, width, 8), 32, (3, 3), pad=1).run(target, seed=width)
 
 
+@sampled("cols", [1, 2, 5, 9], {5})
+def test_pixels_share_a_vector(cols: int, target: Target) -> None:
+    """Also where the last one has it for itself, beside whole vectors and alone."""
+    for name, outputs in (("int8", 24), ("int16", 24), ("int8", 5)):
+        scale = {"residual_zero_point": 0, "residual_multiplier": 9} if name == "int16" else {}
+        Case((1, 3, 11, 16), outputs, residual=True, residual_dtype=name, attrs=scale).run(target, {"rows": 1, "cols": cols, "blocks": -(-outputs // 16)})
+    Case((1, 3, 11, 16), 24, attrs={"out_dtype": "float32"}).run(target, {"rows": 1, "cols": cols})
+
+
 def test_every_sampled_schedule_is_exact(target: Target) -> None:
     """Random points of the design space; those that a kernel refuses don't count."""
     rng, wanted = np.random.default_rng(7), 1 if is_emulated(target) else 5
