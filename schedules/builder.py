@@ -43,7 +43,7 @@ class Emitter:
     tasks: int
     inputs: list[Any]
     arrays: list[Any]
-    output: Any
+    output: Any  # the first one
     width: int
     _scalars: Any
     group: Any = None
@@ -52,6 +52,7 @@ class Emitter:
     armv7: bool = False
     scratch: Any = None  # int32 words
     counters: Any = None  # int32 words
+    outputs: list[Any] = field(default_factory=list)  # all; one, but for tails
     values: list[int] = field(default_factory=list)
 
     @property
@@ -98,7 +99,7 @@ def make_kernel(
     counters: int = 0,
     facts: object = None,
 ) -> Kernel:
-    """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, output)`. Its key is a hash of the code itself.
+    """The kernel whose body `emit` writes: `func(task, inputs..., arrays..., scalars, outputs...)`. Its key is a hash of the code itself.
     `scratch`: bytes that all tasks share, one more pointer after the output; `counters`: see `Kernel`. `facts`: all that decides code and scalars beside the
     row, attributes, layouts and sizes of arrays; where given, equal code is written once: constants are packed again and again.
 
@@ -114,16 +115,16 @@ def make_kernel(
                 task = None if launch else T.arg("task", T.int32())
                 pointers = [T.arg(f"x{i}", T.handle()) for i in range(len(op.tensors))]
                 constants = [T.arg(f"c{i}", T.handle()) for i in range(len(arrays))]
-                scalars, out = T.arg("scalars", T.handle()), T.arg("out", T.handle())
+                scalars, outs = T.arg("scalars", T.handle()), [T.arg(f"out{i or ''}", T.handle()) for i in range(len(op.written))]
                 extra = [(T.arg(name, T.handle()), size) if size else None for name, size in (("scratch", scratch // 4), ("counters", counters))]
                 memory, zeros = (flat(*e, "int32") if e else None for e in extra)
                 inputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(pointers, op.tensors, strict=True)]
                 packed = [flat(p, a.size, str(a.dtype)) for p, a in zip(constants, arrays, strict=True)]
-                output = flat(out, op.output.elements, op.output.dtype)
+                outputs = [flat(p, layout.elements, layout.dtype) for p, layout in zip(outs, op.written, strict=True)]
                 with threads_of(*launch) if launch else nullcontext((task, None, None)) as (number, group, thread):
                     numbers, width = flat(scalars, 64, "int32"), vector_bytes(target)
                     isa = has_avx2(target), target.architecture == "armv7a"
-                    emitter = Emitter(op, number, tasks, inputs, packed, output, width, numbers, group, thread, *isa, memory, zeros)
+                    emitter = Emitter(op, number, tasks, inputs, packed, outputs[0], width, numbers, group, thread, *isa, memory, zeros, outputs)
                     emit(emitter)
         func = builder.get()
         return func, emitter.values or [0], kernel_key(row, tvm_ffi.structural_hash(func), tasks, emitter.width)

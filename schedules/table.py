@@ -104,6 +104,9 @@ class OpCall:
 
     Operands keep the order of the operator's signature in `qcompiler.numerics.operators`: `operands[i]` is a `Layout` for a tensor computed at run time, and
     a numpy array for a constant; `output` is the layout to write.
+
+    `tail`: operators of one tensor and constants that go on with the result, element by element: the first operand of each is the layout of the value
+    before it. What the last of them yields is written too; where `inner`, it alone. Only rows that are `Ending` get one.
     """
 
     name: str
@@ -111,11 +114,23 @@ class OpCall:
     attrs: dict[str, Any]
     output: Layout
     value_id: str = ""
+    tail: tuple[OpCall, ...] = ()
+    inner: bool = False
 
     @property
     def tensors(self) -> list[Layout]:
         """Layouts of the run-time operands, in order."""
         return [o for o in self.operands if isinstance(o, Layout)]
+
+    @property
+    def written(self) -> list[Layout]:
+        """Layouts of what is written, in the order of the kernel's pointers."""
+        return ([] if self.inner else [self.output]) + [call.output for call in self.tail[-1:]]
+
+    @property
+    def alone(self) -> OpCall:
+        """The operator without its tail."""
+        return replace(self, tail=(), inner=False) if self.tail else self
 
 
 _CODE: dict[str, Any] = {}
@@ -142,6 +157,7 @@ def written(func: Any) -> Callable[[], Any]:
 @dataclass
 class Kernel:
     """A compiled-to-TIR operator: `func(task: int32, inputs..., constants..., output)`, all pointers; run for task in range(tasks).
+    With a tail there may be two outputs (`OpCall.written`).
 
     Tasks are independent and may run in any order on any threads. `func` is a private PrimFunc without parallel loops.
     `scratch` bytes per call (0: none) are passed as one more pointer after the output; it is shared by all tasks of the call.
@@ -205,6 +221,14 @@ class Packs(Protocol):
 
     def alike(self, ops: Sequence[OpCall], target: Target) -> list[dict[str, Any]]:
         """The heuristic's points for one operator at several shapes: those by which its constants are packed alike, where they cost little."""
+
+
+@runtime_checkable
+class Ending(Protocol):
+    """A row whose kernels can go on with a result in registers."""
+
+    def goes_on(self, op: OpCall, after: OpCall) -> bool:
+        """Can its kernel of `op`, which may have a tail, compute `after` too, which reads what it makes? Layouts are not decided yet."""
 
 
 def kernel_key(*parts: Any) -> str:

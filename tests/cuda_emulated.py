@@ -59,23 +59,29 @@ class Emulated:
 
     def run(self, symbol: str, inputs: Sequence[np.ndarray], output: Layout, canary: int = 0xA5) -> np.ndarray:
         """As `harness.run_kernel`, in two orders of threads: raises AssertionError when results differ or bytes around the output change."""
-        kernel, results = self.kernels[symbol], []
+        return self.run_all(symbol, inputs, [output], canary)[0]
+
+    def run_all(self, symbol: str, inputs: Sequence[np.ndarray], outputs: Sequence[Layout], canary: int = 0xA5) -> list[np.ndarray]:
+        """`run` of a kernel with several outputs."""
+        kernel, results, guard = self.kernels[symbol], [], 4096
         for order in (1, 2):
-            guard = 4096
-            raw = aligned(output.bytes + 2 * guard, "uint8")
-            raw[:] = canary
-            flat = raw[guard : guard + output.bytes].view(output.dtype)
+            raws = [aligned(output.bytes + 2 * guard, "uint8") for output in outputs]
+            for raw in raws:
+                raw[:] = canary
+            flat = [raw[guard : guard + output.bytes].view(output.dtype) for raw, output in zip(raws, outputs, strict=True)]
             scratch = aligned(max(kernel.scratch, 1), "uint8")
             constants = []
             for constant in kernel.constants:
                 constants.append(aligned(constant.size, str(constant.dtype)))
                 constants[-1][:] = constant.reshape(-1)
             counters = np.zeros(kernel.counters, np.int32)
-            self.launch(symbol, [*inputs, *constants, flat, *([scratch] if kernel.scratch else []), *([counters] if kernel.counters else [])], order)
+            self.launch(symbol, [*inputs, *constants, *flat, *([scratch] if kernel.scratch else []), *([counters] if kernel.counters else [])], order)
             assert not counters.any(), "counters are not 0 afterwards"
-            assert (raw[:guard] == canary).all() and (raw[guard + output.bytes :] == canary).all(), "kernel wrote outside its output"
-            results.append(flat.copy())
-        assert results[0].tobytes() == results[1].tobytes(), "the result depends on the order of threads"
+            for raw, output in zip(raws, outputs, strict=True):
+                assert (raw[:guard] == canary).all() and (raw[guard + output.bytes :] == canary).all(), "kernel wrote outside its output"
+            results.append([f.copy() for f in flat])
+        for first, second in zip(*results, strict=True):
+            assert first.tobytes() == second.tobytes(), "the result depends on the order of threads"
         return results[0]
 
 

@@ -25,7 +25,7 @@ from tvm import relax
 
 from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.constants import constant_of
-from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, make_op, match_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, is_const, make_op, match_op, relax_op, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.realize import conv, elementwise, lut, matmul, pool, recurrence, resize, shape, transformers
 from qcompiler.passes.realize.site import Site, Tensor, typed
@@ -81,6 +81,7 @@ class _Realizer:
         self.integers: dict[str, Any] = {}  # the calls that make integer values
         self.builder = GraphBuilder({k: v for k, v in self.graph.attrs.items() if k not in ("qc.float_ops", ATTRIBUTE)})
         self.values: dict[str, _Value] = {}
+        self.made: dict[Any, Any] = {}  # see `once`
 
     def run(self) -> tvm.IRModule:
         for p in self.graph.inputs:
@@ -180,6 +181,7 @@ class _Realizer:
             output,
             lambda t, p: self.requantized(t, p, self.builder.naming.made(group.id, "requantized")),
             self.interior,
+            self.once,
             self.packed,
             self.exprs,
         )
@@ -187,6 +189,15 @@ class _Realizer:
     def interior(self, group: Group, what: str, call: Any) -> Any:
         """The variable `<group>~<what>` of a call inside a group's integer form."""
         return self.builder.emit(self.builder.made(group.id, what), call)
+
+    def once(self, group: Group, what: str, call: Any) -> Any:
+        """`interior`, but what a call of the same relax operator on the same operands has made already: masks are those of all layers."""
+        constants = [const_value(a) if is_const(a) else None for a in call.args]
+        operands = tuple(str(a) if c is None else (c.shape, str(c.dtype), c.tobytes()) for a, c in zip(call.args, constants, strict=True))
+        key = what, relax_op(call), operands, tvm.ir.save_json(call.attrs) if call.attrs is not None else ""
+        if key not in self.made:
+            self.made[key] = self.interior(group, what, call)
+        return self.made[key]
 
     def packed(self, tensor: Tensor, shape: Sequence[int]) -> Any:
         """The numbers of a tensor in row-major order under another shape: what was reshaped to it where that has the shape."""

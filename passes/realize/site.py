@@ -27,7 +27,8 @@ class Site:
 
     inputs, residual: its integer operands. plain: what it reads as it is (`Group.plain`). output: parameters of its integer output, or None when float32
     consumers read the accumulator directly. requantized(tensor, params): the same real values under other parameters (a `qc.lut` or `qc.requantize` when they
-    differ). interior(group, what, call): a value inside. packed(tensor, shape): the same numbers under another shape. behind: the float module's bindings.
+    differ). interior(group, what, call): a value inside. once(group, what, call): the same, of a relax operator that other groups may need as well.
+    packed(tensor, shape): the same numbers under another shape. behind: the float module's bindings.
     """
 
     group: Group
@@ -37,6 +38,7 @@ class Site:
     output: QParams | None
     requantized: Callable[[Tensor, QParams], Tensor]
     interior: Callable[[Group, str, Any], Any]
+    once: Callable[[Group, str, Any], Any]
     packed: Callable[[Tensor, Sequence[int]], Any]
     behind: Mapping[str, Any]
 

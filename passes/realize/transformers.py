@@ -116,7 +116,7 @@ def _computed(site: Site, multiplier: np.ndarray, keys: int) -> dict[str, Any]:
     """The same of a bias that is computed, by float operators: what is above -10^4, and rint(clip(bias / unit)) unless that is 0 wherever it counts."""
 
     def step(what: str, call: Any) -> Any:
-        return site.interior(site.group, what, call)
+        return site.once(site.group, what, call)
 
     (bias,) = site.plain
     full = _full(shape_of(bias), keys)

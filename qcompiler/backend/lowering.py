@@ -20,6 +20,8 @@ from tvm import relax
 from qcompiler import schedules
 from qcompiler.backend.images import choose_images, one_at_a_time, one_image, runs_of
 from qcompiler.backend.in_place import join_in_place
+from qcompiler.backend.node import Node
+from qcompiler.backend.tails import with_tails
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
 from qcompiler.base.memory import Request, bytes_of, packed, plan_memory, united
@@ -55,7 +57,8 @@ class Value:
 
 @dataclass
 class Step:
-    """One kernel call. `reads` and `writes` are value ids; `op` is kept so that its constants can be packed again."""
+    """One kernel call. `reads` and `writes` are value ids; `op` is kept so that its constants can be packed again. `op.value_id` is what it makes before its
+    tail goes on, which may be written nowhere."""
 
     writes: str
     op: OpCall | None
@@ -106,9 +109,9 @@ class Program:
         return runs_of(self.steps)
 
     def step_of(self, value_id: str) -> Step:
-        """The step that computes a value. Raises KeyError."""
+        """The step whose operator computes a value. Raises KeyError."""
         for step in self.steps:
-            if step.writes == value_id and not step.auxiliary:
+            if value_id == (step.writes if step.op is None else step.op.value_id) and not step.auxiliary:
                 return step
         raise KeyError(value_id)
 
@@ -166,32 +169,19 @@ def lower(module: tvm.IRModule, target: Target, params: Params | None = None, du
     return _Lowering(module, target, params or (lambda row, op: None), dump).run()
 
 
-@dataclass
-class _Node:
-    """A binding on its way to a step."""
-
-    id: str
-    name: str  # qc.* operator, or "legalized"
-    operands: list[str | np.ndarray]  # value ids and constants
-    attrs: dict[str, Any]
-    outputs: list[str]
-    function: Any = None  # PrimFunc of a legalized operator
-    row: Row | None = None
-    auxiliary: bool = False
-    images: int = 1  # see `Step`
-
-
 class _Lowering:
     def __init__(self, module: tvm.IRModule, target: Target, params: Params, dump: Dump) -> None:
         self.target, self.params = target, params
         self.values: dict[str, Value] = {}
-        self.nodes: list[_Node] = []
+        self.nodes: list[Node] = []
         self.module = run(LOWERABLE if target.gpu else CPU_KERNELS + LOWERABLE, module, dump=dump)
         self.graph = Graph.of(self.module)
 
     def run(self) -> Program:
         self.read()
         self.select_rows()
+        if self.target.gpu:
+            self.nodes = with_tails(self.nodes, self.values, self.output_values, self.op_call)
         self.decide_layouts()
         steps = self.make_steps()
         workspace, near = self.place(steps)
@@ -222,7 +212,7 @@ class _Lowering:
             op = match_op(expr)
             if op is not None:
                 self.add_value(name, expr)
-                self.nodes.append(_Node(name, op[0], [operand(a) for a in op[1]], op[2], [name]))
+                self.nodes.append(Node(name, op[0], [operand(a) for a in op[1]], op[2], [name]))
             elif relax_op(expr) == "relax.call_tir":
                 types = expr.ty_args
                 if len(types) == 1 and not hasattr(types[0], "fields"):
@@ -235,14 +225,14 @@ class _Lowering:
                         self.values[output] = Value(output, Layout(tuple(int(d) for d in ty.shape), str(ty.dtype)), output)
                     tuples[name] = outputs
                 args = [operand(a) for a in arguments(expr.args[1])]
-                self.nodes.append(_Node(name, "legalized", args, {}, outputs, function=self.module[expr.args[0]]))
+                self.nodes.append(Node(name, "legalized", args, {}, outputs, function=self.module[expr.args[0]]))
             elif isinstance(expr, relax.TupleGetItem):
                 alias[name] = tuples[str(expr.tuple_value.name)][int(expr.index)]
             elif isinstance(expr, relax.Var):
                 alias[name] = alias.get(str(expr.name), str(expr.name))
             elif is_const(expr):  # a constant result: an operand of a copy
                 self.add_value(name, expr)
-                self.nodes.append(_Node(name, "qc.copy", [const_value(expr)], {}, [name]))
+                self.nodes.append(Node(name, "qc.copy", [const_value(expr)], {}, [name]))
             else:
                 raise ModelError(f"operator '{relax_op(expr) or type(expr).__name__}' of '{name}' has no kernel and no legalization; it can't be compiled")
         self.output_values = [alias.get(str(v.name), str(v.name)) for _, v in self.graph.outputs]
@@ -253,9 +243,8 @@ class _Lowering:
 
     # -- rows and layouts -----------------------------------------------------------------------------------------------------------
 
-    def op_call(self, node: _Node) -> OpCall:
-        operands = [self.layout(o, node.images) if isinstance(o, str) else o for o in node.operands]
-        return OpCall(node.name, operands, node.attrs, self.layout(node.outputs[0], node.images), node.id)
+    def op_call(self, node: Node) -> OpCall:
+        return node.call(lambda value: self.layout(value, node.images))
 
     def layout(self, value: str, images: int) -> Layout:
         """A value's, or that of one of its images."""
@@ -272,16 +261,16 @@ class _Lowering:
 
     def decide_layouts(self) -> None:
         """Give each value the halo and pitch its consumers need; where the producer can't write that, a copy does."""
-        needs: dict[str, list[tuple[Need, _Node]]] = {v: [] for v in self.values}
+        needs: dict[str, list[tuple[Need, Node]]] = {v: [] for v in self.values}
         for node in self.nodes:
             ids = [o for o in node.operands if isinstance(o, str)]
             wanted = node.row.needs(self.op_call(node), self.target) if node.row else [Need(dense=True)] * len(ids)
             for operand, need in zip(ids, wanted, strict=True):
                 needs[operand].append((need, node))
         rigid = {str(p.name) for p in self.graph.inputs} | set(self.output_values)
-        rigid |= {o for n in self.nodes if n.row is None for o in n.outputs}
-        ordered: list[_Node] = []
-        late: dict[str, list[_Node]] = {}  # copies to insert after the producer of a value
+        rigid |= {o for n in self.nodes if n.row is None for o in n.written}
+        ordered: list[Node] = []
+        late: dict[str, list[Node]] = {}  # copies to insert after the producer of a value
         for value, asked in needs.items():
             layout = joined(self.values[value].layout, [n for n, _ in asked])
             if layout.dense:
@@ -291,7 +280,7 @@ class _Lowering:
                 continue
             copy = self.graph.naming.made(value, "padded")
             self.values[copy] = Value(copy, layout, copy)
-            node = _Node(copy, "qc.copy", [value], {}, [copy], auxiliary=True)
+            node = Node(copy, "qc.copy", [value], {}, [copy], auxiliary=True)
             node.row = select(self.op_call(node), self.target)
             late.setdefault(value, []).append(node)
             for need, consumer in asked:
@@ -301,7 +290,7 @@ class _Lowering:
             ordered += late.get(str(p.name), [])
         for node in self.nodes:
             ordered.append(node)
-            for output in node.outputs:
+            for output in node.written:
                 ordered += late.get(output, [])
         self.nodes = ordered
         if not self.target.gpu:
@@ -311,7 +300,7 @@ class _Lowering:
             for node in (n for n in ordered if n.images > 1):
                 self.select_for_image(node)
 
-    def select_for_image(self, node: _Node) -> None:
+    def select_for_image(self, node: Node) -> None:
         """The row of an operator that goes image by image; together after all, where that row asks for other layouts than were decided."""
         op = self.op_call(node)
         row, layouts = select(op, self.target), [o for o in op.operands if isinstance(o, Layout)]
@@ -335,15 +324,15 @@ class _Lowering:
             if node.name == "legalized":
                 steps += self.legalized(node, reads)
                 continue
-            assert node.row is not None
-            layout = self.layout(node.id, node.images)
-            if any(layout.halo) and self.values[node.id].root == node.id:
-                steps.append(replace(self.fill_halo(node.id, layout, zero_points[node.id]), images=node.images))
+            for value in node.written:
+                layout = self.layout(value, node.images)
+                if any(layout.halo) and self.values[value].root == value:
+                    steps.append(replace(self.fill_halo(value, layout, zero_points[value]), images=node.images))
             steps.append(self.step(node, reads))
         self.output_values = [self.own_output(steps, value, taken) for value in self.output_values]
         return steps
 
-    def legalized(self, node: _Node, reads: list[str]) -> list[Step]:
+    def legalized(self, node: Node, reads: list[str]) -> list[Step]:
         """The steps of an operator that stays float: one on a CPU, one per loop nest on a GPU, with temporaries in a value of their own."""
         constants = [o if isinstance(o, np.ndarray) else None for o in node.operands]
         first, *more = node.outputs
@@ -361,13 +350,14 @@ class _Lowering:
         steps[-1].auxiliary = False
         return steps
 
-    def step(self, node: _Node, reads: list[str]) -> Step:
+    def step(self, node: Node, reads: list[str]) -> Step:
         assert node.row is not None
         op = self.op_call(node)
         tuned = self.params(node.row, op)
         params = dict(tuned if tuned is not None else node.row.default(op, self.target))
         kernel = node.row.build(op, params, self.target)
-        return Step(node.id, op, node.name, kernel, reads, node.row, params, auxiliary=node.auxiliary, images=node.images)
+        first, *more = node.written
+        return Step(first, op, node.name, kernel, reads, node.row, params, more=more, auxiliary=node.auxiliary, images=node.images)
 
     def halo_values(self) -> dict[str, float]:
         """What the halo of each value holds: the zero point by which its consumers read it."""
@@ -396,7 +386,7 @@ class _Lowering:
             count += 1
             copy = self.graph.naming.made(value, f"output{count}")
         self.values[copy] = Value(copy, self.values[value].layout, copy)
-        node = _Node(copy, "qc.copy", [value], {}, [copy], auxiliary=True)
+        node = Node(copy, "qc.copy", [value], {}, [copy], auxiliary=True)
         node.row = select(self.op_call(node), self.target)
         steps.append(self.step(node, [value]))
         taken.add(copy)

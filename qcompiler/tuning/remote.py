@@ -23,7 +23,7 @@ from typing import Any, Unpack
 from qcompiler.backend.lowering import Program
 from qcompiler.backend.programs import build_measurer
 from qcompiler.backend.toolchain import find_compiler
-from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, opened, read_file
+from qcompiler.backend.tuning_log import LogWriter, Record, check_point, check_workload, isa_of, key_of, opened, read_file, workload_of
 from qcompiler.base.errors import TuningError
 from qcompiler.base.files import new_folder, parse_json, read_regular, replacing
 from qcompiler.base.progress import silent
@@ -142,10 +142,11 @@ def export_round(
     NothingNew where every candidate is known."""
     target = programs[0].target
     with opened(log, isa_of(target)) as writer, new_folder(Path(output)) as folder:
-        work = {id(s.op): s.kernel.macs for program in programs for s in program.steps if s.op is not None}
+        every = (s for program in programs for s in program.steps)
+        work = {key_of(s.row.name, workload_of(s.op)): s.kernel.macs for s in every if s.op is not None and s.row is not None}
         tasks = measurable_tasks(programs)
         search = Search(target, tasks, read_file(writer.path), core)
-        tasks.sort(key=lambda t: (t.trials, -t.count * work.get(id(t.op), 0)))
+        tasks.sort(key=lambda t: (t.trials, -t.count * work.get(t.key, 0)))
         exported = Exported(Path(output), "")
         described = _fill(folder, search, target, candidates, threads, exported, progress, limits, until)
         if not described["tasks"]:

@@ -130,14 +130,15 @@ Watcher = Callable[[Tuning], None]
 
 
 def tasks_of(steps: Sequence[Any], target: Target) -> list[Task]:
-    """The distinct workloads of a program's steps whose rows have something to tune."""
+    """The distinct workloads of a program's steps whose rows have something to tune. What suits an operator suits it with a tail."""
     tasks: dict[str, Task] = {}
     for step in steps:
         if step.row is None or step.op is None:
             continue
-        space, default = step.row.space(step.op, target), step.row.default(step.op, target)
+        op = step.op.alone
+        space, default = step.row.space(op, target), step.row.default(op, target)
         if space:
-            task = Task(step.row, step.op, workload_of(step.op), Space.of(space, default))
+            task = Task(step.row, op, workload_of(op), Space.of(space, default))
             tasks.setdefault(task.key, task).count += 1
     return [t for t in tasks.values() if t.space.size > 1]
 

@@ -16,9 +16,9 @@ from qcompiler.schedules.table import Kernel, OpCall, register
 Make = Callable[[OpCall, Target, str], Kernel]
 
 
-def gpu_row(operator: str, make: Make, check: Callable[[OpCall], str | None] = lambda op: None) -> None:
+def gpu_row(operator: str, make: Make, check: Callable[[OpCall], str | None] = lambda op: None, row: type[PortableRow] = PortableRow) -> None:
     """Register `make` as the plain GPU row of `operator` ("qc.mean" -> "cuda/mean")."""
-    register(operator, PortableRow(f"cuda/{operator.removeprefix('qc.')}", make, check, isa="cuda"))
+    register(operator, row(f"cuda/{operator.removeprefix('qc.')}", make, check, isa="cuda"))
 
 
 def run_length(*views: View) -> int:

@@ -15,6 +15,7 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.cuda.gemm import Gemm
+from qcompiler.schedules.cuda.tail import can_go_on
 from qcompiler.schedules.cuda.wgmma import AsynchronousGemm
 from qcompiler.schedules.depthwise_plan import refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
@@ -52,6 +53,9 @@ class GemmRow:
             return "channels of a group are no multiple of 4." if g.groups > 1 and g.inputs % 4 else None
         return "rows of the input are not aligned to 4 bytes." if x.channel_pitch % 4 and len(x.shape) != 4 else None
 
+    def goes_on(self, op: OpCall, after: OpCall) -> bool:
+        return can_go_on(op, after)
+
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         x = op.operands[0]
         assert isinstance(x, Layout)
@@ -80,7 +84,7 @@ class GemmRow:
 
         def emit(k: Emitter) -> None:
             fill = k.i32(plan.repeated_byte(zero)) if g.bounded else T.int32(0)
-            end = Epilogue(k, k.arrays[1], k.arrays[2], tile.run(self.unit), g.outputs, g.groups)
+            end = Epilogue(k, k.arrays[1:], tile.run(self.unit), g.outputs, g.groups)
             (AsynchronousGemm if self.unit.warps > 1 else Gemm)(k, g, tile, self.unit, fill).emit(end)
 
         threads = tile.tiles(g) * tile.split_k * tile.threads

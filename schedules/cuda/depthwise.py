@@ -25,6 +25,7 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda.base import local, transpose
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, finish_arrays, quad
 from qcompiler.schedules.cuda.gemm_plan import MULTIPROCESSORS, repeated_byte
+from qcompiler.schedules.cuda.tail import can_go_on
 from qcompiler.schedules.depthwise_plan import Geometry, refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
 from qcompiler.schedules.portable.threads import each, quarter, words
@@ -121,6 +122,9 @@ class DepthwiseRow:
             return f"the input is {x.dtype} of rank {len(x.shape)}; supported: int8 images."
         return check_operands(op) or refuse_depthwise(op)
 
+    def goes_on(self, op: OpCall, after: OpCall) -> bool:
+        return can_go_on(op, after)
+
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         return [Need(pitch=4), *[Need() for _ in op.tensors[1:]]]
 
@@ -146,7 +150,7 @@ class DepthwiseRow:
 
         def emit(k: Emitter) -> None:
             fill = k.i32(repeated_byte(zero))
-            end = Epilogue(k, k.arrays[1], k.arrays[2], 4, g.channels)
+            end = Epilogue(k, k.arrays[1:], 4, g.channels)
             image, weights = words(k.inputs[0]), words(k.arrays[0])
             with each(k, g.batch, -(-g.out[0] // tile.rows), -(-g.out[1] // tile.cols), blocks) as (n, down, across, block):
                 oh, ow = T.bind(down * tile.rows), T.bind(across * tile.cols)

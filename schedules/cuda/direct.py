@@ -13,6 +13,7 @@ from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, loops, make_kernel, view
 from qcompiler.schedules.cuda.base import gpu_row, local
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
+from qcompiler.schedules.cuda.tail import EndingRow
 from qcompiler.schedules.portable.conv import Geometry, check_operands
 from qcompiler.schedules.portable.threads import each, quarter, unpack, unravel, words
 from qcompiler.schedules.table import Kernel, Layout, OpCall
@@ -41,7 +42,7 @@ def convolution(op: OpCall, target: Target, row: str) -> Kernel:
         source = view(k.inputs[0], x)
         weights = words(k.arrays[0]) if integer and run == 4 else k.arrays[0]
         zero = k.i32(op.attrs["x_zero_point"]) if integer else None
-        end = Epilogue(k, k.arrays[1], k.arrays[2] if integer else None, run, outputs, groups)
+        end = Epilogue(k, k.arrays[1:], run, outputs, groups)
         with each(k, pixels, groups, runs) as (pixel, group, part):
             accs = local(run, kind)
             for i in range(run):
@@ -75,4 +76,4 @@ def convolution(op: OpCall, target: Target, row: str) -> Kernel:
 
 
 for _name in ("qc.conv2d", "qc.conv2d_transpose", "qc.dense", "qc.f32.conv2d", "qc.f32.conv2d_transpose", "qc.f32.dense"):
-    gpu_row(_name, convolution, check_operands)
+    gpu_row(_name, convolution, check_operands, EndingRow)

@@ -13,6 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules.builder import Emitter, clamp, round_word
+from qcompiler.schedules.cuda.tail import Tail, tail_arrays
 from qcompiler.schedules.portable.threads import load_words, pack, quarter, store_words, words
 from qcompiler.schedules.table import Layout, OpCall
 
@@ -46,49 +47,87 @@ def word_of(values: Sequence[Any]) -> Any:
 
 
 def finish_arrays(op: OpCall, bias: np.ndarray, channels: np.ndarray) -> list[np.ndarray]:
-    """Constants of an `Epilogue`, for accumulator i of output channel channels[i] (negative: none): bias, and for integers multipliers."""
+    """Constants of an `Epilogue`, for accumulator i of output channel channels[i] (negative: none): bias, for integers multipliers, and those of a tail."""
     known = channels >= 0
     arrays = [bias] if op.name.startswith("qc.f32.") else [bias, np.asarray(op.operands[3], np.float32)]
-    return [np.where(known, a.reshape(-1)[np.maximum(channels, 0)], 0).astype(a.dtype) for a in arrays]
+    return [np.where(known, a.reshape(-1)[np.maximum(channels, 0)], 0).astype(a.dtype) for a in arrays] + tail_arrays(op, channels)
+
+
+@dataclass
+class Sink:
+    """Where a tensor's pixels go (or a residual's come from). step: bytes by which every run of channels is aligned; below 4, elements move one by one."""
+
+    layout: Layout
+    buffer: Any
+    step: int
+
+    def __post_init__(self) -> None:
+        self.size, self.memory = np.dtype(self.layout.dtype).itemsize, words(self.buffer) if self.step >= 4 else None
+
+    def place(self, pixel: Any) -> Any:
+        """The element of a pixel's first channel."""
+        if not any(self.layout.halo):
+            return pixel * self.layout.channel_pitch
+        _, h, w, _ = self.layout.shape
+        row = T.bind(tirx.truncdiv(pixel, w))
+        return self.layout.index(tirx.truncdiv(row, h), tirx.truncmod(row, h), tirx.truncmod(pixel, w), 0)
+
+    def read(self, at: Any, count: int) -> list[Any]:
+        """So many adjacent elements, from a run's first one on; one: any element."""
+        if self.memory is None or count == 1:
+            return [self.buffer[at + i] for i in range(count)]
+        loaded = load_words(self.memory, T.bind(at * self.size), count * self.size // 4, self.step)
+        return [element_of(loaded[i * self.size // 4], i % (4 // self.size), self.layout.dtype) for i in range(count)]
+
+    def write(self, values: Sequence[Any], at: Any) -> None:
+        """A run: int32 with what is to be stored at the bottom, or float32."""
+        if self.memory is None:
+            for i, value in enumerate(values):
+                self.store(at + i, value)
+            return
+        packed = [T.bind(word_of(values[i : i + 4 // self.size])) for i in range(0, len(values), 4 // self.size)]
+        store_words(self.memory, T.bind(at * self.size), packed, self.step)
+
+    def store(self, index: Any, value: Any) -> None:
+        T.buffer_store(self.buffer, value if self.layout.dtype == "float32" else T.Cast(self.layout.dtype, value), [index])
 
 
 @dataclass
 class Epilogue:
-    """Writes `run` adjacent output channels of a pixel at a time. Constants are padded to whole runs; `outputs`: channels of one group."""
+    """Writes `run` adjacent output channels of a pixel at a time. `constants`: buffers of `finish_arrays`, padded to whole runs; `outputs`: channels of one
+    group."""
 
     k: Emitter
-    bias: Any
-    multipliers: Any  # None for float operators
+    constants: Sequence[Any]
     run: int
     outputs: int
     groups: int = 1
 
     def __post_init__(self) -> None:
         k, a = self.k, self.k.op.attrs
-        self.layout = k.op.output
-        tensors = k.op.tensors
-        self.residual: Layout | None = tensors[1] if len(tensors) > 1 else None
-        self.integer = self.multipliers is not None
-        self.rounded = self.layout.dtype != "float32"
+        tensors, dtype = k.op.tensors, k.op.output.dtype
+        self.integer = not k.op.name.startswith("qc.f32.")
+        self.bias, *rest = self.constants
+        self.multipliers = rest.pop(0) if self.integer else None
+        self.tail = Tail(k, rest)
+        self.rounded = dtype != "float32"
         if self.rounded:
-            zero, (low, high) = int(a.get("zero_point", 0)), limits(self.layout.dtype, a.get("low"), a.get("high"))
+            zero, (low, high) = int(a.get("zero_point", 0)), limits(dtype, a.get("low"), a.get("high"))
             self.zero, self.low, self.high = k.i32(zero), k.f32(low - zero), k.f32(high - zero)
-            if self.residual:
+            if len(tensors) > 1:
                 self.residual_zero, self.factor = k.i32(a["residual_zero_point"]), k.i32(a["residual_multiplier"])
                 self.scale = k.f32(2.0 ** -a["residual_shift"])
         else:
             names = ("float_low", "float_high") if self.integer else ("low", "high")
             self.low, self.high = (k.f32_or_none(a.get(n)) for n in names)
         # Elements behind the last channel may be read and written where the pixels have room for them.
-        room = min(v.channel_pitch for v in (self.layout, self.residual) if v)
+        room = min(v.channel_pitch for v in (*k.op.written, *tensors[1:2]))
         self.whole = self.outputs % self.run == 0 or (self.groups == 1 and room >= -(-self.outputs // self.run) * self.run)
-        self.out_step = self._step(self.layout)
-        self.residual_step = self._step(self.residual) if self.residual else 1
-        self.out_words = words(k.output) if self.out_step >= 4 else None
-        self.residual_words = words(k.inputs[1]) if self.residual_step >= 4 else None
+        self.residual = Sink(tensors[1], k.inputs[1], self._step(tensors[1])) if len(tensors) > 1 else None
+        self.sinks = [Sink(layout, buffer, self._step(layout)) for layout, buffer in zip(k.op.written, k.outputs, strict=True)]
 
     def _step(self, layout: Layout) -> int:
-        """Bytes that can be read or written at once: the alignment of every run. Below 4: elements are, one by one."""
+        """The alignment of every run, at most 16 bytes."""
         parts = [self.run, layout.channel_pitch] + ([self.outputs] if self.groups > 1 else [])
         return math.gcd(16, math.gcd(*parts) * np.dtype(layout.dtype).itemsize)
 
@@ -96,25 +135,26 @@ class Epilogue:
         """`table`: index of the first accumulator in the constants, a multiple of `run`. `pixel`: flat output pixel; `channel`: the first
         one within `group`."""
         first = T.bind(group * self.outputs + channel)
-        out = T.bind(self._place(self.layout, pixel) + first)
-        source = T.bind(self._place(self.residual, pixel) + first) if self.residual else None
+        outs = [T.bind(sink.place(pixel) + first) for sink in self.sinks]
+        source = T.bind(self.residual.place(pixel) + first) if self.residual else None
+
+        def write(only: int | None) -> None:
+            for sink, out, values in zip(self.sinks, outs, self._results(accs, table, source, only), strict=True):
+                if only is None:
+                    sink.write(values, out)
+                else:
+                    sink.store(out + only, values[0])
+
         if self.whole:
-            self._write(self._values(accs, table, source, None), out)
+            write(None)
             return
         with T.If(channel + self.run <= self.outputs):
             with T.Then():
-                self._write(self._values(accs, table, source, None), out)
+                write(None)
             with T.Else():
                 for i in range(self.run):
                     with T.If(channel + i < self.outputs), T.Then():
-                        self._store(out + i, self._values(accs, table, source, i)[0])
-
-    def _place(self, layout: Layout, pixel: Any) -> Any:
-        if not any(layout.halo):
-            return pixel * layout.channel_pitch
-        _, h, w, _ = layout.shape
-        row = T.bind(tirx.truncdiv(pixel, w))
-        return layout.index(tirx.truncdiv(row, h), tirx.truncmod(row, h), tirx.truncmod(pixel, w), 0)
+                        write(i)
 
     def _constant(self, buffer: Any, table: Any, wanted: Sequence[int]) -> list[Any]:
         if self.run % 4 or len(wanted) == 1:
@@ -122,24 +162,23 @@ class Epilogue:
         quads = [quad(buffer, quarter(table) + i) for i in range(self.run // 4)]
         return [element(quads[i // 4], i % 4) for i in wanted]
 
-    def _values(self, accs: Sequence[Any], table: Any, source: Any, only: int | None) -> list[Any]:
-        """Results of all accumulators, or of one: int32 with what is to be stored at the bottom, or float32."""
-        wanted = list(range(self.run)) if only is None else [only]
+    def _results(self, accs: Sequence[Any], table: Any, source: Any, only: int | None) -> list[list[Any]]:
+        """What each sink gets, of all accumulators or of one: int32 with what is to be stored at the bottom, or float32."""
+        wanted, op = list(range(self.run)) if only is None else [only], self.k.op
+        values = self._values(accs, table, source, wanted)
+        ended = [self.tail(values, lambda buffer: self._constant(buffer, table, wanted))] if op.tail else []
+        return ([] if op.inner else [values]) + ended
+
+    def _values(self, accs: Sequence[Any], table: Any, source: Any, wanted: list[int]) -> list[Any]:
         bias = self._constant(self.bias, table, wanted)
         values = [accs[i] + b for i, b in zip(wanted, bias, strict=True)]
         if self.integer:
             scales = self._constant(self.multipliers, table, wanted)
             values = [T.Cast("float32", v) * s for v, s in zip(values, scales, strict=True)]
-        extra = self._residual(source, wanted) if self.residual else [None] * len(wanted)
+        extra: list[Any] = [None] * len(wanted)
+        if self.residual:
+            extra = self.residual.read(source if len(wanted) > 1 else source + wanted[0], len(wanted))
         return [T.bind(self._finish(v, r)) for v, r in zip(values, extra, strict=True)]
-
-    def _residual(self, source: Any, wanted: Sequence[int]) -> list[Any]:
-        assert self.residual
-        if self.residual_words is None or len(wanted) == 1:
-            return [self.k.inputs[1][source + i] for i in wanted]
-        size = np.dtype(self.residual.dtype).itemsize
-        loaded = load_words(self.residual_words, T.bind(source * size), self.run * size // 4, self.residual_step)
-        return [element_of(loaded[i * size // 4], i % (4 // size), self.residual.dtype) for i in wanted]
 
     def _finish(self, value: Any, extra: Any) -> Any:
         if not self.rounded:
@@ -149,15 +188,3 @@ class Epilogue:
             share = T.call_pure_extern("int32", "__float2int_rn", clamp(value, -limit, limit, 1))
             value = T.Cast("float32", share + (T.Cast("int32", extra) - self.residual_zero) * self.factor) * self.scale
         return round_word(clamp(value, self.low, self.high, 1), 1) + self.zero
-
-    def _write(self, values: Sequence[Any], out: Any) -> None:
-        if self.out_words is None:
-            for i, value in enumerate(values):
-                self._store(out + i, value)
-            return
-        size = np.dtype(self.layout.dtype).itemsize
-        packed = [T.bind(word_of(values[i : i + 4 // size])) for i in range(0, self.run, 4 // size)]
-        store_words(self.out_words, T.bind(out * size), packed, self.out_step)
-
-    def _store(self, index: Any, value: Any) -> None:
-        T.buffer_store(self.k.output, T.Cast(self.layout.dtype, value) if self.rounded else value, [index])

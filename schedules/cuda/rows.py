@@ -10,8 +10,9 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
-from qcompiler.schedules.builder import Emitter, make_kernel
+from qcompiler.schedules.builder import Emitter, make_kernel, view
 from qcompiler.schedules.cuda.base import gpu_row, local
+from qcompiler.schedules.cuda.tail import EndingRow, Tail, tail_arrays
 from qcompiler.schedules.portable.elementwise import constants_of
 from qcompiler.schedules.portable.normalization import LEAST, Normalization, Softmax, check_normalize, check_softmax, softmax_arrays
 from qcompiler.schedules.portable.threads import unravel
@@ -76,9 +77,18 @@ def normalize(op: OpCall, target: Target, row: str) -> Kernel:
         along(k, norm.channels, count)
         s = total.result()
         r = norm.inverse(s, squares.result())
-        along(k, norm.channels, lambda c: norm.write(index, c, s, r, 1))
+        tail, outs = Tail(k, k.arrays[len(own) :]), [view(*pair) for pair in zip(k.outputs, op.written, strict=True)]
 
-    return make_kernel(row, op, target, emit, arrays=constants_of(op), threads=math.prod(outer) * ROW_THREADS, block=ROW_THREADS)
+        def write(c: Any) -> None:
+            value = T.bind(norm.result(index, c, s, r, 1))
+            ended = tail([T.Cast("int32", value)], lambda buffer: [buffer[c]]) if op.tail else []
+            for out, result in zip(outs, ([] if op.inner else [value]) + ended, strict=True):
+                T.buffer_store(out.buffer, T.Cast(out.dtype, result), [out.at([*index, c])])
+
+        along(k, norm.channels, write)
+
+    own = constants_of(op)
+    return make_kernel(row, op, target, emit, arrays=[*own, *tail_arrays(op)], threads=math.prod(outer) * ROW_THREADS, block=ROW_THREADS)
 
 
 def softmax(op: OpCall, target: Target, row: str) -> Kernel:
@@ -98,6 +108,6 @@ def softmax(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, arrays=softmax_arrays(op), threads=rows * ROW_THREADS, block=ROW_THREADS, scratch=4 * rows * classes)
 
 
-gpu_row("qc.layer_norm", normalize, check_normalize)
-gpu_row("qc.rms_norm", normalize, check_normalize)
+gpu_row("qc.layer_norm", normalize, check_normalize, EndingRow)
+gpu_row("qc.rms_norm", normalize, check_normalize, EndingRow)
 gpu_row("qc.softmax", softmax, check_softmax)

@@ -99,7 +99,7 @@ class Normalization:
         op = k.op
         self.k, self.layer, self.channels = k, op.name == "qc.layer_norm", op.output.shape[-1]
         self.source, self.gain, self.shift = k.operands()
-        self.out, self.end = view(k.output, op.output), Requantize.of(k, op.attrs, 2.0 * NORM_LIMIT * 2.0**-NORM_BITS)
+        self.end = Requantize.of(k, op.attrs, 2.0 * NORM_LIMIT * 2.0**-NORM_BITS)
         # |d| * r is at most sqrt(N); a product far below the limit needs no clip
         self.clipped = 1.01 * math.sqrt(self.channels) * np.abs(np.asarray(op.operands[1], np.float64)).max() >= NORM_LIMIT
         self.epsilon, self.unit = k.f32(op.attrs["epsilon"]), k.f32(2.0**-NORM_BITS)
@@ -161,13 +161,18 @@ class Normalization:
         variance = square * T.int64(self.channels) - s * s if self.layer else square
         return quotient(self.k, T.float32(1), root(self.k, float_of_int64(self.k, T.bind(variance)) + self.epsilon))
 
-    def write(self, index: list[Any], c: Any, total: Any, r: Any, lanes: int) -> None:
+    def result(self, index: list[Any], c: Any, total: Any, r: Any, lanes: int) -> Any:
+        """What is to be stored, of channels from c on."""
         x = self.number(index, c, lanes)
         d = x * splat(T.int32(self.channels), lanes) - splat(total, lanes) if self.layer else x
         scaled = cast("float32", d, lanes) * splat(r, lanes) * load(self.gain.buffer, c, lanes)
         u = to_int(self.k, scaled, -NORM_LIMIT, NORM_LIMIT, lanes) if self.clipped else rounded(self.k, scaled, lanes)
         u = u + load(self.shift.buffer, c, lanes)
-        store(self.out.buffer, self.out.at([*index, c]), self.end(u, splat(self.unit, lanes), lanes), lanes)
+        return self.end(u, splat(self.unit, lanes), lanes)
+
+    def write(self, index: list[Any], c: Any, total: Any, r: Any, lanes: int) -> None:
+        out = view(self.k.output, self.k.op.output)
+        store(out.buffer, out.at([*index, c]), self.result(index, c, total, r, lanes), lanes)
 
 
 def normalize(op: OpCall, target: Target, row: str) -> Kernel:

@@ -1,0 +1,42 @@
+"""A binding of a module on its way to a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qcompiler.schedules.table import Layout, OpCall, Row
+
+
+@dataclass
+class Node:
+    """An operator, or what stayed float ("legalized"). tail, inner: see `OpCall`; inner is the layout of its own value, where that is not written."""
+
+    id: str
+    name: str
+    operands: list[str | np.ndarray]  # value ids and constants
+    attrs: dict[str, Any]
+    outputs: list[str]
+    function: Any = None  # PrimFunc of a legalized operator
+    row: Row | None = None
+    auxiliary: bool = False
+    images: int = 1  # see `Step`
+    tail: list[Node] = field(default_factory=list)
+    inner: Layout | None = None
+
+    @property
+    def written(self) -> list[str]:
+        """The values that its kernel writes."""
+        return ([] if self.inner else self.outputs) + [node.id for node in self.tail[-1:]]
+
+    def call(self, layout: Callable[[str], Layout]) -> OpCall:
+        """The operator as rows see it. layout: of a value."""
+        operands = [layout(o) if isinstance(o, str) else o for o in self.operands]
+        output, tail = self.inner or layout(self.outputs[0]), list[OpCall]()
+        for each in self.tail:
+            constants = map(np.asarray, each.operands[1:])
+            tail.append(OpCall(each.name, [tail[-1].output if tail else output, *constants], each.attrs, each.inner or layout(each.id), each.id))
+        return OpCall(self.name, operands, self.attrs, output, self.id, tuple(tail), self.inner is not None)
