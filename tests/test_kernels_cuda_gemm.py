@@ -20,6 +20,7 @@ from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.base.targets import find_target
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.cuda import gemm_plan as plan
+from qcompiler.schedules.cuda.cards import card_of
 from qcompiler.schedules.harness import fetch
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 
@@ -180,11 +181,11 @@ def test_the_choice_fills_the_machine(unit: plan.Unit) -> None:
         return tile, -(-g.pixels // tile.bm) * -(-g.outputs // tile.bn)
 
     large, blocks = choice(32, 28, 128, 128)
-    assert large.bm * large.bn >= 64 * 64 and blocks >= 0.7 * plan.MULTIPROCESSORS[arch]
+    assert large.bm * large.bn >= 64 * 64 and blocks >= 0.7 * card_of(arch).processors
     small, blocks = choice(1, 7, 512, 512)
-    assert small.wk > 1 or blocks * small.split_k >= plan.MULTIPROCESSORS[arch] // 2
+    assert small.wk > 1 or blocks * small.split_k >= card_of(arch).processors // 2
     if unit is plan.MMA:
-        assert small.split_k > 1 and blocks * small.split_k >= 2 * plan.MULTIPROCESSORS[arch]
+        assert small.split_k > 1 and blocks * small.split_k >= 2 * card_of(arch).processors
     assert large.split_k == 1
 
 

@@ -22,9 +22,10 @@ from qcompiler.base.targets import Target
 from qcompiler.numerics.constants import ATTENTION
 from qcompiler.schedules.builder import Emitter, Requantize, make_kernel, view, when
 from qcompiler.schedules.cuda.base import local
+from qcompiler.schedules.cuda.cards import card_of
 from qcompiler.schedules.cuda.fragments import COLUMNS, DEPTH, ONES, ROWS, Lane, filled, multiply, over_row, read_columns, read_row
 from qcompiler.schedules.cuda.gemm import barrier
-from qcompiler.schedules.cuda.gemm_plan import MULTIPROCESSORS, SHARED
+from qcompiler.schedules.cuda.gemm_plan import SHARED
 from qcompiler.schedules.cuda.pool import write
 from qcompiler.schedules.portable.attention import UNCOUNTED, Operands, Shape, arrays_of, check_attention, plain_masks
 from qcompiler.schedules.portable.threads import alignment, pack, unravel, words
@@ -59,7 +60,7 @@ class AttentionRow:
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         """So many warps that every multiprocessor has some, none without keys."""
-        s, processors = Shape.of(op), MULTIPROCESSORS.get(str(target.tvm["arch"]), 108)
+        s, processors = Shape.of(op), card_of(target).processors
         fitting = [w for w in self.space(op, target)["warps"] if w == 1 or (w <= -(-s.keys // DEPTH) and shared_bytes(s, w) <= SHARED)]
         return {"warps": next((w for w in fitting if blocks(s) * w >= 8 * processors), fitting[-1])}
 

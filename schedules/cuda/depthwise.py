@@ -23,8 +23,9 @@ from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, make_kernel
 from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda.base import local, transpose
+from qcompiler.schedules.cuda.cards import card_of
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, finish_arrays, quad
-from qcompiler.schedules.cuda.gemm_plan import MULTIPROCESSORS, repeated_byte
+from qcompiler.schedules.cuda.gemm_plan import repeated_byte
 from qcompiler.schedules.cuda.tail import can_go_on
 from qcompiler.schedules.depthwise_plan import Geometry, refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
@@ -132,7 +133,7 @@ class DepthwiseRow:
         return {"rows": [1, 2, 4], "cols": [1, 2, 4]}
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
-        g, processors = Geometry.of(op), MULTIPROCESSORS.get(str(target.tvm["arch"]), 108)
+        g, processors = Geometry.of(op), card_of(target).processors
         return asdict(min(space(g), key=lambda t: (cycles(g, t, processors), t.rows * t.cols)))
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.schedules.cuda.cards import Card, card_of
 from qcompiler.schedules.isa import demand
 from qcompiler.schedules.table import Layout, OpCall
 
@@ -25,31 +26,19 @@ SPLITS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16]  # blocks that share a tile
 LEAST = 256  # bytes of the reduction that are worth a block of their own
 SCRATCH = 16 << 20  # bytes of sums that blocks may leave for each other: more belongs to layers with tiles enough, and in no level 2 cache
 FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of the way of a block's sums to another: a fence, a counter, a load
-MULTIPROCESSORS = {
-    "sm_75": 40,
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 128,
-    "sm_90": 132,
-    "sm_90a": 132,
-    "sm_100": 148,
-    "sm_120": 170,
-}  # T4, A100, RTX 3090, RTX 4090, H100, ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """How a warp multiplies. A part is `rows` x 8 of the product; a lane holds the sums of `row_count` rows and `columns` channels of it,
-    for `depth` bytes of the reduction at a time. `rate`: multiply-accumulates per cycle of a multiprocessor, as NVIDIA states them for an A100 (for an H100
-    where `warps` multiply together: all channels of a block in one instruction, asynchronously, straight from shared memory). `issue` and `latency`: slots
-    and cycles of a part."""
+    for `depth` bytes of the reduction at a time. `warps` multiply together: all channels of a block in one instruction, asynchronously, straight from shared
+    memory. `issue` and `latency`: slots and cycles of a part."""
 
     name: str
     rows: int
     row_count: int
     columns: int
     depth: int
-    rate: int
     issue: int
     latency: int
     warps: int = 1
@@ -61,14 +50,17 @@ class Unit:
                 "one warp multiplies, or 4 do together": self.warps in (1, 4),
                 "the 32 lanes of a warp hold a part": 8 * self.rows == 32 * self.row_count * self.columns > 0,
                 "the depth is words of 4 bytes": self.depth > 0 and self.depth % 4 == 0,
-                "the rate is positive": self.rate > 0,
             },
         )
 
+    def rate(self, card: Card) -> int:
+        """Multiply-accumulates per cycle of a multiprocessor; dp4a: 64 lanes of 4, on all of them (CUDA C++ Programming Guide, "Arithmetic Instructions")."""
+        return card.group_products if self.warps > 1 else card.products if self.columns > 1 else 256
 
-WGMMA = Unit(name="cuda-wgmma", rows=16, row_count=2, columns=2, depth=32, rate=4096, issue=0, latency=4, warps=4)
-MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, rate=2048, issue=1, latency=8)
-DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, rate=256, issue=5, latency=16)
+
+WGMMA = Unit(name="cuda-wgmma", rows=16, row_count=2, columns=2, depth=32, issue=0, latency=4, warps=4)
+MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, issue=1, latency=8)
+DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, issue=5, latency=16)
 SPAN = 64  # most channels among which a lane's are adjacent: 16 of them are as many as the end of a convolution handles at once
 
 
@@ -313,30 +305,30 @@ def tiles(unit: Unit) -> tuple[Tile, ...]:
     return tuple(t for t in points if t.refuse(unit) is None)
 
 
-def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
+def cycles(g: Geometry, tile: Tile, unit: Unit, card: Card) -> float:
     """An estimate for the whole operator, from published throughputs; never measured.
 
     Blocks that share a multiprocessor hide each other's latency until one of its parts is busy all the time: the multipliers, the path to the level
-    2 cache (48 bytes a cycle), shared memory (128 bytes a cycle), or the issue of instructions (4 warps a cycle).
+    2 cache, shared memory (128 bytes a cycle), or the issue of instructions (4 warps a cycle). The driver keeps 1 KB of shared memory per block for itself.
     """
     steps = tile.share(g)
     blocks = tile.tiles(g) * tile.split_k
-    resident = max(1, min(2048 // tile.threads, 65536 // (tile.registers(unit) * tile.threads), 160 * 1024 // (tile.stages * tile.stage_bytes + 1024)))
+    resident = max(1, min(card.threads // tile.threads, 65536 // (tile.registers(unit) * tile.threads), card.shared // (tile.stages * tile.stage_bytes + 1024)))
     share = tile.bk // (unit.depth * tile.wk)
     rows, columns = tile.parts(unit)
     warps = tile.threads // 32
-    multiply = tile.bm * tile.bn * tile.bk / unit.rate
+    multiply = tile.bm * tile.bn * tile.bk / unit.rate(card)
     read = warps / unit.warps * (tile.wm * unit.warps + tile.wn) * tile.bk / tile.wk / 128
     copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.bn * tile.bk / CHUNK * 4
     issue = copies / 128 + warps * share * (20 + rows * columns * unit.issue) / 4
-    busy = steps * max(multiply, tile.stage_bytes / 48, read, issue) + tile.bm * tile.bn / 16
+    busy = steps * max(multiply, tile.stage_bytes / card.level2, read, issue) + tile.bm * tile.bn / 16
     step = 90 + share * (30 + rows * columns * unit.latency)  # one warp, alone
     latency = steps * max(step, 600 / tile.ahead(unit)) + FIXED + (200 if tile.wk > 1 else 0)
     if tile.split_k > 1:  # every block writes its sums, one reads those of all others
         sums, others = tile.bm * tile.bn * 4, tile.split_k - 1
-        busy += sums / 48 * (1 + others / tile.split_k)
+        busy += sums / card.level2 * (1 + others / tile.split_k)
         latency += GATHER + sums * others / 32
-    each = -(-blocks // processors)
+    each = -(-blocks // card.processors)
     together = min(each, resident)
     return -(-each // together) * max(together * busy, latency)
 
@@ -344,15 +336,15 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, processors: int) -> float:
 @lru_cache(1024)
 def best_tile(g: Geometry, unit: Unit, arch: str) -> Tile:
     """The tiling with the lowest estimate; of equal ones the one with fewer threads. Tiles are shared where they are too few to fill the card twice."""
-    processors, counts = MULTIPROCESSORS.get(arch, 108), design_space(unit, g)["split_k"][1:]
+    card, counts = card_of(arch), design_space(unit, g)["split_k"][1:]
 
     def shared(tile: Tile) -> Iterator[Tile]:
-        for split in (replace(tile, split_k=count) for count in counts if tile.tiles(g) * (count - 1) < 2 * processors):
+        for split in (replace(tile, split_k=count) for count in counts if tile.tiles(g) * (count - 1) < 2 * card.processors):
             if split.refuse_split(g) is None:
                 yield split
 
     def estimate(tile: Tile) -> tuple[Any, ...]:
-        return cycles(g, tile, unit, processors), tile.threads, tile.stages * tile.stage_bytes, repr(tile.params().values())
+        return cycles(g, tile, unit, card), tile.threads, tile.stages * tile.stage_bytes, repr(tile.params().values())
 
     best = min(tiles(unit), key=estimate)
     if estimate(best)[0] <= FIXED + GATHER:

@@ -17,8 +17,8 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, Requantize, clamp, make_kernel, view, when
 from qcompiler.schedules.cuda.base import local
+from qcompiler.schedules.cuda.cards import card_of
 from qcompiler.schedules.cuda.fragments import COLUMNS, DEPTH, ONES, ROWS, Lane, filled, multiply, read_columns, read_row
-from qcompiler.schedules.cuda.gemm_plan import MULTIPROCESSORS
 from qcompiler.schedules.cuda.pool import write
 from qcompiler.schedules.portable.elementwise import constants_of
 from qcompiler.schedules.portable.threads import alignment, in_words, unravel, words
@@ -50,7 +50,7 @@ class MatmulRow:
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         """As many columns of a warp as leave enough warps for all multiprocessors."""
-        processors = MULTIPROCESSORS.get(str(target.tvm["arch"]), 108)
+        processors = card_of(target).processors
         return {"parts": next((p for p in (4, 2) if COLUMNS * p <= op.output.shape[-1] and tile_count(op, p) >= 8 * processors), 1)}
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:

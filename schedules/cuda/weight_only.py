@@ -22,9 +22,9 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import Emitter, clamp, make_kernel, view, when
 from qcompiler.schedules.cuda.base import local
+from qcompiler.schedules.cuda.cards import card_of
 from qcompiler.schedules.cuda.epilogue import element, quad
 from qcompiler.schedules.cuda.gemm import barrier
-from qcompiler.schedules.cuda.gemm_plan import MULTIPROCESSORS
 from qcompiler.schedules.portable.threads import unravel
 from qcompiler.schedules.portable.weight_only import NO_LIMIT, check_weight_only
 from qcompiler.schedules.table import Kernel, Need, OpCall, register
@@ -120,7 +120,7 @@ class WeightOnlyRow:
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
         """So many warps that every multiprocessor has enough loads under way, none without words."""
-        s, processors = Sizes.of(op), MULTIPROCESSORS.get(str(target.tvm["arch"]), 108)
+        s, processors = Sizes.of(op), card_of(target).processors
         fitting = [w for w in self.space(op, target)["warps"] if w == 1 or 32 * w <= s.words]
         return {"warps": next((w for w in fitting if math.prod(s.blocks) * w >= 32 * processors), fitting[-1])}
 
