@@ -17,23 +17,28 @@ without a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cuda_sections as sections
 import networks
 from cuda_prepare import WEIGHTS, prepare
 
 from qcompiler.base.cuda_driver import Gpu, find_gpu
-from qcompiler.base.host import host_architecture
-from qcompiler.base.targets import Target, find_target, load_targets
+
+if TYPE_CHECKING:
+    from qcompiler.base.targets import Target
 
 HERE = Path(__file__).resolve().parent
 LEAST = 5.0  # seconds that are worth beginning a section
@@ -41,6 +46,9 @@ LEAST = 5.0  # seconds that are worth beginning a section
 
 def target_of(gpu: Gpu) -> Target:
     """The row of targets.yaml that fits a GPU best."""
+    from qcompiler.base.host import host_architecture
+    from qcompiler.base.targets import load_targets
+
     fitting = [t for t in load_targets().values() if t.gpu and t.host_architecture == host_architecture() and t.runs_on(gpu.capability)]
     if not fitting:
         raise SystemExit(f"no target of targets.yaml runs on {gpu.name} (compute capability {gpu.capability / 10})")
@@ -98,15 +106,32 @@ def child(section: str, result: Path, options: argparse.Namespace, without: list
     command = [sys.executable, __file__, "--prepared", options.prepared, "--section", section, "--json", result, "--seconds", str(options.seconds)]
     for name in without:
         command += ["--without", name]
-    try:
-        done = subprocess.run([str(c) for c in command], stderr=subprocess.PIPE, text=True, timeout=limit, errors="replace")
-    except subprocess.TimeoutExpired:
+    status, said = bounded([str(c) for c in command], limit)
+    if status is None:
         return f"took longer than {limit:.0f} s"
-    if done.returncode == 0:
-        sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line.startswith("left out: ")))
+    if status == 0:
+        sys.stderr.write("".join(line + "\n" for line in said.splitlines() if line.startswith("left out: ")))
         return ""
-    lines = done.stderr.strip().splitlines()
-    return (lines[-1][:600] if lines else "") or f"exit status {done.returncode}"
+    lines = said.strip().splitlines()
+    return (lines[-1][:600] if lines else "") or f"exit status {status}"
+
+
+def bounded(command: list[str], limit: float) -> tuple[int | None, str]:
+    """(exit status, what it wrote to stderr) of a command; None where it took longer. All processes that it left behind end with it: compilers that a peer
+    started would hold its output open for ever. One that even SIGKILL does not end, as the driver may have it, is not waited for."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process, status = subprocess.Popen(command, stderr=said, start_new_session=True), None
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LEAST)
+        said.seek(0)
+        return status, said.read()
 
 
 def rows(report: Report, folder: Path, cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -132,27 +157,39 @@ def rows(report: Report, folder: Path, cases: list[dict[str, Any]], options: arg
         print(f"  {r['case']} ({r['row']}): {r['wrong']} elements{', and bytes outside its output' if r['outside'] else ''}", flush=True)
 
 
-def network_sections(report: Report, folder: Path, network: dict[str, Any], options: argparse.Namespace) -> None:
-    for kind in (k for k in ("exact", "steps", "speed") if k not in options.without):
-        section, result = f"{kind}:{network['name']}", folder / f"{kind}.json"
-        result.unlink(missing_ok=True)
-        error = child(section, result, options, options.without)
-        if error and kind == "speed":
-            report.fail(section, error)
-            error = child(section, result, options, ["torch", "tensorrt"])  # ours alone
-        if error:
-            report.fail(section, error)
-            continue
-        network[kind] = json.loads(result.read_text())
-        report.write()
-        report.wrong |= kind == "exact" and any(network[kind]["outputs"].values())
-        print("\n" + text_of(network, kind), flush=True)
+def network_section(report: Report, folder: Path, network: dict[str, Any], kind: str, section: str, options: argparse.Namespace) -> None:
+    result = folder / f"{kind}.json"
+    result.unlink(missing_ok=True)
+    error = child(section, result, options, options.without)
+    if error and kind == "speed":
+        report.fail(section, error)
+        error = child(section, result, options, ["torch", "tensorrt"])  # ours alone
+    if error:
+        return report.fail(section, error)
+    network[kind] = json.loads(result.read_text())
+    report.write()
+    report.wrong |= kind == "exact" and any(network[kind]["outputs"].values())
+    print("\n" + text_of(network, kind), flush=True)
+
+
+def guarded(report: Report, section: str, work: Callable[[], None]) -> None:
+    """What goes wrong with one section's result costs no other."""
+    try:
+        work()
+    except Exception as error:
+        report.fail(section, sections.why(error))
+
+
+def listing(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table, without what draws those of the command line; a column whose name ends in "|" is aligned right."""
+    cells = [[c.removesuffix("|") for c in columns], *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    parts = [[c.rjust(w) if name.endswith("|") else c.ljust(w) for c, w, name in zip(row, widths, columns, strict=True)] for row in cells]
+    return "\n".join([title, *("  ".join(row).rstrip() for row in parts)])
 
 
 def text_of(network: dict[str, Any], kind: str) -> str:
     """What a section found, to read."""
-    from qcompiler.base.text import table
-
     title, found = f"{network['network']}, batch {network['batch']}", network[kind]
     if kind == "exact":
         wrong = {name: count for name, count in found["outputs"].items() if count}
@@ -164,9 +201,9 @@ def text_of(network: dict[str, Any], kind: str) -> str:
     if kind == "steps":
         steps = sorted(found["steps"], key=lambda s: -s["seconds"])
         cells = [[s["id"], s["op"], s["kernel"], f"{s['seconds'] * 1e6:.1f}", f"{100 * s['of_peak']:.1f} %" if s["of_peak"] else ""] for s in steps]
-        return table(f"{title}: steps by the GPU's clock", ("value", "operator", "kernel", "us|", "of int8 peak|"), cells, width=160)
+        return listing(f"{title}: steps by the GPU's clock", ("value", "operator", "kernel", "us|", "of int8 peak|"), cells)
     lines = [[name, f"{r['minimum'] * 1e3:.3f}", f"{r['median'] * 1e3:.3f}", f"{r['ratio']:.3f}"] for name, r in found["candidates"].items()]
-    return table(title, ("candidate", "minimum ms|", "median ms|", f"ratio to {found['base']}|"), lines)
+    return listing(title, ("candidate", "minimum ms|", "median ms|", f"ratio to {found['base']}|"), lines)
 
 
 def measure(options: argparse.Namespace, gpu: Gpu) -> int:
@@ -185,9 +222,11 @@ def measure(options: argparse.Namespace, gpu: Gpu) -> int:
     print(f"{gpu.name}, compute capability {gpu.capability / 10}, target {plan['target']}; results in {path}", flush=True)
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
         if plan["rows"] and "rows" not in options.without:
-            rows(report, Path(name), plan["rows"], options)
+            guarded(report, "rows", lambda: rows(report, Path(name), plan["rows"], options))
         for network in report.document["networks"]:
-            network_sections(report, Path(name), network, options)
+            for kind in (k for k in ("exact", "steps", "speed") if k not in options.without):
+                section = f"{kind}:{network['name']}"
+                guarded(report, section, lambda n=network, k=kind, s=section: network_section(report, Path(name), n, k, s, options))  # type: ignore[misc]
     failed = report.document["failed"]
     print(f"\n{path}: {'SOMETHING DIFFERS' if report.wrong else 'nothing differs'}, {len(failed)} sections failed")
     for f in failed:
@@ -227,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(gpu, Gpu) and options.prepared:
         return measure(options, gpu)
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as name:
+        from qcompiler.base.targets import find_target
+
         folder, target = options.prepare or Path(name), find_target(options.target) if options.target else target_of(gpu)  # type: ignore[arg-type]
         found = [networks.find(n, options.data, networks.default_cache()) for n in options.network or networks.NAMES if n != "none"]
         chosen = [n for n in found if n] + [networks.text_network(path, options.tokens, networks.default_cache(), True) for path in options.text]

@@ -17,12 +17,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networks
 import numpy as np
 
-from qcompiler.base.targets import Target
+if TYPE_CHECKING:
+    from qcompiler.base.targets import Target
 
 HERE = Path(__file__).resolve().parent
 GUARD, SINGLES = 4096, 8

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,14 @@ class Prepared:
     script: Path
 
     def run(self, results: Path, switches: str = "", folder: Path | None = None, *more: str) -> subprocess.CompletedProcess[str]:
+        """On a machine that has numpy and Python alone."""
         options = ["--prepared", folder or self.folder, "--json", results, "--seconds", "0", "--without", "torch", *more]
-        return self.gpu.run(sys.executable, self.script, *options, switches=f"skip-repeats,{switches}")
+        absent = "yaml rich tvm tvm_ffi onnx onnxruntime onnxscript torch scipy PIL typer click".split()
+        runner = results.parent / "sitecustomize.py"
+        runner.write_text(f"import sys; sys.modules.update(dict.fromkeys({absent}))\n")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("PYTHONPATH", str(runner.parent))
+            return self.gpu.run(sys.executable, self.script, *options, switches=f"skip-repeats,{switches}")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,22 @@ def test_no_time(prepared: Prepared, tmp_path: Path) -> None:
     document = json.loads((tmp_path / "r.json").read_text())
     assert done.returncode == 1 and not any("exact" in n for n in document["networks"])
     assert {f["error"] for f in document["failed"][1:]} == {"no time was left"} and len(document["failed"]) > 6
+
+
+def test_a_section_that_hangs_with_all_that_it_started(scripts: Any) -> None:
+    """Its time is up, though a process of its own holds the output open; what it said is kept."""
+    began = time.monotonic()
+    status, said = scripts("cuda").bounded(["sh", "-c", "echo so far >&2; sleep 60 & sleep 60"], 0.2)
+    assert (status, said) == (None, "so far\n") and time.monotonic() - began < 30
+    assert scripts("cuda").bounded(["sh", "-c", "echo last >&2; exit 3"], 30) == (3, "last\n")
+
+
+def test_a_result_that_cannot_be_read_costs_no_other(scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuda = scripts("cuda")
+    report = cuda.Report(tmp_path / "r.json", cuda.Gpu("g", 90), {"target": "t", "networks": [{"name": "n"}], "failed": []})
+    cuda.guarded(report, "steps:n", lambda: cuda.text_of({"network": "n", "batch": 1, "steps": {}}, "steps"))
+    failed = json.loads((tmp_path / "r.json").read_text())["failed"]
+    assert failed == [{"section": "steps:n", "error": "KeyError: 'steps'"}] and "FAILED: steps:n" in capsys.readouterr().out
 
 
 def test_what_cannot_run(prepared: Prepared, tmp_path: Path) -> None:
