@@ -133,6 +133,9 @@ def resizes(n: OnnxNet, x: str) -> list[str]:
         n.op("Resize", y, "", "", n.ints(1, 3, 5, 20), nearest_mode="ceil"), n.op("Resize", y, "", odd, mode="linear"), n.op("Resize", y, "", half),
         n.op("Resize", y, "", odd, mode="cubic"), n.op("Resize", y, "", half, mode="cubic", exclude_outside=1, cubic_coeff_a=-0.5),
         n.op("Resize", y, region, "", n.ints(1, 3, 4, 5), mode="linear", coordinate_transformation_mode="tf_crop_and_resize"),
+        n.op("Resize", y, "", "", n.ints(1, 3, 1, 5), mode="linear", coordinate_transformation_mode="align_corners"),
+        n.op("Resize", y, "", "", n.ints(1, 3, 9, 1), mode="linear", coordinate_transformation_mode="align_corners"),
+        n.op("Resize", y, "", "", n.ints(1, 3, 1, 1), mode="nearest", coordinate_transformation_mode="align_corners"),
     ]  # fmt: skip
 
 

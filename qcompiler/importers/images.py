@@ -234,6 +234,7 @@ def resize(node: Node) -> list[Value]:
     exact = all(sizes[a] == shape[a] * scales[a] or not by_scales for a in changed)
     common_modes = ("half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel")
     plain = rank == 4 and set(changed) <= {2, 3} and not node.attrs.get("antialias", 0)
+    plain &= coordinates != "align_corners" or 1 not in sizes[2:]  # TVM's steps between corners would be 0 / 0
     if plain and exact and mode in ("nearest", "linear") and coordinates in common_modes and node.dtype() == "float32":
         method = {"nearest": "nearest_neighbor", "linear": "linear"}[mode]
         return [
