@@ -6,7 +6,7 @@
 //                       launches count), fail-kernel=N (all launches of kernels kN_...), fail-init, skip-repeats (of a launch, in a row)
 // qc_fake_fail(N, CODE, STICKY), from inside of the process: the N-th call from now on returns CODE and does nothing; STICKY: so do all that follow, as after a
 //                       lost GPU. Calls that free what there is fail only then. qc_fake_calls(): those that could have failed since; qc_fake_failed(): which did; qc_fake_left():
-//                       objects that weren't freed; qc_fake_contexts(): contexts that weren't
+//                       objects that weren't freed; qc_fake_contexts(): contexts that weren't; qc_fake_bytes(): of memory that are allocated
 // QC_FAKE_CUDA_LOG      a file that gets one line of JSON when the process ends: what was used, and what was never freed
 //
 // Streams are lazy: copies and kernels happen when they are waited for, so that an order that only luck upholds shows. Every pointer of a launch must lie in
@@ -185,6 +185,12 @@ long qc_fake_left() {
   return static_cast<long>(memory.size() + page_locked.size() + streams.size() + graphs.size() + modules.size() + events.size());
 }
 long qc_fake_contexts() { return retained; }
+long qc_fake_bytes() {
+  std::lock_guard<std::recursive_mutex> hold(lock);
+  size_t available, total;
+  free_memory(&available, &total);
+  return static_cast<long>(total - available);
+}
 
 int cuInit(unsigned) {
   MAY_FAIL(false)
