@@ -7,8 +7,9 @@
     table   as warm, from a calibration that `qcompiler calibrate` stored; its own time is not counted
 
 fast and default stand beside NNCF's default, accurate beside its full bias correction. Both get the samples as arrays in memory; whole processes are timed,
-from the imports to the library (NNCF: the quantized model) in memory. Candidates take turns and the least of each counts. CPU seconds are those of all threads
-and child processes. NNCF compiles no code: its model is compiled when it is loaded.
+from the imports to the library (NNCF: the quantized model) in memory, and find the bytecode of their Python sources, as those of an installation do.
+Candidates take turns and the least of each counts. CPU seconds are those of all threads and child processes. NNCF compiles no code: its model is compiled
+when it is loaded.
 """
 
 from __future__ import annotations
@@ -64,16 +65,17 @@ class Timed:
         shape = tuple(max(1, d.dim_value) for d in port.type.tensor_type.shape.dim)
         found = at_most(open_samples(network.calibration(), [TensorInfo(port.name, shape, "float32")], network.preprocess), samples)
         self.network, self.folder, self.input = network, folder, port.name
+        kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        self.environment = kept | {"QCOMPILER_CACHE": str(folder / "kernels"), "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
         np.save(folder / "samples.npy", np.stack([sample[port.name] for sample in found]))
 
     def once(self, kind: str, preset: str, cold: bool = False) -> dict[str, float]:
         """One process of a candidate: "nncf", "calibrate", "compile" or "table"."""
-        cache = self.folder / "kernels"
         if cold:
-            shutil.rmtree(cache, ignore_errors=True)
+            shutil.rmtree(self.folder / "kernels", ignore_errors=True)
         arguments = [kind, self.network.model, self.folder / "samples.npy", self.folder / f"{preset}.qcal", preset, self.input]
         command = [sys.executable, "-c", WORKER, *map(str, arguments)]
-        done = subprocess.run(command, env=os.environ | {"QCOMPILER_CACHE": str(cache)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        done = subprocess.run(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
         seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return seconds
 
@@ -81,12 +83,12 @@ class Timed:
         """Candidate -> the least of each number over the rounds. Without NNCF there is nothing of it."""
         found: dict[str, list[dict[str, float]]] = {}
         nncf = peers.installed("nncf", "openvino")
+        for kind in ("compile", *(["nncf"] if nncf else [])):
+            self.once(kind, preset)  # leaves bytecode
         if "table" in states:
             self.once("calibrate", preset)
-        for turn in range(rounds):
+        for _ in range(rounds):
             for state in states:
-                if state != "cold" and turn == 0 and "cold" not in states:
-                    self.once("compile", preset)  # what fills the cache
                 found.setdefault(state, []).append(self.once("table" if state == "table" else "compile", preset, state == "cold"))
                 if nncf:
                     found.setdefault("nncf", []).append(self.once("nncf", preset))

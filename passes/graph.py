@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from qcompiler.base.memory import is_aligned
@@ -219,7 +220,8 @@ class GraphBuilder:
         return var
 
     def _typed(self, expr: Any) -> Any:
-        return expr if isinstance(expr, relax.Var) or match_op(expr) is not None else self._normalizer.normalize(expr)
+        typed = isinstance(expr, relax.Var) or (isinstance(expr, tvm.ir.Call) and type(expr.ty) is not tvm.ir.Type)
+        return expr if typed else self._normalizer.normalize(expr)
 
     def finish(self, outputs: list[tuple[str, Any]]) -> tvm.IRModule:
         """The module that returns `outputs` ((name, var) pairs, in order); bindings no output needs are dropped."""
@@ -252,7 +254,8 @@ class GraphBuilder:
 
 
 def substitute(expr: Any, replace: Callable[[Any], Any]) -> Any:
-    """`expr` with `replace` applied to each variable it reads directly; the type is inferred again by `GraphBuilder.emit`."""
+    """`expr` with `replace` applied to each variable it reads directly. A call of variables of the same types as before keeps its type; any other is
+    inferred again by `GraphBuilder.emit`, which for a convolution takes longer than all else that a pass does with it."""
     if isinstance(expr, relax.Var):
         return replace(expr)
     if isinstance(expr, relax.Tuple):
@@ -260,8 +263,11 @@ def substitute(expr: Any, replace: Callable[[Any], Any]) -> Any:
     if isinstance(expr, relax.TupleGetItem):
         return relax.TupleGetItem(substitute(expr.tuple_value, replace), expr.index)
     if isinstance(expr, tvm.ir.Call):
-        result = expr.ty_args[0] if expr.op == _CALL_PURE_PACKED else None
-        return tvm.ir.Call(expr.op, [substitute(a, replace) for a in expr.args], expr.attrs, expr.ty_args, ret_ty=result)
+        before = list(expr.args)
+        after = [substitute(a, replace) for a in before]
+        alike = all(new is old or (isinstance(old, relax.Var) and tvm_ffi.structural_equal(new.ty, old.ty)) for old, new in zip(before, after, strict=True))
+        result = expr.ty_args[0] if expr.op == _CALL_PURE_PACKED else expr.ty if alike else None
+        return tvm.ir.Call(expr.op, after, expr.attrs, expr.ty_args, ret_ty=result)
     return expr
 
 

@@ -51,7 +51,7 @@ class ModuleExecutor:
 
 def watch(watcher: Watcher, sample: int, value_id: str, array: np.ndarray) -> None:
     """What a pass does for a watcher with a value of its sample number `sample`."""
-    seen = watcher.look(sample, value_id, array)
+    seen = watcher.look(sample, value_id, array, None)
     if seen is not None:
         watcher.take(value_id, seen)
 

@@ -248,7 +248,7 @@ def test_a_watcher_sees_the_same_pass() -> None:
         def __init__(self) -> None:
             self.names: list[str] = []
 
-        def look(self, sample: int, value_id: str, array: np.ndarray) -> int | None:
+        def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> int | None:
             return None if value_id == "count" else sample
 
         def take(self, value_id: str, seen: int) -> None:

@@ -54,7 +54,7 @@ def sounds(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 
 def estimated(network: QuantizedNetwork) -> float:
-    return decibel(Survey(network, network.integer).estimate(network.measured.twin.session(), network.job.samples))
+    return decibel(float(Survey(network, network.integer).noise(network.measured.twin.session(), network.job.samples).max()))
 
 
 def exact(network: QuantizedNetwork) -> float:

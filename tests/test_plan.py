@@ -306,7 +306,7 @@ def test_weight_scales_never_lose_to_min_max() -> None:
 def test_a_channel_of_zeros_states_its_bias() -> None:
     weight = np.zeros((3, 1, 1, 4), np.float32)
     weight[0] = 1
-    scale = choose_scales(weight, (1.0,), np.array([0.5, 0.01, 0.0]), 0.05).scale
+    scale = choose_scales(weight, (1.0,)).with_bias(np.array([0.5, 0.01, 0.0]), 0.05).scale
     assert scale[2] == 1.0 and np.rint(0.01 / (0.05 * scale[1])) * 0.05 * scale[1] == pytest.approx(0.01, rel=1e-6)
     assert not quantize_weight(weight, scale)[1:].any()
 
@@ -318,7 +318,7 @@ def test_dead_channels_have_usable_scales(tiny: float) -> None:
     weight = np.ones((2, 1, 1, 4), np.float32)
     weight[0] = tiny
     for ratios in RATIOS.values():
-        chosen = choose_scales(weight, ratios, np.array([tiny, 1.0]), 1.0)
+        chosen = choose_scales(weight, ratios).with_bias(np.array([tiny, 1.0]), 1.0)
         assert (np.float32(chosen.scale) >= 2.0**-126).all() and chosen.sqnr > 20
         error = np.abs(quantize_weight(weight, chosen.scale) * chosen.scale[:, None, None, None] - weight)
         assert error.max() < 0.01 and error[0].max() < max(0.01 * tiny, 1e-37)

@@ -67,7 +67,7 @@ def test_the_better_network_is_kept_and_both_figures_stated(spoilt: bool, monkey
     assert result.corrected.built is made[kept].built and result.artifact.manifest["preset"] == kept
     assert made["default"].network.measured.table is made["accurate"].network.measured.table, "one calibration"
     held = [s for i, s in enumerate(samples(16)) if i % 4 == 3]
-    noise = rivals._scores(made["default"], made["default"].network.measured.twin.session(), CheckedSamples(held, job.model.inputs))
+    noise = rivals._scores(made["default"], CheckedSamples(held, job.model.inputs))
     assert len(noise) == 4 and default == pytest.approx(-10 * np.log10(noise.relative_noise()), abs=0.006)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,11 +40,29 @@ def stored(data: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def accurate(data: Path) -> Path:
+    path = data.with_name("accurate.qcal")
+    assert qcompiler.calibrate(MODEL, path, data, preset="accurate").table.samples == COUNT
+    return path
+
+
+@pytest.fixture(scope="module")
+def accurate_of_data(data: Path) -> tuple[bytes, list[str]]:
+    return bytes_and_stages(data, preset="accurate")
+
+
 def bytes_of(calibration: Any, **options: Any) -> tuple[bytes, list[str]]:
     """The library, and the passes over samples that were made."""
+    made, stages = bytes_and_stages(calibration, **options)
+    return made, [s for s in stages if s in LOOKING]
+
+
+def bytes_and_stages(calibration: Any, **options: Any) -> tuple[bytes, list[str]]:
+    """The library, and the stages that said how far they were."""
     stages: list[str] = []
     artifact = qcompiler.compile(MODEL, calibration=calibration, progress=lambda stage, done, total: stages.append(stage), **options)
-    return _saved(artifact), [s for s in dict.fromkeys(stages) if s in LOOKING]
+    return _saved(artifact), list(dict.fromkeys(stages))
 
 
 def _saved(artifact: Any) -> bytes:
@@ -67,6 +86,26 @@ def test_the_library_is_the_same_bytes(options: dict[str, Any], passes: list[str
     expected, made = bytes_of(data, **options)
     assert made
     assert bytes_of(stored, **options) == (expected, passes)
+
+
+def test_accurate_repeats_nothing(accurate: Path, accurate_of_data: tuple[bytes, list[str]]) -> None:
+    """Samples are held out, two plans are made and one is chosen: what each of these looks at is stored under the samples that it looks at, and only the
+    network that is better gets code."""
+    expected, stages = accurate_of_data
+    assert {*LOOKING, "judge the plan of accurate", "judge the plan of default", "judge the outputs", "generate float code"} <= set(stages)
+    assert bytes_and_stages(accurate, preset="accurate") == (expected, ["generate int8 code"])
+
+
+def test_what_was_stored_for_other_samples_is_not_used(accurate: Path, data: Path) -> None:
+    """`default` looks at all samples, and so do fewer samples and another choice of steps: verdicts of `accurate` are not theirs."""
+    cases: list[tuple[dict[str, Any], list[str]]] = [({}, list(LOOKING[1:])), ({"preset": "accurate", "max_samples": 12}, list(LOOKING))]
+    for options, passes in cases:
+        assert bytes_of(accurate, **options) == (bytes_of(data, **options)[0], passes)
+
+
+def test_accurate_of_what_default_stored(stored: Path, accurate_of_data: tuple[bytes, list[str]]) -> None:
+    expected, stages = accurate_of_data
+    assert bytes_and_stages(stored, preset="accurate") == (expected, stages)
 
 
 def test_storing_twice_gives_the_same_bytes(stored: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +163,7 @@ def test_what_cannot_be_stored_or_read(stored: Path, data: Path, tmp_path: Path,
 
 def test_findings_that_are_none(stored: Path, tmp_path: Path) -> None:
     """A file whose arrays are whole, and one of whose findings says nothing that its reader knows, with a digest that fits."""
-    (table,) = (n for n in zipfile.ZipFile(stored).namelist() if n.startswith("pass/import ") and "/table" in n)
+    (table,) = (n for n in _members(stored) if n.startswith("pass/import ") and "/table" in n)
     other = _array(b"[]")
 
     def meant(member: bytes) -> bytes:
@@ -140,14 +179,15 @@ def test_findings_that_are_none(stored: Path, tmp_path: Path) -> None:
         qcompiler.compile(MODEL, calibration=tmp_path / "d.qcal")
 
 
-@pytest.mark.parametrize("edited", ["pass/calibrate/table", "pass/calibrate/0", "pass/import", "pass/judge", "pass/measure channels/0"])
+@pytest.mark.parametrize("edited", ["calibrate [0-9a-f]+/table", "calibrate [0-9a-f]+/0", "import", "judge", "measure channels [0-9a-f]+/0"])
 def test_a_pass_that_is_not_what_was_stored_is_refused(edited: str, stored: Path, tmp_path: Path) -> None:
     """What a pass saw is not computed again, so it has a digest of its own; the table of an edited pass still reads as one."""
-    found = [n for n in zipfile.ZipFile(stored).namelist() if n.startswith(edited)]
-    assert found
-    _edit(stored, tmp_path / "e.qcal", {found[0]: _digits_swapped})
-    with pytest.raises(DataError, match=r"e\.qcal: pass '.*' is not what was stored"):
-        qcompiler.compile(MODEL, calibration=tmp_path / "e.qcal")
+    _refused_where_edited(edited, stored, tmp_path / "e.qcal")
+
+
+@pytest.mark.parametrize("edited", ["rivals [0-9a-f]+/0", "estimate [0-9a-f]+/0", "work [0-9a-f]+/0", "weight_rounding [0-9a-f]+/0"])
+def test_verdicts_that_are_not_what_was_stored_are_refused(edited: str, accurate: Path, tmp_path: Path) -> None:
+    _refused_where_edited(edited, accurate, tmp_path / "e.qcal", preset="accurate")
 
 
 def test_passes_of_a_file_without_their_digests_are_made_again(stored: Path, data: Path, tmp_path: Path) -> None:
@@ -167,6 +207,20 @@ def test_samples_that_are_numbers_are_stored(tmp_path: Path) -> None:
     qcompiler.calibrate(model, tmp_path / "n.qcal", samples)
     made = [_saved(qcompiler.compile(model, calibration=c)) for c in (samples, tmp_path / "n.qcal")]
     assert made[0] == made[1]
+
+
+def _refused_where_edited(edited: str, stored: Path, into: Path, **options: Any) -> None:
+    """All passes of that name are edited: the file may hold some of all samples and some of a part."""
+    found = [n for n in _members(stored) if re.match(f"pass/{edited}", n)]
+    assert found
+    _edit(stored, into, dict.fromkeys(found, _digits_swapped))
+    with pytest.raises(DataError, match=r"e\.qcal: pass '.*' is not what was stored"):
+        qcompiler.compile(MODEL, calibration=into, **options)
+
+
+def _members(stored: Path) -> list[str]:
+    with zipfile.ZipFile(stored) as file:
+        return file.namelist()
 
 
 def _edit(stored: Path, into: Path, edits: Mapping[str, Callable[[bytes], bytes]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,6 +84,12 @@ class Histogram:
     samples: int = 0
     relative: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
     powered: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of all that it holds."""
+        numbers = {k: v for k, v in vars(self).items() if not isinstance(v, np.ndarray)}
+        return hashlib.sha256(b"".join([repr(numbers).encode(), self.counts.tobytes(), self.relative.tobytes()])).hexdigest()
 
     @property
     def width(self) -> float:

@@ -22,7 +22,7 @@ class Lookups:
             if group.kind == "take" and group.weight is not None and group.attrs["axis"] == 0:
                 self._sizes[group.inputs[0]] = min(len(group.weight), self._sizes.get(group.inputs[0], len(group.weight)))
 
-    def look(self, sample: int, value_id: str, array: np.ndarray) -> None:
+    def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> None:
         size = self._sizes.get(value_id)
         if size is None or array.size == 0 or (array.min() >= -size and array.max() < size):
             return

@@ -109,9 +109,9 @@ class StoredSamples:
                     form = self.forms[self.which[index]]
                     sample = {info.name: array(f"sample/{index}/{number}") for number, info in enumerate(form)}
                 digest.update(_bytes(sample))
+                if index + 1 == self.count and digest.hexdigest() != self.digest:
+                    raise DataError(f"{self._path}: its samples are not those that were stored (their digest differs); calibrate again")
                 yield check_sample(sample, form, f"{self._path}: sample {index}")
-        if digest.hexdigest() != self.digest:
-            raise DataError(f"{self._path}: its samples are not those that were stored (their digest differs); calibrate again")
 
     @contextlib.contextmanager
     def _arrays(self) -> Iterator[Callable[[str], np.ndarray]]:

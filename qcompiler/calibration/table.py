@@ -47,9 +47,10 @@ class Watcher(Protocol):
     (`Counted.rows`), outputs with zeros there.
 
     Samples are looked at side by side: `look`, in any thread and any order, finds what there is to know of a value of sample number `sample` (of those that
-    the watcher sees), None for nothing, and changes nothing; `take` gets it, sample after sample, and then `end_sample`."""
+    the watcher sees), None for nothing, and changes nothing (seen: what the table records of the value, None for nothing); `take` gets what was found, sample
+    after sample, and then `end_sample`."""
 
-    def look(self, sample: int, value_id: str, array: np.ndarray) -> Any: ...
+    def look(self, sample: int, value_id: str, array: np.ndarray, seen: Seen | None) -> Any: ...
     def take(self, value_id: str, seen: Any) -> None: ...
     def end_sample(self, outputs: Mapping[str, np.ndarray]) -> None: ...
 
@@ -146,7 +147,7 @@ class CalibrationTable:
     samples: int = 0
     values: dict[str, Statistics] = field(default_factory=dict)
     unbounded: set[str] = field(default_factory=set)
-    proposed: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what plans have asked of these histograms, for the next plan
+    asked: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what plans have asked so far, and were told, for the next plan
 
     @functools.cached_property
     def digest(self) -> str:
@@ -216,7 +217,7 @@ def calibrate(
         def visit(name: str, array: np.ndarray) -> None:
             array = visible.rows(name, array)
             seen = Seen.of(array) if array.dtype == np.float32 and (wanted is None or name in wanted) else None
-            found.values.append((name, seen, [w.look(index, name, array) for index, w in looking]))
+            found.values.append((name, seen, [w.look(index, name, array, seen) for index, w in looking]))
 
         try:
             visible = padding.of(executor, sample) if padding else ALL

@@ -23,7 +23,7 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.files import temporary_folder
 from qcompiler.base.progress import Progress
 from qcompiler.base.targets import find_target, missing_features
-from qcompiler.calibration.data import CheckedSamples, Samples, load_labels, take
+from qcompiler.calibration.data import Samples, load_labels
 from qcompiler.importers.model import FloatModel
 from qcompiler.pipeline.goal import CONFIDENCE, Finding, Goal, Scores, check_labels, check_thresholds, classifying, decibel, held_out, judge
 from qcompiler.pipeline.halves import candidates, costs, operands, with_halves
@@ -76,8 +76,7 @@ def search(job: Job, goal: Goal, labels: Any, budget: float | None, metric: str 
     Raises DataError for labels that don't fit, and for a goal that the network's outputs can't be judged by.
     """
     clock = _Clock(BUDGET if budget is None else budget, job.progress)
-    if job.samples.count is None:
-        job = replace(job, samples=CheckedSamples(list(job.samples), job.model.inputs))
+    job = job.counted()
     measure = None if metric is None else load_metric(metric, labels, job.samples)
     classes = _classes(labels if measure is None or goal.max_accuracy_drop is not None else None, job.samples, job.model, goal)
     with temporary_folder() as folder:
@@ -139,7 +138,7 @@ class _Search:
         fitted = [i for i in range(count) if i not in set(self.held)]
         self.host = find_target("native")
         self.runs_here = not missing_features(self.job.target)
-        self.measured = with_asked(calibrate(equalize(replace(self.job, samples=take(self.job.samples, fitted)))))
+        self.measured = with_asked(calibrate(equalize(self.job.fitted_to(fitted))))
         self.twin = self.measured.twin.session(threads=1)
         first = self.attempt(frozenset(self.job.kept), self.job.kept)
         if not first.met and not self.out_of_time():

@@ -17,7 +17,7 @@ from qcompiler.pipeline import stages
 from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.options import OPTIONS, AnyPath, Options, complete, given, takes_options
-from qcompiler.pipeline.rivals import network
+from qcompiler.pipeline.rivals import best_of, network, rival_of
 
 _GROUPS = ("network", "recipe", "work")  # of options that may decide what calibration sees
 
@@ -48,10 +48,8 @@ def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: 
         raise DataError("calibration data is needed: give samples (an .npz, an .npy, a folder of images, or an iterable of {input name: array})")
     if extra := [name for name in given(options) if OPTIONS[name].group not in _GROUPS]:
         raise PlanError(f"calibration has no part in {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out, and give {extra[0]} to compile")
-    job = dataclasses.replace(opened(model, "native", calibration, options), passes={})
-    measured = stages.calibrate(stages.equalize(job))
-    if job.recipe.rival is None:  # else a compilation holds samples out, and has to look at the others itself
-        judged(network(measured))
-    assert job.passes is not None
-    count = save(path, job.model.digest, job.model.inputs, job.samples, job.passes, [m.inputs for m in job.sampled])
+    job = dataclasses.replace(opened(model, "native", calibration, options).counted(), to_store=True)
+    measured, rival = stages.calibrate(stages.equalize(job)), rival_of(job)
+    judged(network(measured) if rival is None else best_of(job, rival)[0])  # which holds samples out, and looks at the others by themselves
+    count = save(path, job.model.digest, job.model.inputs, job.samples, job.found, [m.inputs for m in job.sampled])
     return Calibration(path, count, measured.table, measured.warnings)

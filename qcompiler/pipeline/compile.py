@@ -32,7 +32,7 @@ from qcompiler.pipeline.judgement import judged
 from qcompiler.pipeline.library import Compilation, link
 from qcompiler.pipeline.options import Options, complete, given, takes_options
 from qcompiler.pipeline.ports import ported
-from qcompiler.pipeline.rivals import best_of, network, planned
+from qcompiler.pipeline.rivals import best_of, network, planned, rival_of
 from qcompiler.pipeline.shapes import load_all
 from qcompiler.pipeline.stages import QuantizedNetwork, calibrate, equalize
 from qcompiler.plan.planner import named_groups
@@ -40,9 +40,9 @@ from qcompiler.plan.planner import named_groups
 
 def compiled(job: Job) -> Compilation:
     """All stages behind `load`. A caller that keeps no reference to the job spares the memory of the weights as they were before equalization."""
-    rival = job.recipe.rival
-    if rival is not None and job.samples.count != 0 and any(o.dtype == "float32" for o in job.model.outputs):
-        return best_of(job, rival)  # the stages below for two recipes
+    if (rival := rival_of(job)) is not None:
+        best, verdict = best_of(job, rival)  # the stages below for two recipes
+        return link(ported(judged(best)), verdict)
     equalized = equalize(job)
     del job
     return link(ported(judged(network(calibrate(equalized)))))

@@ -16,19 +16,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.halves import candidates, costs, operands, with_halves
-from qcompiler.pipeline.stages import Findings, QuantizedNetwork, integer_network, remembered
-from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
+from qcompiler.pipeline.stages import QuantizedNetwork, integer_network
+from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, SAMPLES, Survey, estimate
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import Network, Point, Wide, first_below
 
 ENOUGH = 20.0  # dB of every output: from here on no layer is rescued, and nothing is warned of
 _ALLOWANCE = 0.2  # of the network's work, for layers in float and operands in 16 bits
 _UTMOST = 1.0  # the same where less can't bring outputs back
-_SAMPLES = 8
 _TRIES = 3  # plans that a rescue makes
 
 
@@ -54,11 +51,7 @@ def relative_noise(db: float) -> float:
 def _estimate(network: QuantizedNetwork) -> float:
     """Noise over power of the worst output."""
 
-    def found() -> Findings:
-        survey = Survey(network, network.integer)
-        return {"noise": np.array([survey.estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))])}
-
-    return remembered(network.job, "estimate", [network.plan.digest, network.measured.table.digest], found, lambda state: float(state["noise"][0]))
+    return float(estimate(network).max())
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class _Trade:
     @staticmethod
     def of(network: QuantizedNetwork, divides: bool = False) -> _Trade:
         survey = Survey(network, network.integer)
-        found = survey.sensitivity(network.measured.twin.session(), most=_SAMPLES)
+        found = network.remembered("sensitivity", lambda: survey.sensitivity(network.measured.twin.session(), most=SAMPLES).state(), Sensitivity.of_state)
         wide = costs(network, candidates(network)) if divides else {}
         return _Trade(found, survey.network(found, *survey.work(), (ELEMENT, ELEMENT), wide))
 

@@ -9,7 +9,6 @@ the layer is not in the measurement, and comes back in every step. Where the out
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Collection, Mapping
 
@@ -21,10 +20,10 @@ from qcompiler.passes.halves import Division, divisible
 from qcompiler.passes.sequence import HALVED
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network, rewritten
-from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
+from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, SAMPLES, Survey, estimate
+from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import WideCost
 
-_SAMPLES = 8
 _INSIDE = 2  # times what is measured, at least, is lost where 8 bits of states are multiplied in recurrent layers too
 _MOVED = 4  # elements written for each of a value that is read in halves: the value, its halves, a partial sum
 
@@ -57,11 +56,12 @@ def halved(network: QuantizedNetwork) -> QuantizedNetwork:
     ratio, allowance = job.recipe.halves if everywhere else job.recipe.states
     if not found or not network.measured.table.samples:
         return network
-    survey, session = Survey(network, network.integer), network.measured.twin.session()
-    whole = np.maximum(survey.noise(session, itertools.islice(job.alike, _SAMPLES)), np.finfo(np.float64).tiny)
+    survey, whole = Survey(network, network.integer), np.maximum(estimate(network), np.finfo(np.float64).tiny)
     if decibel(float(whole.max()) * (1 if everywhere else _INSIDE)) >= BEYOND_NOTICE:
         return network
-    alone = survey.value_noise(session, found, _SAMPLES)
+    alone = network.remembered(
+        "values", lambda: survey.value_noise(network.measured.twin.session(), found, SAMPLES).state(), Sensitivity.of_state, sorted(found)
+    ).values
     work, _ = survey.work()
     share = {v: float((noise / whole).max()) for v, noise in alone.items()}
     cost = {v: c.seconds + sum(work[n] for n in c.layers) for v, c in costs(network, found).items()}

@@ -13,11 +13,11 @@ from qcompiler.base.progress import Progress, silent
 from qcompiler.base.shape_table import Row, read_shape_table, shape_rows
 from qcompiler.base.targets import Target, find_target
 from qcompiler.base.tensor import first_states
-from qcompiler.calibration.data import NO_SAMPLES, Samples, at_most
+from qcompiler.calibration.data import NO_SAMPLES, CheckedSamples, Samples, at_most, take
 from qcompiler.calibration.frames import StreamedSamples, is_frames, streams_of, without_states
 from qcompiler.calibration.ports import NO_PORTS, Ports, asked, open_real
 from qcompiler.calibration.shaped import ShapedSamples
-from qcompiler.calibration.stored import Pass, file_behind
+from qcompiler.calibration.stored import Pass, StoredSamples, file_behind
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
@@ -38,8 +38,9 @@ MOST_VECTORS = 64
 class Job:
     """One network to be quantized for one target. others: the same network at the other shapes of its library. pad: how their inputs are padded.
     kept: group id -> why it stays float in every plan. sixteen: groups that shall compute in 16 bits. tuned: parameters of kernels, None for the defaults.
-    dump: sees what every pass and stage makes. progress: sees how far long work is. passes: where what passes over the samples saw is collected, if anyone
-    wants it. ports: inputs and outputs that shall not be float32. selftest: test vectors that the library gets."""
+    dump: sees what every pass and stage makes. progress: sees how far long work is. stored: the stored calibration that the samples are of. part: which of the
+    calibration's samples these are, None for all. found: what looking at samples has found so far, by name; all of it where it is `to_store`, else what takes
+    little memory. ports: inputs and outputs that shall not be float32. selftest: test vectors that the library gets."""
 
     model: FloatModel
     samples: Samples
@@ -49,7 +50,10 @@ class Job:
     tuned: Tuned | None = None
     dump: Dump = no_dump
     progress: Progress = silent
-    passes: dict[str, Pass] | None = None
+    stored: StoredSamples | None = None
+    part: tuple[int, ...] | None = None
+    found: dict[str, Pass] = field(default_factory=dict)
+    to_store: bool = False
     ports: Ports = NO_PORTS
     others: tuple[FloatModel, ...] = ()
     pad: Mapping[str, Any] = field(default_factory=dict)
@@ -70,6 +74,18 @@ class Job:
     def alike(self) -> Samples:
         """The samples of the plan's shape."""
         return self.samples.at(0) if isinstance(self.samples, ShapedSamples) else self.samples
+
+    def counted(self) -> Job:
+        """The job with samples of which it is known how many there are."""
+        return self if self.samples.count is not None else replace(self, samples=CheckedSamples(list(self.samples), self.model.inputs))
+
+    def fitted_to(self, indices: Sequence[int]) -> Job:
+        """The job that looks at some of its samples only."""
+        count = self.samples.count or 0
+        if len(indices) == count:
+            return self
+        part = range(count) if self.part is None else self.part
+        return replace(self, samples=take(self.samples, indices), part=tuple(part[i] for i in indices))
 
 
 def opened(model: AnyModel, target: str | Target, calibration: Any, options: Options, tuned: Tuned | None = None) -> Job:
@@ -104,7 +120,23 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     sixteen = in_sixteen(float_model, options["keep_16"])
     ports = ports.at(float_model.inputs)
     samples = NO_SAMPLES if calibration is None else _opened(calibration, float_model, ports, options)
-    return Job(float_model, samples, steps, chosen, kept, tuned, dump, options["progress"] or silent, None, ports, tuple(others), rules, count, sixteen)
+    said = options["progress"] or silent
+    return Job(
+        float_model,
+        samples,
+        steps,
+        chosen,
+        kept,
+        tuned,
+        dump,
+        said,
+        file_behind(samples),
+        ports=ports,
+        others=tuple(others),
+        pad=rules,
+        selftest=count,
+        sixteen=sixteen,
+    )
 
 
 def _opened(calibration: Any, model: FloatModel, ports: Ports, options: Options) -> Samples:

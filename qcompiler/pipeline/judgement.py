@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qcompiler.pipeline.findings import Findings
 from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
 from qcompiler.pipeline.scoring import ErrorSums
-from qcompiler.pipeline.stages import Corrected, Findings, Found, remembered
-from qcompiler.pipeline.survey import Survey
+from qcompiler.pipeline.stages import Corrected
+from qcompiler.pipeline.survey import SAMPLES, Survey
+from qcompiler.plan.sensitivity import Sensitivity
 
-_SAMPLES = 8
 _FEW = 2  # samples that tell which roundings to name
 _NAMED = 3  # roundings that a warning names
 
@@ -41,7 +42,7 @@ def judged(corrected: Corrected) -> Corrected:
 
 
 def _samples(corrected: Corrected) -> Iterator[Mapping[str, np.ndarray]]:
-    return itertools.islice(corrected.network.job.alike, _SAMPLES)
+    return itertools.islice(corrected.network.job.alike, SAMPLES)
 
 
 def _unseen(corrected: Corrected, scores: Scores) -> float:
@@ -50,10 +51,10 @@ def _unseen(corrected: Corrected, scores: Scores) -> float:
 
     def found() -> Findings:
         survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
-        seen, unseen = (survey.errors(twin, _samples(corrected), ends)[1] for ends in (None, measured.ends))
+        _, seen, unseen = survey.errors(twin, _samples(corrected), (None, measured.ends))
         return {"seen": seen, "unseen": unseen}
 
-    more = _remembered(corrected, "unseen", found, lambda state: np.maximum(state["unseen"] - state["seen"], 0.0))
+    more = corrected.network.remembered("unseen", found, lambda state: np.maximum(state["unseen"] - state["seen"], 0.0))
     return dataclasses.replace(scores, noise=scores.noise + more).noise_bound()
 
 
@@ -68,12 +69,7 @@ def _scores(corrected: Corrected) -> Scores:
 
     runs = corrected.corrections or corrected.here is not None
     name, find = ("judge", lambda: _run(corrected)) if runs else ("judge unrun", estimated)
-    return _remembered(corrected, name, find, lambda state: Scores(*_told(state["power"], state["noise"])))
-
-
-def _remembered(corrected: Corrected, name: str, find: Callable[[], Findings], read: Callable[[Findings], Found]) -> Found:
-    network = corrected.network
-    return remembered(network.job, name, [network.plan.digest, network.measured.table.digest], find, read)
+    return network.remembered(name, find, lambda state: Scores(*_told(state["power"], state["noise"])))
 
 
 def _run(corrected: Corrected) -> Findings:
@@ -84,7 +80,7 @@ def _run(corrected: Corrected) -> Findings:
     for done, sample in enumerate(_samples(corrected), 1):
         counted = measured.padding.of(twin, sample)
         sums.add(counted.outputs(session.run(sample)), counted.outputs(twin.run(sample)))
-        job.progress("judge the outputs", done, _SAMPLES)
+        job.progress("judge the outputs", done, SAMPLES)
     scores = sums.scores()
     return {"power": scores.power, "noise": scores.noise}
 
@@ -114,20 +110,11 @@ def _costs(corrected: Corrected) -> dict[str, float]:
     network = corrected.network
 
     def found() -> Findings:
-        alone = Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW)
-        return {f"{kind}/{name}": noise for kind in ("values", "weights") for name, noise in getattr(alone, kind).items()}
+        return Survey(network, corrected.integer).sensitivity(network.measured.twin.session(), most=_FEW).state()
 
-    def largest(state: Findings) -> dict[str, float]:
-        return {key: float(noise.max()) for key, noise in state.items()}
-
-    costs = {}
-    for key, cost in _remembered(corrected, "roundings", found, largest).items():
-        kind, _, name = key.partition("/")
-        if kind == "values" and network.plan.params(name) is not None:
-            costs[f"value '{name}'"] = cost
-        elif kind == "weights" and name not in network.plan.reasons:
-            costs[f"the weights of '{name}'"] = cost
-    return costs
+    alone, plan = network.remembered("roundings", found, Sensitivity.of_state), network.plan
+    costs = {f"value '{name}'": float(noise.max()) for name, noise in alone.values.items() if plan.params(name) is not None}
+    return costs | {f"the weights of '{name}'": float(noise.max()) for name, noise in alone.weights.items() if name not in plan.reasons}
 
 
 def _advice(preset: str) -> str:

@@ -25,9 +25,10 @@ from qcompiler.importers.onnx_file import QUANTIZED
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import SIXTEEN, find_groups
 from qcompiler.passes.halves import HALVES
+from qcompiler.pipeline.findings import Findings, remembered
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.padding import check_padding
-from qcompiler.pipeline.stages import Corrected, Findings, QuantizedNetwork, remembered
+from qcompiler.pipeline.stages import Corrected, QuantizedNetwork
 from qcompiler.plan.quant_plan import Quantized, count_operators
 from qcompiler.plan.recipes import STEPS
 from qcompiler.refine.trial import EXACT

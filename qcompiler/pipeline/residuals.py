@@ -7,7 +7,6 @@ hold is written in 16 bits, and once more in 8 for the convolutions that read it
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -18,9 +17,8 @@ from qcompiler.passes.streams import residual_values
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network, rewritten
-from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey
+from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey, estimate
 
-_SAMPLES = 8
 _MOVED = 2  # elements written for each of a stream: one of 16 bits and one of the copy, in place of one
 
 
@@ -44,8 +42,7 @@ def widened(network: QuantizedNetwork) -> QuantizedNetwork:
     ratio, allowance = job.recipe.halves
     if not found or not network.measured.table.samples:
         return network
-    survey = Survey(network, network.integer)
-    before = _estimate(network)
+    survey, before = Survey(network, network.integer), _estimate(network)
     elements = {g.id: math.prod(g.shape) for g in find_groups(network.model.module)}
     part = _MOVED * ELEMENT * sum(elements[v] for v in found) / sum(survey.work()[0].values())
     if decibel(before) >= BEYOND_NOTICE or part > allowance:
@@ -61,4 +58,4 @@ def widened(network: QuantizedNetwork) -> QuantizedNetwork:
 
 def _estimate(network: QuantizedNetwork) -> float:
     """Noise over power of the worst output."""
-    return Survey(network, network.integer).estimate(network.measured.twin.session(), itertools.islice(network.job.alike, _SAMPLES))
+    return float(estimate(network).max())

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tvm
 
-import qcompiler
 from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
 from qcompiler.backend.kernel_cache import installation
@@ -30,15 +26,17 @@ from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
 from qcompiler.calibration.lookups import Lookups
 from qcompiler.calibration.padding import Padding
-from qcompiler.calibration.stored import Pass, Remembering, file_behind
+from qcompiler.calibration.stored import Pass, Remembering
 from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.onnx_file import QUANTIZED
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
-from qcompiler.passes.groups import Group, find_groups
+from qcompiler.passes.groups import SIXTEEN, Group, find_groups
+from qcompiler.passes.halves import HALVES
 from qcompiler.passes.sequence import INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
+from qcompiler.pipeline.findings import Findings, Found, named, remembered
 from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
@@ -93,30 +91,38 @@ def float_library(models: Sequence[FloatModel], target: str = "native", progress
 
 
 @dataclass
-class Equalized:
-    """The job with its network equalized; its float twin for this machine, with the same weights (None before it is wanted: with all that is seen of samples
-    in a stored calibration, it never is). imported: what another runtime says of the float network. first: the layers at the inputs, with the weights that
-    they had before."""
+class FloatTwin:
+    """The code of a job's float network for this machine. built: None before it is wanted; with all that is seen of samples in a stored calibration, it never
+    is."""
 
     job: Job
-    twin: Built | None
+    built: Built | None = None
+
+    def code(self) -> Built:
+        """`built`, made where there is none yet."""
+        if self.built is None:
+            self.built = float_code(self.job.model, dump=self.job.dump, progress=self.job.progress, others=self.job.sampled)
+        return self.built
+
+
+@dataclass
+class Equalized:
+    """The job with its network equalized, and its float twin, with the same weights. imported: what another runtime says of the float network. first: the
+    layers at the inputs, with the weights that they had before."""
+
+    job: Job
+    twin: FloatTwin
     equalization: Equalization
     imported: ImportCheck | None = None
     first: Mapping[str, tuple[str, Group]] = field(default_factory=dict)
-
-    def float_code(self) -> Built:
-        """`twin`, made where there is none yet."""
-        if self.twin is None:
-            self.twin = float_code(self.job.model, dump=self.job.dump, progress=self.job.progress, others=self.job.sampled)
-        return self.twin
 
 
 def equalize(job: Job) -> Equalized:
     """FloatModel, samples -> FloatModel: channels scaled against each other, where the recipe asks for it and something is gained."""
     if job.samples.count == 0:
-        return Equalized(job, None, Equalization())
+        return Equalized(job, FloatTwin(job), Equalization())
     first = first_layers(find_groups(job.model.module), [i.name for i in job.model.inputs])
-    plain = Equalized(job, None, Equalization(), first=first)
+    plain = Equalized(job, FloatTwin(job), Equalization(), first=first)
     plain.imported = imported = compared(plain)
     if "equalize" not in job.recipe.steps or not (seen := ChannelWatcher(job.model.module)).streams:
         return plain
@@ -125,13 +131,14 @@ def equalize(job: Job) -> Equalized:
     layers = equalized_layers(job.model.module, found.channels)
     give_back()
     model, *others = (dataclasses.replace(m, module=run(REPLACE_WEIGHTS, m.module, layers, dump=job.dump)) for m in job.models)
-    if plain.twin is not None:
+    if (built := plain.twin.built) is not None:
         groups = {g.id: g for g in find_groups(model.module)}
         for value_id, operands in layers.items():
             for index, array in enumerate(operands, 1):
                 weight = groups[value_id].weight if index == 1 else None
-                plain.twin.replace_operand(value_id, index, array if weight is None or not np.array_equal(weight, array) else weight)  # kept once
-    return Equalized(dataclasses.replace(job, model=model, others=tuple(others)), plain.twin, found, imported, first)
+                built.replace_operand(value_id, index, array if weight is None or not np.array_equal(weight, array) else weight)  # kept once
+    job = dataclasses.replace(job, model=model, others=tuple(others))
+    return Equalized(job, FloatTwin(job, built), found, imported, first)
 
 
 def compared(equalized: Equalized) -> ImportCheck:
@@ -140,7 +147,7 @@ def compared(equalized: Equalized) -> ImportCheck:
     other, model = job.model.origin.elsewhere(), job.model
 
     def find() -> Findings:
-        session = equalized.float_code().session()
+        session = equalized.twin.code().session()
         give_back()  # what import and lowering took
         found = check_import(other, session, itertools.islice(job.samples, 1), model.exactness, model.fixed, model.rounded)
         give_back()  # what the other runtime took
@@ -154,12 +161,11 @@ def observe(
 ) -> CalibrationTable:
     """One pass over the samples; or what a stored calibration knows of the same pass. ids: values of the table. decided_by: what a watcher looks at, beside
     the recipe's steps that changed the network before. at_first: watchers see samples of the plan's shape only."""
-    job = equalized.job
+    job, attrs = equalized.job, Graph.of(equalized.job.model.module).attrs
     before = sorted(job.recipe.steps & ({"streams"} if stage == "measure channels" else {"streams", "equalize", "shift"}))
-    decisive = [qcompiler.__version__, before, job.recipe.judges_ranges, list(ids), list(decided_by), job.model.fixed]
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
-    file = file_behind(job.samples)
-    known = file.known(stage, key) if file else None
+    rewritten = [attrs.get(SIXTEEN, {}), attrs.get(HALVES, {})]
+    name, key = named(job, stage, before, job.recipe.judges_ranges, list(ids), list(decided_by), job.model.fixed, rewritten)
+    known = job.stored.known(name, key) if job.stored else None
     if known is not None and len(known.watchers) == len(watchers):
         for watcher, state in zip(watchers, known.watchers, strict=True):
             watcher.restore(state)
@@ -167,29 +173,11 @@ def observe(
     looking: dict[str, Any] = {"at_first": watchers} if at_first else {}
     everyone = [Lookups(job.model.module), *(() if at_first else watchers)]
     padding = Padding(*(m.module for m in job.models))
-    twin = equalized.float_code().session()
+    twin = equalized.twin.code().session()
     table = calibration.calibrate(twin, job.samples, ids=ids, watchers=everyone, padding=padding, progress=job.progress, stage=stage, **looking)
-    if job.passes is not None:
-        job.passes[stage] = Pass(key, table, [w.state() for w in watchers])
+    if job.to_store:
+        job.found[name] = Pass(key, table, [w.state() for w in watchers])
     return table
-
-
-Findings = dict[str, np.ndarray]  # as a stored calibration keeps them
-Found = TypeVar("Found")
-
-
-def remembered(job: Job, name: str, decisive: Sequence[Any], find: Callable[[], Findings], read: Callable[[Findings], Found]) -> Found:
-    """What `read` makes of what `find` finds by looking at samples, or of what a stored calibration knows of it. decisive: what it depends on, beside the
-    model, the samples and the recipe's numbers. Raises DataError for a stored calibration that `read` can't read."""
-    recipe = dataclasses.replace(job.recipe, steps=frozenset())
-    key = hashlib.sha256(json.dumps([qcompiler.__version__, repr(recipe), sorted(job.recipe.steps), *decisive], default=str).encode()).hexdigest()
-    file, name = file_behind(job.samples), f"{name} {key[:16]}"
-    known = file.known(name, key) if file else None
-    state = known.watchers[0] if known is not None and known.watchers else find()
-    if job.passes is not None:
-        job.passes[name] = Pass(key, CalibrationTable(), [state])
-    with file.reading(name) if file and known is not None else contextlib.nullcontext():
-        return read(state)
 
 
 @dataclass
@@ -219,15 +207,16 @@ class Measured:
     @property
     def twin(self) -> Built:
         """The float network's code for this machine."""
-        return self.equalized.float_code()
+        return self.equalized.twin.code()
 
     def under(self, recipe: Recipe) -> Measured:
         """The same statistics for another recipe, which may look at no more samples."""
         job = dataclasses.replace(self.job, recipe=recipe)
-        return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job, twin=self.twin), _noise={})
+        return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job), _noise={})
 
     def with_noise_of(self, before: Measured) -> Measured:
-        """The same, with what `before` knows of ranges: of a network that computes the same values."""
+        """The same, with what `before` knows of ranges, and what plans of it have asked: of a network that computes the same values."""
+        self.table.asked.update(before.table.asked)
         return dataclasses.replace(self, _noise=dict(before._noise))
 
     def noise(self, proposals: Mapping[str, Proposals]) -> dict[str, dict[str, float]]:
@@ -276,7 +265,7 @@ def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ..
     job = measured.job
     first, *others = (dataclasses.replace(m, module=run(rewrite, m.module, *arguments, dump=job.dump)) for m in job.models)
     job = dataclasses.replace(job, model=first, others=tuple(others))
-    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=None), stage).with_noise_of(measured)
+    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job)), stage).with_noise_of(measured)
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------
@@ -326,6 +315,15 @@ class QuantizedNetwork:
     def others(self) -> list[tvm.IRModule]:
         """The integer modules at the other shapes of the library."""
         return [run(INTEGER, quantize(self.measured, self.plan, model)) for model in self.job.others]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """That of the plan, which changes no more."""
+        return self.plan.digest
+
+    def remembered(self, what: str, find: Callable[[], Findings], read: Callable[[Findings], Found], *decisive: Any) -> Found:
+        """As the function `remembered`, of what depends on the plan and its statistics, and on `decisive`."""
+        return remembered(self.job, what, [self.digest, self.measured.table.digest, *decisive], find, read)
 
 
 def quantize(measured: Measured, plan: QuantPlan, model: FloatModel | None = None) -> tvm.IRModule:
@@ -419,7 +417,7 @@ def correct(network: QuantizedNetwork, built: Built) -> Corrected:
             continue  # means are worth keeping here
         tries = bench.tries
         find = functools.partial(bench.attempt, change, integer, others, limit)
-        found = tried[name] = remembered(job, name, [network.plan.digest, measured.table.digest, limit], find, Correction.of_state)
+        found = tried[name] = network.remembered(name, find, Correction.of_state, limit)
         job.dump(name, found)
         if found.kept:
             integer = run(REPLACE_OPERANDS, integer, found.operands(), dump=job.dump)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
+from qcompiler.pipeline.findings import Findings
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork
 from qcompiler.plan.placement import Placer
@@ -27,6 +29,7 @@ from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.runtime.session import Session
 
 _FLOAT = 3  # a float32 multiplication costs as much as so many in 8 bits: 2 on AVX2, 4 with dot products in hardware
+SAMPLES = 8  # that tell what outputs lose
 _WORK = 2.0**42  # float multiplications that one survey may take: a minute or two; behind it fewer samples tell
 BEYOND_NOTICE = 40.0  # dB, from which on no step spends work on accuracy
 _DOT = 4  # 8-bit multiplications of a dot step
@@ -53,15 +56,11 @@ class Survey:
         job, padding = measured.job, measured.padding
         return measure_sensitivity(twin, rounded, layers, params, job.alike, most=most, seconds=seconds, work=_WORK, padding=padding, progress=job.progress)
 
-    def value_noise(self, twin: Session, values: Collection[str], most: int) -> dict[str, np.ndarray]:
-        """value id -> float64[outputs], noise over power, when that value alone is rounded as the plan has it."""
+    def value_noise(self, twin: Session, values: Collection[str], most: int) -> Sensitivity:
+        """Of `values` alone, rounded as the plan has them."""
         job, padding = self._quantized.job, self._quantized.measured.padding
         params = {v: p for v in values if (p := self._quantized.plan.params(v)) is not None}
-        return measure_sensitivity(twin, twin, (), params, job.alike, most=most, seconds=math.inf, work=_WORK, padding=padding, progress=job.progress).values
-
-    def estimate(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> float:
-        """Noise over power of the float output where that is greatest; see `noise`."""
-        return float(self.noise(twin, samples).max())
+        return measure_sensitivity(twin, twin, (), params, job.alike, most=most, seconds=math.inf, work=_WORK, padding=padding, progress=job.progress)
 
     def noise(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
         """Noise over power of each float output; see `errors`."""
@@ -69,24 +68,25 @@ class Survey:
         result: np.ndarray = np.divide(noise, power, out=np.zeros_like(power), where=power > 0)
         return result
 
-    def errors(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]], unseen: SampleEnds | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """float64[S, outputs] twice: sums of squares of the float outputs, and of their errors with all roundings at once: the float network `twin` runs
-        with the int8 weights, and every value that the plan stores is rounded before its readers see it. No code is generated. An output that holds several
-        quantities counts as several. unseen: each sample meets the ranges that the others alone would have led to; the ends of all, in the same order."""
+    def errors(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]], unseen: Sequence[SampleEnds | None] = (None,)) -> tuple[np.ndarray, ...]:
+        """float64[S, outputs] each: sums of squares of the float outputs, and (for each of `unseen`) of their errors with all roundings at once: the float
+        network `twin` runs with the int8 weights, and every value that the plan stores is rounded before its readers see it. No code is generated. An output
+        that holds several quantities counts as several. unseen: the ends of all samples, in the same order, where each is to meet the ranges that the others
+        alone would have led to."""
         plan, padding, parts = self._quantized.plan, self._quantized.measured.padding, list[Parts]()
         params = {v: p for v in self._placement.stored if (p := plan.params(v)) is not None}
         rounded, _ = self._rounded(twin.threads)
         numbered = list(enumerate(samples))
 
-        def walked(sessions: tuple[Session, Session], numbered: tuple[int, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        def walked(sessions: tuple[Session, Session], numbered: tuple[int, Mapping[str, np.ndarray]]) -> list[np.ndarray]:
             index, sample = numbered
             walk = Walk(sessions[0], sample, sessions[1], parts, padding)
-            return walk.power, walk.errors_of_plan(params if unseen is None else without_sample(plan, params, unseen, index))
+            return [walk.power, *(walk.errors_of_plan(params if ends is None else without_sample(plan, params, ends, index)) for ends in unseen)]
 
         parts += Walk(twin, numbered[0][1], padding=padding).parts if numbered else []
         count = worker_count(twin.manifest["workspace"])
         found = list(in_order(walked, list(zip(twin.alone(count), rounded.alone(count), strict=True)), numbered))
-        return np.array([power for power, _ in found]), np.array([noise for _, noise in found])
+        return tuple(np.array([sums[i] for sums in found]) for i in range(1 + len(unseen)))
 
     def _rounded(self, threads: int) -> tuple[Session, set[str]]:
         """The float network with rounded weights, and the layers that have such."""
@@ -110,8 +110,13 @@ class Survey:
 
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
         """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""
-        macs = {v: s.kernel.macs for s in self._quantized.measured.twin.program.steps if not s.auxiliary for v in (s.writes, *s.more)}
-        own = {g.id: (macs.get(g.id, 0), math.prod(g.shape), _padded(g)) for g in self._placer.groups}
+
+        def counted() -> Findings:  # by the float twin, which a stored calibration spares
+            macs = {v: s.kernel.macs for s in self._quantized.measured.twin.program.steps if not s.auxiliary for v in (s.writes, *s.more)}
+            return {"macs": np.array([macs.get(g.id, 0) for g in self._placer.groups], np.int64)}
+
+        macs = self._quantized.remembered("work", counted, lambda state: state["macs"].tolist())
+        own = {g.id: (m, math.prod(g.shape), _padded(g)) for g, m in zip(self._placer.groups, macs, strict=True)}
         return {k: p * m + ELEMENT * n for k, (m, n, p) in own.items()}, {k: _FLOAT * m + 2 * ELEMENT * n for k, (m, n, _) in own.items()}
 
     def network(
@@ -135,6 +140,16 @@ class Survey:
         values = {v: ValueCost(found.values.get(v, none), n * conversion[0], n * conversion[1]) for v, n in elements.items()}
         outputs = frozenset(str(v.name) for _, v in Graph.of(self._module).outputs)
         return Network(layers, values, lambda keep: self._placer.place({**dict.fromkeys(keep, "chosen"), **self._kept}), outputs, wide)
+
+
+def estimate(network: QuantizedNetwork) -> np.ndarray:
+    """float64[outputs], noise over power on a few samples: what the outputs of a network lose by its plan (`Survey.errors`)."""
+
+    def found() -> Findings:
+        samples = itertools.islice(network.job.alike, SAMPLES)
+        return {"noise": Survey(network, network.integer).noise(network.measured.twin.session(), samples)}
+
+    return network.remembered("estimate", found, lambda state: state["noise"])
 
 
 def without_sample(plan: QuantPlan, params: Mapping[str, QParams], ends: SampleEnds, index: int) -> dict[str, QParams]:

@@ -16,9 +16,10 @@ Without calibration data (an empty table) every class must have parameters by 3.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
@@ -46,6 +47,7 @@ _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is commo
     "tanh": (QParams(1 / 128, 0), "a hyperbolic tangent lies in [-1, 1)"),
     "recurrence": (QParams(1 / 128, 0), "a hidden state lies in [-1, 1)"),
 }
+Found = TypeVar("Found")
 _APART = 10.0  # quantities whose magnitudes differ by more share no scale at the end of a network
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
 _WIDE_MARGIN = 2.0  # of a 16-bit range beyond what was seen: one bit of sixteen against saturation
@@ -246,8 +248,9 @@ class _Planner:
                 return trained
         if trained is not None:
             self.plan.notes.append(f"operator '{group.id}': its weights were changed after they were rounded; their scales are chosen anew")
-        x = self.plan.params(group.inputs[0])
-        return choose_scales(group.weight, self.recipe.ratios, group.bias, None if x is None else x.scale).scale
+        x, weight, ratios = self.plan.params(group.inputs[0]), group.weight, self.recipe.ratios
+        found = self.once((ratios, weight.shape, hashlib.sha256(np.ascontiguousarray(weight).data).digest()), lambda: choose_scales(weight, ratios))
+        return found.with_bias(group.bias, None if x is None else x.scale).scale
 
     def float_edge_reason(self, value: str) -> str:
         maker = self.made_by.get(value)
@@ -324,12 +327,14 @@ class _Planner:
         return self.roots(members) + sorted(joined)
 
     def proposed(self, members: set[str], histogram: Histogram) -> dict[str, QParams]:
-        """What the recipe's observers propose; they are asked once for all plans that are made of a table."""
-        parts = [self.statistics(v) for v in self.parts(members)]
-        key = (self.recipe.observers, *map(id, parts))
-        if key not in self.table.proposed:
-            self.table.proposed[key] = parts, propose(histogram, self.recipe.observers)
-        found: dict[str, QParams] = self.table.proposed[key][1]
+        """What the recipe's observers propose."""
+        return self.once((self.recipe.observers, histogram.digest), lambda: propose(histogram, self.recipe.observers))
+
+    def once(self, of: Hashable, find: Callable[[], Found]) -> Found:
+        """What `find` finds, or what it found of the same before: plan after plan is made of a table, and tables have values in common."""
+        if of not in self.table.asked:
+            self.table.asked[of] = find()
+        found: Found = self.table.asked[of]
         return found
 
     # -- parameters ---------------------------------------------------------------------------------------------------------------------

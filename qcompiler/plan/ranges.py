@@ -26,6 +26,7 @@ import numpy as np
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.padding import Padding
+from qcompiler.calibration.table import Seen
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
 from qcompiler.plan.quant_plan import Judged, Proposals
@@ -47,9 +48,10 @@ class SampleEnds:
     def __init__(self, values: Iterable[str]) -> None:
         self.ends: dict[str, list[tuple[float, float]]] = {v: [] for v in values}
 
-    def look(self, sample: int, value_id: str, array: np.ndarray) -> tuple[float, float] | None:
-        known = value_id in self.ends and array.size and array.dtype == np.float32
-        return (float(array.min()), float(array.max())) if known else None
+    def look(self, sample: int, value_id: str, array: np.ndarray, seen: Seen | None) -> tuple[float, float] | None:
+        if not (value_id in self.ends and array.size and array.dtype == np.float32):
+            return None
+        return (seen.low, seen.high) if seen is not None else (float(array.min()), float(array.max()))
 
     def take(self, value_id: str, seen: tuple[float, float]) -> None:
         self.ends[value_id].append(seen)

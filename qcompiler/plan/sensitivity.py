@@ -31,6 +31,7 @@ from qcompiler.runtime.session import Session
 
 _CONVERTED = 1 << 18  # elements of the conversion that is timed
 _ITERATIONS = 20  # of each step, for its least time
+_KINDS = ("weights", "values")  # of roundings
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Sensitivity:
     samples: int
     weights: dict[str, np.ndarray]
     values: dict[str, np.ndarray]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, for `of_state`."""
+        return {"samples": np.array(self.samples)} | {f"{kind}/{name}": noise for kind in _KINDS for name, noise in getattr(self, kind).items()}
+
+    @staticmethod
+    def of_state(state: Mapping[str, np.ndarray]) -> Sensitivity:
+        found = Sensitivity(int(state["samples"]), {}, {})
+        for key, noise in state.items():
+            kind, _, name = key.partition("/")
+            if kind in _KINDS:
+                getattr(found, kind)[name] = noise
+        return found
 
 
 def measure_sensitivity(
@@ -202,7 +216,8 @@ class Walk:
         view = np.atleast_1d(self._context.view(name))  # of a number too
         least, most = LIMITS[params.dtype]
         with np.errstate(over="ignore", invalid="ignore"):  # in float32, as kernels do, and many times as fast as by way of integers
-            stored = np.rint(view * np.float32(1 / params.scale))
+            stored = view * np.float32(1 / params.scale)
+            np.rint(stored, out=stored)
         np.fmin(stored, np.float32(most - params.zero_point), out=stored)
         np.fmax(stored, np.float32(least - params.zero_point), out=stored)  # a rounded operand can make a logarithm NaN: the least
         np.multiply(stored, np.float32(params.scale), out=view)

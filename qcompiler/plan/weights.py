@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,18 +20,25 @@ _BLOCK = 1 << 16  # elements worked on at a time: a block and its temporaries st
 
 @dataclass(frozen=True, eq=False)
 class WeightScales:
-    """scale: float64[O]. clipped: fraction of channels for which clipping beats min-max. sqnr: 10 log10(sum w^2 / sum error^2) in dB."""
+    """scale: float64[O]. clipped: fraction of channels for which clipping beats min-max. sqnr: 10 log10(sum w^2 / sum error^2) in dB. silent: bool[O], the
+    channels of zeros, whose scale says nothing."""
 
     scale: np.ndarray
     clipped: float
     sqnr: float
+    silent: np.ndarray
+
+    def with_bias(self, bias: np.ndarray | None, x_scale: float | None) -> WeightScales:
+        """A channel of zeros gets a scale that states its bias exactly to 23 bits in units of x_scale * scale."""
+        if bias is None or x_scale is None or not (stated := self.silent & (bias != 0)).any():
+            return self
+        least = np.maximum(np.abs(bias) / (x_scale * 2**23), MIN_SCALE)
+        return replace(self, scale=np.where(stated, _storable(least), self.scale))
 
 
-def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarray | None = None, x_scale: float | None = None) -> WeightScales:
-    """Scales for float32 `weight` [O, ...], per channel the one of `ratios` with the least sum of squared errors.
-
-    A channel of zeros has no scale of its own: it gets one that states its bias exactly to 23 bits in units of x_scale * scale. No scale is below
-    spec.MIN_SCALE, so weights of a dead channel (1e-40, say) become 0.
+def choose_scales(weight: np.ndarray, ratios: tuple[float, ...]) -> WeightScales:
+    """Scales for float32 `weight` [O, ...], per channel the one of `ratios` with the least sum of squared errors. No scale is below spec.MIN_SCALE, so weights
+    of a dead channel (1e-40, say) become 0.
     """
     flat = np.ascontiguousarray(weight.reshape(weight.shape[0], -1), np.float32)
     channels = len(flat)
@@ -42,14 +49,14 @@ def choose_scales(weight: np.ndarray, ratios: tuple[float, ...], bias: np.ndarra
         error = squared_errors(flat, full * ratio)
         better = error < least
         least[better], chosen[better] = error[better], ratio
-    scale = full * chosen
-    if bias is not None and x_scale is not None:
-        silent = (peak == 0) & (bias != 0)
-        scale[silent] = np.maximum(np.abs(bias[silent]) / (x_scale * 2**23), MIN_SCALE)
-    scale = scale.astype(np.float32).astype(np.float64)  # what a QDQ module can state
     power, noise = float(np.square(flat, dtype=np.float64).sum()), float(least.sum())
     sqnr = 10 * np.log10(power / noise) if power and noise else np.inf
-    return WeightScales(scale, float(np.mean(chosen < 1)) if channels else 0.0, float(sqnr))
+    return WeightScales(_storable(full * chosen), float(np.mean(chosen < 1)) if channels else 0.0, float(sqnr), peak == 0)
+
+
+def _storable(scale: np.ndarray) -> np.ndarray:
+    """What a QDQ module can state of scales, float64."""
+    return scale.astype(np.float32).astype(np.float64)
 
 
 def quantize_weight(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:

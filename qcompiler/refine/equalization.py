@@ -113,7 +113,7 @@ class ChannelWatcher:
         self.values: dict[str, Extremes] = {}
         self._wanted = {v for s in self.streams for v in (*s.values, *(r.id for r in s.readers))}
 
-    def look(self, sample: int, value_id: str, array: np.ndarray) -> tuple[Sequence[np.ndarray], int] | None:
+    def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> tuple[Sequence[np.ndarray], int] | None:
         return (channel_statistics(array), array.size) if value_id in self._wanted and array.ndim and array.size else None
 
     def take(self, value_id: str, seen: tuple[Sequence[np.ndarray], int]) -> None:

@@ -38,7 +38,7 @@ class FirstLayers:
         self._limit = limit
         self._sums: dict[str, np.ndarray] = {}
 
-    def look(self, sample: int, value_id: str, array: np.ndarray) -> np.ndarray | None:
+    def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> np.ndarray | None:
         if value_id not in self.layers or sample >= self._limit:
             return None
         group = self.layers[value_id][1]

@@ -100,7 +100,7 @@ class FloatMeans:
                         source = made_by[source].inputs[0]
                     self._readers.setdefault(source, []).append((group, means, shapes.get(value)))
 
-    def look(self, sample: int, value_id: str, array: np.ndarray) -> list[np.ndarray] | None:
+    def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> list[np.ndarray] | None:
         if sample >= self.limit:
             return None
         found = []

@@ -142,13 +142,22 @@ def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
     """Round column after column in place: q[j] = rint(t[j] + sum over i of error[i] coupling[i, j]), error[j] = t[j] - q[j]."""
     width = target.shape[2]
     for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
-        wanted = target[:, :, start:stop] + error @ coupling[:, :, start:stop]
-        for j in range(start, stop):
-            column = target[:, :, j] - np.clip(np.rint(wanted[:, :, j - start]), -WEIGHT_HIGH, WEIGHT_HIGH)
-            change = column - error[:, :, j]
-            error[:, :, j] = column
-            wanted += change[:, :, None] * coupling[:, None, j, start:stop]
+        block = slice(start, min(start + _BLOCK, width))
+        wanted, left, before = (_columns(a) for a in (target[:, :, block] + error @ coupling[:, :, block], target[:, :, block], error[:, :, block]))
+        pull = np.ascontiguousarray(coupling[:, block, block].transpose(1, 2, 0))[..., None]  # [from, to, G, 1]
+        moved = np.empty_like(wanted)
+        for j in range(len(wanted)):
+            column = left[j]
+            column -= np.clip(np.rint(wanted[j]), -WEIGHT_HIGH, WEIGHT_HIGH)
+            np.subtract(column, before[j], out=before[j])
+            np.multiply(before[j], pull[j, j + 1 :], out=moved[j + 1 :])
+            wanted[j + 1 :] += moved[j + 1 :]
+        error[:, :, block] = left.transpose(1, 2, 0)
+
+
+def _columns(a: np.ndarray) -> np.ndarray:
+    """A copy of [G, O, K] as [K, G, O], a column after the other in memory."""
+    return np.array(a.transpose(2, 0, 1), order="C")
 
 
 class DataRounder:
@@ -202,13 +211,16 @@ def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, l
         result = x @ w.reshape(len(x), len(w) // len(x), -1).astype(np.float32).transpose(0, 2, 1)
         return result.transpose(1, 0, 2).reshape(result.shape[1], len(w)).astype(np.float64)
 
-    wanted = product(steps)
-    clamped, errors = np.clip(wanted, low, high), []
-    for candidate in candidates:
+    def error(_: int, candidate: np.ndarray) -> np.ndarray:
         actual = product(candidate)
         actual += (wanted - actual).mean(axis=0)
-        errors.append(np.square(np.clip(actual, low, high) - clamped).mean(axis=0))
-    best = np.argmin(np.stack(errors), axis=0)
+        np.clip(actual, low, high, out=actual)
+        actual -= clamped
+        return np.asarray(np.square(actual, out=actual).mean(axis=0))
+
+    wanted = product(steps)
+    clamped = np.clip(wanted, low, high)
+    best = np.argmin(np.stack(list(in_order(error, range(cores()), candidates))), axis=0)
     chosen: np.ndarray = np.stack(candidates)[best, np.arange(len(steps))]
     return chosen
 
