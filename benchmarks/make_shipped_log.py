@@ -80,7 +80,7 @@ def main() -> int:
     from qcompiler.backend.tuning_log import SHIPPED, best_of, isa_of, opened, read_file, read_log, write_log
     from qcompiler.base.targets import find_target
     from qcompiler.pipeline.compile import quantize
-    from qcompiler.tuning.search import check_arguments, tune_module
+    from qcompiler.tuning.search import check_arguments, tune_modules
 
     target = find_target(options.target)
     check_arguments(target, 1, None, options.threads)
@@ -92,7 +92,7 @@ def main() -> int:
         quantized = quantize(network.model, target, network.calibration(), preprocess=network.preprocess, preset="fast")
         if options.time_limit > 0:
             with opened(options.log, isa_of(target)) as writer:
-                state = tune_module(quantized.integer, target, writer, read_file(writer.path), 10**9, options.time_limit, options.threads)
+                state = tune_modules([quantized.integer], target, writer, read_file(writer.path), 10**9, options.time_limit, options.threads)
             print(f"  {state.measured} variants measured; {state.stopped}", file=sys.stderr)
             assert not state.wrong, state.wrong
         workloads, records = confirmed(quantized, target, options.log, options.threads, options.rounds)

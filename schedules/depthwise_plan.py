@@ -145,7 +145,7 @@ def blocks_of(channels: int, widths: Sequence[int]) -> list[Pair]:
             blocks.append((at, width))
             at += width
         rest = channels - at
-        if rest and (width == widths[-1] or (channels >= width and 4 * rest > 3 * width)):
+        if rest and (width == widths[-1] or (channels >= width and 4 * rest >= 3 * width)):
             blocks.append((max(channels - width, 0), width))
             return blocks
     return blocks
