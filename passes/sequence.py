@@ -33,6 +33,7 @@ from qcompiler.passes.legal_layouts import legal_layouts
 from qcompiler.passes.legalize import legalize
 from qcompiler.passes.merge_pad import merge_pad
 from qcompiler.passes.ports import with_ports
+from qcompiler.passes.products import products
 from qcompiler.passes.realize import realize
 from qcompiler.passes.recognise import recognise
 from qcompiler.passes.replace_operands import replace_operands
@@ -56,6 +57,7 @@ CANONICAL: tuple[Pass, ...] = (
     recognise,
     unread_states,
     simplify,  # what is recognized is spelled with views of its own
+    products,
     common,
     fold_batch_norm,
     merge_pad,

@@ -15,6 +15,7 @@ from qcompiler.passes.fold_batch_norm import fold_batch_norm
 from qcompiler.passes.fold_constants import fold_constants
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, is_const, plain, relax_op
 from qcompiler.passes.merge_pad import merge_pad
+from qcompiler.passes.products import products
 from qcompiler.passes.recognise import recognise
 from qcompiler.passes.sequence import CANONICAL, run
 from qcompiler.passes.simplify import simplify
@@ -122,6 +123,79 @@ def scalars_alone(emit: Any, x: Any) -> Any:
 def test_what_must_not_fold(make: Callable[..., Any]) -> None:
     before = module_of(make, 1, 4, 8, 8)
     assert operators(fold_batch_norm(before)) == operators(before)
+
+
+# -- products in a row --------------------------------------------------------------------------------------------------------------------
+
+
+def sliced(x: Any, axes: list[int], begin: list[int], end: list[int], step: list[int] | None = None) -> Any:
+    return op.strided_slice(x, axes, begin, end, step or [1] * len(axes))
+
+
+def two_layers(emit: Any, x: Any) -> Any:
+    return emit("z", op.matmul(emit("y", op.matmul(x, randoms(8, 20))), randoms(20, 5)))
+
+
+def three_layers(emit: Any, x: Any) -> Any:
+    return emit("w", op.matmul(two_layers(emit, x), randoms(5, 4)))
+
+
+def middle_columns(emit: Any, x: Any) -> Any:
+    return emit("z", sliced(emit("y", op.matmul(x, randoms(8, 20))), [3], [2], [17], [3]))
+
+
+def real_parts(emit: Any, x: Any) -> Any:
+    pairs = emit("pairs", op.reshape(emit("y", op.matmul(x, randoms(8, 20))), (32, 10, 2)))
+    return emit("z", op.reshape(emit("real", sliced(pairs, [2], [0], [1])), (4, 8, 10)))
+
+
+def filtered(emit: Any, x: Any) -> Any:
+    return emit("bank", op.matmul(real_parts(emit, x), randoms(10, 3)))
+
+
+def backwards(emit: Any, x: Any) -> Any:
+    return emit("w", op.matmul(emit("z", sliced(emit("y", op.matmul(x, randoms(8, 20))), [-1], [19], [-21], [-1])), randoms(20, 5)))
+
+
+@pytest.mark.parametrize("make", [two_layers, three_layers, middle_columns, real_parts, filtered, backwards], ids=lambda f: f.__name__)
+def test_products_in_a_row_are_one(make: Callable[..., Any]) -> None:
+    before = module_of(make, 1, 4, 8, 8)
+    after = products(before)
+    assert [o for o in operators(after) if o != "reshape"] == ["matmul"]
+    assert [name for name, _ in Graph.of(after).outputs] == [name for name, _ in Graph.of(before).outputs]
+    same(before, after)
+
+
+def narrow(emit: Any, x: Any) -> Any:
+    return emit("z", op.matmul(emit("y", op.matmul(x, randoms(8, 2))), randoms(2, 8)))
+
+
+def between_read(emit: Any, x: Any) -> Any:
+    y = emit("y", op.matmul(x, randoms(8, 20)))
+    return [emit("z", op.matmul(y, randoms(20, 5))), emit("r", op.nn.relu(y))]
+
+
+def between_output(emit: Any, x: Any) -> Any:
+    y = emit("y", op.matmul(x, randoms(8, 20)))
+    return [y, emit("z", sliced(y, [3], [0], [7]))]
+
+
+def rows_left_out(emit: Any, x: Any) -> Any:
+    return emit("z", sliced(emit("y", op.matmul(x, randoms(8, 20))), [2], [0], [7]))
+
+
+def rows_mixed(emit: Any, x: Any) -> Any:
+    return emit("z", op.matmul(emit("flat", op.reshape(emit("y", op.matmul(x, randoms(8, 20))), (4, 160))), randoms(160, 2)))
+
+
+def turned(emit: Any, x: Any) -> Any:
+    return emit("z", op.matmul(emit("t", op.permute_dims(emit("y", op.matmul(x, randoms(8, 8))), [0, 1, 3, 2])), randoms(8, 5)))
+
+
+@pytest.mark.parametrize("make", [narrow, between_read, between_output, rows_left_out, rows_mixed, turned], ids=lambda f: f.__name__)
+def test_products_that_stay(make: Callable[..., Any]) -> None:
+    before = module_of(make, 1, 4, 8, 8)
+    assert operators(products(before)) == operators(before)
 
 
 # -- padding ----------------------------------------------------------------------------------------------------------------------------
