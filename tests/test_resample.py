@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulated import Emulated
 from test_pixels import BASELINE, TARGETS, load, network
+from tools import require_programs
 
 import qcompiler
+from qcompiler import schedules
 from qcompiler.base.errors import DataError
-from qcompiler.base.targets import Target
+from qcompiler.base.targets import Target, find_target
 from qcompiler.calibration.preprocess import Preprocess
 from qcompiler.calibration.resize import Resize, parse_size
 from qcompiler.cli.main import main
 from qcompiler.numerics.resample import resample, resample_weights
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.schedules.harness import fetch, run_kernel
-from qcompiler.schedules.table import KERNELS, Layout, OpCall
+from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
 
@@ -57,13 +60,16 @@ def test_weights_keep_what_is_even_and_reach_the_edges() -> None:
         resample_weights(4, 2, "nearest")
 
 
-@pytest.mark.parametrize("target", [*TARGETS, BASELINE], ids=lambda t: t.name)
-def test_kernels_equal_the_reference(target: Target) -> None:
+def cases(target: Target) -> list[tuple[np.ndarray, np.ndarray, Layout, Kernel]]:
+    """(pixels, what the reference makes of them, how that lies in memory, a kernel)."""
+    schedules.load(target)
+    found = []
     for shape, axis, new, method in [
         ((2, 9, 31, 3), 1, 4, "bilinear"),
         ((1, 9, 31, 3), 2, 50, "bicubic"),
         ((1, 8, 70, 1), 2, 9, "bilinear"),
         ((1, 5, 23, 1), 1, 7, "bicubic"),
+        ((3, 6, 5, 4), 1, 11, "bicubic"),
     ]:
         x = pixels(*shape)
         x[0, :4, :5] = [0, 255][axis % 2]  # overshoot of a bicubic edge is clipped
@@ -71,9 +77,30 @@ def test_kernels_equal_the_reference(target: Target) -> None:
         attrs = {"axis": axis, "first": first, "weights": weights.reshape(-1).tolist()}
         wanted = resample(x, **attrs)
         output = Layout(wanted.shape, "uint8")
-        kernel = KERNELS["qc.resample"][0].build(OpCall("qc.resample", [Layout(shape, "uint8")], attrs, output, "node"), {}, target)
-        got = fetch(run_kernel(kernel, [x.reshape(-1)], output, target), output)
-        np.testing.assert_array_equal((got.view(np.uint8) ^ 128) if got.dtype == np.int8 else got, wanted)
+        call = OpCall("qc.resample", [Layout(shape, "uint8")], attrs, output, "node")
+        found.append((x, wanted, output, select(call, target).build(call, {}, target)))
+    return found
+
+
+def raw(stored: np.ndarray, output: Layout) -> np.ndarray:
+    """Pixels, which no storage shifts."""
+    return fetch(stored, output).view(np.uint8) ^ 128
+
+
+@pytest.mark.parametrize("target", [*TARGETS, BASELINE], ids=lambda t: t.name)
+def test_kernels_equal_the_reference(target: Target) -> None:
+    for x, wanted, output, kernel in cases(target):
+        np.testing.assert_array_equal(raw(run_kernel(kernel, [x.reshape(-1)], output, target), output), wanted)
+
+
+@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm90"])
+def test_kernels_on_a_gpu(name: str, tmp_path: Path) -> None:
+    require_programs("g++")
+    target = find_target(name)
+    made = cases(target)
+    emulated = Emulated({f"k{i}": kernel for i, (*_, kernel) in enumerate(made)}, target, tmp_path)
+    for i, (x, wanted, output, _) in enumerate(made):
+        np.testing.assert_array_equal(raw(emulated.run(f"k{i}", [x.reshape(-1)], output), output), wanted)
 
 
 def test_a_library_that_resizes_gives_what_the_float_input_of_the_same_pixels_gives(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
+from qcompiler.numerics.resample import BITS
 from qcompiler.schedules.builder import BLOCK, Emitter, Requantize, loops, make_kernel, view
 from qcompiler.schedules.cuda.base import Reader, gpu_row, local, run_length
 from qcompiler.schedules.portable.elementwise import constants_of
@@ -151,7 +152,27 @@ def resize2d(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, arrays=arrays, threads=math.prod(op.output.shape[:3]) * -(-channels // 4))
 
 
+def resample(op: OpCall, target: Target, row: str) -> Kernel:
+    """Pixels along one axis, as `qc.resample` has them: a thread per number."""
+    axis, first, weights = op.attrs["axis"], np.asarray(op.attrs["first"], np.int32), np.asarray(op.attrs["weights"], np.int32)
+    taps = weights.size // first.size
+
+    def emit(k: Emitter) -> None:
+        source, out = view(k.inputs[0], op.tensors[0]), view(k.output, op.output)
+        with each(k, *op.output.shape) as index:
+            place, acc = index[axis], local(1)
+            start = T.bind(T.int32(0) + source.at([*index[:axis], k.arrays[0][place], *index[axis + 1 :]]))
+            T.buffer_store(acc, T.int32(1 << (BITS - 1)), [0])
+            with T.serial(0, taps) as t:
+                T.buffer_store(acc, acc[0] + T.Cast("int32", source.buffer[start + t * source.strides[axis]]) * k.arrays[1][place * taps + t], [0])
+            value = T.max(T.min(T.shift_right(acc[0], T.int32(BITS)), T.int32(255)), T.int32(0))
+            T.buffer_store(out.buffer, T.Cast("uint8", value), [out.at(index)])
+
+    return make_kernel(row, op, target, emit, arrays=[first, weights], threads=math.prod(op.output.shape))
+
+
 gpu_row("qc.max_pool2d", pool2d, check_window)
 gpu_row("qc.avg_pool2d", pool2d)
 gpu_row("qc.mean", mean, check_mean)
 gpu_row("qc.resize2d", resize2d)
+gpu_row("qc.resample", resample)
