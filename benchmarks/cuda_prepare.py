@@ -58,6 +58,7 @@ def row_cases(target: Target) -> dict[str, Any]:
     for unit in gemm.UNITS:
         if unit.name in target.rows:
             found |= {f"{unit.name}/{name}": pair for name, pair in gemm.kernels(unit).items()}
+    found |= importlib.import_module("test_cuda_tails").ended(target)
     for name, conv in depthwise.CONVS.items():
         case = conv.case()
         found[f"depthwise/{name}"] = (case, case.prepare(target))

@@ -88,14 +88,13 @@ class Emulated:
 class EmulatedProgram:
     """A whole network on the emulated GPU, step by step."""
 
-    def __init__(self, program: Program, folder: Path) -> None:
-        self.program = program
-        self.symbols: dict[str, str] = {}
-        kernels = {}
-        for step in program.steps:
-            symbol = self.symbols.setdefault(step.kernel.key, f"k{len(self.symbols)}")
-            kernels[symbol] = step.kernel
-        self.emulated = Emulated(kernels, program.target, folder)
+    def __init__(self, program: Program, emulated: Path | Emulated, symbols: Mapping[str, str] | None = None) -> None:
+        """emulated: a folder to compile the kernels in, or kernels of many programs, and then their symbols by `Kernel.key`."""
+        self.program, self.symbols = program, dict(symbols or {})
+        if isinstance(emulated, Path):
+            kernels = {self.symbols.setdefault(s.kernel.key, f"k{len(self.symbols)}"): s.kernel for s in program.steps}
+            emulated = Emulated(kernels, program.target, emulated)
+        self.emulated = emulated
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[Step, np.ndarray]]:
         """Every step and the value that it has just written."""

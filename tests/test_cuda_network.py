@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tvm
 from cuda_emulated import EmulatedProgram
+from random_nets import TARGETS, attack
 from small_nets import TinyPlan, op, random_inputs, residual_net
 
 from qcompiler.backend.lowering import lower
@@ -66,3 +67,9 @@ def test_network(name: str, split: bool, tmp_path: Path) -> None:
             np.testing.assert_allclose(value, wanted[step.writes], rtol=1e-4, atol=1e-5, err_msg=step.writes)
     rows = {step.kernel.row for step in program.steps}
     assert exact >= 15 and {"cuda/legalized", "cuda/mean", f"{program.target.rows[0]}/conv2d"} <= rows, rows
+
+
+def test_random_networks() -> None:
+    """A few of those that `python tests/random_nets.py` makes by the hundred."""
+    found = attack(range(8), TARGETS, compiled=False)
+    assert not found["wrong"] + found["failed"] and found["exact"] >= 4 and found["values"] > 60, found
