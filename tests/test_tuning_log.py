@@ -328,6 +328,7 @@ def test_the_digest_is_of_what_was_used(tmp_path: Path) -> None:
         tuned = Tuned(TARGET, log_of(tmp_path / str(time.monotonic_ns()), *records), None)
         if use:
             tuned(SomeRow(), convolution())
+        assert not tuned.anew().used, "another library's"
         return tuned.digest
 
     other = workload_of(convolution(outputs=24))

@@ -15,6 +15,7 @@ with a single write.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -356,6 +357,12 @@ class Tuned:
         own = _ranked(of_core(read_log(log, isa_of(target)), core, log)) if log is not None else {}
         file = None if shipped is None or core else shipped / f"{isa_of(target)}{SUFFIX}"
         self.records = (_ranked(read_file(file)) if file is not None and file.is_file() else {}) | own
+
+    def anew(self) -> Tuned:
+        """The same records for another library, which accounts for those that it uses itself."""
+        other = copy.copy(self)
+        other.used = {}
+        return other
 
     def __call__(self, row: Row, op: OpCall) -> dict[str, Any] | None:
         space = row.space(op, self.target) if self.records else None

@@ -210,8 +210,8 @@ class Measured:
         return self.equalized.twin.code()
 
     def under(self, recipe: Recipe) -> Measured:
-        """The same statistics for another recipe, which may look at no more samples."""
-        job = dataclasses.replace(self.job, recipe=recipe)
+        """The same statistics for another recipe, which may look at no more samples, and a library of its own."""
+        job = dataclasses.replace(self.job, recipe=recipe, tuned=self.job.tuned and self.job.tuned.anew())
         return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job), _noise={})
 
     def with_noise_of(self, before: Measured) -> Measured:
