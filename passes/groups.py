@@ -4,7 +4,7 @@ Everything inside a group is computed in int32 and registers; only a group's out
 operators form a group is decided here only, so that the float network, the plan, the QDQ module and the integer module speak of the same
 values:
 
-    conv2d, conv2d_transpose, dense:  anchor -> bias add -> one residual add -> relu / clip
+    conv2d, conv2d_transpose, dense:  anchor -> bias add -> leaky relu / prelu, one residual add, in either order -> relu / clip
     add, sub, mul, matmul, mean, avg_pool2d:  operator -> relu / clip
     unary:  any expression of one tensor and scalars (hard-swish, x * sigmoid(x), ...)
     data movement and max_pool2d:  the operator alone
@@ -32,7 +32,7 @@ from qcompiler.passes.constants import Constant, constant_of, kernel_form
 from qcompiler.passes.graph import Graph, arguments, dtype_of, match_op, plain, relax_op, shape_of
 from qcompiler.passes.kinds import KINDS, Kind
 from qcompiler.passes.recognise.miss import NEAR_MISSES
-from qcompiler.passes.single_ops import Described, describe, slice_of_split
+from qcompiler.passes.single_ops import BENDS, Described, describe, slice_of_split, slopes_of
 from qcompiler.passes.trained import Trained, in_eight_bits
 from qcompiler.passes.unary import Unary, clamp, elementwise, expression_of, join_clamps
 
@@ -62,6 +62,7 @@ class Group:
         rescale: the factors [C]; layer_norm, rms_norm: gamma [C]; take: the table; attention: a constant bias [B or 1, H or 1, S or 1, T]; recurrence: those
         of the state [G * H, H].
     bias: float64 [O]; layer_norm: beta [C]; recurrence: that of the state [G * H]. low, high: the activation as bounds of the real output, None for none.
+    slopes: float64 [O], factors of negative sums of products and bias, and of the residual too where `bends_sum`; None for none. straight: the id of that sum.
     attrs: geometry by the names of the operator table. function: of a unary group.
     reason: why it has no int8 form, as a sentence without full stop; None for groups that have one.
     """
@@ -76,6 +77,9 @@ class Group:
     weight_zero_point: int = 0
     bias: np.ndarray | None = None
     residual: str | None = None
+    slopes: np.ndarray | None = None
+    straight: str | None = None
+    bends_sum: bool = False
     low: float | None = None
     high: float | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +90,15 @@ class Group:
     def traits(self) -> Kind:
         """What is true of its kind."""
         return KINDS[self.kind]
+
+    @property
+    def front(self) -> Group:
+        """What of it comes before its slopes; all of it where it has none."""
+        if self.straight is None:
+            return self
+        residual = self.residual if self.bends_sum else None
+        members = self.members[: self.members.index(self.straight) + 1]
+        return replace(self, id=self.straight, members=members, residual=residual, slopes=None, straight=None, bends_sum=False, low=None, high=None)
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -103,7 +116,7 @@ def find_groups(module: tvm.IRModule) -> list[Group]:
     read-only."""
     if module not in _FOUND:
         groups = _Finder(Graph.of(module)).run()
-        for array in [a for g in groups for a in (g.weight, g.weight_scale, g.bias) if a is not None]:
+        for array in [a for g in groups for a in (g.weight, g.weight_scale, g.bias, g.slopes) if a is not None]:
             array.flags.writeable = False
         _FOUND[module] = tuple(groups)
     return list(_FOUND[module])
@@ -198,7 +211,7 @@ class _Finder:
         return self.extend(start)
 
     def extend(self, group: Group) -> Group:
-        """Take in what follows: bias and residual (operators with weights), then clamps."""
+        """Take in what follows: bias, slopes and residual (operators with weights), then clamps."""
         weighted, clamped = group.traits.weighted, False
         members = list(group.members)
         while (name := self.only_consumer(group.id)) is not None:
@@ -207,9 +220,13 @@ class _Finder:
             if bounds is not None and shape_of(expr) == group.shape:
                 low, high = join_clamps((group.low, group.high), bounds[1:])
                 group, clamped = replace(group, id=name, low=low, high=high), True
-            elif clamped or not weighted or relax_op(expr) not in ("relax.add", "relax.subtract") or shape_of(expr) != group.shape:
+            elif clamped or not weighted or relax_op(expr) not in (*_SUMS, *BENDS) or shape_of(expr) != group.shape:
                 break
-            elif (bias := self.bias(expr, group)) is not None and group.residual is None:
+            elif (slopes := slopes_of(expr)) is not None and group.slopes is None:
+                group = replace(group, id=name, slopes=slopes, straight=group.id, bends_sum=group.residual is not None)
+            elif relax_op(expr) not in _SUMS:
+                break
+            elif (bias := self.bias(expr, group)) is not None and group.residual is None and group.slopes is None:
                 group = replace(group, id=name, bias=bias if group.bias is None else group.bias + bias)
             elif group.residual is None and (residual := self.residual(expr, group)) is not None:
                 group = replace(group, id=name, residual=residual)
@@ -374,6 +391,7 @@ class _Finder:
         return Group("float", name, self.members([*constants, name]), _names(inputs), shape, reason=reason)
 
 
+_SUMS = ("relax.add", "relax.subtract")
 _BINARY = {op: kind.name for kind in KINDS.values() if kind.elementwise for op in kind.relax}
 _LONGEST = 24  # operators of one expression; what is longer becomes several tables
 _CLAMPED = {op for kind in KINDS.values() if kind.clamped and not (kind.accumulates or kind.elementwise) for op in kind.relax}

@@ -4,7 +4,8 @@
 
 In float `lower` is 0. In integers x has 16 bits, `upper` is x in steps of 256, and `lower` what that leaves, so that both products together are exact: the
 second takes the first as its residual, in 16 bits. No dot product reads 16-bit numbers; this is what takes their place where 8 bits lose too much, at the price
-of computing a layer twice. A bias and a residual of the layer's own go with the first product, its clamps with the sum.
+of computing a layer twice. A bias and a residual of the layer's own go with the first product, slopes and clamps with the sum; what is added behind slopes
+is an operator of its own then.
 
 Works on the canonical float module, with copies of its streams where it has such (`streams.py`), equalized or not; what measures its values must follow.
 """
@@ -115,7 +116,7 @@ def in_halves(module: tvm.IRModule, values: Mapping[str, str], whole: Collection
     builder = GraphBuilder(graph.attrs)
     builder.reserve(name for name, _ in graph.bindings)
     env: dict[str, Any] = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
-    doubled = {m: g for division in chosen.values() for g in division.layers for m in g.members if clamp(bound[m]) is None}
+    doubled = {m: g for division in chosen.values() for g in division.layers for m in g.front.members if clamp(bound[m]) is None}
     ends = {g.id: [m for m in g.members if doubled.get(m) is g][-1] for division in chosen.values() for g in division.layers}
     halves: dict[str, list[str]] = dict(graph.attrs.get(HALVES, {}))
     parts: dict[str, tuple[Any, Any]] = {}

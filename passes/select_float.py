@@ -2,6 +2,7 @@
 
     relu(conv2d(x, w) + b + r)      -->     qc.f32.conv2d(x, w, b, r) {low: 0}
     relu(matmul(x, w) + b)          -->     qc.f32.dense(x, w.T, b) {low: 0}
+    prelu(conv2d(x, w) + b) + r     -->     prelu(qc.f32.conv2d(x, w, b)) + r
     matmul(x, w) + b, weights in 4 or 8 bits   -->   qc.f32.dense_weight_only(x, q, zero points, scales, b)
     split(x).1                      -->     strided_slice(x)            (a value per kernel)
 
@@ -33,19 +34,19 @@ def select_float(module: tvm.IRModule, weights: WeightScheme | None = None, keep
     """
     graph, rows = Graph.of(module), list[dict[str, Any]]()
     owner = {m: g for g in find_groups(module) for m in g.members}
+    kernels = {m: g for g in owner.values() if g.traits.float_kernel for m in g.front.members}
     builder = GraphBuilder({k: v for k, v in graph.attrs.items() if k != ATTRIBUTE})
     env = {str(p.name): builder.input(str(p.name), shape_of(p), dtype_of(p)) for p in graph.inputs}
     for name, expr in graph.bindings:
         group = owner[name]
-        if weights is not None and group.kind == "dense" and group.id not in keep:
-            if name == group.id:
-                call, row = weight_only(group, env.__getitem__, weights)
-                env[name] = builder.emit(name, call)
+        if (whole := kernels.get(name)) is not None:
+            if name != whole.front.id:
+                continue
+            call = scheduled(whole.front, env.__getitem__)
+            if weights is not None and whole.kind == "dense" and whole.id not in keep:
+                call, row = weight_only(whole.id, call, weights)
                 rows.append(row)
-            continue
-        if group.traits.float_kernel:
-            if name == group.id:
-                env[name] = builder.emit(name, scheduled(group, env.__getitem__))
+            env[name] = builder.emit(name, call)
             continue
         if relax_op(expr) == "relax.split" and group.kind == "slice":
             continue
@@ -63,19 +64,18 @@ def sliced(group: Group, x: Any) -> Any:
     return relax.op.strided_slice(x, list(range(len(a["begin"]))), a["begin"], a["end"], a["strides"])
 
 
-def weight_only(group: Group, value: Callable[[str], Any], scheme: WeightScheme) -> tuple[Any, dict[str, Any]]:
-    """(the `qc.f32.dense_weight_only` call of a dense group, what the manifest says of its weights)."""
-    plainly = scheduled(group, value)
+def weight_only(name: str, plainly: Any, scheme: WeightScheme) -> tuple[Any, dict[str, Any]]:
+    """(the `qc.f32.dense_weight_only` call in place of the `qc.f32.dense` of layer `name`, what the manifest says of its weights)."""
     _, (x, weight, bias, *residual), attrs = match_op(plainly) or ("", [], {})
-    grouped = quantize_weight(const_value(weight), scheme, group.id)
+    grouped = quantize_weight(const_value(weight), scheme, name)
     tensors = [x, const(grouped.q), const(grouped.zero_point), const(grouped.scale), bias, *residual]
     attrs = {**attrs, "bits": scheme.bits, "group_size": scheme.group_size}
-    return make_op("qc.f32.dense_weight_only", tensors, attrs, group.shape, "float32"), weight_row(group.id, const_value(weight), grouped)
+    return make_op("qc.f32.dense_weight_only", tensors, attrs, shape_of(plainly), "float32"), weight_row(name, const_value(weight), grouped)
 
 
 def scheduled(group: Group, value: Callable[[str], Any]) -> Any:
-    """The `qc.f32.*` call of a conv2d or dense group; `value` gives the float32 variable of a value id."""
-    assert group.weight is not None
+    """The `qc.f32.*` call of a conv2d or dense group without slopes (`Group.front`); `value` gives the float32 variable of a value id."""
+    assert group.weight is not None and group.slopes is None
     weight = group.weight if group.weight_scale is None else group.weight * group.weight_scale.reshape(-1, *[1] * (group.weight.ndim - 1))
     bias = np.zeros(weight.shape[0]) if group.bias is None else group.bias
     tensors = [

@@ -84,6 +84,18 @@ def _adaptive_mean(expr: Any) -> Described | str:
     return Described("mean", [expr.args[0]], {"axes": [1, 2], "keepdims": True})
 
 
+BENDS = ("relax.nn.leakyrelu", "relax.nn.prelu")
+
+
+def slopes_of(expr: Any) -> np.ndarray | None:
+    """float64, one per channel of the last axis: the factors of negative numbers of a leaky rectifier or a prelu that has an int8 form; else None."""
+    if relax_op(expr) == BENDS[0]:
+        slopes = np.full(shape_of(expr)[-1:], float(expr.attrs.alpha))
+        return slopes if np.isfinite(slopes).all() else None
+    found = _prelu(expr) if relax_op(expr) == BENDS[1] else ""
+    return None if isinstance(found, str) else np.array(found.attrs["slopes"], np.float64)
+
+
 def _prelu(expr: Any) -> Described | str:
     x, slope = expr.args
     if not is_const(slope) or int(expr.attrs.axis) % len(x.ty.shape) != len(x.ty.shape) - 1:

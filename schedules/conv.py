@@ -111,7 +111,7 @@ class ConvRow:
         return Kernel(emitter.build, emitter.tasks, constants, key, self.name, scratch, macs, tiling.params())
 
     def constants(self, op: OpCall, weight: np.ndarray, lanes: Sequence[np.ndarray], emitter: ConvKernel, joined: int) -> list[np.ndarray]:
-        """weight [O, KH, KW, I/groups], and of each channel the bias and (int8) the multiplier, packed."""
+        """weight [O, KH, KW, I/groups], and of each channel the bias and (int8) the multipliers, packed."""
         bias, groups, packed = lanes[0], emitter.g.groups, emitter.epilogue.packed
         constants, absent = self.pack(plan.merge_weight(weight, groups * joined, joined), emitter)
         if self.unit.is_float:
@@ -120,7 +120,13 @@ class ConvRow:
         shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset
         folded = bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3))
         sums = wrap(plan.pack_lanes(folded, self.unit, emitter.channels, groups, packed) + np.reshape(absent, -1))
-        return [*constants, sums, plan.pack_lanes(lanes[1].astype(np.float32), self.unit, emitter.channels, groups, packed)]
+        return [*constants, sums, self.multipliers(lanes[1], emitter, groups)]
+
+    def multipliers(self, rows: np.ndarray, emitter: ConvKernel, groups: int) -> np.ndarray:
+        """[O], or [2, O] with those of negative numbers: a vector of each row in turn."""
+        each, packed = rows.astype(np.float32).reshape(emitter.multipliers, -1), emitter.epilogue.packed
+        lanes = [plan.pack_lanes(row, self.unit, emitter.channels, groups, packed) for row in each]
+        return np.stack([row.reshape(-1, self.unit.lanes) for row in lanes], axis=1).reshape(-1)
 
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return ConvKernel(geometry, self.unit, tiling, epilogue)
@@ -136,17 +142,18 @@ class ConvRow:
 
     def epilogue(self, op: OpCall) -> Epilogue:
         residual, attrs = len(op.tensors) == 2, op.attrs
+        bends = "" if self.unit.is_float or len(op.operands[3].shape) == 1 else "sum" if attrs.get("bends_sum") else "accumulator"
         if self.unit.is_float:
             return Epilogue("float32", residual, float(attrs["low"]) > -FLOAT_MAX, float(attrs["high"]) < FLOAT_MAX, True)
         if op.output.dtype == "float32":
-            return Epilogue("float32", False, attrs.get("float_low") is not None, attrs.get("float_high") is not None, True)
+            return Epilogue("float32", False, attrs.get("float_low") is not None, attrs.get("float_high") is not None, True, bends=bends)
         weight, bias, multiplier = (np.abs(np.asarray(o, np.float64)) for o in op.operands[1:4])
-        largest = (bias + 255 * weight.reshape(weight.shape[0], -1).sum(axis=1)) * multiplier
+        largest = (bias + 255 * weight.reshape(weight.shape[0], -1).sum(axis=1)) * multiplier.reshape(-1, weight.shape[0])
         exact = bool((largest * op.attrs.get("headroom", HEADROOM) < 2**30).all())
         if op.output.dtype == "int16":
-            return Epilogue("int16", residual, True, True, exact)
+            return Epilogue("int16", residual, True, True, exact, bends=bends)
         offset = attrs.get("zero_point", 0) + offset_of(op.output.dtype) != 0
-        return Epilogue(op.output.dtype, residual, attrs.get("low", -128) > -128, attrs.get("high", 127) < 127, exact, offset)
+        return Epilogue(op.output.dtype, residual, attrs.get("low", -128) > -128, attrs.get("high", 127) < 127, exact, offset, bends)
 
     def parameters(self, op: OpCall) -> np.ndarray:
         """See `Parameters`."""

@@ -8,15 +8,22 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from qcompiler.schedules.builder import splat
 from qcompiler.schedules.isa import Isa, load
 
 FLOAT_MAX = 3.4028234663852886e38
 
 
+def by_sign(number: Any, positive: Any, negative: Any, lanes: int) -> Any:
+    """`positive`, or `negative` where an int32 vector is below 0."""
+    return T.Select(number < splat(T.int32(0), lanes), negative, positive)
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What follows the accumulator. `output`: "uint8", "int8", "int16" or "float32" storage; `exact_range`: |acc * multiplier| < 2^30 is proven; `offset`:
-    an 8-bit output is stored with one (0 is that of most rectified values in uint8).
+    an 8-bit output is stored with one (0 is that of most rectified values in uint8); `bends`: what has a multiplier of its own where it is negative, the
+    "accumulator" or the "sum" with the residual, or nothing.
 
     A clamp is emitted only where flagged: without one, 8-bit outputs still saturate when they are packed; those of 16 bits are always clamped.
     """
@@ -27,6 +34,7 @@ class Epilogue:
     clamp_high: bool
     exact_range: bool
     offset: bool = False
+    bends: str = ""
 
     @property
     def packed(self) -> bool:

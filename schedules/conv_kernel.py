@@ -23,7 +23,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.schedules.builder import aligned_frame, when
-from qcompiler.schedules.conv_epilogue import Epilogue, Parameters
+from qcompiler.schedules.conv_epilogue import Epilogue, Parameters, by_sign
 from qcompiler.schedules.conv_plan import Channels, Geometry, Tiling, cut_channels, runs, sorts_steps, split_blocks
 from qcompiler.schedules.conv_steps import step_classes, step_offsets, table_pitch, tile_spans
 from qcompiler.schedules.isa import Isa, load, save, scalar, shuffle
@@ -72,6 +72,11 @@ class ConvKernel:
         return 0
 
     @property
+    def multipliers(self) -> int:
+        """Of a channel: a vector of them, then that for negative numbers."""
+        return 2 if self.epilogue.bends else 1
+
+    @property
     def vectors(self) -> int:
         """Of channels, of all groups."""
         return self.g.groups * self.channels.vectors
@@ -99,7 +104,7 @@ class ConvKernel:
                     self.steps = T.decl_buffer((words,), str(step_offsets(g, isa).dtype), data=pointers["steps"])
                 self.bias = T.decl_buffer((lanes,), isa.accumulator, data=pointers["bias"])
                 if not isa.is_float:
-                    self.multiplier = T.decl_buffer((lanes,), "float32", data=pointers["multiplier"])
+                    self.multiplier = T.decl_buffer((lanes * self.multipliers,), "float32", data=pointers["multiplier"])
                 if g.residual:
                     self.residual = T.decl_buffer((g.residual.elements,), g.residual.dtype, data=pointers["residual"])
                 self.params = Parameters(isa)
@@ -290,8 +295,15 @@ class ConvKernel:
 
     def scaled(self, value: Any, vector: Any, b: int) -> Any:
         """float32(acc) * multiplier."""
+        lanes, multiplier = self.isa.lanes, self.factors(vector, b, 0)
+        if self.epilogue.bends == "accumulator":
+            multiplier = by_sign(value, multiplier, self.factors(vector, b, 1), lanes)
+        return T.Cast(f"float32x{lanes}", value) * multiplier
+
+    def factors(self, vector: Any, b: int, row: int) -> Any:
+        """Multipliers of a vector of channels; row 1: for negative numbers."""
         lanes = self.isa.lanes
-        return T.Cast(f"float32x{lanes}", value) * load(self.multiplier, (vector + b) * lanes, lanes)
+        return load(self.multiplier, ((vector + b) * self.multipliers + row) * lanes, lanes)
 
     def finish_wide(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int, sharers: list[list[Any]] | None = None) -> None:
         """float32 or int16 output: natural channel order. `sharers`: the pixels that a line of values holds side by side, if not those of `offsets`."""
@@ -304,7 +316,7 @@ class ConvKernel:
                 if g.residual:
                     parts = [load(self.residual, residual + self.residual_step(*pixel) + b * isa.lanes, width) for pixel in pixels]
                     added = joined(parts, width, isa.lanes)
-                    y = y + added if isa.is_float else self.rescaled(self.convertible(y, True), T.Cast(f"int32x{isa.lanes}", added))
+                    y = y + added if isa.is_float else self.rescaled(self.convertible(y, True), T.Cast(f"int32x{isa.lanes}", added), vector, b)
                 if e.clamp_low:
                     y = T.max(y, self.params.word("low"))
                 if e.clamp_high:
@@ -349,7 +361,7 @@ class ConvKernel:
         isa = self.isa
         y = self.convertible(self.scaled(value, vector, b), added is not None)
         if added is not None:
-            y = self.rescaled(y, added)
+            y = self.rescaled(y, added, vector, b)
         return T.bind(isa.to_int(y))
 
     def convertible(self, y: Any, residual: bool) -> Any:
@@ -359,11 +371,15 @@ class ConvKernel:
         y = T.min(y, scalar(float(2**30), "float32", self.isa.lanes))
         return T.max(y, scalar(float(-(2**30)), "float32", self.isa.lanes)) if residual else y
 
-    def rescaled(self, y: Any, added: Any) -> Any:
+    def rescaled(self, y: Any, added: Any, vector: Any, b: int) -> Any:
         """(rint(y) + (q - zr) * m) * scale as float32, `added` the int32 lanes of a residual as stored: (q - zr) * m = u * m + constant, for storage
         u = q + offset, in wrapping int32."""
-        total = self.isa.to_int(y) + (added * self.params.word("multiplier") + self.params.word("constant"))
-        return T.Cast(f"float32x{self.isa.lanes}", total) * self.params.word("scale")
+        total = T.bind(self.isa.to_int(y) + (added * self.params.word("multiplier") + self.params.word("constant")))
+        lanes, scale = self.isa.lanes, self.params.word("scale")
+        if self.epilogue.bends != "sum":
+            return T.Cast(f"float32x{lanes}", total) * scale
+        scaled = T.Cast(f"float32x{lanes}", total) * by_sign(total, scale, self.factors(vector, b, 1), lanes)
+        return T.min(scaled, scalar(float(2**30), "float32", lanes))  # a negative slope may lead beyond int32
 
     def residual_step(self, row: int, column: int) -> int:
         """From the first pixel of a tile to another one."""

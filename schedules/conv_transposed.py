@@ -165,6 +165,7 @@ class TransposedKernel:
                 types = {"x": self.x.dtype, "w": unit.weight_dtype, "bias": unit.accumulator, "multiplier": "float32", "starts": "int32", "out": self.out.dtype}
                 sizes = {"x": self.x.elements, "w": weights, "starts": 4 * len(self.emitters), "out": self.out.elements}
                 lanes = vectors * unit.lanes
+                sizes["multiplier"] = lanes * self.emitters[0].multipliers
                 buffers = {n: T.decl_buffer((sizes.get(n, lanes),), types[n], data=pointers[n]) for n in names if n != "params"}
                 params = Parameters(unit)
                 params.declare(pointers["params"])
@@ -252,7 +253,7 @@ class TransposedRow(ConvRow):
         weight, bias, *multiplier = (np.asarray(o) for o in op.operands[1:])
         constants, starts, at, vector = [], [], 0, 0
         for part, emitter in zip(parts, kernel.emitters, strict=True):
-            own = [np.tile(o, len(part.phase.columns)) for o in (bias, *multiplier)]
+            own = [np.tile(o, len(part.phase.columns)) for o in (bias, *multiplier)]  # along the channels
             constants.append(self.constants(op, part.phase.weight(weight), own, emitter, part.joined))
             starts.append([*part.phase.start(kernel.x, op.output), at, vector])
             at, vector = at + constants[-1][0].size, vector + emitter.vectors

@@ -323,7 +323,7 @@ class WinogradRow(ConvRow):
         shift = int(op.attrs["x_zero_point"]) + self.unit.storage_offset - FORMS[tiling.form].offset
         folded = wrap(bias.astype(np.int64) - shift * weight.astype(np.int64).sum(axis=(1, 2, 3)))
         constants = [pack(weight, self.unit, emitter.channels, epilogue.packed)]
-        constants += [plan.pack_lanes(a, self.unit, emitter.channels, 1, epilogue.packed) for a in (folded, multiplier.astype(np.float32))]
-        constants.append(self.parameters(op))
+        sums = plan.pack_lanes(folded, self.unit, emitter.channels, 1, epilogue.packed)
+        constants += [sums, self.multipliers(multiplier, emitter, 1), self.parameters(op)]
         key = kernel_key("winograd", self.unit, geometry, tiling, epilogue)
         return Kernel(emitter.build, emitter.tasks, constants, key, self.name, emitter.tasks * emitter.scratch, geometry.macs, tiling.params())

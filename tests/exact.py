@@ -47,11 +47,12 @@ def requantize(acc: int, multiplier: float, zero_point: int, low: int = -128, hi
     return round(clip(scaled(acc, multiplier), low - zero_point, high - zero_point)) + zero_point
 
 
-def with_residual(acc: int, multiplier: float, r: int, zero_point: int, low: int, high: int, residual: dict[str, int]) -> int:
+def with_residual(acc: int, multiplier: float, r: int, zero_point: int, low: int, high: int, residual: dict[str, int], negative: float | None = None) -> int:
+    """negative: the multiplier of a negative sum, where it has one of its own."""
     share = round(clip(scaled(acc, multiplier), -(2**30), 2**30))
     total = share + (r - residual["residual_zero_point"]) * residual["residual_multiplier"]
     assert abs(total) < 2**31
-    return requantize(total, 2.0 ** -residual["residual_shift"], zero_point, low, high)
+    return requantize(total, negative if negative is not None and total < 0 else 2.0 ** -residual["residual_shift"], zero_point, low, high)
 
 
 def windows(

@@ -133,10 +133,11 @@ def models() -> list[onnx.ModelProto]:
         [
             node("Conv", ["x", "w", "b"], ["c"], pads=[1, 1, 1, 1], strides=[2, 2], kernel_shape=[3, 3]),
             node("BatchNormalization", ["c", "b", "b", "b", "v"], ["n"], epsilon=1e-5),
-            node("Relu", ["n"], ["r"]),
+            node("PRelu", ["n", "slopes"], ["r"]),
             node("MaxPool", ["r"], ["p"], kernel_shape=[2, 2], strides=[1, 1], pads=[0, 0, 1, 1]),
             node("ConvTranspose", ["p", "t"], ["d"], strides=[2, 2]),
-            node("Resize", ["d", "", "f"], ["z"], mode="nearest"),
+            node("LeakyRelu", ["d"], ["l"], alpha=0.1),
+            node("Resize", ["l", "", "f"], ["z"], mode="nearest"),
             node("Pad", ["z", "a"], ["e"]),
             node("AveragePool", ["e"], ["g"], kernel_shape=[3, 3]),
             node("GlobalAveragePool", ["g"], ["h"]),
@@ -144,7 +145,7 @@ def models() -> list[onnx.ModelProto]:
         ],
         [1, 3, 8, 8],
         {"w": random_(4, 3, 3, 3), "b": random_(4), "v": np.ones(4, np.float32), "t": random_(4, 2, 2, 2), "f": np.array([1, 1, 2, 2], np.float32)}
-        | {"a": np.array([0, 0, 1, 1, 0, 0, 1, 1])},
+        | {"a": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "slopes": random_(4, 1, 1)},
     )
     products = _model(
         [

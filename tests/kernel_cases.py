@@ -37,6 +37,10 @@ class Case:
     constants: tuple[int, ...] = ()
     tolerance: float = 0.0
 
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return np.shape(numerics.OPERATORS[self.name](*self.operands, **self.attrs))
+
     def check(self, stored: np.ndarray) -> None:
         """Compare what a kernel stored with what numerics.py says. Raises AssertionError."""
         result = fetch(stored, self.output)

@@ -37,6 +37,10 @@ class Net:
     def random(self, *shape: int, spread: float = 1.0) -> Any:
         return const((self.rng.standard_normal(shape) * spread).astype(np.float32))
 
+    def slopes(self, channels: int) -> Any:
+        """Of a prelu: negative ones, and above 1."""
+        return const(self.rng.uniform(-0.5, 1.5, channels).astype(np.float32))
+
     def conv(self, name: str, x: Any, out: int, kernel: int = 3, *, bias: bool = True, groups: int = 1, **attrs: Any) -> Any:
         pad = attrs.pop("padding", (kernel // 2,) * 4)
         weight = self.random(out, kernel, kernel, shape_of(x)[3] // groups, spread=(kernel * kernel * shape_of(x)[3] // groups) ** -0.5)

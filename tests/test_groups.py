@@ -73,6 +73,27 @@ def test_what_ends_a_group() -> None:
     assert groups["relu"].function is not None and groups["relu"].function.name == "relu"
 
 
+def test_slopes_are_part_of_a_layer_on_either_side_of_its_residual() -> None:
+    net = Net()
+    x = net.input("x", 1, 4, 4, 2)
+    first = net.add("first", op.nn.prelu(net.conv("a", x, 2), const(np.array([0.25, -1], np.float32)), 3))
+    before = net.add("before", op.add(net.add("bent", op.nn.leakyrelu(net.conv("b", first, 2), 0.5)), first))
+    behind = net.add("behind", op.nn.relu(net.add("leaky", op.nn.leakyrelu(net.add("sum", op.add(net.conv("c", before, 2), before)), 0.5))))
+    twice = net.add("twice", op.nn.leakyrelu(net.add("once", op.nn.leakyrelu(net.conv("d", behind, 2), 0.5)), 0.5))
+    biased = net.add("biased", op.add(net.add("e_leaky", op.nn.leakyrelu(net.conv("e", twice, 2), 0.5)), net.random(2)))
+    steep = net.add("steep", op.nn.leakyrelu(net.conv("f", biased, 2), float("inf")))
+    groups = groups_of(net.done(steep))
+    assert [(k, g.residual, g.bends_sum, g.straight) for k, g in groups.items() if g.slopes is not None] == [
+        ("first", None, False, "a_b"), ("before", "first", False, "b_b"), ("behind", "before", True, "sum"), ("once", None, False, "d_b"),
+        ("e_leaky", None, False, "e_b"),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(groups["first"].slopes, [0.25, -1])
+    assert {k: groups[k].kind for k in ("twice", "biased", "f_b", "steep")} == {"twice": "unary", "biased": "add", "f_b": "conv2d", "steep": "float"}
+    front = groups["behind"].front
+    assert (front.id, front.members, front.residual, front.slopes, front.low) == ("sum", ("c", "c_b", "sum"), "before", None, None)
+    assert groups["before"].front.residual is None and groups["f_b"].front is groups["f_b"]
+
+
 def test_residual_must_not_broadcast() -> None:
     net = Net()
     x = net.input("x", 1, 4, 4, 2)

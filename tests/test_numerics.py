@@ -141,38 +141,51 @@ def geometries(draw: Draw) -> dict[str, Any]:
     return {"x": (1, *size, groups * inputs), "w": (groups * outputs, *kernel, inputs), "geometry": geometry}
 
 
-@given(geometries(), st.integers(0, 9999), st.sampled_from(["plain", "residual", "float", "clamped"]), st.data())
-@fixed(60)
-def test_conv2d(shapes: dict[str, Any], seed: int, form: str, data: Any) -> None:
+@given(geometries(), st.integers(0, 9999), st.sampled_from(["plain", "residual", "float", "clamped"]), st.sampled_from(["", "acc", "sum"]), st.data())
+@fixed(80)
+def test_conv2d(shapes: dict[str, Any], seed: int, form: str, bends: str, data: Any) -> None:
+    """bends: what has another multiplier where it is negative, the accumulator or the sum with the residual."""
     x, w, geometry = bytes_of(seed, *shapes["x"]), bytes_of(seed + 1, *shapes["w"]), shapes["geometry"]
     bias = np.random.default_rng(seed).integers(-(2**16), 2**16, len(w)).astype(np.int32)
     zero_point = data.draw(BYTE)
     acc = conv_accumulators(x, w, bias, zero_point, geometry)
     attrs: dict[str, Any] = {**geometry, "x_zero_point": zero_point}
+    slopes = np.random.default_rng(seed + 3).uniform(-2, 2, len(w))
+
+    def chosen(m: np.ndarray) -> tuple[np.ndarray, list[tuple[int, float]]]:
+        """The operand, and every accumulator with its multiplier."""
+        rows = np.stack([m, m * slopes]).astype(np.float32) if bends == "acc" else m[None]
+        return rows if bends == "acc" else m, [(a, float(f[-1] if a < 0 else f[0])) for row in acc for a, f in zip(row, rows.T, strict=True)]
+
     if form in ("float", "clamped"):
-        m = multipliers(seed, len(w), 7)
+        m, pairs = chosen(multipliers(seed, len(w), 7))
         limits = {"float_low": -1.5, "float_high": 6.0} if form == "clamped" else {}
         got = numerics.conv2d(x, w, bias, m, **attrs, out_dtype="float32", **limits)
-        wanted = [clip(scaled(a, float(f)), -1.5, 6) if limits else scaled(a, float(f)) for row in acc for a, f in zip(row, m, strict=True)]
+        wanted = [clip(scaled(a, f), -1.5, 6) if limits else scaled(a, f) for a, f in pairs]
         assert got.dtype == np.float32 and [Fraction(v) for v in got.reshape(-1).tolist()] == wanted
         return
     attrs |= bounds(data.draw)
     ends = attrs["zero_point"], attrs["low"], attrs["high"]
     if form == "plain":
-        m = multipliers(seed, len(w), 18)
+        m, pairs = chosen(multipliers(seed, len(w), 18))
         got = numerics.conv2d(x, w, bias, m, **attrs)
-        want = [requantize(a, float(f), *ends) for row in acc for a, f in zip(row, m, strict=True)]
+        want = [requantize(a, f, *ends) for a, f in pairs]
     else:
         extra = residual_attributes(data.draw)
-        m = multipliers(seed, len(w), 18) * np.float32(2.0 ** extra["residual_shift"])
+        m, pairs = chosen(multipliers(seed, len(w), 18) * np.float32(2.0 ** extra["residual_shift"]))
         residual = bytes_of(seed + 2, *numerics.conv2d(x, w, bias, m, **attrs).shape)
-        got = numerics.conv2d(x, w, bias, m, residual, **attrs, **extra)
-        pairs = [(a, float(f)) for row in acc for a, f in zip(row, m, strict=True)]
-        want = [with_residual(a, f, r, *ends, extra) for (a, f), r in zip(pairs, residual.reshape(-1).tolist(), strict=True)]
+        behind = (slopes * 2.0 ** -extra["residual_shift"]).astype(np.float32)
+        m, bending = (np.stack([m, behind]), {"bends_sum": True}) if bends == "sum" else (m, {})
+        got = numerics.conv2d(x, w, bias, m, residual, **attrs, **extra, **bending)
+        negative = [float(v) for v in behind] * (len(pairs) // len(w)) if bends == "sum" else [None] * len(pairs)
+        want = [with_residual(a, f, r, *ends, extra, n) for (a, f), r, n in zip(pairs, residual.reshape(-1).tolist(), negative, strict=True)]
     assert got.dtype == np.int8 and got.reshape(-1).tolist() == want
 
 
-@pytest.mark.parametrize("extra, words", [({}, "needs its residual_multiplier"), ({"residual_multiplier": 1, "out_dtype": "float32"}, "float32 output")])
+@pytest.mark.parametrize(
+    "extra, words",
+    [({}, "needs its residual_multiplier"), ({"residual_multiplier": 1, "out_dtype": "float32"}, "float32 output"), ({"bends_sum": True}, "it needs both")],
+)
 def test_a_residual_is_never_ignored(extra: dict[str, Any], words: str) -> None:
     x, m = np.ones((1, 1), np.int8), np.ones(1, np.float32)
     with pytest.raises(ValueError, match=words):

@@ -81,6 +81,13 @@ OPERATORS = {
     "conv grouped": lambda n, x: conv(n, x, out=6, groups=2),
     "conv depthwise": lambda n, x: conv(n, x, out=8, groups=8),
     "conv residual": lambda n, x: n.add("y", op.clip(n.add("s", op.add(n.conv("c", x, 8), n.add("r", op.tanh(x)))), -1.0, 2.0)),
+    "conv leaky": lambda n, x: n.add("y", op.nn.leakyrelu(n.conv("c", x, 5), 0.2)),
+    "conv prelu": lambda n, x: n.add("y", op.clip(n.add("p", op.nn.prelu(n.conv("c", x, 8), n.slopes(8), 3)), -0.4, 1.5)),
+    "conv prelu residual": lambda n, x: n.add("y", op.add(n.add("p", op.nn.prelu(n.conv("c", x, 8), n.slopes(8), 3)), n.add("r", op.tanh(x)))),
+    "conv residual prelu": lambda n, x: n.add("y", op.nn.prelu(n.add("s", op.add(n.conv("c", x, 8), n.add("r", op.tanh(x)))), n.slopes(8), 3)),
+    "depthwise leaky": lambda n, x: n.add("y", op.nn.leakyrelu(n.conv("c", x, 8, groups=8), -0.3)),
+    "transposed leaky": lambda n, x: n.add("y", op.nn.leakyrelu(n.add("c", op.nn.conv2d_transpose(x, n.random(8, 3, 2, 4, spread=0.2), **NHWC_T)), 1.5)),
+    "dense prelu": lambda n, x: n.add("y", op.nn.prelu(n.add("m", op.matmul(x, n.random(8, 5))), n.slopes(5), 3)),
     "transposed": lambda n, x: transposed(n, x, n.random(8, 3, 2, 4, spread=0.2), padding=(1, 0, 1, 0), output_padding=(1, 0)),
     "transposed grouped": lambda n, x: transposed(n, x, n.random(8, 3, 3, 2, spread=0.2), groups=4),
     "transposed dilated": lambda n, x: transposed(n, x, n.random(8, 2, 3, 3, spread=0.2), dilation=(2, 1)),
@@ -149,6 +156,7 @@ def random_net(seed: int) -> tvm.IRModule:
     net = Net(seed)
     rng, values = net.rng, [net.input("x", 1, 6, 6, 4)]
     one: list[Any] = [op.nn.relu, op.sigmoid, op.nn.silu, op.tanh, lambda v: op.clip(v, -0.5, 2.0), lambda v: op.multiply(v, scalar(-1.5))]
+    one += [lambda v: op.nn.leakyrelu(v, 0.1), lambda v: op.nn.prelu(v, net.slopes(4), 3)]
     one += [lambda v: op.nn.max_pool2d(v, (3, 3), padding=(1, 1, 1, 1), layout="NHWC"), lambda v: op.permute_dims(v, [0, 2, 1, 3])]
     one += [lambda v: op.nn.avg_pool2d(v, (3, 3), padding=(1, 1, 1, 1), layout="NHWC"), lambda v: op.add(v, net.random(1, 1, 1, 4))]
     two: list[Any] = [op.add, op.add, op.multiply, op.subtract]

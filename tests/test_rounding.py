@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from test_correction import SAMPLES, Stepper, quantized
 
 from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph
+from qcompiler.passes.groups import Group
 from qcompiler.passes.replace_operands import WEIGHT, replace_operands
 from qcompiler.refine.integer_layers import integer_layers
-from qcompiler.refine.rounding import DataRounder, Gram, choose, cost, least_error, patches, round_weight
+from qcompiler.refine.rounding import DataRounder, Gram, choose, cost, ending, least_error, patches, round_weight
 from qcompiler.refine.weight_rounding import round_weights
 
 GEOMETRY = [
@@ -139,18 +141,27 @@ def test_each_channel_takes_the_candidate_that_serves_it_on_other_data() -> None
     gram.add(x[:, :2000])
     steps = rng.uniform(-60, 60, (6, 12))
     steps[1] = np.rint(steps[1])
-    nearest, centered, free = np.rint(steps).astype(np.int8), round_weight(steps, gram, centered=True), np.full(6, np.inf)
+    nearest, centered = np.rint(steps).astype(np.int8), round_weight(steps, gram, centered=True)
 
     def spread(w: np.ndarray) -> np.ndarray:
         lost: np.ndarray = np.einsum("gpk,gok->pgo", x[:, 2000:], (w - steps).reshape(2, 3, 12)).reshape(1000, 6).var(axis=0)
         return lost
 
-    chosen = choose([nearest, centered], steps, x[:, 2000:], -free, free)
+    plain = Group("dense", "y", ("y",), ("x",))
+    chosen = choose([nearest, centered], steps, x[:, 2000:], ending(plain, np.ones(6)))
     np.testing.assert_allclose(spread(chosen), np.minimum(spread(nearest), spread(centered)), rtol=1e-3)
     assert spread(chosen).sum() < 0.7 * spread(nearest).sum()
     np.testing.assert_array_equal(chosen[1], nearest[1])
-    shut = choose([nearest, centered], steps, x[:, 2000:], np.full(6, 1e9), free)
-    np.testing.assert_array_equal(shut, nearest)
+    for shut in (replace(plain, low=1e9), replace(plain, slopes=np.zeros(6), bias=np.full(6, -1e9))):
+        np.testing.assert_array_equal(choose([nearest, centered], steps, x[:, 2000:], ending(shut, np.ones(6))), nearest)
+
+
+def test_what_follows_a_layer() -> None:
+    group = Group("dense", "y", ("y",), ("x",), bias=np.array([1.0, 4.0]), slopes=np.array([0.5, -1.0]), low=-3.0)
+    sums, unit = np.array([[-6.0, 2.0], [-12.0, -10.0]]), np.array([0.5, 2.0])  # -2, 8 and -5, -16 in real numbers
+    assert (unit * ending(group, unit)(sums)).tolist() == [[-1.0, 8.0], [-2.5, 16.0]]
+    assert (unit * ending(replace(group, residual="r"), unit)(sums)).tolist() == [[-1.0, 8.0], [-2.5, 16.0]]
+    assert (unit * ending(replace(group, residual="r", bends_sum=True), unit)(sums)).tolist() == [[-2.0, 8.0], [-5.0, -16.0]]
 
 
 def test_narrow_rounding_leaves_wide_layers_alone() -> None:

@@ -231,6 +231,9 @@ class _Realizer:
         variable = self.builder.emit(self.builder.made(group.id, ACCUMULATED), call)  # float32 from here on, as float operators
         if group.residual:
             variable = self.builder.emit(self.builder.made(group.id, "added"), relax.op.add(variable, self.real(group.residual)))
+        if group.slopes is not None and group.bends_sum:
+            slopes = const(group.slopes.astype(np.float32))
+            variable = self.builder.emit(self.builder.made(group.id, "bent"), relax.op.nn.prelu(variable, slopes, len(group.shape) - 1))
         low, high = (-math.inf if group.low is None else group.low), (math.inf if group.high is None else group.high)
         if not math.isinf(low):
             variable = self.builder.emit(self.builder.made(group.id, "low"), relax.op.maximum(variable, const(np.float32(low))))
@@ -240,13 +243,15 @@ class _Realizer:
 
     def stay_float(self, group: Group) -> None:
         self.float_ops.setdefault(group.id, group.reason or "its operands or its output are float32")
+        members = group.members
         if group.traits.float_kernel:
-            self.values[group.id] = _Value(real=self.builder.emit(group.id, scheduled(group, self.real)))
-            return
+            front = group.front
+            self.values[front.id] = _Value(real=self.builder.emit(front.id, scheduled(front, self.real)))
+            members = members[len(front.members) :]
         if group.kind == "slice" and isinstance(self.exprs[group.id], relax.TupleGetItem):
             self.values[group.id] = _Value(real=self.builder.emit(group.id, sliced(group, self.real(group.inputs[0]))))
             return
-        for name in group.members:
+        for name in members:
             if constant_of(self.exprs[name], self.exprs, evaluate=False) is None:
                 self.values[name] = _Value(real=self.builder.emit(name, self.relax(name)))
         if group.id not in self.values:  # a constant handed out as it is

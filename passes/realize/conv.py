@@ -4,7 +4,7 @@
 
 Real accumulator unit: sx * sw[o]. The bias is stated in it, so that it starts the sum; the multiplier brings it to the output's unit sy
 (Jacob et al. 2018, arXiv:1712.05877, eq. 5), or to a 2^shift times finer one when a residual is added before the last rounding. Float
-consumers get `acc * sx * sw`.
+consumers get `acc * sx * sw`. Slopes make the multiplier two rows, the second for what is negative.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ def weighted(site: Site) -> Any:
         attrs |= {k: float(np.float32(v)) for k, v in limits.items() if v is not None}
         return site.call(
             f"qc.{group.kind}",
-            [*tensors, const(conv_multiplier(x.params.scale, group.weight_scale, None))],
+            [*tensors, const(conv_multiplier(x.params.scale, group.weight_scale, None, slopes=None if group.bends_sum else group.slopes))],
             {**attrs, "out_dtype": "float32"},
             "float32",
         )
     attrs |= {"zero_point": site.output.zero_point, **site.bounds(), "out_dtype": site.output.dtype}
     if site.residual is None:
-        multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale)
+        multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale, slopes=group.slopes)
         return site.call(f"qc.{group.kind}", [*tensors, const(multiplier)], attrs)
     factor, shift = residual_parameters(site.residual.params.scale, site.output.scale, site.residual.params.dtype, site.output.dtype)
-    multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale, shift)
+    multiplier = conv_multiplier(x.params.scale, group.weight_scale, site.output.scale, shift, group.slopes, group.bends_sum)
     attrs |= {"residual_zero_point": site.residual.params.zero_point, "residual_multiplier": factor, "residual_shift": shift}
+    attrs |= {"bends_sum": True} if group.bends_sum else {}
     return site.call(f"qc.{group.kind}", [*tensors, const(multiplier), site.residual.expr], attrs)

@@ -42,7 +42,7 @@ from qcompiler.refine.integer_layers import IntegerLayer, integer_layers
 
 OPSET = 13  # the first with int8 scales per axis; older files are converted
 _ANCHORS = {"Conv": "conv2d", "ConvTranspose": "conv2d_transpose", "Gemm": "dense", "MatMul": "dense"}
-_ABSORBED = {"BatchNormalization", "Add", "Sub", "Mul", "Div", "Relu", "Clip", "Identity", "Dropout"}  # between an anchor and its group's end
+_ABSORBED = {"BatchNormalization", "Add", "Sub", "Mul", "Div", "Relu", "Clip", "LeakyRelu", "PRelu", "Identity", "Dropout"}  # up to its group's end
 _LAYOUTS = ("nhwc", "nchw", "moved", "ranked")  # suffixes of values that hold a tensor of the file in another order (passes/layout.py)
 _INEXACT = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
@@ -236,7 +236,7 @@ class _Exporter:
         ]
 
     def weighted_nodes(self, group: Group, rounded: bool = True) -> list[onnx.NodeProto] | str:
-        """The group anew: anchor with int8 weights and int32 bias (or, not `rounded`, both in float32), residual, clamp; or why it can't be so."""
+        """The group anew: anchor with int8 weights and int32 bias (or, not `rounded`, both in float32), slopes, residual, clamp; or why it can't be so."""
         chain, layer = self.chain(group), self.layers.get(group.id)
         anchor = chain.anchor
         if anchor is None or (rounded and layer is None):
@@ -268,13 +268,21 @@ class _Exporter:
             node = helper.make_node(anchor.op_type, [data, self.made(name, "weight"), self.made(name, "bias")], [last], name=anchor.name)
             node.attribute.extend(anchor.attribute)
             nodes.append(node)
-        if residual is not None:
-            nodes.append(helper.make_node("Add", [last, residual], [self.made(name, "sum")]))
-            last = self.made(name, "sum")
+        parts = [] if group.slopes is None else [self.slopes(group, anchor)]
+        parts += [] if residual is None else [("Add", residual, "sum")]
+        for op, operand, what in reversed(parts) if group.bends_sum else parts:
+            nodes.append(helper.make_node(op, [last, operand], [self.made(name, what)]))
+            last = self.made(name, what)
         if group.low is not None or group.high is not None:
             nodes.append(self.clamp(group, last, self.made(name, "clamped")))
         nodes[-1].output[0] = name
         return nodes
+
+    def slopes(self, group: Group, anchor: onnx.NodeProto) -> tuple[str, str, str]:
+        """(operator, its second operand, what its result is called) of slopes, which lie along the file's axis of channels."""
+        assert group.slopes is not None and group.weight is not None
+        behind = self.rank(anchor, group.weight) - 2  # axes of an image
+        return "PRelu", self.constant(self.made(group.id, "slopes"), group.slopes.astype(np.float32).reshape(-1, *[1] * behind)), "bent"
 
     def rounded_constants(self, group: Group, anchor: onnx.NodeProto, layer: IntegerLayer) -> list[onnx.NodeProto] | str:
         """<id>~weight and <id>~bias as the library has them."""
@@ -318,10 +326,12 @@ class _Exporter:
             restored = np.empty_like(weight)
             restored[:, self.features(group.inputs[0], weight.shape[1])] = weight
             moved = restored if anchor.op_type == "Gemm" else restored.T
-        rank = len(self.constants[anchor.input[1]].dims) if anchor.input[1] in self.constants else moved.ndim
-        if rank == 3 and moved.ndim == 4:  # 1-D convolutions are 2-D ones of height 1 inside
-            moved = moved[:, :, 0]
-        return np.ascontiguousarray(moved)
+        line = self.rank(anchor, moved) == 3 and moved.ndim == 4  # 1-D convolutions are 2-D ones of height 1 inside
+        return np.ascontiguousarray(moved[:, :, 0] if line else moved)
+
+    def rank(self, anchor: onnx.NodeProto, weight: np.ndarray) -> int:
+        """Of the anchor's weights in the file; that of ours where they are no initializer."""
+        return len(self.constants[anchor.input[1]].dims) if anchor.input[1] in self.constants else weight.ndim
 
     def features(self, value: str, count: int) -> np.ndarray:
         """int64[K]: the feature in the file that each column of a dense group reads. Differs from 0, 1, ... behind a flattened NHWC image."""

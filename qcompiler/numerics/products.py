@@ -13,6 +13,12 @@ from qcompiler.numerics.arithmetic import F32, Array, requantize, to_int
 from qcompiler.numerics.spec import RESIDUAL_LIMIT
 
 
+def by_sign(number: Array, multiplier: Array) -> Array:
+    """float32: the multiplier of each integer [..., O]: a scalar, [O], or [2, O], whose second row is for negative numbers."""
+    rows = np.asarray(multiplier, F32)
+    return np.where(number < 0, rows[1], rows[0]) if rows.ndim > 1 else rows
+
+
 def finish(
     acc: Array,
     multiplier: Array,
@@ -25,30 +31,35 @@ def finish(
     residual_zero_point: int,
     residual_multiplier: int | None,
     residual_shift: int,
+    bends_sum: bool = False,
     float_low: float | None,
     float_high: float | None,
 ) -> Array:
-    """The epilogue of conv2d, conv2d_transpose and dense: from int32 accumulators [..., O] to the output.
+    """The epilogue of conv2d, conv2d_transpose and dense: from int32 accumulators [..., O] to the output. multiplier: as `by_sign` reads it, of the
+    accumulators; with bends_sum its second row is that of negative sums with the residual.
 
-    Raises ValueError for a residual that has no residual_multiplier, or whose output is float32: neither has a meaning.
+    Raises ValueError for a residual that has no residual_multiplier, or whose output is float32, and for bends_sum without one: none has a meaning.
     """
     acc = acc.astype(np.int32)
+    if bends_sum and (residual is None or np.ndim(multiplier) < 2):
+        raise ValueError("bends_sum says that the multiplier's second row is that of sums with a residual; it needs both")
     if out_dtype == "float32":
         if residual is not None:
             raise ValueError(
                 "a residual is added before the last rounding to an integer; a float32 output has none, so add it there with an operator of its own"
             )
-        real = acc.astype(F32) * np.asarray(multiplier, F32)
+        real: Array = acc.astype(F32) * by_sign(acc, multiplier)
         if float_low is not None:
             real = np.maximum(real, F32(float_low))
         return real if float_high is None else np.minimum(real, F32(float_high))
     if residual is None:
-        return requantize(acc, multiplier, zero_point, low, high, out_dtype)
+        return requantize(acc, by_sign(acc, multiplier), zero_point, low, high, out_dtype)
     if residual_multiplier is None:
         raise ValueError("a residual needs its residual_multiplier (and residual_shift); spec.residual_parameters makes both")
-    share = to_int(acc.astype(F32) * np.asarray(multiplier, F32), -RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+    share = to_int(acc.astype(F32) * (np.asarray(multiplier[0], F32) if bends_sum else by_sign(acc, multiplier)), -RESIDUAL_LIMIT, RESIDUAL_LIMIT)
     total = share + (residual.astype(np.int32) - residual_zero_point) * np.int32(residual_multiplier)
-    return requantize(total, 2.0**-residual_shift, zero_point, low, high, out_dtype)
+    scale = F32(2.0**-residual_shift)
+    return requantize(total, np.where(total < 0, np.asarray(multiplier[1], F32), scale) if bends_sum else scale, zero_point, low, high, out_dtype)
 
 
 def conv2d(
@@ -70,12 +81,13 @@ def conv2d(
     residual_zero_point: int = 0,
     residual_multiplier: int | None = None,
     residual_shift: int = 0,
+    bends_sum: bool = False,
     float_low: float | None = None,
     float_high: float | None = None,
 ) -> Array:
-    """x [N,H,W,I], w [O,KH,KW,I/groups], bias int32 [O], multiplier float32 [O], residual like the output. padding: top, left, bottom, right.
+    """x [N,H,W,I], w [O,KH,KW,I/groups], bias int32 [O], multiplier float32 [O] or [2, O], residual like the output. padding: top, left, bottom, right.
 
-    `acc = bias + sum((x - x_zero_point) * w)`; padding contributes 0.
+    `acc = bias + sum((x - x_zero_point) * w)`; padding contributes 0. The rest is `finish`.
     """
     acc = convolve(x.astype(np.float64) - x_zero_point, w.astype(np.float64), strides, padding, dilation, groups)
     return finish(
@@ -89,6 +101,7 @@ def conv2d(
         residual_zero_point=residual_zero_point,
         residual_multiplier=residual_multiplier,
         residual_shift=residual_shift,
+        bends_sum=bends_sum,
         float_low=float_low,
         float_high=float_high,
     )
@@ -185,10 +198,11 @@ def dense(
     residual_zero_point: int = 0,
     residual_multiplier: int | None = None,
     residual_shift: int = 0,
+    bends_sum: bool = False,
     float_low: float | None = None,
     float_high: float | None = None,
 ) -> Array:
-    """x [..., K], w [N, K], bias int32 [N], multiplier float32 [N] -> [..., N]."""
+    """x [..., K], w [N, K], bias int32 [N], multiplier float32 [N] or [2, N] -> [..., N]; `finish`."""
     acc = (x.astype(np.float64) - x_zero_point) @ w.astype(np.float64).T
     return finish(
         acc.astype(np.int64) + bias.astype(np.int64),
@@ -201,6 +215,7 @@ def dense(
         residual_zero_point=residual_zero_point,
         residual_multiplier=residual_multiplier,
         residual_shift=residual_shift,
+        bends_sum=bends_sum,
         float_low=float_low,
         float_high=float_high,
     )

@@ -91,15 +91,21 @@ class QParams:
         return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
 
-def conv_multiplier(x_scale: float, w_scale: np.ndarray, y_scale: float | None, residual_shift: int | None = None) -> np.ndarray:
+def conv_multiplier(
+    x_scale: float, w_scale: np.ndarray, y_scale: float | None, residual_shift: int | None = None, slopes: np.ndarray | None = None, bends_sum: bool = False
+) -> np.ndarray:
     """float32 [O]: `x_scale * w_scale / y_scale` (Jacob et al. 2018, arXiv:1712.05877, eq. 5), times `2^residual_shift` in front of a residual sum.
 
     `y_scale` None: the output is the real value, `x_scale * w_scale`. Saturates at the greatest float32, so that 0 times it stays 0.
+    slopes [O]: the result is [2, O], with the multipliers of negative accumulators, or (bends_sum) those of negative sums with the residual.
     """
     exact = np.float64(x_scale) * np.asarray(w_scale, np.float64)
     if y_scale is not None:
         exact = exact / np.float64(y_scale)
-    return np.minimum(exact * 2.0 ** (residual_shift or 0), FLOAT32_MAX).astype(np.float32)
+    exact = exact * 2.0 ** (residual_shift or 0)
+    if slopes is not None:
+        exact = np.stack([exact, slopes * (2.0 ** -(residual_shift or 0) if bends_sum else exact)])
+    return np.clip(exact, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
 
 
 def magnitude(dtype: str) -> int:

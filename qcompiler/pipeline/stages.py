@@ -136,7 +136,8 @@ def equalize(job: Job) -> Equalized:
         for value_id, operands in layers.items():
             for index, array in enumerate(operands, 1):
                 weight = groups[value_id].weight if index == 1 else None
-                built.replace_operand(value_id, index, array if weight is None or not np.array_equal(weight, array) else weight)  # kept once
+                array = array if weight is None or not np.array_equal(weight, array) else weight  # kept once
+                built.replace_operand(groups[value_id].front.id, index, array)
     job = dataclasses.replace(job, model=model, others=tuple(others))
     return Equalized(job, FloatTwin(job, built), found, imported, first)
 

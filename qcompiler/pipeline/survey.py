@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -45,6 +45,7 @@ class Survey:
         self._placer = Placer(self._module, quantized.job.target)
         self._kept = {k: v for k, v in quantized.plan.reasons.items() if k in self._placer.made_by}
         self._placement = self._placer.place(self._kept)
+        self._owner = {member: g.id for g in self._placer.groups for member in g.members}
 
     def sensitivity(self, twin: Session, most: int = 16, seconds: float = math.inf) -> Sensitivity:
         """twin: the float network. Samples are those of the calibration; `most` and `seconds` as in `measure_sensitivity`."""
@@ -54,7 +55,8 @@ class Survey:
         params = {v: p for v in values if (p := plan.params(v)) is not None}
         rounded, layers = self._rounded(twin.threads)
         job, padding = measured.job, measured.padding
-        return measure_sensitivity(twin, rounded, layers, params, job.alike, most=most, seconds=seconds, work=_WORK, padding=padding, progress=job.progress)
+        found = measure_sensitivity(twin, rounded, layers, params, job.alike, most=most, seconds=seconds, work=_WORK, padding=padding, progress=job.progress)
+        return replace(found, weights={self._owner[name]: noise for name, noise in found.weights.items()})
 
     def value_noise(self, twin: Session, values: Collection[str], most: int) -> Sensitivity:
         """Of `values` alone, rounded as the plan has them."""
@@ -89,7 +91,7 @@ class Survey:
         return tuple(np.array([sums[i] for sums in found]) for i in range(1 + len(unseen)))
 
     def _rounded(self, threads: int) -> tuple[Session, set[str]]:
-        """The float network with rounded weights, and the layers that have such."""
+        """The float network with rounded weights, and the values of the kernels that have such."""
         measured, rounded = self._quantized.measured, set[str]()
 
         def operands() -> Iterator[tuple[str, dict[int, np.ndarray]]]:  # one layer at a time
@@ -106,14 +108,14 @@ class Survey:
 
     def seconds(self, session: Session, sample: Mapping[str, np.ndarray]) -> dict[str, float]:
         """group id -> seconds in a network, conversions left out."""
-        return layer_seconds(session, sample, {member: g.id for g in self._placer.groups for member in g.members}, self._quantized.model.naming)
+        return layer_seconds(session, sample, self._owner, self._quantized.model.naming)
 
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
         """(int8, float32): group id -> work, in 8-bit multiplications. Unlike seconds the same on every machine."""
 
         def counted() -> Findings:  # by the float twin, which a stored calibration spares
             macs = {v: s.kernel.macs for s in self._quantized.measured.twin.program.steps if not s.auxiliary for v in (s.writes, *s.more)}
-            return {"macs": np.array([macs.get(g.id, 0) for g in self._placer.groups], np.int64)}
+            return {"macs": np.array([macs.get(g.front.id, 0) for g in self._placer.groups], np.int64)}
 
         macs = self._quantized.remembered("work", counted, lambda state: state["macs"].tolist())
         own = {g.id: (m, math.prod(g.shape), _padded(g)) for g, m in zip(self._placer.groups, macs, strict=True)}
@@ -184,21 +186,21 @@ def _padded(group: Group) -> float:
 
 
 def rounded_layers(integer: tvm.IRModule, measured: Measured) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """Group ids, each with (the float32 weights that the int8 weights of an integer module stand for, the float32 bias with which they keep the layer's
-    mean), of layers whose operands the float twin has as constants. The integer module's own biases also undo what the layers before did, which is not
-    there here.
+    """What kernels of the float twin write, each with (the float32 weights that the int8 weights of an integer module stand for, the float32 bias with which
+    they keep the layer's mean), of layers whose operands the float twin has as constants. The integer module's own biases also undo what the layers before
+    did, which is not there here.
     """
     ours = {f"qc.f32.{kind.name}" for kind in KINDS.values() if kind.float_kernel}
     known = {s.writes for s in measured.twin.program.steps if s.name in ours}
     shapes = shapes_of(measured.model.module)
     for layer in integer_layers(integer):
-        if layer.group in known:
-            group = measured.means.groups[layer.group]
+        group = measured.means.groups[layer.group]
+        if group.front.id in known:
             weight = layer.weight * (layer.unit / layer.x_scale).reshape(-1, *[1] * (layer.weight.ndim - 1))
             bias = bias_for(group, weight, measured.table, shapes)
             if bias is None:
                 bias = np.zeros(len(weight)) if group.bias is None else group.bias
-            yield layer.group, (weight.astype(np.float32), bias.astype(np.float32))
+            yield group.front.id, (weight.astype(np.float32), bias.astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -196,11 +196,13 @@ def passes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def shiftable(stream: Stream, groups: Sequence[Group]) -> set[str]:
-    """The values of a stream that may be shifted: written with a bias, read by layers without padding or as the residual of layers."""
-    allowed = {g.id for g in stream.writers if not g.traits.restates}
+    """The values of a stream that may be shifted: written with a bias and without slopes, which are for what lies below 0, read by layers without padding or
+    as a residual that is added to the bias."""
+    allowed = {g.id for g in stream.writers if not g.traits.restates and g.slopes is None}
     for group in groups:
         padded = any(group.attrs.get("padding", [])) or not group.traits.gathers
         allowed -= set(group.inputs) if padded else set()
+        allowed -= {group.residual} if group.slopes is not None and not group.bends_sum else set()
     return allowed
 
 

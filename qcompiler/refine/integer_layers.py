@@ -20,8 +20,8 @@ class IntegerLayer:
     """A convolution or dense call of the integer module. unit: real value of one accumulator step, float64[O].
 
     group: of the float module, to which it belongs; the call "<id>~accumulated" is the part of one before a float activation.
-    residual: (value id, zero point, real value of one step), where the call has one. x_scale: real value of one step of the input.
-    is_last: no other layer is behind it.
+    residual: (value id, zero point, real value of one step), where the call adds one in front of all that isn't linear. x_scale: real value of one step of
+    the input. is_last: no other layer is behind it.
     """
 
     id: str
@@ -50,11 +50,13 @@ def integer_layers(module: tvm.IRModule) -> list[IntegerLayer]:
             continue
         kind, tensors, attrs = op[0].removeprefix("qc."), op[1], op[2]
         weight, bias, multiplier = (const_value(t) for t in tensors[1:4])
+        bent, multiplier = multiplier.ndim > 1, multiplier.reshape(-1, len(weight))[0]
         step = 1.0 if attrs.get("out_dtype") == "float32" else float(scales[name][0])
         residual = None
         if len(tensors) > 4:
             step /= 2.0 ** attrs["residual_shift"]
-            residual = (str(tensors[4].name), int(attrs["residual_zero_point"]), attrs["residual_multiplier"] * step)
+            if not bent or attrs.get("bends_sum"):
+                residual = (str(tensors[4].name), int(attrs["residual_zero_point"]), attrs["residual_multiplier"] * step)
         unit = multiplier.astype(np.float64) * step
         x = str(tensors[0].name)
         source, what = graph.naming.split(name)

@@ -23,7 +23,6 @@ output: least squares shrinks what is noisy, and 53 layers that shrink add up (M
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -183,7 +182,7 @@ class DataRounder:
             gram.take(*moments)
         candidates = [layer.weight, *in_order(lambda _, centered: round_weight(steps, gram, centered), range(min(cores(), 2)), (False, True))]
         x = np.concatenate([*self._patches(layer, weight, judges, random, lambda x: x)], axis=1)
-        return choose(candidates, steps, x, *_bounds(group, layer.unit))
+        return choose(candidates, steps, x, ending(group, layer.unit))
 
     def _patches(
         self, layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[Context], random: np.random.Generator, then: Callable[[np.ndarray], Result]
@@ -203,9 +202,9 @@ class DataRounder:
         return in_order(met, range(cores()), drawn())
 
 
-def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Per output channel the first of the int8 candidates whose clamped result on patches x [G, P, K] is nearest to that of the weights `steps`, with its
-    mean shift taken back as the bias will. low, high: float64[O], the clamp in accumulator steps, without the bias."""
+def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, end: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Per output channel the first of the int8 candidates whose result on patches x [G, P, K], behind `end`, is nearest to that of the weights `steps`, with
+    its mean shift taken back as the bias will. end: what follows sums [..., O] in accumulator steps, without the bias."""
 
     def product(w: np.ndarray) -> np.ndarray:
         result = x @ w.reshape(len(x), len(w) // len(x), -1).astype(np.float32).transpose(0, 2, 1)
@@ -214,19 +213,24 @@ def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, l
     def error(_: int, candidate: np.ndarray) -> np.ndarray:
         actual = product(candidate)
         actual += (wanted - actual).mean(axis=0)
-        np.clip(actual, low, high, out=actual)
-        actual -= clamped
-        return np.asarray(np.square(actual, out=actual).mean(axis=0))
+        return np.asarray(np.square(end(actual) - ended).mean(axis=0))
 
     wanted = product(steps)
-    clamped = np.clip(wanted, low, high)
+    ended = end(wanted)
     best = np.argmin(np.stack(list(in_order(error, range(cores()), candidates))), axis=0)
     chosen: np.ndarray = np.stack(candidates)[best, np.arange(len(steps))]
     return chosen
 
 
-def _bounds(group: Group, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The clamp behind a layer in its accumulator's steps, without the bias; none where a residual comes in between."""
-    bias = np.zeros(len(unit)) if group.bias is None else group.bias
-    low, high = (math.inf if bound is None or group.residual else bound for bound in (group.low, group.high))
-    return np.full(len(unit), -np.inf) if math.isinf(low) else (low - bias) / unit, np.full(len(unit), np.inf) if math.isinf(high) else (high - bias) / unit
+def ending(group: Group, unit: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Slopes and clamp of a layer for sums [..., O] in steps of its accumulator, without the bias; what stands behind a residual is left out."""
+    bias = (0.0 if group.bias is None else group.bias) / unit
+    slopes = None if group.bends_sum else group.slopes
+    low, high = (None if bound is None or group.residual else bound / unit for bound in (group.low, group.high))
+
+    def end(sums: np.ndarray) -> np.ndarray:
+        y = sums + bias
+        y = y if slopes is None else np.where(y < 0, slopes * y, y)
+        return y if low is None and high is None else np.clip(y, low, high)
+
+    return end

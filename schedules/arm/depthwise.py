@@ -22,6 +22,7 @@ from qcompiler.base.targets import Target
 from qcompiler.numerics.spec import RESIDUAL_LIMIT
 from qcompiler.schedules.arm.isa import DOTPROD, FLOAT, I8MM, NEON, NEON32, Arm
 from qcompiler.schedules.builder import make_kernel
+from qcompiler.schedules.conv_epilogue import by_sign
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
@@ -49,23 +50,27 @@ class ByteKernel(DepthwiseNest):
         w, bias, multiplier = (np.asarray(o) for o in self.op.operands[1:4])
         w = w[..., 0]
         folded = bias.astype(np.int64) - int(self.op.attrs["x_zero_point"]) * w.astype(np.int64).sum((1, 2))
+        multiplier = multiplier.reshape(-1, len(w))  # a second row: for negative numbers
         peak = (np.abs(folded) + 128 * np.abs(w.astype(np.int64)).sum((1, 2))) * np.abs(multiplier.astype(np.float64))
         self.bounded = float(peak.max(initial=0.0)) < RESIDUAL_LIMIT
         order = np.concatenate([np.arange(first, first + WIDTH) for first, _ in self.blocks])
         spare = max(0, int(order.max()) + 1 - len(w))  # lanes past the last channel
-        w, folded, multiplier = (np.pad(v, [(0, spare)] + [(0, 0)] * (v.ndim - 1)) for v in (w, folded, multiplier))
+        w, folded = (np.pad(v, [(0, spare)] + [(0, 0)] * (v.ndim - 1)) for v in (w, folded))
+        multiplier = np.pad(multiplier, [(0, 0), (0, spare)])
+        self.rows, self.row = len(multiplier), len(order)
         placed = np.zeros((len(self.plan.patterns), len(order), self.taps), np.int8)
         for p, pattern in enumerate(self.plan.patterns):
             for slot, tap in enumerate(pattern):
                 if tap is not None:
                     placed[p, :, slot] = w[order, tap[0], tap[1]]
         weights = placed.reshape(len(self.plan.patterns), len(self.blocks), WIDTH, self.taps).transpose(1, 0, 2, 3)
-        arrays = [np.ascontiguousarray(weights).reshape(-1), folded[order].astype(np.int32), multiplier[order].astype(np.float32)]
+        arrays = [np.ascontiguousarray(weights).reshape(-1), folded[order].astype(np.int32), multiplier[:, order].astype(np.float32).reshape(-1)]
         facts = (self.params, self.bounded)
         return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs, facts=facts)
 
     def prepare(self) -> None:
         a, k, self.dtype = self.op.attrs, self.k, self.op.output.dtype
+        self.bends_sum = bool(a.get("bends_sum"))
         if self.dtype == "float32":
             self.float_bounds = [None if a.get(n) is None else k.f32(a[n]) for n in ("float_low", "float_high")]
             return
@@ -88,7 +93,11 @@ class ByteKernel(DepthwiseNest):
 
     def finish(self, acc: list[Any], packed: Any, index: Any, residual: Any) -> None:
         """Requantize and store one output."""
-        scaled = [T.Cast("float32x4", a) * load(self.k.arrays[2], packed + 4 * i, 4) for i, a in enumerate(acc)]
+        multipliers = [load(self.k.arrays[2], packed + 4 * i, 4) for i in range(2)]
+        negative = [load(self.k.arrays[2], packed + (self.row + 4 * i), 4) for i in range(2)] if self.rows > 1 else []
+        if negative and not self.bends_sum:
+            multipliers = [by_sign(a, m, n, 4) for a, m, n in zip(acc, multipliers, negative, strict=True)]
+        scaled = [T.Cast("float32x4", a) * m for a, m in zip(acc, multipliers, strict=True)]
         if self.dtype == "float32":
             low, high = self.float_bounds
             for i, value in enumerate(scaled):
@@ -103,7 +112,11 @@ class ByteKernel(DepthwiseNest):
             r = T.bind(T.Cast("int16x8", load(self.k.inputs[1], residual, WIDTH)))
             parts = [T.Cast("int32x4", shuffle([r], range(i, i + 4))) - T.broadcast(self.residual_zero, 4) for i in (0, 4)]
             ints = [t + part * T.broadcast(self.factor, 4) for t, part in zip(ints, parts, strict=True)]
-            ints = [self.unit.to_int(T.Cast("float32x4", t) * T.broadcast(self.scale, 4)) for t in ints]
+            scales = [T.broadcast(self.scale, 4)] * 2
+            if self.bends_sum:
+                ints = [T.bind(t) for t in ints]
+                scales = [by_sign(t, s, n, 4) for t, s, n in zip(ints, scales, negative, strict=True)]
+            ints = [self.unit.to_int(T.Cast("float32x4", t) * s) for t, s in zip(ints, scales, strict=True)]
         words = shuffle([self.unit.narrow("int16x4", i) for i in ints], range(WIDTH))
         words = call("int16x8", "llvm.sadd.sat", words, T.broadcast(self.zero, WIDTH))  # saturating: an excess must not wrap
         value = self.unit.narrow("int8x8", words)

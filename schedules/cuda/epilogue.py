@@ -13,6 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.numerics.arithmetic import limits
 from qcompiler.schedules.builder import Emitter, clamp, round_word
+from qcompiler.schedules.conv_epilogue import by_sign
 from qcompiler.schedules.cuda.tail import Tail, tail_arrays
 from qcompiler.schedules.portable.threads import load_words, pack, quarter, store_words, words
 from qcompiler.schedules.table import Layout, OpCall
@@ -47,9 +48,10 @@ def word_of(values: Sequence[Any]) -> Any:
 
 
 def finish_arrays(op: OpCall, bias: np.ndarray, channels: np.ndarray) -> list[np.ndarray]:
-    """Constants of an `Epilogue`, for accumulator i of output channel channels[i] (negative: none): bias, for integers multipliers, and those of a tail."""
+    """Constants of an `Epilogue`, for accumulator i of output channel channels[i] (negative: none): bias, for integers multipliers, those of
+    negative numbers by themselves, and those of a tail."""
     known = channels >= 0
-    arrays = [bias] if op.name.startswith("qc.f32.") else [bias, np.asarray(op.operands[3], np.float32)]
+    arrays = [bias] if op.name.startswith("qc.f32.") else [bias, *np.asarray(op.operands[3], np.float32).reshape(-1, bias.size)]
     return [np.where(known, a.reshape(-1)[np.maximum(channels, 0)], 0).astype(a.dtype) for a in arrays] + tail_arrays(op, channels)
 
 
@@ -108,8 +110,8 @@ class Epilogue:
         tensors, dtype = k.op.tensors, k.op.output.dtype
         self.integer = not k.op.name.startswith("qc.f32.")
         self.bias, *rest = self.constants
-        self.multipliers = rest.pop(0) if self.integer else None
-        self.tail = Tail(k, rest)
+        rows, self.bends_sum = (len(k.op.operands[3].shape) if self.integer else 0), bool(a.get("bends_sum"))
+        self.multipliers, self.tail = rest[:rows], Tail(k, rest[rows:])  # a second one for negative numbers
         self.rounded = dtype != "float32"
         if self.rounded:
             zero, (low, high) = int(a.get("zero_point", 0)), limits(dtype, a.get("low"), a.get("high"))
@@ -172,19 +174,25 @@ class Epilogue:
     def _values(self, accs: Sequence[Any], table: Any, source: Any, wanted: list[int]) -> list[Any]:
         bias = self._constant(self.bias, table, wanted)
         values = [accs[i] + b for i, b in zip(wanted, bias, strict=True)]
-        if self.integer:
-            scales = self._constant(self.multipliers, table, wanted)
+        scales, *negative = (self._constant(m, table, wanted) for m in self.multipliers) if self.integer else (None,)
+        if scales is not None:
+            if negative and not self.bends_sum:
+                values = [T.bind(v) for v in values]
+                scales = [by_sign(v, s, n, 1) for v, s, n in zip(values, scales, *negative, strict=True)]
             values = [T.Cast("float32", v) * s for v, s in zip(values, scales, strict=True)]
+        behind = negative[0] if self.bends_sum else [None] * len(wanted)
         extra: list[Any] = [None] * len(wanted)
         if self.residual:
             extra = self.residual.read(source if len(wanted) > 1 else source + wanted[0], len(wanted))
-        return [T.bind(self._finish(v, r)) for v, r in zip(values, extra, strict=True)]
+        return [T.bind(self._finish(v, r, n)) for v, r, n in zip(values, extra, behind, strict=True)]
 
-    def _finish(self, value: Any, extra: Any) -> Any:
+    def _finish(self, value: Any, extra: Any, negative: Any) -> Any:
+        """negative: the multiplier of a negative sum with the residual `extra`, where it has one of its own."""
         if not self.rounded:
             return clamp(value if extra is None else value + extra, self.low, self.high, 1)
         if extra is not None:
             limit = tirx.const(LIMIT, "float32")
             share = T.call_pure_extern("int32", "__float2int_rn", clamp(value, -limit, limit, 1))
-            value = T.Cast("float32", share + (T.Cast("int32", extra) - self.residual_zero) * self.factor) * self.scale
+            total = T.bind(share + (T.Cast("int32", extra) - self.residual_zero) * self.factor)
+            value = T.Cast("float32", total) * (self.scale if negative is None else by_sign(total, self.scale, negative, 1))
         return round_word(clamp(value, self.low, self.high, 1), 1) + self.zero

@@ -39,6 +39,7 @@ from qcompiler.schedules.builder import (
     vectors,
     view,
 )
+from qcompiler.schedules.conv_epilogue import by_sign
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 
@@ -81,12 +82,14 @@ class Geometry:
 
 
 class Epilogue:
-    """From a vector of accumulators to stored output: int8 (plain or with a residual) or float32."""
+    """From a vector of accumulators to stored output: int8 (plain or with a residual) or float32. A second row of multipliers is for negative numbers."""
 
     def __init__(self, k: Emitter, integer: bool, out: View, residual: View | None) -> None:
         a = k.op.attrs
         self.out, self.residual, self.integer = out, residual, integer
         self.multipliers = k.arrays[2] if integer else None
+        self.channels, self.bends_sum = out.shape[-1], bool(a.get("bends_sum"))
+        self.bends = integer and len(k.op.operands[3].shape) > 1 and not self.bends_sum
         self.end = Requantize.of(k, a) if integer and out.dtype != "float32" else None
         if self.end is None:
             names = ("float_low", "float_high") if integer else ("low", "high")
@@ -100,22 +103,30 @@ class Epilogue:
         """Finish and store the vector at outer position `index`, channels from `channel` on."""
         extra = load(self.residual.buffer, self.residual.at([*index, channel]), lanes) if self.residual is not None else None
         if self.integer:
-            acc = cast("float32", acc, lanes) * load(self.multipliers, channel, lanes)
+            multiplier = load(self.multipliers, channel, lanes)
+            acc = cast("float32", acc, lanes) * (by_sign(acc, multiplier, self._negative(channel, lanes), lanes) if self.bends else multiplier)
         if self.end is not None:
-            value = self._stored(acc, extra, lanes)
+            value = self._stored(acc, extra, channel, lanes)
         else:
             value = acc if extra is None else acc + extra
             value = clamp(value, self.low, self.high, lanes)
         store(self.out.buffer, self.out.at([*index, channel]), value, lanes)
 
-    def _stored(self, scaled: Any, extra: Any, lanes: int) -> Any:
+    def _negative(self, channel: Any, lanes: int) -> Any:
+        return load(self.multipliers, channel + self.channels, lanes)
+
+    def _stored(self, scaled: Any, extra: Any, channel: Any, lanes: int) -> Any:
         assert self.end is not None
         if extra is None:
             return self.end.store_value(scaled, lanes)
         limit = tirx.const(2.0**30, "float32")  # within it every CPU converts to int32 alike
         rounded = cast("int32", T.nearbyint(clamp(scaled, -limit, limit, lanes)), lanes)
         total = rounded + centered(extra, self.zero, lanes) * splat(self.factor, lanes)
-        return self.end(total, splat(self.scale, lanes), lanes)
+        scale = splat(self.scale, lanes)
+        if self.bends_sum:
+            total = T.bind(total)
+            scale = by_sign(total, scale, self._negative(channel, lanes), lanes)
+        return self.end(total, scale, lanes)
 
 
 @dataclass(frozen=True)

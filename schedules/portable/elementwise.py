@@ -27,6 +27,7 @@ from qcompiler.schedules.builder import (
     task_count,
     view,
 )
+from qcompiler.schedules.conv_epilogue import by_sign
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.nest import Compute, elementwise
 from qcompiler.schedules.table import Kernel, OpCall
@@ -136,7 +137,7 @@ def prelu(op: OpCall, target: Target, row: str) -> Kernel:
 
         def compute(v: list[Any], n: int) -> Any:
             acc = T.bind(centered(v[0], zero, n))
-            return end(acc, T.Select(acc < splat(T.int32(0), n), v[1], splat(multiplier, n)), n)
+            return end(acc, by_sign(acc, splat(multiplier, n), v[1], n), n)
 
         elementwise(k, [x, negative], view(k.output, op.output), compute)
 

@@ -32,6 +32,7 @@ from qcompiler.base.targets import Target
 from qcompiler.numerics.spec import RESIDUAL_LIMIT
 from qcompiler.schedules.avx2 import multiply_pairs
 from qcompiler.schedules.builder import make_kernel
+from qcompiler.schedules.conv_epilogue import by_sign
 from qcompiler.schedules.depthwise_float import FloatDepthwiseRow
 from qcompiler.schedules.depthwise_nest import DepthwiseNest
 from qcompiler.schedules.depthwise_plan import Geometry, Pair, TapPlan, blocks_of, default_tasks, plan_taps, refuse_depthwise
@@ -152,7 +153,7 @@ class Packed:
 
     weights: np.ndarray  # int8 or int16 [block][pattern][slot][lane][tap], for each block `patterns` of them
     bias: np.ndarray  # int32 [block][slot][lane], the input's zero point and storage offset folded in
-    multiplier: np.ndarray  # float32 [block][slot][lane]
+    multiplier: np.ndarray  # float32 [row][block][slot][lane], the second row for negative numbers
     patterns: int
     peak: float  # bound on |acc * multiplier|
 
@@ -161,9 +162,11 @@ def pack_constants(op: OpCall, blocks: Sequence[Pair], folds: Mapping[int, Fold]
     """bias' = bias - (x_zero_point + 128) * sum(w), because the input is stored as q + 128 and padding holds its zero point."""
     w, bias, multiplier = np.asarray(op.operands[1])[..., 0].astype(np.int64), np.asarray(op.operands[2]), np.asarray(op.operands[3], np.float32)
     folded = bias.astype(np.int64) - (int(op.attrs["x_zero_point"]) + 128) * w.sum((1, 2))
+    multiplier = multiplier.reshape(-1, len(w))
     peak = (np.abs(folded) + 255 * np.abs(w).sum((1, 2))) * np.abs(multiplier.astype(np.float64))
     spare = max(first + width for first, width in blocks) - len(w)  # lanes past the last channel
-    w, folded, multiplier = (np.pad(v, [(0, spare)] + [(0, 0)] * (v.ndim - 1)) for v in (w, folded, multiplier))
+    w, folded = (np.pad(v, [(0, spare)] + [(0, 0)] * (v.ndim - 1)) for v in (w, folded))
+    multiplier = np.pad(multiplier, [(0, 0), (0, spare)])
     most = max(len(fold.plan.patterns) for fold in folds.values())
     channels = [first + channel_order(folds[width].lanes) % width for first, width in blocks]
     weights = []
@@ -175,7 +178,7 @@ def pack_constants(op: OpCall, blocks: Sequence[Pair], folds: Mapping[int, Fold]
                     placed[p, ..., slot] = w[c, tap[0], tap[1]]
         weights.append(placed.reshape(-1))
     order = np.concatenate([c.reshape(-1) for c in channels])
-    return Packed(np.concatenate(weights), folded[order].astype(np.int32), multiplier[order], most, float(peak.max(initial=0.0)))
+    return Packed(np.concatenate(weights), folded[order].astype(np.int32), multiplier[:, order], most, float(peak.max(initial=0.0)))
 
 
 # -- the kernel ---------------------------------------------------------------------------------------------------------------------------
@@ -198,11 +201,12 @@ class ByteKernel(DepthwiseNest):
         return self.folds[width].lanes
 
     def build(self, row: str, target: Target) -> Kernel:
-        arrays, facts = [self.constants.weights, self.constants.bias, self.constants.multiplier], (self.params, self.bounded)
+        arrays, facts = [self.constants.weights, self.constants.bias, self.constants.multiplier.reshape(-1)], (self.params, self.bounded)
         return make_kernel(row, self.op, target, self.emit, tasks=self.tasks.count, arrays=arrays, macs=self.g.macs, facts=facts)
 
     def prepare(self) -> None:
         a, k, self.dtype = self.op.attrs, self.k, self.op.output.dtype
+        self.bends_sum = bool(a.get("bends_sum"))
         if self.dtype == "float32":
             self.float_bounds = [None if a.get(n) is None else k.f32(a[n]) for n in ("float_low", "float_high")]
             return
@@ -265,8 +269,12 @@ class ByteKernel(DepthwiseNest):
 
     def finish(self, sums: list[Any], slots: list[int], packed: Any, residual: Any, width: int) -> list[Any]:
         """int16 vectors of two slots each (float32 output: a vector per slot), of some slots of one output."""
-        lanes = width // 4
-        scaled = [T.Cast(f"float32x{lanes}", a) * load(self.k.arrays[2], packed + s * lanes, lanes) for a, s in zip(sums, slots, strict=True)]
+        lanes, (rows, row) = width // 4, self.constants.multiplier.shape
+        multipliers = [load(self.k.arrays[2], packed + s * lanes, lanes) for s in slots]
+        negative = [load(self.k.arrays[2], packed + (row + s * lanes), lanes) for s in slots] if rows > 1 else []
+        if negative and not self.bends_sum:
+            multipliers = [by_sign(a, m, n, lanes) for a, m, n in zip(sums, multipliers, negative, strict=True)]
+        scaled = [T.Cast(f"float32x{lanes}", a) * m for a, m in zip(sums, multipliers, strict=True)]
         if self.dtype == "float32":
             return [T.bind(v) for v in scaled]
         if not self.bounded:
@@ -274,8 +282,14 @@ class ByteKernel(DepthwiseNest):
             scaled = [T.max(T.min(v, scalar(limit, "float32", lanes)), scalar(-limit, "float32", lanes)) for v in scaled]
         ints = [to_int(v, width) for v in scaled]
         if residual is not None:
-            ints = [t + self.share(residual, s, width) for t, s in zip(ints, slots, strict=True)]
-            ints = [to_int(T.Cast(f"float32x{lanes}", t) * T.broadcast(self.scale, lanes), width) for t in ints]
+            totals = [T.bind(t + self.share(residual, s, width)) for t, s in zip(ints, slots, strict=True)]
+            scales = [T.broadcast(self.scale, lanes)] * len(totals)
+            if self.bends_sum:
+                scales = [by_sign(t, s, n, lanes) for t, s, n in zip(totals, scales, negative, strict=True)]
+            scaled = [T.Cast(f"float32x{lanes}", t) * s for t, s in zip(totals, scales, strict=True)]
+            if self.bends_sum:  # a negative slope may lead beyond int32
+                scaled = [T.min(v, scalar(float(RESIDUAL_LIMIT), "float32", lanes)) for v in scaled]
+            ints = [to_int(v, width) for v in scaled]
         words = [pack("packssdw", f"int16x{width // 2}", ints[i], ints[i + 1], width) for i in range(0, len(ints), 2)]
         if self.zero is not None:  # saturating: what the pack cut off must not wrap
             words = [call(f"int16x{width // 2}", "llvm.sadd.sat", w, T.broadcast(self.zero, width // 2)) for w in words]
