@@ -134,7 +134,7 @@ class _Finder:
         self.trained = Trained.of(graph.attrs)
         self.misses: dict[str, str] = graph.attrs.get(NEAR_MISSES, {})
         self.stated = in_eight_bits(graph) if self.trained.keeps_float else None
-        self.wide = values_in_sixteen(graph.attrs) is not None
+        self.sixteen = values_in_sixteen(graph.attrs)
         self.claimed: set[str] = set()
         self.groups: list[Group] = []
 
@@ -326,7 +326,7 @@ class _Finder:
             return self.float_group(name, expr, "its constant operand holds infinities, as a mask does")
         if (
             kind == "mul"
-            and self.wide
+            and self.sixteen is not None
             and constant.scale is None
             and shape_of(tensors[0]) == shape_of(expr)
             and constant.value.shape[-1:] == (constant.value.size,) == shape_of(expr)[-1:]
@@ -366,6 +366,8 @@ class _Finder:
         ):
             return self.single(first, self.values[first])
         if (found := describe_alone(expr)) is not None:
+            if found["kind"] == "recurrence":
+                found["attrs"]["wide"] = name in (self.sixteen or ())
             missed = f"operator '{found['kind']}' has no int8 kernel ({self.misses[name]})" if name in self.misses else None
             return replace(self.float_group(name, expr, ""), **found | ({"reason": missed} if missed else {}))
         return self.described(name, expr, describe(expr), (name,))

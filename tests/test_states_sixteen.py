@@ -106,3 +106,22 @@ def test_asked_for(path: Path, tmp_path: Path) -> None:
     assert len(states) == 3 and all((p := plan.params(v)) is not None and (p.scale, p.dtype) == (2.0**-14, "int16") for v in states)
     session, sample = Session(network.artifact.save(tmp_path / "net.so")), samples(1, 5)[0]
     assert bit_parity(session, interpreter.run(network.integer, sample, keep="all"), sample) == []
+
+
+@pytest.mark.parametrize("op", ["GRU", "LSTM"])
+@pytest.mark.parametrize("all_steps", [False, True])
+def test_last_states_that_are_read(op: str, all_steps: bool, tmp_path: Path) -> None:
+    """They go on in float32, which holds their 16 bits; the layer's own product reads all of those."""
+    net = OnnxNet(seed=2)
+    rows = {"GRU": 3, "LSTM": 4}[op] * HIDDEN
+    operands = [net.weight(1, rows, k, spread=1.5 * k**-0.5) for k in (WIDTH, HIDDEN)]
+    y, last = net.op(op, net.input("x", STEPS, 1, WIDTH), *operands, net.weight(1, 2 * rows, spread=0.2), hidden_size=HIDDEN, outputs=2)
+    outputs = [net.op("MatMul", net.op("Reshape", v, net.ints(-1, HIDDEN)), net.weight(HIDDEN, 4)) for v in ([last, y] if all_steps else [last])]
+    path = net.save(tmp_path / "net.onnx", outputs)
+    network = compile_stages(path, "native", samples(4), preset="fast", keep_16=[f"op:{op}"])
+    (layer,) = (c for _, e in Graph.of(network.integer).bindings if (c := match_op(e)) is not None and c[0] == "qc.recurrence")
+    assert layer[2]["wide"] and layer[2]["out_dtype"] == "float32"
+    session, sample = Session(network.artifact.save(tmp_path / "net.so")), samples(1, 5)[0]
+    assert bit_parity(session, interpreter.run(network.integer, sample, keep="all"), sample) == []
+    kept = compile_stages(path, "native", samples(4), preset="fast", keep_float=[f"op:{op}"])
+    assert "qc.recurrence" not in [(match_op(e) or ("",))[0] for _, e in Graph.of(kept.integer).bindings]

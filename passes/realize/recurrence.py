@@ -19,7 +19,7 @@ KEPT = ("cell", "reverse", "linear_before_reset", "sequence", "finals")
 def recurrence(site: Site) -> Any:
     group, attrs = site.group, site.group.attrs
     assert group.weight is not None and group.bias is not None
-    wide = site.output is not None and site.output.dtype == "int16"  # what has all bits of the states hands them on, and goes on with them
+    wide = bool(attrs["wide"]) or (site.output is not None and site.output.dtype == "int16")  # what hands on all bits of the states goes on with them
     weight, bias, multiplier, made = recurrence_parameters(group.weight, group.bias, site.inputs[0].params.scale, attrs.get("clip"), site.output, wide)
     functions = zip(attrs["activations"], attrs["alpha"], attrs["beta"], strict=True)
     tables = np.stack([table(*f) for f in functions])

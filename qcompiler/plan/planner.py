@@ -85,11 +85,11 @@ def named_groups(model: Any, names: Iterable[str]) -> list[str]:
     wanted: set[str] = set()
     for name in names:
         found = set[str]()
-        front = {values[n] for n in _matching(name, model, values)}
+        named = front = {values[n] for n in _matching(name, model, values)}
         while front:
             found |= {owner[v] for v in front if v in owner}
             front = {reader for v in front if v not in owner for reader in model.readers.get(v, ())}
-        whole = recurrent & {model.source(g)[0] for g in found}
+        whole = recurrent & {model.source(v)[0] for v in found | named}
         found |= {g.id for g in groups if model.source(g.id)[0] in whole}
         if not found:
             raise PlanError(f"'{name}' is no operator of the compiled network: it was computed in advance")

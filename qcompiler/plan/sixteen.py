@@ -41,10 +41,11 @@ def asked(model: Any, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def written_wide(group: Group, groups: Iterable[Group], stated: Container[str]) -> list[str]:
-    """What a group that is asked for writes in 16 bits: its result and what moves it on; nothing where it can't, or is computed in halves instead."""
+    """What a group that is asked for writes in 16 bits: its result and what moves it on (last states go on in float32, of 16 bits); nothing where it can't, or
+    is computed in halves instead."""
     if group.reason is not None or not group.traits.writes_wide or group.traits.keeps or (group.residual is None and group.traits.weighted):
         return []
-    values = with_moved([group.id], groups)
+    values = [group.id] if group.attrs.get("finals") else with_moved([group.id], groups)
     return [] if any(v in stated for v in values) else values
 
 
