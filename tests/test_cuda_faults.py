@@ -75,7 +75,7 @@ def a_table(builder: GraphBuilder) -> Any:
 
 
 def newer_kernels(builder: GraphBuilder) -> Any:
-    """Weights in 4 bits, attention and a product of two computed tensors on tensor cores, blocks that share a tile, and a normalization that goes on."""
+    """Weights in 4 bits, attention and a product of two computed tensors on tensor cores, and a normalization that goes on."""
     rng, (tokens, width) = np.random.default_rng(0), (12, 96)
     layer = Layer((1, tokens), width, 64, WeightScheme(4, 32, True))
     x = builder.input("x", (1, tokens, 64), "float32")

@@ -32,8 +32,8 @@ CARDS = {
     "sm_87": Card(16, 1536, 164 << 10, products=2048),  # Jetson AGX Orin 64 GB: 2048 cores, 85 dense TOPS at 1.3 GHz (technical brief); level 2: not published
     "sm_89": Card(128, 1536, 100 << 10),  # RTX 4090: 128, 660.6 TOPS at 2.52 GHz (Ada whitepaper); level 2: not published
     # H100 SXM and H200: 132, 1979 dense TOPS at 1.83 GHz (H100 whitepaper; the H200's data sheet has the same; its 4.8 TB/s of memory, an H100's 3.35, count
-    # only where layers outgrow the 50 MB of level 2 cache, which the models know nothing of). Level 2: 5120 bytes a cycle for the card, as an A100's
-    # (Ultrason. Sonochem. 99, 106546, table 3: 8986 GB/s at 1.755 GHz). What mma.sync reaches is not published: half of wgmma, an A100's.
+    # only where layers outgrow the 50 MB of level 2 cache, which the models know nothing of). Level 2: not published, taken to be the card's 5120 bytes a
+    # cycle of an A100. What mma.sync reaches is not published: half of wgmma, an A100's.
     "sm_90": Card(132, 2048, 228 << 10, level2=5120 / 132, products=2048),
     "sm_90a": Card(132, 2048, 228 << 10, level2=5120 / 132, products=2048, group_products=4096),
     "sm_100": Card(148, 2048, 228 << 10, products=2048),  # B200: 148; what mma.sync, which is not its way, reaches is not published: an A100's
