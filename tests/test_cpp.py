@@ -169,6 +169,44 @@ def test_only_the_interface_is_exported(native: Path) -> None:
     assert needed <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
 
 
+# The standard's home of every name of `std` that our C++ says.
+HOMES = {
+    "algorithm": "all_of max min sort transform",
+    "cctype": "isalnum isdigit",
+    "chrono": "chrono",
+    "cmath": "ceil",
+    "cstddef": "ptrdiff_t size_t",
+    "cstdint": "int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t uintptr_t",
+    "cstdio": "FILE fclose ferror fopen fprintf fputs fread fwrite printf remove rename sscanf",
+    "cstdlib": "strtod",
+    "cstring": "memcmp memcpy strchr strcmp strcspn strerror",
+    "exception": "exception make_exception_ptr",
+    "functional": "function",
+    "future": "future promise",
+    "map": "map",
+    "memory": "make_shared make_unique shared_ptr unique_ptr",
+    "mutex": "lock_guard mutex",
+    "numeric": "accumulate",
+    "optional": "optional",
+    "set": "set",
+    "stdexcept": "logic_error runtime_error",
+    "string": "stoi stoll string to_string",
+    "thread": "this_thread",
+    "type_traits": "is_const_v is_same_v remove_cv_t",
+    "utility": "exchange move pair",
+    "vector": "vector",
+}
+
+
+def test_every_file_includes_what_it_names() -> None:
+    """What one library's headers happen to bring along, the next version's don't."""
+    home = {name: header for header, names in HOMES.items() for name in names.split()}
+    for path in [*CPP.rglob("*.hpp"), *CPP.rglob("*.cc")]:
+        text = path.read_text()
+        wanted = {home[name] for name in re.findall(r"\bstd::(\w+)", text)}
+        assert wanted <= set(re.findall(r"^#include <(\w+)>", text, re.MULTILINE)), path.name
+
+
 # -- qc_run ---------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@
 //     example_static          has the network inside (a bundle made with --static)
 //
 // Replace `fill` by your data and keep the rest.
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <exception>

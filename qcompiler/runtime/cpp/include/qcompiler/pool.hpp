@@ -8,7 +8,9 @@
 /// Link with ${CMAKE_DL_LIBS} and Threads::Threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <future>
 #include <memory>

@@ -9,6 +9,8 @@
 /// Link with ${CMAKE_DL_LIBS} (-ldl where dlopen is not in libc). Errors are exceptions of type qcompiler::Error; its code() is a qc_status.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <map>
 #include <memory>
