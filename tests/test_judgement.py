@@ -73,3 +73,20 @@ def test_a_plan_without_a_sample() -> None:
     assert first["a"] == QParams.from_range(reach[0], reach[1] / 2)
     assert second == last == params
     assert math.isinf(decibel(0.0)) and without_sample(plan, params, SampleEnds(()), 0) == params
+
+
+def test_the_roundings_of_a_file_are_not_called_ours(tmp_path: Path) -> None:
+    """Nobody's options make them finer."""
+    net = OnnxNet(seed=1)
+
+    def rounded(x: str, scale: float) -> str:
+        pair = [net.const(scale), net.const(0, "int8")]
+        return str(net.op("DequantizeLinear", net.op("QuantizeLinear", x, *pair), *pair))
+
+    w = net.const(net.rng.integers(-127, 128, (4, 3, 3, 3)), "int8")
+    weight = net.op("DequantizeLinear", w, net.const(0.01), net.const(0, "int8"))
+    y = rounded(net.op("Conv", rounded(net.input("x", 1, 3, 8, 8), 1.0), weight), 1.0)
+    samples = [{"x": np.random.default_rng(i).standard_normal((1, 3, 8, 8)).astype(np.float32)} for i in range(3)]
+    made = compile_stages(net.save(tmp_path / "net.onnx", [y]), "native", samples)
+    (line,) = said(made)
+    assert line.startswith("the model file's own roundings, which are kept, lose much") and "--" not in line and "float network that it came from" in line

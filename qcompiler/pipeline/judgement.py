@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qcompiler.passes.graph import Graph
+from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.findings import Findings
 from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
@@ -27,6 +29,7 @@ from qcompiler.plan.sensitivity import Sensitivity
 
 _FEW = 2  # samples that tell which roundings to name
 _NAMED = 3  # roundings that a warning names
+_KEPT = "Where the file was trained or checked with them, they were found good; otherwise it helps to quantize the float network that it came from"
 
 
 def judged(corrected: Corrected) -> Corrected:
@@ -98,11 +101,12 @@ def _warning(corrected: Corrected, noise: float, bound: float) -> str:
     worst = sorted(costs, key=lambda name: -costs[name])[:_NAMED]
     named = ", ".join(f"{name} ({100 * costs[name] / total:.0f} %)" for name in worst)
     much = noise > relative_noise(ENOUGH)
-    left = f"about {decibel(noise):.1f} dB are left on the calibration samples"
-    return (
-        f"the outputs {'lose' if much else 'may lose'} much in 8 bits: {left}{'' if much else f', on others maybe {decibel(bound):.1f} dB'} "
-        f"({ENOUGH:g} and more are sound). Most of the noise comes from {named}. {_advice(network.job.recipe.preset)}"
-    )
+    left = f"about {decibel(noise):.1f} dB are left on the calibration samples{'' if much else f', on others maybe {decibel(bound):.1f} dB'}"
+    trained = Trained.of(Graph.of(network.job.model.module).attrs)
+    own, lose = trained.keeps_float and not trained.calibrated, "lose" if much else "may lose"
+    who = f"the model file's own roundings, which are kept, {lose} much of the float network behind them" if own else f"the outputs {lose} much in 8 bits"
+    advice = _KEPT if own else _advice(network.job.recipe.preset)
+    return f"{who}: {left} ({ENOUGH:g} and more are sound). Most of the noise comes from {named}. {advice}"
 
 
 def _costs(corrected: Corrected) -> dict[str, float]:
