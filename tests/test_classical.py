@@ -52,8 +52,11 @@ def test_every_operator(tmp_path: Path) -> None:
         ml("ArrayFeatureExtractor", "labels", "best", result="classes"),
         ml("LinearRegressor", "x", result="line", coefficients=[0.5, -1.0, 2.0, 0.25], intercepts=[0.75]),
         ml("LinearRegressor", "replaced", result="lines", coefficients=[0.5, -1.0, 2.0, 0.25, 1.0, 2.0, 3.0, 4.0], targets=2),
+        helper.make_node("ReduceMax", ["filled"], ["vector"], axes=[0], keepdims=0),
+        ml("LinearRegressor", "vector", result="row", coefficients=[0.5, -1.0, 2.0, 0.25]),
     ]
-    outputs = {**dict.fromkeys(["each", "all", "whole", "filled", "replaced", "above", "first", "second", "columns", "line", "lines"], real), "classes": whole}
+    floats = "each all whole filled replaced above first second columns line lines row".split()
+    outputs = {**dict.fromkeys(floats, real), "classes": whole}
     constants = {"places": np.array([3, 0, 3], np.int64), "labels": np.array([10, 20, 30, 40], np.int64)}
     path = saved(tmp_path / "net.onnx", nodes, outputs, "xn", **constants)
     rng = np.random.default_rng(0)
@@ -92,10 +95,14 @@ def test_a_pipeline_in_integers(tmp_path: Path) -> None:
         (ml("Normalizer", "x", result="y", norm="MAX"), "its norm is MAX; supported: L1 and L2"),
         (ml("LinearRegressor", "x", result="y", coefficients=[1.0] * 3), "it has 3 coefficients and 0 intercepts, for 1 targets of 4 features"),
         (ml("LinearRegressor", "x", result="y", coefficients=[1.0] * 4, post_transform="SOFTMAX"), "its post_transform is SOFTMAX; supported: NONE"),
+        (ml("LinearRegressor", "one", result="y", coefficients=[1.0]), "its operand is a number; supported: tensors whose last axis holds features"),
+        (ml("ArrayFeatureExtractor", "x", "far", result="y"), "it takes column 4 of 4; columns are counted from 0"),
+        (ml("Imputer", "x", result="y", replaced_value_float=0.0), "it has no imputed_value_floats"),
         (ml("Imputer", "n", result="y", imputed_value_int64s=[3], replaced_value_int64=0), "it replaces numbers of int64; supported: floats"),
         (ml("SVMRegressor", "x", result="y"), r"\(SVMRegressor\): no conversion exists for this operator"),
     ],
 )
 def test_what_is_refused(node: onnx.NodeProto, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
-        load(saved(tmp_path / "net.onnx", [node], {"y": TensorProto.FLOAT}, "xn"))
+        number = helper.make_node("ReduceMax", ["x"], ["one"], keepdims=0)
+        load(saved(tmp_path / "net.onnx", [number, node], {"y": TensorProto.FLOAT}, "xn", far=np.array([0, 4])))

@@ -16,6 +16,13 @@ from qcompiler.passes.graph import const
 DOMAIN = "ai.onnx.ml"
 
 
+def _count(node: Node) -> int:
+    """Features of operand 0, which lie along its last axis."""
+    if not node.shape():
+        raise Refused("its operand is a number; supported: tensors whose last axis holds features")
+    return node.shape()[-1]
+
+
 def _features(node: Node) -> Any:
     """Operand 0 in float32, which these operators compute in whatever they are given."""
     return node.tensor(0) if node.dtype() == "float32" else node.emit("features", relax.op.astype(node.tensor(0), "float32"))
@@ -23,7 +30,7 @@ def _features(node: Node) -> Any:
 
 def _along(node: Node, name: str, default: float) -> Any:
     """Numbers of an attribute, one for all features or one for each."""
-    given, count = np.asarray(node.attrs.get(name, [default]), np.float32), node.shape()[-1] if node.shape() else 1
+    given, count = np.asarray(node.attrs.get(name, [default]), np.float32), _count(node)
     if given.size not in (1, count):
         raise Refused(f"its {name} holds {given.size} numbers, for {count} features")
     return const(given.reshape(()) if given.size == 1 else given)
@@ -39,6 +46,8 @@ def imputer(node: Node) -> list[Value]:
     """Another number where one is missing: where `x` is NaN, or `replaced_value_float`."""
     if node.dtype() != "float32":
         raise Refused(f"it replaces numbers of {node.dtype()}; supported: floats")
+    if "imputed_value_floats" not in node.attrs:
+        raise Refused("it has no imputed_value_floats, which stand in for missing numbers")
     missing, x = float(node.attrs.get("replaced_value_float", 0.0)), node.tensor(0)
     found = node.emit("missing", relax.op.isnan(x) if np.isnan(missing) else relax.op.equal(x, const(np.float32(missing))))
     return [relax.op.where(found, _along(node, "imputed_value_floats", 0.0), x)]
@@ -64,7 +73,9 @@ def normalizer(node: Node) -> list[Value]:
 
 def array_feature_extractor(node: Node) -> list[Value]:
     """The columns of operand 0 that operand 1 lists; a vector is one row."""
-    x, shape = node.tensor(0), node.shape()
+    x, shape, count, listed = node.tensor(0), node.shape(), _count(node), node.present(1)
+    if isinstance(listed, np.ndarray) and (outside := listed[(listed < 0) | (listed >= count)]).size:
+        raise Refused(f"it takes column {outside[0]} of {count}; columns are counted from 0")
     places = node.emit("places", relax.op.reshape(node.tensor(1), (int(np.prod(node.shape(1))),)))
     if len(shape) == 1:
         x, shape = node.emit("row", relax.op.reshape(x, (1, *shape))), (1, *shape)
@@ -72,15 +83,17 @@ def array_feature_extractor(node: Node) -> list[Value]:
 
 
 def linear_regressor(node: Node) -> list[Value]:
-    """`x @ coefficients' + intercepts`."""
-    targets, features = int(node.attrs.get("targets", 1)), node.shape()[-1]
+    """`x @ coefficients' + intercepts`; a vector is one row."""
+    x, targets, features = _features(node), int(node.attrs.get("targets", 1)), _count(node)
     weights, shift = (np.asarray(node.attrs.get(name, []), np.float32) for name in ("coefficients", "intercepts"))
     after = node.text("post_transform", "NONE")
     if after != "NONE":
         raise Refused(f"its post_transform is {after}; supported: NONE")
     if weights.size != targets * features or shift.size not in (0, targets):
         raise Refused(f"it has {weights.size} coefficients and {shift.size} intercepts, for {targets} targets of {features} features")
-    product = relax.op.matmul(_features(node), const(np.ascontiguousarray(weights.reshape(targets, features).T)))
+    if len(node.shape()) == 1:
+        x = node.emit("row", relax.op.reshape(x, (1, features)))
+    product = relax.op.matmul(x, const(np.ascontiguousarray(weights.reshape(targets, features).T)))
     return [relax.op.add(node.emit("product", product), const(shift)) if shift.size else product]
 
 
