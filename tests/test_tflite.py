@@ -207,6 +207,11 @@ def test_complex_numbers_beyond_a_spectrum(tmp_path: Path) -> None:
     assert "output 't2' holds complex numbers; hand out their real and imaginary parts" in refused(tmp_path, net, found)
     net, _ = spectrum("complex64")
     assert "input 'x' holds complex numbers; take in their real and imaginary parts" in refused(tmp_path, net, net.op("REAL", [0], (1, 8)))
+    net, _ = spectrum()
+    assert "it takes a part of 'x', which holds no complex numbers" in refused(tmp_path, net, net.op("IMAG", [0], (1, 8)))
+    net, _ = spectrum()
+    constant = net.const(np.ones((1, 8), np.complex64))
+    assert "is a constant of complex numbers" in refused(tmp_path, net, net.op("REAL", [constant], (1, 8)))
 
 
 def test_unknown_operators_are_named_together(tmp_path: Path) -> None:

@@ -166,9 +166,11 @@ class _Translation(Graph):
         try:
             convert = converter(operator)
             assert convert is not None, operator  # `check_known`
-            if any(i >= 0 and self.tensors[i].dtype == COMPLEX for i in operator.inputs):
+            if complex_ := [self.tensors[i] for i in operator.inputs if i >= 0 and self.tensors[i].dtype == COMPLEX]:
                 if operator.op not in ON_COMPLEX:
                     raise Refused(f"it computes with complex numbers; supported for these: {', '.join(ON_COMPLEX)}")
+                if constant := [t.name for t in complex_ if t.data is not None]:
+                    raise Refused(f"its operand '{constant[0]}' is a constant of complex numbers; supported: those that a Fourier transform makes")
                 convert = ON_COMPLEX[operator.op]
             convert(self, operator)
         except DAMAGED as error:

@@ -59,7 +59,11 @@ def transpose(g: Graph, op: Operator) -> None:
     g.chain(op, "Transpose", [g.value(op)], perm=[*perm, len(perm)])
 
 
-SPECTRA = {"RFFT2D": rfft2d, "REAL": part(0), "IMAG": part(1), "COMPLEX_ABS": magnitude}
+def of_real(g: Graph, op: Operator) -> None:
+    raise Refused(f"it takes a part of '{g.operand(op, 0).name}', which holds no complex numbers")
+
+
+SPECTRA = {"RFFT2D": rfft2d, **dict.fromkeys(("REAL", "IMAG", "COMPLEX_ABS"), of_real)}
 ON_COMPLEX = {
     "REAL": part(0), "IMAG": part(1), "COMPLEX_ABS": magnitude, "CAST": cast, "RESHAPE": reshape, "SQUEEZE": squeeze, "EXPAND_DIMS": expand_dims,
     "TRANSPOSE": transpose,
