@@ -115,6 +115,11 @@ def test_storing_twice_gives_the_same_bytes(stored: Path, data: Path, tmp_path: 
     assert again.read_bytes() == stored.read_bytes()
 
 
+def test_storing_what_was_stored_keeps_all_of_it(stored: Path, tmp_path: Path) -> None:
+    qcompiler.calibrate(MODEL, tmp_path / "again.qcal", stored)
+    assert (tmp_path / "again.qcal").read_bytes() == stored.read_bytes()
+
+
 def test_other_functions_take_it(stored: Path, data: Path, tmp_path: Path) -> None:
     plans = [qcompiler.explain(MODEL, calibration=c, preset="fast") for c in (data, stored)]
     assert all(isinstance(p, Explanation) for p in plans) and plans[0].to_json() == plans[1].to_json()

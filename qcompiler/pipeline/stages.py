@@ -170,6 +170,8 @@ def observe(
     if known is not None and len(known.watchers) == len(watchers):
         for watcher, state in zip(watchers, known.watchers, strict=True):
             watcher.restore(state)
+        if job.to_store:
+            job.found[name] = known
         return known.table
     looking: dict[str, Any] = {"at_first": watchers} if at_first else {}
     everyone = [Lookups(job.model.module), *(() if at_first else watchers)]
