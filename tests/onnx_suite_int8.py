@@ -22,7 +22,7 @@ from qcompiler.importers.onnx_file import OnnxFile
 from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.library import describe
-from qcompiler.pipeline.stages import Equalized, calibrate, correct, generate, integer_network
+from qcompiler.pipeline.stages import Equalized, FloatTwin, calibrate, correct, generate, integer_network
 from qcompiler.plan.planner import observed_ids
 from qcompiler.plan.recipes import recipe
 from qcompiler.refine.equalization import Equalization
@@ -72,7 +72,9 @@ def int8_verdicts(names: Sequence[str], folder: Path) -> dict[str, str]:
         del models[name]
     model, feeds = joined(models), feeds_of(models)
     job = Job(model, open_samples([feeds], model.inputs), recipe("fast", (), ()), find_target("native"))
-    network = integer_network(calibrate(Equalized(job, float_code(model), Equalization())), {})  # as `compile` does, without a file to compare with
+    network = integer_network(
+        calibrate(Equalized(job, FloatTwin(job, float_code(model)), Equalization())), {}
+    )  # as `compile` does, without a file to compare with
     corrected = correct(network, generate(network))
     artifact = corrected.built.link(**describe(corrected.integer, model))
     with session_of(artifact) as session:

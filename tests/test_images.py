@@ -12,7 +12,8 @@ from onnx_nets import OnnxNet
 import qcompiler
 from qcompiler.backend import images
 from qcompiler.backend.images import choose_images, one_at_a_time, runs_of
-from qcompiler.backend.lowering import Step, Value, _Node
+from qcompiler.backend.lowering import Step, Value
+from qcompiler.backend.node import Node
 from qcompiler.base.memory import Request
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
@@ -70,13 +71,13 @@ def test_floats_go_image_by_image_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(run[name].tobytes() == traced[name].tobytes() for name in run)
 
 
-def chain(sizes: list[tuple[int, int]], operator: str = "qc.conv2d") -> tuple[list[_Node], dict[str, Value]]:
+def chain(sizes: list[tuple[int, int]], operator: str = "qc.conv2d") -> tuple[list[Node], dict[str, Value]]:
     """Operators after another: (bytes of an image of what each makes, bytes of its weights), for 8 images."""
     values = {"v0": Value("v0", Layout((8, sizes[0][0]), "uint8"), "v0")}
     nodes = []
     for i, (size, weights) in enumerate(sizes, 1):
         values[f"v{i}"] = Value(f"v{i}", Layout((8, size), "uint8"), f"v{i}")
-        nodes.append(_Node(f"v{i}", operator, [f"v{i - 1}", np.zeros((1, weights), np.int8)], {}, [f"v{i}"]))
+        nodes.append(Node(f"v{i}", operator, [f"v{i - 1}", np.zeros((1, weights), np.int8)], {}, [f"v{i}"]))
     return nodes, values
 
 

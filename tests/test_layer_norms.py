@@ -199,7 +199,7 @@ def test_statistics_are_of_the_scaled_network(tmp_path: Path) -> None:
     sample = tokens(1, 5)[0]
     wanted = interpreter.run(model.module, sample, keep="all")
     stored: dict[str, np.ndarray] = {}
-    equalized.twin.session().trace(sample, lambda name, array: stored.__setitem__(name, array.copy()))
+    equalized.twin.code().session().trace(sample, lambda name, array: stored.__setitem__(name, array.copy()))
     output = model.outputs[0].name
     assert sqnr_db(stored[output], wanted[output]) > 90
     for name, channels in equalized.equalization.channels.items():
