@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.halves import candidates, costs, operands, with_halves
 from qcompiler.pipeline.stages import QuantizedNetwork, integer_network
-from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, SAMPLES, Survey, estimate
+from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, SAMPLES, Survey, worst_estimate
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import Network, Point, Wide, first_below
 
@@ -37,7 +37,7 @@ def settled(network: QuantizedNetwork) -> QuantizedNetwork:
     steps = frozenset() if job.target.gpu else job.recipe.steps
     if "mixed" in steps:
         network = _mixed(network)
-    noise = _estimate(network)
+    noise = worst_estimate(network)
     if "mixed" not in steps and "rescue" in steps and relative_noise(ENOUGH) < noise < math.inf:
         network, noise = _rescued(network, noise, _Trade.of(network, "halves" in steps))
     return dataclasses.replace(network, noise=noise)
@@ -46,12 +46,6 @@ def settled(network: QuantizedNetwork) -> QuantizedNetwork:
 def relative_noise(db: float) -> float:
     """Noise over power of an SQNR."""
     return float(10 ** (-db / 10))
-
-
-def _estimate(network: QuantizedNetwork) -> float:
-    """Noise over power of the worst output."""
-
-    return float(estimate(network).max())
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ def _rescued(network: QuantizedNetwork, noise: float, trade: _Trade) -> tuple[Qu
             break
         tried.add(point.keep)
         candidate = _with(network, *trade.reasons(first, point, "rescue"))
-        found = _estimate(candidate)
+        found = worst_estimate(candidate)
         if found < least:
             best, least, chosen = candidate, found, point
         if found <= relative_noise(ENOUGH):

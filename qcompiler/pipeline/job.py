@@ -120,17 +120,16 @@ def opened(model: AnyModel, target: str | Target, calibration: Any, options: Opt
     sixteen = in_sixteen(float_model, options["keep_16"])
     ports = ports.at(float_model.inputs)
     samples = NO_SAMPLES if calibration is None else _opened(calibration, float_model, ports, options)
-    said = options["progress"] or silent
     return Job(
         float_model,
         samples,
         steps,
         chosen,
-        kept,
-        tuned,
-        dump,
-        said,
-        file_behind(samples),
+        kept=kept,
+        tuned=tuned,
+        dump=dump,
+        progress=options["progress"] or silent,
+        stored=file_behind(samples),
         ports=ports,
         others=tuple(others),
         pad=rules,

@@ -12,8 +12,7 @@ samples may lose. A network that keeps less than `ENOUGH` on the calibration sam
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from qcompiler.pipeline.float_layers import ENOUGH, relative_noise
 from qcompiler.pipeline.goal import Scores, decibel
 from qcompiler.pipeline.scoring import ErrorSums
 from qcompiler.pipeline.stages import Corrected
-from qcompiler.pipeline.survey import SAMPLES, Survey
+from qcompiler.pipeline.survey import SAMPLES, Survey, first_samples
 from qcompiler.plan.sensitivity import Sensitivity
 
 _FEW = 2  # samples that tell which roundings to name
@@ -44,17 +43,13 @@ def judged(corrected: Corrected) -> Corrected:
     return dataclasses.replace(corrected, noise=noise, warnings=warnings)
 
 
-def _samples(corrected: Corrected) -> Iterator[Mapping[str, np.ndarray]]:
-    return itertools.islice(corrected.network.job.alike, SAMPLES)
-
-
 def _unseen(corrected: Corrected, scores: Scores) -> float:
     """Noise over power that other samples may lead to."""
     measured = corrected.network.measured
 
     def found() -> Findings:
         survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
-        _, seen, unseen = survey.errors(twin, _samples(corrected), (None, measured.ends))
+        _, seen, unseen = survey.errors(twin, first_samples(corrected.network), (None, measured.ends))
         return {"seen": seen, "unseen": unseen}
 
     more = corrected.network.remembered("unseen", found, lambda state: np.maximum(state["unseen"] - state["seen"], 0.0))
@@ -67,7 +62,7 @@ def _scores(corrected: Corrected) -> Scores:
     network, measured = corrected.network, corrected.network.measured
 
     def estimated() -> Findings:
-        power, noise = Survey(network, corrected.integer).errors(measured.twin.session(), _samples(corrected))
+        power, noise = Survey(network, corrected.integer).errors(measured.twin.session(), first_samples(corrected.network))
         return {"power": power, "noise": noise}
 
     runs = corrected.corrections or corrected.here is not None
@@ -80,7 +75,7 @@ def _run(corrected: Corrected) -> Findings:
     measured, job = corrected.network.measured, corrected.network.job
     twin, session = measured.twin.session(), corrected.host_code().session()
     sums = ErrorSums(twin.outputs)
-    for done, sample in enumerate(_samples(corrected), 1):
+    for done, sample in enumerate(first_samples(corrected.network), 1):
         counted = measured.padding.of(twin, sample)
         sums.add(counted.outputs(session.run(sample)), counted.outputs(twin.run(sample)))
         job.progress("judge the outputs", done, SAMPLES)

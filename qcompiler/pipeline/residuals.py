@@ -17,7 +17,7 @@ from qcompiler.passes.streams import residual_values
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network, rewritten
-from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey, estimate
+from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey, worst_estimate
 
 _MOVED = 2  # elements written for each of a stream: one of 16 bits and one of the copy, in place of one
 
@@ -42,20 +42,15 @@ def widened(network: QuantizedNetwork) -> QuantizedNetwork:
     ratio, allowance = job.recipe.halves
     if not found or not network.measured.table.samples:
         return network
-    survey, before = Survey(network, network.integer), _estimate(network)
+    survey, before = Survey(network, network.integer), worst_estimate(network)
     elements = {g.id: math.prod(g.shape) for g in find_groups(network.model.module)}
     part = _MOVED * ELEMENT * sum(elements[v] for v in found) / sum(survey.work()[0].values())
     if decibel(before) >= BEYOND_NOTICE or part > allowance:
         return network
     why = f"a residual stream, for {100 * part:.1f} % more work in all (step residuals)"
     made = integer_network(with_wide(network.measured, dict.fromkeys(found, why)), job.kept)
-    after = _estimate(made)
+    after = worst_estimate(made)
     if 1 - after / before < ratio * part:
         return network
     said = f"{len(found)} values in 16 bits for {100 * part:.1f} % more work: {decibel(before):.2f} dB -> {decibel(after):.2f} dB, estimated"
     return dataclasses.replace(made, account={**network.account, "residuals": said})
-
-
-def _estimate(network: QuantizedNetwork) -> float:
-    """Noise over power of the worst output."""
-    return float(estimate(network).max())

@@ -148,10 +148,19 @@ def estimate(network: QuantizedNetwork) -> np.ndarray:
     """float64[outputs], noise over power on a few samples: what the outputs of a network lose by its plan (`Survey.errors`)."""
 
     def found() -> Findings:
-        samples = itertools.islice(network.job.alike, SAMPLES)
-        return {"noise": Survey(network, network.integer).noise(network.measured.twin.session(), samples)}
+        return {"noise": Survey(network, network.integer).noise(network.measured.twin.session(), first_samples(network))}
 
     return network.remembered("estimate", found, lambda state: state["noise"])
+
+
+def worst_estimate(network: QuantizedNetwork) -> float:
+    """`estimate` of the worst output."""
+    return float(estimate(network).max())
+
+
+def first_samples(network: QuantizedNetwork) -> Iterator[Mapping[str, np.ndarray]]:
+    """The samples that tell what outputs lose."""
+    return itertools.islice(network.job.alike, SAMPLES)
 
 
 def without_sample(plan: QuantPlan, params: Mapping[str, QParams], ends: SampleEnds, index: int) -> dict[str, QParams]:

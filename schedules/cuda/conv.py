@@ -15,7 +15,7 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.cuda.gemm import Gemm
-from qcompiler.schedules.cuda.tail import can_go_on
+from qcompiler.schedules.cuda.tail import GoesOn
 from qcompiler.schedules.cuda.wgmma import AsynchronousGemm
 from qcompiler.schedules.depthwise_plan import refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
@@ -23,7 +23,7 @@ from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
 
 
 @dataclass
-class GemmRow:
+class GemmRow(GoesOn):
     """`qc.conv2d` or `qc.dense` on one unit."""
 
     operator: str
@@ -52,9 +52,6 @@ class GemmRow:
             g = plan.Geometry.of(op)
             return "channels of a group are no multiple of 4." if g.groups > 1 and g.inputs % 4 else None
         return "rows of the input are not aligned to 4 bytes." if x.channel_pitch % 4 and len(x.shape) != 4 else None
-
-    def goes_on(self, op: OpCall, after: OpCall) -> bool:
-        return can_go_on(op, after)
 
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         x = op.operands[0]

@@ -26,7 +26,7 @@ from qcompiler.schedules.cuda.base import local, transpose
 from qcompiler.schedules.cuda.cards import card_of
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, finish_arrays, quad
 from qcompiler.schedules.cuda.gemm_plan import repeated_byte
-from qcompiler.schedules.cuda.tail import can_go_on
+from qcompiler.schedules.cuda.tail import GoesOn
 from qcompiler.schedules.depthwise_plan import Geometry, refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
 from qcompiler.schedules.portable.threads import each, quarter, words
@@ -110,7 +110,7 @@ def space(g: Geometry) -> list[Tile]:
 
 
 @dataclass
-class DepthwiseRow:
+class DepthwiseRow(GoesOn):
     """`qc.conv2d` with as many groups as channels."""
 
     name: str = "cuda-dp4a/depthwise"
@@ -122,9 +122,6 @@ class DepthwiseRow:
         if isinstance(x, Layout) and (len(x.shape) != 4 or x.dtype != "int8"):
             return f"the input is {x.dtype} of rank {len(x.shape)}; supported: int8 images."
         return check_operands(op) or refuse_depthwise(op)
-
-    def goes_on(self, op: OpCall, after: OpCall) -> bool:
-        return can_go_on(op, after)
 
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         return [Need(pitch=4), *[Need() for _ in op.tensors[1:]]]

@@ -38,18 +38,17 @@ def _by_channel(call: OpCall) -> bool:
     return call.name == "qc.requantize" and np.asarray(call.operands[1]).size > 1
 
 
-def can_go_on(op: OpCall, after: OpCall) -> bool:
-    """Can a kernel that makes integers go on with an operator that reads them?"""
-    source, *rest = after.operands
-    integers = isinstance(source, Layout) and source.dtype in ("int8", "int16")
-    return integers and op.output.dtype in ("int8", "int16") and after.name in TAILS and all(isinstance(o, np.ndarray) for o in rest)
-
-
-class EndingRow(PortableRow):
-    """A plain row whose kernels compute tails."""
+class GoesOn:
+    """Rows whose kernels compute tails (`Ending`): those of integers, for operators that read them."""
 
     def goes_on(self, op: OpCall, after: OpCall) -> bool:
-        return can_go_on(op, after)
+        source, *rest = after.operands
+        integers = isinstance(source, Layout) and source.dtype in ("int8", "int16")
+        return integers and op.output.dtype in ("int8", "int16") and after.name in TAILS and all(isinstance(o, np.ndarray) for o in rest)
+
+
+class EndingRow(GoesOn, PortableRow):
+    """A plain row whose kernels compute tails."""
 
 
 class Tail:
