@@ -316,7 +316,7 @@ def test_labels_of_arrays(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a vector of integers"):
         load_labels(tmp_path / "z.npy", samples)
     (tmp_path / "y.tsv").write_text("a.png\t1\n")
-    with pytest.raises(DataError, match="goes with a folder of images; for array data give an .npy"):
+    with pytest.raises(DataError, match="goes with a folder of images or a calibration stored of one; for array data"):
         load_labels(tmp_path / "y.tsv", samples)
     with pytest.raises(DataError, match="can't be read as text: No such file"):
         load_labels(tmp_path / "none.tsv", samples)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx_nets import OnnxNet
+from PIL import Image
 from test_cpp import CPP, SOURCES, STRICT
 from test_cpp import run as call
 from transformer_nets import bert, sentences
@@ -24,7 +25,7 @@ from qcompiler.base.errors import DataError, ModelError, PlanError
 from qcompiler.base.shape_table import parse_shape, shape_rows
 from qcompiler.base.targets import find_target
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.calibration.data import take
+from qcompiler.calibration.data import load_labels, take
 from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.calibration.stored import open_source
 from qcompiler.cli.main import main
@@ -289,6 +290,7 @@ def test_the_command_line(folder: Path, text: tuple[Compilation, Path], tmp_path
     assert "was not compiled for a batch of 4; it has 1. Compile it for several: --input-shape 'NAME={1,4},...'" in capsys.readouterr().err
     for more, said in (
         (["--input-shape", "ids=1,8", "--input-shape", "ids=1,16"], "--input-shape ids is given twice"),
+        (["--state", "ids=a", "--state", "ids=b"], "--state ids is given twice"),
         (["--input-shape", "ids=1,8", "--shapes", str(tmp_path / "t.yaml")], "say it in one of them"),
         (["--shapes", str(tmp_path / "none.yaml")], "can't be read"),
     ):
@@ -488,3 +490,21 @@ def test_fitting_takes_the_least_padding() -> None:
     assert fitting.exact({"x": (4, 16)}) == 2 and fitting.exact({"x": (4, 8)}) is None
     assert [fitting.padded({"x": s}) for s in ((1, 3), (1, 9), (2, 9), (1, 17), (4, 33), (5, 1), (0, 4), (1, 2, 3))] == [0, 1, 2, 3, None, None, None, None]
     np.testing.assert_array_equal(fitting.pad("x", np.ones((1, 7), np.float32), 0), [[1] * 7 + [0]])
+
+
+def test_pictures_keep_their_names_in_batches_and_where_they_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data, stored, table = pictures(tmp_path / "pictures.onnx"), tmp_path / "data", tmp_path / "pictures.qcal", tmp_path / "labels.tsv"
+    data.mkdir()
+    (settings := tmp_path / "settings.yaml").write_text("scale: 1/255")
+    for i in range(7):
+        Image.new("RGB", (12, 12), (30 * i, 90, 200 - 20 * i)).save(data / f"{i}.png")
+    table.write_text("".join(f"{i}.png\t{i}\n" for i in range(7)))
+    shapes = ["--input-shape", "image={2,1},3,12,12"]
+    arguments = ["calibrate", str(model), "--data", str(data), "--preprocess", str(settings), "-o", str(stored), "--preset", "fast"]
+    assert main([*arguments, *shapes]) == 0
+    assert "-o FILE.so (and --input-shape, --preset as here)" in capsys.readouterr().out
+    two, one = ({"inputs": [{"name": "image", "shape": (n, 3, 12, 12), "dtype": "float32"}], "outputs": []} for n in (2, 1))
+    fitting, info = Fitting({**two, "shapes": [one]}), [TensorInfo("image", (2, 3, 12, 12), "float32")]
+    for samples in (open_source(data, info, settings, fitting), open_source(stored, info, fitting=fitting)):
+        assert samples.count == 3 and load_labels(table, samples).tolist() == [0, 1, 2, 3, 4, 5]
+        assert load_labels(table, take(samples, [0, 2])).tolist() == [0, 1, 4, 5]

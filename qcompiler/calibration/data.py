@@ -333,12 +333,18 @@ class _Taken:
     def __init__(self, source: Samples, indices: Sequence[int]) -> None:
         self._source, self._indices = source, set(indices)
         self.chosen = None if source.count is None else (source.count, list(indices))
-        self.names: Sequence[str] = ()
+        self.names = names_of(source.names, indices, source.count)
         self.count: int | None = len(self._indices)
 
     def __iter__(self) -> Iterator[Sample]:
         until = max(self._indices, default=-1) + 1
         return (sample for index, sample in enumerate(itertools.islice(self._source, until)) if index in self._indices)
+
+
+def names_of(names: Sequence[str], indices: Sequence[int], count: int | None) -> Sequence[str]:
+    """Of the names of all that `count` samples hold, as many each, those of the samples at `indices`."""
+    each = len(names) // (count or 1)
+    return [name for i in indices for name in names[i * each : (i + 1) * each]]
 
 
 def take(samples: Samples, indices: Sequence[int]) -> Samples:
@@ -380,7 +386,8 @@ def load_labels(labels: str | os.PathLike[str] | Iterable[int], samples: Samples
         return _chosen(class_indices(read_array(path), str(path)), samples)
     table = _read_label_table(path)
     if not samples.names:
-        raise DataError(f"{path}: a table of labels goes with a folder of images; for array data give an .npy with one class index per sample")
+        what = "a folder of images or a calibration stored of one; for array data give an .npy with one class index per sample"
+        raise DataError(f"{path}: a table of labels goes with {what}")
     lost = [n for n in samples.names if n not in table and Path(n).name not in table]
     if lost:
         raise DataError(f"{path}: no label for {len(lost)} of {len(samples.names)} images, '{lost[0]}' the first")

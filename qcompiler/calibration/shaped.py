@@ -18,23 +18,25 @@ from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo, as_array
 from qcompiler.calibration.arrays import read_header, read_headers
 from qcompiler.calibration.batches import is_batches, is_loader, named
-from qcompiler.calibration.data import ArraySamples, Sample, Samples, Source, check_names, check_sample, open_samples
+from qcompiler.calibration.data import ArraySamples, Sample, Samples, Source, check_names, check_sample, names_of, open_samples
 from qcompiler.runtime.shapes import Fitting, Shapes
 
 
 class ShapedSamples:
-    """Samples, each of one of the shapes of a network. which: their numbers. kept: the places of those that are handed out, None for all. names: labels of
-    all, where the source has some."""
+    """Samples, each of one of the shapes of a network. which: their numbers. kept: the places of those that are handed out, None for all. names: of all
+    that they hold, where the source has some. left_out: images of the source that make no whole sample."""
 
-    def __init__(self, read: Callable[[], Iterator[Sample]], which: Sequence[int], kept: Sequence[int] | None = None, names: Sequence[str] = ()) -> None:
-        self._read, self._which, self._names = read, which, names
+    def __init__(
+        self, read: Callable[[], Iterator[Sample]], which: Sequence[int], kept: Sequence[int] | None = None, names: Sequence[str] = (), left_out: int = 0
+    ) -> None:
+        self._read, self._which, self._names, self.left_out = read, which, names, left_out
         self._kept = list(range(len(which))) if kept is None else list(kept)
         if not which:
             raise DataError("the data is empty: at least one sample is needed")
 
     @property
     def names(self) -> Sequence[str]:
-        return [self._names[i] for i in self._kept] if self._names else ()
+        return names_of(self._names, self._kept, len(self._which))
 
     @property
     def count(self) -> int | None:
@@ -56,15 +58,15 @@ class ShapedSamples:
 
     def take(self, indices: Sequence[int]) -> ShapedSamples:
         """Some of these samples, in order."""
-        return ShapedSamples(self._read, self._which, sorted(self._kept[i] for i in indices), self._names)
+        return ShapedSamples(self._read, self._which, sorted(self._kept[i] for i in indices), self._names, self.left_out)
 
     def mapped(self, form: Callable[[Sample], Sample]) -> ShapedSamples:
         """These samples, each put into another form."""
-        return ShapedSamples(lambda: map(form, self._read()), self._which, self._kept, self._names)
+        return ShapedSamples(lambda: map(form, self._read()), self._which, self._kept, self._names, self.left_out)
 
     def at(self, shape: int) -> ShapedSamples:
         """Those of one shape."""
-        return ShapedSamples(self._read, self._which, [i for i in self._kept if self._which[i] == shape], self._names)
+        return ShapedSamples(self._read, self._which, [i for i in self._kept if self._which[i] == shape], self._names, self.left_out)
 
 
 def open_any(source: Source | Samples, inputs: Sequence[TensorInfo], fitting: Fitting, preprocess: Any = None, pixels: bool = False) -> Samples:
@@ -98,7 +100,7 @@ def _joined(parts: Sequence[ShapedSamples]) -> ShapedSamples:
 def _of(samples: Samples, number: int, finish: Callable[[Sample], Sample] = lambda sample: sample) -> ShapedSamples:
     """Samples that all have, or `finish` gives them, one shape."""
     assert samples.count is not None
-    return ShapedSamples(lambda: map(finish, samples), [number] * samples.count, names=samples.names)
+    return ShapedSamples(lambda: map(finish, samples), [number] * samples.count, names=samples.names, left_out=getattr(samples, "left_out", 0))
 
 
 def _first_fit(opened: Callable[[Sequence[TensorInfo]], Samples], forms: Sequence[Sequence[TensorInfo]]) -> ShapedSamples:

@@ -57,8 +57,6 @@ class StoredSamples:
     inputs at every shape of the samples; which: of every sample, at which. Raises DataError for what `save` did not write, and for samples of other inputs
     than `inputs` and those of `others`, the network at other shapes."""
 
-    names: Sequence[str] = ()
-
     def __init__(self, path: Path, inputs: Sequence[TensorInfo], others: Sequence[Sequence[TensorInfo]] = ()) -> None:
         self._path = path
         self._headers = read_headers(path, SUFFIX)
@@ -72,6 +70,9 @@ class StoredSamples:
             self.which = [int(i) for i in meta.get("which", [0] * self.count)]
             if len(self.which) != self.count or any(not 0 <= i < len(forms) for i in self.which):
                 raise ValueError("shapes of samples")
+            self.names: Sequence[str] = [str(name) for name in meta.get("names", [])]
+            if self.names and (not self.count or len(self.names) % self.count):
+                raise ValueError("names of samples")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a calibration that qcompiler stored ({type(error).__name__}: {error}); calibrate again") from error
         known = {_described(form): form for form in (*others, inputs)}
@@ -138,7 +139,7 @@ class StoredShaped(ShapedSamples):
 
     def __init__(self, file: StoredSamples, forms: Sequence[Sequence[TensorInfo]]) -> None:
         numbers = [_described(form) for form in forms]
-        super().__init__(lambda: iter(file), [numbers.index(_described(file.forms[i])) for i in file.which])
+        super().__init__(lambda: iter(file), [numbers.index(_described(file.forms[i])) for i in file.which], names=file.names)
         self.file, self.first = file, numbers.index(_described(file.inputs))
 
 
@@ -214,7 +215,8 @@ def save(
             described[name] = {"key": seen.key, "table": text(f"pass/{name}/table", table), "watchers": states, "digest": told}
         first, *more = ([{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in form] for form in (inputs, *others))
         meta = {"format": FORMAT, "model": model, "samples": len(which), "digest": digest.hexdigest(), "passes": described, "inputs": first}
-        text("meta", json.dumps(meta | ({"shapes": more, "which": which} if more else {})))
+        named = {"names": list(samples.names)} if samples.names else {}
+        text("meta", json.dumps(meta | named | ({"shapes": more, "which": which} if more else {})))
     return len(which)
 
 

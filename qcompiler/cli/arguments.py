@@ -47,10 +47,9 @@ def add_options(p: argparse.ArgumentParser, groups: Iterable[str], without: Iter
 
 
 def _add(p: argparse._ActionsContainer, name: str, option: Option) -> None:
-    flag = option.flag or f"--{name.replace('_', '-')}"
     settings: dict[str, Any] = {"dest": name, "help": _escaped(option)}
     if TYPES[name] is bool:
-        p.add_argument(flag, action="store_true", **settings)
+        p.add_argument(option.flag, action="store_true", **settings)
         return
     kinds = {typing.get_origin(k) or k for k in typing.get_args(TYPES[name]) or (TYPES[name],)}
     settings["metavar"] = option.metavar
@@ -61,7 +60,7 @@ def _add(p: argparse._ActionsContainer, name: str, option: Option) -> None:
     if option.choices:
         settings |= {"choices": option.choices, "default": option.default, "metavar": None}
     read = _WORDS.get(name) or (float if float in kinds else int if int in kinds else str)
-    p.add_argument(flag, type=read, **settings)
+    p.add_argument(option.flag, type=read, **settings)
 
 
 def _escaped(option: Option) -> str:

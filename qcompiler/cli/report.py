@@ -13,7 +13,7 @@ from qcompiler.cli.boards import on_board, session_of
 from qcompiler.cli.node_data import EXACT, add_node_data, node_data_path, write_node_data
 from qcompiler.cli.process import MISSED, complain, watched
 from qcompiler.cli.sheets import add_format
-from qcompiler.pipeline.options import DATA_HELP
+from qcompiler.pipeline.options import DATA_HELP, OPTIONS
 
 Verb = Callable[..., argparse.ArgumentParser]
 Show = Callable[[argparse.Namespace, Any, Callable[[], str]], None]
@@ -67,7 +67,8 @@ def _calibrate(options: argparse.Namespace, show: Show) -> int:
     count = made.path.stat().st_size
     document = {"output": str(made.path), "bytes": count, "samples": made.samples, "values": len(made.table.values), "warnings": made.warnings}
     text = f"{made.path}: {size(count)}, {made.samples} samples, statistics of {len(made.table.values)} values. Next: qcompiler compile {options.model} "
-    show(options, document, lambda: f"{text}--calibration {made.path} -o FILE.so")
+    again = ", ".join(OPTIONS[name].flag for name in chosen(options) if name not in ("samples", "preprocess"))
+    show(options, document, lambda: f"{text}--calibration {made.path} -o FILE.so{again and f' (and {again} as here)'}")
     return 0
 
 

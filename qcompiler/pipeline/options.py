@@ -5,6 +5,7 @@ To add one: a line in `Options`, and whoever reads it. It then is a keyword argu
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import textwrap
@@ -271,8 +272,13 @@ ARGUMENTS = {
 }
 """The arguments beside the options that the same functions and verbs share."""
 
+
+def _flagged(name: str, option: Option) -> Option:
+    return option if option.flag else dataclasses.replace(option, flag=f"--{name.replace('_', '-')}")
+
+
 _HINTS = typing.get_type_hints(Options, include_extras=True)
-OPTIONS: dict[str, Option] = {name: typing.get_args(hint)[1] for name, hint in _HINTS.items()}
+OPTIONS: dict[str, Option] = {name: _flagged(name, typing.get_args(hint)[1]) for name, hint in _HINTS.items()}
 TYPES: dict[str, Any] = {name: typing.get_args(hint)[0] for name, hint in _HINTS.items()}
 LISTS = frozenset(name for name, option in OPTIONS.items() if option.default == ())
 
