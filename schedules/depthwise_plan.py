@@ -174,9 +174,10 @@ class Tasks:
         return self.images * self.row_chunks * self.channel_chunks
 
 
-def default_tasks(g: Geometry, tiles: int, macs_per_task: int, limit: int = 16) -> Pair:
-    """(row tasks, channel tasks): a power of two in all, rows first."""
+def default_tasks(g: Geometry, tiles: int, macs_per_task: int, blocks: int = 1, limit: int = 16) -> Pair:
+    """(row tasks, channel tasks): a power of two in all. Of `blocks` of channels as many tasks as may be, then of `tiles` of rows, the rest of channels."""
     wanted = max(1, min(limit, g.macs // g.batch // macs_per_task))
     wanted = 1 << (wanted.bit_length() - 1)
-    rows = min(wanted, 1 << (tiles.bit_length() - 1))
+    first = min(wanted, 1 << (blocks.bit_length() - 1))
+    rows = min(wanted // first, 1 << (tiles.bit_length() - 1))
     return rows, wanted // rows

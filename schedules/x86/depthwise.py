@@ -373,9 +373,11 @@ class DepthwiseRow:
         keys = ("rows", "columns", "leftover", "split")
         points = [dict(zip(keys, p, strict=True)) | {"fold": 1} for p in product(*(space[k] for k in keys))]
         best = min(points, key=lambda p: self.cycles(g, p))
-        row_tasks, channel_tasks = default_tasks(g, -(-g.out[0] // best["rows"]), MACS_PER_TASK)
         apart = g.channels > self.unit.widths[0] and g.channels % self.unit.widths[0] > 0 and g.strides[0] > 1
         order = "rows" if apart and op.tensors[0].bytes > L2_BYTES else "channels"
+        # a block's weights are loaded once a task, and its rows stay in L1 for the next ones: tasks of whole blocks first
+        blocks = max(1, g.channels // self.unit.widths[0]) if order == "channels" else 1
+        row_tasks, channel_tasks = default_tasks(g, -(-g.out[0] // best["rows"]), MACS_PER_TASK, blocks)
         return best | {"width": self.unit.widths[0], "order": order, "row_tasks": row_tasks, "channel_tasks": channel_tasks}
 
     def instructions(self, fold: Fold) -> tuple[int, int, int]:
