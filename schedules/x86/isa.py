@@ -163,7 +163,8 @@ class X86(Isa):
 
 
 zen4 = measured("a Zen 4 core, whose 512-bit units are two 256-bit halves")
-# such a core does two dots of 512 bits in a cycle of those that the other costs count: a chain keeps it waiting twice as long
+# such a core does two dots of 512 bits in a cycle of those that the other costs count: a chain keeps it waiting twice as long, and an operand's load takes
+# as long as a dot
 zen5 = measured("a Zen 5 core, in times of a dot on a Zen 4 core")
 zen3 = measured("a Zen 3 core, which takes about 3.4 of the instructions of these kernels a cycle")
 skylake = guessed("two 512-bit units, as Skylake-X has them")
@@ -176,7 +177,7 @@ AVX512VNNI = X86(
     group=4,
     scratch_registers=1,
     dot_cost=zen4(1.0),
-    broadcast_cost=zen4(0.5),
+    broadcast_cost=zen5(1.0),
     weight_cost=zen4(1.0),
     epilogue_cost=zen4(2.0),
     latency=zen5(8.0),
