@@ -143,7 +143,7 @@ def test_the_pool_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     }
     (tmp_path / "model.h").write_text(_model_header(manifest, find_target("native")))
     flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{tmp_path}", "-Wno-pedantic")
-    program = build(tmp_path, "pool.c", *flags, CPP / "qc_runtime.c", CPP / "qc_threads.c")
+    program = build(tmp_path, "pool.c", *flags, *(CPP / f"qc_{part}.c" for part in ("model", "runtime", "threads")))
     assert run(program, "100000", TSAN_OPTIONS="halt_on_error=1").stdout == "ok\n"
 
 

@@ -190,7 +190,7 @@ def _c_string(text: str) -> str:
 
 
 def _model_header(manifest: dict[str, Any], target: Target) -> str:
-    """model.h: what the C runtime knows of the model."""
+    """model.h: what the C runtime knows of the model, for qc_model.c."""
 
     def port_bytes(port: dict[str, Any]) -> int:
         return int(math.prod(port["shape"])) * int(np.dtype(port["dtype"]).itemsize)
@@ -211,22 +211,22 @@ def _model_header(manifest: dict[str, Any], target: Target) -> str:
     lines.append(f"#define QC_TILES {int('amx_tile' in manifest['features'])}")
     lines += [f"#define QC_SHAPES {len(shapes)}", f"#define QC_AXES {max(kind_of.values(), default=0)}", f"#define QC_PADDED {int(bool(rules))}"]
     for name, what in (("INPUT", "inputs"), ("OUTPUT", "outputs")):
-        at_each = ", ".join(f"{{{', '.join(map(info, m[what]))}}}" for m in shapes)
+        at_each = ", ".join(f"(const qc_tensor_info[]){{{', '.join(map(info, m[what]))}}}" for m in shapes)
         axes = (f"{{{', '.join(str(kind_of.get((what, p['name'], a), 0)) for a in range(8))}}}" for p in manifest[what])
         lines += [f"#define QC_{name}_COUNT {len(manifest[what])}", f"#define QC_{name}S {at_each}", f"#define QC_{name}_AXES {', '.join(axes)}"]
-        sizes = ", ".join(f"{{{', '.join(f'{port_bytes(port)}u' for port in m[what]) or 0}}}" for m in shapes)
         most = ", ".join(f"{max(port_bytes(m[what][i]) for m in shapes)}u" for i in range(len(manifest[what]))) or 0
-        lines += [f"#define QC_{name}_BYTES {sizes}", f"#define QC_MOST_{name} {most}"]
+        lines.append(f"#define QC_MOST_{name} {most}")
     lines.append(f"#define QC_PADS {', '.join(_pad_rule(rules.get(p['name'])) for p in manifest['inputs'])}")
-    lines.append(f"#define QC_ENTRIES(X) {' '.join(f'X({entry_name(i)})' for i in range(len(shapes)))}")
+    lines.append(f"#define QC_ENTRIES(X) {'' if target.gpu else ' '.join(f'X({entry_name(i)})' for i in range(len(shapes)))}")
     lines += [f"#define QC_WORKSPACE {max(m['workspace'] for m in shapes)}u", f"#define QC_CONSTANTS {manifest['constants']}u"]
-    lines += [f"#define QC_STEPS {len(manifest['steps'])}", f"#define QC_STEP_COUNTS {', '.join(str(len(m['steps'])) for m in shapes)}"]
+    lines.append(f"#define QC_STEP_COUNTS {', '.join(str(len(m['steps'])) for m in shapes)}")
     numbers = [{p["name"]: i for i, p in enumerate(manifest[ports])} for ports in ("inputs", "outputs")]
     state = manifest.get("state", {})
     pairs = (f"{{{numbers[0][i]}, {numbers[1][o]}, {_first_bytes(manifest, i)}}}" for i, o in state.items())
     lines += [f"#define QC_STATE_COUNT {len(state)}", f"#define QC_STATES {', '.join(pairs)}"]
     test = manifest.get("selftest", {"vectors": 0, "probes": []})
-    lines += [f"#define QC_VECTORS {test['vectors']}", f"#define QC_PROBES {', '.join(_probe(p, manifest['layouts'][p['value']]) for p in test['probes'])}"]
+    lines += [f"#define QC_VECTORS {test['vectors']}", f"#define QC_PROBE_COUNT {len(test['probes'])}"]
+    lines.append(f"#define QC_PROBES {', '.join(_probe(p, manifest['layouts'][p['value']]) for p in test['probes'])}")
     lines.append(f"#define QC_TARGET {_c_string(manifest['target'])}")
     return "\n".join([*lines, f"#define QC_MISSING_FEATURE {_feature_test(target, manifest['features'])}", ""])
 
@@ -240,7 +240,7 @@ def _first_bytes(manifest: dict[str, Any], name: str) -> str:
 
 
 def _probe(probe: dict[str, Any], layout: dict[str, Any]) -> str:
-    """A probe of qc_selftest.c."""
+    """A model_probe of qc_model.h."""
     shape, size = layout["shape"], np.dtype(layout["storage"]).itemsize
     numbers = [1, 1, 1, math.prod(shape), 0, 0, 1, 1, math.prod(shape)]  # n, rows, columns, pitch, top, left, height, width, channels
     if "halo" in layout:
@@ -250,11 +250,11 @@ def _probe(probe: dict[str, Any], layout: dict[str, Any]) -> str:
     sums = ", ".join(f"{{0x{a}u, 0x{b}u}}" for a, b in probe["sums"])
     offset = 128 if layout["storage"] == "uint8" and "unsigned" not in layout else 0
     place = [probe["step"], int(layout["space"] == "output"), layout["offset"], *numbers, size, offset]
-    return f"{{{_c_string(probe['value'])}, {', '.join(map(str, place))}, {{{sums}}}}}"
+    return f"{{{_c_string(probe['value'])}, {', '.join(map(str, place))}, (const uint64_t[][2]){{{sums}}}}}"
 
 
 def _pad_rule(rule: Any) -> str:
-    """A pad_rule of qc_shapes.h."""
+    """A pad_rule of qc_model.h."""
     if rule is None:
         return "{0, 0.0}"
     return "{2, 0.0}" if rule == REPEAT else f"{{1, {float(rule)!r}}}"
@@ -284,7 +284,7 @@ def link(code: bytes, constants: np.ndarray, manifest: dict[str, Any], target: T
             file.write(_CODE)
         (folder / "exports.map").write_text(_EXPORTS)
         # No build id, no path, no time stamp: nothing but the inputs decides the bytes.
-        objects = runtime_objects(folder, sources, [*compiler, *COMPILE, *([] if lasting else ["-O1"])], target)
+        objects = runtime_objects(folder, sources, [*compiler, *COMPILE], target)
         command = [*compiler, "-shared", "-o", "out.so", *objects, "-x", "assembler", "data.s", "-x", "none", "code.o"]
         command += [*link_words(target, "m", "pthread", *(["dl"] if target.gpu else []))]
         command += ["-Wl,--build-id=none", "-Wl,--version-script=exports.map", "-Wl,-Bsymbolic", "-Wl,--gc-sections", "-s"]
@@ -302,12 +302,13 @@ def write_sources(folder: Path, code: bytes, constants: bytes | memoryview, enco
     (folder / "data.s").write_text(_DATA)
     (folder / "model.h").write_text(_model_header(manifest, target))
     sources = [
+        "qc_model.c",
         "qc_runtime.c",
         "qc_selftest.c",
         "qc_cuda.c" if target.gpu else "qc_threads.c",
         *(["qc_arm32.c"] if target.host_architecture == "armv7a" else []),
         *(["qc_bionic.c"] if target.android else []),
     ]
-    for name in (*sources, "qc_engine.h", "qc_launches.h", "qc_shapes.h"):
+    for name in (*sources, "qc_engine.h", "qc_launches.h", "qc_model.h", "qc_shapes.h"):
         shutil.copy(RUNTIME / name, folder)
     return sources

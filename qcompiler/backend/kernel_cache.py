@@ -1,8 +1,8 @@
 """Object code on disk, from one compilation to the next: of kernels, entry points and the C runtime.
 
-An entry's name is a digest of all that decides its bytes: its key, the target, TVM's version and every source file of this installation. So an entry
-is never out of date, only unused; the longest unused go when the folder grows beyond its limit. Each is written beside and renamed, and begins with a digest
-of its own: processes share the folder without locks, and a damaged entry is as good as none.
+An entry's name is a digest of all that decides its bytes: its key, the target, TVM's version and every source file of this installation, in Python and
+C. So an entry is never out of date, only unused; the longest unused go when the folder grows beyond its limit. Each is written beside and renamed, and begins
+with a digest of its own: processes share the folder without locks, and a damaged entry is as good as none.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def _read(path: Path) -> bytes | None:
 
 @functools.cache
 def installation() -> str:
-    """A digest of this compiler's sources, and TVM's version: what it does depends on nothing else."""
+    """A digest of this compiler's sources, those of the C runtime among them, and TVM's version: what it does depends on nothing else."""
     digest = hashlib.sha256(tvm.__version__.encode())
     for package in (qcompiler, passes, schedules):
         folder = Path(package.__path__[0])  # in a checkout the second one of qcompiler is the checkout, with all that lies there
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(f for f in folder.rglob("*.*") if f.suffix in (".py", ".c", ".h")):
             digest.update(f"\0{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return digest.hexdigest()

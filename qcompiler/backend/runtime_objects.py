@@ -1,5 +1,5 @@
-"""The C runtime of a library as object files: compiled on all cores, or taken from the cache of kernels (`kernel_cache.py`), as it depends on nothing of a
-network but its shapes."""
+"""The C runtime of a library as object files: compiled on all cores, or taken from the cache of kernels (`kernel_cache.py`). All of its sources but one
+depend on the target alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from qcompiler.base.targets import Target
 
 
 def runtime_objects(folder: Path, sources: Sequence[str], command: Sequence[str], target: Target) -> list[str]:
-    """Names of the object files, made in `folder` from C sources that lie there, beside all that they include. command: the compiler and its options. Raises
-    TargetError when it fails."""
+    """Names of the object files, made in `folder` from the runtime's C sources, which lie there beside all that they include. command: the compiler and its
+    options. Raises TargetError when it fails."""
     compiler = os.stat(command[0])
-    decisive = hashlib.sha256(repr((command, compiler.st_mtime_ns, compiler.st_size)).encode())
-    for file in sorted(folder.glob("*.[ch]")):
-        decisive.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    tool = (command, compiler.st_mtime_ns, compiler.st_size)
+    model = hashlib.sha256((folder / "model.h").read_bytes()).hexdigest()
 
     def made(source: str) -> bytes:
         done = subprocess.run([*command, "-x", "c", "-c", source, "-o", f"{source}.o"], cwd=folder, capture_output=True, text=True)
@@ -30,7 +29,9 @@ def runtime_objects(folder: Path, sources: Sequence[str], command: Sequence[str]
         return (folder / f"{source}.o").read_bytes()
 
     def placed(source: str) -> str:
-        (folder / f"{source}.o").write_bytes(cached(f"{source} {decisive.hexdigest()}", target, lambda: made(source)))
+        includes = b'#include "model.h"' in (folder / source).read_bytes()
+        key = f"{source} {tool} {model if includes else ''}"
+        (folder / f"{source}.o").write_bytes(cached(key, target, lambda: made(source)))
         return f"{source}.o"
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -2,7 +2,7 @@
  *
  *     pool LOOPS      (parallel loops in all, for each number of threads)
  *
- * Linked with qc_runtime.c and qc_threads.c; model.h says one float input "x \"?\\ é" [8], one output "y", one step. Exit 1 at the first wrong value. */
+ * Linked with qc_model.c, qc_runtime.c and qc_threads.c; model.h says one float input "x \"?\\ é" [8], one output "y", one step. Exit 1 at the first wrong value. */
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>

@@ -1,4 +1,4 @@
-/* The engine for NVIDIA GPUs, over the CUDA driver, which is looked for when the first session is made. `model.h`: see qc_runtime.c.
+/* The engine for NVIDIA GPUs, over the CUDA driver, which is looked for when the first session is made.
  *
  * Sessions of one library share code and constants on the device; each has a stream and memory of its own. All steps of a shape are recorded as one graph when a
  * session is made, and a run replays it; a driver that can't record gets one launch after the other. */
@@ -12,7 +12,7 @@
 
 #include "qc_engine.h"
 #include "qc_launches.h"
-#include "model.h"
+#include "qc_model.h"
 
 /* ---- the driver ------------------------------------------------------------------------------------------------------------------ */
 
@@ -86,7 +86,7 @@ static qc_status load_driver(void) {
   void* opened = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!opened)
     return fail(QC_ERROR_DEVICE, "this library was compiled for %s and needs an NVIDIA driver, and there is none here (%s); run it on a machine with one, or compile "
-                "the model for this machine's CPU", QC_TARGET, dlerror());
+                "the model for this machine's CPU", model.target, dlerror());
   const char* missing = 0;
   cuda.graphs = 1;
 #define FIND(name, symbol, arguments)                          \
@@ -167,7 +167,7 @@ static qc_status open_device(int* current) {
   int result = cuda.init(0), major = 0, minor = 0, version = 0;
   if (result == SUCCESS) result = cuda.device_get(&device.number, 0);
   if (result == NO_DEVICE)
-    return fail(QC_ERROR_DEVICE, "this library was compiled for %s, and there is no NVIDIA GPU here that the driver can use (CUDA_VISIBLE_DEVICES may hide one)", QC_TARGET);
+    return fail(QC_ERROR_DEVICE, "this library was compiled for %s, and there is no NVIDIA GPU here that the driver can use (CUDA_VISIBLE_DEVICES may hide one)", model.target);
   if (result != SUCCESS) return check(result, "to start", QC_ERROR_DEVICE);
   result = cuda.device_name(device.name, (int)sizeof device.name, device.number);
   if (result == SUCCESS) result = cuda.device_attribute(&major, COMPUTE_MAJOR, device.number);
@@ -177,7 +177,7 @@ static qc_status open_device(int* current) {
   int capability = 10 * major + minor;
   if (launch_one_capability ? capability != launch_capability : capability < launch_capability)
     return fail(QC_ERROR_DEVICE, "this library was compiled for %s, which needs compute capability %d.%d%s, and GPU %d (%s) has %d.%d; compile the model for it",
-                QC_TARGET, launch_capability / 10, launch_capability % 10, launch_one_capability ? "" : " or later", device.number, device.name, major, minor);
+                model.target, launch_capability / 10, launch_capability % 10, launch_one_capability ? "" : " or later", device.number, device.name, major, minor);
   if ((status = check(cuda.context_retain(&device.context, device.number), "to make a context", QC_ERROR_DEVICE))) return device.context = 0, status;
   if ((status = check(cuda.context_push(device.context), "to use its context", QC_ERROR_DEVICE))) return status;
   *current = 1;
@@ -189,8 +189,8 @@ static qc_status open_device(int* current) {
   if (!status && !device.kernels) status = fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   for (int32_t i = 0; i < launch_kernel_count && !status; ++i)
     status = check(cuda.module_function(&device.kernels[i], device.module, launch_kernels[i]), "to find a kernel in the library's code", QC_ERROR_LIBRARY);
-  if (!status) status = allocate(&device.constants, QC_CONSTANTS, "the weights");
-  if (!status) status = check(cuda.copy(device.constants, (address)(uintptr_t)qc_constants, QC_CONSTANTS, 0), "to copy the weights", QC_ERROR_DEVICE);
+  if (!status) status = allocate(&device.constants, model.constants, "the weights");
+  if (!status) status = check(cuda.copy(device.constants, (address)(uintptr_t)qc_constants, model.constants, 0), "to copy the weights", QC_ERROR_DEVICE);
   if (!status) status = check(cuda.stream_wait(0), "to copy the weights", QC_ERROR_DEVICE);
   return status;
 }
@@ -227,16 +227,12 @@ static void release_device(int current) {
 #define SPARE 256 /* bytes behind every buffer, which loads may touch; also their alignment */
 
 struct engine {
-  handle stream, graphs[QC_SHAPES]; /* null where the driver can't record one */
+  handle stream, *graphs;    /* of each shape: null where the driver can't record one */
   address memory, constants; /* one allocation; constants of the caller's, when there were any */
-  address workspace, counters, inputs[QC_INPUT_COUNT + 1], outputs[QC_OUTPUT_COUNT + 1];
+  address workspace, counters, *inputs, *outputs;
   address* pointers; /* every launch argument, resolved */
   void** arguments;  /* the address of each, as launches want it */
 };
-
-static const size_t input_bytes[QC_SHAPES][QC_INPUT_COUNT + 1] = {QC_INPUT_BYTES};
-static const size_t output_bytes[QC_SHAPES][QC_OUTPUT_COUNT + 1] = {QC_OUTPUT_BYTES};
-static const size_t most_input[] = {QC_MOST_INPUT}, most_output[] = {QC_MOST_OUTPUT}; /* bytes at the shape that needs most */
 
 static int32_t steps_of(int32_t shape) { return launch_starts[shape + 1] - launch_starts[shape]; }
 
@@ -280,7 +276,7 @@ void engine_destroy(engine* e) {
     int current = cuda.context_push(device.context) == SUCCESS;
     if (current) {
       if (e->stream) cuda.stream_wait(e->stream);
-      for (int32_t shape = 0; shape < QC_SHAPES; ++shape)
+      for (int32_t shape = 0; e->graphs && shape < model.shapes; ++shape)
         if (e->graphs[shape]) cuda.executable_destroy(e->graphs[shape]);
       if (e->constants) cuda.release(e->constants);
       if (e->memory) cuda.release(e->memory);
@@ -288,6 +284,9 @@ void engine_destroy(engine* e) {
     }
     release_device(current);
   }
+  free(e->graphs);
+  free(e->inputs);
+  free(e->outputs);
   free(e->pointers);
   free(e->arguments);
   free(e);
@@ -302,23 +301,26 @@ qc_status engine_create(int32_t threads, engine** made) {
     release_device(1);
     return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
   }
+  e->graphs = calloc((size_t)model.shapes, sizeof *e->graphs);
+  e->inputs = calloc((size_t)model.input_count + 1, sizeof *e->inputs);
+  e->outputs = calloc((size_t)model.output_count + 1, sizeof *e->outputs);
   e->pointers = calloc((size_t)launch_argument_count + 1, sizeof *e->pointers);
   e->arguments = calloc((size_t)launch_argument_count + 1, sizeof *e->arguments);
-  if (!e->pointers || !e->arguments) status = fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
-  size_t bytes = padded(QC_WORKSPACE) + padded((size_t)launch_counters * 4);
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) bytes += padded(most_input[i]);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) bytes += padded(most_output[i]);
+  if (!e->graphs || !e->inputs || !e->outputs || !e->pointers || !e->arguments) status = fail(QC_ERROR_MEMORY, "qc_session_create: out of memory");
+  size_t bytes = padded(model.workspace) + padded((size_t)launch_counters * 4);
+  for (int32_t i = 0; i < model.input_count; ++i) bytes += padded(model.most_input[i]);
+  for (int32_t i = 0; i < model.output_count; ++i) bytes += padded(model.most_output[i]);
   if (!status) status = allocate(&e->memory, bytes, "a session's tensors");
   if (!status) status = check(cuda.stream_create(&e->stream, STREAM_NON_BLOCKING), "to make a stream", QC_ERROR_DEVICE);
   if (!status) status = check(cuda.set_bytes(e->memory, 0, bytes, e->stream), "to clear memory", QC_ERROR_DEVICE);
   if (!status) {
     address at = e->workspace = e->memory;
-    at += padded(QC_WORKSPACE);
+    at += padded(model.workspace);
     e->counters = at, at += padded((size_t)launch_counters * 4);
-    for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) e->inputs[i] = at, at += padded(most_input[i]);
-    for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) e->outputs[i] = at, at += padded(most_output[i]);
+    for (int32_t i = 0; i < model.input_count; ++i) e->inputs[i] = at, at += padded(model.most_input[i]);
+    for (int32_t i = 0; i < model.output_count; ++i) e->outputs[i] = at, at += padded(model.most_output[i]);
     resolve_pointers(e, device.constants);
-    for (int32_t shape = 0; shape < QC_SHAPES; ++shape) record(e, shape);
+    for (int32_t shape = 0; shape < model.shapes; ++shape) record(e, shape);
     status = check(cuda.stream_wait(e->stream), "to set up a session", QC_ERROR_DEVICE);
   }
   leave_context();
@@ -387,15 +389,15 @@ static qc_status time_steps(engine* e, int32_t shape, int32_t begin, int32_t end
 
 static qc_status run(engine* e, const engine_memory* m, int32_t begin, int32_t end, double* seconds) {
   /* A part of the steps goes on from the caller's memory, and leaves all it did there; so does a library without ports (of kernels for a test). */
-  int whole = QC_OUTPUT_COUNT && begin == 0 && end == steps_of(m->shape);
-  const size_t *in = input_bytes[m->shape], *out = output_bytes[m->shape];
+  int whole = model.output_count && begin == 0 && end == steps_of(m->shape);
+  const qc_tensor_info *in = model.inputs[m->shape], *out = model.outputs[m->shape];
   qc_status status = QC_OK;
-  for (int32_t i = 0; i < QC_INPUT_COUNT && !status; ++i) status = upload(e, e->inputs[i], m->inputs[i], in[i]);
-  if (!whole && !status) status = upload(e, e->workspace, m->workspace, QC_WORKSPACE);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !whole && !status; ++i) status = upload(e, e->outputs[i], m->outputs[i], out[i]);
+  for (int32_t i = 0; i < model.input_count && !status; ++i) status = upload(e, e->inputs[i], m->inputs[i], in[i].bytes);
+  if (!whole && !status) status = upload(e, e->workspace, m->workspace, model.workspace);
+  for (int32_t i = 0; i < model.output_count && !whole && !status; ++i) status = upload(e, e->outputs[i], m->outputs[i], out[i].bytes);
   if (m->constants && !status) {
-    if (!e->constants) status = allocate(&e->constants, QC_CONSTANTS, "other weights");
-    if (!status) status = upload(e, e->constants, m->constants, QC_CONSTANTS);
+    if (!e->constants) status = allocate(&e->constants, model.constants, "other weights");
+    if (!status) status = upload(e, e->constants, m->constants, model.constants);
     if (!status) resolve_pointers(e, e->constants);
   }
   if (!status) {
@@ -404,8 +406,8 @@ static qc_status run(engine* e, const engine_memory* m, int32_t begin, int32_t e
     else status = launch_steps(e, m->shape, begin, end);
   }
   if (m->constants) resolve_pointers(e, device.constants);
-  if (!whole && !status) status = download(e, m->workspace, e->workspace, QC_WORKSPACE);
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT && !status; ++i) status = download(e, m->outputs[i], e->outputs[i], out[i]);
+  if (!whole && !status) status = download(e, m->workspace, e->workspace, model.workspace);
+  for (int32_t i = 0; i < model.output_count && !status; ++i) status = download(e, m->outputs[i], e->outputs[i], out[i].bytes);
   int finished = cuda.stream_wait(e->stream); /* even after a failure: nothing may touch the caller's memory later */
   return status ? status : check(finished, "during a run", QC_ERROR_GPU);
 }

@@ -1,30 +1,15 @@
 /* The self-test of a library: inputs from a recipe, and sums of values that have the same bits on every CPU.
- *
- * model.h says what there is: QC_VECTORS, and QC_PROBES, initializers of `probe`. qcompiler/runtime/selftest.py makes both, and the same inputs. */
+ * qcompiler/runtime/selftest.py makes the same inputs, and the sums. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 
 #include "qc_engine.h"
-#include "model.h"
+#include "qc_model.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
-#if QC_VECTORS
-
 enum { STREAMS = 64 };
-
-/* A value behind step `step`: in the workspace, or in output `place`. Element (n, h, w, c) is at
- * ((n * rows + top + h) * columns + left + w) * pitch + c; flip: what its bytes differ by from the canonical ones. */
-typedef struct {
-  const char* name;
-  int32_t step, output;
-  size_t place, n, rows, columns, pitch, top, left, height, width, channels, size;
-  unsigned char flip;
-  uint64_t sums[QC_VECTORS][2];
-} probe;
-
-static const probe probes[] = {QC_PROBES};
 
 /* Number `counter` of stream `seed` (splitmix64: Steele, Lea, Flood 2014). */
 static uint64_t mixed(uint64_t seed, uint64_t counter) {
@@ -73,7 +58,7 @@ static void fill(unsigned char* at, const qc_tensor_info* port, uint64_t seed, i
 }
 
 /* Whether the canonical bytes of a value have the sums that they should. */
-static int right(const probe* p, const unsigned char* base, int vector) {
+static int right(const model_probe* p, const unsigned char* base, int vector) {
   uint64_t a = 0, b = 0;
   uint32_t word = 0, held = 0;
   for (size_t n = 0; n < p->n; ++n)
@@ -92,40 +77,36 @@ static int right(const probe* p, const unsigned char* base, int vector) {
 }
 
 EXPORT qc_status qc_selftest(void) {
+  if (!model.vectors) return fail(QC_ERROR_STATE, "%s: this library has no test vectors; compile it with --selftest 2", __func__);
   qc_session* session;
   qc_status status = qc_session_create(1, &session);
   if (status) return status;
   unsigned char *raw = calloc(1, qc_workspace_bytes() + 64), *workspace = raw ? raw + (64 - (uintptr_t)raw % 64) % 64 : 0;
-  enum { INPUTS = QC_INPUT_COUNT, OUTPUTS = QC_OUTPUT_COUNT };
-  void *ports[INPUTS + OUTPUTS + 1] = {0}, *held[INPUTS + OUTPUTS + 1] = {0}; /* not the session's own: those of states can't be had */
+  const int32_t inputs = model.input_count, count = inputs + model.output_count;
+  void *ports[count + 1], *held[count + 1]; /* not the session's own: those of states can't be had */
+  memset(held, 0, sizeof held);
   if (!raw) status = fail(QC_ERROR_MEMORY, "%s: out of memory", __func__);
-  for (int32_t i = 0; i < INPUTS + OUTPUTS && !status; ++i) {
-    const size_t bytes = (i < INPUTS ? qc_input_info(i) : qc_output_info(i - INPUTS))->bytes;
+  for (int32_t i = 0; i < count && !status; ++i) {
+    const size_t bytes = (i < inputs ? qc_input_info(i) : qc_output_info(i - inputs))->bytes;
     held[i] = calloc(1, bytes + 192); /* vector loads may read past the end */
     if (!held[i]) status = fail(QC_ERROR_MEMORY, "%s: out of memory", __func__);
     else ports[i] = (unsigned char*)held[i] + (64 - (uintptr_t)held[i] % 64) % 64;
   }
-  for (int vector = 0; vector < QC_VECTORS && !status; ++vector) {
+  for (int vector = 0; vector < model.vectors && !status; ++vector) {
     int32_t done = 0;
-    for (int32_t i = 0; i < INPUTS; ++i) fill(ports[i], qc_input_info(i), (uint64_t)(vector * STREAMS + i), vector % 2);
-    for (size_t i = 0; i < sizeof probes / sizeof *probes && !status; ++i) {
-      const probe* p = &probes[i];
-      status = qc_session_execute(session, workspace, 0, (const void* const*)ports, ports + INPUTS, done, p->step + 1);
+    for (int32_t i = 0; i < inputs; ++i) fill(ports[i], qc_input_info(i), (uint64_t)(vector * STREAMS + i), vector % 2);
+    for (int32_t i = 0; i < model.probe_count && !status; ++i) {
+      const model_probe* p = &model.probes[i];
+      status = qc_session_execute(session, workspace, 0, (const void* const*)ports, ports + inputs, done, p->step + 1);
       done = p->step + 1;
-      const unsigned char* base = p->output ? ports[INPUTS + p->place] : workspace + p->place;
+      const unsigned char* base = p->output ? ports[inputs + (int32_t)p->place] : workspace + p->place;
       if (!status && !right(p, base, vector))
         status = fail(QC_ERROR_SELFTEST, "self-test: value '%s' of test vector %d is wrong: this machine computes wrongly, or the library is damaged", p->name, vector);
     }
-    if (!status) status = qc_session_execute(session, workspace, 0, (const void* const*)ports, ports + INPUTS, done, QC_STEPS);
+    if (!status) status = qc_session_execute(session, workspace, 0, (const void* const*)ports, ports + inputs, done, model.steps[0]);
   }
-  for (int32_t i = 0; i < INPUTS + OUTPUTS; ++i) free(held[i]);
+  for (int32_t i = 0; i < count; ++i) free(held[i]);
   free(raw);
   qc_session_destroy(session);
   return status;
 }
-
-#else
-
-EXPORT qc_status qc_selftest(void) { return fail(QC_ERROR_STATE, "%s: this library has no test vectors; compile it with --selftest 2", __func__); }
-
-#endif

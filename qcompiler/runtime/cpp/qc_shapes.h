@@ -1,23 +1,8 @@
-/* The shapes that a library was compiled for: which of them fits what a caller has, and arrays padded to it. Part of qc_runtime.c.
- *
- * `model.h` says QC_SHAPES, the ports of each shape (shape 0 first), and of every axis of a port whether it varies from shape to shape: 0 if not, else the
- * number of its kind, from 1 on (QC_INPUT_AXES, QC_OUTPUT_AXES). Axes of one kind are as long as each other at every shape. QC_PADS: of every input how
- * it may be padded, {0: not at all, 1: with `value`, 2: by repeating the last slice}. */
+/* The shapes that a library was compiled for: which of them fits what a caller has, and arrays padded to it. Part of qc_runtime.c. */
 #ifndef QC_SHAPES_H
 #define QC_SHAPES_H
 
-#include "model.h"
-
-typedef struct { int32_t kind; double value; } pad_rule;
-enum { PAD_NEVER, PAD_VALUE, PAD_REPEAT };
-
-static const qc_tensor_info input_infos[QC_SHAPES][QC_INPUT_COUNT + 1] = {QC_INPUTS};
-static const qc_tensor_info output_infos[QC_SHAPES][QC_OUTPUT_COUNT + 1] = {QC_OUTPUTS};
-static const size_t most_input[] = {QC_MOST_INPUT}, most_output[] = {QC_MOST_OUTPUT}; /* bytes at the shape that needs most */
-static const int32_t step_counts[QC_SHAPES] = {QC_STEP_COUNTS};
-static const int8_t input_axes[QC_INPUT_COUNT + 1][QC_MAX_RANK] = {QC_INPUT_AXES};
-static const int8_t output_axes[QC_OUTPUT_COUNT + 1][QC_MAX_RANK] = {QC_OUTPUT_AXES};
-static const pad_rule pad_rules[QC_INPUT_COUNT + 1] = {QC_PADS};
+#include "qc_model.h"
 
 static size_t element_bytes(qc_dtype dtype) {
   static const size_t bytes[] = {4, 1, 1, 4, 8, 1, 8, 2, 2, 2, 4, 8};
@@ -43,12 +28,12 @@ static void say_shape(sentence* s, const char* name, const int64_t* extents, int
 
 /* Write to extents[kind] how long the axes of that kind are (0: nothing says). False where `given` contradicts itself or could never be this library's. */
 static int lengths(const qc_shape* given, const int32_t* ports, int32_t count, int64_t* extents) {
-  for (int32_t kind = 0; kind <= QC_AXES; ++kind) extents[kind] = 0;
+  for (int32_t kind = 0; kind <= model.axes; ++kind) extents[kind] = 0;
   for (int32_t g = 0; g < count; ++g) {
-    const qc_tensor_info* info = &input_infos[0][ports[g]];
+    const qc_tensor_info* info = &model.inputs[0][ports[g]];
     if (given[g].rank != info->rank) return 0;
     for (int32_t a = 0; a < info->rank; ++a) {
-      int8_t kind = input_axes[ports[g]][a];
+      int8_t kind = model.input_axes[ports[g]][a];
       int64_t extent = given[g].shape[a];
       if (extent < 1 || (kind == 0 && extent != info->shape[a]) || (kind && extents[kind] && extents[kind] != extent)) return 0;
       if (kind) extents[kind] = extent;
@@ -59,16 +44,16 @@ static int lengths(const qc_shape* given, const int32_t* ports, int32_t count, i
 
 /* How long the axes of a kind are at a compiled shape. */
 static int64_t compiled_length(int32_t shape, int32_t kind) {
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i)
-    for (int32_t a = 0; a < input_infos[shape][i].rank; ++a)
-      if (input_axes[i][a] == kind) return input_infos[shape][i].shape[a];
+  for (int32_t i = 0; i < model.input_count; ++i)
+    for (int32_t a = 0; a < model.inputs[shape][i].rank; ++a)
+      if (model.input_axes[i][a] == kind) return model.inputs[shape][i].shape[a];
   return 0;
 }
 
 static int may_pad(int32_t kind) {
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i)
-    for (int32_t a = 0; a < input_infos[0][i].rank; ++a)
-      if (input_axes[i][a] == kind && pad_rules[i].kind == PAD_NEVER) return 0;
+  for (int32_t i = 0; i < model.input_count; ++i)
+    for (int32_t a = 0; a < model.inputs[0][i].rank; ++a)
+      if (model.input_axes[i][a] == kind && model.pads[i].kind == PAD_NEVER) return 0;
   return 1;
 }
 
@@ -77,17 +62,17 @@ static int32_t fitting(const qc_shape* given, const int32_t* ports, int32_t coun
   if (!lengths(given, ports, count, extents)) return -1;
   int32_t best = -1;
   double least = 0;
-  for (int32_t shape = 0; shape < QC_SHAPES; ++shape) {
+  for (int32_t shape = 0; shape < model.shapes; ++shape) {
     int fits = 1;
     double size = 1;
-    for (int32_t kind = 1; kind <= QC_AXES && fits; ++kind) {
+    for (int32_t kind = 1; kind <= model.axes && fits; ++kind) {
       int64_t there = compiled_length(shape, kind), wanted = extents[kind];
       fits = wanted == 0 || there == wanted || (there > wanted && may_pad(kind));
       if (wanted && there != wanted) size *= (double)there / (double)wanted;
     }
     if (fits && (best < 0 || size < least)) best = shape, least = size;
   }
-  for (int32_t kind = 1; kind <= QC_AXES && best >= 0; ++kind)
+  for (int32_t kind = 1; kind <= model.axes && best >= 0; ++kind)
     if (!extents[kind]) extents[kind] = compiled_length(best, kind);
   return best;
 }

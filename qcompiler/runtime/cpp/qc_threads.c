@@ -1,4 +1,4 @@
-/* The engine for CPUs: generated code, and a thread pool for its parallel loops. `model.h`: see qc_runtime.c. */
+/* The engine for CPUs: generated code, and a thread pool for its parallel loops. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <limits.h>
@@ -15,18 +15,11 @@
 #include <unistd.h>
 
 #include "qc_engine.h"
-#include "model.h"
+#include "qc_model.h"
 
 /* ---- what the generated code calls and provides ---------------------------------------------------------------------------------- */
 
-/* The calling convention of generated entry points (TVM FFI): 16-byte tagged values. */
-typedef struct { int32_t type; uint32_t padding; union { int64_t integer; void* pointer; } value; } argument;
 enum { ARGUMENT_NONE = 0, ARGUMENT_INT = 1, ARGUMENT_POINTER = 4 };
-typedef int entry(void* self, const argument* arguments, int32_t count, argument* result);
-#define DECLARE(name) entry __tvm_ffi_##name;
-#define POINTER(name) __tvm_ffi_##name,
-QC_ENTRIES(DECLARE)
-static entry* const entries[QC_SHAPES] = {QC_ENTRIES(POINTER)};
 
 /* Generated code reports a wrong argument type this way; the types below are always right. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int32_t count) {
@@ -216,7 +209,7 @@ void engine_destroy(engine* e) {
   release(e);
 }
 
-#if QC_TILES
+#if defined(__x86_64__)
 /* AMX tiles are 8 KB of state per thread, which Linux (5.16 and later) gives to a process on request only; all its threads then have them. */
 static qc_status request_tiles(void) {
   enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM of asm/prctl.h and the number of the state component */
@@ -224,13 +217,13 @@ static qc_status request_tiles(void) {
   return fail(QC_ERROR_DEVICE,
               "this library was compiled for %s, and Linux refuses it AMX tiles (%s): they need version 5.16 or later and, where a thread has an "
               "alternate signal stack, one large enough for them",
-              QC_TARGET, strerror(errno));
+              model.target, strerror(errno));
 }
 #endif
 
 qc_status engine_create(int32_t threads, engine** made) {
-#if QC_TILES
-  qc_status granted = request_tiles();
+#if defined(__x86_64__)
+  qc_status granted = model.tiles ? request_tiles() : QC_OK;
   if (granted) return granted;
 #endif
   engine* e = allocate(sizeof *e);
@@ -238,11 +231,11 @@ qc_status engine_create(int32_t threads, engine** made) {
   e->threads = threads;
   e->lasted = LONG_NS; /* unknown yet */
   atomic_init(&e->ticket, CLOSED);
-  e->workspace = allocate_tensor(QC_WORKSPACE);
+  e->workspace = allocate_tensor(model.workspace);
   e->workers = calloc((size_t)threads, sizeof *e->workers);
   if (!e->workspace || !e->workers) {
     engine_destroy(e);
-    return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory (a workspace of %zu bytes)", (size_t)QC_WORKSPACE);
+    return fail(QC_ERROR_MEMORY, "qc_session_create: out of memory (a workspace of %zu bytes)", model.workspace);
   }
   e->owner = getpid();
   for (int32_t i = 0; i + 1 < threads; ++i) {
@@ -272,19 +265,19 @@ static qc_status run_steps(engine* e, entry* run, argument* a, int32_t n, int32_
 }
 
 qc_status engine_run(engine* e, const engine_memory* memory, int32_t begin, int32_t end, double* seconds) {
-  argument a[4 + QC_INPUT_COUNT + QC_OUTPUT_COUNT];
+  argument a[4 + model.input_count + model.output_count];
   int32_t n = 0;
   a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = memory->workspace ? memory->workspace : e->workspace;
   a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = (void*)(memory->constants ? memory->constants : qc_constants);
-  for (int32_t i = 0; i < QC_INPUT_COUNT; ++i) a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = (void*)memory->inputs[i];
-  for (int32_t i = 0; i < QC_OUTPUT_COUNT; ++i) a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = memory->outputs[i];
+  for (int32_t i = 0; i < model.input_count; ++i) a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = (void*)memory->inputs[i];
+  for (int32_t i = 0; i < model.output_count; ++i) a[n].type = ARGUMENT_POINTER, a[n++].value.pointer = memory->outputs[i];
   a[n++].type = ARGUMENT_INT;
   a[n++].type = ARGUMENT_INT;
-  if (!seconds) return run_steps(e, entries[memory->shape], a, n, begin, end);
+  if (!seconds) return run_steps(e, model.entries[memory->shape], a, n, begin, end);
   qc_status status = QC_OK;
   for (int32_t i = begin; i < end && !status; ++i) {
     int64_t start = now_ns();
-    status = run_steps(e, entries[memory->shape], a, n, i, i + 1);
+    status = run_steps(e, model.entries[memory->shape], a, n, i, i + 1);
     seconds[i] = (double)(now_ns() - start) * 1e-9;
   }
   return status;
