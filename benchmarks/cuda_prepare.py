@@ -57,7 +57,7 @@ def row_cases(target: Target) -> dict[str, Any]:
             found |= group
     for unit in gemm.UNITS:
         if unit.name in target.rows:
-            found |= {f"{unit.name}/{name}": pair for name, pair in gemm.kernels(unit).items()}
+            found |= {f"{gemm.tag(unit)}/{name}": pair for name, pair in gemm.kernels(unit).items()}
     found |= importlib.import_module("test_cuda_tails").ended(target)
     for name, conv in depthwise.CONVS.items():
         case = conv.case()

@@ -11,7 +11,7 @@ from qcompiler import schedules
 from qcompiler.base.targets import Target
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.harness import fetch, store
-from qcompiler.schedules.table import Kernel, Layout, OpCall, select
+from qcompiler.schedules.table import Kernel, Layout, OpCall, Row, select
 
 HALO = (1, 2, 3, 1)
 GARBAGE = -77  # in halos that no kernel may read
@@ -50,8 +50,8 @@ class Case:
             assert result.dtype == self.expected.dtype
             np.testing.assert_array_equal(result, self.expected)
 
-    def prepare(self, target: Target, params: dict[str, Any] | None = None) -> Kernel:
-        """The kernel of the row that is selected, or with `params` a point of its design space; inputs as it needs them, and what to expect."""
+    def prepare(self, target: Target, params: dict[str, Any] | None = None, row: Row | None = None) -> Kernel:
+        """The kernel of the row that is selected, or of `row`, with `params` at a point of its design space; inputs as it needs them, and what to expect."""
         schedules.load(target)
         with np.errstate(over="ignore"):
             self.expected = np.asarray(numerics.OPERATORS[self.name](*self.operands, **self.attrs))
@@ -63,7 +63,7 @@ class Case:
         self.output = layout(self.expected, self.out)
         stored = [o if i in self.constants else layouts[i] for i, o in enumerate(self.operands)]
         self.op = op = OpCall(self.name, stored, self.attrs, self.output, "node")
-        row = select(op, target)
+        row = row or select(op, target)
         needs = iter(row.needs(op, target))
         self.inputs = []
         for i, operand in enumerate(self.operands):

@@ -38,11 +38,11 @@ def instructions(kernels: dict[str, Kernel], target: Target, folder: Path) -> di
     return found
 
 
-def conv(target: Target, size: int, inputs: int, outputs: int, kernel: int, groups: int = 1, batch: int = 8, residual: bool = False) -> Kernel:
+def conv(target: Target, size: int, inputs: int, outputs: int, kernel: int, groups: int = 1, batch: int = 8, residual: bool = False, weight: int = 8) -> Kernel:
     layouts = [Layout((batch, size, size, c), "int8") for c in (inputs, outputs)]
-    weight = np.ones((outputs, kernel, kernel, inputs // groups), np.int8)
+    weights = np.full((outputs, kernel, kernel, inputs // groups), weight, np.int8)
     attrs: dict[str, Any] = {"strides": [1, 1], "padding": [kernel // 2] * 4, "dilation": [1, 1], "groups": groups, "x_zero_point": -3, "zero_point": 2}
-    operands: list[Any] = [layouts[0], weight, np.zeros(outputs, np.int32), np.ones(outputs, np.float32)]
+    operands: list[Any] = [layouts[0], weights, np.zeros(outputs, np.int32), np.ones(outputs, np.float32)]
     if residual:
         operands.append(layouts[1])
         attrs |= {"residual_zero_point": 1, "residual_multiplier": 1000, "residual_shift": 10}
@@ -119,6 +119,8 @@ def test_instructions(name: str, tmp_path: Path) -> None:
         "depthwise": conv(target, 14, 96, 96, 3, groups=96),
         "depthwise_five": conv(target, 28, 240, 240, 5, groups=240, batch=1),
         "add": add(target),
+        "four_bits": conv(target, 14, 256, 1024, 1, residual=True, weight=7, batch=1),
+        "four_bits_small": conv(target, 7, 2048, 512, 1, batch=1, weight=-8),
     }
     for symbol, counts in instructions(kernels, target, tmp_path).items():
         row = kernels[symbol].row
@@ -130,7 +132,12 @@ def test_instructions(name: str, tmp_path: Path) -> None:
         if row.startswith(("cuda-mma", "cuda-wgmma")):
             assert (counts["LDSM"] > 0) == row.startswith("cuda-mma") and counts["LDGSTS"] > 0, f"{symbol}: operands are not staged as the row says"
             assert counts["LDG 128"] > 0, f"{symbol}: the end reads single words"
-            assert counts["STG 128"] + counts["STG 64"] > 0 or symbol == "grouped", f"{symbol}: the end writes single words"  # lanes have 4 channels there
+            assert counts["STG 128"] + counts["STG 64"] > 0 or kernels[symbol].params["wn"] == 16, (
+                f"{symbol}: the end writes single words"
+            )  # or lanes have 4 channels
+        assert row.endswith("-int4") == symbol.startswith("four_bits"), row
+        if row.endswith("-int4"):  # packed weights come from shared memory in long words
+            assert counts["LDS 128"] + counts["LDS 64"] > 0, (symbol, counts)
         shared = kernels[symbol].counters > 0
         assert shared == (symbol == "small"), f"{symbol}: {kernels[symbol].params}"
         fences = counts["MEMBAR"] - counts["FENCE"]  # without those of what tensor cores read by themselves

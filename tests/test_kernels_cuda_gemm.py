@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import subprocess
 import sys
@@ -21,12 +22,22 @@ from qcompiler.base.targets import find_target
 from qcompiler.numerics import operators as numerics
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.cards import card_of
+from qcompiler.schedules.cuda.conv import GemmRow
 from qcompiler.schedules.harness import fetch
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 
-TARGETS = {plan.WGMMA: find_target("cuda-sm90a"), plan.MMA: find_target("cuda-sm80"), plan.DP4A: find_target("cuda-sm75")}
+ARCHITECTURES = {"cuda-wgmma": "cuda-sm90a", "cuda-mma": "cuda-sm80", "cuda-dp4a": "cuda-sm75"}
+TARGETS = {unit: find_target(ARCHITECTURES[unit.name]) for unit in plan.UNITS}
 UNITS = list(TARGETS)
 schedules.load(TARGETS[plan.MMA])
+
+
+def tag(unit: plan.Unit) -> str:
+    return unit.name + "-int4" * (unit.bits == 4)
+
+
+def row_of(unit: plan.Unit, operator: str) -> Any:
+    return next(r for r in KERNELS[operator] if getattr(r, "unit", None) == unit)
 
 
 @dataclass
@@ -47,13 +58,15 @@ class Conv:
     out: Any = None
     layout: Any = None
 
-    def case(self, seed: int = 0) -> Case:
-        rng = np.random.default_rng(seed)
+    def case(self, seed: int = 0, bits: int = 8) -> Case:
+        """bits: that all weights fit into."""
+        rng, most = np.random.default_rng(seed), 1 << (bits - 1)
         shape = (self.outputs, *self.kernel, self.image[-1] // self.groups)
-        w = rng.choice(np.array([-127, 127], np.int8), shape) if self.extreme else rng.integers(-128, 128, shape).astype(np.int8)
+        ends = [-127, 127] if bits == 8 else [-most, most - 1]
+        w = rng.choice(np.array(ends, np.int8), shape) if self.extreme else rng.integers(-most, most, shape).astype(np.int8)
         x = rng.choice(np.array([-128, 127], np.int8), self.image) if self.extreme else data(seed, *self.image)
         bias = rng.integers(-9000, 9000, self.outputs).astype(np.int32)
-        typical = 70 * 74 * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
+        typical = 70 * (most * 74 / 128) * np.sqrt(w[0].size) * (2.0**-11 if self.residual else 1.0)
         multiplier = (self.scale * rng.uniform(20, 90, self.outputs) / typical).astype(np.float32)
         attrs: dict[str, Any] = {"x_zero_point": -7, "zero_point": 5, "low": -128, "high": 127, "out_dtype": "int8"}
         if self.kernel:
@@ -112,17 +125,18 @@ def split(tile: plan.Tile, g: plan.Geometry, rng: random.Random) -> plan.Tile:
 
 def kernels(unit: plan.Unit) -> dict[str, tuple[Case, Any]]:
     """Each case as the heuristic builds it, at a random tiling, and at a random one whose tiles several blocks share where the reduction is long enough."""
-    rng, found = random.Random(unit.name), {}
+    rng, found = random.Random(tag(unit)), {}
     for name, conv in CONVS.items():
-        case = conv.case()
-        found[f"{name}_0"] = (case, case.prepare(TARGETS[unit]))
+        case = conv.case(bits=unit.bits)
+        row = row_of(unit, case.name)
+        found[f"{name}_0"] = (case, case.prepare(TARGETS[unit], row=row))
         g, tilings = plan.Geometry.of(case.op), [rng.choice(plan.tiles(unit))]
         short = [t for t in plan.tiles(unit) if t.bk < g.depth]
         if short:
             tilings.append(split(rng.choice(short), g, rng))
         for i, tile in enumerate(tilings, 1):
             mine = copy.copy(case)
-            found[f"{name}_{i}"] = (mine, mine.prepare(TARGETS[unit], tile.params()))
+            found[f"{name}_{i}"] = (mine, mine.prepare(TARGETS[unit], tile.params(), row))
     return found
 
 
@@ -131,35 +145,35 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     result = {}
     for unit in UNITS:
         built = kernels(unit)
-        result[unit.name] = built, Emulated({n: k for n, (_, k) in built.items()}, TARGETS[unit], tmp_path_factory.mktemp(unit.name))
+        result[tag(unit)] = built, Emulated({n: k for n, (_, k) in built.items()}, TARGETS[unit], tmp_path_factory.mktemp(tag(unit)))
     return result
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+@pytest.mark.parametrize("unit", UNITS, ids=tag)
 @pytest.mark.parametrize("name", CONVS)
 def test_exact(name: str, unit: plan.Unit, emulated: dict[str, Any]) -> None:
-    built, library = emulated[unit.name]
+    built, library = emulated[tag(unit)]
     for symbol in (f"{name}_{i}" for i in range(3) if f"{name}_{i}" in built):
         case, kernel = built[symbol]
-        assert kernel.row.startswith(unit.name), kernel.row
+        assert kernel.row == row_of(unit, case.name).name
         assert kernel.macs == case.expected.size * np.prod(case.operands[1].shape[1:])
         case.check(library.run(symbol, case.inputs, case.output))
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+@pytest.mark.parametrize("unit", UNITS, ids=tag)
 def test_blocks_share_tiles(unit: plan.Unit, emulated: dict[str, Any]) -> None:
     """The cases above include many whose tiles are shared, with equal shares and with unequal ones."""
-    shared = [(plan.Tile(**k.params), plan.Geometry.of(c.op)) for c, k in emulated[unit.name][0].values() if k.counters]
+    shared = [(plan.Tile(**k.params), plan.Geometry.of(c.op)) for c, k in emulated[tag(unit)][0].values() if k.counters]
     ragged = [t for t, g in shared if -(-g.depth // t.bk) % t.share(g)]
     assert len(shared) >= 8 and 2 <= len(ragged) < len(shared), [t.split_k for t, _ in shared]
     assert any(g.outputs % t.bn and g.outputs % 4 for t, g in shared) and any(g.pixels % t.bm for t, g in shared), "no ragged channels or pixels among them"
     assert any(g.x.shape[0] > 1 for _, g in shared) and any(g.groups > 1 for _, g in shared), "no batch or groups among them"
     assert any(t.wk > 1 for t, _ in shared) or unit.warps > 1, "no warps that share a tile among them"
     assert any(t.stages > 2 for t, _ in shared), "no deep prologues among them"
-    assert any(k.counters and len(c.op.tensors) == 2 for c, k in emulated[unit.name][0].values()), "no residual among them"
+    assert any(k.counters and len(c.op.tensors) == 2 for c, k in emulated[tag(unit)][0].values()), "no residual among them"
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+@pytest.mark.parametrize("unit", UNITS, ids=tag)
 def test_channel_order_is_a_permutation_and_swizzling_avoids_conflicts(unit: plan.Unit) -> None:
     for tile in plan.tiles(unit)[::37]:
         assert sorted(plan.channel_order(tile, unit)) == list(range(tile.bn))
@@ -169,7 +183,7 @@ def test_channel_order_is_a_permutation_and_swizzling_avoids_conflicts(unit: pla
             assert len(places) == min(8, 8 if chunks > 1 else 1)
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
+@pytest.mark.parametrize("unit", UNITS, ids=tag)
 def test_the_choice_fills_the_machine(unit: plan.Unit) -> None:
     """Large layers get large tiles; small ones are cut until most multiprocessors have work."""
     arch = str(TARGETS[unit].tvm["arch"])
@@ -181,7 +195,7 @@ def test_the_choice_fills_the_machine(unit: plan.Unit) -> None:
         return tile, -(-g.pixels // tile.bm) * -(-g.outputs // tile.bn)
 
     large, blocks = choice(32, 28, 128, 128)
-    assert large.bm * large.bn >= 64 * 64 and blocks >= 0.7 * card_of(arch).processors
+    assert (large.bm * large.bn >= 64 * 64 or unit is plan.DP4A_FOUR) and blocks >= 0.7 * card_of(arch).processors  # half the bytes: dp4a needs no large tiles
     small, blocks = choice(1, 7, 512, 512)
     assert small.wk > 1 or blocks * small.split_k >= card_of(arch).processors // 2
     if unit is plan.MMA:
@@ -191,7 +205,7 @@ def test_the_choice_fills_the_machine(unit: plan.Unit) -> None:
 
 def test_a_tiling_that_cannot_be_is_refused() -> None:
     x = Layout((1, 4, 4, 32), "int8")
-    op = OpCall("qc.conv2d", [x, np.ones((32, 1, 1, 32), np.int8), np.zeros(32, np.int32), np.ones(32, np.float32)], Conv(x.shape, 32).case().attrs, x)
+    op = OpCall("qc.conv2d", [x, np.full((32, 1, 1, 32), 8, np.int8), np.zeros(32, np.int32), np.ones(32, np.float32)], Conv(x.shape, 32).case().attrs, x)
     row = select(op, TARGETS[plan.MMA])
     base = row.default(op, TARGETS[plan.MMA]) | {"wm": 16, "wn": 32, "bm": 64, "bn": 64, "bk": 64, "wk": 1}
     row.build(op, base, TARGETS[plan.MMA])
@@ -215,9 +229,41 @@ def test_what_the_tiled_rows_leave() -> None:
     op = OpCall("qc.conv2d", [x, np.ones((9, 3, 3, 2), np.int8), np.zeros(9, np.int32), np.ones(9, np.float32)], {"groups": 3}, Layout((1, 2, 2, 9), "int8"))
     op.attrs |= {"strides": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
     for unit, target in TARGETS.items():
-        row = next(r for r in KERNELS["qc.conv2d"] if r.name == f"{unit.name}/conv2d")
-        assert "multiple of 4" in str(row.refuse(op, target))
+        assert "multiple of 4" in str(row_of(unit, "qc.conv2d").refuse(op, target))
         assert select(op, target).name == "cuda/conv2d"
+
+
+def dense(rows: int, inputs: int, outputs: int, weight: int, dtype: str = "int8") -> OpCall:
+    operands = [Layout((rows, inputs), dtype), np.full((outputs, inputs), weight, np.int8), np.zeros(outputs, np.int32), np.ones(outputs, np.float32)]
+    return OpCall("qc.dense", operands, {"x_zero_point": -128, "zero_point": 0}, Layout((rows, outputs), "int8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "row"),
+    [
+        ("cuda-sm75", dense(1, 4096, 4096, -8), "cuda-dp4a/dense-int4"),
+        ("cuda-sm75", dense(1, 4096, 4096, -9), "cuda-dp4a/dense"),
+        ("cuda-sm80", dense(1, 4096, 4096, 7), "cuda-mma/dense-int4"),
+        ("cuda-sm80", dense(1, 4096, 4096, 8), "cuda-mma/dense"),
+        ("cuda-sm80", dense(8192, 4096, 4096, 7), "cuda-mma/dense-int4"),
+        ("cuda-sm90a", dense(1, 4096, 4096, 7), "cuda-mma/dense-int4"),
+        ("cuda-sm90a", dense(8192, 4096, 4096, 7), "cuda-wgmma/dense"),  # computes rather than waits
+        ("cuda-sm80", dense(1, (1 << 17) - 4, 2, 7), "cuda-mma/dense-int4"),
+        ("cuda-sm80", dense(1, 1 << 17, 2, 7), "cuda-mma/dense"),  # 16 times its sums leave int32
+        ("cuda-sm80", dense(1, 4095, 4096, 7), "cuda/dense"),
+        ("cuda-sm80", dense(1, 4096, 4096, 7, "int16"), "cuda/dense"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_that_fit_into_four_bits(name: str, op: OpCall, row: str) -> None:
+    """They are kept in as many where the layer waits for memory, and never where a weight or a sum does not fit."""
+    target = find_target(name)
+    schedules.load(target)
+    chosen = select(op, target)
+    assert chosen.name == row
+    if isinstance(chosen, GemmRow):
+        padded = math.prod(-(-n // 256) * 256 for n in np.shape(op.operands[1]))
+        assert chosen.build(op, chosen.default(op, target), target).constants[0].nbytes <= padded * chosen.unit.bits // 8
 
 
 LAUNCH = """

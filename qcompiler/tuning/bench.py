@@ -220,15 +220,19 @@ def make_cases(op: OpCall) -> list[Case]:
 
 
 def _extreme_weights(op: OpCall, rng: np.random.Generator) -> OpCall | None:
-    """The operator with weights -127 and 127, its multipliers scaled so that outputs spread as before; None where weights are not int8."""
+    """The operator with weights -127 and 127, or -8 and 7 where its own fit into 4 bits, its multipliers scaled so that outputs spread as before; None where
+    weights are not int8."""
+    from qcompiler.schedules.cuda.gemm_plan import in_four_bits
+
     if op.name not in ("qc.conv2d", "qc.dense") or len(op.operands) < 4:
         return None
     weight, _, multiplier = op.operands[1:4]
     assert isinstance(weight, np.ndarray) and isinstance(multiplier, np.ndarray)
     axes = tuple(range(1, weight.ndim))
-    factor = np.sqrt((weight.astype(np.float64) ** 2).mean(axes)) / 127
+    low, high = (-8, 7) if in_four_bits(weight) else (-127, 127)
+    factor = np.sqrt((weight.astype(np.float64) ** 2).mean(axes)) / high
     operands = list(op.operands)
-    operands[1] = rng.choice(np.array([-127, 127], np.int8), weight.shape)
+    operands[1] = rng.choice(np.array([low, high], np.int8), weight.shape)
     operands[3] = (multiplier * np.maximum(factor, 1e-3)).astype(np.float32)
     return OpCall(op.name, operands, op.attrs, op.output, op.value_id)
 

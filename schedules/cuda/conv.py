@@ -1,9 +1,10 @@
-"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (wgmma, sm_90a alone; mma.sync, sm_80 and later) and on dp4a."""
+"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (wgmma, sm_90a alone; mma.sync, sm_80 and later) and on dp4a. Weights that all
+fit into 4 bits are kept in as many where that is estimated to be quicker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.cuda.gemm import Gemm
+from qcompiler.schedules.cuda.gemm_four import FourBitGemm
 from qcompiler.schedules.cuda.tail import GoesOn
 from qcompiler.schedules.cuda.wgmma import AsynchronousGemm
 from qcompiler.schedules.depthwise_plan import refuse_depthwise
 from qcompiler.schedules.portable.conv import check_operands
-from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, register
+from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, joined, register
 
 
 @dataclass
@@ -32,7 +34,7 @@ class GemmRow(GoesOn):
     own_channels = False
 
     def __post_init__(self) -> None:
-        self.name = f"{self.unit.name}/{self.operator.removeprefix('qc.')}"
+        self.name = f"{self.unit.name}/{self.operator.removeprefix('qc.')}{'-int4' if self.unit.bits == 4 else ''}"
 
     @property
     def isa(self) -> str:
@@ -50,8 +52,24 @@ class GemmRow(GoesOn):
             if refuse_depthwise(op) is None:
                 return "a depthwise convolution has a row of its own."
             g = plan.Geometry.of(op)
-            return "channels of a group are no multiple of 4." if g.groups > 1 and g.inputs % 4 else None
-        return "rows of the input are not aligned to 4 bytes." if x.channel_pitch % 4 and len(x.shape) != 4 else None
+            if g.groups > 1 and g.inputs % 4:
+                return "channels of a group are no multiple of 4."
+        elif x.channel_pitch % 4 and len(x.shape) != 4:
+            return "rows of the input are not aligned to 4 bytes."
+        return self.refuse_weights(op, target)
+
+    def refuse_weights(self, op: OpCall, target: Target) -> str | None:
+        """Why another row of the target takes them in the number of bits that it reads."""
+        x, weight = op.operands[:2]
+        assert isinstance(x, Layout) and isinstance(weight, np.ndarray)
+        if not plan.in_four_bits(weight):
+            return "some weight lies outside of -8 .. 7, or they are too many." if self.unit.bits == 4 else None
+        units = [u for u in plan.UNITS if u.name in target.rows]
+        units = [u for u in units if u.columns == units[0].columns]  # dp4a alone, or tensor cores alone
+        read = joined(Layout(x.shape, x.dtype), self.needs(op, target)[:1])  # as it will be, whether layouts are decided or not
+        g = plan.Geometry.of(replace(op, operands=[read, *op.operands[1:]], output=Layout(op.output.shape, op.output.dtype)))
+        best = plan.quickest(g, units, str(target.tvm["arch"]))
+        return None if best == self.unit else f"weights in {best.bits} bits are estimated to be quicker by {best.name}."
 
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         x = op.operands[0]
@@ -82,7 +100,8 @@ class GemmRow(GoesOn):
         def emit(k: Emitter) -> None:
             fill = k.i32(plan.repeated_byte(zero)) if g.bounded else T.int32(0)
             end = Epilogue(k, k.arrays[1:], tile.run(self.unit), g.outputs, g.groups)
-            (AsynchronousGemm if self.unit.warps > 1 else Gemm)(k, g, tile, self.unit, fill).emit(end)
+            kind = AsynchronousGemm if self.unit.warps > 1 else FourBitGemm if self.unit.bits == 4 else Gemm
+            kind(k, g, tile, self.unit, fill).emit(end)
 
         threads = tile.tiles(g) * tile.split_k * tile.threads
         shared = {} if tile.split_k == 1 else {"scratch": tile.scratch(g), "counters": tile.tiles(g)}
@@ -91,5 +110,5 @@ class GemmRow(GoesOn):
 
 
 for _kind in ("qc.conv2d", "qc.dense"):
-    for _unit in (plan.WGMMA, plan.MMA, plan.DP4A):
+    for _unit in plan.UNITS:
         register(_kind, GemmRow(_kind, _unit))

@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.schedules.builder import Emitter, when
 from qcompiler.schedules.cuda.base import local
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, quad
-from qcompiler.schedules.cuda.gemm_plan import CHUNK, MMA, Geometry, Tile, Unit, swizzle
+from qcompiler.schedules.cuda.gemm_plan import CHUNK, Geometry, Tile, Unit, swizzle
 
 
 def call(name: str, *args: Any) -> None:
@@ -57,7 +57,9 @@ class Gemm:
         self.steps = -(-g.depth // t.bk)  # of the whole reduction; this block's: `count` from `begin` on
         self.most = t.share(g)
         self.blocks_n = -(-g.outputs // t.bn)
-        self.shared = T.alloc_buffer((t.stages * t.stage_bytes,), "int8", scope="shared", align=self.alignment)
+        self.stage_bytes = t.stage_bytes(self.unit)
+        self.shared = T.alloc_buffer((t.stages * self.stage_bytes,), "int8", scope="shared", align=self.alignment)
+        self.shared_words = T.decl_buffer((t.stages * self.stage_bytes // 4,), "int32", data=self.shared.data, scope="shared")
         self.lane = T.bind(T.bitwise_and(k.thread, T.int32(31)))
         warp = T.bind(T.shift_right(k.thread, T.int32(5)))
         self.warp_n = mod(warp, t.warps[1])
@@ -105,7 +107,7 @@ class Gemm:
     def copy_step(self, step: Any, stage: Any) -> None:
         """Start the copies of both operands of a step into a stage."""
         g, t = self.g, self.tile
-        base = T.bind(stage * t.stage_bytes)
+        base = T.bind(stage * self.stage_bytes)
         at = T.bind(step * t.bk + self.column)
         tap = div(at, g.padded_inputs) if g.taps > 1 else T.int32(0)
         channel = T.bind(at - tap * g.padded_inputs)
@@ -126,7 +128,7 @@ class Gemm:
 
         with when(at < g.depth if g.depth % t.bk else None):  # behind the reduction weights are 0
             copy_rows()
-        size = t.bn * t.bk
+        size = t.weight_bytes(self.unit)
         source = T.bind(((self.group * self.blocks_n + self.block_n) * self.steps + step) * size)
         for begin in range(0, size, t.threads * CHUNK):
             place = T.bind(self.k.thread * CHUNK + begin)
@@ -139,9 +141,9 @@ class Gemm:
         """This warp's share of a step."""
         t = self.tile
         share = t.bk // (t.wk * self.unit.depth)
-        a = T.bind(stage * t.stage_bytes + self.warp_m * (t.wm * t.bk))
-        b = T.bind(stage * t.stage_bytes + t.bm * t.bk + self.warp_n * (t.wn * t.bk))
-        if self.unit == MMA:
+        a = T.bind(stage * self.stage_bytes + self.warp_m * (t.wm * t.bk))
+        b = T.bind(stage * self.stage_bytes + t.bm * t.bk + self.warp_n * (t.wn * t.bk * self.unit.bits // 8))
+        if self.unit.columns > 1:
             for i in range(share):
                 self.multiply_mma(a, b, T.bind((self.warp_k * share + i) * 2))
         else:
@@ -149,41 +151,50 @@ class Gemm:
                 self.multiply_dp4a(a, b, T.bind(self.warp_k * share + i))
 
     def multiply_mma(self, a: Any, b: Any, chunk: Any) -> None:
-        """32 bytes of the reduction: a load of 4 matrices yields the pixels' operand of a part, or the weights' of two."""
+        """32 bytes of the reduction: a load of 4 matrices yields the pixels' operand of a part."""
         t, lane, chunks = self.tile, self.lane, self.tile.bk // CHUNK
         left, right = local(4 * self.rows), local(2 * self.columns)
         row = T.bind(T.bitwise_and(lane, T.int32(15)))
         place = T.bind(a + row * t.bk + T.bitwise_xor(chunk + T.shift_right(lane, T.int32(4)), swizzle(row, chunks)) * CHUNK)
         for i in range(self.rows):
             call("qc_load_matrices", T.address_of(left[4 * i]), T.address_of(self.shared[place + 16 * i * t.bk]))
-        row = T.bind(T.bitwise_and(lane, T.int32(7)) + T.shift_right(lane, T.int32(4)) * 8)
-        half = T.bitwise_and(T.shift_right(lane, T.int32(3)), T.int32(1))
-        place = T.bind(b + row * t.bk + T.bitwise_xor(chunk + half, swizzle(row, chunks)) * CHUNK)
-        for j in range(0, self.columns, 2):
-            call("qc_load_matrices", T.address_of(right[2 * j]), T.address_of(self.shared[place + 8 * j * t.bk]))
+        self.load_weights(right, b, chunk)
         for i in range(self.rows):
             for j in range(self.columns):
                 to = T.address_of(self.sums[4 * (i * self.columns + j)])
                 call("qc_multiply_matrices", to, T.address_of(left[4 * i]), T.address_of(right[2 * j]))
 
+    def load_weights(self, right: Any, b: Any, chunk: Any) -> None:
+        """Both words of every part, for 32 bytes of the reduction: a load of 4 matrices yields those of two parts."""
+        t, lane, chunks = self.tile, self.lane, self.tile.bk // CHUNK
+        row = T.bind(T.bitwise_and(lane, T.int32(7)) + T.shift_right(lane, T.int32(4)) * 8)
+        half = T.bitwise_and(T.shift_right(lane, T.int32(3)), T.int32(1))
+        place = T.bind(b + row * t.bk + T.bitwise_xor(chunk + half, swizzle(row, chunks)) * CHUNK)
+        for j in range(0, self.columns, 2):
+            call("qc_load_matrices", T.address_of(right[2 * j]), T.address_of(self.shared[place + 8 * j * t.bk]))
+
     def multiply_dp4a(self, a: Any, b: Any, chunk: Any) -> None:
         """16 bytes of the reduction: lanes are 4 pixels by 8 channels."""
-        t, chunks = self.tile, self.tile.bk // CHUNK
-        memory = T.decl_buffer((t.stages * t.stage_bytes // 4,), "int32", data=self.shared.data, scope="shared")
-
-        def chunk_of(base: Any, row: Any, low: Any, part: int) -> Any:
-            place = T.bitwise_xor(chunk, T.bitwise_xor(swizzle(low, chunks), swizzle(part, chunks)))
-            return quad(memory, T.shift_right(base + row * t.bk, T.int32(4)) + place)
-
         y, x = T.bind(T.shift_right(self.lane, T.int32(3))), T.bind(T.bitwise_and(self.lane, T.int32(7)))
-        right = [chunk_of(b, x + 8 * j, x, 0) for j in range(self.columns)]
+        right = self.weight_words(b, chunk, x)
         for i in range(self.rows):
-            left = chunk_of(a, y + 4 * i, y, 4 * i)
-            for j, w in enumerate(right):
+            left = self.chunk_of(a, y + 4 * i, chunk, y, 4 * i)
+            for j, words in enumerate(right):
                 total = self.sums[i * self.columns + j]
                 for word in range(4):
-                    total = T.call_pure_extern("int32", "__dp4a", element(left, word), element(w, word), total)
+                    total = T.call_pure_extern("int32", "__dp4a", element(left, word), words[word], total)
                 T.buffer_store(self.sums, total, [i * self.columns + j])
+
+    def weight_words(self, b: Any, chunk: Any, x: Any) -> list[list[Any]]:
+        """The 4 words of every part's channel `x`, for 16 bytes of the reduction."""
+        quads = [self.chunk_of(b, x + 8 * j, chunk, x, 0) for j in range(self.columns)]
+        return [[element(q, i) for i in range(4)] for q in quads]
+
+    def chunk_of(self, base: Any, row: Any, chunk: Any, low: Any, part: int) -> Any:
+        """A chunk of a row of shared memory, which is `low` + `part` as far as the swizzling goes."""
+        chunks = self.tile.bk // CHUNK
+        place = T.bitwise_xor(chunk, T.bitwise_xor(swizzle(low, chunks), swizzle(part, chunks)))
+        return quad(self.shared_words, T.shift_right(base + row * self.tile.bk, T.int32(4)) + place)
 
     # -- the whole ------------------------------------------------------------------------------------------------------------------------
 
@@ -225,8 +236,7 @@ class Gemm:
         t, count = self.tile, int(self.sums.shape[0])
         if t.wk == 1:
             return
-        memory = T.decl_buffer((t.stages * t.stage_bytes // 4,), "int32", data=self.shared.data, scope="shared")
-        threads = t.threads // t.wk
+        memory, threads = self.shared_words, t.threads // t.wk
         thread = T.bind(self.k.thread - self.warp_k * threads)
         barrier()
         with T.If(self.warp_k > 0), T.Then():

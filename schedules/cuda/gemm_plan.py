@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -32,7 +32,8 @@ FIXED, GATHER = 1500, 1200  # cycles of every layer, whatever its size, and of t
 class Unit:
     """How a warp multiplies. A part is `rows` x 8 of the product; a lane holds the sums of `row_count` rows and `columns` channels of it,
     for `depth` bytes of the reduction at a time. `warps` multiply together: all channels of a block in one instruction, asynchronously, straight from shared
-    memory. `issue` and `latency`: slots and cycles of a part."""
+    memory. `issue` and `latency`: slots and cycles of a part. `bits`: of a weight in memory; 4 become 8 in registers, by `unpack` instructions a column of
+    parts."""
 
     name: str
     rows: int
@@ -42,6 +43,8 @@ class Unit:
     issue: int
     latency: int
     warps: int = 1
+    bits: int = 8
+    unpack: int = 0
 
     def __post_init__(self) -> None:
         demand(
@@ -50,6 +53,7 @@ class Unit:
                 "one warp multiplies, or 4 do together": self.warps in (1, 4),
                 "the 32 lanes of a warp hold a part": 8 * self.rows == 32 * self.row_count * self.columns > 0,
                 "the depth is words of 4 bytes": self.depth > 0 and self.depth % 4 == 0,
+                "weights have 8 bits, or 4 where they pass through registers": self.bits == 8 or (self.bits == 4 and self.warps == 1),
             },
         )
 
@@ -61,6 +65,8 @@ class Unit:
 WGMMA = Unit(name="cuda-wgmma", rows=16, row_count=2, columns=2, depth=32, issue=0, latency=4, warps=4)
 MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, issue=1, latency=8)
 DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, issue=5, latency=16)
+MMA_FOUR, DP4A_FOUR = replace(MMA, bits=4, unpack=3), replace(DP4A, bits=4, unpack=6)
+UNITS = (WGMMA, MMA_FOUR, MMA, DP4A_FOUR, DP4A)  # best first
 SPAN = 64  # most channels among which a lane's are adjacent: 16 of them are as many as the end of a convolution handles at once
 
 
@@ -164,9 +170,12 @@ class Tile:
     def threads(self) -> int:
         return 32 * math.prod(self.warps) * self.wk
 
-    @cached_property
-    def stage_bytes(self) -> int:
-        return (self.bm + self.bn) * self.bk
+    def weight_bytes(self, unit: Unit) -> int:
+        """Of a stage."""
+        return self.bn * self.bk * unit.bits // 8
+
+    def stage_bytes(self, unit: Unit) -> int:
+        return self.bm * self.bk + self.weight_bytes(unit)
 
     def params(self) -> dict[str, Any]:
         return asdict(self)
@@ -221,7 +230,7 @@ class Tile:
                 return f"{unit.warps} warps multiply {unit.warps * unit.rows} pixels by all channels of a block together"
             if self.bk > 128:
                 return "the tensor cores know no rows of more than 128 bytes"
-        if self.stages < 2 or self.stages * self.stage_bytes > SHARED or (self.wk - 1) * self.bm * self.bn * 4 > self.stages * self.stage_bytes:
+        if self.stages < 2 or self.stages * self.stage_bytes(unit) > SHARED or (self.wk - 1) * self.bm * self.bn * 4 > self.stages * self.stage_bytes(unit):
             return "too much shared memory"
         if self.registers(unit) > min(255, 65536 // self.threads):
             return "too many registers"
@@ -233,7 +242,7 @@ class Tile:
         """An estimate per thread: sums, operands, addresses."""
         rows, columns = self.parts(unit)
         sums = rows * unit.row_count * columns * unit.columns
-        operands = 0 if unit.warps > 1 else 4 * rows + 2 * columns if unit == MMA else 4 * columns + 4
+        operands = 0 if unit.warps > 1 else 4 * rows + 2 * columns if unit.columns > 1 else 4 * columns + 4
         return sums + operands + 40
 
 
@@ -251,6 +260,11 @@ def channel_order(tile: Tile, unit: Unit) -> np.ndarray:
     return span * tile.span + lane // unit.columns * tile.run(unit) + part * unit.columns + lane % unit.columns
 
 
+def in_four_bits(weight: np.ndarray) -> bool:
+    """Whether all weights [O, ...] lie in -8 .. 7, and 16 times any sum of theirs with int8 in int32."""
+    return bool(weight.min() >= -8 and weight.max() <= 7 and 16 * 128 * 8 * weight[0].size < 2**31)
+
+
 def pack(weight: np.ndarray, g: Geometry, tile: Tile, unit: Unit) -> np.ndarray:
     """[O, KH, KW, I/groups] as blocks read them, step by step: [group][block of channels][step] and then the bytes of shared memory."""
     w = merge(weight.reshape(weight.shape[0], g.taps, -1), g)  # [G, outputs, taps, inputs]
@@ -259,11 +273,30 @@ def pack(weight: np.ndarray, g: Geometry, tile: Tile, unit: Unit) -> np.ndarray:
     padded[:, : g.outputs, :, : g.inputs] = w
     flat = np.zeros((g.groups, blocks, tile.bn, steps * tile.bk), np.int8)
     flat[..., : g.depth] = padded.reshape(g.groups, blocks, tile.bn, g.depth)
-    rows = flat[:, :, channel_order(tile, unit)].reshape(g.groups, blocks, tile.bn, steps, tile.bk // CHUNK, CHUNK)
+    flat = flat[:, :, channel_order(tile, unit)]
+    if unit.bits == 4:
+        return _in_lanes(flat, tile, unit)
+    rows = flat.reshape(g.groups, blocks, tile.bn, steps, tile.bk // CHUNK, CHUNK)
     chunks = tile.bk // CHUNK
     place = np.arange(chunks)[None] ^ swizzle(np.arange(tile.bn)[:, None], chunks)  # an involution: where a chunk goes, and what a place holds
     swizzled = np.take_along_axis(rows, place[None, None, :, None, :, None], axis=4)
     return np.ascontiguousarray(swizzled.transpose(0, 1, 3, 2, 4, 5)).reshape(-1)
+
+
+def side(tile: Tile, unit: Unit) -> int:
+    """Parts whose 4-bit weights a lane reads at once, in up to 16 bytes."""
+    return min(4, tile.wn // 8) if unit.columns > 1 else 2
+
+
+def _in_lanes(flat: np.ndarray, tile: Tile, unit: Unit) -> np.ndarray:
+    """4-bit weights [G, blocks, bn, steps * bk] in the order in which lanes hold them: [group][block][step][warp][`depth` of the reduction][`side` parts][lane]
+    and then a lane's words. The low halves of a word's bytes are 4 weights, the high ones those that the lane multiplies next."""
+    groups, blocks = flat.shape[:2]
+    parts, mma = side(tile, unit), unit.columns > 1
+    inside = (2, 4, 4) if mma else (2, 2, 4)  # of `depth` weights: half, lane, byte; or word, half, byte, and all lanes have the same
+    fine = flat.reshape(groups, blocks, tile.warps[1], tile.wn // 8 // parts, parts, 8, -1, tile.bk // unit.depth, *inside)
+    halves = fine.transpose(0, 1, 6, 2, 7, 3, 5, *((9, 4, 8) if mma else (4, 8, 9)), 10).astype(np.uint8)
+    return np.ascontiguousarray(halves[..., 0, :] & 15 | halves[..., 1, :] << 4).view(np.int8).reshape(-1)
 
 
 def merge(weight: np.ndarray, g: Geometry) -> np.ndarray:
@@ -284,7 +317,7 @@ def design_space(unit: Unit, g: Geometry | None = None) -> dict[str, list[Any]]:
     if unit.warps > 1:
         space = {"bm": [64, 128, 256], "bn": [32, 64, 128, 256], "bk": [32, 64, 128], "wm": [16], "wn": [32, 64, 128, 256], "wk": [1], "stages": [2, 3, 4]}
     else:
-        rows = [16, 32, 64, 128, 256] if unit == MMA else [32, 64, 128]
+        rows = [16, 32, 64, 128, 256] if unit.columns > 1 else [32, 64, 128]
         space = {
             "bm": rows,
             "bn": [32, 64, 128, 256],
@@ -313,15 +346,17 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, card: Card) -> float:
     """
     steps = tile.share(g)
     blocks = tile.tiles(g) * tile.split_k
-    resident = max(1, min(card.threads // tile.threads, 65536 // (tile.registers(unit) * tile.threads), card.shared // (tile.stages * tile.stage_bytes + 1024)))
+    resident = max(
+        1, min(card.threads // tile.threads, 65536 // (tile.registers(unit) * tile.threads), card.shared // (tile.stages * tile.stage_bytes(unit) + 1024))
+    )
     share = tile.bk // (unit.depth * tile.wk)
     rows, columns = tile.parts(unit)
     warps = tile.threads // 32
     multiply = tile.bm * tile.bn * tile.bk / unit.rate(card)
-    read = warps / unit.warps * (tile.wm * unit.warps + tile.wn) * tile.bk / tile.wk / 128
-    copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.bn * tile.bk / CHUNK * 4
-    issue = copies / 128 + warps * share * (20 + rows * columns * unit.issue) / 4
-    busy = steps * max(multiply, tile.stage_bytes / card.level2, read, issue) + tile.bm * tile.bn / 16
+    read = warps / unit.warps * (tile.wm * unit.warps + tile.wn * unit.bits / 8) * tile.bk / tile.wk / 128
+    copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.weight_bytes(unit) / CHUNK * 4
+    issue = copies / 128 + warps * share * (20 + columns * (rows * unit.issue + unit.unpack)) / 4
+    busy = steps * max(multiply, tile.stage_bytes(unit) / card.level2, read, issue) + tile.bm * tile.bn / 16
     step = 90 + share * (30 + rows * columns * unit.latency)  # one warp, alone
     latency = steps * max(step, 600 / tile.ahead(unit)) + FIXED + (200 if tile.wk > 1 else 0)
     if tile.split_k > 1:  # every block writes its sums, one reads those of all others
@@ -344,9 +379,20 @@ def best_tile(g: Geometry, unit: Unit, arch: str) -> Tile:
                 yield split
 
     def estimate(tile: Tile) -> tuple[Any, ...]:
-        return cycles(g, tile, unit, card), tile.threads, tile.stages * tile.stage_bytes, repr(tile.params().values())
+        return cycles(g, tile, unit, card), tile.threads, tile.stages * tile.stage_bytes(unit), repr(tile.params().values())
 
     best = min(tiles(unit), key=estimate)
     if estimate(best)[0] <= FIXED + GATHER:
         return best
     return min([best, *(split for tile in tiles(unit) for split in shared(tile))], key=estimate)
+
+
+def quickest(g: Geometry, units: Sequence[Unit], arch: str) -> Unit:
+    """The unit with the lowest estimate for weights that fit into 4 bits, the first of equal ones. All weights come from memory: networks that keep few bits of
+    them are those whose weights no cache holds."""
+    weights = g.groups * g.outputs * g.depth
+
+    def estimate(unit: Unit) -> float:
+        return max(cycles(g, best_tile(g, unit, arch), unit, card_of(arch)), FIXED + weights * unit.bits / 8 / card_of(arch).memory)
+
+    return min(units, key=estimate)

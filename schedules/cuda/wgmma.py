@@ -32,7 +32,7 @@ class AsynchronousGemm(Gemm):
     def multiply(self, stage: Any) -> None:
         """Start this warp group's products of a step."""
         t = self.tile
-        base = T.bind(stage * t.stage_bytes)
+        base = T.bind(stage * self.stage_bytes)
         a = T.bind(base + div(self.warp_m, WGMMA.warps) * (WGMMA.warps * t.wm * t.bk))
         b = T.bind(base + t.bm * t.bk)
         call("qc_begin_products")
