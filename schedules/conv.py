@@ -62,7 +62,8 @@ class ConvRow:
         return self.unit.refuse(geometry.pixels[1] * geometry.pixels[2], geometry.inputs, weight)
 
     def geometry(self, op: OpCall) -> tuple[plan.Geometry, int]:
-        return plan.merge_groups(plan.geometry_of(op), self.unit)
+        geometry, joined = plan.merge_groups(plan.geometry_of(op), self.unit)
+        return plan.wrapped(geometry, self.unit), joined
 
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         if self.operator.endswith("dense"):

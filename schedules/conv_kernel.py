@@ -46,8 +46,8 @@ class ConvKernel:
         self.g, self.isa, self.tiling, self.epilogue = geometry, isa, tiling, epilogue
         self.channels: Channels = cut_channels(geometry.outputs, isa, tiling.blocks)
         batch, height, width = geometry.pixels
-        if tiling.rows > height or tiling.cols > width:
-            raise ValueError(f"a tile of {tiling.rows} x {tiling.cols} pixels is larger than the output, {height} x {width}")
+        if tiling.rows > height or tiling.cols > geometry.widest:
+            raise ValueError(f"a tile of {tiling.rows} x {tiling.cols} pixels is larger than the output, {height} x {geometry.widest}")
         if tiling.blocks > self.channels.vectors:
             raise ValueError(f"{tiling.blocks} blocks of {isa.lanes} channels are more than {geometry.outputs} channels")
         if tiling.rows * tiling.cols * tiling.blocks > 2 * isa.registers:
@@ -203,7 +203,7 @@ class ConvKernel:
             sums = [[T.bind(v) for v in isa.untie([load(acc, 0, isa.lanes) for acc in tied])] for tied in line]
             values += [list(pixel) for pixel in zip(*sums, strict=True)]
         store = self.finish_packed if self.epilogue.packed else self.finish_wide
-        out = T.bind(g.out.index(image, row, col, channel) + self.start.out)
+        out = T.bind(self.first_output(image, row, col, channel) + self.start.out)
         residual = T.bind(g.residual.index(image, row, col, channel)) if g.residual else None
         valid = self.channels.valid if ragged else blocks * isa.lanes
         if whole:
@@ -212,6 +212,24 @@ class ConvKernel:
             done = whole * isa.lanes
             sums = [[T.bind(load(acc, 0, isa.lanes))] for acc in shared]
             store(sums, vector + whole, out + done, None if residual is None else residual + done, valid - done, self.sharers)
+
+    def first_output(self, image: Any, row: Any, col: Any, channel: Any) -> Any:
+        """Where the first pixel of a tile begins in the output."""
+        g = self.g
+        if not g.wraps:
+            return g.out.index(image, row, col, channel)
+        batch, height, width, _ = g.out.shape
+        line = T.bind(col // width)
+        image, row, col = (T.bind(line // height) if batch > 1 else 0), T.bind(line % height), T.bind(col % width)
+        top, left, bottom, right = g.out.halo
+        self.turn = T.bind(width - col)  # the first pixel of the next row, and how much of the halo lies before it
+        self.skipped = T.bind(g.out.step(0, left + right) + T.if_then_else(row == height - 1, g.out.step(top + bottom, 0), 0))
+        return g.out.index(image, row, col, channel)
+
+    def output_step(self, row: int, col: int) -> Any:
+        """From the first pixel of a tile to another one, in the output."""
+        step = self.g.out.step(row, col)
+        return step + T.if_then_else(self.turn <= col, self.skipped, 0) if self.g.wraps and col > 0 else step
 
     def accumulator(self) -> Any:
         return T.alloc_buffer((self.isa.lanes,), self.isa.accumulator)
@@ -325,7 +343,7 @@ class ConvKernel:
                     y = T.Cast(f"int16x{isa.lanes}", isa.to_int(y))
                 y = T.bind(y)
                 for i, (r, c) in enumerate(pixels):
-                    self.save_part(out + g.out.step(r, c) + b * isa.lanes, y, isa.lanes, i * width, min(width, valid - b * isa.lanes))
+                    self.save_part(out + self.output_step(r, c) + b * isa.lanes, y, isa.lanes, i * width, min(width, valid - b * isa.lanes))
 
     def finish_packed(self, values: list[list[Any]], vector: Any, out: Any, residual: Any, valid: int, sharers: list[list[Any]] | None = None) -> None:
         """8-bit output: runs of 4, 2 or 1 vectors of 4 // run lines of values are requantized and packed together. `sharers`: as in `finish_wide`."""
@@ -352,7 +370,7 @@ class ConvKernel:
                     packed = T.reinterpret(f"{e.output}x{isa.bytes}", shuffle([T.reinterpret(f"int32x{isa.lanes}", packed)], order))
                 packed = T.bind(packed)
                 for i, (r, c) in enumerate(pixel for pixels in here for pixel in pixels):
-                    place = g.out.step(r, c) + start * isa.lanes
+                    place = self.output_step(r, c) + start * isa.lanes
                     self.save_part(out + place, packed, isa.bytes, i * width, min(width, valid - start * isa.lanes))
             start += run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from qcompiler.schedules.table import Layout, OpCall
 
 @dataclass(frozen=True)
 class Geometry:
-    """One convolution; `inputs` and `outputs` count the channels of one group. Dense layers are 1x1 convolutions of a one-row image."""
+    """One convolution; `inputs` and `outputs` count the channels of one group. Dense layers are 1x1 convolutions of a one-row image.
+
+    `wraps`: a 1x1 convolution whose output alone has a halo, as one row of all pixels: tiles run on from one row of the output to the next.
+    """
 
     x: Layout
     out: Layout
@@ -31,11 +35,18 @@ class Geometry:
     strides: tuple[int, int]
     dilation: tuple[int, int]
     padding: tuple[int, int]  # top, left; negative where the first window begins inside
+    wraps: bool = False
 
     @property
     def pixels(self) -> tuple[int, int, int]:
         """Output batch, height, width."""
-        return (self.out.shape[0], self.out.shape[1], self.out.shape[2])
+        batch, height, width, _ = self.out.shape
+        return (1, 1, batch * height * width) if self.wraps else (batch, height, width)
+
+    @property
+    def widest(self) -> int:
+        """The most columns of a tile: it may reach into the next row of the output, and not beyond that."""
+        return self.out.shape[2]
 
     @property
     def macs(self) -> int:
@@ -105,6 +116,15 @@ def _as_image(layout: Layout) -> Layout:
 def _flat(layout: Layout) -> Layout:
     n, h, w, c = layout.shape
     return Layout((1, 1, n * h * w, c), layout.dtype, pitch=layout.channel_pitch)
+
+
+@lru_cache(maxsize=1024)
+def wrapped(geometry: Geometry, isa: Isa) -> Geometry:
+    """The same convolution, its tiles running on from row to row where they may and that is faster: where none divides the rows."""
+    pointwise = geometry.kernel == geometry.strides == (1, 1) and geometry.padding == (0, 0)
+    if not pointwise or geometry.residual or any(geometry.x.halo) or not any(geometry.out.halo):
+        return geometry
+    return min((geometry, replace(geometry, wraps=True)), key=lambda g: cycles(g, isa, *best_tile(g, isa)))
 
 
 def merge_groups(geometry: Geometry, isa: Isa) -> tuple[Geometry, int]:
@@ -262,8 +282,8 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
     def tile(blocks: int, sharing: int) -> float:
         n = blocks - 1 + -(-pixels // sharing) / pixels  # vectors per pixel
         permuted = sum(run * {4: 0.0, 2: 0.2, 1: 0.3}[run] for run in packed_runs(blocks, sharing))
-        epilogue = pixels * isa.epilogue_cost * (n * (1 + extra) + permuted)
-        streamed = depth * blocks * isa.weight_bytes > 16 << 10
+        epilogue = pixels * (isa.epilogue_cost * (n * (1 + extra) + permuted) + geometry.wraps)
+        streamed = depth * blocks * isa.weight_bytes > 8 << 10
         return depth * isa.step_cycles(pixels, n, streamed) + epilogue + 0.6 * isa.dot_cost * max(0, pixels * n - 12) + 6
 
     count = batch * -(-height // rows) * -(-width // cols)
@@ -272,7 +292,7 @@ def cycles(geometry: Geometry, isa: Isa, rows: int, cols: int, blocks: int) -> f
 
 def best_tile(geometry: Geometry, isa: Isa, choice: Sequence[int] = (1, 2, 3, 4, 5, 6, 8)) -> tuple[int, int, int]:
     """(rows, cols, blocks) with the lowest estimate, blocks of `choice`."""
-    _, height, width = geometry.pixels
+    height, width = geometry.pixels[1], geometry.widest
     vectors, form = -(-geometry.outputs // isa.lanes), isa if sorts_steps(geometry, isa) else isa.forms[-1]
     candidates = [
         (rows, cols, blocks)
@@ -329,7 +349,7 @@ def default_unroll(geometry: Geometry, isa: Isa) -> int:
 
 def design_space(geometry: Geometry, isa: Isa) -> dict[str, list[Any]]:
     """Candidates of each tunable; combinations whose accumulators can't fit are refused by the kernel."""
-    _, height, width = geometry.pixels
+    height, width = geometry.pixels[1], geometry.widest
     vectors = -(-geometry.outputs // isa.lanes)
     return {
         "rows": [r for r in (1, 2, 3, 4, 7) if r <= height],

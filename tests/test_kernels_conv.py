@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from conv_cases import CASES, Case, row_of
+from conv_cases import CASES, WIDE, Case, row_of
 from x86_emulation import TARGETS, build, each, is_emulated, runs_here, sampled
 
 from qcompiler import schedules
 from qcompiler.base.targets import Target, find_target
 from qcompiler.numerics import operators as numerics
+from qcompiler.schedules.conv_plan import Geometry, wrapped
 from qcompiler.schedules.conv_steps import step_classes
 from qcompiler.schedules.harness import fetch, module_of, run_kernel, store
 from qcompiler.schedules.table import Layout, OpCall
@@ -48,6 +49,17 @@ def test_ragged_outputs(outputs: int, target: Target) -> None:
 @sampled("width", [1, 2, 3, 6, 7, 13, 29], {13})
 def test_ragged_widths(width: int, target: Target) -> None:
     Case((2, 3, width, 8), 32, (3, 3), pad=1).run(target, seed=width)
+
+
+@pytest.mark.parametrize("attrs", [{}, WIDE, {"out_dtype": "float32"}], ids=["int8", "int16", "float32"])
+def test_tiles_run_on_into_the_next_row(attrs: dict[str, Any], target: Target) -> None:
+    """Where none divides the rows, and the halo of the output lies between them; and between images."""
+    case = Case((2, 11, 13, 16), 40, out={"halo": (1, 2, 1, 3), "pitch": 44}, attrs=attrs)
+    x, out = Layout(case.image, "uint8"), Layout((*case.image[:3], case.outputs), "uint8", **case.out)
+    geometry = Geometry(x, out, None, case.image[3], case.outputs, 1, (1, 1), (1, 1), (1, 1), (0, 0))
+    assert wrapped(geometry, row_of("qc.conv2d", target).unit).wraps
+    for cols in (None, 1, 7, 13):
+        case.run(target, {"cols": cols, "blocks": 1} if cols else None)
 
 
 @sampled("cols", [1, 2, 5, 9], {5})
@@ -110,6 +122,7 @@ FLOAT = {
     "first-layer": Case((1, 11, 12, 3), 19, (3, 3), (2, 2), 1),
     "residual": Case((2, 7, 6, 8), 37, (3, 3), pad=1, residual=True, attrs={"low": 0.0, "high": 6.0}),
     "grouped": Case((1, 6, 7, 12), 24, (3, 3), pad=1, groups=3, out={"halo": (1, 1, 1, 1), "pitch": 26}),
+    "runs-on": Case((1, 11, 13, 16), 40, out={"halo": (1, 2, 1, 3), "pitch": 44}),
 }
 
 

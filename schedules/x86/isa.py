@@ -180,7 +180,7 @@ AVX512VNNI = X86(
     broadcast_cost=zen5(1.0),
     weight_cost=zen4(1.0),
     epilogue_cost=zen4(2.0),
-    latency=zen5(8.0),
+    latency=zen5(9.6),
     sharing=2,
 )
 AVX512 = X86(
