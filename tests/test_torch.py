@@ -18,6 +18,7 @@ from qcompiler.importers.origin import origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.compile import compile_stages
+from qcompiler.verification import interpreter
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,23 @@ def test_a_module(torch: Any, tmp_path: Path) -> None:
     assert [tuple(i["shape"]) for i in artifact.manifest["inputs"]] == [(2, 3, 8, 8)]
     report = qcompiler.verify(artifact.save(tmp_path / "p.so"), net, x, example_inputs=(x[:2],), min_sqnr=20)
     assert report.passed, str(report)
+
+
+def test_attention_with_a_bias_that_was_learned(torch: Any) -> None:
+    """As T5 has it. PyTorch's exporter takes attention apart differently where a mask may want gradients, and fails on views of its result."""
+
+    class Net(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.randn(1, 2, 6, 6))
+
+        def forward(self, x: Any) -> Any:
+            heads = x.view(1, 6, 2, 4).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.bias).transpose(1, 2).reshape(1, 6, -1)
+
+    x, net = torch.randn(1, 6, 8), Net().eval()
+    found = interpreter.run(load(torch.export.export(net, (x,))).module, {"x": x.numpy()})
+    np.testing.assert_allclose(next(iter(found.values())), net(x).detach().numpy(), atol=1e-5)
 
 
 def test_names_are_module_paths(torch: Any) -> None:

@@ -98,7 +98,7 @@ class TorchProgram:
         except ImportError as error:
             raise ModelError(f"{self.where}: PyTorch's exporter needs the package onnxscript: pip install 'qcompiler[torch]'") from error
         try:
-            with silent():
+            with silent(), torch.no_grad():  # attention has other strides where weights may want gradients, and views of it then fail
                 export = torch.onnx.export(self.program, dynamo=True, optimize=False, verbose=False, custom_translation_table=translations())
                 model: onnx.ModelProto = export.model_proto
         except Exception as error:  # the exporter raises whatever its parts raise
