@@ -14,6 +14,7 @@ import numpy as np
 Order = tuple[int | None, ...]
 NHWC: Order = (0, 2, 3, 1)
 N1WC: Order = (0, None, 2, 1)  # a signal [N, C, W] as an image of height 1
+DHWC: Order = (2, 3, 4, 1)  # a volume [1, C, D, H, W] as D images
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.axes import N1WC, NHWC, Held, Order, complete
+from qcompiler.passes.axes import DHWC, N1WC, NHWC, Held, Order, complete
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
 from qcompiler.passes.trained import ATTRIBUTE, Trained
+
+_IMAGES = {3: N1WC, 4: NHWC, 5: DHWC}  # rank of a value -> the order in which image operators read it
 
 
 def _key(held: Held, order: Order) -> tuple[str, Order]:
@@ -39,7 +41,7 @@ class HeldValues:
             self.used.add(name)
             self.hold(name, self.builder.input(name, shape, dtype_of(p)), tuple(range(len(shape))), shape)
         for held in list(self.held.values()):
-            order = self.wanted(held.id, len(held.shape)) if len(held.shape) == 4 and dtype_of(held.var) == "float32" else None
+            order = self.wanted(held.id, len(held.shape)) if len(held.shape) in (4, 5) and dtype_of(held.var) == "float32" else None
             if order is not None:  # converted at the very edge
                 self.held[held.id] = Held(held.id, self.ordered(held, order), order, held.shape)
         for name, expr in self.graph.bindings:
@@ -125,7 +127,8 @@ class HeldValues:
                 expr: Any = self.exprs.get(user)
                 op = relax_op(expr)
                 if op in self.image:
-                    return tuple(None if a is None else axes[a] for a in (NHWC if rank == 4 else N1WC)) if rank in (3, 4) else None
+                    order = _IMAGES.get(rank) if rank < 5 or shape_of(expr)[0] == 1 else None
+                    return tuple(None if a is None else axes[a] for a in order) if order else None
                 if user in seen:
                     continue
                 seen.add(user)
@@ -166,7 +169,7 @@ class HeldValues:
         """A value in the file's order takes its id if nothing has it; others are `<id>~nhwc`, `<id>~nchw` or `<id>~moved`."""
         name = held.id
         if order != tuple(range(len(held.shape))) or name in self.used:
-            suffix = {NHWC: "nhwc", N1WC: "nhwc", (0, 1, 2, 3): "nchw"}.get(order, "moved")
+            suffix = {NHWC: "nhwc", N1WC: "nhwc", DHWC: "nhwc", (0, 1, 2, 3): "nchw"}.get(order, "moved")
             name = self.builder.made(held.id, suffix)
         self.used.add(name)
         return self.builder.emit(name, expr)

@@ -5,12 +5,13 @@ A rule returns True after binding the operator, False to leave it to the file's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from tvm import relax
 
+from qcompiler.passes import layout_volumes
 from qcompiler.passes.axes import N1WC, NHWC, Held, Order, complete, matched, renamed, together, transposed
 from qcompiler.passes.graph import const, const_value, is_const, plain, relax_op, shape_of
 from qcompiler.passes.held_values import HeldValues
@@ -90,7 +91,7 @@ def _elementwise(layout: HeldValues, name: str, expr: Any) -> bool:
         order = next(iter(operands.values())).order  # whatever it is
     else:
         full = [h for h in operands.values() if h.shape == shape] or [max(operands.values(), key=lambda h: int(np.prod(h.shape)))]
-        candidates = list(dict.fromkeys(complete(h.order, h.shape) for h in full))
+        candidates = _orders(operands.values(), shape) or list(dict.fromkeys(complete(h.order, h.shape) for h in full))
         order = min(candidates, key=lambda o: (_moved(operands.values(), o), o == tuple(range(rank))))
     args = []
     for arg in expr.args:
@@ -99,6 +100,12 @@ def _elementwise(layout: HeldValues, name: str, expr: Any) -> bool:
         else:
             args.append(layout.constant(arg, order, rank) if is_const(arg) else arg)
     return layout.bind(name, _call(expr, args), order, shape)
+
+
+def _orders(tensors: Iterable[Held], shape: tuple[int, ...]) -> list[Order]:
+    """The order that all of them are held in, where it has every axis of a result of this shape; it may lack axes of size 1."""
+    orders = list({h.order for h in tensors})
+    return orders if len(orders) == 1 and all(d == 1 or a in orders[0] for a, d in enumerate(shape)) else []
 
 
 def _lifted(held: Held, rank: int) -> Held:
@@ -149,7 +156,7 @@ def _concat(layout: HeldValues, name: str, expr: Any) -> bool:
     if not held:
         return False
     axis = int(expr.attrs.axis) % len(shape)
-    candidates = list(dict.fromkeys(complete(h.order, h.shape) for h in held))
+    candidates = _orders(held, shape) or list(dict.fromkeys(complete(h.order, h.shape) for h in held))
     order = min(candidates, key=lambda o: (_moved(held, o), o == tuple(range(len(shape)))))
 
     parts = [layout.ordered(layout.of(f), order) if isinstance(f, relax.Var) else const(transposed(const_value(f), order)) for f in fields]
@@ -333,6 +340,10 @@ IMAGE: dict[str, Rule] = {
     "relax.nn.avg_pool1d": _pool,
     "relax.nn.avg_pool2d": _pool,
     "relax.image.resize2d": _resize,
+    "relax.nn.conv3d": layout_volumes.conv,
+    "relax.nn.conv3d_transpose": layout_volumes.conv_transpose,
+    "relax.nn.max_pool3d": layout_volumes.pool,
+    "relax.nn.avg_pool3d": layout_volumes.pool,
 }
 RULES: dict[str, Rule] = {
     **dict.fromkeys(sorted(AGNOSTIC), _elementwise),

@@ -3,7 +3,8 @@
     conv3d(x, w) {NCDHW}            -->   c0 = qc.f32.conv2d(x at depths of tap 0, w[0]), c1 = qc.f32.conv2d(x at depths of tap 1, w[1], c0), ...
     conv3d_transpose(x, w) {NCDHW}  -->   the same with qc.f32.conv2d_transpose and additions, for each depth of the output modulo the stride
 
-Depth joins the batch: [N, C, D, H, W] is read as [N * D, H, W, C]. For constant weights; follows `select_float` and `fuse_edges`.
+Depth joins the batch: [N, C, D, H, W] is read as [N * D, H, W, C]. For constant weights, and for what `layout_volumes.py` leaves: batches, groups.
+Follows `select_float` and `fuse_edges`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tvm import relax
 
 from qcompiler.passes.constants import Constant, constant_of
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, make_op, plain, rebuilt, relax_op, shape_of
+from qcompiler.passes.layout_volumes import phases
 from qcompiler.passes.select_float import NO_LIMIT
 
 _OPERATORS = ("relax.nn.conv3d", "relax.nn.conv3d_transpose")
@@ -91,20 +93,17 @@ def _gathered(layer: _Layer) -> Any:
 
 
 def _scattered(layer: _Layer) -> Any:
-    """Output depth i * stride + phase reads depths i + (phase + padding - tap * dilation) / stride, of the taps for which the division leaves nothing."""
+    """What `phases` says of each depth of the output modulo the stride."""
     groups, stride, depths = layer.groups, layer.strides[0], shape_of(layer.x)[1]
     count = -(-layer.shape[2] // stride)
     inputs, outputs, taps, *window = layer.weight.shape
     kernels = layer.weight.reshape(groups, inputs // groups, outputs, taps, *window).transpose(3, 0, 2, 4, 5, 1).reshape(taps, -1, *window, inputs // groups)
-    reads: list[list[tuple[int, int]]] = []  # (first depth, tap) of each phase
-    for phase in range(stride):
-        places = [(phase + layer.padding[0] - t * layer.dilation[0], t) for t in range(taps)]
-        reads.append([(p // stride, t) for p, t in places if p % stride == 0])
+    reads = phases(taps, stride, layer.padding[0], layer.dilation[0])
     starts = [start for phase_reads in reads for start, _ in phase_reads]
     front = max(0, -min(starts))
     layer.padded(front, max(0, max(starts) + count - depths))
     extra = plain(layer.a.output_padding)[1:]
-    phases = []
+    parts = []
     for phase_reads in reads:
         total = None
         for start, tap in phase_reads:
@@ -113,8 +112,8 @@ def _scattered(layer: _Layer) -> Any:
             total = y if total is None else layer.emit("sum", relax.op.add(total, y))
         n, channels, _, height, width = layer.shape
         shape = [n, count, 1, height, width, channels]
-        phases.append(const(np.zeros(shape, np.float32)) if total is None else layer.emit("phase", relax.op.reshape(total, shape)))
-    y = phases[0] if stride == 1 else layer.emit("phases", relax.op.concat(phases, 2))
+        parts.append(const(np.zeros(shape, np.float32)) if total is None else layer.emit("phase", relax.op.reshape(total, shape)))
+    y = parts[0] if stride == 1 else layer.emit("phases", relax.op.concat(parts, 2))
     y = layer.emit("depth", relax.op.reshape(y, [n, count * stride, height, width, channels]))
     if count * stride > layer.shape[2]:
         y = layer.emit("cropped", relax.op.strided_slice(y, [1], [0], [layer.shape[2]]))

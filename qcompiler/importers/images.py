@@ -39,10 +39,10 @@ def _with_bias(node: Node, what: str, product: Any, channels: int) -> Any:
     if not node.has(2):
         return product
     rank, bias = len(node.shape()), node.inputs[2]
+    if isinstance(bias, np.ndarray) and not bias.any():  # of whatever shape: PyTorch's exporter writes [channels, 2] for a Conv3d without a bias
+        return product
     if tuple(node.shape(2)) != (channels,):
         raise Refused(f"a bias of shape {list(node.shape(2))} for {channels} output channels")
-    if isinstance(bias, np.ndarray) and not bias.any():
-        return product
     shape = [1, channels] + [1] * (rank - 2)
     reshaped = const(real(bias).reshape(shape)) if isinstance(bias, np.ndarray) else node.emit("bias", relax.op.reshape(bias, shape))
     return relax.op.add(node.emit(what, product), reshaped)
