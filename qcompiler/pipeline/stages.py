@@ -42,7 +42,7 @@ from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
-from qcompiler.plan.ranges import SampleEnds, choose, output_noise
+from qcompiler.plan.ranges import TRIFLE, SampleEnds, choose, output_noise
 from qcompiler.plan.recipes import Recipe
 from qcompiler.refine.analytic import mean_of_rounding, shift_of_rounding
 from qcompiler.refine.correction import correct_biases, stated_biases
@@ -233,7 +233,7 @@ class Measured:
                 noise = output_noise(self.twin.session(), new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding)
                 return {name: np.array([*by_observer.values()]) for name, by_observer in noise.items()}
 
-            decisive = [self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
+            decisive = [TRIFLE, self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
 
             def pairs(found: Findings) -> dict[str, tuple[Proposals, dict[str, float]]]:
                 return {name: (p, dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {}) for name, p in new.items()}

@@ -7,12 +7,14 @@ that value alone rounded:
     noise(range) = sum over samples of weight * |outputs with the value rounded - outputs|^2 / sum over samples of weight * |outputs|^2
 
 A range that clips does damage in few samples, so the samples in which a value reaches furthest are always among those that judge it, each for
-itself; others, evenly spread, stand for the rest. Two of each kind come first: a range with half as much noise again as the best of a value's by then is out.
+itself; others, evenly spread, stand for the rest. They judge in rounds, one of each kind first and twice as many by the end of each that follows. After
+a round with n of each kind in all, a range with 1 + 2 / n times the noise of the best of its value's is out, and from two on a value is settled
+whose ranges that are left differ by a `TRIFLE` of the noise of all values: most of the work goes to the few values that the outputs depend on.
 
 **Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
-no part in the noise at the outputs: there a wider range is free. Rounding noise grows with the square of the step, so all ranges are widened, at most
-to `REACH` times what was seen, until each value's noise comes to one common level; the level is where this adds the fraction `PREMIUM` to the noise of
-all values.
+no part in the noise at the outputs: there a wider range is free. So the widest is taken of ranges that differ by a trifle from the best. Rounding noise
+grows with the square of the step, so all ranges are widened, at most to `REACH` times what was seen, until each value's noise comes to one common level;
+the level is where this adds the fraction `PREMIUM` to the noise of all values.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
+from qcompiler.calibration.data import Samples, take
 from qcompiler.calibration.padding import Padding
 from qcompiler.calibration.table import Seen
 from qcompiler.numerics.metrics import Parts
@@ -36,10 +39,11 @@ from qcompiler.runtime.session import Session
 REACH = 2.0
 PREMIUM = 0.02
 LEAST_COUNTED = 64
+TRIFLE = 0.01
 LITTLE = 2.0**36  # float multiplications: a second or two
-_OPENING = 2
-_HOPELESS = 1.5
+_BEHIND = 2.0  # times 1 / n
 _NEAR = 0.02
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class SampleEnds:
@@ -66,23 +70,24 @@ class SampleEnds:
         self.ends = {name: [(float(low), float(high)) for low, high in ends] for name, ends in state.items()}
 
     def weights(self, value_id: str, count: int, spread: int, furthest: int) -> dict[int, float]:
-        """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, `spread` others for the rest."""
+        """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, and then `spread` others for the rest.
+        The first few of either kind are such a choice too."""
         ends = np.array(self.ends.get(value_id, ())).reshape(-1, 2)
-        if len(ends) != count or count <= spread + furthest:
-            return dict.fromkeys(range(count), 1.0)
+        order = sorted(range(count), key=lambda i: i * _GOLDEN % 1)  # the first few of it, however many, are evenly spread; the same of all values, if possible
+        if len(ends) != count:
+            return dict.fromkeys(order, 1.0)
         low, high = min(float(ends[:, 0].min()), 0.0), max(float(ends[:, 1].max()), 0.0)
         reach = np.maximum(ends[:, 0] / (low or -math.inf), ends[:, 1] / (high or math.inf))
         first = np.argsort(-reach, kind="stable")[:furthest].tolist()
-        rest = [i for i in range(count) if i not in set(first)]
-        chosen = [rest[i * len(rest) // spread] for i in range(spread)]
-        return dict.fromkeys(first, 1.0) | dict.fromkeys(chosen, len(rest) / spread)
+        rest = [i for i in order if i not in set(first)]
+        return dict.fromkeys(first, 1.0) | dict.fromkeys(rest[:spread], len(rest) / max(min(spread, len(rest)), 1))
 
 
 def output_noise(
     twin: Session,
     proposals: Mapping[str, Proposals],
     ends: SampleEnds,
-    samples: Iterable[Mapping[str, np.ndarray]],
+    samples: Samples,
     count: int,
     each: int,
     part: float = 1.0,
@@ -106,61 +111,62 @@ def output_noise(
     standing = {member: standing[member] for p in judged.values() for member in p.members}
     if not judged:
         return {}
-    judges = _Judges(twin, judged, standing, count, padding)
+    judges = _Judges(twin, judged, standing, each, padding)
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
-    opening = {i for weights in standing.values() for i in (*list(weights)[:_OPENING], *list(weights)[-_OPENING:])}
-    openings: dict[str, np.ndarray] = {}
     workers = twin.alone(worker_count(twin.manifest["workspace"]))
-    for chosen in (opening, set(range(count)) - opening):
-        items = judges.prepared((i, sample) for i, sample in enumerate(samples) if i in chosen and judges.wanted[i])
+    while wanted := judges.wanted:
+        items = judges.prepared(zip(wanted, take(samples, list(wanted)), strict=False))
         for index, own, errors_of in in_order(judges.judge, workers, items):
             for errors in errors_of.values():
                 done += len(errors)
                 progress("judge ranges", done, variants)
             judges.take(index, own, errors_of)
-        if not openings:
-            openings = {name: judges.total(name) for name, p in judged.items() if all(m in judges.noise for m in p.members)}
-            judges.left |= {name: noises <= _HOPELESS * noises.min() for name, noises in openings.items()}
-    found = {}
-    for name, early in openings.items():
-        best, total = int(early.argmin()), judges.total(name)
-        noises = np.where(judges.left[name], total, total[best] * early / max(early[best], np.finfo(np.float64).tiny))
-        found[name] = dict(zip(judged[name].params, noises.tolist(), strict=True))
-    return found
+        judges.rule()
+    if done < variants:
+        progress("judge ranges", variants, variants)
+    return {name: dict(zip(judged[name].params, noises.tolist(), strict=True)) for name, noises in judges.noises()}
 
 
 class _Judges:
     """Ranges that compete, and what the samples so far say of them. judged: value -> its ranges; standing: of each member of a value, the samples that judge
-    it, and how many each stands for.
+    it, and how many each stands for: `each` of the first kind, then those of the second.
 
-    noise: member -> float64[ranges, outputs]; power: member -> float64[outputs]; wanted: sample -> the members that it judges; left: value -> bool[ranges].
+    noise: member -> float64[ranges, outputs]; power: member -> float64[outputs]; left: value that is not settled -> bool[ranges].
     """
 
-    def __init__(
-        self, twin: Session, judged: Mapping[str, Proposals], standing: Mapping[str, Mapping[int, float]], count: int, padding: Padding | None
-    ) -> None:
+    def __init__(self, twin: Session, judged: Mapping[str, Proposals], standing: Mapping[str, Mapping[int, float]], each: int, padding: Padding | None) -> None:
         self._twin, self._judged, self._standing, self._padding = twin, judged, standing, padding
         self._leader = {member: name for name, p in judged.items() for member in p.members}
         self._at = {i.name: 0 for i in twin.inputs} | {v: n for n, step in enumerate(twin.manifest["steps"], 1) for v in values_of(step)}
         self._parts: list[Parts] = []
+        self._round, self._rounds = 0, {member: _rounds(weights, each) for member, weights in standing.items()}
+        self._open = set(judged)
+        self._lag = {name: np.ones(len(p.params)) for name, p in judged.items()}  # times the noise of the best, of ranges that are out
         self.noise: dict[str, np.ndarray] = {}
         self.power: dict[str, np.ndarray] = {}
-        self.wanted = [[member for member, weights in standing.items() if i in weights] for i in range(count)]
         self.left = {name: np.ones(len(p.params), bool) for name, p in judged.items()}
 
-    def prepared(self, items: Iterator[tuple[int, Mapping[str, np.ndarray]]]) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
-        """The items, before the first of which the parts of the outputs are told apart, by it, for all."""
-        if not self._parts and (first := next(items, None)):
-            self._parts += Walk(self._twin, first[1], padding=self._padding).parts
-            items = itertools.chain([first], items)
-        return items
+    @property
+    def wanted(self) -> dict[int, list[str]]:
+        """Sample, in order -> the members that it judges in this round; none after the last round."""
+        found: dict[int, list[str]] = {}
+        for member, rounds in self._rounds.items():
+            for sample in rounds.get(self._round, ()) if self._leader[member] in self._open else ():
+                found.setdefault(sample, []).append(member)
+        return dict(sorted(found.items()))
 
-    def judge(self, session: Session, item: tuple[int, Mapping[str, np.ndarray]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+    def prepared(self, items: Iterator[tuple[int, Mapping[str, np.ndarray]]]) -> Iterator[tuple[int, Mapping[str, np.ndarray], list[str]]]:
+        """The items, and what each judges, before the first of which the parts of the outputs are told apart, by it, for all."""
+        wanted = self.wanted
+        for index, sample in items:
+            self._parts = self._parts or Walk(self._twin, sample, padding=self._padding).parts
+            yield index, sample, wanted[index]
+
+    def judge(self, session: Session, item: tuple[int, Mapping[str, np.ndarray], list[str]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
         """(number of a sample, its power, errors with each range that is left of the values that it judges)."""
-        index, sample = item
-        stops = [self._at[m] for m in self.wanted[index]]
-        walk, found = Walk(session, sample, parts=self._parts, padding=self._padding, stops=stops), dict[str, np.ndarray]()
-        for member in self.wanted[index]:
+        index, sample, members = item
+        walk, found = Walk(session, sample, parts=self._parts, padding=self._padding, stops=[self._at[m] for m in members]), dict[str, np.ndarray]()
+        for member in members:
             walk.return_to(self._at[member])
             leader = self._leader[member]
             trying = self.left[leader]
@@ -175,10 +181,46 @@ class _Judges:
             self.noise[member] = self.noise.get(member, np.zeros_like(errors)) + weight * errors
             self.power[member] = self.power.get(member, np.zeros_like(own)) + weight * own
 
-    def total(self, name: str) -> np.ndarray:
-        """float64[ranges]: the noise of each range of a value, over power, by the samples so far."""
-        ratios = [self.noise[m] / np.maximum(self.power[m], np.finfo(np.float64).tiny) for m in self._judged[name].members]
-        return np.asarray(sum(r.mean(axis=1) for r in ratios))
+    def rule(self) -> None:
+        """End a round: put out ranges that are far behind, and settle values."""
+        noises = dict(self.noises())
+        for name in self._open & noises.keys():
+            left, least = self.left[name], noises[name].min()
+            out = left & (noises[name] > (1 + _BEHIND / 2**self._round) * least)
+            with np.errstate(divide="ignore"):
+                self._lag[name][out] = noises[name][out] / least
+            left &= ~out
+        trifle = _trifle(n.min() for n in noises.values())
+        if self._round:
+            self._open = {name for name in self._open & noises.keys() if noises[name][self.left[name]].max() > noises[name].min() + trifle}
+        self._round += 1
+
+    def noises(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(value, float64[ranges]: the noise of each, over power, by the samples so far); a range that is out stays as far behind the best as it was."""
+        for name, p in self._judged.items():
+            if all(m in self.noise for m in p.members):
+                ratios = [self.noise[m] / np.maximum(self.power[m], np.finfo(np.float64).tiny) for m in p.members]
+                total, left = np.asarray(sum(r.mean(axis=1) for r in ratios)), self.left[name]
+                total[np.isnan(total)] = math.inf
+                with np.errstate(invalid="ignore"):
+                    behind = total[left].min() * self._lag[name]
+                behind[np.isnan(behind)] = math.inf  # infinitely far behind nothing
+                yield name, np.where(left, total, behind)
+
+
+def _trifle(least: Iterable[float]) -> float:
+    """What makes no difference. least: the noise of every value."""
+    return TRIFLE * sum(n for n in least if math.isfinite(n))
+
+
+def _rounds(samples: Iterable[int], each: int) -> dict[int, list[int]]:
+    """The samples of each round: one of the first `each` and one of the others, and then twice as many by the end of each round."""
+    found: dict[int, list[int]] = {}
+    held = list(samples)
+    for kind in (held[:each], held[each:]):
+        for place, sample in enumerate(kind):
+            found.setdefault(place.bit_length(), []).append(sample)
+    return found
 
 
 def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most: float) -> dict[str, Proposals]:
@@ -191,11 +233,14 @@ def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most
 
 
 def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], margins: bool) -> dict[str, Judged]:
-    """The range with the least noise of every value that was judged; with `margins` widened."""
-    best = {}
+    """The range with the least noise of every value that was judged. With `margins` the widest of those that differ by a trifle from it, and widened."""
+    best, trifle = {}, _trifle(min(found.values()) for found in noise.values())
     for name, found in noise.items():
-        least = min(found.values())
-        best[name] = next(o for o in proposals[name].params if found[o] <= least * (1 + _NEAR))
+        params, least = proposals[name].params, min(found.values())
+        if margins:
+            best[name] = max((o for o in params if found[o] <= least + trifle), key=lambda o: params[o].scale)
+        else:
+            best[name] = next(o for o in params if found[o] <= least * (1 + _NEAR))
     chosen = {name: (proposals[name].params[o], noise[name][o]) for name, o in best.items()}
     wider = widened(chosen, proposals) if margins else {}
     result = {}
