@@ -16,10 +16,24 @@ from hypothesis import strategies as st
 
 from qcompiler.base.errors import DataError, OutputError
 from qcompiler.base.parallel import in_order
-from qcompiler.calibration.histogram import BINS, Histogram, channel_statistics, count_bins, count_bins_reference, counted, grid_exponent
+from qcompiler.calibration import table as calibration
+from qcompiler.calibration.histogram import (
+    BINS,
+    Histogram,
+    add_counts,
+    add_counts_reference,
+    channel_statistics,
+    count_bins,
+    count_bins_reference,
+    counted,
+    grid_exponent,
+)
 from qcompiler.calibration.observers import OBSERVERS, entropy, min_max, percentile, relative_error, squared_error
 from qcompiler.calibration.table import CalibrationTable, Statistics, calibrate
+from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
+from qcompiler.pipeline.float_code import float_code
+from qcompiler.pipeline.stages import float_models
 
 
 def histogram_of(*samples: np.ndarray) -> Histogram:
@@ -243,6 +257,18 @@ def test_the_order_of_samples_does_not_matter() -> None:
         np.testing.assert_allclose(s.channel_sum, backward.values[name].channel_sum, rtol=1e-9, atol=1e-12)
 
 
+def test_samples_side_by_side_make_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, samples = float_code(float_models(MODEL)[0]), list(demo_data()[0])[:9]
+    twin = code.session(1)
+    monkeypatch.setattr(calibration, "worker_count", lambda size: 3)
+    short, found = calibration._SHORT, list[CalibrationTable]()
+    for least in (short, 0.0):
+        monkeypatch.setattr(calibration, "_SHORT", least)
+        assert len(calibration._side_by_side(twin)) == (1 if least else 3), "steps of so small a network are short"
+        found.append(calibrate(twin, samples))
+    assert found[0].digest == found[1].digest
+
+
 def test_a_watcher_sees_the_same_pass() -> None:
     class Watcher:
         def __init__(self) -> None:
@@ -287,15 +313,21 @@ def test_samples_side_by_side_give_the_same_table() -> None:
 
 def test_a_sample_counted_on_its_own_grid_is_exact_on_every_coarser_one() -> None:
     rng = np.random.default_rng(0)
-    for spread in (1.0, 1e-4, 300.0):
-        x = rng.normal(0, spread, 5000).astype(np.float32)
+    for spread, power in ((1.0, 7.0), (1e-4, 0.3), (300.0, 0.0)):
+        x = np.maximum(rng.normal(0, spread, 5000), -spread / 2).astype(np.float32)
+        x[:9] = 0
         own = counted(x, float(x.min()), float(x.max()))
         for steps in (0, 1, 3, 9):
             exponent = own.exponent + steps
             first = int(np.floor(np.ldexp(float(x.min()), -exponent))) - 5
             wanted, zeros = count_bins_reference(x, exponent, first)
-            np.testing.assert_array_equal(own.on(exponent, first), wanted)
-            assert own.zeros == zeros
+            to = Histogram(exponent, first, np.ones(BINS, np.int64), relative=rng.uniform(size=BINS))
+            counts, relative = add_counts_reference(own, to, power)
+            add_counts(own, to, power)
+            np.testing.assert_array_equal(to.counts, wanted + 1)
+            np.testing.assert_array_equal(to.counts, counts)
+            np.testing.assert_array_equal(to.relative, relative)
+            assert own.zeros == zeros >= 9
 
 
 def test_table_round_trip(tmp_path: Path) -> None:

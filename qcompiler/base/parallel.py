@@ -10,8 +10,8 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
@@ -76,6 +76,22 @@ def worker_count(size: int, most: int | None = None) -> int:
     return max(1, min(cores() if most is None else most, MEMORY // max(size, 1)))
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, for nobody else meanwhile, which are idle in the end. They are kept for the next who needs as many: starting them takes longer than
+    many a piece of work."""
+    idle = _IDLE.setdefault(count, [])
+    pool = idle.pop() if idle else ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        idle.append(pool)
+
+
+_IDLE: dict[int, list[ThreadPoolExecutor]] = {}
+os.register_at_fork(after_in_child=_IDLE.clear)  # a child process has none of the threads
+
+
 def in_order(
     function: Callable[[Worker, Item], Result], workers: Sequence[Worker], items: Iterable[Item], stop: Callable[[], None] = lambda: None
 ) -> Generator[Result, None, None]:
@@ -96,7 +112,7 @@ def in_order(
             free.put(worker)
 
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(len(workers)) as pool:
+    with _threads(len(workers)) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(contextvars.copy_context().run, work, item))  # numpy's settings are those of the caller
@@ -108,6 +124,7 @@ def in_order(
             for future in pending:
                 future.cancel()
             stop()
+            wait(pending)
             raise
 
 
@@ -122,6 +139,8 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], lane
     def work(indices: list[int]) -> list[tuple[int, Result]]:
         return [(i, function(items[i])) for i in indices]
 
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        found = dict(itertools.chain.from_iterable(pool.map(work, lanes.values())))
+    with _threads(len(lanes)) as pool:
+        futures = [pool.submit(work, indices) for indices in lanes.values()]
+        wait(futures)
+        found = dict(itertools.chain.from_iterable(f.result() for f in futures))
     return [found[i] for i in range(len(items))]

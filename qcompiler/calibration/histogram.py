@@ -47,12 +47,6 @@ class Counts:
     counts: np.ndarray
     zeros: int
 
-    def on(self, exponent: int, first: int) -> np.ndarray:
-        """int64[BINS]: the counts on a grid that is as coarse or coarser, and covers them."""
-        used = np.flatnonzero(self.counts)
-        to = ((used + self.first) >> min(exponent - self.exponent, 62)) - first
-        return np.bincount(to, self.counts[used], BINS).astype(np.int64)
-
 
 def counted(values: np.ndarray, low: float, high: float) -> Counts:
     """The counts of float32 values, all finite, with these extremes."""
@@ -136,12 +130,9 @@ class Histogram:
         exponent = max(self.exponent, grid_exponent(self.low, self.high))
         first = math.floor(math.ldexp(min(self.low, 0.0), -exponent))
         before = self.coarser(exponent, first)
-        self.exponent, self.first = exponent, first
-        new = counts.on(exponent, first)
-        self.counts, self.relative = before.counts + new, before.relative
-        if power > 0:
-            self.relative = self.relative + replace(self, counts=new, zeros=counts.zeros).nonzero / power
-            self.powered += 1
+        self.exponent, self.first, self.counts, self.relative = exponent, first, before.counts.copy(), before.relative.copy()
+        add_counts(counts, self, power)
+        self.powered += power > 0
         self.zeros += counts.zeros
         self.samples += 1
         self.mean_low += (low - self.mean_low) / self.samples
@@ -170,6 +161,24 @@ class Histogram:
         )
 
 
+def add_counts_reference(new: Counts, to: Histogram, power: float) -> tuple[np.ndarray, np.ndarray]:
+    """What `add_counts` makes of counts and relative, in numpy."""
+    used = np.flatnonzero(new.counts)
+    at = ((used + new.first) >> min(to.exponent - new.exponent, 62)) - to.first
+    counts = np.bincount(at, new.counts[used], BINS).astype(np.int64)
+    nonzero = counts.astype(np.float64)
+    if new.zeros:
+        nonzero[-to.first] -= new.zeros
+    return to.counts + counts, to.relative + nonzero / power if power > 0 else to.relative
+
+
+def add_counts(new: Counts, to: Histogram, power: float) -> None:
+    """Add the counts of one sample, whose sum of squares is `power`, to those of a histogram whose grid is as coarse or coarser, and covers them."""
+    moved, shift = np.zeros(BINS, np.int64), min(to.exponent - new.exponent, 62)
+    add = _kernels()[2]
+    add(*map(_pointer, (new.counts, moved, to.counts, to.relative)), new.first, shift, to.first, new.zeros, power)
+
+
 def count_bins_reference(values: np.ndarray, exponent: int, first: int) -> tuple[np.ndarray, int]:
     """What `count_bins` computes, in numpy."""
     index = np.floor(np.ldexp(values.reshape(-1), -exponent)).astype(np.int64) - first
@@ -181,7 +190,7 @@ def count_bins(values: np.ndarray, exponent: int, first: int) -> tuple[np.ndarra
     values = np.ascontiguousarray(values, np.float32)
     counts = np.zeros((_COPIES, BINS), np.int32)
     zeros = np.zeros(_LANES, np.int32)
-    count, _ = _kernels()
+    count = _kernels()[0]
     count(_pointer(values), values.size, math.ldexp(1.0, -exponent), first, _pointer(counts), _pointer(zeros))
     return counts.sum(axis=0, dtype=np.int64), int(zeros.sum())
 
@@ -195,7 +204,7 @@ def channel_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     channels = values.shape[-1] if values.ndim else 1
     sums, squares = np.zeros(channels), np.zeros(channels)
     low, high = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
-    _, reduce = _kernels()
+    reduce = _kernels()[1]
     reduce(_pointer(values), values.size // channels, channels, *map(_pointer, (sums, squares, low, high)))
     return sums, squares, low, high
 
@@ -205,15 +214,15 @@ def _pointer(array: Any) -> ctypes.c_void_p:
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
-    """The compiled kernels "count" and "channels", for the CPU this process runs on."""
+def _kernels() -> tuple[Any, Any, Any]:
+    """The compiled kernels "count", "channels" and "add", for the CPU this process runs on."""
     try:
         target: Any = find_target("native").tvm
     except TargetError:
         target = {"kind": "llvm"}
-    module = tvm.IRModule({"count": _count_kernel(), "channels": _channel_kernel()})
+    module = tvm.IRModule({"count": _count_kernel(), "channels": _channel_kernel(), "add": _add_kernel()})
     library = tvm.tirx.build(module, target=tvm.target.Target(target))
-    return library["count"], library["channels"]
+    return library["count"], library["channels"], library["add"]
 
 
 def _count_kernel() -> Any:
@@ -283,4 +292,30 @@ def _channel_kernel() -> Any:
                 column(block * _LANES, _LANES)
             with T.serial(0, channels % _LANES) as rest:
                 column(channels - channels % _LANES + rest, 1)
+    return builder.get()
+
+
+def _add_kernel() -> Any:
+    """add(new int64[BINS], moved int64[BINS] of zeros, counts int64[BINS], relative float64[BINS], first of `new`, shift, first, zeros, power)."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_attr({"global_symbol": "add"})
+            pointers = [T.arg(name, T.handle()) for name in ("new", "moved", "counts", "relative")]
+            source, shift, first = (T.arg(name, T.int64()) for name in ("source", "shift", "first"))
+            zeros, power = T.arg("zeros", T.int64()), T.arg("power", T.float64())
+            new, moved, counts, relative = (
+                T.decl_buffer((BINS,), dtype, data=p) for p, dtype in zip(pointers, ("int64", "int64", "int64", "float64"), strict=True)
+            )
+            with T.serial(0, BINS) as i:
+                with T.If(new[i] != 0):
+                    with T.Then():
+                        at = T.bind(((i.astype("int64") + source) >> shift) - first)
+                        T.buffer_store(moved, moved[at] + new[i], [at])
+            with T.serial(0, BINS) as i:
+                T.buffer_store(counts, counts[i] + moved[i], [i])
+            with T.If(power > T.float64(0)):
+                with T.Then():
+                    with T.serial(0, BINS) as i:
+                        exact = T.bind(tirx.Select(tirx.EQ(i.astype("int64"), -first), zeros, T.int64(0)))
+                        T.buffer_store(relative, relative[i] + (moved[i] - exact).astype("float64") / power, [i])
     return builder.get()

@@ -29,6 +29,7 @@ from qcompiler.calibration.shaped import ShapedSamples
 from qcompiler.runtime.session import Session
 
 FORMAT = 1
+_SHORT = 2.0**24  # multiplications, of steps on the average: a tenth of a millisecond
 UNBOUNDED = 2.0**100  # values beyond it stand for infinity: the least float32 that masks add, say
 Visit = Callable[[str, np.ndarray], None]
 
@@ -226,14 +227,23 @@ def calibrate(
             raise DataError(f"calibration sample {number}: {error}") from None
         return found
 
-    executors: Sequence[Executor] = executor.alone(worker_count(executor.manifest["workspace"])) if isinstance(executor, Session) else [executor]
-    for found in in_order(looked, executors, _numbered(samples, executor.inputs, watchers, at_first)):
+    for found in in_order(looked, _side_by_side(executor), _numbered(samples, executor.inputs, watchers, at_first)):
         _take(table, found)
         table.samples += 1
         progress(stage, table.samples, total)
     if table.samples == 0:
         raise DataError("calibration data is empty; give at least one sample, better 50 to 500 that look like what the model will see")
     return table
+
+
+def _side_by_side(executor: Executor) -> Sequence[Executor]:
+    """What runs samples at the same time. Where steps are short, what is done in Python in between takes longer, and is done by one thread at a time: others
+    would get into its way."""
+    if not isinstance(executor, Session):
+        return [executor]
+    steps = executor.manifest["steps"]
+    short = sum(step["macs"] for step in steps) < _SHORT * len(steps)
+    return executor.alone(1 if short else worker_count(executor.manifest["workspace"]))
 
 
 @dataclass
