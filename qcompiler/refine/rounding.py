@@ -43,18 +43,20 @@ NARROW = 64  # inputs per output, depthwise kernels among them: so few don't ave
 _BLOCK = 64  # columns between updates of everything behind them
 
 
-def patches(x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[int, int], out: tuple[int, ...], at: np.ndarray) -> np.ndarray:
+def patches(
+    x: np.ndarray, kind: str, attrs: Mapping[str, Any], kernel: tuple[int, int], out: tuple[int, ...], at: np.ndarray, zero_point: float = 0
+) -> np.ndarray:
     """float32[G, P, KH*KW*C/G]: what the kernel meets at the output positions `at` (int64[P], flat over N, OH, OW), per convolution group.
 
-    x: NHWC (dense: [..., K], G = 1), zero point subtracted; padding is 0. The last axis is ordered as a weight [O, KH, KW, C/G].
+    x: NHWC (dense: [..., K], G = 1), from which `zero_point` is subtracted; padding is 0. The last axis is ordered as a weight [O, KH, KW, C/G].
     """
     if not KINDS[kind].window:
-        return np.ascontiguousarray(x.reshape(-1, x.shape[-1])[at], np.float32)[None]
+        return (np.ascontiguousarray(x.reshape(-1, x.shape[-1])[at], np.float32) - np.float32(zero_point))[None]
     n, y, z = np.unravel_index(at, out[:3])
     rows, columns = (p[:, None] * attrs["strides"][a] - attrs["padding"][a] + np.arange(kernel[a])[None] * attrs["dilation"][a] for a, p in ((0, y), (1, z)))
     inside = ((rows >= 0) & (rows < x.shape[1]))[:, :, None] & ((columns >= 0) & (columns < x.shape[2]))[:, None, :]
     rows, columns = np.clip(rows, 0, x.shape[1] - 1), np.clip(columns, 0, x.shape[2] - 1)
-    found = x[n[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32) * inside[..., None]
+    found = (x[n[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32) - np.float32(zero_point)) * inside[..., None]
     groups = int(attrs.get("groups", 1))
     split = found.reshape(len(at), kernel[0] * kernel[1], groups, -1).transpose(2, 0, 1, 3)
     return np.ascontiguousarray(split.reshape(groups, len(at), -1))
@@ -77,7 +79,7 @@ class Gram:
         """What `take` adds of patches."""
         groups, rows, width = x.shape
         x = x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
-        return x.transpose(0, 2, 1) @ x, x.sum(axis=1, dtype=np.float64), rows
+        return x.transpose(0, 2, 1) @ x, x.sum(axis=1), rows  # exact, as sums of so few int8 steps are
 
     def take(self, sums: np.ndarray, means: np.ndarray, rows: int) -> None:
         self.sums += sums
@@ -196,8 +198,8 @@ class DataRounder:
                 yield context, np.sort(random.choice(total, min(total, self._positions), replace=False))
 
         def met(_: int, drawn: tuple[Context, np.ndarray]) -> Result:
-            x = drawn[0].view(layer.x).astype(np.float32) - layer.attrs["x_zero_point"]
-            return then(patches(x, layer.kind, layer.attrs, kernel_size(weight), layer.shape, drawn[1]))
+            context, at = drawn
+            return then(patches(context.view(layer.x), layer.kind, layer.attrs, kernel_size(weight), layer.shape, at, layer.attrs["x_zero_point"]))
 
         return in_order(met, range(cores()), drawn())
 
