@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.base.value_ids import Naming
 from qcompiler.calibration.padding import ALL, Padding
@@ -79,17 +80,28 @@ def measure_sensitivity(
     most = max(1, int(min(work / max(_work(plain, layers, params), 1.0), most)))
     done = count = 0
     parts: list[Parts] = []
-    for sample in samples:
-        walk = Walk(plain, sample, rounded, parts, padding)
-        parts = walk.parts
-        power = power + walk.power
-        for noise, name, errors in _variants(walk, weights, values, layers, params):
-            noise[name] = noise.get(name, np.zeros(len(errors))) + errors
-            done += 1
-            progress("sensitivity of layers", done, most * variants)
-        count += 1
-        if count == most or (time.monotonic() - begin) * (count + 1) > seconds * count:
-            break
+
+    def walked(sessions: tuple[Session, Session], sample: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[tuple[bool, str, np.ndarray]]]:
+        walk = Walk(sessions[0], sample, sessions[1], parts, padding)
+        return walk.power, list(_variants(walk, layers, params))
+
+    def taken() -> Iterator[Mapping[str, np.ndarray]]:
+        for sample in itertools.islice(samples, most):
+            parts[:] = parts or Walk(plain, sample, padding=padding).parts
+            yield sample
+
+    workers = worker_count(plain.manifest["workspace"])
+    with contextlib.closing(in_order(walked, list(zip(plain.alone(workers), rounded.alone(workers), strict=True)), taken())) as results:
+        for own, found in results:
+            power = power + own
+            for of_weights, name, errors in found:
+                noise = weights if of_weights else values
+                noise[name] = noise.get(name, np.zeros(len(errors))) + errors
+                done += 1
+                progress("sensitivity of layers", done, most * variants)
+            count += 1
+            if (time.monotonic() - begin) * (count + 1) > seconds * count:
+                break
     progress("sensitivity of layers", done, done)
     power = np.maximum(power, np.finfo(np.float64).tiny)
     return Sensitivity(count, {n: e / power for n, e in weights.items()}, {n: e / power for n, e in values.items()})
@@ -117,18 +129,15 @@ def values_of(step: Mapping[str, Any]) -> list[str]:
     return [] if step.get("auxiliary") else [step["id"], *step.get("more", [])]
 
 
-_Noise = dict[str, np.ndarray]
-
-
-def _variants(walk: Walk, weights: _Noise, values: _Noise, layers: Collection[str], params: Mapping[str, QParams]) -> Iterator[tuple[_Noise, str, np.ndarray]]:
-    """(where it belongs, id, sums of squared errors of the float outputs) of each variant."""
+def _variants(walk: Walk, layers: Collection[str], params: Mapping[str, QParams]) -> Iterator[tuple[bool, str, np.ndarray]]:
+    """(are weights rounded, not a value? id, sums of squared errors of the float outputs) of each variant."""
     for new, following in walk.advance():
         for name in new:
             if name in params:
-                yield values, name, walk.errors_with_value(name, params[name])
+                yield False, name, walk.errors_with_value(name, params[name])
         for name in following:
             if name in layers:
-                yield weights, name, walk.errors_with_weights()
+                yield True, name, walk.errors_with_weights()
 
 
 class Walk:
