@@ -19,6 +19,7 @@ the level is where this adds the fraction `PREMIUM` to the noise of all values.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,14 +74,20 @@ class SampleEnds:
         """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, and then `spread` others for the rest.
         The first few of either kind are such a choice too."""
         ends = np.array(self.ends.get(value_id, ())).reshape(-1, 2)
-        order = sorted(range(count), key=lambda i: i * _GOLDEN % 1)  # the first few of it, however many, are evenly spread; the same of all values, if possible
         if len(ends) != count:
-            return dict.fromkeys(order, 1.0)
+            return dict.fromkeys(_spread(count), 1.0)
         low, high = min(float(ends[:, 0].min()), 0.0), max(float(ends[:, 1].max()), 0.0)
         reach = np.maximum(ends[:, 0] / (low or -math.inf), ends[:, 1] / (high or math.inf))
         first = np.argsort(-reach, kind="stable")[:furthest].tolist()
-        rest = [i for i in order if i not in set(first)]
+        known = set(first)
+        rest = [i for i in _spread(count) if i not in known]
         return dict.fromkeys(first, 1.0) | dict.fromkeys(rest[:spread], len(rest) / max(min(spread, len(rest)), 1))
+
+
+@functools.lru_cache(1)
+def _spread(count: int) -> list[int]:
+    """Samples in an order of which the first few, however many, are evenly spread: one for all values, which then have most of their judges in common."""
+    return sorted(range(count), key=lambda i: i * _GOLDEN % 1)
 
 
 def output_noise(
