@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import tvm
-from tvm import relax
+from onnx_nets import compiled
 
 from qcompiler.calibration.table import CalibrationTable, Statistics, Watcher, calibrate
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.passes.groups import find_groups
-from qcompiler.passes.legalize import legalize
 from qcompiler.plan.planner import observed_ids
 
 
@@ -36,14 +35,11 @@ class ModuleExecutor:
         env = {p.name: builder.input(p.name, p.shape, p.dtype) for p in self.inputs}
         for name, expr in graph.bindings:
             env[name] = builder.emit(name, substitute(expr, lambda v: env[str(v.name)]))
-        legal = legalize(builder.finish([(n, env[n]) for n in self._ids]))
-        with tvm.transform.PassContext(opt_level=0):
-            library = relax.build(legal, "llvm")
-        self._main = relax.VirtualMachine(library, tvm.cpu())["main"]
+        self._main = compiled(builder.finish([(n, env[n]) for n in self._ids]))
 
     def trace(self, inputs: Mapping[str, np.ndarray], visit: Callable[[str, np.ndarray], None]) -> dict[str, np.ndarray]:
-        results = self._main(*[tvm.runtime.tensor(inputs[p.name]) for p in self.inputs])
-        values = {**inputs, **{n: r.numpy() for n, r in zip(self._ids, results, strict=True)}}
+        results = self._main(*[inputs[p.name] for p in self.inputs])
+        values = {**inputs, **dict(zip(self._ids, results, strict=True))}
         for name, array in values.items():
             visit(name, array)
         return {name: values[value] for name, value in self._outputs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,20 @@ class OnnxNet:
         return path
 
 
+def compiled(module: tvm.IRModule) -> Callable[..., list[np.ndarray]]:
+    """A float module as a function of arrays, on TVM's own kernels. Each runs once or twice on little: to optimize its code takes longer."""
+    built = relax.build(legalize(module), tvm.target.Target({"kind": "llvm", "opt-level": 0}))
+    main = relax.VirtualMachine(built, tvm.cpu())["main"]
+    return lambda *arrays: [r.numpy() for r in main(*[tvm.runtime.tensor(np.asarray(a, order="C")) for a in arrays])]
+
+
 def execute(module: tvm.IRModule, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs of a float module by name, computed by TVM's own kernels; where it holds operators of ours, an operator at a time."""
     graph = Graph.of(module)
     if any(match_op(expr) for _, expr in graph.bindings):
         return interpreter.run(module, feeds)
-    built = relax.build(legalize(legal_layouts(module)), "llvm")
     arrays = [np.asarray(feeds[str(p.name)], dtype_of(p), order="C") for p in graph.inputs]
-    results = relax.VirtualMachine(built, tvm.cpu())["main"](*[tvm.runtime.tensor(a) for a in arrays])
-    return {name: r.numpy() for (name, _), r in zip(graph.outputs, results, strict=True)}
+    return dict(zip((name for name, _ in graph.outputs), compiled(legal_layouts(module))(*arrays), strict=True))
 
 
 def samples(model: FloatModel, seed: int = 1) -> dict[str, np.ndarray]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import tvm
+from onnx_nets import compiled
 from tvm import relax
 
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, shape_of, substitute
 from qcompiler.passes.groups import Group, find_groups
 from qcompiler.passes.legal_layouts import legal_layouts
-from qcompiler.passes.legalize import legalize
 
 NHWC = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
 NHWC_T = {"data_layout": "NHWC", "kernel_layout": "IHWO", "out_layout": "NHWC"}
@@ -100,10 +100,8 @@ def evaluate(module: tvm.IRModule, inputs: dict[str, np.ndarray], keep: Sequence
             env[name] = builder.input(f"{name}~given", given[name].shape, str(given[name].dtype))
             feed.append(given[name])
     wanted = [k for k in keep if k not in inputs]
-    legal = legalize(legal_layouts(builder.finish([(k, computed[k]) for k in wanted])))
-    machine = relax.VirtualMachine(relax.build(legal, "llvm"), tvm.cpu())
-    results = machine["main"](*[tvm.runtime.tensor(np.ascontiguousarray(a)) for a in feed])
-    return {**inputs, **{k: r.numpy() for k, r in zip(wanted, results, strict=True)}}
+    results = compiled(legal_layouts(builder.finish([(k, computed[k]) for k in wanted])))(*feed)
+    return {**inputs, **dict(zip(wanted, results, strict=True))}
 
 
 @dataclass
