@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/qcompiler demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # mypy sees the sub-packages where an installed package has them.
 lint: $(VENV)/.test

@@ -21,6 +21,29 @@ pytest_plugins = ["tools"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LONG = (
+    "test_first_hour.py",
+    "test_operator_page.py",
+    "test_onnx_suite.py",
+    "test_x86_networks.py",
+    "test_arm.py",
+    "test_pipeline.py",
+    "test_cuda.py",
+    "test_kernels_conv.py",
+    "test_kernels_arm.py",
+    "test_kernels_winograd.py",
+    "test_accuracy_target.py",
+    "test_example_scripts.py",
+)
+"""Files that take long, or are one long test. Begun last, each would keep one core busy when the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let Python's handler of crashes have the last word, which says what ran: TVM installs its own when it is imported."""
     if faulthandler.is_enabled():
