@@ -47,7 +47,7 @@ def many_blocks(row: Row, op: OpCall) -> dict[str, Any] | None:
     if not isinstance(row, GemmRow):
         return None
     tile = Tile(32, 32, 32, 16, 32, 1, 3)
-    splits = [t for t in (replace(tile, split_k=n) for n in (3, 2)) if t.refuse_split(Geometry.of(op)) is None]
+    splits = [t for t in (replace(tile, split_k=n) for n in (3, 2)) if t.refuse_layer(Geometry.of(op)) is None]
     return (splits or [tile])[0].params()
 
 

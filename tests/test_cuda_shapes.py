@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fake_cuda import FakeGpu
+from test_kernels_cuda_gemm import Conv
 from test_shapes import batch, pictures
 from tools import require_nvcc
 
+from qcompiler.base.targets import find_target
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
 
@@ -45,5 +48,19 @@ def test_the_bytes_of_the_library_for_a_cpu(tmp_path: Path, monkeypatch: pytest.
         assert on_gpu[name].tobytes() == next(iter(on_cpu.run({"image": image}).values())).tobytes(), name
     log = gpu.log()
     assert (log["replays"], log["left"], log["contexts"]) == (8, 0, 0), log
-    manifest = made["cuda-sm80"].artifact.manifest
-    assert manifest["constants"] < 1.2 * made["cuda-sm80"].program.constants.size
+    manifest, alone = made["cuda-sm80"].artifact.manifest, made["cuda-sm80"].program.constants.size
+    assert [shape["constants_added"] for shape in manifest["shapes"]] == [0, 0] and manifest["constants"] == alone
+
+
+@pytest.mark.parametrize("target", ["cuda-sm75", "cuda-sm80", "cuda-sm90a"])
+def test_batches_share_weights_whatever_their_tilings(target: str) -> None:
+    """A layer's tiling differs between 1 image and 64; its constants have one form."""
+
+    def packed(batch: int, bits: int) -> Any:
+        case = Conv((batch, 8, 8, 72), 136, (3, 3), pad=1).case(bits=bits)
+        return case.prepare(find_target(target))
+
+    for bits in (8, 4):
+        few, many = (packed(batch, bits) for batch in (1, 64))
+        assert few.params != many.params and few.row == many.row
+        assert [c.tobytes() for c in few.constants] == [c.tobytes() for c in many.constants]

@@ -120,7 +120,7 @@ CONVS = {
 
 def split(tile: plan.Tile, g: plan.Geometry, rng: random.Random) -> plan.Tile:
     """The tiling with its tiles shared by as many blocks as can be chosen at random."""
-    return rng.choice([t for t in (replace(tile, split_k=n) for n in plan.SPLITS) if t.refuse_split(g) is None])
+    return rng.choice([t for t in (replace(tile, split_k=n) for n in plan.SPLITS) if t.refuse_layer(g) is None])
 
 
 def kernels(unit: plan.Unit) -> dict[str, tuple[Case, Any]]:
@@ -130,8 +130,9 @@ def kernels(unit: plan.Unit) -> dict[str, tuple[Case, Any]]:
         case = conv.case(bits=unit.bits)
         row = row_of(unit, case.name)
         found[f"{name}_0"] = (case, case.prepare(TARGETS[unit], row=row))
-        g, tilings = plan.Geometry.of(case.op), [rng.choice(plan.tiles(unit))]
-        short = [t for t in plan.tiles(unit) if t.bk < g.depth]
+        g = plan.Geometry.of(case.op)
+        possible = [t for t in plan.tiles(unit) if t.refuse_layer(g) is None]
+        tilings, short = [rng.choice(possible)], [t for t in possible if t.bk < g.depth]
         if short:
             tilings.append(split(rng.choice(short), g, rng))
         for i, tile in enumerate(tilings, 1):
@@ -175,8 +176,9 @@ def test_blocks_share_tiles(unit: plan.Unit, emulated: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("unit", UNITS, ids=tag)
 def test_channel_order_is_a_permutation_and_swizzling_avoids_conflicts(unit: plan.Unit) -> None:
+    for span in (plan.PIECE, plan.SPAN):
+        assert sorted(plan.channel_order(span, unit)) == list(range(span))
     for tile in plan.tiles(unit)[::37]:
-        assert sorted(plan.channel_order(tile, unit)) == list(range(tile.bn))
         chunks = tile.bk // plan.CHUNK
         for chunk in range(chunks):  # 8 rows, one chunk: all 8 groups of 16 bytes that the banks hold
             places = {(row * chunks + (chunk ^ plan.swizzle(row, chunks))) % 8 for row in range(8)}
@@ -217,10 +219,13 @@ def test_a_tiling_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             row.build(op, base | change, TARGETS[plan.MMA])
+    case, narrow = CONVS["three_channels"].case(), plan.Tile(16, 32, 256, 16, 32, 1, 2)
+    with pytest.raises(ValueError, match="32 threads copy no row of 256 bytes, 4 at a time"):
+        case.prepare(TARGETS[plan.MMA], narrow.params())
     x = Layout((32, 112, 112, 64), "int8")
     tile = plan.Tile(64, 64, 32, 32, 32, 1, 2)
     g = plan.Geometry(x, x, 64, 64, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1))
-    assert tile.refuse_split(g) is None and replace(tile, split_k=2).refuse_split(g) == "2 blocks would leave 196 MB of sums for each other"
+    assert tile.refuse_layer(g) is None and replace(tile, split_k=2).refuse_layer(g) == "2 blocks would leave 196 MB of sums for each other"
 
 
 def test_what_the_tiled_rows_leave() -> None:

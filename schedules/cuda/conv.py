@@ -86,20 +86,19 @@ class GemmRow(GoesOn):
 
     def build(self, op: OpCall, params: Mapping[str, Any], target: Target) -> Kernel:
         g, tile = plan.Geometry.of(op), plan.Tile(**params)
-        reason = tile.refuse(self.unit) or tile.refuse_split(g)
+        reason = tile.refuse(self.unit) or tile.refuse_layer(g)
         if reason:
             raise ValueError(f"{self.name}: {reason}")
         weight, bias = (np.asarray(o) for o in op.operands[1:3])
         zero = int(op.attrs["x_zero_point"])
         folded = wrap(bias.astype(np.int64) - zero * weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1))
-        blocks_n = -(-g.outputs // tile.bn)
-        channel = np.arange(blocks_n * tile.bn)
+        channel = np.arange(g.pieces[0] * plan.PIECE)
         channels = np.where(channel < g.outputs, channel + np.arange(g.groups)[:, None] * g.outputs, -1).reshape(-1)
-        arrays = [plan.pack(weight, g, tile, self.unit), *finish_arrays(op, folded, channels)]
+        arrays = [plan.pack(weight, g, self.unit), *finish_arrays(op, folded, channels)]
 
         def emit(k: Emitter) -> None:
             fill = k.i32(plan.repeated_byte(zero)) if g.bounded else T.int32(0)
-            end = Epilogue(k, k.arrays[1:], tile.run(self.unit), g.outputs, g.groups)
+            end = Epilogue(k, k.arrays[1:], tile.run(self.unit, g.span), g.outputs, g.groups)
             kind = AsynchronousGemm if self.unit.warps > 1 else FourBitGemm if self.unit.bits == 4 else Gemm
             kind(k, g, tile, self.unit, fill).emit(end)
 

@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.schedules.builder import Emitter, when
 from qcompiler.schedules.cuda.base import local
 from qcompiler.schedules.cuda.epilogue import Epilogue, element, quad
-from qcompiler.schedules.cuda.gemm_plan import CHUNK, Geometry, Tile, Unit, swizzle
+from qcompiler.schedules.cuda.gemm_plan import CHUNK, PIECE, Geometry, Tile, Unit, swizzle
 
 
 def call(name: str, *args: Any) -> None:
@@ -78,6 +78,7 @@ class Gemm:
         self.rows, self.columns = t.parts(self.unit)
         self.sums = local(self.rows * self.columns * self.unit.row_count * self.unit.columns)
         self.place_loads()
+        self.place_weights()
 
     # -- global --> shared ----------------------------------------------------------------------------------------------------------------
 
@@ -104,6 +105,40 @@ class Gemm:
             self.loads.append((row, place, source, ih, iw))
         self.spare_rows = t.bm % stride != 0 or stride > t.bm
 
+    def place_weights(self) -> None:
+        """Which chunks of weights this thread copies in every step: place in shared memory, piece, and byte of `k.arrays[0]` in the first step."""
+        t, (rows, depth) = self.tile, self.g.pieces
+        first = T.bind(self.group * rows + self.block_n * (t.bn // PIECE))
+        self.piece_bytes = PIECE * PIECE * self.unit.bits // 8
+        self.weights: list[tuple[Any, Any, Any, Any]] = []
+        for begin in range(0, t.weight_bytes(self.unit), t.threads * CHUNK):
+            place = T.bind(self.k.thread * CHUNK + begin)
+            row, along, inside = self.piece_of(place)
+            source = T.bind(((first + row) * depth + along) * self.piece_bytes + inside)
+            self.weights.append((place, T.bind(self.block_n * (t.bn // PIECE) + row), along, source))
+
+    def piece_of(self, place: Any) -> tuple[Any, Any, Any]:
+        """Of the weights' part of a stage: the piece along channels and along the reduction that a chunk is of, and the byte in it."""
+        bk = self.tile.bk
+        row = T.bind(tirx.truncdiv(place, bk))
+        chunk = T.bind(T.bitwise_xor(tirx.truncdiv(mod(place, bk), CHUNK), swizzle(row, bk // CHUNK)))
+        return tirx.truncdiv(row, PIECE), T.bind(tirx.truncdiv(chunk, 2)), tirx.truncmod(row, PIECE) * PIECE + tirx.truncmod(chunk, 2) * CHUNK
+
+    def copy_weights(self, step: Any, base: Any) -> None:
+        """Of a step, to byte `base` of shared memory. Behind the reduction they are 0, and behind the last channel's piece whatever they were."""
+        t, (rows, depth), each = self.tile, self.g.pieces, self.tile.bk // PIECE
+        move, size = T.bind(step * (each * self.piece_bytes)), t.weight_bytes(self.unit)
+        for number, (place, row, along, source) in enumerate(self.weights):
+            to, origin = T.address_of(self.shared[base + place]), T.address_of(self.k.arrays[0][source + move])
+            with (
+                when(row < rows if rows * PIECE % t.bn else None),
+                when(place < size if (number + 1) * t.threads * CHUNK > size else None),
+            ):
+                if depth % each:
+                    call(f"qc_copy_or_fill<{CHUNK}>", to, origin, step * each + along < depth, 0)
+                else:
+                    call(f"qc_copy<{CHUNK}>", to, origin)
+
     def copy_step(self, step: Any, stage: Any) -> None:
         """Start the copies of both operands of a step into a stage."""
         g, t = self.g, self.tile
@@ -128,12 +163,7 @@ class Gemm:
 
         with when(at < g.depth if g.depth % t.bk else None):  # behind the reduction weights are 0
             copy_rows()
-        size = t.weight_bytes(self.unit)
-        source = T.bind(((self.group * self.blocks_n + self.block_n) * self.steps + step) * size)
-        for begin in range(0, size, t.threads * CHUNK):
-            place = T.bind(self.k.thread * CHUNK + begin)
-            with when(place < size if begin + t.threads * CHUNK > size else None):
-                call(f"qc_copy<{CHUNK}>", T.address_of(self.shared[base + t.bm * t.bk + place]), T.address_of(self.k.arrays[0][source + place]))
+        self.copy_weights(step, T.bind(base + t.bm * t.bk))
 
     # -- shared --> registers, products -----------------------------------------------------------------------------------------------------
 
@@ -142,13 +172,17 @@ class Gemm:
         t = self.tile
         share = t.bk // (t.wk * self.unit.depth)
         a = T.bind(stage * self.stage_bytes + self.warp_m * (t.wm * t.bk))
-        b = T.bind(stage * self.stage_bytes + t.bm * t.bk + self.warp_n * (t.wn * t.bk * self.unit.bits // 8))
+        b = T.bind(self.weights_of_warp(stage * self.stage_bytes + t.bm * t.bk))
         if self.unit.columns > 1:
             for i in range(share):
                 self.multiply_mma(a, b, T.bind((self.warp_k * share + i) * 2))
         else:
             with T.serial(0, share) as i:
                 self.multiply_dp4a(a, b, T.bind(self.warp_k * share + i))
+
+    def weights_of_warp(self, base: Any) -> Any:
+        """The byte where a warp's weights begin, of a stage's that begin at `base`."""
+        return base + self.warp_n * (self.tile.wn * self.tile.bk)
 
     def multiply_mma(self, a: Any, b: Any, chunk: Any) -> None:
         """32 bytes of the reduction: a load of 4 matrices yields the pixels' operand of a part."""
@@ -268,10 +302,14 @@ class Gemm:
 
     def finish(self, end: Epilogue) -> None:
         t, lane, mma = self.tile, self.lane, self.unit.columns == 2
-        run, parts = t.run(self.unit), t.span // 8
+        span = min(t.wn, self.g.span)
+        parts = span // 8
         y, x = (T.shift_right(lane, T.int32(2)), T.bitwise_and(lane, T.int32(3))) if mma else (T.shift_right(lane, T.int32(3)), T.bitwise_and(lane, T.int32(7)))
-        channels = [T.bind(self.block_n * t.bn + self.warp_n * t.wn + (x * run + span)) for span in range(0, t.wn, t.span)]
-        tables = [T.bind(self.group * (self.blocks_n * t.bn) + channel) for channel in channels]
+        row = T.bind(self.block_n * t.bn + self.warp_n * t.wn)  # of weights; the channels of a span are spread over its rows
+        below = mod(row, self.g.span)
+        least = T.bind(row - below + x * (self.g.span // 8 * self.unit.columns) + tirx.truncdiv(below, 8) * self.unit.columns)
+        channels = [T.bind(least + begin) for begin in range(0, t.wn, span)]
+        tables = [T.bind(self.group * (self.g.pieces[0] * PIECE) + channel) for channel in channels]
         first = T.bind(self.first_pixel + self.warp_m * t.wm + y)
         for i in range(self.rows):
             for half in range(self.unit.row_count):

@@ -68,6 +68,7 @@ DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, issue=5,
 MMA_FOUR, DP4A_FOUR = replace(MMA, bits=4, unpack=3), replace(DP4A, bits=4, unpack=6)
 UNITS = (WGMMA, MMA_FOUR, MMA, DP4A_FOUR, DP4A)  # best first
 SPAN = 64  # most channels among which a lane's are adjacent: 16 of them are as many as the end of a convolution handles at once
+PIECE = 32  # channels, and bytes of the reduction, of a piece of weights in memory
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ class Geometry:
     @cached_property
     def padded_inputs(self) -> int:
         return -(-self.inputs // self.vector) * self.vector
+
+    @cached_property
+    def span(self) -> int:
+        """Channels among which a lane's are adjacent, where one warp has all of them: no more are padded than to whole pieces."""
+        return SPAN if -(-self.outputs // PIECE) * PIECE % SPAN == 0 else PIECE
+
+    @cached_property
+    def pieces(self) -> tuple[int, int]:
+        """Of a group's weights: along channels, along the reduction."""
+        return -(-self.outputs // PIECE), -(-self.depth // PIECE)
 
     @cached_property
     def bounded(self) -> bool:
@@ -184,14 +195,9 @@ class Tile:
         """Parts of a warp: along pixels, along channels."""
         return self.wm // unit.rows, self.wn // 8
 
-    @cached_property
-    def span(self) -> int:
-        """Channels of a warp among which a lane's are adjacent."""
-        return min(self.wn, SPAN)
-
-    def run(self, unit: Unit) -> int:
-        """Adjacent channels that a lane holds, of every `span`."""
-        return self.span // 8 * unit.columns
+    def run(self, unit: Unit, span: int = SPAN) -> int:
+        """Adjacent channels that a lane holds, of every `span` or of a warp's."""
+        return min(self.wn, span) // 8 * unit.columns
 
     def ahead(self, unit: Unit) -> int:
         """Steps whose operands are on their way while one is multiplied. Asynchronous products still read the stage before it, if there are 3 or more."""
@@ -205,8 +211,10 @@ class Tile:
         """Steps of a block; the last of a tile may have fewer."""
         return -(-g.depth // self.bk // self.split_k)
 
-    def refuse_split(self, g: Geometry) -> str | None:
-        """Why the reduction of a layer can't be divided among so many blocks, or None."""
+    def refuse_layer(self, g: Geometry) -> str | None:
+        """Why a block's threads can't copy a layer's pixels, or its reduction not be divided among so many blocks, or None."""
+        if self.threads * g.vector < self.bk:
+            return f"{self.threads} threads copy no row of {self.bk} bytes, {g.vector} at a time"
         if (self.split_k - 1) * self.share(g) * self.bk >= g.depth:
             return f"{-(-g.depth // self.bk)} steps leave some of {self.split_k} blocks without work"
         if self.scratch(g) > SCRATCH:
@@ -253,11 +261,11 @@ def swizzle(row: Any, chunks: int) -> Any:
     return (row >> shift) & mask
 
 
-def channel_order(tile: Tile, unit: Unit) -> np.ndarray:
-    """The channel (within a block's `bn`) that each weight row of shared memory holds: such that a lane's sums are adjacent channels."""
-    row = np.arange(tile.bn)
-    span, part, lane = row // tile.span, row % tile.span // 8, row % 8
-    return span * tile.span + lane // unit.columns * tile.run(unit) + part * unit.columns + lane % unit.columns
+def channel_order(span: int, unit: Unit) -> np.ndarray:
+    """The channel, of `span`, that each row of weights holds: such that a lane's sums are adjacent channels, whichever rows a warp has."""
+    row = np.arange(span)
+    part, lane = row // 8, row % 8
+    return lane // unit.columns * (span // 8 * unit.columns) + part * unit.columns + lane % unit.columns
 
 
 def in_four_bits(weight: np.ndarray) -> bool:
@@ -265,37 +273,23 @@ def in_four_bits(weight: np.ndarray) -> bool:
     return bool(weight.min() >= -8 and weight.max() <= 7 and 16 * 128 * 8 * weight[0].size < 2**31)
 
 
-def pack(weight: np.ndarray, g: Geometry, tile: Tile, unit: Unit) -> np.ndarray:
-    """[O, KH, KW, I/groups] as blocks read them, step by step: [group][block of channels][step] and then the bytes of shared memory."""
+def pack(weight: np.ndarray, g: Geometry, unit: Unit) -> np.ndarray:
+    """[O, KH, KW, I/groups] in pieces of which every tiling's steps are made: [group][32 channels][32 of the reduction] and then a piece: a row of bytes per
+    channel, or 4-bit weights in the order in which lanes hold them. The low halves of a word's bytes are 4 of those, the high ones what the lane multiplies
+    next."""
     w = merge(weight.reshape(weight.shape[0], g.taps, -1), g)  # [G, outputs, taps, inputs]
-    blocks, steps = -(-g.outputs // tile.bn), -(-g.depth // tile.bk)
-    padded = np.zeros((g.groups, blocks * tile.bn, g.taps, g.padded_inputs), np.int8)
+    channels, depth = (PIECE * n for n in g.pieces)
+    padded = np.zeros((g.groups, channels, g.taps, g.padded_inputs), np.int8)
     padded[:, : g.outputs, :, : g.inputs] = w
-    flat = np.zeros((g.groups, blocks, tile.bn, steps * tile.bk), np.int8)
-    flat[..., : g.depth] = padded.reshape(g.groups, blocks, tile.bn, g.depth)
-    flat = flat[:, :, channel_order(tile, unit)]
-    if unit.bits == 4:
-        return _in_lanes(flat, tile, unit)
-    rows = flat.reshape(g.groups, blocks, tile.bn, steps, tile.bk // CHUNK, CHUNK)
-    chunks = tile.bk // CHUNK
-    place = np.arange(chunks)[None] ^ swizzle(np.arange(tile.bn)[:, None], chunks)  # an involution: where a chunk goes, and what a place holds
-    swizzled = np.take_along_axis(rows, place[None, None, :, None, :, None], axis=4)
-    return np.ascontiguousarray(swizzled.transpose(0, 1, 3, 2, 4, 5)).reshape(-1)
-
-
-def side(tile: Tile, unit: Unit) -> int:
-    """Parts whose 4-bit weights a lane reads at once, in up to 16 bytes."""
-    return min(4, tile.wn // 8) if unit.columns > 1 else 2
-
-
-def _in_lanes(flat: np.ndarray, tile: Tile, unit: Unit) -> np.ndarray:
-    """4-bit weights [G, blocks, bn, steps * bk] in the order in which lanes hold them: [group][block][step][warp][`depth` of the reduction][`side` parts][lane]
-    and then a lane's words. The low halves of a word's bytes are 4 weights, the high ones those that the lane multiplies next."""
-    groups, blocks = flat.shape[:2]
-    parts, mma = side(tile, unit), unit.columns > 1
-    inside = (2, 4, 4) if mma else (2, 2, 4)  # of `depth` weights: half, lane, byte; or word, half, byte, and all lanes have the same
-    fine = flat.reshape(groups, blocks, tile.warps[1], tile.wn // 8 // parts, parts, 8, -1, tile.bk // unit.depth, *inside)
-    halves = fine.transpose(0, 1, 6, 2, 7, 3, 5, *((9, 4, 8) if mma else (4, 8, 9)), 10).astype(np.uint8)
+    flat = np.zeros((g.groups, channels, depth), np.int8)
+    flat[..., : g.depth] = padded.reshape(g.groups, channels, g.depth)
+    rows = flat.reshape(g.groups, -1, g.span, depth)[:, :, channel_order(g.span, unit)].reshape(flat.shape)
+    if unit.bits == 8:
+        return np.ascontiguousarray(rows.reshape(g.groups, -1, PIECE, depth // PIECE, PIECE).transpose(0, 1, 3, 2, 4)).reshape(-1)
+    if unit.columns > 1:  # [lane: row, quarter][part] of 32 weights, which are [half, quarter, byte]
+        halves = rows.reshape(g.groups, -1, 4, 8, depth // PIECE, 2, 4, 4).transpose(0, 1, 4, 3, 6, 2, 5, 7).astype(np.uint8)
+    else:  # [16 of the reduction][2 parts][lane: row][part][word], which are [word, half, byte]
+        halves = rows.reshape(g.groups, -1, 2, 2, 8, depth // PIECE, 2, 2, 2, 4).transpose(0, 1, 5, 6, 2, 4, 3, 7, 8, 9).astype(np.uint8)
     return np.ascontiguousarray(halves[..., 0, :] & 15 | halves[..., 1, :] << 4).view(np.int8).reshape(-1)
 
 
@@ -313,7 +307,7 @@ def merge(weight: np.ndarray, g: Geometry) -> np.ndarray:
 
 
 def design_space(unit: Unit, g: Geometry | None = None) -> dict[str, list[Any]]:
-    """Candidates of each tunable (without a layer: with a block to a tile); combinations that can't be are refused by `Tile.refuse` and `refuse_split`."""
+    """Candidates of each tunable (without a layer: with a block to a tile); combinations that can't be are refused by `Tile.refuse` and `refuse_layer`."""
     if unit.warps > 1:
         space = {"bm": [64, 128, 256], "bn": [32, 64, 128, 256], "bk": [32, 64, 128], "wm": [16], "wn": [32, 64, 128, 256], "wk": [1], "stages": [2, 3, 4]}
     else:
@@ -375,13 +369,13 @@ def best_tile(g: Geometry, unit: Unit, arch: str) -> Tile:
 
     def shared(tile: Tile) -> Iterator[Tile]:
         for split in (replace(tile, split_k=count) for count in counts if tile.tiles(g) * (count - 1) < 2 * card.processors):
-            if split.refuse_split(g) is None:
+            if split.refuse_layer(g) is None:
                 yield split
 
     def estimate(tile: Tile) -> tuple[Any, ...]:
         return cycles(g, tile, unit, card), tile.threads, tile.stages * tile.stage_bytes(unit), repr(tile.params().values())
 
-    best = min(tiles(unit), key=estimate)
+    best = min((tile for tile in tiles(unit) if tile.refuse_layer(g) is None), key=estimate)
     if estimate(best)[0] <= FIXED + GATHER:
         return best
     return min([best, *(split for tile in tiles(unit) for split in shared(tile))], key=estimate)
