@@ -46,14 +46,14 @@ class Geometry:
         return self.batch * math.prod(self.out) * self.channels * math.prod(self.kernel)
 
 
-def refuse_depthwise(op: OpCall) -> str | None:
-    """Why `op` is no depthwise convolution that these rows take, or None. Shapes only."""
+def refuse_depthwise(op: OpCall, *, wide: bool = False) -> str | None:
+    """Why `op` is no depthwise convolution that these rows take, or None. Shapes only. wide: they write 16-bit results, and read such residuals."""
     if not isinstance(op.operands[0], Layout) or any(isinstance(o, Layout) for o in op.operands[1:3]):
         return "the input must be computed at run time, weights and bias must be constants."
     groups, channels, outputs = op.attrs["groups"], op.operands[0].shape[3], op.output.shape[3]
     if groups == 1 or not groups == channels == outputs:
         return f"groups ({groups}), input channels ({channels}) and output channels ({outputs}) must be equal, and more than 1."
-    return "16-bit numbers are not supported." if "int16" in (op.output.dtype, *(t.dtype for t in op.tensors)) else None
+    return "16-bit numbers are not supported." if not wide and "int16" in (op.output.dtype, *(t.dtype for t in op.tensors)) else None
 
 
 # -- bundles ------------------------------------------------------------------------------------------------------------------------------

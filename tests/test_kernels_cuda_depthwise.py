@@ -30,6 +30,9 @@ CONVS = {
     "extreme": Conv((1, 6, 6, 8), 8, (3, 3), pad=1, groups=8, extreme=True, attrs={"x_zero_point": -128}),
     "overflow": Conv((1, 4, 7, 16), 16, (3, 3), groups=16, scale=1e9),
     "clamped": Conv((1, 6, 7, 16), 16, (3, 3), pad=1, groups=16, attrs={"low": -20, "high": 33, "x_zero_point": 127}),
+    "wide": Conv((1, 6, 7, 16), 16, (3, 3), pad=1, groups=16, scale=200, wide=True),
+    "wide_ragged": Conv((1, 6, 5, 7), 7, (3, 3), (1, 2), 1, groups=7, scale=200, wide=True),
+    "wide_residual": Conv((1, 5, 6, 10), 10, (3, 3), pad=1, groups=10, residual=True, scale=200, wide=True, out={"pitch": 12}),
     "float_out": Conv((1, 5, 9, 8), 8, (3, 3), pad=1, groups=8, attrs={"out_dtype": "float32"}),
 }
 

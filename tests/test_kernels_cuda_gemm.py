@@ -54,6 +54,7 @@ class Conv:
     residual: bool = False
     scale: float = 1.0
     extreme: bool = False
+    wide: bool = False  # result and residual in 16 bits
     attrs: Any = None
     out: Any = None
     layout: Any = None
@@ -72,11 +73,13 @@ class Conv:
         if self.kernel:
             pad = [self.pad] * 4 if isinstance(self.pad, int) else list(self.pad)
             attrs |= {"strides": list(self.stride), "padding": pad, "dilation": list(self.dilation), "groups": self.groups}
+        if self.wide:
+            attrs |= {"zero_point": 0, "low": -32768, "high": 32767, "out_dtype": "int16"}
         name, operands = "qc.conv2d" if self.kernel else "qc.dense", [x, w, bias, multiplier]
         if self.residual:
             shape = numerics.OPERATORS[name](*operands, **attrs).shape
-            operands.append(data(seed + 1, *shape))
-            attrs |= {"residual_zero_point": -3, "residual_multiplier": 1400, "residual_shift": 11}
+            operands.append(rng.integers(-32768, 32768, shape).astype(np.int16) if self.wide else data(seed + 1, *shape))
+            attrs |= {"residual_zero_point": 0 if self.wide else -3, "residual_multiplier": 1400, "residual_shift": 11}
         layouts = {0: self.layout or {}} | ({4: self.out or {}} if self.residual else {})
         return Case(name, operands, attrs | (self.attrs or {}), layouts, self.out or {}, (1, 2, 3))
 
@@ -111,6 +114,8 @@ CONVS = {
     "grouped": Conv((1, 9, 8, 64), 96, (3, 3), pad=1, groups=2, residual=True),
     "grouped_narrow": Conv((1, 9, 8, 24), 36, (3, 3), (2, 2), 1, groups=6),
     "grouped_many": Conv((1, 5, 6, 128), 128, (3, 3), pad=1, groups=32),
+    "wide": Conv((1, 7, 9, 16), 36, scale=200, wide=True),
+    "wide_residual": Conv((1, 7, 6, 12), 37, (3, 3), pad=1, residual=True, scale=200, wide=True),
     "dense": Conv((1, 64), 40, ()),
     "dense_rows": Conv((13, 128), 96, (), residual=True),
     "dense_rank3": Conv((2, 3, 20), 65, ()),

@@ -49,7 +49,7 @@ class GemmRow(GoesOn):
         if x.dtype != "int8":
             return f"the input is stored as {x.dtype}; supported: int8."
         if len(x.shape) == 4 and not self.operator.endswith("dense"):
-            if refuse_depthwise(op) is None:
+            if refuse_depthwise(op, wide=True) is None:
                 return "a depthwise convolution has a row of its own."
             g = plan.Geometry.of(op)
             if g.groups > 1 and g.inputs % 4:

@@ -121,7 +121,7 @@ class DepthwiseRow(GoesOn):
         x = op.operands[0]
         if isinstance(x, Layout) and (len(x.shape) != 4 or x.dtype != "int8"):
             return f"the input is {x.dtype} of rank {len(x.shape)}; supported: int8 images."
-        return check_operands(op) or refuse_depthwise(op)
+        return check_operands(op) or refuse_depthwise(op, wide=True)
 
     def needs(self, op: OpCall, target: Target) -> list[Need]:
         return [Need(pitch=4), *[Need() for _ in op.tensors[1:]]]
