@@ -11,6 +11,7 @@ import pytest
 from calibrated import watch
 
 from qcompiler.base.targets import find_target
+from qcompiler.calibration.data import open_samples
 from qcompiler.calibration.table import calibrate
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
@@ -78,7 +79,7 @@ def test_noise_is_that_of_the_reference_arithmetic(network: QuantizedNetwork, tm
     monkeypatch.setattr(ranges, "TRIFLE", -1.0)
     twin, few = Session(network.measured.twin.link().save(tmp_path / "twin.so")), samples(3)
     params = {"wide": QParams.from_range(-4.0, 4.0), "clipped": QParams.from_range(-0.2, 0.4)}
-    found = output_noise(twin, {"image": Proposals(params, ("image",), -4.0, 4.0)}, SampleEnds(["image"]), few, 3, 8)
+    found = output_noise(twin, {"image": Proposals(params, ("image",), -4.0, 4.0)}, SampleEnds(["image"]), open_samples(few, twin.inputs), 3, 8)
     module = sequence.run(sequence.FLOAT, network.model.module)
     for name, p in params.items():
         error = power = 0.0
@@ -94,14 +95,15 @@ def test_noise_is_that_of_the_reference_arithmetic(network: QuantizedNetwork, tm
 def test_what_is_hopeless_after_a_few_samples_stays_out(network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranges that are left have the noise that they have when all ranges are tried on all samples; one that isn't stays as far behind as it was."""
     twin, many = network.measured.twin.session(1), samples(12)
+    judges = open_samples(many, twin.inputs)
     params = {"wide": QParams.from_range(-4.0, 4.0), "close": QParams.from_range(-3.8, 3.9), "clipped": QParams.from_range(-0.2, 0.4)}
     proposals, ends = {v: Proposals(params, (v,), -4.0, 4.0) for v in ("image", "relu5")}, ends_of_values(network, many)
     steps = list[int]()
     monkeypatch.setattr(ranges, "TRIFLE", -1.0)
-    found = output_noise(twin, proposals, ends, many, 12, 3, progress=lambda stage, done, total: steps.append(done - (total or 0)))
+    found = output_noise(twin, proposals, ends, judges, 12, 3, progress=lambda stage, done, total: steps.append(done - (total or 0)))
     assert steps[-1] == 0
     monkeypatch.setattr(ranges, "_BEHIND", math.inf)
-    everything = output_noise(twin, proposals, ends, many, 12, 3)
+    everything = output_noise(twin, proposals, ends, judges, 12, 3)
     for value in proposals:
         best = min(everything[value].values())
         same = {name for name, noise in everything[value].items() if found[value][name] == noise}
@@ -118,7 +120,9 @@ def test_a_value_on_which_little_depends_is_settled_by_few_samples(
     monkeypatch.setattr(ranges, "TRIFLE", trifle)
     params, reports = {"wide": QParams.from_range(-4.0, 4.0), "close": QParams.from_range(-3.8, 3.9)}, list[int]()
     proposals, ends = {"image": Proposals(params, ("image",), -4.0, 4.0)}, ends_of_values(network, samples(12))
-    output_noise(network.measured.twin.session(1), proposals, ends, samples(12), 12, 3, progress=lambda stage, done, total: reports.append(done))
+    twin = network.measured.twin.session(1)
+    many = open_samples(samples(12), twin.inputs)
+    output_noise(twin, proposals, ends, many, 12, 3, progress=lambda stage, done, total: reports.append(done))
     assert reports == [*range(2, 2 * judges + 1, 2), *([12] if judges < 6 else [])], "in the end all is said to be done"
 
 
@@ -130,20 +134,20 @@ def ends_of_values(network: QuantizedNetwork, many: list[dict[str, np.ndarray]])
 
 def test_values_far_from_the_outputs_can_be_left_out(network: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = Session(network.measured.twin.link().save(tmp_path / "twin.so"))
-    behind = work_behind(twin)
+    behind, one = work_behind(twin), open_samples(samples(1), twin.inputs)
     order = [s["id"] for s in twin.manifest["steps"] if not s.get("auxiliary")]
     assert behind["image"] == 1.0 and behind[order[-1]] == 0.0
     assert [behind[v] for v in order] == sorted((behind[v] for v in order), reverse=True)
     proposals = {v: Proposals({"a": QParams(0.1, 0)}, (v,), -1.0, 1.0) for v in ("image", "relu5", "no such value")}
     assert 0 < behind["relu5"] < 1
-    assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1, part=behind["relu5"])) == {"image", "relu5"}, "judging both takes little"
+    assert set(output_noise(twin, proposals, SampleEnds(()), one, 1, 1, part=behind["relu5"])) == {"image", "relu5"}, "judging both takes little"
     monkeypatch.setattr(ranges, "LITTLE", 1.0)
-    assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1, part=behind["relu5"])) == {"relu5"}
-    assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1)) == {"image", "relu5"}
+    assert set(output_noise(twin, proposals, SampleEnds(()), one, 1, 1, part=behind["relu5"])) == {"relu5"}
+    assert set(output_noise(twin, proposals, SampleEnds(()), one, 1, 1)) == {"image", "relu5"}
     reports: list[tuple[str, int, int | None]] = []
     enough = (1 + behind["relu5"]) / LEAST_COUNTED
     for work, judged in ((enough, {"image", "relu5"}), (enough * 0.99, {"relu5"}), (0.0, set())):
-        assert set(output_noise(twin, proposals, SampleEnds(()), samples(1), 1, 1, 1.0, work, lambda *a: reports.append(a))) == judged
+        assert set(output_noise(twin, proposals, SampleEnds(()), one, 1, 1, 1.0, work, lambda *a: reports.append(a))) == judged
     assert reports == [("judge ranges", 1, 2), ("judge ranges", 2, 2), ("judge ranges", 1, 1)], "a step for each range that is tried"
 
 
