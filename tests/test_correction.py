@@ -235,7 +235,7 @@ def test_a_correction_beyond_int32_is_skipped() -> None:
         def expected(self, group_id: str, count: int, residual: bool) -> np.ndarray:
             return np.full((count, len(layer.bias)), 1e12)
 
-    result = correct_biases(integer, Stepper(integer), Absurd(), samples[:1])
+    result = correct_biases(integer, Stepper(integer), Absurd(), samples[:3])
     assert result.skipped == {layer.id: "a corrected bias leaves int32"} and result.biases == {}
 
 
@@ -243,7 +243,14 @@ def test_only_what_samples_share_is_steady() -> None:
     rng = np.random.default_rng(0)
     noise = rng.choice([-1.0, 1.0], (1000, 1)) * [0.0, 0.5, 5.0]
     np.testing.assert_allclose(steady(0.5 + noise - noise.mean(0)), [0.5, 0.25, 0.005], rtol=0.02)
-    np.testing.assert_array_equal(steady(np.array([[0.5, 0.0]])), [0.5, 0.0])
+    np.testing.assert_array_equal(steady(np.array([[0.5, 0.0]])), [0.0, 0.0], err_msg="one sample tells nothing")
+
+
+def test_chance_is_not_taken_for_a_shift() -> None:
+    """What three samples have in common by chance is left mostly alone, a shift that they share is taken."""
+    noise = np.random.default_rng(0).standard_normal((3, 10000))
+    assert np.square(steady(noise)).mean() < 0.4 * np.square(noise.mean(axis=0)).mean()
+    np.testing.assert_allclose(steady(10 + 0.1 * noise), 10, rtol=0.05)
 
 
 def test_no_samples_is_an_error() -> None:

@@ -18,7 +18,7 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.replace_weights import replace_weights
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.refine.analytic import mean_of_rounding
-from qcompiler.refine.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams
+from qcompiler.refine.equalization import CAP, ChannelWatcher, Extremes, decide_channels, equalized_layers, find_streams, reliability
 from qcompiler.runtime.channels import Channels, stored_form
 from qcompiler.verification import interpreter
 
@@ -119,8 +119,18 @@ def test_a_channel_that_few_samples_excite_reaches_further() -> None:
         steady.add(np.full((1, 2, 2, 1), 2.0, np.float32))
         rare.add(np.full((1, 2, 2, 1), 2.0 if i == 0 else 0.0, np.float32))
     nothing = np.zeros(1)
-    assert steady.reach(1, nothing) == pytest.approx(2.1) and rare.reach(1, nothing) == pytest.approx(2 * (1.05 + 9))
+    more = np.sqrt(100 / 10)  # the fewer samples, the further
+    assert steady.reach(1, nothing) == pytest.approx(2 * (1 + 0.05 * more)) and rare.reach(1, nothing) == pytest.approx(2 * (1 + (0.05 + 9) * more))
     assert steady.reach(0, nothing) == 0
+
+
+def test_channels_that_differ_by_chance_are_left_alone() -> None:
+    """One sample decides nothing; differences that other samples would not show have no part in the scales."""
+    module = uneven(mobile_net())
+    assert not decide_channels(module, seen_by(module, 1).values).channels and decide_channels(module, seen_by(module, 3).values).channels
+    rng = np.random.default_rng(0)
+    span, doubt = np.exp(0.3 * rng.standard_normal(1000)), np.full(1000, 0.09)
+    assert reliability(span, doubt) < 0.1 and reliability(span * np.exp(rng.standard_normal(1000)), doubt) > 0.85
 
 
 def test_int8_gains_on_a_network_with_uneven_channels() -> None:

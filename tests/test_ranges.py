@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from calibrated import watch
 
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import open_samples
+from qcompiler.calibration.headroom import MOST, headroom
 from qcompiler.calibration.table import calibrate
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
@@ -22,7 +24,7 @@ from qcompiler.pipeline.stages import QuantizedNetwork
 from qcompiler.plan import ranges
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
-from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, TRIFLE, SampleEnds, choose, output_noise, widened
+from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, TRIFLE, SampleEnds, choose, output_noise, premium, widened
 from qcompiler.plan.sensitivity import Walk, work_behind
 from qcompiler.runtime.session import Session
 from qcompiler.verification.interpreter import run
@@ -180,13 +182,13 @@ def proposals(**ranges: tuple[float, float]) -> Proposals:
 
 def test_least_noise_wins_and_near_equals_stay() -> None:
     p = proposals(first=(-1.0, 1.0), second=(-2.0, 2.0))
-    assert choose({"v": p}, {"v": {"first": 1.0, "second": 0.5}}, False)["v"].observer == "second"
-    assert choose({"v": p}, {"v": {"first": 1.0, "second": 0.99}}, False)["v"].observer == "first"
+    assert choose({"v": p}, {"v": {"first": 1.0, "second": 0.5}}, 0.0)["v"].observer == "second"
+    assert choose({"v": p}, {"v": {"first": 1.0, "second": 0.99}}, 0.0)["v"].observer == "first"
     wide = Proposals({"first": QParams(0.1, 0), "second": QParams(0.2, 0)}, ("v",), -1.0, 1.0)
     for others, observer in ((200.0, "second"), (20.0, "first")):  # half a unit more, beside those of other values
-        assert choose({"v": wide, "w": p}, {"v": {"first": 1.0, "second": 1.5}, "w": {"first": others, "second": others}}, True)["v"].observer == observer
-    assert choose({"v": p}, {}, True) == {}
-    judged = choose({"v": p.only_first()}, {"v": {"first": 1.0}}, False)["v"]
+        assert choose({"v": wide, "w": p}, {"v": {"first": 1.0, "second": 1.5}, "w": {"first": others, "second": others}}, PREMIUM)["v"].observer == observer
+    assert choose({"v": p}, {}, PREMIUM) == {}
+    judged = choose({"v": p.only_first()}, {"v": {"first": 1.0}}, 0.0)["v"]
     assert judged.params == p.params["first"] and judged.reason == "least estimated error"
 
 
@@ -196,7 +198,7 @@ def test_margins_cost_what_they_may_and_end_at_one_level() -> None:
     noise = {f"v{i}": float(10 ** rng.uniform(-8, -3)) for i in range(30)}
     p = {name: proposals(chosen=(-1.0, 1.0), seen=(-1.2, 1.5)) for name in noise}
     chosen = {name: (p[name].params["chosen"], n) for name, n in noise.items()}
-    wider = widened(chosen, p)
+    wider = widened(chosen, p, PREMIUM)
     ratio = {n: wider[n].scale / chosen[n][0].scale if n in wider else 1.0 for n in noise}
     added = sum(noise[n] * (ratio[n] ** 2 - 1) for n in noise)
     assert 0.5 * PREMIUM * sum(noise.values()) < added <= 1.05 * PREMIUM * sum(noise.values())
@@ -213,17 +215,54 @@ def test_a_clamp_ends_a_margin() -> None:
     free = Proposals({"a": QParams.from_range(0.0, 4.0)}, ("v",), 0.0, 5.0)
     clamped = Proposals(free.params, ("w",), 0.0, 5.0, bound=6.0)
     noisy = Proposals(free.params, ("x",), 0.0, 5.0)
-    wider = widened({"v": (free.params["a"], 1e-9), "w": (free.params["a"], 0.0), "x": (free.params["a"], 1.0)}, {"v": free, "w": clamped, "x": noisy})
+    wider = widened({"v": (free.params["a"], 1e-9), "w": (free.params["a"], 0.0), "x": (free.params["a"], 1.0)}, {"v": free, "w": clamped, "x": noisy}, PREMIUM)
     assert wider["v"].range[1] == pytest.approx(10.0, rel=0.01) and wider["w"].range[1] == pytest.approx(6.0, rel=0.01) and "x" not in wider
     assert wider["v"].range[0] == 0.0
-    assert widened({}, {}) == {}
+    assert widened({}, {}, PREMIUM) == {}
+
+
+# -- few samples ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 100])
+def test_headroom_is_for_the_next_sample(count: int) -> None:
+    """Of lognormal extremes the next one fits in clearly more often than without headroom, where samples are few; a hundred are enough as they are."""
+    rng = np.random.default_rng(0)
+    reach = np.exp(0.3 * rng.standard_normal((count + 1, 2000)))
+    seen, new = reach[:-1], reach[-1]
+    factor = headroom(count, seen.max(axis=0), seen.mean(axis=0), seen.var(axis=0))
+    assert (factor >= 1).all() and (factor <= MOST).all()
+    before, after = (float(np.mean(new > f * seen.max(axis=0))) for f in (1.0, factor))
+    assert before == pytest.approx(1 / (count + 1), abs=0.05)
+    assert after < 0.5 * before if count <= 3 else factor.mean() < 1.1
+
+
+def test_an_end_that_all_samples_reach_alike_is_a_bound() -> None:
+    one, none = np.ones(3), np.zeros(3)
+    np.testing.assert_array_equal(headroom(5, one, one, none), one)
+    np.testing.assert_array_equal(headroom(5, none, none, none), one)
+    assert (headroom(1, one, one, none) > 1).all(), "one sample can't tell"
+
+
+def test_few_samples_leave_room() -> None:
+    """A value that varies gets wider ranges, up to its clamp; one that is always alike keeps its own."""
+    ends = ends_of([np.array([-1.0, 2.0 * factor]) for factor in (1.0, 0.5, 0.7)])
+    p = replace(proposals(a=(-1.0, 2.0)), members=("v",))
+    wider = ends.with_room({"v": p}, {})["v"]
+    low, high = wider.params["a"].range
+    assert low == pytest.approx(-1.0, rel=0.02) and 2.5 < high <= 2 * MOST * 1.01 and wider.room[0] == 1 < wider.room[1]
+    assert ends.with_room({"v": replace(p, bound=2.2)}, {})["v"].params["a"].range[1] == pytest.approx(2.2, rel=0.02)
+    assert ends.with_room({"v": p}, {"v": np.array([1.5, 1.0])})["v"].room[0] == 1.5, "what is known of its channels counts too"
+    assert choose({"v": wider}, {}, PREMIUM)["v"].params == wider.params["a"], "also where nothing was judged"
+    assert premium(3) > premium(12) > premium(100) == PREMIUM
 
 
 # -- in a compilation -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_takes_the_judges_word(network: QuantizedNetwork) -> None:
-    plan, noise = network.plan, network.measured.noise(network.plan.proposals)
+    plan, measured = network.plan, network.measured
+    noise = measured.noise(measured.ends.with_room(plan.proposals, measured.equalized.equalization.room))
     judged = [v for v in noise if isinstance(plan.edges[v], Edge)]
     assert len(judged) > 3 and set(noise) == set(plan.proposals), "all of so small a network"
     for value in judged:

@@ -17,13 +17,12 @@ import numpy as np
 from qcompiler.base.arguments import check
 from qcompiler.base.errors import DataError
 from qcompiler.base.tensor import TensorInfo
-from qcompiler.numerics.metrics import wilson
+from qcompiler.numerics.metrics import student95, wilson
 from qcompiler.pipeline.metric import Scored
 
 HELD_OUT = 4  # every fourth sample is held out ...
 FEWEST = 8  # ... when there are at least as many as this
 CONFIDENCE = 0.95
-_Z95 = 1.6448536269514722  # the 95 % point of the normal distribution
 
 
 _LIMITS = {
@@ -128,21 +127,6 @@ def _ratio(power: np.ndarray, noise: np.ndarray) -> np.ndarray:
 def decibel(relative_noise: float) -> float:
     """SQNR in dB of a relative noise power."""
     return math.inf if relative_noise <= 0 else -10 * math.log10(relative_noise)
-
-
-def student95(freedom: int) -> float:
-    """The 95 % point of Student's t: the expansion in powers of 1/freedom around the normal one (Abramowitz and Stegun 26.7.5), within 1 % from 3
-    degrees on; the exact values below."""
-    if freedom < 3:
-        return (6.3138, 2.9200)[freedom - 1]
-    z = _Z95
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return float(z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms)))
 
 
 def held_out(count: int) -> list[int]:

@@ -42,7 +42,7 @@ from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
-from qcompiler.plan.ranges import TRIFLE, SampleEnds, choose, output_noise
+from qcompiler.plan.ranges import TRIFLE, SampleEnds, choose, output_noise, premium
 from qcompiler.plan.recipes import Recipe
 from qcompiler.refine.analytic import mean_of_rounding, shift_of_rounding
 from qcompiler.refine.correction import correct_biases, stated_biases
@@ -288,7 +288,9 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
         proposals = found.proposals
         if "judge-ranges" not in job.recipe.steps:
             proposals = {name: p.only_first() for name, p in proposals.items()}
-        found = decided(choose(proposals, measured.noise(proposals), "margins" in job.recipe.steps))
+        if "margins" in job.recipe.steps:
+            proposals = measured.ends.with_room(proposals, measured.equalized.equalization.room)
+        found = decided(choose(proposals, measured.noise(proposals), premium(measured.table.samples) if "margins" in job.recipe.steps else 0.0))
     found.constants |= common_constants(found, job.models) if job.others else {}
     job.dump("plan", found.explain())
     return found

@@ -76,16 +76,30 @@ Edge = Quantized | Shared | Derived | Fixed | Float
 _KINDS = {"quantized": Quantized, "shared": Shared, "derived": Derived, "fixed": Fixed, "float": Float}
 
 
+NO_ROOM = (1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Proposals:
     """The ranges that compete for one value. params: by observer, that with the least estimated error first. members: the values that are stored so
-    (several in front of a concatenation). low, high: the least and greatest value seen. bound: what it can't exceed (a clamp), inf for none."""
+    (several in front of a concatenation). low, high: the least and greatest value seen. bound: what it can't exceed (a clamp), inf for none.
+    room: what the ranges' ends were multiplied by, so that other samples fit in."""
 
     params: Mapping[str, QParams]
     members: tuple[str, ...]
     low: float
     high: float
     bound: float = math.inf
+    room: tuple[float, float] = NO_ROOM
+
+    def with_room(self, below: float, above: float) -> Proposals:
+        """All ranges so many times as far below and above zero."""
+
+        def wider(params: QParams) -> QParams:
+            low, high = params.range
+            return QParams.from_range(below * low, max(high, min(above * high, self.bound)))
+
+        return self if (below, above) == NO_ROOM else replace(self, params={k: wider(p) for k, p in self.params.items()}, room=(below, above))
 
     def only_first(self) -> Proposals:
         """Without competition."""

@@ -14,7 +14,8 @@ whose ranges that are left differ by a `TRIFLE` of the noise of all values: most
 **Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
 no part in the noise at the outputs: there a wider range is free. So the widest is taken of ranges that differ by a trifle from the best. Rounding noise
 grows with the square of the step, so all ranges are widened, at most to `REACH` times what was seen, until each value's noise comes to one common level;
-the level is where this adds the fraction `PREMIUM` to the noise of all values.
+the level is where this adds a fraction (`premium`) to the noise of all values. Before they compete, ranges get headroom for the next sample, where there
+were few (`headroom.py`).
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import Samples, take
+from qcompiler.calibration.headroom import headroom
 from qcompiler.calibration.padding import Padding
 from qcompiler.calibration.table import Seen
 from qcompiler.numerics.metrics import Parts
 from qcompiler.numerics.spec import QParams
-from qcompiler.plan.quant_plan import Judged, Proposals
+from qcompiler.plan.quant_plan import NO_ROOM, Judged, Proposals
 from qcompiler.plan.sensitivity import Walk, values_of, work_behind
 from qcompiler.runtime.session import Session
 
@@ -69,6 +71,25 @@ class SampleEnds:
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         self.ends = {name: [(float(low), float(high)) for low, high in ends] for name, ends in state.items()}
+
+    def with_room(self, proposals: Mapping[str, Proposals], least: Mapping[str, np.ndarray]) -> dict[str, Proposals]:
+        """The ranges, each with headroom for the next sample. least: float64[2], what is known of the headroom below and above a value."""
+        names = [name for name, p in proposals.items() if len({len(self.ends.get(m, ())) for m in p.members} - {0}) == 1]
+        if not names:
+            return dict(proposals)
+        reach = np.stack([self._reach([m for m in proposals[name].members if self.ends.get(m)]) for name in names])  # [values, samples, ends]
+        room = headroom(reach.shape[1], reach.max(axis=1), reach.mean(axis=1), reach.var(axis=1))
+        found = {}
+        for name, own in zip(names, room, strict=True):
+            known = [least[m] for m in proposals[name].members if m in least]
+            found[name] = proposals[name].with_room(*np.max([own, *known], axis=0).tolist())
+        return {**proposals, **found}
+
+    def _reach(self, values: Sequence[str]) -> np.ndarray:
+        """float64[samples, 2]: how far values that are stored alike reach below and above zero."""
+        ends = np.array([self.ends[v] for v in values])
+        result: np.ndarray = np.maximum(ends * (-1, 1), 0.0).max(axis=0)
+        return result
 
     def weights(self, value_id: str, count: int, spread: int, furthest: int) -> dict[int, float]:
         """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, and then `spread` others for the rest.
@@ -239,28 +260,38 @@ def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most
     return {name: p for name, p in judged.items() if name in kept}
 
 
-def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], margins: bool) -> dict[str, Judged]:
-    """The range with the least noise of every value that was judged. With `margins` the widest of those that differ by a trifle from it, and widened."""
+def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], part: float) -> dict[str, Judged]:
+    """The range with the least noise of every value that was judged. With a `part` of the noise of all that margins may add, the widest of those that differ
+    by a trifle from it, and widened."""
     best, trifle = {}, _trifle(min(found.values()) for found in noise.values())
     for name, found in noise.items():
         params, least = proposals[name].params, min(found.values())
-        if margins:
+        if part:
             best[name] = max((o for o in params if found[o] <= least + trifle), key=lambda o: params[o].scale)
         else:
             best[name] = next(o for o in params if found[o] <= least * (1 + _NEAR))
     chosen = {name: (proposals[name].params[o], noise[name][o]) for name, o in best.items()}
-    wider = widened(chosen, proposals) if margins else {}
+    wider = widened(chosen, proposals, part) if part else {}
+    best |= {name: next(iter(p.params)) for name, p in proposals.items() if name not in noise and p.room != NO_ROOM}
     result = {}
     for name, observer in best.items():
-        competed = len(noise[name])
+        competed = len(noise.get(name, ()))
         reason = f"least error at the network's outputs of {competed} ranges" if competed > 1 else "least estimated error"
         reason += ", widened where that costs the outputs next to nothing," if name in wider else ""
-        result[name] = Judged(wider.get(name, chosen[name][0]), observer, reason)
+        reason += ", with headroom," if proposals[name].room != NO_ROOM else ""
+        result[name] = Judged(wider.get(name, proposals[name].params[observer]), observer, reason)
     return result
 
 
-def widened(chosen: Mapping[str, tuple[QParams, float]], proposals: Mapping[str, Proposals]) -> dict[str, QParams]:
-    """The ranges with margins, of those that get one. chosen: parameters and noise at the outputs of every value that was judged."""
+def premium(samples: int) -> float:
+    """What margins may cost, as a fraction of the noise: no less than `PREMIUM`, and as often as the next sample reaches further, at either end, than so many
+    did."""
+    return max(PREMIUM, 2 / (samples + 1))
+
+
+def widened(chosen: Mapping[str, tuple[QParams, float]], proposals: Mapping[str, Proposals], part: float) -> dict[str, QParams]:
+    """The ranges with margins, of those that get one. chosen: parameters and noise at the outputs of every value that was judged. part: of
+    the noise of all, what margins may add."""
     wishes = {name: _wish(params, proposals[name]) for name, (params, _) in chosen.items()}
     noise = np.array([n for _, n in chosen.values()])
     most = np.array([(w[1] - w[0]) / (p.range[1] - p.range[0]) for w, (p, _) in zip(wishes.values(), chosen.values(), strict=True)])
@@ -269,7 +300,7 @@ def widened(chosen: Mapping[str, tuple[QParams, float]], proposals: Mapping[str,
         result: np.ndarray = np.minimum(most, np.sqrt(np.maximum(level / np.maximum(noise, np.finfo(np.float64).tiny), 1.0)))
         return result
 
-    allowed = PREMIUM * noise.sum()
+    allowed = part * noise.sum()
     below, above = 0.0, float((noise * np.square(most)).max(initial=0.0))
     for _ in range(60):
         level = (below + above) / 2
@@ -277,8 +308,8 @@ def widened(chosen: Mapping[str, tuple[QParams, float]], proposals: Mapping[str,
     found = {}
     for (name, (params, _)), ratio, limit in zip(chosen.items(), ratios(below).tolist(), most.tolist(), strict=True):
         if ratio > 1 + _NEAR:
-            part = (ratio - 1) / (limit - 1)
-            low, high = (end + part * (wish - end) for end, wish in zip(params.range, wishes[name], strict=True))
+            way = (ratio - 1) / (limit - 1)
+            low, high = (end + way * (wish - end) for end, wish in zip(params.range, wishes[name], strict=True))
             found[name] = QParams.from_range(low, high)
     return found
 

@@ -14,7 +14,7 @@ STEPS = {
     "shift": "center channels around zero where biases can take the shift back (with equalize)",
     "ranges": "let observers compete for the range of every value; off: everything seen",
     "judge-ranges": "let these ranges compete once more, by the error of the network's outputs",
-    "margins": "widen ranges beyond all that was seen where the outputs lose next to nothing by it",
+    "margins": "widen ranges beyond what few samples showed, and beyond all that was seen where the outputs lose next to nothing by it",
     "residuals": "16 bits for the residual streams of a convolutional network, where that is worth the work",
     "halves": "read in 16 bits, as two halves, the operands of convolutions and dense layers that lose most in 8, where that is worth the work",
     "mixed": "keep in float the layers that raise the accuracy most, for at most a fifth more work",

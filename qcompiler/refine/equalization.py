@@ -26,13 +26,16 @@ high-bias absorption. Padding would have to be shifted too, so readers of a shif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import tvm
 
+from qcompiler.calibration.headroom import MANY, headroom
 from qcompiler.calibration.histogram import channel_statistics
+from qcompiler.numerics.metrics import student95
 from qcompiler.numerics.spec import WEIGHT_HIGH
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group, find_groups
@@ -89,20 +92,51 @@ class Extremes:
     def reach(self, end: int, shift: np.ndarray) -> np.ndarray:
         """float64[C]: how far a channel goes beyond `shift`, downwards (end 0) or upwards (1), on data like that seen.
 
-            reach = |extreme - rest| * (1.05 + variance / mean^2),      variance and mean of the samples' own |extreme - rest|
+            reach = |extreme - rest| * (1 + (0.05 + variance / mean^2) * sqrt(100 / n)),      variance and mean of the n samples' own |extreme - rest|
 
         where a channel rests at 0 if it is rectified, else at its mean. One that every sample excites alike has been seen whole; one that few samples
-        excite may go much further in the next.
+        excite may go much further in the next, and all the further the fewer there were (more than 100 count as 100).
         """
-        sign, extreme = (-1, self.low) if end == 0 else (1, self.high)
-        rest = np.where(self.low >= 0, 0.0, self.mean)
-        typical = self.moments[end, 0] / max(self.samples, 1)
-        variance = np.maximum(self.moments[end, 1] / max(self.samples, 1) - np.square(typical), 0)
-        distance = np.maximum(sign * (extreme - rest), 0)
+        distance, typical, variance, rest = self._distances(end)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            beyond = np.where(distance > 0, distance * (1.05 + np.minimum(variance / np.square(typical - rest), 1e6)), 0)
-        result: np.ndarray = np.maximum(beyond + sign * (rest - shift), 0)
+            spread = np.minimum(variance / np.square(typical), 1e6)
+            beyond = np.where(distance > 0, distance * (1 + (0.05 + spread) * math.sqrt(max(MANY / max(self.samples, 1), 1.0))), 0)
+        result: np.ndarray = np.maximum(beyond + self._sign(end) * (rest - shift), 0)
         return result
+
+    def seen(self, end: int, shift: np.ndarray, ahead: bool = False) -> np.ndarray:
+        """float64[C]: how far a channel went beyond `shift`; ahead: with headroom for the next sample."""
+        distance, typical, variance, _ = self._distances(end)
+        further = distance * (headroom(self.samples, distance, typical, variance) - 1) if ahead else 0.0
+        result: np.ndarray = np.maximum(self._sign(end) * ((self.high if end else self.low) - shift), 0) + further
+        return result
+
+    def doubt(self, end: int) -> np.ndarray:
+        """float64[C]: variance, over sets of as many samples, of the logarithm of a channel's extreme, beyond that which `MANY` leave; that of normal extremes
+        is 1 / (1 + ln n) of the samples' own, nearly. For two samples or more."""
+        distance, _, variance, _ = self._distances(end)
+        single = variance * self.samples / (self.samples - 1)
+        chance = max(1 / (1 + math.log(self.samples)) - 1 / (1 + math.log(MANY)), 0.0)
+        result: np.ndarray = single * chance / np.maximum(np.square(distance), 1e-60)
+        return result
+
+    def next_low(self) -> np.ndarray:
+        """float64[C]: what the next sample's least element is not below, with a probability of 95 % (`headroom.py`); for two samples or more."""
+        typical, square = self.moments[0] / self.samples
+        variance = np.maximum(square - np.square(typical), 0) * (self.samples + 1) / (self.samples - 1)
+        result: np.ndarray = typical - student95(self.samples - 1) * np.sqrt(variance)
+        return result
+
+    @staticmethod
+    def _sign(end: int) -> int:
+        return 1 if end else -1
+
+    def _distances(self, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """float64[C] each: of the samples' |extreme - rest| the greatest, mean and variance; and where a channel rests."""
+        rest = np.where(self.low >= 0, 0.0, self.mean)
+        typical, square = self.moments[end] / max(self.samples, 1)
+        distance = np.maximum(self._sign(end) * ((self.high if end else self.low) - rest), 0)
+        return distance, np.abs(typical - rest), np.maximum(square - np.square(typical), 0), rest
 
 
 class ChannelWatcher:
@@ -211,10 +245,12 @@ def shiftable(stream: Stream, groups: Sequence[Group]) -> set[str]:
 
 @dataclass
 class Equalization:
-    """channels: by value id. noise: value id of a stream's first value -> estimated noise power after / before."""
+    """channels: by value id. noise: value id of a stream's first value -> estimated noise power after / before. room: float64[2] by value id, how much further
+    than seen the next sample may reach below and above zero, for one of its channels."""
 
     channels: dict[str, Channels] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    room: dict[str, np.ndarray] = field(default_factory=dict)
     shifted: int = 0
 
     def summary(self) -> str:
@@ -230,8 +266,8 @@ def decide_channels(module: tvm.IRModule, seen: Mapping[str, Extremes], absorb: 
     groups, result = find_groups(module), Equalization()
     order = {g.id: i for i, g in enumerate(groups)}
     for stream in find_streams(module):
-        if any(v not in seen for v in (*stream.values, *(r.id for r in stream.readers))):
-            continue
+        if any(v not in seen or seen[v].samples < 2 for v in (*stream.values, *(r.id for r in stream.readers))):
+            continue  # one sample does not tell how channels differ
         free = shiftable(stream, groups) if absorb else set()
         clamped = {g.id for g in groups if g.low is not None or g.high is not None}
         shifts = {v: _shift(seen[v], v in clamped, stream.limit) if v in free else np.zeros_like(seen[v].mean) for v in stream.values}
@@ -243,19 +279,23 @@ def decide_channels(module: tvm.IRModule, seen: Mapping[str, Extremes], absorb: 
         if not noises[best] < before * (1 - MIN_GAIN):
             continue
         result.noise[stream.values[0]] = noises[best] / before
+        plain = _ends(seen, shifts, ahead=False)
         for value in stream.values:
+            before, after = ((ends[value] * candidates[best]).max(axis=1) for ends in (plain, judge.ends))
+            result.room[value] = np.divide(after, before, out=np.ones(2), where=before > 0)
             result.channels[value] = Channels(candidates[best].astype(np.float32), shifts[value].astype(np.float32))
             result.shifted += bool(shifts[value].any())
     return result
 
 
 def _shift(seen: Extremes, clamped: bool, limit: float | None) -> np.ndarray:
-    """float64[C]: the middle of the channel's range; of a rectified channel what lies below its mean by 3 standard deviations and below all seen."""
+    """float64[C]: the middle of the channel's range; of a rectified channel what lies below its mean by 3 standard deviations, below all
+    seen, and below what the next sample is to have."""
     shift = np.zeros_like(seen.low)
     if not clamped:
         shift = (seen.low + seen.high) / 2
     elif limit is None:
-        shift = np.maximum(np.minimum(seen.low, seen.mean - 3 * np.sqrt(seen.variance)), 0)
+        shift = np.maximum(np.minimum.reduce([seen.low, seen.next_low(), seen.mean - 3 * np.sqrt(seen.variance)]), 0)
     return shift
 
 
@@ -265,9 +305,17 @@ def _snapped(scale: np.ndarray) -> np.ndarray:
     return result
 
 
-def _ends(seen: Mapping[str, Extremes], shifts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """float64[2, C] of each value: how far its channels reach below and above their shifts."""
-    return {v: np.stack([np.maximum(s - seen[v].low, 0), np.maximum(seen[v].high - s, 0)]) for v, s in shifts.items()}
+def _ends(seen: Mapping[str, Extremes], shifts: Mapping[str, np.ndarray], ahead: bool = True) -> dict[str, np.ndarray]:
+    """float64[2, C] of each value: how far its channels reach below and above their shifts; ahead: in the next sample."""
+    return {v: np.stack([seen[v].seen(end, s, ahead) for end in (0, 1)]) for v, s in shifts.items()}
+
+
+def reliability(span: np.ndarray, doubt: np.ndarray) -> float:
+    """From 0 to 1: how much of the differences between channels' spans, in logarithms, would be the same with other samples (James and Stein 1961). doubt:
+    variance of each logarithm."""
+    spoken = span > span.max() * 1e-9
+    between = float(np.log(span[spoken]).var()) if spoken.any() else 0.0
+    return max(0.0, 1 - float(doubt[spoken].mean()) / between) if between > 0 else 0.0
 
 
 class _Judge:
@@ -276,7 +324,10 @@ class _Judge:
     def __init__(self, stream: Stream, seen: Mapping[str, Extremes], shifts: Mapping[str, np.ndarray], order: Mapping[str, int]) -> None:
         self.limit = stream.limit
         self.reach = {v: np.stack([seen[v].reach(end, shifts[v]) for end in (0, 1)]) for v in stream.values}
-        self.span = np.maximum.reduce([r.max(axis=0) for r in self.reach.values()])
+        reach = np.concatenate([*self.reach.values()])
+        self.span, furthest = reach.max(axis=0), reach.argmax(axis=0)[None]
+        doubt = np.stack([seen[v].doubt(end) for v in stream.values for end in (0, 1)])
+        self.reliability = reliability(self.span, np.take_along_axis(doubt, furthest, axis=0)[0])
         self.seen_top = np.maximum.reduce([seen[v].high for v in stream.values])
         self.ends = _ends(seen, shifts)
         channels = len(self.span)
@@ -308,7 +359,7 @@ class _Judge:
             return np.ones_like(self.span)
         share = np.maximum(self.share, 1 / CAP**2)
         known = self.span > most * 1e-9  # a channel that never spoke may yet; it is left alone
-        scale = np.where(known, (np.maximum(self.span, 1e-30) / most) ** -a * (share / share.max()) ** b, 1.0)
+        scale = np.where(known, (np.maximum(self.span, 1e-30) / most) ** (-a * self.reliability) * (share / share.max()) ** b, 1.0)
         scale = np.clip(scale / scale[int(self.span.argmax())], 1 / CAP, CAP)
         if self.limit is not None:
             room = np.where(known & (self.seen_top < self.limit), self.limit / np.maximum(self.span, 1e-30), 1.0)
