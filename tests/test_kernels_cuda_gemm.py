@@ -294,7 +294,7 @@ np.save(sys.argv[5], arrays[-1])
         ("qc_begin_products();", "", "products without qc_begin_products"),
         ("qc_finish_products<32>", "(void)", "never waited for"),
         ("qc_wait_products<1>();", "", "another result"),
-        ("(v_58 + 32)", "(v_58 + 16)", "not aligned to its swizzling"),
+        (" + 32)])), (&(_ptr", " + 16)])), (&(_ptr", "not aligned to its swizzling"),
     ],
     ids=["right", "not-shown", "not-begun", "not-finished", "overwritten", "misplaced"],
 )
