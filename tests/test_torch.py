@@ -80,13 +80,15 @@ def test_attention_with_a_bias_that_was_learned(torch: Any) -> None:
     class Net(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.bias = torch.nn.Parameter(torch.randn(1, 2, 6, 6))
+            self.projection, self.places = torch.nn.Linear(16, 48), torch.nn.Embedding(36, 4)
 
         def forward(self, x: Any) -> Any:
-            heads = x.view(1, 6, 2, 4).transpose(1, 2)
-            return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.bias).transpose(1, 2).reshape(1, 6, -1)
+            q, k, v = (part.view(1, 6, 4, 4).transpose(1, 2) for part in self.projection(x).chunk(3, -1))
+            bias = self.places(torch.arange(36).reshape(6, 6)).permute(2, 0, 1)[None]
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            return mixed.transpose(1, 2).reshape(1, 6, -1)
 
-    x, net = torch.randn(1, 6, 8), Net().eval()
+    x, net = torch.randn(1, 6, 16), Net().eval()
     found = interpreter.run(load(torch.export.export(net, (x,))).module, {"x": x.numpy()})
     np.testing.assert_allclose(next(iter(found.values())), net(x).detach().numpy(), atol=1e-5)
 
