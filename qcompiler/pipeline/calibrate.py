@@ -50,6 +50,7 @@ def calibrate(model: AnyModel, output: AnyPath, calibration: Source, **options: 
         raise PlanError(f"calibration has no part in {', '.join(extra)}; leave {'it' if len(extra) == 1 else 'them'} out, and give {extra[0]} to compile")
     job = dataclasses.replace(opened(model, "native", calibration, options).counted(), to_store=True)
     measured, rival = stages.calibrate(stages.equalize(job)), rival_of(job)
-    judged(network(measured) if rival is None else best_of(job, rival)[0])  # which holds samples out, and looks at the others by themselves
+    made = network(measured) if rival is None else best_of(job, rival)[0]  # which holds samples out, and looks at the others by themselves
+    judged(made, job.recipe)
     count = save(path, job.model.digest, job.model.inputs, job.samples, job.found, [m.inputs for m in job.sampled])
     return Calibration(path, count, measured.table, measured.warnings)

@@ -40,12 +40,13 @@ from qcompiler.plan.planner import named_groups
 
 def compiled(job: Job) -> Compilation:
     """All stages behind `load`. A caller that keeps no reference to the job spares the memory of the weights as they were before equalization."""
+    recipe = job.recipe
     if (rival := rival_of(job)) is not None:
         best, verdict = best_of(job, rival)  # the stages below for two recipes
-        return link(ported(judged(best)), verdict)
+        return link(ported(judged(best, recipe)), verdict)
     equalized = equalize(job)
     del job
-    return link(ported(judged(network(calibrate(equalized)))))
+    return link(ported(judged(network(calibrate(equalized)), recipe)))
 
 
 @takes_options

@@ -24,6 +24,7 @@ from qcompiler.pipeline.goal import Scores, decibel
 from qcompiler.pipeline.scoring import ErrorSums
 from qcompiler.pipeline.stages import Corrected
 from qcompiler.pipeline.survey import SAMPLES, Survey, first_samples
+from qcompiler.plan.recipes import Recipe
 from qcompiler.plan.sensitivity import Sensitivity
 
 _FEW = 2  # samples that tell which roundings to name
@@ -31,15 +32,15 @@ _NAMED = 3  # roundings that a warning names
 _KEPT = "Where the file was trained or checked with them, they were found good; otherwise it helps to quantize the float network that it came from"
 
 
-def judged(corrected: Corrected) -> Corrected:
-    """The network, with what its worst output has lost, and a warning where that is much."""
+def judged(corrected: Corrected, asked: Recipe) -> Corrected:
+    """The network, with what its worst output has lost, and a warning where that is much. asked: the recipe that led to it, maybe through a rival's plan."""
     network = corrected.network
     if network.noise is None:  # no samples, or no output that could be judged
         return corrected
     scores = _scores(corrected)
     noise, limit = scores.relative_noise(), relative_noise(ENOUGH)
     bound = _unseen(corrected, scores) if noise <= limit and len(scores) > 1 else noise
-    warnings = (_warning(corrected, noise, bound),) if bound > limit else ()
+    warnings = (_warning(corrected, noise, bound, asked),) if bound > limit else ()
     return dataclasses.replace(corrected, noise=noise, warnings=warnings)
 
 
@@ -89,7 +90,7 @@ def _told(power: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return power, np.where(silent, 0.0, noise)
 
 
-def _warning(corrected: Corrected, noise: float, bound: float) -> str:
+def _warning(corrected: Corrected, noise: float, bound: float, asked: Recipe) -> str:
     network = corrected.network
     costs = _costs(corrected)
     total = sum(costs.values()) or 1.0
@@ -100,7 +101,7 @@ def _warning(corrected: Corrected, noise: float, bound: float) -> str:
     trained = Trained.of(Graph.of(network.job.model.module).attrs)
     own, lose = trained.keeps_float and not trained.calibrated, "lose" if much else "may lose"
     who = f"the model file's own roundings, which are kept, {lose} much of the float network behind them" if own else f"the outputs {lose} much in 8 bits"
-    advice = _KEPT if own else _advice(network.job.recipe.preset)
+    advice = _KEPT if own else _advice(asked.preset)
     return f"{who}: {left} ({ENOUGH:g} and more are sound). Most of the noise comes from {named}. {advice}"
 
 
