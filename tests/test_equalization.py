@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from calibrated import ModuleExecutor, random_samples
 from small_nets import Net, evaluate, op, random_inputs, residual_net
 
 from qcompiler.base.targets import find_target
+from qcompiler.calibration.headroom import MANY
 from qcompiler.calibration.table import calibrate
 from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, const
@@ -111,6 +114,18 @@ def test_a_clamp_never_opens_and_closes_only_beyond_what_was_seen() -> None:
         assert (channels.scale >= 1).all() and (channels.scale <= CAP).all() and not channels.shift.any()
         assert (channels.scale * top <= 6.0 + 1e-5).all(), "the clamp lies above everything seen"
         assert (channels.scale[top >= 6] == 1).all() and (channels.scale[top == 0] == 1).all()
+
+
+def test_few_samples_close_a_clamp_less_than_many_of_the_same() -> None:
+    module = uneven(mobile_net())
+    few = seen_by(module).values
+
+    def repeated(e: Extremes) -> Extremes:
+        times = MANY // e.samples
+        return replace(e, samples=MANY, count=times * e.count, total=times * e.total, square=times * e.square, moments=times * e.moments)
+
+    closed = [decide_channels(module, seen).channels["stem6"].scale for seen in (few, {v: repeated(e) for v, e in few.items()})]
+    assert (closed[0] <= closed[1]).all() and 1 < closed[0].max() <= CAP ** math.sqrt(few["stem6"].samples / MANY) < closed[1].max()
 
 
 def test_a_channel_that_few_samples_excite_reaches_further() -> None:

@@ -18,7 +18,8 @@ and the best of a grid scale[c] = (reach of x[c])^-a * (largest share of w[:, c]
 
 Residual sums, pooling and rectifiers pass a channel's scale on, so a whole residual stream has one. A clamp at h > 0 (ReLU6) stays where it is,
 h / scale[c] in the value's own units: scale[c] is at least 1, so that the clamp never opens, and is 1 for a channel that reaches h. A channel
-that stays below is scaled until its reach, extrapolated from its extremes in single samples (`reach`), comes to h.
+that stays below is scaled until its reach, extrapolated from its extremes in single samples (`reach`), comes to h. What goes further is cut off, whatever
+it is worth, and few samples don't show it: of n, fewer than `MANY`, the bound of the scale is taken to the power sqrt(n / MANY).
 
 A shift (values without a clamp) centres the channels. Of a rectified value a channel that is always positive gives up what it never falls below:
 high-bias absorption. Padding would have to be shifted too, so readers of a shifted value must have none.
@@ -328,6 +329,7 @@ class _Judge:
         self.span, furthest = reach.max(axis=0), reach.argmax(axis=0)[None]
         doubt = np.stack([seen[v].doubt(end) for v in stream.values for end in (0, 1)])
         self.reliability = reliability(self.span, np.take_along_axis(doubt, furthest, axis=0)[0])
+        self.trust = math.sqrt(min(*(seen[v].samples for v in stream.values), MANY) / MANY)  # in that channels stay below the clamp
         self.seen_top = np.maximum.reduce([seen[v].high for v in stream.values])
         self.ends = _ends(seen, shifts)
         channels = len(self.span)
@@ -363,7 +365,7 @@ class _Judge:
         scale = np.clip(scale / scale[int(self.span.argmax())], 1 / CAP, CAP)
         if self.limit is not None:
             room = np.where(known & (self.seen_top < self.limit), self.limit / np.maximum(self.span, 1e-30), 1.0)
-            scale = np.clip(scale, 1.0, np.clip(room, 1.0, CAP))
+            scale = np.clip(scale, 1.0, np.clip(room, 1.0, CAP) ** self.trust)
         result: np.ndarray = scale
         return result
 
