@@ -143,7 +143,7 @@ def output_noise(
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
     workers = twin.alone(worker_count(twin.manifest["workspace"]))
     while wanted := judges.wanted:
-        items = judges.prepared(zip(wanted, take(samples, list(wanted)), strict=False))
+        items = judges.prepared(wanted, take(samples, list(wanted)))
         for index, own, errors_of in in_order(judges.judge, workers, items):
             for errors in errors_of.values():
                 done += len(errors)
@@ -183,12 +183,11 @@ class _Judges:
                 found.setdefault(sample, []).append(member)
         return dict(sorted(found.items()))
 
-    def prepared(self, items: Iterator[tuple[int, Mapping[str, np.ndarray]]]) -> Iterator[tuple[int, Mapping[str, np.ndarray], list[str]]]:
-        """The items, and what each judges, before the first of which the parts of the outputs are told apart, by it, for all."""
-        wanted = self.wanted
-        for index, sample in items:
+    def prepared(self, wanted: Mapping[int, list[str]], samples: Samples) -> Iterator[tuple[int, Mapping[str, np.ndarray], list[str]]]:
+        """(number, sample, what it judges) of those that are `wanted`, before the first of which the parts of the outputs are told apart, by it, for all."""
+        for (index, members), sample in zip(wanted.items(), samples, strict=False):
             self._parts = self._parts or Walk(self._twin, sample, padding=self._padding).parts
-            yield index, sample, wanted[index]
+            yield index, sample, members
 
     def judge(self, session: Session, item: tuple[int, Mapping[str, np.ndarray], list[str]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
         """(number of a sample, its power, errors with each range that is left of the values that it judges)."""

@@ -282,8 +282,8 @@ def decide_channels(module: tvm.IRModule, seen: Mapping[str, Extremes], absorb: 
         result.noise[stream.values[0]] = noises[best] / before
         plain = _ends(seen, shifts, ahead=False)
         for value in stream.values:
-            before, after = ((ends[value] * candidates[best]).max(axis=1) for ends in (plain, judge.ends))
-            result.room[value] = np.divide(after, before, out=np.ones(2), where=before > 0)
+            seen_so_far, ahead = ((ends[value] * candidates[best]).max(axis=1) for ends in (plain, judge.ends))
+            result.room[value] = np.divide(ahead, seen_so_far, out=np.ones(2), where=seen_so_far > 0)
             result.channels[value] = Channels(candidates[best].astype(np.float32), shifts[value].astype(np.float32))
             result.shifted += bool(shifts[value].any())
     return result
