@@ -18,7 +18,7 @@ from tvm import relax
 from qcompiler.passes.graph import const_value, is_const, plain, relax_op
 
 LOWEST, HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
-Expression = Any  # "x" | float | tuple[str, Expression, ...]
+Expression = Any  # "x" | float | array of constants | tuple[str, Expression, ...]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 _GELU_TANH = math.sqrt(2.0 / math.pi)
@@ -63,6 +63,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "cos": np.cos,
     "atan": np.arctan,
     "asinh": np.arcsinh,
+    "where": np.where,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
 }
 _BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power")
 _PARAMETERS = {"leakyrelu": ("alpha",), "softplus": ("beta", "threshold")}  # attributes that join the operands
@@ -124,21 +129,22 @@ class Unary:
 
 def _evaluate(expression: Expression, x: np.ndarray, known: dict[int, Any]) -> Any:
     if not isinstance(expression, tuple):
-        return x if expression == "x" else expression
+        return x if isinstance(expression, str) else expression
     if id(expression) not in known:
         known[id(expression)] = _FUNCTIONS[expression[0]](*[_evaluate(e, x, known) for e in expression[1:]])
     return known[id(expression)]
 
 
-def expression_of(values: Mapping[str, Any], root: str, inside: Collection[str]) -> Expression:
-    """What `root` computes of the one tensor that the elementwise values `inside` read from outside. A value that is read twice is one object."""
+def expression_of(values: Mapping[str, Any], root: str, inside: Collection[str], arrays: bool = False) -> Expression:
+    """What `root` computes of the one tensor that the elementwise values `inside` read from outside. A value that is read twice is one object.
+    `arrays`: as that of `elementwise`."""
     made: dict[str, Expression] = {}
 
     def of(name: str) -> Expression:
         if name not in inside:
             return "x"
         if name not in made:
-            found = elementwise(values[name])
+            found = elementwise(values[name], arrays)
             assert found is not None
             made[name] = (found[0], *[of(str(o.name)) if isinstance(o, relax.Var) else o for o in found[1]])
         return made[name]
@@ -146,8 +152,11 @@ def expression_of(values: Mapping[str, Any], root: str, inside: Collection[str])
     return of(root)
 
 
-def elementwise(expr: Any) -> tuple[str, list[Any]] | None:
-    """(operator, operands) of an elementwise Relax call this file can evaluate; operands are Relax variables or floats. Else None."""
+def elementwise(expr: Any, arrays: bool = False) -> tuple[str, list[Any]] | None:
+    """(operator, operands) of an elementwise Relax call this file can evaluate; operands are Relax variables or floats. Else None.
+
+    arrays: constants of several elements are operands too, float64 in their own shape.
+    """
     op = relax_op(expr)
     name = op.rsplit(".", 1)[-1] if op else ""
     if op not in (f"relax.{name}", f"relax.nn.{name}") or name not in _FUNCTIONS:
@@ -156,9 +165,9 @@ def elementwise(expr: Any) -> tuple[str, list[Any]] | None:
     for arg in expr.args:
         if is_const(arg):
             value = const_value(arg)
-            if value.size != 1 or value.ndim > len(expr.ty.shape):
+            if value.ndim > len(expr.ty.shape) or (value.size != 1 and not arrays):
                 return None
-            operands.append(float(value.reshape(())))
+            operands.append(float(value.reshape(())) if value.size == 1 else value.astype(np.float64))
         elif hasattr(arg, "value"):  # clip bounds
             operands.append(float(plain(arg)))
         else:

@@ -28,8 +28,8 @@ class Net:
         self.rng = np.random.default_rng(seed)
         self.builder = GraphBuilder()
 
-    def input(self, name: str, *shape: int) -> Any:
-        return self.builder.input(name, shape, "float32")
+    def input(self, name: str, *shape: int, dtype: str = "float32") -> Any:
+        return self.builder.input(name, shape, dtype)
 
     def add(self, name: str, expr: Any) -> Any:
         return self.builder.emit(name, expr)

@@ -354,9 +354,41 @@ def leaky(e: Any, x: Any) -> Any:
     return e("y", op.nn.prelu(x, const(np.full(4, 0.2, np.float32)), 1))
 
 
+SLOPES = const(np.array([0.1, 0.3, 2.0, -0.5], np.float32).reshape(4, 1, 1))
+
+
+def smaller_part(e: Any, x: Any) -> Any:
+    return e("y", op.maximum(e("m", op.multiply(one(0.1), x)), x))
+
+
+def two_rectifiers(e: Any, x: Any) -> Any:
+    negative = e("n", op.nn.relu(e("g", op.negative(x))))
+    return e("y", op.subtract(e("r", op.nn.relu(x)), e("m", op.multiply(negative, one(0.1)))))
+
+
+def choice(e: Any, x: Any) -> Any:
+    return e("y", op.where(e("c", op.less(x, one(0))), e("m", op.multiply(x, one(0.1))), x))
+
+
+def keras_prelu(e: Any, x: Any) -> Any:
+    negative = e("n", op.nn.relu(e("g", op.negative(x))))
+    return e("y", op.add(e("r", op.nn.relu(x)), e("m", op.multiply(negative, const(-const_value(SLOPES))))))
+
+
+def paper_prelu(e: Any, x: Any) -> Any:
+    negative = e("n", op.subtract(x, e("a", op.abs(x))))
+    return e("y", op.add(e("r", op.nn.relu(x)), e("h", op.multiply(e("m", op.multiply(negative, SLOPES)), one(0.5)))))
+
+
+def chosen_relu(e: Any, x: Any) -> Any:
+    return e("y", op.where(e("c", op.greater(x, one(0))), x, e("m", op.multiply(x, one(0)))))
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
+        (smaller_part, ["leakyrelu"]), (two_rectifiers, ["leakyrelu"]), (choice, ["leakyrelu"]), (chosen_relu, ["relu"]),
+        (keras_prelu, ["prelu"]), (paper_prelu, ["prelu"]),
         (silu, ["silu"]), (gelu_last_half, ["gelu"]), (gelu_first_half, ["gelu"]), (leaky, ["leakyrelu"]),
         (swish_divides_last, ["multiply", "add", "clip", "multiply"]), (swish_divides_first, ["multiply", "add", "clip", "multiply"]),
     ],
@@ -370,10 +402,23 @@ def test_spelled_out_activations(make: Callable[..., Any], expected: list[str]) 
     assert operators(run(CANONICAL[:-1], after)) == expected  # stable
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4), (1, 5, 4)])
+def test_rectifiers_of_any_rank(shape: tuple[int, ...]) -> None:
+    before = module_of(smaller_part, *shape)
+    after = recognise(before)
+    assert operators(after) == ["leakyrelu"]
+    same(before, after)
+
+
 def test_look_alikes_stay() -> None:
     def make(e: Any, x: Any) -> Any:
         other = e("o", op.tanh(x))
-        return [e("y", op.multiply(x, e("s", op.sigmoid(other)))), e("z", op.nn.prelu(x, randoms(4), 1)), other]
+        bent = [
+            e("b0", op.maximum(x, e("m0", op.multiply(other, one(0.1))))),  # of two tensors
+            e("b1", op.maximum(x, e("m1", op.add(e("k1", op.multiply(x, one(0.1))), one(0.5))))),  # bends beside zero
+            e("b2", op.add(e("r2", op.nn.relu(x)), e("m2", op.multiply(e("n2", op.minimum(x, one(0))), randoms(1, 4, 8, 8))))),  # a slope per element
+        ]
+        return [e("y", op.multiply(x, e("s", op.sigmoid(other)))), e("z", op.nn.prelu(x, randoms(4), 1)), other, *bent]
 
     before = module_of(make, 1, 4, 8, 8)
     assert operators(recognise(before)) == operators(before)

@@ -137,6 +137,11 @@ def mish(n: Net, x: Any) -> Any:
     return op.multiply(x, n.add("t", op.tanh(softplus)))
 
 
+def chosen_elu(n: Net, x: Any) -> Any:
+    bent = n.add("s", op.subtract(n.add("e", op.exp(x)), scalar(1)))
+    return op.where(n.add("c", op.greater(x, scalar(0))), x, bent)
+
+
 def computed_weights(n: Net, x: Any) -> Any:
     return op.nn.conv2d(x, n.add("w", op.reshape(x, (8, 1, 42, 1))), padding=(0, 18, 0, 17), groups=8, **NHWC)
 
@@ -148,6 +153,7 @@ def computed_weights(n: Net, x: Any) -> Any:
         ("silu", lambda n, x: op.multiply(n.add("s", op.sigmoid(x)), x)),
         ("gelu", erf_gelu),
         ("mish", mish),
+        ("where", chosen_elu),
         ("relu6", lambda n, x: op.clip(x, 0.0, 6.0)),
         ("multiply", lambda n, x: op.multiply(x, scalar(3))),
         ("leakyrelu", lambda n, x: op.nn.leakyrelu(x, 0.1)),
@@ -192,6 +198,7 @@ def test_an_interior_value_read_elsewhere_splits_the_expression() -> None:
         ),
         ("take of 65 pieces has no int8 kernel; supported: up to 64", lambda n, x: op.take(x, relax.const(np.array([0, 5, 1, 3] * 32 + [7, 0]), "int64"), 3)),
         ("average pooling with dilation has no int8 kernel", lambda n, x: op.nn.avg_pool2d(x, (2, 2), dilation=(2, 2), layout="NHWC")),
+        ("operator 'where' has no int8 kernel", lambda n, x: op.where(n.input("c", 1, 6, 7, 8, dtype="bool"), scalar(1), scalar(0))),
         ("operator 'divide' has no int8 kernel", lambda n, x: op.divide(x, n.add("m", op.mean(x, [3], True)))),
         ("concatenation with a constant has no int8 kernel", lambda n, x: op.concat([x, n.random(1, 6, 7, 1)], axis=3)),
         ("a constant matrix of shape [6, 8, 3] has no int8 kernel; supported: [K, N]", lambda n, x: op.matmul(x, n.random(6, 8, 3))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +357,34 @@ def test_float_models_are_untouched() -> None:
     rewritten, trained = take_out(model)
     assert rewritten is model and not trained
     assert not Trained.of(Graph.of(load(MODEL).module).attrs)
+
+
+def rounded_silu(net: Net, x: str) -> str:
+    return net.node("Mul", [x, net.pair(net.node("Sigmoid", [x]), 1 / 256, 0)])
+
+
+def rounded_gelu(net: Net, x: str) -> str:
+    inner = net.pair(net.node("Div", [x, net.tensor(np.float32(2**0.5))]), 0.03, 128)
+    erf = net.pair(net.node("Erf", [inner]), 1 / 128, 128)
+    gate = net.pair(net.node("Add", [erf, net.tensor(np.float32(1))]), 1 / 128, 0)
+    return net.node("Mul", [net.pair(net.node("Mul", [x, gate]), 0.06, 20), net.tensor(np.float32(0.5))])
+
+
+def rounded_hard_swish(net: Net, x: str) -> str:
+    shifted = net.pair(net.node("Add", [x, net.tensor(np.float32(3))]), 0.05, 80)
+    gate = net.pair(net.node("Clip", [shifted, net.tensor(np.float32(0)), net.tensor(np.float32(6))]), 6 / 255, 0)
+    return net.node("Div", [net.pair(net.node("Mul", [x, gate]), 0.16, 30), net.tensor(np.float32(6))])
+
+
+def rounded_prelu(net: Net, x: str) -> str:
+    negative = net.pair(net.node("Relu", [net.pair(net.node("Neg", [x]), 0.05, 128)]), 0.025, 0)
+    scaled = net.pair(net.node("Mul", [negative, net.tensor(np.linspace(-0.5, 0.5, 8, dtype=np.float32).reshape(8, 1, 1))]), 0.011, 128)
+    return net.node("Add", [net.pair(net.node("Relu", [x]), 0.026, 0), scaled])
+
+
+@pytest.mark.parametrize("make", [rounded_silu, rounded_gelu, rounded_hard_swish, rounded_prelu])
+def test_roundings_inside_of_spelled_out_activations_are_kept(make: Callable[[Net, str], str], tmp_path: Path) -> None:
+    net = Net()
+    x = net.pair(net.node("Conv", [net.pair("x", *Y), net.weight((8, 4, 1, 1))]), 0.04, 128)
+    net.pair(make(net, x), 0.05, 100, output="y")
+    check(net, "y", tmp_path, 0.05)

@@ -13,7 +13,7 @@ from typing import Any
 
 import tvm
 
-from qcompiler.passes.recognise.activations import constant_slope, spelled_out
+from qcompiler.passes.recognise.activations import bent, constant_slope, spelled_out
 from qcompiler.passes.recognise.attention import attention, attention_in_rows
 from qcompiler.passes.recognise.miss import NEAR_MISSES, Miss
 from qcompiler.passes.recognise.normalizations import layer_norm, rms_norm
@@ -31,6 +31,7 @@ class Pattern:
 
 PATTERNS = (
     Pattern("prelu(x, one slope)", "leakyrelu(x, slope)", constant_slope),
+    Pattern("max(x, slope * x); relu(x) - slope * relu(-x); where(x > 0, x, slope * x); ...", "leakyrelu(x, slope), prelu(x, slopes)", bent),
     Pattern("x * sigmoid(x); 0.5 * x * (1 + erf(x / sqrt(2))); ... with tanh; x * (clip(x + 3, 0, 6) / 6)", "silu, gelu, gelu_tanh, hard-swish", spelled_out),
     Pattern("d = x - mean(x); d / sqrt(mean(d^2) + epsilon) * gamma + beta", "layer_norm(x, gamma, beta)", layer_norm),
     Pattern("x / sqrt(mean(x^2) + epsilon) * gamma", "rms_norm(x, gamma)", rms_norm),
