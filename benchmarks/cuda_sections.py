@@ -10,12 +10,12 @@ import gc
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuda_prepare import batch_of
+from cuda_prepare import WEIGHTS_ALONE, batch_of
 
 from qcompiler.base.cuda_driver import Gpu
 from qcompiler.runtime.library import session_bytes
@@ -48,16 +48,30 @@ def why(error: BaseException) -> str:
 # -- exactness ------------------------------------------------------------------------------------------------------------------------------
 
 
+def lines_of(results: Path) -> list[dict[str, Any]]:
+    """The lines that are whole of a file that `check_rows` writes, which may have been cut off."""
+    found = []
+    for line in results.read_text().splitlines() if results.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def check_rows(folder: Path, cases: list[dict[str, Any]], results: Path) -> None:
     """Run the cases that have no line in `results` yet, one line each: {case, row, wrong: elements that differ, outside: whether anything else changed}."""
-    begin = len(results.read_text().splitlines()) if results.exists() else 0
+    done = {line["case"] for line in lines_of(results)}
     arrays, session = np.load(folder / "rows.npz"), Session(folder / "rows.so")
-    raw = np.full(session.manifest["workspace"] + 64, CANARY, np.uint8)
+    raw = np.empty(session.manifest["workspace"] + 64, np.uint8)
     start = -raw.ctypes.data % 64
     workspace = raw[start : start + session.manifest["workspace"]]
     ports = (ctypes.c_void_p * 1)()
     with results.open("a") as file:
-        for number, case in list(enumerate(cases))[begin:]:
+        for number, case in enumerate(cases):
+            if case["case"] in done:
+                continue
+            workspace[:] = CANARY
             for i, at in enumerate(case["reads"]):
                 stored = arrays[f"{number}x{i}"].reshape(-1).view(np.uint8)
                 workspace[at : at + stored.size] = stored
@@ -70,8 +84,12 @@ def check_rows(folder: Path, cases: list[dict[str, Any]], results: Path) -> None
             for region in (output, slice(at, at + size)):
                 before[region] = workspace[region]
             line = {"case": case["case"], "row": case["row"], "wrong": int(wrong.sum()), "outside": not np.array_equal(before, workspace)}
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" + json.dumps(line))  # on a line of its own, also behind one that was cut off
             file.flush()
+
+
+def library(folder: Path, network: dict[str, Any], target: str) -> Path:
+    return folder / f"{network['name']}@{target}.so"
 
 
 def samples_of(folder: Path, network: dict[str, Any]) -> list[dict[str, np.ndarray]]:
@@ -93,14 +111,14 @@ def free_memory() -> Callable[[], int]:
     return ask
 
 
-def check_network(folder: Path, network: dict[str, Any]) -> dict[str, Any]:
+def check_network(folder: Path, network: dict[str, Any], target: str) -> dict[str, Any]:
     """{outputs: {name: elements that differ from the CPU's}, memory: bytes of the GPU}: two samples in a row, in two sessions, so that what a run leaves behind
     would show. Where float operators are among the steps, they differ by more than a thousandth of the largest. The first session brings code and
     weights along; `left`: what is not free again when both are gone."""
     free, sessions = free_memory(), list[Session]()
     steps = [free()]
     for _ in range(2):
-        sessions.append(Session(folder / f"{network['name']}.so"))
+        sessions.append(Session(library(folder, network, target)))
         steps.append(free())
     memory = {"first": steps[0] - steps[1], "second": steps[1] - steps[2], "planned": session_bytes(sessions[0].manifest)}
     outputs = differences(folder, network, sessions)
@@ -127,52 +145,44 @@ def differences(folder: Path, network: dict[str, Any], sessions: list[Session]) 
 # -- speed ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def measure_steps(folder: Path, network: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
+def measure_steps(folder: Path, network: dict[str, Any], target: str, gpu: Gpu) -> dict[str, Any]:
     """{peak, steps: [{id, op, kernel, macs, seconds, of_peak}]} by the GPU's clock; `of_peak` is 0 where the peak is unknown."""
-    session, top = Session(folder / f"{network['name']}.so"), peak(gpu)
+    session, top = Session(library(folder, network, target)), peak(gpu)
     steps = []
     for step, (*_, took) in zip(session.manifest["steps"], session.profile(samples_of(folder, network)[0], 5), strict=True):
         steps.append({k: step[k] for k in ("id", "op", "kernel", "macs")} | {"seconds": took, "of_peak": step["macs"] / took / top if top and took else 0.0})
     return {"peak": top, "steps": steps}
 
 
-def measure_speed(folder: Path, network: dict[str, Any], seconds: float, without: set[str]) -> dict[str, Any]:
-    """{base, candidates: {name: {minimum, median, ratio}}, left_out: {name: why}}. Seconds; ratios to PyTorch's where it was measured, else to ours."""
+def measure_speed(folder: Path, network: dict[str, Any], targets: Sequence[str], seconds: float, peers: Sequence[str], *, alone: bool) -> dict[str, Any]:
+    """{base, candidates: {name: {minimum, median, ratio}}, left_out: {name: why}}. Seconds; ratios to the first of `peers` (of PEERS) that runs, else to ours
+    for the first target. alone: whether ours are measured without any peer; else there are no candidates then."""
     from qcompiler.runtime.bench import interleave, ratios
 
-    calls, left_out = candidates(folder, network, without)
-    timings = interleave(calls, seconds=seconds, min_rounds=10 if seconds else 1)
-    base = next((t.name for t in timings if t.name.startswith("torch")), "int8")
-    factors = ratios(timings, base)
-    rows = {t.name: {"minimum": t.minimum, "median": t.median, "ratio": factors[t.name]} for t in timings}
-    return {"base": base, "candidates": rows, "left_out": left_out}
-
-
-def candidates(folder: Path, network: dict[str, Any], without: set[str]) -> tuple[dict[str, Call], dict[str, str]]:
-    """What takes turns: ours, and the peers that are installed and run; and why others don't."""
-    inputs = samples_of(folder, network)[0]
-    calls, left_out = {"int8": our_call(folder / f"{network['name']}.so", inputs)}, {}
-    peers: dict[str, Callable[[], Call]] = {}
-    if "torch" not in without:
-        peers["torch float16 compiled"] = lambda: torch_call(network["network"], inputs, True)
-        peers["torch float16"] = lambda: torch_call(network["network"], inputs, False)
-    if "tensorrt" not in without:
-        peers["tensorrt float16"] = lambda: tensorrt_call(folder / f"{network['network']}.onnx", inputs, False)
-        peers["tensorrt int8"] = lambda: tensorrt_call(folder / f"{network['name']}-qdq.onnx", inputs, True)
-    for name, make in peers.items():
+    inputs, left_out = samples_of(folder, network)[0], dict[str, str]()
+    beside_torch = any(name.startswith("torch") for name in peers)
+    calls: dict[str, Call] = {f"int8 {target}": our_call(library(folder, network, target), inputs, beside_torch) for target in targets}
+    ours = list(calls)
+    for name in peers:
         try:
-            call = make()
+            call = PEERS[name](folder, network, inputs)
             call()
             calls[name] = call
         except Exception as error:  # a peer's failure must not cost our times
             left_out[name] = why(error)
             print(f"left out: {name}: {left_out[name]}", file=sys.stderr)
-    return calls, left_out
+    if not alone and len(calls) == len(ours):
+        return {"base": ours[0], "candidates": {}, "left_out": left_out}
+    timings = interleave(calls, seconds=seconds, min_rounds=10 if seconds else 1)
+    base = next((name for name in calls if name not in ours), ours[0])
+    factors = ratios(timings, base)
+    rows = {t.name: {"minimum": t.minimum, "median": t.median, "ratio": factors[t.name]} for t in timings}
+    return {"base": base, "candidates": rows, "left_out": left_out}
 
 
-def our_call(library: Path, inputs: dict[str, np.ndarray]) -> Call:
-    """A run of ours on device memory (PyTorch's allocations, when it is there; else the session's page-locked buffers)."""
-    session = Session(library)
+def our_call(path: Path, inputs: dict[str, np.ndarray], beside_torch: bool) -> Call:
+    """A run of ours on device memory (PyTorch's allocations, when that is there; else the session's page-locked buffers)."""
+    session = Session(path)
     c, handle = session._library, session._handle
 
     def checked(status: int) -> None:
@@ -182,7 +192,7 @@ def our_call(library: Path, inputs: dict[str, np.ndarray]) -> Call:
     c.qc_session_bind_input.argtypes = c.qc_session_bind_output.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
     c.qc_session_run.argtypes = [ctypes.c_void_p]
     held: list[Any] = [session]
-    if (torch := torch_for_gpus()) is not None:
+    if beside_torch and (torch := torch_for_gpus()) is not None:
         for info in session.inputs:
             held.append(torch.from_numpy(np.ascontiguousarray(inputs[info.name])).cuda())
             checked(c.qc_session_bind_input(handle, info.name.encode(), held[-1].data_ptr(), held[-1].nbytes))
@@ -208,22 +218,50 @@ def torch_for_gpus() -> Any:
     return torch if torch.version.cuda else None
 
 
-def torch_call(network: str, inputs: dict[str, np.ndarray], compiled: bool) -> Call:
-    """The same architecture in PyTorch: float16, channels_last, as a CUDA graph, through torch.compile or not."""
+def torch_model(network: str) -> Any:
+    """The same architecture with weights of no account."""
     import torch
 
     if network in ("resnet50", "mobilenet_v2"):
         import torchvision
 
-        model = getattr(torchvision.models, network)()
-    else:
+        return getattr(torchvision.models, network)()
+    kind, _, weights = network.partition(", ")
+    if weights != WEIGHTS_ALONE:
         import timm
 
-        model = timm.create_model(network)
-    model = model.eval().half().cuda().to(memory_format=torch.channels_last)
-    run = torch.compile(model, options={"triton.cudagraphs": False}) if compiled else model
+        return timm.create_model(network)
+    if kind == "product":
+        return torch.nn.Linear(1024, 1024, bias=False)
+    sizes = {"q": (768, 768), "k": (768, 768), "v": (768, 768), "o": (768, 768), "a": (768, 3072), "b": (3072, 768)}
+
+    class Encoder(torch.nn.Module):  # type: ignore[misc]
+        """As `encoder` of benchmarks/weight_only.py, whose module needs ONNX."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [torch.nn.ModuleDict({n: torch.nn.Linear(*size, bias=False) for n, size in sizes.items()}) for _ in range(4)]
+            self.layers = torch.nn.ModuleList(layers)
+
+        def forward(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = x + layer["o"](torch.sigmoid(layer["q"](x) + layer["k"](x)) * layer["v"](x))
+                x = x + layer["b"](torch.relu(layer["a"](x)))
+            return x
+
+    return Encoder()
+
+
+def torch_call(network: str, inputs: dict[str, np.ndarray], compiled: bool) -> Call:
+    """The same architecture in PyTorch: float16, images in channels_last, as a CUDA graph, through torch.compile or not."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
     (array,) = inputs.values()
-    x = torch.from_numpy(array).cuda().half().to(memory_format=torch.channels_last)
+    layout = {"memory_format": torch.channels_last} if array.ndim == 4 else {}
+    model = torch_model(network).eval().half().cuda().to(**layout)
+    run = torch.compile(model, options={"triton.cudagraphs": False}) if compiled else model
+    x = torch.from_numpy(array).cuda().half().to(**layout)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.stream(stream):
         for _ in range(5):
@@ -280,3 +318,12 @@ def tensorrt_call(model: Path, inputs: dict[str, np.ndarray], int8: bool) -> Cal
         stream.synchronize()
 
     return call
+
+
+PEERS: Mapping[str, Callable[[Path, dict[str, Any], dict[str, np.ndarray]], Call]] = {
+    "torch float16": lambda folder, network, inputs: torch_call(network["network"], inputs, False),
+    "torch float16 compiled": lambda folder, network, inputs: torch_call(network["network"], inputs, True),
+    "tensorrt float16": lambda folder, network, inputs: tensorrt_call(folder / f"{network['network']}.onnx", inputs, False),
+    "tensorrt int8": lambda folder, network, inputs: tensorrt_call(folder / f"{network['name']}-qdq.onnx", inputs, True),
+}
+"""What ours is compared with. The first takes seconds to make, the others up to minutes."""
