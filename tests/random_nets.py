@@ -1,6 +1,6 @@
 """Random small networks on emulated GPUs: every integer value is the reference's.
 
-    python tests/random_nets.py [--count 100] [--first 0] [--target cuda-sm75 cuda-sm80 cuda-sm90] [--compiled]
+    python tests/random_nets.py [--count 100] [--first 0] [--target cuda-sm75 cuda-sm90] [--compiled]
 
 Number n is always the same network: some layers of odd sizes, drawn from what importers can write; batches of one to three. Ranges are those of one sample;
 --compiled: the pipeline's plan instead, 16-bit streams and recurrent layers included (seconds each), whose outputs are compared with the library for this CPU
@@ -37,7 +37,7 @@ from qcompiler.schedules.table import Kernel
 from qcompiler.verification.interpreter import run
 
 TOGETHER = 20  # networks that are compiled together
-TARGETS = ("cuda-sm75", "cuda-sm80", "cuda-sm90")
+TARGETS = ("cuda-sm75", "cuda-sm75-dp4a", "cuda-sm90")
 Values = dict[str, np.ndarray]
 
 

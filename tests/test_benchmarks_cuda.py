@@ -23,7 +23,7 @@ from qcompiler.base.progress import silent
 from qcompiler.base.targets import find_target
 from qcompiler.cli.demo import MODEL
 
-TARGETS = ["cuda-sm80", "cuda-sm75"]
+TARGETS = ["cuda-sm80", "cuda-sm75-dp4a"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def prepared(scripts: Any, root: Path, tmp_path_factory: pytest.TempPathFactory)
         assert {kernel.row.partition("/")[0] for _, kernel in found.values()} >= set(target.rows) and len(found) > 400
         assert {"cuda-mma/attention", "cuda-mma/matmul", "cuda/f32.dense_weight_only", "cuda/recurrence"} <= {kernel.row for _, kernel in found.values()}
         shared = next(name for name, (_, kernel) in found.items() if kernel.counters)
-        chosen = ("cuda-mma/residual_1", "cuda-mma/pointwise_0", "cuda-mma/pointwise_1", "depthwise/ragged_padded")
+        chosen = ("cuda-mma/residual_1", "cuda-mma/pointwise_0", "cuda-mma/pointwise_1", "tail/depthwise, table")
         return {name: found[name] for name in (*chosen, next(n for n, (c, _) in found.items() if c.tolerance), shared)}
 
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -96,11 +96,11 @@ def test_all_sections(prepared: Prepared, tmp_path: Path) -> None:
         for memory in (exact["memory"], weights["exact"][target]["memory"]):
             assert 0 <= memory["second"] - memory["planned"] < 4096 and memory["first"] > memory["second"] and memory["left"] == 0, memory
         assert steps["peak"] == 4096 * 10 * 1e9 and all(s["seconds"] > 0 for s in steps["steps"]) and any(s["of_peak"] > 0 for s in steps["steps"])
-    assert {s["kernel"].partition("/")[0] for s in network["steps"]["cuda-sm75"]["steps"]} & {"cuda-mma", "cuda-wgmma"} == set()
+    assert {s["kernel"].partition("/")[0] for s in network["steps"]["cuda-sm75-dp4a"]["steps"]} & {"cuda-mma", "cuda-wgmma"} == set()
     assert list(network["speed"]["candidates"]) == [f"int8 {target}" for target in TARGETS] and set(network["speed"]["left_out"]) == {"torch float16"}
     assert network["peers"]["candidates"] == {} and set(network["peers"]["left_out"]) == {"torch float16 compiled", "tensorrt float16", "tensorrt int8"}
     assert [f["section"] for f in document["failed"]] == ["prepare broken-1"]
-    said = ["sm75: the same bytes as on the CPU", "ratio to int8 cuda-sm80", "of int8 peak", "device: 0 differ", "no peer ran", "Networks", "nothing differs"]
+    said = ["dp4a: the same bytes as on the CPU", "ratio to int8 cuda-sm80", "of int8 peak", "device: 0 differ", "no peer ran", "Networks", "nothing differs"]
     assert sorted(said, key=done.stdout.index) == said
     assert "left out: tensorrt int8: ModuleNotFoundError" in done.stderr
 
@@ -116,7 +116,7 @@ def test_a_kernel_that_breaks_the_device(prepared: Prepared, tmp_path: Path) -> 
     assert done.returncode == 1
     document = json.loads((tmp_path / "r.json").read_text())
     failed = [f["section"] for f in document["failed"]]
-    assert failed[1:3] == ["exact:digits-1:cuda-sm80", "exact:digits-1:cuda-sm75"] and failed[3].startswith("rows, ") and len(failed) == 4
+    assert failed[1:3] == ["exact:digits-1:cuda-sm80", "exact:digits-1:cuda-sm75-dp4a"] and failed[3].startswith("rows, ") and len(failed) == 4
     assert sum("error" in r for r in document["rows"]) == 1 and len(document["rows"]) == 6
     assert all("unspecified launch failure" in f["error"] and f"FAILED: {f['section']}" in done.stdout for f in document["failed"][1:])
     assert re.search("digits, batch 1 +cuda-sm80  not known", done.stdout) and "speed" in document["networks"][1]
@@ -212,7 +212,7 @@ def test_a_result_that_cannot_be_read_costs_no_other(scripts: Any, tmp_path: Pat
 
 def test_what_cannot_run(prepared: Prepared, tmp_path: Path) -> None:
     done = prepared.run(tmp_path / "r.json", "capability=75")
-    assert done.returncode == 2 and "was prepared for cuda-sm80, cuda-sm75, and Fake GPU has compute capability 7.5" in done.stderr
+    assert done.returncode == 2 and "was prepared for cuda-sm80, cuda-sm75-dp4a, and Fake GPU has compute capability 7.5" in done.stderr
     (tmp_path / "cut.tar.xz").write_bytes(prepared.folder.with_suffix(".tar.xz").read_bytes()[:9000])
     for other in (tmp_path, tmp_path / "none.tar.xz", tmp_path / "cut.tar.xz", prepared.folder / "plan.json"):
         done = prepared.run(tmp_path / "r.json", folder=other)

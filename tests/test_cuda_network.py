@@ -51,7 +51,7 @@ def many_blocks(row: Row, op: OpCall) -> dict[str, Any] | None:
     return (splits or [tile])[0].params()
 
 
-@pytest.mark.parametrize(("name", "split"), [("cuda-sm80", False), ("cuda-sm80", True), ("cuda-sm75", False)])
+@pytest.mark.parametrize(("name", "split"), [("cuda-sm80", False), ("cuda-sm80", True), ("cuda-sm75", False), ("cuda-sm75-dp4a", False)])
 def test_network(name: str, split: bool, tmp_path: Path) -> None:
     module = network()
     inputs = random_inputs(module)
@@ -73,7 +73,7 @@ def test_network(name: str, split: bool, tmp_path: Path) -> None:
     assert exact >= 15 and {"cuda/legalized", "cuda/mean", f"{program.target.rows[0]}/conv2d"} <= rows, rows
 
 
-@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90a"])
+@pytest.mark.parametrize("name", ["cuda-sm75-dp4a", "cuda-sm75", "cuda-sm90a"])
 def test_a_file_with_weights_in_four_bits(name: str, tmp_path: Path) -> None:
     """What QuantizeLinear stores as int4, beside 8-bit activations, and as uint4 about its middle: they stay packed, and every value is the reference's."""
     net, rng, x = Net(), np.random.default_rng(0), (2, 8, 6, 5)
@@ -95,7 +95,7 @@ def test_a_file_with_weights_in_four_bits(name: str, tmp_path: Path) -> None:
     module = quantize(tmp_path / "m.onnx", name).integer
     program, sample = lower(module, find_target(name)), {"x": rng.uniform(-6, 6, x).astype(np.float32)}
     rows = [step.kernel.row for step in program.steps if step.name in ("qc.conv2d", "qc.dense")]
-    assert [row.endswith("-int4") for row in rows] == [True, True, name != "cuda-sm75"], rows  # 10 outputs: dp4a rather unpacks nothing
+    assert [row.endswith("-int4") for row in rows] == [True, True, name != "cuda-sm75-dp4a"], rows  # 10 outputs: dp4a rather unpacks nothing
     wanted = run(module, sample, keep="all")
     for step, got in EmulatedProgram(program, tmp_path).run(sample):
         if step.writes in wanted:

@@ -79,7 +79,7 @@ def weight_only(target: Target, rows: int, bits: int, zero_point: int) -> Kernel
     return build(OpCall("qc.f32.dense_weight_only", operands, {"bits": bits, "group_size": 64, "low": -largest, "high": largest}, out), target)
 
 
-@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm90a"])
+@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90a"])
 def test_products(name: str, tmp_path: Path) -> None:
     """Attention: q . k of signed bytes, p . v of unsigned by signed ones; nothing is spilled, and operands come in words."""
     require_nvcc()
@@ -106,7 +106,7 @@ def test_products(name: str, tmp_path: Path) -> None:
             assert counts["LDG 64"] > 0 and counts["STG 64"] > 0, (symbol, counts)
 
 
-@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90", "cuda-sm90a"])
+@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm75-dp4a", "cuda-sm80", "cuda-sm90", "cuda-sm90a"])
 def test_instructions(name: str, tmp_path: Path) -> None:
     require_nvcc()
     target = find_target(name)
@@ -130,7 +130,8 @@ def test_instructions(name: str, tmp_path: Path) -> None:
         assert (counts["IDP"] > 0) == row.startswith("cuda-dp4a"), (symbol, row, counts)
         assert (counts["IGMMA"] > 0) == row.startswith("cuda-wgmma"), (symbol, row, counts)
         if row.startswith(("cuda-mma", "cuda-wgmma")):
-            assert (counts["LDSM"] > 0) == row.startswith("cuda-mma") and counts["LDGSTS"] > 0, f"{symbol}: operands are not staged as the row says"
+            assert (counts["LDSM"] > 0) == row.startswith("cuda-mma"), f"{symbol}: operands are not read as the row says"
+            assert (counts["LDGSTS"] > 0) == (target.capability >= 80), f"{symbol}: operands are not staged as the row says"
             assert counts["LDG 128"] > 0, f"{symbol}: the end reads single words"
             assert counts["STG 128"] + counts["STG 64"] > 0 or kernels[symbol].params["wn"] == 16, (
                 f"{symbol}: the end writes single words"

@@ -52,7 +52,7 @@ def test_the_bytes_of_the_library_for_a_cpu(tmp_path: Path, monkeypatch: pytest.
     assert [shape["constants_added"] for shape in manifest["shapes"]] == [0, 0] and manifest["constants"] == alone
 
 
-@pytest.mark.parametrize("target", ["cuda-sm75", "cuda-sm80", "cuda-sm90a"])
+@pytest.mark.parametrize("target", ["cuda-sm75-dp4a", "cuda-sm80", "cuda-sm90a"])
 def test_batches_share_weights_whatever_their_tilings(target: str) -> None:
     """A layer's tiling differs between 1 image and 64; its constants have one form."""
 

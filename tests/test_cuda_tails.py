@@ -73,7 +73,7 @@ OPERATORS: dict[str, tuple[str, str, tuple[str, list[Any], dict[str, Any]]]] = {
     "mma, groups": ("cuda-sm80", "cuda-mma/conv2d", convolution((1, 5, 5, 80), 72, (1, 1), groups=2, pad=0)),
     "mma, dense": ("cuda-sm80", "cuda-mma/dense", convolution((2, 7, 64), 96, ())),
     "mma, dense, ragged": ("cuda-sm80", "cuda-mma/dense", convolution((7, 64), 37, ())),
-    "dp4a": ("cuda-sm75", "cuda-dp4a/conv2d", convolution((1, 6, 5, 16), 48, (3, 3))),
+    "dp4a": ("cuda-sm75-dp4a", "cuda-dp4a/conv2d", convolution((1, 6, 5, 16), 48, (3, 3))),
     "depthwise": ("cuda-sm80", "cuda-dp4a/depthwise", convolution((1, 6, 7, 22), 22, (3, 3), groups=22)),
     "direct": ("cuda-sm80", "cuda/conv2d", convolution((1, 6, 5, 6), 9, (3, 3), groups=3)),
     "layer norm": ("cuda-sm80", "cuda/layer_norm", normalization("layer_norm", 150)),
@@ -133,11 +133,15 @@ CASES = [
 class Ended:
     """A layer and its tail as one case, of which the last value is written."""
 
-    name: str
+    op: OpCall
     inputs: list[np.ndarray]
     output: Layout
     expected: np.ndarray
     tolerance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.op.name
 
 
 def ended(target: Target) -> dict[str, tuple[Ended, Kernel]]:
@@ -145,7 +149,7 @@ def ended(target: Target) -> dict[str, tuple[Ended, Kernel]]:
     found = {}
     for operator, tail in ((o, t) for o, t, inner in CASES if inner):
         call, row, _, inputs, (expected,) = with_tail(operator, tail, True, target)
-        found[f"tail/{operator}, {tail}"] = Ended(call.name, inputs, call.written[0], expected), row.build(call, row.default(call, target), target)
+        found[f"tail/{operator}, {tail}"] = Ended(call, inputs, call.written[0], expected), row.build(call, row.default(call, target), target)
     return found
 
 

@@ -26,7 +26,7 @@ from qcompiler.schedules.cuda.conv import GemmRow
 from qcompiler.schedules.harness import fetch
 from qcompiler.schedules.table import KERNELS, Layout, OpCall, select
 
-ARCHITECTURES = {"cuda-wgmma": "cuda-sm90a", "cuda-mma": "cuda-sm80", "cuda-dp4a": "cuda-sm75"}
+ARCHITECTURES = {"cuda-wgmma": "cuda-sm90a", "cuda-mma": "cuda-sm80", "cuda-dp4a": "cuda-sm75-dp4a"}
 TARGETS = {unit: find_target(ARCHITECTURES[unit.name]) for unit in plan.UNITS}
 UNITS = list(TARGETS)
 schedules.load(TARGETS[plan.MMA])
@@ -166,6 +166,18 @@ def test_exact(name: str, unit: plan.Unit, emulated: dict[str, Any]) -> None:
         case.check(library.run(symbol, case.inputs, case.output))
 
 
+def test_exact_by_smaller_products(tmp_path: Path) -> None:
+    """Compute capability 7.5 has products of 8 x 8 x 16 alone."""
+    target, names = find_target("cuda-sm75"), ("pointwise", "three_channels", "ragged", "deep", "residual_ragged", "extreme", "grouped", "wide", "dense_rows")
+    cases = {f"k{bits}_{name}": CONVS[name].case(bits=bits) for bits in (8, 4) for name in names}
+    kernels = {name: case.prepare(target) for name, case in cases.items()}
+    assert {k.row for k in kernels.values()} == {f"cuda-mma/{operator}{bits}" for operator in ("conv2d", "dense") for bits in ("", "-int4")}
+    assert "qc_multiply_8(c" in cuda_source(kernels, target)
+    emulated = Emulated(kernels, target, tmp_path)
+    for name, case in cases.items():
+        case.check(emulated.run(name, case.inputs, case.output))
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=tag)
 def test_blocks_share_tiles(unit: plan.Unit, emulated: dict[str, Any]) -> None:
     """The cases above include many whose tiles are shared, with equal shares and with unequal ones."""
@@ -251,8 +263,10 @@ def dense(rows: int, inputs: int, outputs: int, weight: int, dtype: str = "int8"
 @pytest.mark.parametrize(
     ("name", "op", "row"),
     [
-        ("cuda-sm75", dense(1, 4096, 4096, -8), "cuda-dp4a/dense-int4"),
-        ("cuda-sm75", dense(1, 4096, 4096, -9), "cuda-dp4a/dense"),
+        ("cuda-sm75-dp4a", dense(1, 4096, 4096, -8), "cuda-dp4a/dense-int4"),
+        ("cuda-sm75-dp4a", dense(1, 4096, 4096, -9), "cuda-dp4a/dense"),
+        ("cuda-sm75", dense(1, 4096, 4096, -8), "cuda-mma/dense-int4"),
+        ("cuda-sm75", dense(1, 4096, 4096, -9), "cuda-mma/dense"),
         ("cuda-sm80", dense(1, 4096, 4096, 7), "cuda-mma/dense-int4"),
         ("cuda-sm80", dense(1, 4096, 4096, 8), "cuda-mma/dense"),
         ("cuda-sm80", dense(8192, 4096, 4096, 7), "cuda-mma/dense-int4"),

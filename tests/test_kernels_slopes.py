@@ -98,7 +98,7 @@ def test_arm(name: str, tmp_path: Path) -> None:
     run_prepared([Prepared.of(n, CASES[n], target) for n in (CASES if name in ("arm64-neon", "armv7-neon") else SAMPLE)], target, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90a"])
+@pytest.mark.parametrize("name", ["cuda-sm75-dp4a", "cuda-sm80", "cuda-sm90a"])
 def test_cuda(name: str, tmp_path: Path) -> None:
     target = find_target(name)
     names = [*SAMPLE, "conv-float", "conv-wide-behind", "conv-far-before", "groups-plain", "narrow-transposed"]

@@ -129,7 +129,7 @@ def test_arm(name: str, compilation: Compilation, tmp_path: Path) -> None:
     assert compared >= 8
 
 
-@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm75"])
+@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm75-dp4a"])
 def test_cuda(name: str, compilation: Compilation, tmp_path: Path) -> None:
     program, want, compared = lower(compilation.integer, find_target(name)), reference(compilation), 0
     for step, value in EmulatedProgram(program, tmp_path).run(samples()[0]):

@@ -62,6 +62,8 @@ def test_native_prefers_rows_that_ran_on_hardware(tmp_path: Path) -> None:
         ("skylake-avx512", "x86-avx512"),
         ("raspberrypi4", "arm64-neon"),
         ("jetson-orin", "cuda-sm87-arm64"),
+        ("t4", "cuda-sm75"),
+        ("gtx1660", "cuda-sm75-dp4a"),
         ("aarch64-linux-android24+asimddp", "arm64-android-dotprod"),
         ("aarch64-none-linux-android", "arm64-android"),
         ("arm64-v8a", "arm64-android"),

@@ -20,7 +20,8 @@ DEVICE_KERNEL = 2  # calling convention: launched from the host
 
 def device_header(target: Target) -> str:
     """The device functions that kernels call by name, as CUDA C."""
-    header = (Path(str(schedules.__file__)).parent / "cuda" / "device.cuh").read_text()
+    functions = (Path(str(schedules.__file__)).parent / "cuda" / "device.cuh").read_text()
+    header = f"#define QC_CAPABILITY {target.capability}\n{functions}"
     return header + device_functions() if "cuda-wgmma" in target.rows else header
 
 

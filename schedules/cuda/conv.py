@@ -1,4 +1,4 @@
-"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (wgmma, sm_90a alone; mma.sync, sm_80 and later) and on dp4a. Weights that all
+"""Rows of convolution and dense layers as tiled matrix products: on tensor cores (wgmma, sm_90a alone; mma.sync) and on dp4a. Weights that all
 fit into 4 bits are kept in as many where that is estimated to be quicker."""
 
 from __future__ import annotations

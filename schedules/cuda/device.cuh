@@ -1,4 +1,4 @@
-// Device functions that kernels call by name. For an emulation on a CPU, somebody else defines them.
+// Device functions that kernels call by name; QC_CAPABILITY is the target's (80: 8.0). For an emulation on a CPU, somebody else defines those of __CUDACC__.
 #ifdef __CUDACC__
 
 // Copies 4, 8 or 16 bytes from global to shared memory, both aligned so; asynchronously from sm_80 on. qc_wait_copies<n> waits for all groups
@@ -42,23 +42,30 @@ static __device__ __forceinline__ void qc_load_matrices(int* to, const void* row
                : "memory");
 }
 
+#if QC_CAPABILITY >= 80
 // c += a * b: int8 [16, 32] times [32, 8], int32 sums. PTX names the lane that holds each element ("matrix fragments for mma.m16n8k32").
-static __device__ __forceinline__ void qc_multiply_matrices(int* c, const int* a, const int* b) {
-#if __CUDA_ARCH__ >= 800
+static __device__ __forceinline__ void qc_multiply_16(int* c, const int* a, const int* b) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
 }
 
 // The same with unsigned bytes in a.
-static __device__ __forceinline__ void qc_multiply_unsigned(int* c, const int* a, const int* b) {
-#if __CUDA_ARCH__ >= 800
+static __device__ __forceinline__ void qc_multiply_16_unsigned(int* c, const int* a, const int* b) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
 }
+#else
+// c += a * b: int8 [8, 16] times [16, 8] ("matrix fragments for mma.m8n8k16").
+static __device__ __forceinline__ void qc_multiply_8(int* c, int a, int b) {
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a), "r"(b));
+}
+
+static __device__ __forceinline__ void qc_multiply_8_unsigned(int* c, int a, int b) {
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a), "r"(b));
+}
+#endif
 
 // Of the 4 lanes 4 * i .. 4 * i + 3, which hold sums of the same rows: all of a warp's lanes must come here.
 static __device__ __forceinline__ int qc_row_max(int value) {
@@ -85,6 +92,20 @@ static __device__ __forceinline__ int qc_row_sum(int value) {
 }
 
 #endif  // __CUDACC__
+
+// c += a * b: int8 [16, 32] times [32, 8], int32 sums, by the largest products that all GPUs of the target have. What a lane holds of two halves of the rows and of
+// the reduction, by m8n8k16, is what it holds of the whole, by m16n8k32.
+#if QC_CAPABILITY >= 80
+static __device__ __forceinline__ void qc_multiply_matrices(int* c, const int* a, const int* b) { qc_multiply_16(c, a, b); }
+static __device__ __forceinline__ void qc_multiply_unsigned(int* c, const int* a, const int* b) { qc_multiply_16_unsigned(c, a, b); }
+#else
+static __device__ __forceinline__ void qc_multiply_matrices(int* c, const int* a, const int* b) {
+  for (int i = 0; i < 4; ++i) qc_multiply_8(c + 2 * (i % 2), a[i], b[i / 2]);
+}
+static __device__ __forceinline__ void qc_multiply_unsigned(int* c, const int* a, const int* b) {
+  for (int i = 0; i < 4; ++i) qc_multiply_8_unsigned(c + 2 * (i % 2), a[i], b[i / 2]);
+}
+#endif
 
 // Partial sums of a thread, n of them, to and from other blocks: words of 16 bytes, `stride` ints apart, so that neighbouring threads' words adjoin.
 template <int n, int stride>

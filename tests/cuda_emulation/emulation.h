@@ -378,10 +378,27 @@ inline void qc_load_matrices(int* to, const void* row) {
   });
 }
 
+// Fragments of m8n8k16 (PTX manual): a holds row lane / 4, columns 4 * (lane % 4) ..; b column lane / 4, rows 4 * (lane % 4) ..; c[i] row lane / 4, column
+// 2 * (lane % 4) + i.
+template <typename Left>
+inline void qc_multiply_8_as(int* c, int a, int b) {
+  const int mine[2] = {a, b};
+  qc_exchange(mine, sizeof mine, [&](int (*shown)[8]) {
+    const int row = qc_emulation::lane() / 4, quarter = qc_emulation::lane() % 4;
+    for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < 16; ++k) {
+        const int left = shown[4 * row + k / 4][0], right = shown[4 * (2 * quarter + i) + k / 4][1];
+        c[i] += static_cast<Left>(left >> 8 * (k % 4)) * static_cast<int8_t>(right >> 8 * (k % 4));
+      }
+  });
+}
+inline void qc_multiply_8(int* c, int a, int b) { qc_multiply_8_as<int8_t>(c, a, b); }
+inline void qc_multiply_8_unsigned(int* c, int a, int b) { qc_multiply_8_as<uint8_t>(c, a, b); }
+
 // Fragments of m16n8k32 (PTX manual): a[i] holds row lane / 4 + 8 * (i % 2), columns 4 * (lane % 4) + 16 * (i / 2) ..; b[i] column lane / 4,
 // rows 4 * (lane % 4) + 16 * i ..; c[i] row lane / 4 + 8 * (i / 2), column 2 * (lane % 4) + i % 2.
 template <typename Left>
-inline void qc_multiply_as(int* c, const int* a, const int* b) {
+inline void qc_multiply_16_as(int* c, const int* a, const int* b) {
   const int mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   qc_exchange(mine, sizeof mine, [&](int (*shown)[8]) {
     const int row = qc_emulation::lane() / 4, quarter = qc_emulation::lane() % 4;
@@ -393,8 +410,8 @@ inline void qc_multiply_as(int* c, const int* a, const int* b) {
       }
   });
 }
-inline void qc_multiply_matrices(int* c, const int* a, const int* b) { qc_multiply_as<int8_t>(c, a, b); }
-inline void qc_multiply_unsigned(int* c, const int* a, const int* b) { qc_multiply_as<uint8_t>(c, a, b); }
+inline void qc_multiply_16(int* c, const int* a, const int* b) { qc_multiply_16_as<int8_t>(c, a, b); }
+inline void qc_multiply_16_unsigned(int* c, const int* a, const int* b) { qc_multiply_16_as<uint8_t>(c, a, b); }
 
 inline int qc_row_max(int value) {
   qc_exchange(&value, sizeof value, [&](int (*shown)[8]) {
