@@ -57,6 +57,7 @@ PEERS = {"speed": ["torch float16"], "peers": ["torch float16 compiled", "tensor
 STILL = 40.0  # seconds in which a case must end, the process's start included
 OF_A_ROW, IN_TURN = 3, 12  # cases that break the device: of a row before it is given up, in turn before all are
 SHOWN = 8  # steps of a network
+WORDS = 4096  # of a network that reads text: more are weight to carry
 NO_TIME = "no time was left"
 
 
@@ -365,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = options.prepare if options.prepare and not packed else Path(name)
         targets = [find_target(t) for t in options.target] or [target_of(gpu)]  # type: ignore[arg-type]
         found = [networks.find(n, options.data, networks.default_cache()) for n in options.network or networks.NAMES if n != "none"]
-        chosen = [n for n in found if n] + [networks.text_network(path, options.tokens, networks.default_cache(), True) for path in options.text]
+        chosen = [n for n in found if n] + [networks.text_network(path, options.tokens, networks.default_cache(), True, WORDS) for path in options.text]
         from qcompiler.base.progress import terminal_progress
 
         with terminal_progress() as progress:

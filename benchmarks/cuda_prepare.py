@@ -179,12 +179,12 @@ def keep(folder: Path, name: str, on_gpu: Sequence[Any], on_cpu: Any, inputs: di
 
 
 def prepare_weights(folder: Path, name: str, rows: int, targets: Sequence[Target], progress: Any) -> dict[str, Any]:
-    """A network of linear layers with weights in 4 bits beside float activations: `encoder` or `product` of benchmarks/weight_only.py."""
+    """Linear layers with weights in 4 bits beside float activations: a layer of `encoder`, or `product`, of benchmarks/weight_only.py."""
     import weight_only
 
     import qcompiler
 
-    model = weight_only.encoder(rows, folder / "weights.onnx") if name == "encoder" else weight_only.product(rows, 1024, folder / "weights.onnx")
+    model = weight_only.encoder(rows, folder / "weights.onnx", 1) if name == "encoder" else weight_only.product(rows, 1024, folder / "weights.onnx")
     columns = weight_only.HIDDEN if name == "encoder" else 1024
     inputs = {"x": np.random.default_rng(0).standard_normal((SINGLES, columns)).astype(np.float32)}
     on_cpu, *on_gpu = (qcompiler.compile(model, t, weights="int4", asymmetric=True, progress=progress) for t in ("native", *targets))

@@ -235,21 +235,14 @@ def torch_model(network: str) -> Any:
         return torch.nn.Linear(1024, 1024, bias=False)
     sizes = {"q": (768, 768), "k": (768, 768), "v": (768, 768), "o": (768, 768), "a": (768, 3072), "b": (3072, 768)}
 
-    class Encoder(torch.nn.Module):  # type: ignore[misc]
-        """As `encoder` of benchmarks/weight_only.py, whose module needs ONNX."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            layers = [torch.nn.ModuleDict({n: torch.nn.Linear(*size, bias=False) for n, size in sizes.items()}) for _ in range(4)]
-            self.layers = torch.nn.ModuleList(layers)
+    class Encoder(torch.nn.ModuleDict):  # type: ignore[misc]
+        """As a layer of `encoder` of benchmarks/weight_only.py, whose module needs ONNX."""
 
         def forward(self, x: Any) -> Any:
-            for layer in self.layers:
-                x = x + layer["o"](torch.sigmoid(layer["q"](x) + layer["k"](x)) * layer["v"](x))
-                x = x + layer["b"](torch.relu(layer["a"](x)))
-            return x
+            x = x + self["o"](torch.sigmoid(self["q"](x) + self["k"](x)) * self["v"](x))
+            return x + self["b"](torch.relu(self["a"](x)))
 
-    return Encoder()
+    return Encoder({n: torch.nn.Linear(*size, bias=False) for n, size in sizes.items()})
 
 
 def torch_call(network: str, inputs: dict[str, np.ndarray], compiled: bool) -> Call:

@@ -59,10 +59,10 @@ def matmul_nbits(rows: int, count: int, group: int, path: Path) -> Path:
     return saved([node], weights, [(rows, count)] * 2, path, ("", "com.microsoft"))
 
 
-def encoder(rows: int, path: Path) -> Path:
+def encoder(rows: int, path: Path, layers: int = LAYERS) -> Path:
     """Per layer: x + (sigmoid(x Q + x K) * x V) O, then x + relu(x A) B: all the linear layers of an encoder, without its attention's sums over positions."""
     rng, nodes, weights, x = np.random.default_rng(0), list[onnx.NodeProto](), list[onnx.TensorProto](), "x"
-    for layer in range(LAYERS):
+    for layer in range(layers):
 
         def node(op: str, inputs: list[str], name: str, layer: int = layer) -> str:
             nodes.append(helper.make_node(op, inputs, [f"{name}{layer}"]))
