@@ -119,7 +119,7 @@ def test_a_kernel_that_breaks_the_device(prepared: Prepared, tmp_path: Path) -> 
     assert failed[1:3] == ["exact:digits-1:cuda-sm80", "exact:digits-1:cuda-sm75-dp4a"] and failed[3].startswith("rows, ") and len(failed) == 4
     assert sum("error" in r for r in document["rows"]) == 1 and len(document["rows"]) == 6
     assert all("unspecified launch failure" in f["error"] and f"FAILED: {f['section']}" in done.stdout for f in document["failed"][1:])
-    assert re.search("digits, batch 1 +cuda-sm80  not known", done.stdout) and "speed" in document["networks"][1]
+    assert re.search("digits, batch 1 +cuda-sm80 +not known", done.stdout) and "speed" in document["networks"][1]
 
 
 def test_differences_are_reported(prepared: Prepared, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def a_table(builder: GraphBuilder) -> Any:
 
 
 def newer_kernels(builder: GraphBuilder) -> Any:
-    """Weights in 4 bits, attention and a product of two computed tensors on tensor cores, and a normalization that goes on."""
+    """Weights in 4 bits beside floats and beside integers, attention, a product of two computed tensors, and a normalization that goes on."""
     rng, (tokens, width) = np.random.default_rng(0), (12, 96)
     layer = Layer((1, tokens), width, 64, WeightScheme(4, 32, True))
     x = builder.input("x", (1, tokens, 64), "float32")
@@ -88,7 +88,7 @@ def newer_kernels(builder: GraphBuilder) -> Any:
     attrs = {"a_zero_point": 3, "b_zero_point": -2, "multiplier": 1e-3, "zero_point": 0, "low": -128, "high": 127, "out_dtype": "int8"}
     squared = builder.emit("squared", make_op("qc.matmul", [mixed, turned], attrs, (1, tokens, tokens), "int8"))
     wide = {"x_zero_point": 0, "zero_point": 0, "out_dtype": "int16"}
-    w, factors = rng.integers(-127, 128, (32, tokens)).astype(np.int8), np.full(32, 2.0**-3, np.float32)
+    w, factors = rng.integers(-8, 8, (32, tokens)).astype(np.int8), np.full(32, 2.0, np.float32)
     stream = builder.emit("stream", make_op("qc.dense", [squared, const(w), const(np.zeros(32, np.int32)), const(factors)], wide, (1, tokens, 32), "int16"))
     gain, shift = const(np.full(32, 4096.0, np.float32)), const(np.zeros(32, np.int32))
     normal = builder.emit(
@@ -117,7 +117,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     x = np.arange(-64, 64, dtype=np.int8) if request.param is a_table else np.random.default_rng(1).standard_normal((1, 12, 64)).astype(np.float32)
     np.savez(folder / "x.npz", x=x)
     rows = {step.kernel.row for step in built.program.steps}
-    assert request.param is a_table or {"cuda/f32.dense_weight_only", "cuda-mma/attention", "cuda-mma/matmul", "cuda/layer_norm"} <= rows
+    on_tensor_cores = {f"cuda-mma/{name}" for name in ("f32.dense_weight_only", "attention", "matmul", "dense-int4")}
+    assert request.param is a_table or {*on_tensor_cores, "cuda/layer_norm"} <= rows
     artifact = built.link()
     return Model(artifact.save(folder / "net.so"), FakeGpu.build(folder, built.program), folder / "x.npz", artifact.manifest)
 

@@ -93,14 +93,21 @@ def test_products(name: str, tmp_path: Path) -> None:
         "four": weight_only(target, 1, 4, 0),
         "four_zeros": weight_only(target, 1, 4, 3),
         "four_rows": weight_only(target, 64, 4, 0),
+        "four_many": weight_only(target, 4096, 4, 3),
+        "eight_many": weight_only(target, 4096, 8, -3),
         "eight": weight_only(target, 1, 8, 0),
     }
     for symbol, counts in instructions(kernels, target, tmp_path).items():
         row = kernels[symbol].row
-        assert counts["STL"] == counts["LDL"] == 0, f"{symbol}: registers were spilled"
-        assert ("IMMA" in counts) == row.startswith("cuda-mma"), (symbol, row, counts)
+        few = 16 * (row == "cuda-mma/f32.dense_weight_only")  # of some 600: a few words of which the compiler thinks that they buy one more warp
+        assert counts["STL"] + counts["LDL"] <= few, f"{symbol}: registers were spilled"
+        assert ("IMMA" in counts) == (row in ("cuda-mma/attention", "cuda-mma/matmul")), (symbol, row, counts)
+        assert ("HMMA" in counts) == (row == "cuda-mma/f32.dense_weight_only"), (symbol, row, counts)
         assert (counts["IMMA U8"] > 0) == (row == "cuda-mma/attention"), (symbol, row, counts)
-        if row == "cuda/f32.dense_weight_only":
+        if row == "cuda-mma/f32.dense_weight_only":
+            assert counts["HMMA"] == 6 * 8 * kernels[symbol].params["rows"] // 16 and counts["I2F"] == counts["F2F"] == 0, (symbol, counts)
+            assert min(counts["LDG 128"], counts["STG 128"]) > 4, (symbol, counts)
+        elif row == "cuda/f32.dense_weight_only":
             assert counts["I2F"] == 0 and counts["LDG 128"] > 1 and counts["FFMA"] > 16, f"{symbol}: weights are converted, or not read in whole words"
         else:
             assert counts["LDG 64"] > 0 and counts["STG 64"] > 0, (symbol, counts)

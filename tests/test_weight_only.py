@@ -34,6 +34,7 @@ from qcompiler.schedules.portable.weight_only import pack_weights
 from qcompiler.schedules.table import Kernel, Layout, OpCall, select
 
 BIG = 3.4028234663852886e38
+PLAIN_CUDA = find_target("cuda-sm75")  # whose tensor cores know no bfloat16
 TARGETS = [t for t in map(find_target, ("x86-avx512vnni", "x86-avx2")) if not missing_features(t)]
 
 
@@ -198,9 +199,9 @@ def test_kernel_of_any_shape(rows: int, outputs: int, inputs: int, bits: int, si
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     """Each layer by the heuristic and with every number of warps."""
-    kernels = {f"k{i}_{w}": layer.kernel(CUDA, **({"warps": w} if w else {})) for i, layer in enumerate(LAYERS) for w in (0, 1, 2, 4, 8)}
+    kernels = {f"k{i}_{w}": layer.kernel(PLAIN_CUDA, **({"warps": w} if w else {})) for i, layer in enumerate(LAYERS) for w in (0, 1, 2, 4, 8)}
     assert {k.row for k in kernels.values()} == {"cuda/f32.dense_weight_only"}
-    return Emulated(kernels, CUDA, tmp_path_factory.mktemp("weights"))
+    return Emulated(kernels, PLAIN_CUDA, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize("number", range(len(LAYERS)))
@@ -208,6 +209,63 @@ def test_cuda(number: int, on_gpu: Emulated) -> None:
     layer = LAYERS[number]
     for warps in (0, 1, 2, 4, 8):
         layer.check(on_gpu.run(f"k{number}_{warps}", layer.inputs_stored, layer.output))
+
+
+MANY = {  # rows for tensor cores: (layer, points of the design space)
+    "eight": (Layer((40,), 64, 128, WeightScheme(8, 64, True)), ({}, {"rows": 32, "warps": 4})),
+    "eight_zeros": (Layer((2, 17), 132, 100, WeightScheme(8, 32, False), residual=True), ({}, {"rows": 32, "warps": 2})),
+    "four": (Layer((9,), 12, 1000, WeightScheme(4, 1 << 40, True)), ({}, {"warps": 1})),
+    "four_zeros": (Layer((3, 11), 68, 260, WeightScheme(4, 64, False), residual=True), ({}, {"rows": 32, "warps": 8})),
+    "least": (Layer((70,), 4, 32, WeightScheme(4, 32, False)), ({}, {"rows": 32})),
+}
+
+
+def test_cuda_of_many_rows(tmp_path: Path) -> None:
+    """Activations as three bfloat16 each: sums keep the bound, though tensor cores cut them off, and what is infinite or no number goes where it belongs."""
+    kernels = {f"{name}_{i}": layer.kernel(CUDA, **point) for name, (layer, points) in MANY.items() for i, point in enumerate(points)}
+    assert {k.row for k in kernels.values()} == {"cuda-mma/f32.dense_weight_only"}
+    emulated = Emulated(kernels, CUDA, tmp_path)
+    for name, (layer, points) in MANY.items():
+        for i in range(len(points)):
+            layer.check(emulated.run(f"{name}_{i}", layer.inputs_stored, layer.output))
+    layer = MANY["eight"][0]
+    x = layer.x.copy()
+    x[3, 7], x[5, 99], x[9], x[11] = np.inf, np.nan, x[9] * np.float32(2.0**100), x[11] * np.float32(2.0**-90)
+    with np.errstate(invalid="ignore"):
+        want = numerics.f32_dense_weight_only(x, *layer.constants, **layer.attrs)
+    got = fetch(emulated.run("eight_1", [store(x, layer.op.tensors[0])], layer.output), layer.output)
+    assert np.isnan(got[5]).all() and np.isinf(got[3]).sum() > 50 and np.array_equal(np.clip(got[3], -BIG, BIG), want[3], equal_nan=True)
+    np.testing.assert_allclose(np.delete(got, (3, 5), 0), np.delete(want, (3, 5), 0), rtol=1e-4, atol=1e-4)
+
+
+def test_which_layers_go_to_tensor_cores() -> None:
+    """Those with more rows than wait for the weights, of whole words, whose groups no step of the reduction straddles, on GPUs that know bfloat16."""
+
+    def row(layer: Layer, target: str = "cuda-sm80") -> str:
+        return layer.kernel(find_target(target)).row
+
+    few, many = "cuda/f32.dense_weight_only", "cuda-mma/f32.dense_weight_only"
+    scheme = WeightScheme(4, 64, False)
+    assert [row(Layer((rows,), 64, 128, scheme)) for rows in (1, 8, 9, 300)] == [few, few, many, many]
+    assert [row(Layer((64,), 64, 128, WeightScheme(4, size, True))) for size in (24, 32, 40, 1 << 40)] == [few, many, few, many]
+    assert [row(Layer((64,), 64, inputs, scheme)) for inputs in (28, 32, 130, 132)] == [few, many, few, many]
+    assert [row(Layer((64,), outputs, 64, scheme)) for outputs in (66, 68)] == [few, many]
+    assert [row(Layer((64,), 64, 64, scheme), target) for target in ("cuda-sm75", "cuda-sm90a")] == [few, many]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tensor_cores_read_weights_exactly(bits: int, tmp_path: Path) -> None:
+    """One activation, of all 24 bits, and zeros: a result is the float32 of its product with a weight less its zero point."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    rng = np.random.default_rng(bits)
+    q, zero = rng.integers(low, high + 1, (68, 64)).astype(np.int8), rng.integers(low, high + 1, (68, 2)).astype(np.int8)
+    q[:, :2], zero[:34] = [low, high], high
+    x = np.eye(64, dtype=np.float32) * rng.uniform(1, 2, (64, 1)).astype(np.float32)
+    layer = Layer((64,), 68, 64, WeightScheme(bits, 32, False))
+    layer.op.operands[1:5] = [q, zero, np.ones((68, 2), np.float32), np.zeros(68, np.float32)]
+    got = fetch(Emulated({"k": layer.kernel(CUDA)}, CUDA, tmp_path).run("k", [store(x, layer.op.tensors[0])], layer.output), layer.output)
+    exact = np.diag(x).astype(np.float64)[:, None] * (q.astype(int) - np.repeat(zero.astype(int), 32, axis=1)).T
+    assert np.abs(got - exact).max() <= 2.0**-24 * 27 * 512 and (np.abs(got - exact) <= 2.0**-23 * 3 * np.abs(exact)).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -222,7 +280,7 @@ def test_cuda_reads_weights_exactly(bits: int, tmp_path: Path) -> None:
     assert np.array_equal(fields.reshape(-1), q[0])
     layer = Layer((len(x),), 1, q.shape[1], WeightScheme(bits, 64))
     layer.op.operands[1:5] = [q, np.zeros((1, s.groups), np.int8), np.ones((1, s.groups), np.float32), np.zeros(1, np.float32)]
-    got = Emulated({"k": layer.kernel(CUDA)}, CUDA, tmp_path).run("k", [store(x, layer.op.tensors[0])], layer.output)
+    got = Emulated({"k": layer.kernel(PLAIN_CUDA)}, PLAIN_CUDA, tmp_path).run("k", [store(x, layer.op.tensors[0])], layer.output)
     assert np.array_equal(fetch(got, layer.output)[:, 0], q[0, :256])
 
 

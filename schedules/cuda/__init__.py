@@ -2,5 +2,6 @@
 
 from importlib import import_module as _import_module
 
-for _name in ("depthwise", "conv", "direct", "pool", "matmul_mma", "matmul", "rows", "attention_mma", "attention", "weight_only", "recurrence"):
+_NAMES = "depthwise conv direct pool matmul_mma matmul rows attention_mma attention weight_only_mma weight_only recurrence"
+for _name in _NAMES.split():
     _import_module(f"{__name__}.{_name}")

@@ -56,6 +56,13 @@ static __device__ __forceinline__ void qc_multiply_16_unsigned(int* c, const int
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// c += a * b: bfloat16 [16, 16] times [16, 8], float32 sums ("matrix fragments for mma.m16n8k16").
+static __device__ __forceinline__ void qc_multiply_bfloats(float* c, const int* a, const int* b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #else
 // c += a * b: int8 [8, 16] times [16, 8] ("matrix fragments for mma.m8n8k16").
 static __device__ __forceinline__ void qc_multiply_8(int* c, int a, int b) {

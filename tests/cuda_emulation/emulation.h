@@ -413,6 +413,37 @@ inline void qc_multiply_16_as(int* c, const int* a, const int* b) {
 inline void qc_multiply_16(int* c, const int* a, const int* b) { qc_multiply_16_as<int8_t>(c, a, b); }
 inline void qc_multiply_16_unsigned(int* c, const int* a, const int* b) { qc_multiply_16_as<uint8_t>(c, a, b); }
 
+// Toward 0, to a multiple of 2^exponent.
+inline double qc_cut(double value, int exponent) { return std::ldexp(std::trunc(std::ldexp(value, -exponent)), exponent); }
+
+// Fragments of m16n8k16 (PTX manual): a[i] holds row lane / 4 + 8 * (i % 2), columns 2 * (lane % 4) + 8 * (i / 2) and the next; b[i] column lane / 4, rows
+// 2 * (lane % 4) + 8 * i and the next. 8 products and a sum are cut off 2 bits below those that a float32 of the largest would have, and their sum as a float32.
+inline void qc_multiply_bfloats(float* c, const int* a, const int* b) {
+  const int mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const auto number = [](int word, int half) {
+    const uint32_t bits = half ? static_cast<uint32_t>(word) & 0xFFFF0000u : static_cast<uint32_t>(word) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return static_cast<double>(value);
+  };
+  qc_exchange(mine, sizeof mine, [&](int (*shown)[8]) {
+    const int row = qc_emulation::lane() / 4, quarter = qc_emulation::lane() % 4;
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 2; ++k) {
+        double addends[9] = {c[i]}, sum = 0, plain = 0;
+        int largest = -1022;
+        for (int j = 0; j < 8; ++j)
+          addends[1 + j] = number(shown[4 * row + j / 2][i / 2 + 2 * k], j % 2) * number(shown[4 * (2 * quarter + i % 2) + j / 2][4 + k], j % 2);
+        for (double addend : addends) {
+          if (addend != 0 && std::isfinite(addend)) largest = max(largest, std::ilogb(addend));
+          plain += addend;
+        }
+        for (double addend : addends) sum += qc_cut(addend, largest - 25);
+        c[i] = static_cast<float>(std::isfinite(plain) ? sum == 0 ? 0 : qc_cut(sum, std::ilogb(sum) - 23) : plain);
+      }
+  });
+}
+
 inline int qc_row_max(int value) {
   qc_exchange(&value, sizeof value, [&](int (*shown)[8]) {
     for (unsigned i = 0, first = qc_emulation::lane() / 4 * 4; i < 4; ++i) value = max(value, shown[first + i][0]);
