@@ -64,3 +64,6 @@ def test_batches_share_weights_whatever_their_tilings(target: str) -> None:
         few, many = (packed(batch, bits) for batch in (1, 64))
         assert few.params != many.params and few.row == many.row
         assert [c.tobytes() for c in few.constants] == [c.tobytes() for c in many.constants]
+    few, many = (Conv((n, 28, 28, 72), 72, (5, 5), pad=2, groups=72).case().prepare(find_target(target)) for n in (1, 64))
+    assert few.params != many.params and few.row == many.row == "cuda-dp4a/depthwise"
+    assert [c.tobytes() for c in few.constants] == [c.tobytes() for c in many.constants] and few.constants[0].nbytes == 72 * 5 * 8

@@ -5,6 +5,8 @@ the outputs that read them; every output multiplies them with weights placed to 
 
     3x3, stride 1, two outputs: columns 0..3 meet (w0, w1, w2, 0) for the left one and (0, w0, w1, w2) for the right one
 
+Weights lie in memory as they are, 4 columns of a kernel row to a word, whatever the tile, and are placed in registers, by a byte permutation.
+
 Pixels outside of the image are the zero point, which the bias makes up for.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,15 +73,28 @@ class Taps:
         return Taps(columns, quads, tuple(uses), tuple(patterns))
 
 
-def pack(weight: np.ndarray, taps: Taps) -> np.ndarray:
-    """[C, KH, KW] as int8 [channel words][KH][pattern][4 channels][4 pixels]."""
-    channels, kh, _ = weight.shape
-    blocks = -(-channels // 4)
-    padded = np.zeros((blocks * 4, kh, weight.shape[2] + 1), np.int8)  # the last column: no tap
-    padded[:channels, :, :-1] = weight
-    chosen = np.array([[-1 if p is None else p for p in pattern] for pattern in taps.patterns])
-    placed = padded[:, :, chosen].reshape(blocks, 4, kh, len(taps.patterns), 4)
-    return np.ascontiguousarray(placed.transpose(0, 2, 3, 1, 4)).reshape(-1)
+def pack(weight: np.ndarray) -> np.ndarray:
+    """[C, KH, KW] as int8 [4 channels][KH][4 columns][channel][column], zero where there is none: the same for every tile."""
+    channels, kh, kw = weight.shape
+    blocks, quads = -(-channels // 4), -(-kw // 4)
+    padded = np.zeros((blocks * 4, kh, quads * 4), np.int8)
+    padded[:channels, :, :kw] = weight
+    return np.ascontiguousarray(padded.reshape(blocks, 4, kh, quads, 4).transpose(0, 2, 3, 1, 4)).reshape(-1)
+
+
+def placed(pattern: tuple[int | None, ...], row: Sequence[Any], columns: int) -> Any:
+    """The word whose bytes are what a pattern names of a kernel row with so many columns, given as words: a byte permutation, or none."""
+    first, last = (pick(p // 4 for p in pattern if p is not None) for pick in (min, max))
+    zero = next((i for i in (4 * last + 3,) if i >= columns), None)  # a place in the last word that has no column
+    if first == last and all(p == 4 * first + i or (p is None and 4 * first + i >= columns) for i, p in enumerate(pattern)):
+        return row[first]
+    other = row[last] if first != last else row[first] if zero is not None else T.int32(0)
+    nothing = 7 if zero is not None else 4
+    selector = sum((nothing if p is None else p - 4 * first) << 4 * i for i, p in enumerate(pattern))
+    word = T.call_pure_extern("int32", "__byte_perm", row[first], other, T.int32(selector))
+    if first == last or zero is not None or None not in pattern:
+        return T.bind(word)
+    return T.bind(T.bitwise_and(word, T.int32(int(np.array([0 if p is None else -1 for p in pattern], np.int8).view(np.int32)[0]))))
 
 
 def input_rows(g: Geometry, tile: Tile) -> list[list[tuple[int, int]]]:
@@ -137,14 +152,14 @@ class DepthwiseRow(GoesOn):
         g, tile = Geometry.of(op), Tile(**params)
         if tile not in space(g):
             raise ValueError(f"{self.name}: {tile.rows} x {tile.cols} outputs of a thread")
-        taps, zero = Taps.of(g, tile.cols), int(op.attrs["x_zero_point"])
+        taps, quads, zero = Taps.of(g, tile.cols), -(-g.kernel[1] // 4), int(op.attrs["x_zero_point"])
         x, weight, bias = op.operands[0], *(np.asarray(o) for o in op.operands[1:3])
         assert isinstance(x, Layout)
         weight = weight.reshape(g.channels, *g.kernel)
         folded = wrap(bias.astype(np.int64) - zero * weight.astype(np.int64).sum(axis=(1, 2)))
         blocks = -(-g.channels // 4)
         channel = np.arange(blocks * 4)
-        arrays = [pack(weight, taps), *finish_arrays(op, folded, np.where(channel < g.channels, channel, -1))]
+        arrays = [pack(weight), *finish_arrays(op, folded, np.where(channel < g.channels, channel, -1))]
 
         def emit(k: Emitter) -> None:
             fill = k.i32(repeated_byte(zero))
@@ -168,12 +183,13 @@ class DepthwiseRow(GoesOn):
                         pixels[c] = T.bind(T.if_then_else(T.And(there, ok), image[start + c * (x.channel_pitch // 4)], fill))
                     columns = [transpose(pixels[4 * q : 4 * q + 4]) for q in range(taps.quads)]
                     for row, tap in meets:
-                        factors = [quad(weights, (block * g.kernel[0] + tap) * len(taps.patterns) + p) for p in range(len(taps.patterns))]
-                        for q, col, pattern in taps.uses:
-                            for c in range(4):
+                        read = [quad(weights, (block * g.kernel[0] + tap) * quads + i) for i in range(quads)]
+                        for c in range(4):
+                            weight_row = [T.bind(element(q, c)) for q in read]
+                            factors = [placed(pattern, weight_row, g.kernel[1]) for pattern in taps.patterns]
+                            for q, col, pattern in taps.uses:
                                 at = (row * tile.cols + col) * 4 + c
-                                total = T.call_pure_extern("int32", "__dp4a", columns[q][c], element(factors[pattern], c), sums[at])
-                                T.buffer_store(sums, total, [at])
+                                T.buffer_store(sums, T.call_pure_extern("int32", "__dp4a", columns[q][c], factors[pattern], sums[at]), [at])
                 for row, col in itertools.product(range(tile.rows), range(tile.cols)):
                     with T.If(T.And(oh + row < g.out[0], ow + col < g.out[1])), T.Then():
                         pixel = T.bind((n * g.out[0] + (oh + row)) * g.out[1] + (ow + col))
