@@ -388,3 +388,12 @@ def test_roundings_inside_of_spelled_out_activations_are_kept(make: Callable[[Ne
     x = net.pair(net.node("Conv", [net.pair("x", *Y), net.weight((8, 4, 1, 1))]), 0.04, 128)
     net.pair(make(net, x), 0.05, 100, output="y")
     check(net, "y", tmp_path, 0.05)
+
+
+def test_depths_of_a_volume_keep_the_scale_of_the_volume(tmp_path: Path) -> None:
+    """A convolution over three axes reads its depths side by side: a concatenation that the file does not have."""
+    net = Net()
+    volume = net.node("Reshape", [net.pair("x", *Y), net.tensor(np.array([1, 2, 2, 6, 6]))])
+    y = net.node("Conv", [volume, net.weight((4, 2, 2, 3, 3))], pads=[1, 1, 1, 0, 1, 1])
+    net.node("Reshape", [net.pair(y, 0.05, 120), net.tensor(np.array([1, 8, 6, 6]))], output="y")
+    check(net, "y", tmp_path, 0.05)

@@ -283,14 +283,16 @@ class _Planner:
     def gains(self, value: str, concat: Group) -> bool:
         """Should an operand take over its concat's quantization? Always when nobody else reads it. A value with other readers keeps its own
         (and the concat reads it through a table) when its range is less than half of the concat's: sharing would cost it more than a
-        bit. Parameters that the model file states are kept as they are."""
+        bit. Parameters that the model file states are kept as they are; where all operands have the same, they are the concat's too."""
         before, after = self.stated(self.classes[value]), self.stated(self.classes[concat.id])
         if (value in self.wide) != (concat.id in self.wide):
             return False
         if before and after:
             return before == after
-        if before or not self.table.values:
-            return not before
+        if before:
+            return all(self.stated(self.classes[v]) == before for v in concat.inputs)
+        if not self.table.values:
+            return True
         if len(self.readers[value]) == 1:
             return True
         own, joint = self.histogram(self.classes[value]), self.statistics(concat.id)
