@@ -15,8 +15,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, const_value, dtype_of, is_const, relax_op, shape_of, substitute
-from qcompiler.passes.trained import ATTRIBUTE, Trained
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
+from qcompiler.passes.trained import ATTRIBUTE, Trained, rounded
 
 
 class Rewrite:
@@ -64,7 +64,9 @@ class Rewrite:
         return self.made[key]
 
     def replace(self, name: str, by: Any) -> None:
-        """Readers of `name` read `by` (a variable or constant) instead."""
+        """Readers of `name` read `by` (a variable or constant) instead; a constant as the model file rounds that value."""
+        if is_const(by) and name in self.trained.values:
+            by = const(rounded(const_value(by), self.trained.values[name]))
         self.env[name] = by
         if isinstance(by, relax.Var):
             self.renamed[name] = str(by.name)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from tvm import relax
 
 import qcompiler
 from qcompiler.base.errors import PlanError
@@ -23,9 +24,10 @@ from qcompiler.exporters.export_onnx import qdq_model
 from qcompiler.importers.model import load
 from qcompiler.importers.qdq import take_out
 from qcompiler.numerics.spec import QParams
-from qcompiler.passes.graph import Graph
+from qcompiler.passes.fold_constants import fold_constants
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value
 from qcompiler.passes.groups import find_groups
-from qcompiler.passes.trained import Trained
+from qcompiler.passes.trained import ATTRIBUTE, Trained
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.pipeline.library import Compilation
 from qcompiler.plan.quant_plan import Derived, Fixed
@@ -397,3 +399,34 @@ def test_depths_of_a_volume_keep_the_scale_of_the_volume(tmp_path: Path) -> None
     y = net.node("Conv", [volume, net.weight((4, 2, 2, 3, 3))], pads=[1, 1, 1, 0, 1, 1])
     net.node("Reshape", [net.pair(y, 0.05, 120), net.tensor(np.array([1, 8, 6, 6]))], output="y")
     check(net, "y", tmp_path, 0.05)
+
+
+def test_constants_are_rounded_as_the_file_says(tmp_path: Path) -> None:
+    """What follows from shapes is known when the file is read; so is an input that is the same in every call."""
+    net = Net()
+    x = net.pair("x", *Y)
+    size = net.node("Cast", [net.node("Shape", [x])], to=TensorProto.FLOAT)  # 1, 4, 6, 6
+    steps = net.pair(net.node("Reshape", [net.node("Mul", [size, net.tensor(np.float32(0.4))]), net.tensor(np.array([4, 1, 1]))]), 0.7, 3)
+    net.pair(net.node("Mul", [x, steps]), 0.15, 128, output="y")
+    check(net, "y", tmp_path, 0.15)
+
+
+def test_a_fixed_input_is_rounded_as_the_file_says(tmp_path: Path) -> None:
+    net = Net()
+    net.pair(net.node("Mul", [net.pair("x", *Y), net.pair("z", 0.7, 130)]), 0.15, 128, output="y")
+    model = net.model("y")
+    model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, X))
+    x, z = samples(2)
+    _, run = compiled(model, tmp_path, input_values={"z": z})
+    (want,) = ReferenceEvaluator(model).run(None, {"x": x, "z": z})
+    np.testing.assert_allclose(run(x), want, rtol=0, atol=0.151)
+    assert (np.abs(run(x) - want) < 1e-4).mean() > 0.95
+
+
+def test_a_pass_that_folds_a_stated_value_rounds_it() -> None:
+    builder = GraphBuilder({ATTRIBUTE: Trained(values={"sum": QParams(0.5, -20)}).attribute()})
+    x = builder.input("x", (3,), "float32")
+    total = builder.emit("sum", relax.op.add(const(np.array([0.1, 0.6, 90.0], np.float32)), const(np.float32(0.2))))
+    module = fold_constants(builder.finish([("y", builder.emit("y", relax.op.multiply(x, total)))]))
+    (expr,) = [e for _, e in Graph.of(module).bindings]
+    np.testing.assert_array_equal(const_value(expr.args[1]), np.array([0.5, 1.0, 73.5], np.float32))  # 127 is the most, (127 + 20) * 0.5

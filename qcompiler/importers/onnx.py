@@ -32,9 +32,10 @@ from qcompiler.importers.qdq import take_out
 from qcompiler.importers.recurrent import RECURRENT, without_unread
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
 from qcompiler.importers.valid import check_kinds, computes
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shape_of
 from qcompiler.passes.sequence import IMPORTED, run
-from qcompiler.passes.trained import ATTRIBUTE
+from qcompiler.passes.trained import ATTRIBUTE, rounded
 
 _STANDARD = ("", "ai.onnx")
 ADVICE = "replace it before export, or cut the model before it"
@@ -71,7 +72,7 @@ def import_onnx(
     except Refused as reason:
         raise ModelError(f"{where}: {reason}") from reason
     without_unread(model)
-    importer = _Importer(where, onnx_file.default_opset(model))
+    importer = _Importer(where, onnx_file.default_opset(model), trained.values)
     importer.builder = GraphBuilder(naming.attributes() | ({ATTRIBUTE: trained.attribute()} if trained else {}))
     importer.builder.reserve(name for proto in model.graph.node for name in proto.output)
     importer.constants(model.graph)
@@ -85,6 +86,7 @@ def import_onnx(
 class _Importer:
     where: str
     opset: int
+    stated: Mapping[str, QParams]  # how the file rounds values
     values: dict[str, Value] = field(default_factory=dict)
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
     builder: GraphBuilder = field(default_factory=GraphBuilder)
@@ -106,7 +108,7 @@ class _Importer:
     def inputs(self, graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Declares the inputs; returns those that `values` fixes. A tensor listed as input and initializer is a constant, as since ONNX IR version 4."""
         found = read_inputs(self.where, [v for v in graph.input if v.name not in self.values], shapes, values)
-        self.values.update(found.fixed)
+        self.values.update({name: self.rounded(name, value) for name, value in found.fixed.items()})
         for port in found.ports:
             self.values[port.name] = self.builder.input(port.name, port.shape, port.dtype)
         return found.fixed
@@ -259,7 +261,11 @@ class _Importer:
                     self.values[name] = np.zeros(shape_of(result), dtype_of(result))  # nothing to compute: a constant like any other
                     continue
                 self.sources.setdefault(str(result.name), (node.proto.name or node.id, node.op))
-            self.values[name] = result
+            self.values[name] = self.rounded(name, result) if isinstance(result, np.ndarray) else result
+
+    def rounded(self, name: str, value: np.ndarray) -> np.ndarray:
+        """A value that needs no run: as the file rounds it, where it does."""
+        return rounded(value, self.stated[name]) if name in self.stated else value
 
     # -- the end ------------------------------------------------------------------------------------------------------------------------
 
