@@ -16,8 +16,9 @@ from qcompiler.schedules.table import Layout, OpCall
 
 class DepthwiseNest(ABC):
     """Emits one kernel. `blocks`: (first channel, width) of the channel vectors, see `blocks_of`. Parameters: `rows` x `columns` outputs per step;
-    `order`, what is outermost within a task, "channels" (an input row stays in L1 for the next row tile) or "rows" (every cache line is fetched
-    once where blocks share lines); `row_tasks` x `channel_tasks`, the most tasks an image is divided into.
+    `order`, what is outermost within a task: "channels" (an input row stays in L1 for the next row tile), "rows" (every cache line is fetched
+    once where blocks share lines, if the rows of a tile stay in L1) or "columns" (all blocks of a tile before the next one along the row: the
+    same for rows of any length, and a block's weights are loaded for each tile); `row_tasks` x `channel_tasks`, the most tasks an image is divided into.
 
     Constants are packed block after block, so a block's constants start behind the sum of the `lanes` before it.
     """
@@ -53,31 +54,34 @@ class DepthwiseNest(ABC):
         image = T.bind(T.floordiv(rest, t.row_chunks))
         rows = _part(T.floormod(rest, t.row_chunks), t.row_chunks, t.tiles)
         blocks = _part(chunk, t.channel_chunks, t.blocks)
-        if self.order == "channels":
-            self._blocks(image, rows, blocks, chunk)
-        else:
-            with loops(rows) as (row,):
-                self._blocks(image, row, blocks, chunk)
+        outer = {"channels": [], "rows": [rows], "columns": [rows, self.across]}[self.order]
+        with loops(*outer) as tile:
+            self._blocks(image, [*tile, *[rows, self.across][len(outer) :]], blocks, chunk)
 
-    def _blocks(self, image: Any, rows: Any, blocks: tuple[Any, Any], chunk: Any) -> None:
-        """All channel blocks of the task; `rows`: one row tile, or a pair (begin, end)."""
+    @property
+    def across(self) -> tuple[int, int]:
+        """[begin, end) of the tiles along a row."""
+        return 0, -(-self.g.out[1] // self.tile[1])
+
+    def _blocks(self, image: Any, tiles: list[Any], blocks: tuple[Any, Any], chunk: Any) -> None:
+        """All channel blocks of the task; `tiles`: down and along, each one tile or a pair (begin, end)."""
         t, width = self.tasks, self.blocks[0][1]
         with loops(blocks) as (block,):
             first = T.bind(T.min(block * width, max(self.g.channels - width, 0)))
-            self._strip(image, rows, first, T.bind(block * self.lanes(width)), width)
+            self._strip(image, tiles, first, T.bind(block * self.lanes(width)), width)
         if len(self.blocks) > t.blocks:
             with T.If(chunk == t.channel_chunks - 1), T.Then():
                 packed = t.blocks * self.lanes(width)
                 for channel, narrow in self.blocks[t.blocks :]:
-                    self._strip(image, rows, T.int32(channel), T.int32(packed), narrow)
+                    self._strip(image, tiles, T.int32(channel), T.int32(packed), narrow)
                     packed += self.lanes(narrow)
 
-    def _strip(self, image: Any, rows: Any, channel: Any, packed: Any, width: int) -> None:
-        """All tiles of some row tiles of a block; the last one down and along is moved back to end with the image."""
+    def _strip(self, image: Any, tiles: list[Any], channel: Any, packed: Any, width: int) -> None:
+        """Some tiles of a block; the last one down and along is moved back to end with the image."""
         g, x = self.g, self.op.tensors[0]
-        (height, columns), across = self.tile, -(-g.out[1] // self.tile[1])
-        with loops(*([rows] if isinstance(rows, tuple) else []), across) as index:
-            row, column = index if isinstance(rows, tuple) else (rows, *index)
+        height, columns = self.tile
+        with loops(*[t for t in tiles if isinstance(t, tuple)]) as index:
+            row, column = [*tiles[: 2 - len(index)], *index]
             oh, ow = T.bind(T.min(row * height, g.out[0] - height)), T.bind(T.min(column * columns, g.out[1] - columns))
             source = T.bind(x.index(image, oh * g.strides[0] - g.padding[0], ow * g.strides[1] - g.padding[1], channel))
             self.step(source, (image, oh, ow, channel), packed, width)

@@ -172,6 +172,13 @@ def test_columns_share_vectors(name: str, point: dict[str, Any], target: Target)
     COLUMNS[name].run(target, {"rows": 1} | point)
 
 
+@runs_here
+@pytest.mark.parametrize("order", ["channels", "rows", "columns"])
+def test_any_order_of_tiles_and_blocks(order: str, target: Target) -> None:
+    """Blocks of all widths, ragged edges in both directions, and tasks of some rows."""
+    Case(112, (9, 15), strides=(2, 2), batch=2).run(target, {"order": order, "rows": 2, "columns": 3, "row_tasks": 2, "channel_tasks": 1})
+
+
 def test_vectors_of_few_channels_are_filled() -> None:
     """Half as many dot steps for two columns as for one after the other."""
     attrs = Case(32).geometry() | {"x_zero_point": 0, "zero_point": -128, "low": -128, "high": 127, "out_dtype": "int8"}

@@ -43,7 +43,8 @@ MAX_STEP = 350  # vector instructions of one tile that the heuristic allows: LLV
 LARGEST_STEP = 1500
 L2_BYTES = 1 << 20
 """Of the machines we know best. An input beyond it whose blocks of channels share cache lines, and whose rows hardly serve two outputs, is better read once:
-measured on a Zen 5 core, "rows" take 0.94 of the time of "channels" there, and 1.0 to 1.3 with a stride of 1 or whole lines."""
+measured on a Zen 5 core, "rows" take 0.94 of the time of "channels" there, and 1.0 to 1.3 with a stride of 1 or whole lines. With VNNI and 512 bits, up to
+three blocks of a 3x3 kernel take 0.75 to 0.94 by "columns", whatever the size of the input; more blocks, larger kernels and other vectors take 1.0 to 1.5."""
 MACS_PER_TASK = 400_000  # about 5 microseconds, against about 2 for handing out a task
 
 
@@ -363,7 +364,7 @@ class DepthwiseRow:
             "split": [0, 1],
             "fold": [0, 1],
             "width": list(self.unit.widths),
-            "order": ["channels", "rows"],
+            "order": ["channels", "rows", "columns"],
             "row_tasks": [1, 2, 4, 8, 16],
             "channel_tasks": [1, 2, 4, 8],
         }
@@ -374,7 +375,9 @@ class DepthwiseRow:
         points = [dict(zip(keys, p, strict=True)) | {"fold": 1} for p in product(*(space[k] for k in keys))]
         best = min(points, key=lambda p: self.cycles(g, p))
         apart = g.channels > self.unit.widths[0] and g.channels % self.unit.widths[0] > 0 and g.strides[0] > 1
-        order = "rows" if apart and op.tensors[0].bytes > L2_BYTES else "channels"
+        # few weights that are soon loaded again, four taps and a cache line at a time
+        few = self.unit.taps == 4 and self.unit.widths[0] == 64 and g.channels <= 192 and math.prod(g.kernel) <= 9
+        order = "columns" if apart and few else "rows" if apart and op.tensors[0].bytes > L2_BYTES else "channels"
         # a block's weights are loaded once a task, and its rows stay in L1 for the next ones: tasks of whole blocks first
         blocks = max(1, g.channels // self.unit.widths[0]) if order == "channels" else 1
         row_tasks, channel_tasks = default_tasks(g, -(-g.out[0] // best["rows"]), MACS_PER_TASK, blocks)
