@@ -10,33 +10,30 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qcompiler.base.arguments import check
 from qcompiler.base.errors import DataError, PoolClosed, SessionBusy
 from qcompiler.runtime.library import read_manifest
-from qcompiler.runtime.session import Session
+from qcompiler.runtime.session import Bound, Session
 from qcompiler.runtime.shapes import specializations
 
 Outputs = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     """due: when (time.monotonic) it wants to run, alone if it must."""
 
     future: Future[Outputs]
-    inputs: Mapping[str, np.ndarray]
+    inputs: Bound
     due: float
 
     @property
     def rows(self) -> int:
-        first = next(iter(self.inputs.values()))
+        first = self.inputs[0][0]
         return len(first) if first.ndim else 1
 
 
@@ -111,7 +108,7 @@ class SessionPool:
                 f"deadline is {f'{deadline:g}' if number else repr(deadline)}; expected a number of seconds above 0, or None for requests that run one by one"
             )
         self.streams, self.threads, self.deadline = int(streams), int(threads), deadline
-        self._batches = [1] if deadline is None else batches(read_manifest(path), Path(path))
+        self._batches = [] if deadline is None else batches(read_manifest(path), Path(path))
         self._room = _Room(waiting)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._lock, self._closed, self._owner = threading.Lock(), False, os.getpid()
@@ -148,7 +145,7 @@ class SessionPool:
                 f"a pool keeps no states, since a request runs in whichever stream is free: give {names} with each request, from what the request before "
                 "it in its stream handed out, or use a Session for each stream"
             )
-        bound = dict(zip([i.name for i in self.inputs], self._sessions[0].bind(inputs), strict=True))
+        bound = self._sessions[0].bound(inputs)
         due = time.monotonic() + (self.deadline or 0.0)
         if not self._room.take(timeout):
             raise SessionBusy(f"as many requests wait as may, and none was begun within {timeout:g} s; wait longer, or allow more to wait")
@@ -193,7 +190,7 @@ class SessionPool:
             return
         self._sessions.append(session)
         failed.put(None)
-        for group in self._groups():
+        for group in self._singly() if self.deadline is None else self._groups():
             try:
                 found = _run(session, group)
             except BaseException as error:
@@ -203,11 +200,18 @@ class SessionPool:
                 for request, outputs in zip(group, found, strict=True):
                     request.future.set_result(outputs)
 
+    def _singly(self) -> Iterator[list[_Request]]:
+        """For one stream: one request after the other, until the pool is closed."""
+        while (request := self._requests.get()) is not None:
+            self._room.leave(self._requests.qsize())
+            if request.future.set_running_or_notify_cancel():
+                yield [request]
+
     def _groups(self) -> Iterator[list[_Request]]:
         """For one stream: the requests that are to run together, until the pool is closed."""
         open_, group = True, list[_Request]()
         while open_ or group:
-            with self._gathering if self._batches[-1] > self._batches[0] else nullcontext():
+            with self._gathering:
                 open_, group = self._gather(open_)
             if group:
                 yield group
@@ -215,8 +219,6 @@ class SessionPool:
     def _gather(self, open_: bool) -> tuple[bool, list[_Request]]:
         """(may more requests come; those that are to run together next: none where they were cancelled or no more come)."""
         held, least, most = self._gathered, self._batches[0], self._batches[-1] // self._batches[0]
-        if most == 1:
-            held = []
         joining = all(r.rows == least for r in held)
         while open_ and joining and len(held) < most:
             try:
@@ -229,7 +231,7 @@ class SessionPool:
             self._room.leave(self._requests.qsize())
             if request.future.set_running_or_notify_cancel():
                 held.append(request)
-                joining = most > 1 and request.rows == least
+                joining = request.rows == least
         alike = next((i for i, r in enumerate(held) if r.rows != least), len(held))
         size = max((b // least for b in self._batches if b // least <= alike), default=1)
         group, held[:size] = held[:size], []
@@ -239,8 +241,8 @@ class SessionPool:
 def _run(session: Session, group: Sequence[_Request]) -> list[Outputs]:
     """The outputs of each request of a group, which run together."""
     if len(group) == 1:
-        return [session.run(group[0].inputs)]
-    whole = session.run({name: np.concatenate([r.inputs[name] for r in group]) for name in group[0].inputs})
+        return [session.run_bound(group[0].inputs)]
+    whole = session.run({port.name: np.concatenate([r.inputs[0][i] for r in group]) for i, port in enumerate(session.inputs)})
     parts = {name: np.split(array, len(group)) for name, array in whole.items()}
     return [{name: parts[name][i].copy() for name in parts} for i in range(len(group))]
 

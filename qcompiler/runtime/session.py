@@ -27,13 +27,17 @@ from qcompiler.runtime.shapes import Fitting, Shapes, ports
 _ERRORS: dict[int, type[ArtifactError]] = {7: IncompatibleDevice, 8: DeviceFailure, 10: DeviceFailure, 11: DeviceFailure}
 
 
+Bound = tuple[list[np.ndarray], int, Shapes | None]
+"""A call's inputs in order, contiguous, aligned and of the right dtype; the number of the shape that takes them; their own shapes, where they were padded."""
+
+
 class Context:
     """Memory of one run: a workspace, inputs and outputs. Contexts of one session share constants and code, not memory. manifest: of the shape that it runs
     at, as that of a library for it alone would be."""
 
-    def __init__(self, session: Session, inputs: Mapping[str, np.ndarray], workspace: np.ndarray | None = None) -> None:
+    def __init__(self, session: Session, inputs: Bound, workspace: np.ndarray | None = None) -> None:
         self._session = session
-        self._inputs, self._shape, self._cut = session.bound(inputs)
+        self._inputs, self._shape, self._cut = inputs
         self.manifest = session.fitting.all[self._shape]
         self._workspace = aligned_bytes(self.manifest["workspace"] + 64) if workspace is None else workspace
         self._outputs = [np.empty(o.shape, o.dtype) for o in session.outputs_at[self._shape]]
@@ -237,9 +241,17 @@ class Session:
         Raises DataError for a missing or unknown name, a wrong shape or a wrong dtype, DeviceFailure when a GPU fails.
         """
         with self._turn:
-            context = Context(self, self._with_state(inputs), self._workspace)
-            context.run(0, len(context.manifest["steps"]))
-            return self._without_state(inputs, context.outputs())
+            return self._without_state(inputs, self._run(self.bound(self._with_state(inputs))))
+
+    def run_bound(self, inputs: Bound) -> dict[str, np.ndarray]:
+        """`run` on what `bound` made of inputs, states among them, in this session or in another one on the same library."""
+        with self._turn:
+            return self._run(inputs)
+
+    def _run(self, inputs: Bound) -> dict[str, np.ndarray]:
+        context = Context(self, inputs, self._workspace)
+        context.run(0, len(context.manifest["steps"]))
+        return context.outputs()
 
     def reset(self) -> None:
         """Make the states that the session keeps what they were in the first call again, as for a new stream."""
@@ -283,7 +295,7 @@ class Session:
         """
         check("trace()", "visit", visit, Callable[[str, np.ndarray], None])
         with self._turn:
-            context = Context(self, self._with_state(inputs), self._workspace)
+            context = Context(self, self.bound(self._with_state(inputs)), self._workspace)
             for name, array in context.inputs().items():
                 visit(name, array)
             for index, step in enumerate(context.manifest["steps"]):
@@ -298,7 +310,7 @@ class Session:
         if iterations < 1:
             raise DataError(f"iterations is {iterations}; at least 1 is needed")
         with self._turn:
-            context = Context(self, self._with_state(inputs), self._workspace)
+            context = Context(self, self.bound(self._with_state(inputs)), self._workspace)
             steps = context.manifest["steps"]
             best = [math.inf] * len(steps)
             for _ in range(iterations):
@@ -307,7 +319,7 @@ class Session:
 
     def new_context(self, inputs: Mapping[str, np.ndarray]) -> Context:
         """Separate memory for stepping through one sample while others advance too."""
-        return Context(self, inputs)
+        return Context(self, self.bound(inputs))
 
     def alone(self, count: int) -> list[Session]:
         """So many sessions of one thread each, for as many threads that run a sample each; this one where a single one is asked for. What constants
@@ -328,13 +340,9 @@ class Session:
 
     # -- pieces ---------------------------------------------------------------------------------------------------------------------
 
-    def bind(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Inputs in order, contiguous and of the right dtype alignment; copied only where they are not, and not padded. Raises as `run`."""
-        return self.bound(inputs, pad=False)[0]
-
-    def bound(self, inputs: Mapping[str, np.ndarray], pad: bool = True) -> tuple[list[np.ndarray], int, Shapes | None]:
-        """As the function `bound`."""
-        return bound(self.fitting, self.inputs, inputs, pad)
+    def bound(self, inputs: Mapping[str, np.ndarray]) -> Bound:
+        """As the function `bound`. Raises as `run`."""
+        return bound(self.fitting, self.inputs, inputs)
 
     def execute(self, shape: int, workspace: int, inputs: Any, outputs: Any, begin: int, end: int) -> None:
         """Run steps [begin, end) of shape number `shape` on memory given by addresses: `workspace`, and ctypes arrays of pointers."""
@@ -360,9 +368,8 @@ class Session:
         return None if self._mutable is None else int(self._mutable.ctypes.data)
 
 
-def bound(fitting: Fitting, infos: Sequence[TensorInfo], inputs: Mapping[str, np.ndarray], pad: bool = True) -> tuple[list[np.ndarray], int, Shapes | None]:
-    """(inputs in order, contiguous and of the right dtype alignment, copied only where they are not; the number of the shape that takes them; their own
-    shapes, where they were padded)."""
+def bound(fitting: Fitting, infos: Sequence[TensorInfo], inputs: Mapping[str, np.ndarray]) -> Bound:
+    """What a call runs on. Arrays are copied only where they are padded, not contiguous or not aligned."""
     arrays = checked(inputs, infos, len(fitting.all) == 1)
     shape, own = 0, None
     if len(fitting.all) > 1:
@@ -372,7 +379,7 @@ def bound(fitting: Fitting, infos: Sequence[TensorInfo], inputs: Mapping[str, np
         if found is None:
             raise DataError(fitting.refusal(given))
         shape = found
-        if exact is None and pad:
+        if exact is None:
             own, arrays = given, {name: fitting.pad(name, array, shape) for name, array in arrays.items()}
     return [np.require(arrays[i.name], i.dtype, ["C", "A"]) for i in infos], shape, own
 
