@@ -324,7 +324,7 @@ def summary(report: Report) -> str:
             cells.append([f"{network['network']}, batch {network['batch']}", target, verdict, f"{ours * 1e3:.3f}" if ours else "", ratio])
     failed = report.document["failed"]
     lines = [listing("Networks", ("network", "target", "outputs", "ms|", "of the best peer|"), cells)] if cells else []
-    lines += [f"\n{report.path}: {'SOMETHING DIFFERS' if report.wrong else 'nothing differs'}, {len(failed)} sections failed"]
+    lines += [f"\n{report.path}: {'SOMETHING DIFFERS' if report.wrong else 'nothing that ran differs'}, {len(failed)} sections failed"]
     return "\n".join(lines + [f"  {f['section']}: {f['error']}" for f in failed])
 
 

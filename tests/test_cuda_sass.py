@@ -129,6 +129,8 @@ def test_instructions(name: str, tmp_path: Path) -> None:
         "four_bits": conv(target, 14, 256, 1024, 1, residual=True, weight=7, batch=1),
         "four_bits_small": conv(target, 7, 2048, 512, 1, batch=1, weight=-8),
     }
+    if target.rows[0] != "cuda-dp4a":  # which rather unpacks nothing where it computes
+        kernels["four_bits_many"] = conv(target, 28, 256, 256, 3, batch=32, weight=-8)
     for symbol, counts in instructions(kernels, target, tmp_path).items():
         row = kernels[symbol].row
         assert counts["FFMA"] == 0, f"{symbol}: an addition was contracted with a multiplication"

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import FakeGpu
-from test_kernels_cuda_gemm import Conv
+from test_kernels_cuda_gemm import Conv, row_of
 from test_shapes import batch, pictures
 from tools import require_nvcc
 
 from qcompiler.base.targets import find_target
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.runtime.session import Session
+from qcompiler.schedules.cuda import gemm_plan as plan
 
 RUN = """
 import sys, numpy as np
 from qcompiler.runtime.session import Session
+from qcompiler.schedules.cuda import gemm_plan as plan
 library, inputs, outputs = sys.argv[1:]
 session, arrays = Session(library), dict(np.load(inputs))
 found = {name: next(iter(session.run({"image": image}).values())) for name, image in [*arrays.items(), *arrays.items()]}
@@ -63,6 +65,11 @@ def test_batches_share_weights_whatever_their_tilings(target: str) -> None:
     for bits in (8, 4):
         few, many = (packed(batch, bits) for batch in (1, 64))
         assert few.params != many.params and few.row == many.row
+        assert [c.tobytes() for c in few.constants] == [c.tobytes() for c in many.constants]
+    if target == "cuda-sm90a":  # by one warp and by four
+        rows = [row_of(unit, "qc.dense") for unit in (plan.MMA_FOUR, plan.WGMMA_FOUR)]
+        few, many = (Conv((80, 256), 96, ()).case(bits=4).prepare(find_target(target), row=row) for row in rows)
+        assert (few.row, many.row) == ("cuda-mma/dense-int4", "cuda-wgmma/dense-int4")
         assert [c.tobytes() for c in few.constants] == [c.tobytes() for c in many.constants]
     few, many = (Conv((n, 28, 28, 72), 72, (5, 5), pad=2, groups=72).case().prepare(find_target(target)) for n in (1, 64))
     assert few.params != many.params and few.row == many.row == "cuda-dp4a/depthwise"

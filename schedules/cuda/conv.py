@@ -1,5 +1,5 @@
 """Rows of convolution and dense layers as tiled matrix products: on tensor cores (wgmma, sm_90a alone; mma.sync) and on dp4a. Weights that all
-fit into 4 bits are kept in as many where that is estimated to be quicker."""
+fit into 4 bits are kept in as many where that is estimated to be no slower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qcompiler.schedules.conv import wrap
 from qcompiler.schedules.cuda import gemm_plan as plan
 from qcompiler.schedules.cuda.epilogue import Epilogue, finish_arrays
 from qcompiler.schedules.cuda.gemm import Gemm
-from qcompiler.schedules.cuda.gemm_four import FourBitGemm
+from qcompiler.schedules.cuda.gemm_four import AsynchronousFourBitGemm, FourBitGemm
 from qcompiler.schedules.cuda.tail import GoesOn
 from qcompiler.schedules.cuda.wgmma import AsynchronousGemm
 from qcompiler.schedules.depthwise_plan import refuse_depthwise
@@ -99,8 +99,8 @@ class GemmRow(GoesOn):
         def emit(k: Emitter) -> None:
             fill = k.i32(plan.repeated_byte(zero)) if g.bounded else T.int32(0)
             end = Epilogue(k, k.arrays[1:], tile.run(self.unit, g.span), g.outputs, g.groups)
-            kind = AsynchronousGemm if self.unit.warps > 1 else FourBitGemm if self.unit.bits == 4 else Gemm
-            kind(k, g, tile, self.unit, fill).emit(end)
+            kinds = (FourBitGemm, AsynchronousFourBitGemm) if self.unit.bits == 4 else (Gemm, AsynchronousGemm)
+            kinds[self.unit.warps > 1](k, g, tile, self.unit, fill).emit(end)
 
         threads = tile.tiles(g) * tile.split_k * tile.threads
         shared = {} if tile.split_k == 1 else {"scratch": tile.scratch(g), "counters": tile.tiles(g)}

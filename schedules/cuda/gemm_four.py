@@ -7,6 +7,9 @@ upper half of a byte, in two's complement.
     word & 0xF0F0F0F0   and   (word << 4) & 0xF0F0F0F0
 
 Sums are 16 times what is meant, exactly, and shifted back behind the last step.
+
+`wgmma` reads weights from shared memory alone, 8 bits each. So a stage has room for both: each thread unpacks the chunks that it has copied itself, into
+where the product reads them, before they are shown to the tensor cores. What lies in memory is the same.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.schedules.cuda.epilogue import element
+from qcompiler.schedules.builder import when
+from qcompiler.schedules.cuda.epilogue import element, quad
 from qcompiler.schedules.cuda.gemm import Gemm, div, mod
-from qcompiler.schedules.cuda.gemm_plan import PIECE, repeated_byte
+from qcompiler.schedules.cuda.gemm_plan import CHUNK, PIECE, repeated_byte, swizzle
+from qcompiler.schedules.cuda.wgmma import AsynchronousGemm
 
 UPPER = repeated_byte(-16)
 
@@ -27,9 +32,7 @@ class FourBitGemm(Gemm):
     """One kernel while it is written."""
 
     def piece_of(self, place: Any) -> tuple[Any, Any, Any]:
-        along = T.bind(tirx.truncdiv(place, self.piece_bytes))
-        each = self.tile.bk // PIECE
-        return div(along, each), mod(along, each), mod(place, self.piece_bytes)
+        return packed_piece(self, place)
 
     def weights_of_warp(self, base: Any) -> Any:
         return base + div(self.warp_n * self.tile.wn, PIECE) * (self.tile.bk // PIECE * self.piece_bytes)
@@ -54,9 +57,50 @@ class FourBitGemm(Gemm):
         return [element(vector, i) for vector in loaded for i in range(width)]
 
     def add_up(self) -> None:
-        for i in range(int(self.sums.shape[0])):
-            T.buffer_store(self.sums, T.shift_right(self.sums[i], T.int32(4)), [i])
+        shift_back(self)
         super().add_up()
+
+
+class AsynchronousFourBitGemm(AsynchronousGemm):
+    """One kernel while it is written. A stage: pixels, weights by 8 bits, weights by 4."""
+
+    def piece_of(self, place: Any) -> tuple[Any, Any, Any]:
+        return packed_piece(self, place)
+
+    def copy_weights(self, step: Any, base: Any) -> None:
+        super().copy_weights(step, T.bind(base + self.tile.bn * self.tile.bk))
+
+    def prepare(self, stage: Any) -> None:
+        """Unpack. No product reads this stage: all warps have waited for those of the step that had it last, before the barrier that this thread has passed."""
+        t, size = self.tile, self.tile.weight_bytes(self.unit)
+        b = T.bind(stage * self.stage_bytes + t.bm * t.bk)
+        for number, (place, *_) in enumerate(self.weights):
+            with when(place < size if (number + 1) * t.threads * CHUNK > size else None):
+                row, along, inside = self.piece_of(place)
+                lane = T.bind(T.shift_right(inside, T.int32(4)))  # that holds the chunk in a product by one warp: 4 parts of 8 channels, a word of each
+                channel, quarter = T.bind(T.shift_right(lane, T.int32(2))), T.bitwise_and(lane, T.int32(3))
+                first = T.bind(b + (row * PIECE + channel) * t.bk + quarter * 4)
+                words = quad(self.shared_words, T.shift_right(b + t.bn * t.bk + place, T.int32(4)))
+                for half in (0, 1):
+                    chunk = T.bind(T.bitwise_xor(along * 2 + half, swizzle(channel, t.bk // CHUNK)) * CHUNK)
+                    for part in range(4):
+                        value = unpacked(T.bind(element(words, part)))[half]
+                        T.buffer_store(self.shared_words, value, [T.shift_right(first + chunk, T.int32(2)) + part * (8 * t.bk // 4)])
+
+    def add_up(self) -> None:
+        super().add_up()
+        shift_back(self)
+
+
+def packed_piece(gemm: Gemm, place: Any) -> tuple[Any, Any, Any]:
+    """`Gemm.piece_of` where pieces lie one after the other."""
+    along, each = T.bind(tirx.truncdiv(place, gemm.piece_bytes)), gemm.tile.bk // PIECE
+    return div(along, each), mod(along, each), mod(place, gemm.piece_bytes)
+
+
+def shift_back(gemm: Gemm) -> None:
+    for i in range(int(gemm.sums.shape[0])):
+        T.buffer_store(gemm.sums, T.shift_right(gemm.sums[i], T.int32(4)), [i])
 
 
 def unpacked(word: Any) -> tuple[Any, Any]:

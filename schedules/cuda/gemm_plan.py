@@ -33,7 +33,7 @@ class Unit:
     """How a warp multiplies. A part is `rows` x 8 of the product; a lane holds the sums of `row_count` rows and `columns` channels of it,
     for `depth` bytes of the reduction at a time. `warps` multiply together: all channels of a block in one instruction, asynchronously, straight from shared
     memory. `issue` and `latency`: slots and cycles of a part. `bits`: of a weight in memory; 4 become 8 in registers, by `unpack` instructions a column of
-    parts."""
+    parts, and go back to shared memory where the product is straight from there."""
 
     name: str
     rows: int
@@ -53,9 +53,14 @@ class Unit:
                 "one warp multiplies, or 4 do together": self.warps in (1, 4),
                 "the 32 lanes of a warp hold a part": 8 * self.rows == 32 * self.row_count * self.columns > 0,
                 "the depth is words of 4 bytes": self.depth > 0 and self.depth % 4 == 0,
-                "weights have 8 bits, or 4 where they pass through registers": self.bits == 8 or (self.bits == 4 and self.warps == 1),
+                "weights have 8 bits, or 4": self.bits in (8, 4),
             },
         )
+
+    @property
+    def kept(self) -> int:
+        """Bits of a weight in shared memory: where 4 become 8 there, both."""
+        return 12 if self.bits == 4 and self.warps > 1 else self.bits
 
     def rate(self, card: Card) -> int:
         """Multiply-accumulates per cycle of a multiprocessor; dp4a: 64 lanes of 4, on all of them (CUDA C++ Programming Guide, "Arithmetic Instructions")."""
@@ -65,8 +70,8 @@ class Unit:
 WGMMA = Unit(name="cuda-wgmma", rows=16, row_count=2, columns=2, depth=32, issue=0, latency=4, warps=4)
 MMA = Unit(name="cuda-mma", rows=16, row_count=2, columns=2, depth=32, issue=1, latency=8)
 DP4A = Unit(name="cuda-dp4a", rows=4, row_count=1, columns=1, depth=16, issue=5, latency=16)
-MMA_FOUR, DP4A_FOUR = replace(MMA, bits=4, unpack=3), replace(DP4A, bits=4, unpack=6)
-UNITS = (WGMMA, MMA_FOUR, MMA, DP4A_FOUR, DP4A)  # best first
+MMA_FOUR, DP4A_FOUR, WGMMA_FOUR = replace(MMA, bits=4, unpack=3), replace(DP4A, bits=4, unpack=6), replace(WGMMA, bits=4, unpack=1)
+UNITS = (WGMMA_FOUR, WGMMA, MMA_FOUR, MMA, DP4A_FOUR, DP4A)  # best first
 SPAN = 64  # most channels among which a lane's are adjacent: 16 of them are as many as the end of a convolution handles at once
 PIECE = 32  # channels, and bytes of the reduction, of a piece of weights in memory
 
@@ -182,11 +187,11 @@ class Tile:
         return 32 * math.prod(self.warps) * self.wk
 
     def weight_bytes(self, unit: Unit) -> int:
-        """Of a stage."""
+        """That are copied for a stage."""
         return self.bn * self.bk * unit.bits // 8
 
     def stage_bytes(self, unit: Unit) -> int:
-        return self.bm * self.bk + self.weight_bytes(unit)
+        return self.bm * self.bk + self.bn * self.bk * unit.kept // 8
 
     def params(self) -> dict[str, Any]:
         return asdict(self)
@@ -347,11 +352,13 @@ def cycles(g: Geometry, tile: Tile, unit: Unit, card: Card) -> float:
     rows, columns = tile.parts(unit)
     warps = tile.threads // 32
     multiply = tile.bm * tile.bn * tile.bk / unit.rate(card)
-    read = warps / unit.warps * (tile.wm * unit.warps + tile.wn * unit.bits / 8) * tile.bk / tile.wk / 128
+    read = warps / unit.warps * (tile.wm * unit.warps + tile.wn * (8 if unit.warps > 1 else unit.bits) / 8) * tile.bk / tile.wk / 128
+    if unit.kept > 8:  # read by 4 bits, and written by 8
+        read += tile.bn * tile.bk * unit.kept / 8 / 128
     copies = tile.bm * tile.bk / g.vector * (16 if g.bounded else 6) + tile.weight_bytes(unit) / CHUNK * 4
     issue = copies / 128 + warps * share * (20 + columns * (rows * unit.issue + unit.unpack)) / 4
-    busy = steps * max(multiply, tile.stage_bytes(unit) / card.level2, read, issue) + tile.bm * tile.bn / 16
-    step = 90 + share * (30 + rows * columns * unit.latency)  # one warp, alone
+    busy = steps * max(multiply, (tile.bm * tile.bk + tile.weight_bytes(unit)) / card.level2, read, issue) + tile.bm * tile.bn / 16
+    step = 90 + (60 if unit.kept > 8 else 0) + share * (30 + rows * columns * unit.latency)  # one warp, alone
     latency = steps * max(step, 600 / tile.ahead(unit)) + FIXED + (200 if tile.wk > 1 else 0)
     if tile.split_k > 1:  # every block writes its sums, one reads those of all others
         sums, others = tile.bm * tile.bn * 4, tile.split_k - 1

@@ -23,11 +23,15 @@ class AsynchronousGemm(Gemm):
 
     def work(self, step: Any, newest: Any) -> None:
         t = self.tile
+        self.prepare(mod(step, t.stages))
         call("qc_show_shared")
         barrier()  # the copies of all threads are there, and no product reads the stage that is overwritten next
         self.multiply(mod(step, t.stages))
         self.copy_newest(newest)
         call(f"qc_wait_products<{t.stages - 1 - t.ahead(self.unit)}>")
+
+    def prepare(self, stage: Any) -> None:
+        """What a thread does with what it has copied."""
 
     def multiply(self, stage: Any) -> None:
         """Start this warp group's products of a step."""
