@@ -100,7 +100,7 @@ def test_all_sections(prepared: Prepared, tmp_path: Path) -> None:
     assert list(network["speed"]["candidates"]) == [f"int8 {target}" for target in TARGETS] and set(network["speed"]["left_out"]) == {"torch float16"}
     assert network["peers"]["candidates"] == {} and set(network["peers"]["left_out"]) == {"torch float16 compiled", "tensorrt float16", "tensorrt int8"}
     assert [f["section"] for f in document["failed"]] == ["prepare broken-1"]
-    said = ["dp4a: the same bytes as on the CPU", "ratio to int8 cuda-sm80", "of int8 peak", "device: 0 differ", "no peer ran", "Networks", "nothing that ran differs"]
+    said = ["dp4a: the same bytes as on the CPU", "ratio to int8 cuda-sm80", "of int8 peak", "device: 0 differ", "no peer ran", "nothing that ran differs"]
     assert sorted(said, key=done.stdout.index) == said
     assert "left out: tensorrt int8: ModuleNotFoundError" in done.stderr
 
