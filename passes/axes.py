@@ -52,8 +52,9 @@ def complete(order: Order, shape: tuple[int, ...]) -> Order:
 
 
 def transposed(array: np.ndarray, order: Order) -> np.ndarray:
-    """An array in the file's order as a variable of `order` would hold it."""
-    moved = array.transpose([a for a in order if a is not None])
+    """An array in the file's order as a variable of `order` would hold it; axes that `order` lacks are of size 1."""
+    kept = [a for a in order if a is not None]
+    moved = array.transpose(kept + [a for a in range(array.ndim) if a not in kept])
     return np.ascontiguousarray(moved.reshape([1 if a is None else array.shape[a] for a in order]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.axes import DHWC, N1WC, NHWC, Held, Order, complete
+from qcompiler.passes.axes import DHWC, N1WC, NHWC, Held, Order, complete, transposed
 from qcompiler.passes.graph import Graph, GraphBuilder, arguments, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
 from qcompiler.passes.trained import ATTRIBUTE, Trained
 
@@ -87,10 +87,7 @@ class HeldValues:
         value = const_value(expr)
         if value.size == 1 and value.ndim <= rank:
             return const(value.reshape(()))
-        full = value.reshape((1,) * (rank - value.ndim) + value.shape)
-        kept = [a for a in order if a is not None]
-        moved = full.transpose(kept + [a for a in range(rank) if a not in kept])
-        return const(moved.reshape([1 if a is None else full.shape[a] for a in order]))
+        return const(transposed(value.reshape((1,) * (rank - value.ndim) + value.shape), order))
 
     def full(self, held: Held) -> Held:
         """`held` with every axis of the value present (extra axes kept): what an operator that names axes needs."""

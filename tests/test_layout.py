@@ -244,3 +244,13 @@ def test_random_movements(first: list[int], second: list[int], shape: tuple[int,
     sizes = [(1, 3, 4, 4)[a] for a in first]
     y = net.op("Transpose", net.op("Add", y, net.weight(*sizes[2:])), perm=list(second))
     agrees(net.save(tmp_path / "net.onnx", [net.op("Reshape", y, net.ints(*shape)), net.op("Relu", y)]))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_a_frame_of_a_sequence_beside_constants(axis: int, tmp_path: Path) -> None:
+    """A frame [1, C, H, W] of [1, T, C, H, W] is held without its axis of size 1: constants that it is joined with, along any axis, are moved alike."""
+    n, sizes = OnnxNet(17), [2 if a == axis else d for a, d in enumerate((1, 4, 6, 5))]
+    frame = n.op("Gather", n.input("x", 1, 3, 4, 6, 5), n.const(1, "int64"), axis=1)
+    joined = n.op("Concat", n.weight(*sizes), frame, n.weight(*sizes), axis=axis)
+    channels = 8 if axis == 1 else 4
+    agrees(n.save(tmp_path / "net.onnx", [n.op("Conv", n.op("Add", joined, n.weight(channels, 1, 1)), n.weight(3, channels, 3, 3))]))
