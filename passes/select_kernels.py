@@ -96,6 +96,14 @@ def _alone(expr: Any) -> Found | None:
     return f"qc.f32.{kind}", list(expr.args), {k: v for k, v in attrs.items() if k not in ("axis", "mode")}
 
 
+def _group_norm(expr: Any) -> Found | None:
+    """Of groups of the innermost channels, over all axes but the outermost."""
+    a, rank = expr.attrs, len(shape_of(expr))
+    inner = int(a.channel_axis) % rank == rank - 1 and sorted(axis % rank for axis in plain(a.axes)) == list(range(1, rank - 1))
+    fits = inner and rank > 2 and all(map(is_const, expr.args[1:]))
+    return ("qc.f32.group_norm", list(expr.args), {"groups": int(a.num_groups), "epsilon": float(a.epsilon)}) if fits else None
+
+
 def _concat(expr: Any) -> Found:
     return "qc.concat", arguments(expr), {"axis": int(expr.attrs.axis or 0) % len(shape_of(expr))}
 
@@ -121,6 +129,7 @@ _RULES: dict[str, Callable[[Any], Found | None]] = {
     **{f"relax.{function}": _reduce(function) for function in ("mean", "variance", "sum", "max", "min")},
     **{op: _alone for kind in KINDS.values() if kind.alone for op in kind.relax},
     **dict.fromkeys(("relax.permute_dims", "relax.strided_slice", "relax.nn.pad"), _moved),
+    "relax.nn.group_norm": _group_norm,
     "relax.concat": _concat,
     "relax.matmul": _product,
 }

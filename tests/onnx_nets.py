@@ -50,10 +50,13 @@ class OnnxNet:
         self.nodes.append(helper.make_node(op, list(inputs), names, name=f"node_{names[0]}", domain=domain, **attrs))
         return names[0] if outputs == 1 else names
 
-    def spelled_norm(self, x: str, gamma: str | None = None, beta: str | None = None, axis: int = -1, square: str = "Pow", end: str = "Div") -> str:
-        """A layer normalization as exporters write it below operator set 17. square: "Pow" or "Mul". end: "Div", "Reciprocal" or "One" (1 / root)."""
-        d = self.op("Sub", x, self.op("ReduceMean", x, axes=[axis], keepdims=1))
-        variance = self.op("ReduceMean", self.op("Pow", d, self.const(2.0)) if square == "Pow" else self.op("Mul", d, d), axes=[axis], keepdims=1)
+    def spelled_norm(
+        self, x: str, gamma: str | None = None, beta: str | None = None, axis: int | Sequence[int] = -1, square: str = "Pow", end: str = "Div"
+    ) -> str:
+        """A normalization as exporters write it below operator set 17. square: "Pow" or "Mul". end: "Div", "Reciprocal" or "One" (1 / root)."""
+        axes = [axis] if isinstance(axis, int) else list(axis)
+        d = self.op("Sub", x, self.op("ReduceMean", x, axes=axes, keepdims=1))
+        variance = self.op("ReduceMean", self.op("Pow", d, self.const(2.0)) if square == "Pow" else self.op("Mul", d, d), axes=axes, keepdims=1)
         root = self.op("Sqrt", self.op("Add", variance, self.const(1e-3)))
         inverse = {"Div": "", "Reciprocal": lambda: self.op("Reciprocal", root), "One": lambda: self.op("Div", self.const(1.0), root)}[end]
         y = self.op("Mul", d, inverse()) if callable(inverse) else self.op("Div", d, root)

@@ -1,4 +1,5 @@
-"""GroupNormalization stays float and works channels last: imported as ONNX Runtime computes it, and compiled between int8 convolutions without moving data."""
+"""Group and instance normalizations, however they are spelled, stay float and work channels last: imported as ONNX Runtime computes them, and compiled between
+int8 convolutions as one step each, without moving data."""
 
 from __future__ import annotations
 
@@ -60,6 +61,33 @@ def test_nothing_moves_between_convolutions(rank: int, opset: int, tmp_path: Pat
     assert [(int(c.attrs.channel_axis), plain(c.attrs.axes)) for c in calls] == [(3, [1, 2] if rank == 4 else [2])] * 2
 
 
+@pytest.mark.parametrize("affine", ["none", "product", "both"])
+@pytest.mark.parametrize("shape", [(2, 12, 7), (1, 12, 5, 6), (1, 12, 3, 4, 2)])
+def test_groups_that_were_made_channels(shape: tuple[int, ...], affine: str, tmp_path: Path) -> None:
+    """As PyTorch writes torch.nn.GroupNorm below operator set 21."""
+    net, ones, found = OnnxNet(17), (1,) * (len(shape) - 2), []
+    for groups in (1, 3, 12):
+        x = net.op("Conv", net.input(f"x{groups}", *shape), net.weight(12, 12, *ones))
+        parted = net.op("Reshape", x, net.ints(0, groups, -1))
+        y = net.op("Reshape", net.op("InstanceNormalization", parted, net.weight(groups), net.weight(groups)), net.ints(*shape))
+        y = y if affine == "none" else net.op("Mul", y, net.weight(12, *ones))
+        found.append(y if affine != "both" else net.op("Add", y, net.weight(12, *ones)))
+    model = agrees(net.save(tmp_path / "net.onnx", found))
+    assert operators(model).count("group_norm") == 3 and not {"mean", "variance", "divide"} & set(operators(model))
+
+
+@pytest.mark.parametrize(("axes", "channels"), [((2, 3), 1), ((1, 2), 3), ((2, 3, 4), 1), ((2,), 1)])
+def test_instances_spelled_out(axes: tuple[int, ...], channels: int, tmp_path: Path) -> None:
+    """Means over pixels, channels in front of them or behind; by the operator, where the channels are in front."""
+    net, shape = OnnxNet(17), [2, 4, 5, 4, 3][: max(*axes, channels) + 1]
+    along = [shape[channels] if a == channels else 1 for a in range(len(shape))]
+    x = net.input("x", *shape)
+    found = [] if len(axes) == 1 else [net.spelled_norm(x, net.weight(*along), net.weight(*along), axes, end=end) for end in ("Div", "One")]
+    found += [net.op("InstanceNormalization", x, net.weight(4), net.weight(4), epsilon=1e-2)] if channels == 1 else []
+    model = agrees(net.save(tmp_path / "net.onnx", found))
+    assert operators(model).count("group_norm") == len(found) and not {"mean", "variance", "divide"} & set(operators(model))
+
+
 def test_what_is_no_group_normalization_is_refused(tmp_path: Path) -> None:
     for groups, many, reason in [(5, 5, "12 channels of a tensor of shape [1, 12, 4] can't be divided into 5 groups"), (3, 12, "its scale has shape [12]")]:
         net = OnnxNet(opset=18)
@@ -78,7 +106,8 @@ def test_compiled_between_int8_convolutions(tmp_path: Path) -> None:
     path = net.save(tmp_path / "net.onnx", [net.op("Conv", x, net.weight(6, 12, 3, 3))])
     samples = [{"x": np.random.default_rng(i).standard_normal((1, 3, 10, 10)).astype(np.float32)} for i in range(6)]
     compilation = compile_stages(path, "native", samples, preset="fast")
-    assert {"qc.conv2d"} <= {s["op"] for s in compilation.artifact.manifest["steps"]}
+    steps = [s["op"] for s in compilation.artifact.manifest["steps"]]
+    assert {"qc.conv2d"} <= set(steps) and steps.count("qc.f32.group_norm") == 1 and "float" not in steps
     want = interpreter.run(compilation.integer, samples[0], keep="all")
     with session_of(compilation.artifact) as session:
         (result,) = session.run(samples[0]).values()

@@ -120,6 +120,18 @@ def test_normalizations(width: int) -> None:
     np.testing.assert_allclose(everywhere("qc.f32.rms_norm", [x, gamma], {"epsilon": 1e-3}, x.shape), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 3, 5, 12), 3), ((1, 7, 24), 24), ((2, 600, 8), 1), ((1, 5, 4, 96), 3), ((1, 2, 3, 3, 40), 4), ((1, 1, 6), 2)]
+)
+def test_group_normalization(shape: tuple[int, ...], groups: int) -> None:
+    x, gamma, beta = normal(*shape) + 50, normal(shape[-1], seed=1), normal(shape[-1], seed=2)
+    parted = x.astype(np.float64).reshape(shape[0], -1, groups, shape[-1] // groups)
+    centered = parted - parted.mean((1, 3), keepdims=True)
+    wanted = (centered / np.sqrt((centered**2).mean((1, 3), keepdims=True) + 1e-3)).reshape(shape) * gamma + beta
+    y = everywhere("qc.f32.group_norm", [x, gamma, beta], {"groups": groups, "epsilon": 1e-3}, shape)
+    np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 2), (1, 3), (2, 3), (3, 4), (0, 4)])
 @pytest.mark.parametrize(("function", "wanted"), [("mean", np.mean), ("variance", np.var), ("sum", np.sum), ("max", np.max), ("min", np.min)])
 def test_reductions(function: str, wanted: Callable[..., np.ndarray], first: int, last: int) -> None:

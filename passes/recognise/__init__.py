@@ -16,7 +16,7 @@ import tvm
 from qcompiler.passes.recognise.activations import bent, constant_slope, spelled_out
 from qcompiler.passes.recognise.attention import attention, attention_in_rows
 from qcompiler.passes.recognise.miss import NEAR_MISSES, Miss
-from qcompiler.passes.recognise.normalizations import layer_norm, rms_norm
+from qcompiler.passes.recognise.normalizations import group_norm, layer_norm, rms_norm
 from qcompiler.passes.rewrite import Rewrite
 
 
@@ -35,6 +35,7 @@ PATTERNS = (
     Pattern("x * sigmoid(x); 0.5 * x * (1 + erf(x / sqrt(2))); ... with tanh; x * (clip(x + 3, 0, 6) / 6)", "silu, gelu, gelu_tanh, hard-swish", spelled_out),
     Pattern("d = x - mean(x); d / sqrt(mean(d^2) + epsilon) * gamma + beta", "layer_norm(x, gamma, beta)", layer_norm),
     Pattern("x / sqrt(mean(x^2) + epsilon) * gamma", "rms_norm(x, gamma)", rms_norm),
+    Pattern("reshape(group_norm(reshape(x), groups as channels)) * gamma + beta", "group_norm(x, gamma, beta)", group_norm),
     Pattern("softmax(scale * q @ k' + bias) @ v", "attention(q, k, v, bias)", attention),
     Pattern("permute_dims(attention over [batch, head, row, channel])", "attention over [batch, row, head, channel]", attention_in_rows),
 )

@@ -1,10 +1,13 @@
 """Normalizations that exporters spell out: layer normalization (operator sets below 17 have none), root mean square normalization (below 23).
 
-    d = x - mean(x);  d / sqrt(mean(d^2) + epsilon) * gamma + beta      -->      layer_norm(x, gamma, beta)
-    x / sqrt(mean(x^2) + epsilon) * gamma                               -->      rms_norm(x, gamma)
+    d = x - mean(x);  d / sqrt(mean(d^2) + epsilon) * gamma + beta           -->      layer_norm(x, gamma, beta)
+    the same, the means over pixels                                          -->      group_norm(x, gamma, beta), a group for each channel
+    x / sqrt(mean(x^2) + epsilon) * gamma                                    -->      rms_norm(x, gamma)
+    reshape(group_norm(reshape(x, [N, G, ...]), G groups)) * gamma + beta    -->      group_norm(x, gamma, beta), G groups
 
 Spelled out, the mean square would be made of 8-bit numbers, where one loud channel drowns the others. d^2 may be a power or a product, the quotient a
-product with a reciprocal; gamma and beta are constants along the normalized axis, or missing.
+product with a reciprocal; gamma and beta are constants along the normalized axis (or that of the channels), or missing. The last form is how PyTorch
+writes a group normalization: as an instance normalization whose channels are the groups.
 """
 
 from __future__ import annotations
@@ -21,18 +24,24 @@ from qcompiler.passes.rewrite import Rewrite, channel_vector
 
 
 def layer_norm(rewrite: Rewrite, name: str, expr: Any) -> Any:
-    """The call that the old module's `name` stands for; None when it is no normalization. What only gamma or beta read is recognized too, and dropped
-    again with them."""
+    """The call that the old module's `name` stands for, along one axis or over the pixels of each channel; None when it is no normalization. What only gamma
+    or beta read is recognized too, and dropped again with them."""
     end = _ends(rewrite, name)
     beta, product = _with_constant(rewrite, end, "relax.add")
     gamma, quotient = _with_constant(rewrite, product, "relax.multiply")
     found = _centered(rewrite, quotient)
     if found is None:
         return None
-    if len(found.axes) > 1:
-        return Miss(name, f"no layer_norm: it is over axes {list(found.axes)}; supported: one axis")
-    gamma, beta = (_vector(found, constant, default) for constant, default in ((gamma, 1.0), (beta, 0.0)))
-    return None if gamma is None or beta is None else relax.op.nn.layer_norm(rewrite.env[str(found.x.name)], gamma, beta, [found.axis], found.epsilon)
+    x, rank = rewrite.env[str(found.x.name)], len(shape_of(found.x))
+    axis = found.axis if len(found.axes) == 1 else {tuple(range(2, rank)): 1, tuple(range(1, rank - 1)): rank - 1}.get(found.axes)
+    if axis is None:
+        return Miss(name, f"no layer_norm: it is over axes {list(found.axes)}; supported: one axis, or all but the first and that of the channels")
+    vectors = [_vector(found.x, axis, constant, default) for constant, default in ((gamma, 1.0), (beta, 0.0))]
+    if any(v is None for v in vectors):
+        return None
+    if len(found.axes) == 1:
+        return relax.op.nn.layer_norm(x, *vectors, [axis], found.epsilon)
+    return relax.op.nn.group_norm(x, *vectors, shape_of(found.x)[axis], axis, list(found.axes), found.epsilon)
 
 
 def rms_norm(rewrite: Rewrite, name: str, expr: Any) -> Any:
@@ -43,9 +52,32 @@ def rms_norm(rewrite: Rewrite, name: str, expr: Any) -> Any:
         return None
     if found.axes != (len(shape_of(found.x)) - 1,):
         return Miss(name, f"no rms_norm: it is over axes {list(found.axes)}; supported: the last axis")
-    if (gamma := _vector(found, gamma, 1.0)) is None:
+    if (gamma := _vector(found.x, found.axis, gamma, 1.0)) is None:
         return None
     return relax.op.nn.rms_norm(rewrite.env[str(found.x.name)], gamma, [found.axis], found.epsilon)
+
+
+def group_norm(rewrite: Rewrite, name: str, expr: Any) -> Any:
+    """The same for a normalization of groups that were made channels, over channels and what lies behind them."""
+    end = _ends(rewrite, name)
+    beta, product = _with_constant(rewrite, end, "relax.add")
+    gamma, whole = _with_constant(rewrite, product, "relax.multiply")
+    inner: Any = _behind(rewrite, whole.args[0]) if relax_op(whole) == "relax.reshape" else None
+    parted: Any = _behind(rewrite, inner.args[0]) if relax_op(inner) == "relax.nn.group_norm" and all(map(is_const, inner.args[1:])) else None
+    if relax_op(parted) != "relax.reshape" or not isinstance(parted.args[0], relax.Var):
+        return None
+    shape, (rows, groups, *rest), a = shape_of(whole), shape_of(parted), inner.attrs
+    axes = list(range(2, len(rest) + 2))
+    if len(shape) < 3 or shape[0] != rows or shape[1] % groups or (int(a.num_groups), int(a.channel_axis), sorted(plain(a.axes))) != (groups, 1, axes):
+        return None
+    scale, shift = (np.repeat(const_value(v).astype(np.float64), shape[1] // groups) for v in inner.args[1:])
+    factor, offset = (default if c is None else channel_vector(c, 1, shape) for c, default in ((gamma, np.ones(1)), (beta, np.zeros(1))))
+    if factor is None or offset is None:
+        return None
+    x = rewrite.env[str(parted.args[0].name)]
+    x = x if shape_of(x) == shape else rewrite.once(name, "channels", relax.op.reshape(x, shape))
+    vectors = [const(v.astype(np.float32)) for v in (scale * factor, shift * factor + offset)]
+    return relax.op.nn.group_norm(x, *vectors, groups, 1, list(range(2, len(shape))), float(a.epsilon))
 
 
 def _ends(rewrite: Rewrite, name: str) -> Any:
@@ -53,10 +85,10 @@ def _ends(rewrite: Rewrite, name: str) -> Any:
     return end if hasattr(end.ty, "shape") and dtype_of(end) == "float32" else None
 
 
-def _vector(found: _Norm, constant: Any, default: float) -> Any:
-    """Gamma or beta along the normalized axis; None for a constant of another shape."""
-    vector = np.full(1, default) if constant is None else channel_vector(constant, found.axis, shape_of(found.x))
-    return None if vector is None else const(np.broadcast_to(vector, (shape_of(found.x)[found.axis],)).astype(np.float32))
+def _vector(x: Any, axis: int, constant: Any, default: float) -> Any:
+    """Gamma or beta along an axis of x; None for a constant of another shape."""
+    vector = np.full(1, default) if constant is None else channel_vector(constant, axis, shape_of(x))
+    return None if vector is None else const(np.broadcast_to(vector, (shape_of(x)[axis],)).astype(np.float32))
 
 
 def _with_constant(rewrite: Rewrite, expr: Any, op: str) -> tuple[Any, Any]:

@@ -217,6 +217,15 @@ def group_normalization(node: Node) -> list[Value]:
     return [relax.op.nn.group_norm(node.tensor(0), *operands, groups, 1, list(range(2, len(shape))), float(node.attrs.get("epsilon", 1e-5)))]
 
 
+def instance_normalization(node: Node) -> list[Value] | None:
+    """A group normalization of groups of one channel."""
+    shape = node.shape()
+    if len(shape) < 3 or any(node.shape(index) != shape[1:2] for index in (1, 2)):
+        return None
+    axes = list(range(2, len(shape)))
+    return [relax.op.nn.group_norm(*(node.tensor(i) for i in range(3)), shape[1], 1, axes, float(node.attrs.get("epsilon", 1e-5)))]
+
+
 def resize(node: Node) -> list[Value]:
     """Resize since 10, and Upsample: `relax.image.resize2d` where that means the same; else gathers (nearest) or products with weight matrices."""
     shape, rank = node.shape(), len(node.shape())

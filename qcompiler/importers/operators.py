@@ -102,6 +102,7 @@ CONVERTERS: dict[str, Converter] = {
     "HardSigmoid": arithmetic.hard_sigmoid,
     "HardSwish": arithmetic.hard_swish,
     "Identity": arithmetic.identity,
+    "InstanceNormalization": images.instance_normalization,
     "IsInf": _infinite,
     "LSTM": recurrent,
     "LayerNormalization": _only_first_result,

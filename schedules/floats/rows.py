@@ -133,6 +133,82 @@ def _inverse_root(k: Emitter, total: Any, count: Any) -> Any:
     return T.bind(tirx.const(1.0, "float32") / floats.root(total / count + k.f32(k.op.attrs["epsilon"]), 1))
 
 
+CHAINS = 4  # sums of every fourth pixel grow side by side: an addition waits for the one before it
+STRETCH = 256  # pixels that are summed before a longer sum takes them in, so that long sums lose no more than short ones
+
+
+def group_norm(op: OpCall, target: Target, row: str) -> Kernel:
+    """Over the pixels of [N, pixels..., C] and each of `groups` runs of channels: `(x - mean) / sqrt(mean((x - mean)^2) + epsilon) * gamma + beta`.
+
+    Three passes: sums per channel, squares per channel, results. Tasks have groups of their own; vectors run along channels, over several groups where
+    those are narrow.
+    """
+    (rows, *axes, channels), groups = op.output.shape, op.attrs["groups"]
+    pixels, width = math.prod(axes), channels // groups
+    together = next(n for n in range(1, groups + 1) if groups % n == 0 and (n * width >= LANES or n == groups))
+    blocks, span = groups // together, together * width
+
+    def emit(k: Emitter) -> None:
+        (x,), (gamma, beta) = k.inputs, k.arrays
+        scratch = T.decl_buffer((2 * rows * channels,), "float32", data=k.scratch.data)
+        count = tirx.const(pixels * width, "float32")
+        with loops(share(k, rows * blocks)) as (block,):
+            first = T.bind(tirx.truncmod(block, blocks) * span)
+            start = T.bind(tirx.truncdiv(block, blocks) * (pixels * channels) + first)
+            means = T.bind(block * (2 * span))  # in scratch, one per channel
+            factors = T.bind(means + span)
+
+            def fold(place: Any, term: Callable[[Any, Any, Any, int], Any], finish: Callable[[Any], Any]) -> None:
+                """Each channel's `place` becomes what `finish` makes of the sum of its group. term: (channel, element, sum so far, lanes)."""
+                each(span, lambda c, n: store(scratch, place + c, _over_pixels(pixels, n, lambda p, sum: term(c, start + p * channels + c, sum, n)), n))
+                with loops(together) as (group,):
+                    at = T.bind(place + group * width)
+                    value = finish(folded(width, lambda i, n: load(scratch, at + i, n), plus, 0.0))
+                    each(width, lambda i, n: store(scratch, at + i, splat(value, n), n))
+
+            def square(c: Any, at: Any, sum: Any, n: int) -> Any:
+                apart = T.bind(load(x, at, n) - load(scratch, means + c, n))
+                return fma(apart, apart, sum, n)
+
+            def write(c: Any, n: int) -> None:
+                mean, shift = T.bind(load(scratch, means + c, n)), T.bind(load(beta, first + c, n))
+                factor = T.bind(load(scratch, factors + c, n) * load(gamma, first + c, n))
+                with loops(pixels) as (p,):
+                    at = T.bind(start + p * channels + c)
+                    store(k.output, at, fma(load(x, at, n) - mean, factor, shift, n), n)
+
+            fold(means, lambda c, at, sum, n: sum + load(x, at, n), lambda total: T.bind(total / count))
+            fold(factors, square, lambda total: _inverse_root(k, total, count))
+            each(span, write)
+
+    tasks = max(1, min(rows * blocks, op.output.elements // GRAIN, 64))
+    return make_kernel(row, op, target, emit, tasks=tasks, arrays=constants_of(op), scratch=8 * rows * channels)
+
+
+def _over_pixels(pixels: int, n: int, term: Callable[[Any, Any], Any]) -> Any:
+    """The vector that `term(pixel, sum so far)` grows to over all pixels."""
+    whole = accumulator(n, "float32")
+    store(whole, 0, f32(0.0, n), n)
+    for first, stretches, length in ((0, pixels // STRETCH, STRETCH), (pixels // STRETCH * STRETCH, 1, pixels % STRETCH)):
+        if not stretches or not length:
+            continue
+        with loops(stretches) as (stretch,):
+            start = T.bind(stretch * STRETCH + first)
+            chains = [accumulator(n, "float32") for _ in range(min(CHAINS, length))]
+            for chain in chains:
+                store(chain, 0, f32(0.0, n), n)
+            with loops(length // len(chains)) as (step,):
+                for i, chain in enumerate(chains):
+                    store(chain, 0, term(T.bind(start + step * len(chains) + i), load(chain, 0, n)), n)
+            for i in range(length % len(chains)):
+                store(chains[i], 0, term(T.bind(start + (length - 1 - i)), load(chains[i], 0, n)), n)
+            total = load(chains[0], 0, n)
+            for chain in chains[1:]:
+                total = total + load(chain, 0, n)
+            store(whole, 0, load(whole, 0, n) + total, n)
+    return load(whole, 0, n)
+
+
 _REDUCTIONS: dict[str, tuple[Callable[[Any, Any], Any], float]] = {
     "mean": (plus, 0.0),
     "variance": (plus, 0.0),
@@ -210,5 +286,6 @@ def _runtime_then_constants(op: OpCall) -> str | None:
 portable("qc.f32.softmax", softmax, check=_runtime_then_constants)
 portable("qc.f32.layer_norm", layer_norm, check=_runtime_then_constants)
 portable("qc.f32.rms_norm", rms_norm, check=_runtime_then_constants)
+portable("qc.f32.group_norm", group_norm, check=_runtime_then_constants, dense=True)
 portable("qc.f32.reduce", reduce, check=_runtime_then_constants, dense=True)
 portable("qc.f32.take", take, dense=True)
