@@ -98,9 +98,10 @@ def _alone(expr: Any) -> Found | None:
 
 def _group_norm(expr: Any) -> Found | None:
     """Of groups of the innermost channels, over all axes but the outermost."""
-    a, rank = expr.attrs, len(shape_of(expr))
-    inner = int(a.channel_axis) % rank == rank - 1 and sorted(axis % rank for axis in plain(a.axes)) == list(range(1, rank - 1))
-    fits = inner and rank > 2 and all(map(is_const, expr.args[1:]))
+    a, shape = expr.attrs, shape_of(expr)
+    rank, axes = len(shape), {axis % len(shape) for axis in plain(expr.attrs.axes)}
+    pixels = all(axis in axes or shape[axis] == 1 for axis in range(1, rank - 1))  # an image of height 1 may be a signal, whose height nobody names
+    fits = rank > 2 and pixels and axes <= set(range(1, rank - 1)) and int(a.channel_axis) % rank == rank - 1 and all(map(is_const, expr.args[1:]))
     return ("qc.f32.group_norm", list(expr.args), {"groups": int(a.num_groups), "epsilon": float(a.epsilon)}) if fits else None
 
 

@@ -239,6 +239,10 @@ def kernel_key(*parts: Any) -> str:
 KERNELS: dict[str, list[Row]] = {}  # operator name -> rows, best first
 
 
+FLAT: set[str] = set()
+"""Operators whose kernels write their result without halo and channel padding, whatever reads it."""
+
+
 def register(operator: str, row: Row) -> Row:
     """Append a row to the table; earlier rows are preferred."""
     KERNELS.setdefault(operator, []).append(row)

@@ -19,6 +19,7 @@ from qcompiler.base.targets import find_target
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph, plain
+from qcompiler.passes.sequence import FLOAT, run
 from qcompiler.pipeline.compile import compile_stages
 from qcompiler.verification import interpreter
 
@@ -48,7 +49,7 @@ def test_scales_that_are_computed_at_run_time(opset: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("opset", [18, 21])
 def test_nothing_moves_between_convolutions(rank: int, opset: int, tmp_path: Path) -> None:
-    """One permutation in front of all, one behind."""
+    """One permutation in front of all, one behind; a kernel of ours for each normalization."""
     net, window = OnnxNet(opset=opset), (3,) * (rank - 2)
     many = 4 if opset == 18 else 12
     x = net.op("Conv", net.input("x", 2, 3, *(9, 8)[: rank - 2]), net.weight(12, 3, *window))
@@ -59,6 +60,7 @@ def test_nothing_moves_between_convolutions(rank: int, opset: int, tmp_path: Pat
     assert operators(model).count("permute_dims") <= 2
     calls = [e for _, e in Graph.of(model.module).bindings if getattr(getattr(e, "op", None), "name", "") == "relax.nn.group_norm"]
     assert [(int(c.attrs.channel_axis), plain(c.attrs.axes)) for c in calls] == [(3, [1, 2] if rank == 4 else [2])] * 2
+    assert [s.name for s in lower(run(FLOAT, model.module), find_target("native")).steps].count("qc.f32.group_norm") == 2
 
 
 @pytest.mark.parametrize("affine", ["none", "product", "both"])

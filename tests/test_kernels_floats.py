@@ -17,6 +17,8 @@ from tools import require_target
 from qcompiler import schedules
 from qcompiler.backend.build import build, session_of
 from qcompiler.base.targets import Target, find_target, missing_features
+from qcompiler.passes import sequence
+from qcompiler.passes.graph import make_op
 from qcompiler.schedules import harness
 from qcompiler.schedules.table import Layout, OpCall, select
 from qcompiler.verification import interpreter
@@ -237,3 +239,28 @@ def test_the_same_bits_on_arm64(tmp_path: Path) -> None:
         wanted = session.run({"x": x})
     for name, value in found.items():
         np.testing.assert_array_equal(value, wanted[name], name)
+
+
+def test_what_a_padded_convolution_reads_has_a_border() -> None:
+    """Whatever writes an image, with rows of its own or all in one go."""
+    net = Net(7)
+    x, table = net.input("x", 1, 6, 7, 4), net.random(9, 7, 4)
+    images = {name: getattr(op, name)(x, [3], True) for name in ("mean", "variance", "sum", "max", "min")}
+    images |= {
+        "joined": op.concat([net.add("m", op.max(x, [3], True)), net.add("n", op.mean(x, [3], True))], 3),
+        "taken": op.take(table, net.builder.input("ids", (1, 6), "int64"), 0, "clip"),
+        "group": op.nn.group_norm(x, net.random(4), net.random(4), 2, 3, [1, 2]),
+        "layer": op.nn.layer_norm(x, net.random(4), net.random(4), [3]),
+        "root": op.nn.rms_norm(x, net.random(4), [3]),
+        "soft": op.nn.softmax(x),
+        "product": op.matmul(net.add("turned", op.permute_dims(x, [0, 1, 3, 2])), x),
+        "running": make_op("qc.cumulative", [x], {"axis": 1, "exclusive": 0, "reverse": 0, "reduction": "add"}, (1, 6, 7, 4), "float32"),
+        "sine": op.sin(x),
+        "gelu": op.nn.gelu(x),
+    }
+    module = net.done(*(net.conv(f"{name}_conv", net.add(name, image), 5) for name, image in images.items()))
+    feeds = {"x": normal(1, 6, 7, 4), "ids": np.arange(6)[None]}
+    with session_of(build(sequence.run(sequence.FLOAT, module), X86[0], "lower").link()) as session:
+        found = session.run(feeds)
+    for name, wanted in interpreter.run(module, feeds).items():
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name)

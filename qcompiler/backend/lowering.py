@@ -29,7 +29,7 @@ from qcompiler.base.targets import Target
 from qcompiler.passes.graph import Graph, arguments, const_value, dtype_of, is_const, match_op, relax_op, shape_of
 from qcompiler.passes.sequence import CPU_KERNELS, LOWERABLE, run
 from qcompiler.schedules.legalized import legalized_kernel
-from qcompiler.schedules.table import Kernel, Layout, Need, OpCall, Row, joined, satisfied, select
+from qcompiler.schedules.table import FLAT, Kernel, Layout, Need, OpCall, Row, joined, satisfied, select
 
 Params = Callable[[Row, OpCall], Mapping[str, Any] | None]  # tuned parameters for an operator, None for the row's own default
 
@@ -268,7 +268,7 @@ class _Lowering:
             for operand, need in zip(ids, wanted, strict=True):
                 needs[operand].append((need, node))
         rigid = {str(p.name) for p in self.graph.inputs} | set(self.output_values)
-        rigid |= {o for n in self.nodes if n.row is None for o in n.written}
+        rigid |= {o for n in self.nodes if n.row is None or n.name in FLAT for o in n.written}
         ordered: list[Node] = []
         late: dict[str, list[Node]] = {}  # copies to insert after the producer of a value
         for value, asked in needs.items():

@@ -149,12 +149,13 @@ def group_norm(op: OpCall, target: Target, row: str) -> Kernel:
     blocks, span = groups // together, together * width
 
     def emit(k: Emitter) -> None:
-        (x,), (gamma, beta) = k.inputs, k.arrays
+        (x,), (gamma, beta), (source, *_), out = k.inputs, k.arrays, k.operands(), view(k.output, op.output)
         scratch = T.decl_buffer((2 * rows * channels,), "float32", data=k.scratch.data)
         count = tirx.const(pixels * width, "float32")
         with loops(share(k, rows * blocks)) as (block,):
             first = T.bind(tirx.truncmod(block, blocks) * span)
-            start = T.bind(tirx.truncdiv(block, blocks) * (pixels * channels) + first)
+            image = T.bind(tirx.truncdiv(block, blocks))
+            start = T.bind(image * (pixels * channels) + first)
             means = T.bind(block * (2 * span))  # in scratch, one per channel
             factors = T.bind(means + span)
 
@@ -173,9 +174,9 @@ def group_norm(op: OpCall, target: Target, row: str) -> Kernel:
             def write(c: Any, n: int) -> None:
                 mean, shift = T.bind(load(scratch, means + c, n)), T.bind(load(beta, first + c, n))
                 factor = T.bind(load(scratch, factors + c, n) * load(gamma, first + c, n))
-                with loops(pixels) as (p,):
-                    at = T.bind(start + p * channels + c)
-                    store(k.output, at, fma(load(x, at, n) - mean, factor, shift, n), n)
+                with loops(*axes) as index:
+                    where = [image, *index, T.bind(first + c)]
+                    store(out.buffer, T.bind(out.at(where)), fma(load(x, T.bind(source.at(where)), n) - mean, factor, shift, n), n)
 
             fold(means, lambda c, at, sum, n: sum + load(x, at, n), lambda total: T.bind(total / count))
             fold(factors, square, lambda total: _inverse_root(k, total, count))
@@ -287,5 +288,5 @@ portable("qc.f32.softmax", softmax, check=_runtime_then_constants)
 portable("qc.f32.layer_norm", layer_norm, check=_runtime_then_constants)
 portable("qc.f32.rms_norm", rms_norm, check=_runtime_then_constants)
 portable("qc.f32.group_norm", group_norm, check=_runtime_then_constants, dense=True)
-portable("qc.f32.reduce", reduce, check=_runtime_then_constants, dense=True)
-portable("qc.f32.take", take, dense=True)
+portable("qc.f32.reduce", reduce, check=_runtime_then_constants, dense=True, flat=True)
+portable("qc.f32.take", take, dense=True, flat=True)

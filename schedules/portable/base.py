@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompiler.base.targets import Target
-from qcompiler.schedules.table import Kernel, Need, OpCall, register
+from qcompiler.schedules.table import FLAT, Kernel, Need, OpCall, register
 
 
 def _accept(op: OpCall) -> str | None:
@@ -48,6 +48,9 @@ def portable(
     check: Callable[[OpCall], str | None] = _accept,
     dense: bool = False,
     own_channels: bool = False,
+    flat: bool = False,
 ) -> None:
-    """Register `make` as the portable row of `operator` ("qc.add" -> "any/add")."""
+    """Register `make` as the portable row of `operator` ("qc.add" -> "any/add"). flat: see `FLAT`."""
+    if flat:
+        FLAT.add(operator)
     register(operator, PortableRow(f"any/{operator.removeprefix('qc.')}", make, check, dense, own_channels=own_channels))

@@ -140,6 +140,6 @@ def scatter(op: OpCall, target: Target, row: str) -> Kernel:
     return make_kernel(row, op, target, emit, arrays=constants_of(op), threads=width)
 
 
-portable("qc.cumulative", cumulative, dense=True)
-portable("qc.top_k", top_k, dense=True)
-portable("qc.scatter", scatter, dense=True)
+portable("qc.cumulative", cumulative, dense=True, flat=True)
+portable("qc.top_k", top_k, dense=True, flat=True)
+portable("qc.scatter", scatter, dense=True, flat=True)
