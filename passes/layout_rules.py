@@ -240,13 +240,13 @@ def _instance_norm(layout: HeldValues, name: str, expr: Any) -> bool:
 
 
 def _group_norm(layout: HeldValues, name: str, expr: Any) -> bool:
-    """Groups are of channels that follow each other, wherever their axis lies; the scale and shift are vectors."""
-    x, a = layout.of(expr.args[0]), expr.attrs
+    """Groups are of channels that follow each other, innermost; the scale and shift are vectors."""
+    a, rank = expr.attrs, len(shape_of(expr))
     if not all(is_const(v) for v in expr.args[1:]):
         return False
-    x = layout.full(x)
-    channel, *axes = (x.order.index(v % len(x.shape)) for v in (int(a.channel_axis), *plain(a.axes)))
-    call = relax.op.nn.group_norm(x.var, *expr.args[1:], int(a.num_groups), channel, sorted(axes), float(a.epsilon), bool(a.center), bool(a.scale))
+    x = _with_last(layout, expr.args[0], int(a.channel_axis) % rank)
+    axes = sorted(x.order.index(v % rank) for v in plain(a.axes))
+    call = relax.op.nn.group_norm(x.var, *expr.args[1:], int(a.num_groups), len(x.order) - 1, axes, float(a.epsilon), bool(a.center), bool(a.scale))
     return layout.bind(name, call, x.order, x.shape)
 
 

@@ -88,6 +88,7 @@ def test_instances_spelled_out(axes: tuple[int, ...], channels: int, tmp_path: P
     found += [net.op("InstanceNormalization", x, net.weight(4), net.weight(4), epsilon=1e-2)] if channels == 1 else []
     model = agrees(net.save(tmp_path / "net.onnx", found))
     assert operators(model).count("group_norm") == len(found) and not {"mean", "variance", "divide"} & set(operators(model))
+    assert [s.name for s in lower(run(FLOAT, model.module), find_target("native")).steps].count("qc.f32.group_norm") == len(found)
 
 
 def test_what_is_no_group_normalization_is_refused(tmp_path: Path) -> None:

@@ -218,9 +218,9 @@ def group_normalization(node: Node) -> list[Value]:
 
 
 def instance_normalization(node: Node) -> list[Value] | None:
-    """A group normalization of groups of one channel."""
+    """A group normalization of groups of one channel, where scale and bias are constants."""
     shape = node.shape()
-    if len(shape) < 3 or any(node.shape(index) != shape[1:2] for index in (1, 2)):
+    if len(shape) < 3 or any(not isinstance(v, np.ndarray) or v.shape != shape[1:2] for v in node.inputs[1:]):
         return None
     axes = list(range(2, len(shape)))
     return [relax.op.nn.group_norm(*(node.tensor(i) for i in range(3)), shape[1], 1, axes, float(node.attrs.get("epsilon", 1e-5)))]
