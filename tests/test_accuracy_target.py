@@ -20,6 +20,7 @@ from qcompiler.calibration.data import CheckedSamples, open_samples, take
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes import sequence
 from qcompiler.passes.graph import Graph, GraphBuilder, dtype_of, shape_of, substitute
 from qcompiler.pipeline import accuracy_target
@@ -91,6 +92,18 @@ def test_sensitivity_of_values(plain: Compilation, sessions: Twins) -> None:
         noise = sum(np.square(with_value(plain, name, s).astype(np.float64) - b).sum() for s, b in zip(few, before, strict=True))
         assert found.values[name] == pytest.approx(noise / power, rel=0.02), name
     assert [original.run(s)["logits"].tobytes() for s in few] == [b.tobytes() for b in before]
+
+
+def test_more_samples_are_for_roundings_that_count(plain: Compilation, sessions: Twins) -> None:
+    """One with next to no noise is known by the first two; of the others all samples tell."""
+    original, rounded, _ = sessions
+    few, known = samples(4), {v: p for v in ("relu2", "relu5") if (p := plain.quantized.plan.params(v)) is not None}
+    reports = list[int]()
+    params = {**known, "image": QParams(1e-3, 0, "int16")}
+    found = measure_sensitivity(original, rounded, [], params, few, progress=lambda stage, done, total: reports.append(done))
+    alone, first = (measure_sensitivity(original, rounded, [], p, s) for p, s in ((known, few), (params, few[:2])))
+    assert found.samples == 4 and reports[-1] == 2 * 3 + 2 * 2 and found.values["image"] < 0.5 * min(found.values[v] for v in known)
+    assert found.values == {**alone.values, "image": first.values["image"]}
 
 
 def test_sensitivity_of_weights(plain: Compilation, sessions: Twins) -> None:

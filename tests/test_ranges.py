@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,18 +115,38 @@ def test_what_is_hopeless_after_a_few_samples_stays_out(network: QuantizedNetwor
     assert any(found[v]["clipped"] != everything[v]["clipped"] for v in proposals)
 
 
-@pytest.mark.parametrize(("trifle", "judges"), [(math.inf, 4), (-1.0, 6)])
+@pytest.mark.parametrize(("trifle", "beside", "judges"), [(math.inf, 0.0, 2), (-1.0, 0.0, 6), (TRIFLE, 1e9, 2)])
 def test_a_value_on_which_little_depends_is_settled_by_few_samples(
-    network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch, trifle: float, judges: int
+    network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch, trifle: float, beside: float, judges: int
 ) -> None:
-    """Two of each kind, of three."""
+    """One of each kind, of three; what little is depends on what is judged elsewhere too."""
     monkeypatch.setattr(ranges, "TRIFLE", trifle)
     params, reports = {"wide": QParams.from_range(-4.0, 4.0), "close": QParams.from_range(-3.8, 3.9)}, list[int]()
     proposals, ends = {"image": Proposals(params, ("image",), -4.0, 4.0)}, ends_of_values(network, samples(12))
     twin = network.measured.twin.session(1)
     many = open_samples(samples(12), twin.inputs)
-    output_noise(twin, proposals, ends, many, 12, 3, progress=lambda stage, done, total: reports.append(done))
+    output_noise(twin, proposals, ends, many, 12, 3, progress=lambda stage, done, total: reports.append(done), beside=beside)
     assert reports == [*range(2, 2 * judges + 1, 2), *([12] if judges < 6 else [])], "in the end all is said to be done"
+
+
+def test_pieces_of_what_a_sample_judges_say_the_same(network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, and in more goes than there are samples."""
+    twin, many, found = network.measured.twin.session(2), open_samples(samples(4), network.model.inputs), []
+    params = {"wide": QParams.from_range(-4.0, 4.0), "close": QParams.from_range(-3.8, 3.9)}
+    proposals, ends = {v: Proposals(params, (v,), -4.0, 4.0) for v in ("image", "relu5")}, ends_of_values(network, samples(4))
+    monkeypatch.setattr(ranges, "TRIFLE", -1.0)
+    judge, goes = ranges._Judges.judge, list[int]()
+
+    def counted(self: Any, session: Any, item: Any) -> Any:
+        goes.append(item[0])
+        return judge(self, session, item)
+
+    monkeypatch.setattr(ranges._Judges, "judge", counted)
+    for piece in (1e9, 1e-9):
+        monkeypatch.setattr(ranges, "_PIECE", piece)
+        goes.clear()
+        found.append(output_noise(twin, proposals, ends, many, 4, 2))
+    assert found[0] == found[1] and len(goes) > len(set(goes)) == 4
 
 
 def ends_of_values(network: QuantizedNetwork, many: list[dict[str, np.ndarray]]) -> SampleEnds:

@@ -11,7 +11,7 @@ import pytest
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import CheckedSamples
 from qcompiler.cli.demo import MODEL, demo_data
-from qcompiler.pipeline import rivals
+from qcompiler.pipeline import rivals, stages
 from qcompiler.pipeline.compile import compile_stages, compiled
 from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.stages import Corrected
@@ -69,6 +69,32 @@ def test_the_better_network_is_kept_and_both_figures_stated(spoilt: bool, monkey
     held = [s for i, s in enumerate(samples(16)) if i % 4 == 3]
     noise = rivals._scores(made["default"], CheckedSamples(held, job.model.inputs))
     assert len(noise) == 4 and default == pytest.approx(-10 * np.log10(noise.relative_noise()), abs=0.006)
+
+
+def test_what_is_known_of_ranges_serves_both_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges that the first plan had judged are not judged again for the second, and what counts as a trifle is a part of the noise of all values."""
+    asked: list[tuple[dict[str, Any], float]] = []
+    judge = stages.output_noise
+
+    def judged(twin: Any, proposals: Any, *rest: Any) -> Any:
+        found = judge(twin, proposals, *rest)
+        asked.append((found, rest[-1]))
+        return found
+
+    monkeypatch.setattr(stages, "output_noise", judged)
+    job = opened(MODEL, find_target("native"), samples(12), {"preset": "accurate"})
+    measured = stages.calibrate(stages.equalize(job.counted()))
+    other = recipe("accurate").rival
+    assert other is not None
+    first = stages.integer_network(measured, {})
+    second = stages.integer_network(measured.under(other), {})
+    ((noise, beside),) = asked
+    assert len(noise) > 5 and beside == 0 and first.plan.edges.keys() == second.plan.edges.keys()
+    fewer = dict(list(noise.items())[:3])
+    proposals = {name: stages.Proposals(p.params, p.members, p.low * 2, p.high * 2) for name, (p, _) in measured._noise.items()}
+    measured.noise({name: proposals[name] if name in fewer else measured._noise[name][0] for name in noise})
+    again, beside = asked[1]
+    assert again.keys() == fewer.keys() and beside == pytest.approx(sum(min(n.values()) for name, n in noise.items() if name not in fewer))
 
 
 def test_few_samples_are_not_held_out() -> None:

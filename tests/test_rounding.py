@@ -13,6 +13,7 @@ from qcompiler.numerics import operators as numerics
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group
 from qcompiler.passes.replace_operands import WEIGHT, replace_operands
+from qcompiler.refine import rounding
 from qcompiler.refine.integer_layers import integer_layers
 from qcompiler.refine.rounding import DataRounder, Gram, choose, cost, ending, least_error, patches, round_weight
 from qcompiler.refine.weight_rounding import round_weights
@@ -73,6 +74,41 @@ def test_rounding_finds_the_best_of_all_roundings_of_a_small_layer() -> None:
     best = np.einsum("ock,kl,ocl->oc", every, own[0], every).min(axis=1)
     found = cost(least_error(target, own), own)[0]
     assert (found == pytest.approx(best)) or (found.sum() < 1.5 * best.sum())
+
+
+def plainly_rounded(target: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """float64[O, K]: what is left of `target` by the definition: a column at a time, in float64."""
+    factor = np.linalg.cholesky(own[::-1, ::-1])[::-1, ::-1]
+    error = np.zeros_like(target)
+    for matrix in (factor, own):
+        for j in range(len(own)):
+            pull = error @ (matrix[:, j] / matrix[j, j]) - error[:, j]
+            error[:, j] = target[:, j] - np.clip(np.rint(target[:, j] + pull), -127, 127)
+    return error
+
+
+@pytest.mark.parametrize("width", [rounding._PART - 1, rounding._BLOCK, 2 * rounding._BLOCK + rounding._PART + 3])
+def test_blocks_in_float32_round_as_column_after_column(width: int) -> None:
+    """But for weights that lie in the middle between two whole numbers, as near as float32 tells."""
+    rng = np.random.default_rng(5)
+    x = correlated(rng, 3, 3 * width, width).astype(np.float64) / width**0.5
+    own = x.transpose(0, 2, 1) @ x / (3 * width)
+    own += 0.05 * own.diagonal(axis1=1, axis2=2).mean() * np.eye(width)
+    target = rng.uniform(-140, 140, (3, 20, width))
+    found, wanted = least_error(target, own), np.stack([plainly_rounded(t, h) for t, h in zip(target, own, strict=True)])
+    assert found.dtype == np.float32 and (np.abs(found - wanted) < 1e-3).mean() > 0.99
+    np.testing.assert_allclose(cost(found, own.astype(np.float32)), np.einsum("gok,gkl,gol->go", wanted, own, wanted, optimize=True), rtol=0.02)
+
+
+def test_it_is_the_same_however_many_samples_a_product_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, integer, means, samples = quantized()
+    found = []
+    for rows in (1, 100, 10**9):
+        monkeypatch.setattr(rounding, "_ROWS", rows)
+        found.append(round_weights(DataRounder(64), integer, WeightStepper(integer), means, samples).weights)
+    assert found[0]
+    for other in found[1:]:
+        assert found[0].keys() == other.keys() and all(np.array_equal(w, other[name]) for name, w in found[0].items())
 
 
 def test_saturation_is_part_of_the_error() -> None:

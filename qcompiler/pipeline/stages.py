@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,9 +214,9 @@ class Measured:
         return self.equalized.twin.code()
 
     def under(self, recipe: Recipe) -> Measured:
-        """The same statistics for another recipe, which may look at no more samples, and a library of its own."""
+        """The same statistics for another recipe, which may look at no more samples, and a library of its own. What either comes to know of ranges, both do."""
         job = dataclasses.replace(self.job, recipe=recipe, tuned=self.job.tuned and self.job.tuned.anew())
-        return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job), _noise={})
+        return dataclasses.replace(self, equalized=dataclasses.replace(self.equalized, job=job))
 
     def with_noise_of(self, before: Measured) -> Measured:
         """The same, with what `before` knows of ranges, and what plans of it have asked: of a network that computes the same values."""
@@ -227,13 +228,15 @@ class Measured:
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
         if new:
             job = self.job
+            known = (min(self._noise[name][1].values(), default=0.0) for name in proposals.keys() - new.keys())
+            beside = math.fsum(filter(math.isfinite, known))
 
             def judged() -> Findings:
                 count = job.alike.count or self.table.samples
-                noise = output_noise(self.twin.session(), new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding)
+                noise = output_noise(self.twin.session(), new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding, beside)
                 return {name: np.array([*by_observer.values()]) for name, by_observer in noise.items()}
 
-            decisive = [TRIFLE, self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
+            decisive = [TRIFLE, beside, self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
 
             def pairs(found: Findings) -> dict[str, tuple[Proposals, dict[str, float]]]:
                 return {name: (p, dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {}) for name, p in new.items()}

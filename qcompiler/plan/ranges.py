@@ -8,8 +8,8 @@ that value alone rounded:
 
 A range that clips does damage in few samples, so the samples in which a value reaches furthest are always among those that judge it, each for
 itself; others, evenly spread, stand for the rest. They judge in rounds, one of each kind first and twice as many by the end of each that follows. After
-a round with n of each kind in all, a range with 1 + 2 / n times the noise of the best of its value's is out, and from two on a value is settled
-whose ranges that are left differ by a `TRIFLE` of the noise of all values: most of the work goes to the few values that the outputs depend on.
+a round with n of each kind in all, a range with 1 + 2 / n times the noise of the best of its value's is out, and a value is settled whose ranges that are
+left differ by a `TRIFLE` of the noise of all values, after the first round by half of it: most of the work goes to the few values that the outputs depend on.
 
 **Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
 no part in the noise at the outputs: there a wider range is free. So the widest is taken of ranges that differ by a trifle from the best. Rounding noise
@@ -46,6 +46,7 @@ TRIFLE = 0.01
 LITTLE = 2.0**36  # float multiplications: a second or two
 _BEHIND = 2.0  # times 1 / n
 _NEAR = 0.02
+_PIECE = 12  # runs of the network, of what a sample judges in one go: beside them the one that every go begins with takes little
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -122,12 +123,13 @@ def output_noise(
     work: float = math.inf,
     progress: Progress = silent,
     padding: Padding | None = None,
+    beside: float = 0.0,
 ) -> dict[str, dict[str, float]]:
     """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
     each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
     network's multiplications lie are left out, unless judging all takes `LITTLE` at most; so are those that `twin` does not compute. work: so many times
     the multiplications of calibration (of `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides.
-    padding: positions that don't count.
+    padding: positions that don't count. beside: the noise of values that are not judged here, as what makes no difference is a part of the noise of all.
     """
     behind = work_behind(twin)
     judged = {name: p for name, p in proposals.items() if p.members and all(m in behind for m in p.members)}
@@ -139,7 +141,7 @@ def output_noise(
     standing = {member: standing[member] for p in judged.values() for member in p.members}
     if not judged:
         return {}
-    judges = _Judges(twin, judged, standing, each, padding)
+    judges = _Judges(twin, judged, standing, each, padding, beside)
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
     workers = twin.alone(worker_count(twin.manifest["workspace"]))
     while wanted := judges.wanted:
@@ -162,9 +164,12 @@ class _Judges:
     noise: member -> float64[ranges, outputs]; power: member -> float64[outputs]; left: value that is not settled -> bool[ranges].
     """
 
-    def __init__(self, twin: Session, judged: Mapping[str, Proposals], standing: Mapping[str, Mapping[int, float]], each: int, padding: Padding | None) -> None:
-        self._twin, self._judged, self._standing, self._padding = twin, judged, standing, padding
+    def __init__(
+        self, twin: Session, judged: Mapping[str, Proposals], standing: Mapping[str, Mapping[int, float]], each: int, padding: Padding | None, beside: float
+    ) -> None:
+        self._twin, self._judged, self._standing, self._padding, self._beside = twin, judged, standing, padding, beside
         self._leader = {member: name for name, p in judged.items() for member in p.members}
+        self._behind = work_behind(twin)
         self._at = {i.name: 0 for i in twin.inputs} | {v: n for n, step in enumerate(twin.manifest["steps"], 1) for v in values_of(step)}
         self._parts: list[Parts] = []
         self._round, self._rounds = 0, {member: _rounds(weights, each) for member, weights in standing.items()}
@@ -184,10 +189,13 @@ class _Judges:
         return dict(sorted(found.items()))
 
     def prepared(self, wanted: Mapping[int, list[str]], samples: Samples) -> Iterator[tuple[int, Mapping[str, np.ndarray], list[str]]]:
-        """(number, sample, what it judges) of those that are `wanted`, before the first of which the parts of the outputs are told apart, by it, for all."""
+        """(number, sample, some of what it judges) of those that are `wanted`; before the first the parts of the outputs are told apart, by it, for all. One
+        sample of each round judges all values: cut into pieces, that is work for all workers."""
         for (index, members), sample in zip(wanted.items(), samples, strict=False):
             self._parts = self._parts or Walk(self._twin, sample, padding=self._padding).parts
-            yield index, sample, members
+            runs = np.cumsum([self._behind[m] * self.left[self._leader[m]].sum() for m in members])
+            for _, piece in itertools.groupby(zip(members, (runs // _PIECE).tolist(), strict=True), lambda pair: pair[1]):
+                yield index, sample, [member for member, _ in piece]
 
     def judge(self, session: Session, item: tuple[int, Mapping[str, np.ndarray], list[str]]) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
         """(number of a sample, its power, errors with each range that is left of the values that it judges)."""
@@ -217,9 +225,9 @@ class _Judges:
             with np.errstate(divide="ignore"):
                 self._lag[name][out] = noises[name][out] / least
             left &= ~out
-        trifle = _trifle(n.min() for n in noises.values())
-        if self._round:
-            self._open = {name for name in self._open & noises.keys() if noises[name][self.left[name]].max() > noises[name].min() + trifle}
+        trifle = _trifle([self._beside, *(n.min() for n in noises.values())])
+        trifle *= min(1.0, 2**self._round / 2)
+        self._open = {name for name in self._open & noises.keys() if noises[name][self.left[name]].max() > noises[name].min() + trifle}
         self._round += 1
 
     def noises(self) -> Iterator[tuple[str, np.ndarray]]:

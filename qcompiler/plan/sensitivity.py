@@ -33,6 +33,8 @@ from qcompiler.runtime.session import Session
 _CONVERTED = 1 << 18  # elements of the conversion that is timed
 _ITERATIONS = 20  # of each step, for its least time
 _KINDS = ("weights", "values")  # of roundings
+FIRST = 2  # samples, of those that tell about every rounding
+COUNTS = 0.5  # times the noise of the average rounding
 
 
 @dataclass(frozen=True)
@@ -72,39 +74,51 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """plain: the float network. rounded: the same library with int8 weights, dequantized, in the constants of `layers`. params: 8-bit parameters by
     value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`, and in `work`
-    multiplications of the float network. padding: positions that don't count."""
+    multiplications of the float network. Behind the first `FIRST` of them only roundings count whose noise is `COUNTS` times that of the average one: others
+    are little, whatever further samples would say. padding: positions that don't count."""
     begin = time.monotonic()
-    weights, values, power = dict[str, np.ndarray](), dict[str, np.ndarray](), np.zeros(1)
-    written = [v for s in plain.manifest["steps"] for v in values_of(s)]
-    variants = len(set(layers).intersection(written)) + len(params.keys() & {*written, *(i.name for i in plain.inputs)})
+    written = {v for s in plain.manifest["steps"] for v in values_of(s)}
+    wanted = {(True, n) for n in written & set(layers)} | {(False, v) for v in params.keys() & (written | {i.name for i in plain.inputs})}
     most = max(1, int(min(work / max(_work(plain, layers, params), 1.0), most)))
-    done = count = 0
-    parts: list[Parts] = []
+    noise, found, power = dict[tuple[bool, str], np.ndarray](), dict[tuple[bool, str], np.ndarray](), np.zeros(1)
+    parts, further, done, count, late = list[Parts](), iter(samples), 0, 0, False
 
     def walked(sessions: tuple[Session, Session], sample: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[tuple[bool, str, np.ndarray]]]:
         walk = Walk(sessions[0], sample, sessions[1], parts, padding)
-        return walk.power, list(_variants(walk, layers, params))
+        return walk.power, list(_variants(walk, {n for of_weights, n in wanted if of_weights}, {v: params[v] for of_weights, v in wanted if not of_weights}))
 
-    def taken() -> Iterator[Mapping[str, np.ndarray]]:
-        for sample in itertools.islice(samples, most):
+    def taken(number: int) -> Iterator[Mapping[str, np.ndarray]]:
+        for sample in itertools.islice(further, number):
             parts[:] = parts or Walk(plain, sample, padding=padding).parts
             yield sample
 
     workers = worker_count(plain.manifest["workspace"])
-    with contextlib.closing(in_order(walked, list(zip(plain.alone(workers), rounded.alone(workers), strict=True)), taken())) as results:
-        for own, found in results:
-            power = power + own
-            for of_weights, name, errors in found:
-                noise = weights if of_weights else values
-                noise[name] = noise.get(name, np.zeros(len(errors))) + errors
-                done += 1
-                progress("sensitivity of layers", done, most * variants)
-            count += 1
-            if (time.monotonic() - begin) * (count + 1) > seconds * count:
-                break
+    lanes = list(zip(plain.alone(workers), rounded.alone(workers), strict=True))
+    for number in (min(FIRST, most), most - min(FIRST, most)):
+        total = done + number * len(wanted)
+        if late or not wanted:
+            break
+        with contextlib.closing(in_order(walked, lanes, taken(number))) as results:
+            for own, errors_of in results:
+                power = power + own
+                for of_weights, name, errors in errors_of:
+                    noise[of_weights, name] = noise.get((of_weights, name), np.zeros(len(errors))) + errors
+                    done += 1
+                    progress("sensitivity of layers", done, total)
+                count += 1
+                if late := (time.monotonic() - begin) * (count + 1) > seconds * count:
+                    break
+        found |= {rounding: noise[rounding] / np.maximum(power, np.finfo(np.float64).tiny) for rounding in noise if rounding in wanted}
+        wanted = _felt(found)
     progress("sensitivity of layers", done, done)
-    power = np.maximum(power, np.finfo(np.float64).tiny)
-    return Sensitivity(count, {n: e / power for n, e in weights.items()}, {n: e / power for n, e in values.items()})
+    return Sensitivity(count, *({name: n for (of_weights, name), n in found.items() if of_weights == kind} for kind in (True, False)))
+
+
+def _felt(noise: Mapping[tuple[bool, str], np.ndarray]) -> set[tuple[bool, str]]:
+    """The roundings with `COUNTS` times the average's noise, at any of the outputs."""
+    every = np.array([*noise.values()])
+    least = COUNTS * np.where(np.isfinite(every), every, 0.0).mean(axis=0) if noise else 0.0
+    return {rounding for rounding, own in noise.items() if not (own < least).all()}
 
 
 def work_behind(twin: Session) -> dict[str, float]:
@@ -130,14 +144,19 @@ def values_of(step: Mapping[str, Any]) -> list[str]:
 
 
 def _variants(walk: Walk, layers: Collection[str], params: Mapping[str, QParams]) -> Iterator[tuple[bool, str, np.ndarray]]:
-    """(are weights rounded, not a value? id, sums of squared errors of the float outputs) of each variant."""
+    """(are weights rounded, not a value? id, sums of squared errors of the float outputs) of each variant. All of them must be computed by the network."""
+    left = len(layers) + len(params)
     for new, following in walk.advance():
         for name in new:
             if name in params:
+                left -= 1
                 yield False, name, walk.errors_with_value(name, params[name])
         for name in following:
             if name in layers:
+                left -= 1
                 yield True, name, walk.errors_with_weights()
+        if not left:
+            return
 
 
 class Walk:

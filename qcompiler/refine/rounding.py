@@ -40,7 +40,8 @@ DAMPING = 0.05  # of H's mean diagonal, added to its diagonal: keeps what the da
 SWEEPS = 1  # of coordinate descent
 WIDEST = 2304  # inputs of one Gram matrix; layers with more are cut into equal blocks that know nothing of each other
 NARROW = 64  # inputs per output, depthwise kernels among them: so few don't average out what rounding does, and their Gram matrices cost next to nothing
-_BLOCK = 64  # columns between updates of everything behind them
+_ROWS = 512  # patches, at least, that one product of a Gram matrix takes in: adding a matrix up takes longer than a product of few
+_BLOCK, _PART = 128, 16  # columns between products with all of a layer's, and with those of a block
 
 
 def patches(
@@ -79,86 +80,115 @@ class Gram:
         """What `take` adds of patches."""
         groups, rows, width = x.shape
         x = x.reshape(groups, rows, self.blocks, width // self.blocks).transpose(0, 2, 1, 3).reshape(groups * self.blocks, rows, -1)
-        return x.transpose(0, 2, 1) @ x, x.sum(axis=1), rows  # exact, as sums of so few int8 steps are
+        return x.transpose(0, 2, 1) @ x, x.sum(axis=1), rows  # float32 holds sums of a few hundred squared int8 steps exactly, and of thousands nearly
 
     def take(self, sums: np.ndarray, means: np.ndarray, rows: int) -> None:
         self.sums += sums
         self.means += means
         self.count += rows
 
-    def damped(self, centered: bool = False) -> np.ndarray:
-        """float64: H, about the mean if `centered`, with `DAMPING`: positive definite whatever was seen."""
-        own, mean = self.sums / max(self.count, 1), self.means / max(self.count, 1)
+    def moments(self, centered: bool = False) -> np.ndarray:
+        """float64[G*B, K/B]: the diagonal of H, about the mean if `centered`."""
+        own: np.ndarray = np.einsum("gkk->gk", self.sums) / max(self.count, 1)
+        return own - np.square(self.means / max(self.count, 1)) if centered else own
+
+    def damped(self, block: slice, centered: bool = False) -> np.ndarray:
+        """float64[N, K/B, K/B] of the N matrices of `block`: H, about the mean if `centered`, with `DAMPING`: positive definite whatever was seen."""
+        own = self.sums[block] / max(self.count, 1)
         if centered:
-            own = own - mean[:, :, None] * mean[:, None, :]
-        result: np.ndarray = own + _ridge(own, DAMPING)
-        return result
-
-
-def _ridge(moments: np.ndarray, damping: float) -> np.ndarray:
-    mean = np.maximum(moments.diagonal(axis1=1, axis2=2).mean(axis=1), 0)
-    result: np.ndarray = (damping * mean + (mean <= 0))[:, None, None] * np.eye(moments.shape[1])  # inputs that never change decide nothing
-    return result
+            mean = self.means[block] / max(self.count, 1)
+            own -= mean[:, :, None] * mean[:, None, :]
+        diagonal = np.einsum("gkk->gk", own)  # a view
+        mean = np.maximum(diagonal.mean(axis=1), 0)
+        diagonal += (DAMPING * mean + (mean <= 0))[:, None]  # inputs that never change decide nothing
+        return own
 
 
 def round_weight(steps: np.ndarray, gram: Gram, centered: bool = False) -> np.ndarray:
     """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen; an output for which
     that is no better than the nearest int8 gets the nearest. centered: the mean of the error does not count."""
     outputs, blocks = len(steps), gram.blocks
-    own = gram.damped(centered)
-    groups = len(own) // blocks
+    groups, width = len(gram.sums) // blocks, gram.sums.shape[1]
     target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1).astype(np.float64)
-    order = np.argsort(-own.diagonal(axis1=1, axis2=2).mean(axis=0), kind="stable")  # inputs that matter most first
-    own, target = own[:, order][:, :, order], target[:, :, order]
-    nearest = target - np.clip(np.rint(target), -WEIGHT_HIGH, WEIGHT_HIGH)
-    best = least_error(target, own)
+    order = np.argsort(-gram.moments(centered).sum(axis=0), kind="stable")  # inputs that matter most first
+    rounded, most = np.empty_like(target), max(1, WIDEST**2 // width**2)
+    for start in range(0, len(target), most):  # as many matrices at a time as take the memory of a wide one
+        part = slice(start, start + most)
+        rounded[part, :, order] = _rounded(target[part][:, :, order], gram.damped(part, centered)[:, order[:, None], order])
+    result: np.ndarray = rounded.reshape(groups, blocks, outputs // groups, -1).transpose(0, 2, 1, 3).reshape(steps.shape).astype(np.int8)
+    return result
+
+
+def _rounded(target: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """float64[G, O, K]: whole numbers for `target`."""
+    nearest = (target - np.clip(np.rint(target), -WEIGHT_HIGH, WEIGHT_HIGH)).astype(np.float32)
+    best, own = least_error(target, own), own.astype(np.float32)
     worse = cost(best, own) >= cost(nearest, own)
     best[worse] = nearest[worse]
-    rounded = np.empty_like(target)
-    rounded[:, :, order] = np.rint(target - best)
-    result: np.ndarray = rounded.reshape(groups, blocks, outputs // groups, -1).transpose(0, 2, 1, 3).reshape(steps.shape).astype(np.int8)
+    result: np.ndarray = np.rint(target - best)
     return result
 
 
 def cost(error: np.ndarray, own: np.ndarray) -> np.ndarray:
     """float64[G, O]: error H error^T of each output."""
-    result: np.ndarray = np.einsum("gok,gok->go", error @ own, error)
+    result: np.ndarray = (error @ own * error).sum(axis=2, dtype=np.float64)
     return result
 
 
 def least_error(target: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """float64[G, O, K]: target - q of rounded targets [G, O, K] for positive definite H = `own` [G, K, K]."""
-    factor = np.linalg.cholesky(own[:, ::-1, ::-1])[:, ::-1, ::-1]  # upper triangular
+    """float32[G, O, K]: target - q of rounded targets [G, O, K] for positive definite H = `own` [G, K, K], float64.
+
+    The factor of H is float64, as H may be ill-conditioned; what it moves a weight by, before that is rounded to a whole number, is float32.
+    """
+    target = np.ascontiguousarray(target.transpose(0, 2, 1), np.float32)
     error = np.zeros_like(target)
-    diagonal = np.arange(own.shape[1])
-    for matrix, sweeps in ((factor, 1), (own, SWEEPS)):
-        coupling = matrix / matrix[:, None, diagonal, diagonal]
-        coupling[:, diagonal, diagonal] = 0
-        for _ in range(sweeps):
-            _sweep(target, error, coupling)
-    return error
+    factor = np.linalg.cholesky(own[:, ::-1, ::-1])[:, ::-1, ::-1]  # upper triangular
+    _sweep(target, error, _coupling(factor), triangular=True)
+    del factor
+    coupling = _coupling(own)
+    for _ in range(SWEEPS):
+        _sweep(target, error, coupling)
+    return error.transpose(0, 2, 1).copy()
 
 
-def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
-    """Round column after column in place: q[j] = rint(t[j] + sum over i of error[i] coupling[i, j]), error[j] = t[j] - q[j]."""
-    width = target.shape[2]
+def _coupling(matrix: np.ndarray) -> np.ndarray:
+    """float32[G, K, K]: [j, i] is what the error of column i moves column j by."""
+    diagonal = np.arange(matrix.shape[1])
+    result = np.empty(matrix.shape, np.float32)
+    np.divide(matrix.transpose(0, 2, 1), matrix[:, diagonal, diagonal][:, :, None], out=result, casting="same_kind")
+    result[:, diagonal, diagonal] = 0
+    return result
+
+
+def _sweep(target: np.ndarray, error: np.ndarray, coupling: np.ndarray, triangular: bool = False) -> None:
+    """Round column after column in place: q[j] = rint(t[j] + sum over i of coupling[j, i] error[i]), error[j] = t[j] - q[j]; target, error: [G, K, O].
+    triangular: nothing comes from columns behind j, whose errors are 0.
+
+    Between blocks, and between parts of a block, what errors move is a matrix product; only within a part it is column by column.
+    """
+    width = target.shape[1]
     for start in range(0, width, _BLOCK):
         block = slice(start, min(start + _BLOCK, width))
-        wanted, left, before = (_columns(a) for a in (target[:, :, block] + error @ coupling[:, :, block], target[:, :, block], error[:, :, block]))
-        pull = np.ascontiguousarray(coupling[:, block, block].transpose(1, 2, 0))[..., None]  # [from, to, G, 1]
-        moved = np.empty_like(wanted)
-        for j in range(len(wanted)):
-            column = left[j]
-            column -= np.clip(np.rint(wanted[j]), -WEIGHT_HIGH, WEIGHT_HIGH)
-            np.subtract(column, before[j], out=before[j])
-            np.multiply(before[j], pull[j, j + 1 :], out=moved[j + 1 :])
-            wanted[j + 1 :] += moved[j + 1 :]
-        error[:, :, block] = left.transpose(1, 2, 0)
+        known = slice(0, start if triangular else width)
+        wanted = target[:, block] + coupling[:, block, known] @ error[:, known]
+        before = error[:, block].copy()
+        for inner in range(0, block.stop - start, _PART):
+            part, done = slice(inner, min(inner + _PART, block.stop - start)), slice(0, inner)
+            own = slice(start + part.start, start + part.stop)
+            if inner:
+                wanted[:, part] += coupling[:, own, start : start + inner] @ (error[:, start : start + inner] - before[:, done])
+            _columns(target[:, own], wanted[:, part], error[:, own], coupling[:, own, own])
 
 
-def _columns(a: np.ndarray) -> np.ndarray:
-    """A copy of [G, O, K] as [K, G, O], a column after the other in memory."""
-    return np.array(a.transpose(2, 0, 1), order="C")
+def _columns(target: np.ndarray, wanted: np.ndarray, error: np.ndarray, coupling: np.ndarray) -> None:
+    """The columns of a part of `_sweep`, of which `wanted` is known but for what they move each other by."""
+    target, wanted, left = (np.array(a.transpose(1, 0, 2), order="C") for a in (target, wanted, error))  # a column after the other in memory
+    pull = coupling.transpose(2, 1, 0)[..., None]  # [from, to, G, 1]
+    for j in range(len(wanted)):
+        column = target[j] - np.clip(np.rint(wanted[j]), -WEIGHT_HIGH, WEIGHT_HIGH)
+        wanted[j + 1 :] += (column - left[j]) * pull[j, j + 1 :]
+        left[j] = column
+    error[...] = left.transpose(1, 0, 2)
 
 
 class DataRounder:
@@ -189,17 +219,23 @@ class DataRounder:
     def _patches(
         self, layer: IntegerLayer, weight: np.ndarray, contexts: Sequence[Context], random: np.random.Generator, then: Callable[[np.ndarray], Result]
     ) -> Iterator[Result]:
-        """`then` of each sample's float32[G, P, K]: what the layer meets at some positions, in int8 steps."""
+        """`then` of float32[G, P, K], of some samples at a time: what the layer meets at some positions, in int8 steps."""
         window = KINDS[layer.kind].window
 
-        def drawn() -> Iterator[tuple[Context, np.ndarray]]:
+        def drawn() -> Iterator[list[tuple[Context, np.ndarray]]]:
+            some, rows = list[tuple[Context, np.ndarray]](), 0
             for context in contexts:
                 total = int(np.prod(layer.shape[:-1] if window else context.view(layer.x).shape[:-1]))
-                yield context, np.sort(random.choice(total, min(total, self._positions), replace=False))
+                some.append((context, np.sort(random.choice(total, min(total, self._positions), replace=False))))
+                rows += len(some[-1][1])
+                if rows >= _ROWS or context is contexts[-1]:
+                    yield some
+                    some, rows = [], 0
 
-        def met(_: int, drawn: tuple[Context, np.ndarray]) -> Result:
-            context, at = drawn
-            return then(patches(context.view(layer.x), layer.kind, layer.attrs, kernel_size(weight), layer.shape, at, layer.attrs["x_zero_point"]))
+        def met(_: int, drawn: Sequence[tuple[Context, np.ndarray]]) -> Result:
+            kernel, zero = kernel_size(weight), layer.attrs["x_zero_point"]
+            found = [patches(context.view(layer.x), layer.kind, layer.attrs, kernel, layer.shape, at, zero) for context, at in drawn]
+            return then(found[0] if len(found) == 1 else np.concatenate(found, axis=1))
 
         return in_order(met, range(cores()), drawn())
 
