@@ -22,7 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.passes.graph import Graph, GraphBuilder, const, dtype_of, relax_op, shape_of, substitute
+from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
 from qcompiler.passes.groups import SIXTEEN, STREAMS, Group, find_groups
 from qcompiler.passes.trained import Trained
 
@@ -115,6 +115,16 @@ def with_wide_residuals(module: tvm.IRModule, values: Mapping[str, str]) -> tvm.
     """The module with `values`, some of `residual_values`, in 16 bits, and with copies of them like those of a stream. values: id -> why."""
     known = Graph.of(module).attrs.get(SIXTEEN, {})
     return _copied(module, set(values), {SIXTEEN: dict(sorted({**known, **values}.items()))})
+
+
+def copied_values(module: tvm.IRModule) -> dict[str, str]:
+    """{copy: what it is a copy of, number by number} of a module whose copies have no factors."""
+    found = {}
+    for name, expr in Graph.of(module).bindings:
+        x, factors = expr.args if relax_op(expr) == "relax.multiply" else (None, None)
+        if isinstance(x, relax.Var) and is_const(factors) and shape_of(x) == shape_of(expr) and (const_value(factors) == 1).all():
+            found[name] = str(x.name)
+    return found
 
 
 def _copied(network: tvm.IRModule, streams: Set[str], attrs: Mapping[str, Any]) -> tvm.IRModule:

@@ -15,7 +15,7 @@ from transformer_nets import vit
 from x86_emulation import ALL, each, runs_here
 
 from qcompiler.base.errors import PlanError
-from qcompiler.base.targets import Target
+from qcompiler.base.targets import Target, find_target
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.graph import Graph
@@ -23,8 +23,12 @@ from qcompiler.passes.groups import SIXTEEN, find_groups
 from qcompiler.passes.halves import HALVES, divisible
 from qcompiler.passes.sequence import HALVED, RESIDUAL, run
 from qcompiler.passes.streams import residual_values
+from qcompiler.pipeline import stages
 from qcompiler.pipeline.compile import compile_stages, quantize
+from qcompiler.pipeline.halves import with_halves
+from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.library import Compilation
+from qcompiler.pipeline.residuals import with_wide
 from qcompiler.runtime.session import Session
 from qcompiler.verification import interpreter
 from qcompiler.verification.bits import bit_parity
@@ -100,6 +104,38 @@ def test_the_float_network_stays_the_same(tmp_path: Path) -> None:
         for output in wanted:
             np.testing.assert_allclose(got[output], wanted[output], rtol=1e-5, atol=1e-5)
         assert not set(divisible(module)) & set(Graph.of(module).attrs[SIXTEEN]), "nothing is divided twice"
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_copies_have_the_statistics_of_what_they_copy(halves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample is looked at again for them, and a pass over the samples finds the same. Sums of two products are nothing that was seen before."""
+    job = opened(residual(tmp_path), find_target("native"), pictures(5), {"preset": "accurate"})
+    measured = stages.calibrate(stages.equalize(job.counted()))
+    passes, calibrate = list[str](), stages.calibrate
+
+    def counted(equalized: stages.Equalized, stage: str) -> stages.Measured:
+        passes.append(stage)
+        return calibrate(equalized, stage)
+
+    monkeypatch.setattr(stages, "calibrate", counted)
+    values = dict.fromkeys(residual_values(find_groups(measured.model.module)), "a test")
+    found = with_halves(measured, dict.fromkeys(divisible(measured.model.module), "a test")) if halves else with_wide(measured, values)
+    assert passes == (["measure halves"] if halves else [])
+    if halves:
+        return
+    monkeypatch.setattr(stages, "_copied", lambda *arguments: None)
+    again = with_wide(measured, values)
+    assert found.table.values.keys() == again.table.values.keys() > measured.table.values.keys() and found.table.samples == again.table.samples
+    for name, seen in again.table.values.items():
+        for end in ("low", "high", "count", "channel_count"):
+            assert getattr(found.table.values[name], end) == pytest.approx(getattr(seen, end), rel=1e-5, abs=1e-6), name
+        np.testing.assert_allclose(found.table.values[name].channel_mean, seen.channel_mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.ends.ends[name], again.ends.ends[name], rtol=1e-5, atol=1e-5)
+    assert found.means.groups.keys() == again.means.groups.keys() and found.means.limit == again.means.limit and found.warnings == again.warnings
+    for name, group in found.means.groups.items():
+        for add in (True, False):
+            if group.residual or not add:
+                np.testing.assert_allclose(found.means.expected(name, 5, add), again.means.expected(name, 5, add), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_asked_for_has_16_bits(compiled: tuple[str, Path, Compilation]) -> None:

@@ -37,6 +37,7 @@ from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import SIXTEEN, Group, find_groups
 from qcompiler.passes.halves import HALVES
 from qcompiler.passes.sequence import INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
+from qcompiler.passes.streams import copied_values
 from qcompiler.pipeline.findings import Findings, Found, named, remembered
 from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import Job
@@ -251,8 +252,7 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     job = equalized.job
     if job.samples.count == 0:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
-    ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
-    ids = list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
+    ids = _looked_at(job)
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
     ends = SampleEnds(ids)
     groups, first = find_groups(job.model.module), FirstLayers(equalized.first, SAMPLES)
@@ -265,13 +265,37 @@ def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
     return Measured(equalized, table, means, ends, warnings)
 
 
+def _looked_at(job: Job) -> list[str]:
+    """The values whose statistics a plan may need."""
+    ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
+    return list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
+
+
 def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ...], stage: str, *arguments: Any) -> Measured:
-    """The statistics of the network behind passes that change nothing that is computed. stage: what the pass over the samples is called. arguments: as `run`
-    has them."""
+    """The statistics of the network behind passes that change nothing that is computed. Where its values are those of before and copies of them, all is known;
+    else the samples tell. stage: what the pass over them is called. arguments: as `run` has them."""
     job = measured.job
     first, *others = (dataclasses.replace(m, module=run(rewrite, m.module, *arguments, dump=job.dump)) for m in job.models)
     job = dataclasses.replace(job, model=first, others=tuple(others))
-    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job)), stage).with_noise_of(measured)
+    equalized = dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job))
+    return (_copied(measured, equalized) or calibrate(equalized, stage)).with_noise_of(measured)
+
+
+def _copied(measured: Measured, equalized: Equalized) -> Measured | None:
+    """Statistics of a network whose values are among those that were measured, and copies of them; None of another."""
+    known, copies = set(_looked_at(measured.job)), copied_values(equalized.job.model.module)
+
+    def source(value: str) -> str | None:
+        return value if value in known else copies.get(value) if copies.get(value) in known else None
+
+    ids = _looked_at(equalized.job)
+    sources = {v: s for v in ids if (s := source(v)) is not None}
+    means = measured.means.copied(equalized.job.model.module, source) if len(sources) == len(ids) and measured.table.samples else None
+    if means is None:
+        return None
+    table = measured.table.copied(sources)
+    equalized.job.dump("calibration", table)
+    return Measured(equalized, table, means, measured.ends.copied(sources), measured.warnings)
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,12 @@ class SampleEnds:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         self.ends = {name: [(float(low), float(high)) for low, high in ends] for name, ends in state.items()}
 
+    def copied(self, sources: Mapping[str, str]) -> SampleEnds:
+        """The same of other values: of each the value that has its numbers."""
+        found = SampleEnds(())
+        found.ends = {v: self.ends[source] for v, source in sources.items()}
+        return found
+
     def with_room(self, proposals: Mapping[str, Proposals], least: Mapping[str, np.ndarray]) -> dict[str, Proposals]:
         """The ranges, each with headroom for the next sample. least: float64[2], what is known of the headroom below and above a value."""
         names = [name for name, p in proposals.items() if len({len(self.ends.get(m, ())) for m in p.members} - {0}) == 1]

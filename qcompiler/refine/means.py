@@ -6,7 +6,7 @@ E[y][o] = b[o] + sum over taps and channels of w[o, tap, c] * E[x at that tap][c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,20 @@ class FloatMeans:
                     while source in made_by and made_by[source].traits.views:  # may be a view, which no step computes
                         source = made_by[source].inputs[0]
                     self._readers.setdefault(source, []).append((group, means, shapes.get(value)))
+
+    def copied(self, module: tvm.IRModule, source: Callable[[str], str | None]) -> FloatMeans | None:
+        """The same of a network of which every such group is one of this network, or None. source: a value of it -> the value of this network with its
+        numbers, None for none."""
+        found = FloatMeans(module, self.limit, self._kept)
+        for name, group in found.groups.items():
+            own = self.groups.get(name)
+            read = [v and source(v) for v in (group.inputs[0], group.residual)]
+            if own is None or read != [own.inputs[0], own.residual] or group.kind != own.kind or group.shape != own.shape:
+                return None
+        found._means |= {name: self._means[name] for name in found._means}
+        found._residuals |= {name: self._residuals[name] for name in found._residuals}
+        found.outputs = self.outputs
+        return found
 
     def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> list[np.ndarray] | None:
         if sample >= self.limit:
