@@ -15,7 +15,7 @@ from qcompiler.passes.groups import Group
 from qcompiler.passes.replace_operands import WEIGHT, replace_operands
 from qcompiler.refine import rounding
 from qcompiler.refine.integer_layers import integer_layers
-from qcompiler.refine.rounding import DataRounder, Gram, choose, cost, ending, least_error, patches, round_weight
+from qcompiler.refine.rounding import DataRounder, Gram, choose, ending, least_error, patches, round_weight
 from qcompiler.refine.weight_rounding import round_weights
 
 GEOMETRY = [
@@ -23,6 +23,11 @@ GEOMETRY = [
     {"strides": [2, 1], "padding": [0, 1, 2, 0], "dilation": [1, 2], "groups": 2},
     {"strides": [2, 2], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 4},
 ]
+
+
+def cost(error: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """float64[G, O]: error H error^T of each output."""
+    return np.asarray(np.einsum("gok,gkl,gol->go", error, own, error, optimize=True))
 
 
 def correlated(rng: np.random.Generator, groups: int, rows: int, width: int) -> np.ndarray:
@@ -97,7 +102,7 @@ def test_blocks_in_float32_round_as_column_after_column(width: int) -> None:
     target = rng.uniform(-140, 140, (3, 20, width))
     found, wanted = least_error(target, own), np.stack([plainly_rounded(t, h) for t, h in zip(target, own, strict=True)])
     assert found.dtype == np.float32 and (np.abs(found - wanted) < 1e-3).mean() > 0.99
-    np.testing.assert_allclose(cost(found, own.astype(np.float32)), np.einsum("gok,gkl,gol->go", wanted, own, wanted, optimize=True), rtol=0.02)
+    np.testing.assert_allclose(cost(found, own), cost(wanted, own), rtol=0.02)
 
 
 def test_it_is_the_same_however_many_samples_a_product_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:

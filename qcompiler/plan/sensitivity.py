@@ -34,7 +34,6 @@ _CONVERTED = 1 << 18  # elements of the conversion that is timed
 _ITERATIONS = 20  # of each step, for its least time
 _KINDS = ("weights", "values")  # of roundings
 FIRST = 2  # samples, of those that tell about every rounding
-COUNTS = 0.5  # times the noise of the average rounding
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """plain: the float network. rounded: the same library with int8 weights, dequantized, in the constants of `layers`. params: 8-bit parameters by
     value id. Looks at up to `most` samples; after the first, only as long as another one fits in `seconds`, and in `work`
-    multiplications of the float network. Behind the first `FIRST` of them only roundings count whose noise is `COUNTS` times that of the average one: others
-    are little, whatever further samples would say. padding: positions that don't count."""
+    multiplications of the float network. Behind the first `FIRST` of them only roundings count that have the noise of the average one: others are little,
+    whatever further samples would say. padding: positions that don't count."""
     begin = time.monotonic()
     written = {v for s in plain.manifest["steps"] for v in values_of(s)}
     wanted = {(True, n) for n in written & set(layers)} | {(False, v) for v in params.keys() & (written | {i.name for i in plain.inputs})}
@@ -115,9 +114,9 @@ def measure_sensitivity(
 
 
 def _felt(noise: Mapping[tuple[bool, str], np.ndarray]) -> set[tuple[bool, str]]:
-    """The roundings with `COUNTS` times the average's noise, at any of the outputs."""
+    """The roundings with the average's noise or more, at any of the outputs."""
     every = np.array([*noise.values()])
-    least = COUNTS * np.where(np.isfinite(every), every, 0.0).mean(axis=0) if noise else 0.0
+    least = np.where(np.isfinite(every), every, 0.0).mean(axis=0) if noise else 0.0
     return {rounding for rounding, own in noise.items() if not (own < least).all()}
 
 

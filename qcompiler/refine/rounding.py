@@ -105,8 +105,8 @@ class Gram:
 
 
 def round_weight(steps: np.ndarray, gram: Gram, centered: bool = False) -> np.ndarray:
-    """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen; an output for which
-    that is no better than the nearest int8 gets the nearest. centered: the mean of the error does not count."""
+    """int8, like `steps`: float weights [O, ...] in units of their scale, rounded for the inputs that `gram` has seen. centered: the mean of the error does
+    not count."""
     outputs, blocks = len(steps), gram.blocks
     groups, width = len(gram.sums) // blocks, gram.sums.shape[1]
     target = steps.reshape(groups, outputs // groups, blocks, -1).transpose(0, 2, 1, 3).reshape(groups * blocks, outputs // groups, -1).astype(np.float64)
@@ -114,24 +114,9 @@ def round_weight(steps: np.ndarray, gram: Gram, centered: bool = False) -> np.nd
     rounded, most = np.empty_like(target), max(1, WIDEST**2 // width**2)
     for start in range(0, len(target), most):  # as many matrices at a time as take the memory of a wide one
         part = slice(start, start + most)
-        rounded[part, :, order] = _rounded(target[part][:, :, order], gram.damped(part, centered)[:, order[:, None], order])
+        some = target[part][:, :, order]
+        rounded[part, :, order] = np.rint(some - least_error(some, gram.damped(part, centered)[:, order[:, None], order]))
     result: np.ndarray = rounded.reshape(groups, blocks, outputs // groups, -1).transpose(0, 2, 1, 3).reshape(steps.shape).astype(np.int8)
-    return result
-
-
-def _rounded(target: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """float64[G, O, K]: whole numbers for `target`."""
-    nearest = (target - np.clip(np.rint(target), -WEIGHT_HIGH, WEIGHT_HIGH)).astype(np.float32)
-    best, own = least_error(target, own), own.astype(np.float32)
-    worse = cost(best, own) >= cost(nearest, own)
-    best[worse] = nearest[worse]
-    result: np.ndarray = np.rint(target - best)
-    return result
-
-
-def cost(error: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """float64[G, O]: error H error^T of each output."""
-    result: np.ndarray = (error @ own * error).sum(axis=2, dtype=np.float64)
     return result
 
 
