@@ -229,31 +229,33 @@ def choose(candidates: Sequence[np.ndarray], steps: np.ndarray, x: np.ndarray, e
     """Per output channel the first of the int8 candidates whose result on patches x [G, P, K], behind `end`, is nearest to that of the weights `steps`, with
     its mean shift taken back as the bias will. end: what follows sums [..., O] in accumulator steps, without the bias."""
 
-    def product(w: np.ndarray) -> np.ndarray:
+    def product(_: int, w: np.ndarray) -> np.ndarray:
         result = x @ w.reshape(len(x), len(w) // len(x), -1).astype(np.float32).transpose(0, 2, 1)
-        return result.transpose(1, 0, 2).reshape(result.shape[1], len(w)).astype(np.float64)
+        return result.transpose(1, 0, 2).reshape(result.shape[1], len(w))
 
-    def error(_: int, candidate: np.ndarray) -> np.ndarray:
-        actual = product(candidate)
-        actual += (wanted - actual).mean(axis=0)
-        return np.asarray(np.square(end(actual) - ended).mean(axis=0))
+    def error(_: int, actual: np.ndarray) -> np.ndarray:
+        actual += (wanted - actual).mean(axis=0, dtype=np.float64).astype(np.float32)
+        lost = end(actual)
+        lost -= ended
+        return np.asarray(np.square(lost, out=lost).mean(axis=0, dtype=np.float64))
 
-    wanted = product(steps)
+    wanted, *made = in_order(product, range(cores()), [steps, *candidates])
     ended = end(wanted)
-    best = np.argmin(np.stack(list(in_order(error, range(cores()), candidates))), axis=0)
+    best = np.argmin(np.stack(list(in_order(error, range(cores()), made))), axis=0)
     chosen: np.ndarray = np.stack(candidates)[best, np.arange(len(steps))]
     return chosen
 
 
 def ending(group: Group, unit: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Slopes and clamp of a layer for sums [..., O] in steps of its accumulator, without the bias; what stands behind a residual is left out."""
-    bias = (0.0 if group.bias is None else group.bias) / unit
-    slopes = None if group.bends_sum else group.slopes
-    low, high = (None if bound is None or group.residual else bound / unit for bound in (group.low, group.high))
+    """Slopes and clamp of a layer for sums float32[..., O] in steps of its accumulator, without the bias; what stands behind a residual is left out."""
+    slopes = None if group.bends_sum or group.slopes is None else group.slopes.astype(np.float32)
+    with np.errstate(over="ignore"):  # what bounds nothing is infinite
+        bias = np.asarray((0.0 if group.bias is None else group.bias) / unit, np.float32)
+        low, high = (None if bound is None or group.residual else np.asarray(bound / unit, np.float32) for bound in (group.low, group.high))
 
     def end(sums: np.ndarray) -> np.ndarray:
         y = sums + bias
         y = y if slopes is None else np.where(y < 0, slopes * y, y)
-        return y if low is None and high is None else np.clip(y, low, high)
+        return y if low is None and high is None else np.clip(y, low, high, out=y)
 
     return end
