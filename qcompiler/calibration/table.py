@@ -155,10 +155,10 @@ class CalibrationTable:
         """SHA-256 (hexadecimal) of the table's content, which nobody changes once it was asked for."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def copied(self, sources: Mapping[str, str]) -> CalibrationTable:
-        """The same of other values: of each the value that has its numbers."""
-        values = {v: self.values[source] for v, source in sources.items() if source in self.values}
-        return CalibrationTable(self.samples, values, {v for v, source in sources.items() if source in self.unbounded})
+    def with_copies(self, other: CalibrationTable, sources: Mapping[str, str]) -> CalibrationTable:
+        """The table with more values. sources: of each the value of `other` that has its numbers."""
+        values = {v: other.values[source] for v, source in sources.items() if source in other.values}
+        return CalibrationTable(self.samples, {**values, **self.values}, self.unbounded | {v for v, source in sources.items() if source in other.unbounded})
 
     def to_json(self) -> str:
         """The whole table as JSON text; equal tables give equal text. Floats are written so that they read back exactly."""

@@ -246,14 +246,25 @@ class Measured:
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
-def calibrate(equalized: Equalized, stage: str = "calibrate") -> Measured:
+def calibrate(equalized: Equalized, stage: str = "calibrate", before: Measured | None = None) -> Measured:
     """FloatModel, samples -> CalibrationTable: the float network runs, on this machine whatever the target, over all samples. Without any (a model that
-    states its own ranges) nothing is run. stage: what the pass is called."""
+    states its own ranges) nothing is run. stage: what the pass is called. before: statistics of a network that computes the same; what is known by them, as
+    values have the same names or are copies, is not looked at again, and nothing is run where all is known."""
     job = equalized.job
     if job.samples.count == 0:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
     ids = _looked_at(job)
     means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
+    if before is not None:
+        sources = _sources(before, job)
+        means.know(before.means, sources)
+        new = [v for v in ids if v not in sources]
+        table, ends, sources = CalibrationTable(before.table.samples), SampleEnds(new), {v: sources[v] for v in ids if v in sources}
+        if new or means.wanted:
+            table = observe(equalized, new, [means, ends], stage, [means.limit], at_first=True)
+        table, ends = table.with_copies(before.table, sources), ends.with_copies(before.ends, sources)
+        job.dump("calibration", table)
+        return Measured(equalized, table, means, ends, before.warnings)
     ends = SampleEnds(ids)
     groups, first = find_groups(job.model.module), FirstLayers(equalized.first, SAMPLES)
     give_back()  # what equalization took
@@ -272,30 +283,19 @@ def _looked_at(job: Job) -> list[str]:
 
 
 def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ...], stage: str, *arguments: Any) -> Measured:
-    """The statistics of the network behind passes that change nothing that is computed. Where its values are those of before and copies of them, all is known;
-    else the samples tell. stage: what the pass over them is called. arguments: as `run` has them."""
+    """The statistics of the network behind passes that change nothing that is computed. stage: what the pass over the samples is called. arguments: as `run`
+    has them."""
     job = measured.job
     first, *others = (dataclasses.replace(m, module=run(rewrite, m.module, *arguments, dump=job.dump)) for m in job.models)
     job = dataclasses.replace(job, model=first, others=tuple(others))
-    equalized = dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job))
-    return (_copied(measured, equalized) or calibrate(equalized, stage)).with_noise_of(measured)
+    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job)), stage, measured).with_noise_of(measured)
 
 
-def _copied(measured: Measured, equalized: Equalized) -> Measured | None:
-    """Statistics of a network whose values are among those that were measured, and copies of them; None of another."""
-    known, copies = set(_looked_at(measured.job)), copied_values(equalized.job.model.module)
-
-    def source(value: str) -> str | None:
-        return value if value in known else copies.get(value) if copies.get(value) in known else None
-
-    ids = _looked_at(equalized.job)
-    sources = {v: s for v in ids if (s := source(v)) is not None}
-    means = measured.means.copied(equalized.job.model.module, source) if len(sources) == len(ids) and measured.table.samples else None
-    if means is None:
-        return None
-    table = measured.table.copied(sources)
-    equalized.job.dump("calibration", table)
-    return Measured(equalized, table, means, measured.ends.copied(sources), measured.warnings)
+def _sources(before: Measured, job: Job) -> dict[str, str]:
+    """Value of a job's network -> the one with its numbers of those that were looked at before."""
+    seen = before.table.values.keys() | before.table.unbounded  # a view is computed by no step, and so not seen
+    copies = {copy: value for copy, value in copied_values(job.model.module).items() if value in seen}
+    return copies | {value: value for value in _looked_at(before.job)}
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------

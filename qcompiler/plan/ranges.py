@@ -73,10 +73,10 @@ class SampleEnds:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         self.ends = {name: [(float(low), float(high)) for low, high in ends] for name, ends in state.items()}
 
-    def copied(self, sources: Mapping[str, str]) -> SampleEnds:
-        """The same of other values: of each the value that has its numbers."""
+    def with_copies(self, other: SampleEnds, sources: Mapping[str, str]) -> SampleEnds:
+        """These and more values. sources: of each the value of `other` that has its numbers."""
         found = SampleEnds(())
-        found.ends = {v: self.ends[source] for v, source in sources.items()}
+        found.ends = {v: other.ends[source] for v, source in sources.items()} | self.ends
         return found
 
     def with_room(self, proposals: Mapping[str, Proposals], least: Mapping[str, np.ndarray]) -> dict[str, Proposals]:

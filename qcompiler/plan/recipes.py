@@ -85,7 +85,7 @@ class Recipe:
 
 _SAMPLES = {"fast": 32, "default": 32, "accurate": 64}
 _POSITIONS = {"fast": 128, "default": 256, "accurate": 512}
-_JUDGES = {"fast": (4, 0.5, 8.0), "default": (8, 0.5, 16.0), "accurate": (16, 1.0, 64.0)}
+_JUDGES = {"fast": (4, 0.5, 8.0), "default": (8, 0.5, 16.0), "accurate": (8, 1.0, 64.0)}
 _HALVES = {"fast": (2.5, 1 / 16), "default": (2.5, 1 / 16), "accurate": (0.2, 1 / 3)}
 _STATES = (0.5, 1.0)
 

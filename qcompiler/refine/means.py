@@ -6,7 +6,7 @@ E[y][o] = b[o] + sum over taps and channels of w[o, tap, c] * E[x at that tap][c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -100,19 +100,27 @@ class FloatMeans:
                         source = made_by[source].inputs[0]
                     self._readers.setdefault(source, []).append((group, means, shapes.get(value)))
 
-    def copied(self, module: tvm.IRModule, source: Callable[[str], str | None]) -> FloatMeans | None:
-        """The same of a network of which every such group is one of this network, or None. source: a value of it -> the value of this network with its
-        numbers, None for none."""
-        found = FloatMeans(module, self.limit, self._kept)
-        for name, group in found.groups.items():
-            own = self.groups.get(name)
-            read = [v and source(v) for v in (group.inputs[0], group.residual)]
-            if own is None or read != [own.inputs[0], own.residual] or group.kind != own.kind or group.shape != own.shape:
-                return None
-        found._means |= {name: self._means[name] for name in found._means}
-        found._residuals |= {name: self._residuals[name] for name in found._residuals}
-        found.outputs = self.outputs
-        return found
+    def know(self, before: FloatMeans, sources: Mapping[str, str]) -> None:
+        """Take what is known of groups that read the same: it is not looked at again. before: of a network that computes the same. sources: value -> the one
+        with its numbers there."""
+        known = set[str]()
+        for name, group in self.groups.items():
+            own, (x, residual) = before.groups.get(name), (v and sources.get(v) for v in (group.inputs[0], group.residual))
+            same = own is not None and (x, residual) == (own.inputs[0], own.residual) and bool(residual) == bool(group.residual)
+            if own is not None and same and (group.kind, group.shape) == (own.kind, own.shape):
+                known.add(name)
+                self._means[name] = before._means[name][: self.limit]
+                if residual:
+                    self._residuals[name] = before._residuals[name][: self.limit]
+        readers = {value: [r for r in reading if r[0].id not in known] for value, reading in self._readers.items()}
+        self._readers = {value: reading for value, reading in readers.items() if reading}
+        self.outputs = before.outputs[: self._kept]
+        self._kept = len(self.outputs)
+
+    @property
+    def wanted(self) -> bool:
+        """Is there a group of which means are to be collected?"""
+        return bool(self._readers)
 
     def look(self, sample: int, value_id: str, array: np.ndarray, seen: object) -> list[np.ndarray] | None:
         if sample >= self.limit:
