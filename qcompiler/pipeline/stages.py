@@ -246,34 +246,26 @@ class Measured:
         return {name: noise for name in proposals if (noise := self._noise[name][1])}
 
 
-def calibrate(equalized: Equalized, stage: str = "calibrate", before: Measured | None = None) -> Measured:
+def calibrate(equalized: Equalized) -> Measured:
     """FloatModel, samples -> CalibrationTable: the float network runs, on this machine whatever the target, over all samples. Without any (a model that
-    states its own ranges) nothing is run. stage: what the pass is called. before: statistics of a network that computes the same; what is known by them, as
-    values have the same names or are copies, is not looked at again, and nothing is run where all is known."""
+    states its own ranges) nothing is run."""
     job = equalized.job
     if job.samples.count == 0:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
-    ids = _looked_at(job)
-    means = FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
-    if before is not None:
-        sources = _sources(before, job)
-        means.know(before.means, sources)
-        new = [v for v in ids if v not in sources]
-        table, ends, sources = CalibrationTable(before.table.samples), SampleEnds(new), {v: sources[v] for v in ids if v in sources}
-        if new or means.wanted:
-            table = observe(equalized, new, [means, ends], stage, [means.limit], at_first=True)
-        table, ends = table.with_copies(before.table, sources), ends.with_copies(before.ends, sources)
-        job.dump("calibration", table)
-        return Measured(equalized, table, means, ends, before.warnings)
-    ends = SampleEnds(ids)
-    groups, first = find_groups(job.model.module), FirstLayers(equalized.first, SAMPLES)
+    ids, means = _looked_at(job), _means(job)
+    ends, first = SampleEnds(ids), FirstLayers(equalized.first, SAMPLES)
+    groups = find_groups(job.model.module)
     give_back()  # what equalization took
-    table = observe(equalized, ids, [means, ends, first], stage, [means.limit], at_first=True)
+    table = observe(equalized, ids, [means, ends, first], "calibrate", [means.limit], at_first=True)
     job.dump("calibration", table)
     warnings = unused(job.samples) + doubts(table, [i.name for i in job.model.inputs], means.outputs, groups, first.constancy())
     if equalized.imported is not None and equalized.imported.failure and job.model.exactness != QUANTIZED:  # such a file is judged by its library
         warnings.append(equalized.imported.failure)
     return Measured(equalized, table, means, ends, warnings)
+
+
+def _means(job: Job) -> FloatMeans:
+    return FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
 
 
 def _looked_at(job: Job) -> list[str]:
@@ -283,19 +275,30 @@ def _looked_at(job: Job) -> list[str]:
 
 
 def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ...], stage: str, *arguments: Any) -> Measured:
-    """The statistics of the network behind passes that change nothing that is computed. stage: what the pass over the samples is called. arguments: as `run`
-    has them."""
+    """The statistics of the network behind passes that change nothing that is computed. What has a name of before, or is a copy, is known; a pass over the
+    samples looks at the rest, if there is any. stage: what it is called. arguments: as `run` has them."""
     job = measured.job
     first, *others = (dataclasses.replace(m, module=run(rewrite, m.module, *arguments, dump=job.dump)) for m in job.models)
     job = dataclasses.replace(job, model=first, others=tuple(others))
-    return calibrate(dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job)), stage, measured).with_noise_of(measured)
+    equalized = dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job))
+    if job.samples.count == 0:
+        return calibrate(equalized).with_noise_of(measured)
+    ids, sources, means = _looked_at(job), _sources(measured, job), _means(job)
+    new, known = [v for v in ids if v not in sources], {v: sources[v] for v in ids if v in sources}
+    means.know(measured.means, sources)
+    table, ends = CalibrationTable(measured.table.samples), SampleEnds(new)
+    if new or means.wanted:
+        table = observe(equalized, new, [means, ends], stage, [means.limit], at_first=True)
+    table, ends = table.with_copies(measured.table, known), ends.with_copies(measured.ends, known)
+    job.dump("calibration", table)
+    return Measured(equalized, table, means, ends, measured.warnings).with_noise_of(measured)
 
 
-def _sources(before: Measured, job: Job) -> dict[str, str]:
-    """Value of a job's network -> the one with its numbers of those that were looked at before."""
-    seen = before.table.values.keys() | before.table.unbounded  # a view is computed by no step, and so not seen
+def _sources(measured: Measured, job: Job) -> dict[str, str]:
+    """Value of a job's network -> the one with its numbers of those that were measured."""
+    seen = measured.table.values.keys() | measured.table.unbounded  # a view is computed by no step, and so not seen
     copies = {copy: value for copy, value in copied_values(job.model.module).items() if value in seen}
-    return copies | {value: value for value in _looked_at(before.job)}
+    return copies | {value: value for value in _looked_at(measured.job)}
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------
