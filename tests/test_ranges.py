@@ -25,7 +25,7 @@ from qcompiler.pipeline.stages import QuantizedNetwork
 from qcompiler.plan import ranges
 from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
-from qcompiler.plan.ranges import LEAST_COUNTED, PREMIUM, REACH, TRIFLE, SampleEnds, choose, output_noise, premium, widened
+from qcompiler.plan.ranges import LEAST_COUNTED, LITTLE, PREMIUM, REACH, TRIFLE, SampleEnds, choose, output_noise, premium, widened
 from qcompiler.plan.sensitivity import Walk, work_behind
 from qcompiler.runtime.session import Session
 from qcompiler.verification.interpreter import run
@@ -115,12 +115,15 @@ def test_what_is_hopeless_after_a_few_samples_stays_out(network: QuantizedNetwor
     assert any(found[v]["clipped"] != everything[v]["clipped"] for v in proposals)
 
 
-@pytest.mark.parametrize(("trifle", "beside", "judges"), [(math.inf, 0.0, 2), (-1.0, 0.0, 6), (TRIFLE, 1e9, 2)])
+@pytest.mark.parametrize(
+    ("trifle", "beside", "little", "judges"), [(math.inf, 0.0, 1.0, 2), (math.inf, 0.0, LITTLE, 4), (-1.0, 0.0, 1.0, 6), (TRIFLE, 1e9, 1.0, 2)]
+)
 def test_a_value_on_which_little_depends_is_settled_by_few_samples(
-    network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch, trifle: float, beside: float, judges: int
+    network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch, trifle: float, beside: float, little: float, judges: int
 ) -> None:
-    """One of each kind, of three; what little is depends on what is judged elsewhere too."""
+    """One of each kind, of three, or two where more is no work; what is a trifle depends on what is judged elsewhere too."""
     monkeypatch.setattr(ranges, "TRIFLE", trifle)
+    monkeypatch.setattr(ranges, "LITTLE", little)
     params, reports = {"wide": QParams.from_range(-4.0, 4.0), "close": QParams.from_range(-3.8, 3.9)}, list[int]()
     proposals, ends = {"image": Proposals(params, ("image",), -4.0, 4.0)}, ends_of_values(network, samples(12))
     twin = network.measured.twin.session(1)

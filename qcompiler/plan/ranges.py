@@ -8,8 +8,9 @@ that value alone rounded:
 
 A range that clips does damage in few samples, so the samples in which a value reaches furthest are always among those that judge it, each for
 itself; others, evenly spread, stand for the rest. They judge in rounds, one of each kind first and twice as many by the end of each that follows. After
-a round with n of each kind in all, a range with 1 + 2 / n times the noise of the best of its value's is out, and a value is settled whose ranges that are
-left differ by a `TRIFLE` of the noise of all values, after the first round by half of it: most of the work goes to the few values that the outputs depend on.
+a round with n of each kind in all, a range with 1 + 2 / n times the noise of the best of its value's is out, and from two on a value is settled whose ranges
+that are left differ by a `TRIFLE` of the noise of all values; where the work is more than `LITTLE`, also after the first round, by half of a trifle: most of it
+goes to the few values that the outputs depend on.
 
 **Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
 no part in the noise at the outputs: there a wider range is free. So the widest is taken of ranges that differ by a trifle from the best. Rounding noise
@@ -141,13 +142,14 @@ def output_noise(
     judged = {name: p for name, p in proposals.items() if p.members and all(m in behind for m in p.members)}
     standing = {member: ends.weights(member, count, each, each) for p in judged.values() for member in p.members}
     runs, whole = {m: len(w) * behind[m] for m, w in standing.items()}, float(sum(step["macs"] for step in twin.manifest["steps"]))
-    if whole * sum(len(p.params) * sum(runs[m] for m in p.members) for p in judged.values()) > LITTLE:
+    much = whole * sum(len(p.params) * sum(runs[m] for m in p.members) for p in judged.values()) > LITTLE
+    if much:
         judged = {name: p for name, p in judged.items() if all(behind[m] <= part for m in p.members)}
     judged = _affordable(judged, runs, work * max(count, LEAST_COUNTED))
     standing = {member: standing[member] for p in judged.values() for member in p.members}
     if not judged:
         return {}
-    judges = _Judges(twin, judged, standing, each, padding, beside)
+    judges = _Judges(twin, judged, standing, each, padding, beside, 0 if much else 1)
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
     workers = twin.alone(worker_count(twin.manifest["workspace"]))
     while wanted := judges.wanted:
@@ -165,15 +167,23 @@ def output_noise(
 
 class _Judges:
     """Ranges that compete, and what the samples so far say of them. judged: value -> its ranges; standing: of each member of a value, the samples that judge
-    it, and how many each stands for: `each` of the first kind, then those of the second.
+    it, and how many each stands for: `each` of the first kind, then those of the second. beside: as `output_noise` has it; settles: the round from which on
+    values are settled.
 
     noise: member -> float64[ranges, outputs]; power: member -> float64[outputs]; left: value that is not settled -> bool[ranges].
     """
 
     def __init__(
-        self, twin: Session, judged: Mapping[str, Proposals], standing: Mapping[str, Mapping[int, float]], each: int, padding: Padding | None, beside: float
+        self,
+        twin: Session,
+        judged: Mapping[str, Proposals],
+        standing: Mapping[str, Mapping[int, float]],
+        each: int,
+        padding: Padding | None,
+        beside: float,
+        settles: int,
     ) -> None:
-        self._twin, self._judged, self._standing, self._padding, self._beside = twin, judged, standing, padding, beside
+        self._twin, self._judged, self._standing, self._padding, self._beside, self._settles = twin, judged, standing, padding, beside, settles
         self._leader = {member: name for name, p in judged.items() for member in p.members}
         self._behind = work_behind(twin)
         self._at = {i.name: 0 for i in twin.inputs} | {v: n for n, step in enumerate(twin.manifest["steps"], 1) for v in values_of(step)}
@@ -233,7 +243,8 @@ class _Judges:
             left &= ~out
         trifle = _trifle([self._beside, *(n.min() for n in noises.values())])
         trifle *= min(1.0, 2**self._round / 2)
-        self._open = {name for name in self._open & noises.keys() if noises[name][self.left[name]].max() > noises[name].min() + trifle}
+        if self._round >= self._settles:
+            self._open = {name for name in self._open & noises.keys() if noises[name][self.left[name]].max() > noises[name].min() + trifle}
         self._round += 1
 
     def noises(self) -> Iterator[tuple[str, np.ndarray]]:
