@@ -20,6 +20,7 @@ from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import opened
 from qcompiler.pipeline.stages import Measured, calibrate, equalize
 from qcompiler.plan.sensitivity import Walk
+from qcompiler.refine import rounding
 from qcompiler.refine.rounding import DataRounder
 from qcompiler.verification.compared import Votes
 from qcompiler.verification.parity import ParityReport
@@ -89,6 +90,7 @@ def test_corrections_see_what_counts(path: Path, monkeypatch: pytest.MonkeyPatch
             yield found[1]
 
     monkeypatch.setattr(DataRounder, "_patches", watch)
+    monkeypatch.setattr(rounding, "_ROWS", 1)  # one sample at a time
     samples = sentences(6)
     qcompiler.compile(path, calibration=samples)
     assert seen == {int(s["mask"].sum()) for s in samples}
