@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 LEAST = 5.0  # seconds that are worth beginning a section
-# Kinds of sections in their order, and seconds that one may take.
+# Kinds of sections in their order, and seconds that one may take; all rows are one.
 LIMITS = {"exact": 60.0, "speed": 90.0, "steps": 60.0, "rows": 240.0, "peers": 240.0}
 PEERS = {"speed": ["torch float16"], "peers": ["torch float16 compiled", "tensorrt float16", "tensorrt int8"]}
 STILL = 40.0  # seconds in which a case must end, the process's start included
@@ -183,8 +183,10 @@ def bounded(command: list[str], limit: float, growing: Path | None = None) -> tu
 
 
 def rows(report: Report, cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """All cases; one that breaks the device costs a process, three of a row that row's others, and many in turn the rest: it is not the cases then."""
+    """All cases; one that breaks the device costs a process, three of a row that row's others, and many in turn the rest: it is not the cases then. Those that
+    the time of all of them does not suffice for are left to the next call."""
     results, broken, in_turn = report.rows_file, Counter[str](), 0
+    options = argparse.Namespace(**vars(options) | {"within": min(options.within, time.monotonic() + LIMITS["rows"])})
     while True:
         before = len(sections.lines_of(results))
         error = child("rows::", results, options, [])

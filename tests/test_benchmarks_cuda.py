@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -153,6 +154,7 @@ def test_a_call_that_is_cut_off_and_gone_on_with(prepared: Prepared, tmp_path: P
 def test_a_row_that_breaks_the_device_is_given_up(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rows' cases run, each in a process that such a case did not break; and where everything breaks, the end comes soon."""
     cuda, started = scripts("cuda"), []
+    real = cuda.child
     cases = [{"case": f"{row}{i}", "row": row} for i in range(20) for row in ("good", "bad")]
 
     def child(bad: str, section: str, results: Path, *_: Any) -> str:
@@ -170,12 +172,18 @@ def test_a_row_that_breaks_the_device_is_given_up(scripts: Any, tmp_path: Path, 
         plan = {"targets": ["t"], "networks": [], "failed": []}
         report = cuda.Report(tmp_path / name, cuda.Gpu("g", 90), plan)
         monkeypatch.setattr(cuda, "child", lambda *arguments: child(bad, *arguments))
-        cuda.rows(report, cases, None)
+        cuda.rows(report, cases, argparse.Namespace(within=float("inf")))
         return list(report.document["rows"])
 
     lines = run("one.json", "bad")
     assert len(lines) == 40 and sum("error" in line for line in lines) == 20 and len(started) == 4
     assert sum("3 of bad broke the device" in line.get("error", "") for line in lines) == 17
+    monkeypatch.setitem(cuda.LIMITS, "rows", 1.0)  # too little to begin
+    with monkeypatch.context() as patch:
+        report = cuda.Report(tmp_path / "late.json", cuda.Gpu("g", 90), {"targets": ["t"], "networks": [], "failed": []})
+        patch.setattr(cuda, "child", real)
+        cuda.rows(report, cases, argparse.Namespace(within=float("inf"), limit=100.0))
+        assert [f["error"] for f in report.document["failed"]] == ["no time was left for 40 of 40 cases"] and not report.document["rows"]
     started.clear()
     monkeypatch.setattr(cuda, "OF_A_ROW", 100)
     assert len(run("all.json", "")) == len(started) == cuda.IN_TURN

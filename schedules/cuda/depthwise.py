@@ -83,17 +83,18 @@ def pack(weight: np.ndarray) -> np.ndarray:
 
 
 def placed(pattern: tuple[int | None, ...], row: Sequence[Any], columns: int) -> Any:
-    """The word whose bytes are what a pattern names of a kernel row with so many columns, given as words: a byte permutation, or none."""
+    """The word whose bytes are what a pattern names of a kernel row with so many columns, given as words: a byte permutation, or none. Columns of 4 adjacent
+    pixels are 4 adjacent ones at most: they lie in one word, or in two neighbours."""
     first, last = (pick(p // 4 for p in pattern if p is not None) for pick in (min, max))
-    zero = next((i for i in (4 * last + 3,) if i >= columns), None)  # a place in the last word that has no column
+    ends = 4 * last + 3 >= columns  # the last byte of the last word is 0
     if first == last and all(p == 4 * first + i or (p is None and 4 * first + i >= columns) for i, p in enumerate(pattern)):
         return row[first]
-    other = row[last] if first != last else row[first] if zero is not None else T.int32(0)
-    nothing = 7 if zero is not None else 4
+    other = row[last] if ends or first != last else T.int32(0)
+    nothing = 7 if ends else 4  # a byte of the other word, which is 0 unless that is a full word of columns
     selector = sum((nothing if p is None else p - 4 * first) << 4 * i for i, p in enumerate(pattern))
-    word = T.call_pure_extern("int32", "__byte_perm", row[first], other, T.int32(selector))
-    if first == last or zero is not None or None not in pattern:
-        return T.bind(word)
+    word = T.bind(T.call_pure_extern("int32", "__byte_perm", row[first], other, T.int32(selector)))
+    if ends or first == last or None not in pattern:
+        return word
     return T.bind(T.bitwise_and(word, T.int32(int(np.array([0 if p is None else -1 for p in pattern], np.int8).view(np.int32)[0]))))
 
 
