@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -189,6 +190,21 @@ def test_float_operators_have_a_reason_and_int8_neighbours() -> None:
     assert isinstance(plan.edges["y"], Fixed), "softmax values are quantized for the convolution behind it"
     assert plan.edges["first_b"] == Float("float32 operators read it only: computed in float32 from the int32 accumulator")
     insert_qdq(module, plan)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("sin", 30.0), ("sin", 0.5), ("silu", 30.0), *itertools.product(["sigmoid", "tanh", "silu"], [0.5, 3.0])])
+def test_a_function_that_makes_much_of_a_rounding_stays_float(name: str, factor: float) -> None:
+    """A sine of many periods; not one of a part of a period, and not activations."""
+
+    def make(net: Net, x: Any) -> Any:
+        scaled = net.add("scaled", op.multiply(net.conv("c", x, 8), scalar(factor)))
+        y = net.add("y", op.nn.silu(scaled) if name == "silu" else getattr(op, name)(scaled))
+        return net.conv("z", y, 8)
+
+    plan, _ = plan_of(make)
+    reasons = {k: v for k, v in plan.reasons.items() if "argument" in v}
+    assert bool(reasons) == ((name, factor) == ("sin", 30.0)), reasons
+    assert all("8 bits of its argument would leave" in r for r in reasons.values())
 
 
 def test_layers_kept_float_by_name() -> None:

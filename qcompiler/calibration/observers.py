@@ -45,6 +45,16 @@ _Weights = Callable[[Histogram], tuple[np.ndarray, int]]
 """float64[bins], how much an error in each counts; what their sum is divided by."""
 
 
+def result_db(function: Callable[[np.ndarray], np.ndarray], histogram: Histogram, params: QParams) -> float:
+    """SQNR in dB of an elementwise function's result when its argument, of which `histogram` tells, is rounded; each bin counts as a value in its middle."""
+    used = np.flatnonzero(histogram.counts)
+    x, weight = (histogram.edges[used] + histogram.edges[used + 1]) / 2, histogram.counts[used]
+    wanted = function(x)
+    noise = float(np.sum(weight * np.square(function(params.dequantize(params.quantize(x))) - wanted)))
+    power = float(np.sum(weight * np.square(wanted)))
+    return math.inf if noise == 0 else 10 * math.log10(power / noise) if power else -math.inf
+
+
 def _plain(histogram: Histogram) -> tuple[np.ndarray, int]:
     return histogram.nonzero, histogram.total
 

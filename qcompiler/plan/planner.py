@@ -27,14 +27,15 @@ import tvm
 from qcompiler.base.errors import PlanError, closest
 from qcompiler.base.targets import Target
 from qcompiler.calibration.histogram import Histogram
-from qcompiler.calibration.observers import OBSERVERS, relative_error, sqnr_db
+from qcompiler.calibration.observers import OBSERVERS, relative_error, result_db, sqnr_db
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.numerics.recurrence import STATE_LIMITS
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
-from qcompiler.passes.groups import SIXTEEN, Group, find_groups
+from qcompiler.passes.groups import SIXTEEN, Group, find_groups, values_in_sixteen
 from qcompiler.passes.halves import HALVES
 from qcompiler.passes.trained import Trained
+from qcompiler.passes.unary import Unary
 from qcompiler.plan.placement import Placer
 from qcompiler.plan.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
 from qcompiler.plan.recipes import Recipe, recipe
@@ -51,6 +52,7 @@ Found = TypeVar("Found")
 _APART = 10.0  # quantities whose magnitudes differ by more share no scale at the end of a network
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
 _WIDE_MARGIN = 2.0  # of a 16-bit range beyond what was seen: one bit of sixteen against saturation
+_SOUND, _AMPLIFIED, _BESIDE = 40.0, 3.0, 9.0  # dB, of a function's result: enough; less than its argument has; less than its own rounding leaves
 _SLACK = 1.01  # a state that was rounded may lie a little beyond its bound
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
@@ -156,6 +158,7 @@ class _Planner:
         self.exprs, self.trained = graph.values(), Trained.of(graph.attrs)
         self.halves = {half: (value, i == 0) for value, pair in graph.attrs.get(HALVES, {}).items() for i, half in enumerate(pair)}
         self.sixteen: Mapping[str, str] = graph.attrs.get(SIXTEEN, {})
+        self.asked_wide = values_in_sixteen(graph.attrs) or frozenset()
         self.missing: list[str] = []  # values that have neither statistics nor parameters of their own
         self.placer = Placer(module, target)
         self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
@@ -166,7 +169,7 @@ class _Planner:
         self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
 
     def run(self) -> QuantPlan:
-        kept = {**self.unbounded(), **self.keep_float}
+        kept = {**self.unbounded(), **self.steep(), **self.keep_float}
         placement = self.placer.place(kept)
         if parted := self.parted(placement.reasons):
             placement = self.placer.place({**kept, **parted})
@@ -205,6 +208,21 @@ class _Planner:
             if group.kind == "recurrence" and (why := self.beyond(group)):
                 found[group.id] = why
         return found
+
+    def steep(self) -> dict[str, str]:
+        """group id -> why it stays float: a function of one tensor that makes much of the rounding of its argument, as a sine of many periods does."""
+        found = {}
+        for group in self.groups:
+            if group.function is None or group.reason or group.inputs[0] in self.asked_wide or not self.table.values or self.trained.keeps_float:
+                continue
+            before, own = (sqnr_db(h, QParams.from_range(h.low, h.high)) for h in (self.statistics(group.inputs[0]), self.statistics(group.id)))
+            after = self.result_db(group.function, self.statistics(group.inputs[0]))
+            if after < min(_SOUND, before - _AMPLIFIED, own - _BESIDE):
+                found[group.id] = f"8 bits of its argument would leave {after:.0f} dB of its result"
+        return found
+
+    def result_db(self, function: Unary, argument: Histogram) -> float:
+        return self.once((str(function.expression), argument.digest), lambda: result_db(function, argument, QParams.from_range(argument.low, argument.high)))
 
     def beyond(self, group: Group) -> str | None:
         """Why the initial state or cell of a recurrent layer is more than its integers hold."""
