@@ -416,8 +416,10 @@ def test_look_alikes_stay() -> None:
         bent = [
             e("b0", op.maximum(x, e("m0", op.multiply(other, one(0.1))))),  # of two tensors
             e("b1", op.maximum(x, e("m1", op.add(e("k1", op.multiply(x, one(0.1))), one(0.5))))),  # bends beside zero
+            e("b3", op.maximum(e("p3", op.add(x, one(1e-6))), e("m3", op.multiply(x, one(0.1))))),  # and a little
             e("b2", op.add(e("r2", op.nn.relu(x)), e("m2", op.multiply(e("n2", op.minimum(x, one(0))), randoms(1, 4, 8, 8))))),  # a slope per element
         ]
+        bent += [e("b4", op.add(x, one(1e-6))), e("b5", op.add(x, one(1e-30)))]
         return [e("y", op.multiply(x, e("s", op.sigmoid(other)))), e("z", op.nn.prelu(x, randoms(4), 1)), other, *bent]
 
     before = module_of(make, 1, 4, 8, 8)

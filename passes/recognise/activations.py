@@ -68,13 +68,14 @@ def bent(rewrite: Rewrite, name: str, expr: Any) -> Any:
 
 
 def _slopes(function: Unary, shape: tuple[int, ...]) -> np.ndarray | None:
-    """float32, one for each element of its constants' shape: what a rectifier multiplies negative numbers with; None for any other function."""
+    """float32, one for each element of its constants' shape: what a rectifier multiplies negative numbers with; None for any other function, one
+    that is not quite 0 at 0 among them."""
     grid = np.broadcast_to(_GRID.reshape(-1, *(1 for _ in shape)), (len(_GRID), *shape))
     values = function(grid)
     slopes = values[0] / grid[0]
     with np.errstate(all="ignore"):  # of a function that is not finite
         expected = np.where(grid > 0, grid, slopes * grid)
-    return slopes.astype(np.float32).reshape(-1) if np.isfinite(slopes).all() and np.allclose(values, expected, rtol=1e-6, atol=1e-6) else None
+    return slopes.astype(np.float32).reshape(-1) if np.isfinite(slopes).all() and np.allclose(values, expected, rtol=1e-6, atol=0) else None
 
 
 def _smallest(rewrite: Rewrite, name: str, accept: Callable[[Expression, Any], Any], arrays: bool) -> Any:

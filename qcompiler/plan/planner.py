@@ -222,7 +222,9 @@ class _Planner:
         return found
 
     def result_db(self, function: Unary, argument: Histogram) -> float:
-        return self.once((str(function.expression), argument.digest), lambda: result_db(function, argument, QParams.from_range(argument.low, argument.high)))
+        """What 8 bits of its argument leave of a function's result under the best of some ranges: one that saturates is better off with a part of it."""
+        ranges = [QParams.from_range(argument.low / part, argument.high / part) for part in (1, 2, 4, 8, 16)]
+        return self.once((str(function.expression), argument.digest), lambda: max(result_db(function, argument, params) for params in ranges))
 
     def beyond(self, group: Group) -> str | None:
         """Why the initial state or cell of a recurrent layer is more than its integers hold."""
