@@ -207,6 +207,18 @@ def test_a_function_that_makes_much_of_a_rounding_stays_float(name: str, factor:
     assert all("8 bits of its argument would leave" in r for r in reasons.values())
 
 
+def test_the_argument_of_a_steep_function_is_not_rounded_either() -> None:
+    def make(net: Net, x: Any) -> Any:
+        scaled = net.add("scaled", op.multiply(x, scalar(30)))
+        moved = net.add("moved", op.reshape(scaled, (1, 64, 1, 8)))
+        waves = [net.conv(f"of {f}", net.add(f, getattr(op, f)(moved)), 8, 1) for f in ("sin", "cos")]
+        return net.add("both", op.reshape(net.add("sum", op.add(*waves)), (1, 8, 8, 8)))
+
+    plan, _ = plan_of(make)
+    assert plan.reasons["scaled"].endswith("dB of 'sin'") and plan.reasons["sin"].startswith("8 bits of its argument")
+    assert {"sin", "cos", "moved", "scaled"} <= plan.reasons.keys() and not {"first", "last", "sum"} & plan.reasons.keys()
+
+
 def test_layers_kept_float_by_name() -> None:
     """By node, value, or a convolution that its BatchNorm swallowed; a typo names the nearest; its neighbours lose a rounding."""
     model = load(MODEL)

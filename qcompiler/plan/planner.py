@@ -210,8 +210,9 @@ class _Planner:
         return found
 
     def steep(self) -> dict[str, str]:
-        """group id -> why it stays float: a function of one tensor that makes much of the rounding of its argument, as a sine of many periods does."""
-        found = {}
+        """group id -> why it stays float: a function of one tensor that makes much of the rounding of its argument, as a sine of many periods does, and what
+        computes that argument, as far as it is light: products hand their sums out in float32."""
+        found: dict[str, str] = {}
         for group in self.groups:
             if group.function is None or group.reason or group.inputs[0] in self.asked_wide or not self.table.values or self.trained.keeps_float:
                 continue
@@ -219,6 +220,12 @@ class _Planner:
             after = self.result_db(group.function, self.statistics(group.inputs[0]))
             if after < min(_SOUND, before - _AMPLIFIED, own - _BESIDE):
                 found[group.id] = f"8 bits of its argument would leave {after:.0f} dB of its result"
+                makers = [self.made_by[v] for v in group.inputs if v in self.made_by]
+                while makers:
+                    maker = makers.pop()
+                    if (maker.traits.light or maker.traits.moves) and maker.id not in found:
+                        found[maker.id] = f"8 bits of it would leave {after:.0f} dB of '{group.id}'"
+                        makers += [self.made_by[v] for v in maker.operands if v in self.made_by]
         return found
 
     def result_db(self, function: Unary, argument: Histogram) -> float:
