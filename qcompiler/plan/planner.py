@@ -2,7 +2,7 @@
 
     decide(model, calibration table, target, preset, keep_float) -> QuantPlan
 
-1. `placement.py` decides which operators stay float, and which values are stored in 8 bits.
+1. `placement.py` decides which operators stay float, those that `unsuited.py` finds in the data among them, and which values are stored in 8 bits.
 2. Values that one operator must see under one scale form a class: the two sides of pooling, resize and data movement; the operands
    of a concatenation.
 3. A class takes the parameters that the model file states (quantization-aware training), fixed ones where an operator's range is known
@@ -18,8 +18,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tvm
@@ -27,18 +27,18 @@ import tvm
 from qcompiler.base.errors import PlanError, closest
 from qcompiler.base.targets import Target
 from qcompiler.calibration.histogram import Histogram
-from qcompiler.calibration.observers import OBSERVERS, relative_error, result_db, sqnr_db
+from qcompiler.calibration.observers import OBSERVERS, relative_error, sqnr_db
 from qcompiler.calibration.table import CalibrationTable
-from qcompiler.numerics.recurrence import STATE_LIMITS
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, relax_op
 from qcompiler.passes.groups import SIXTEEN, Group, find_groups, values_in_sixteen
 from qcompiler.passes.halves import HALVES
 from qcompiler.passes.trained import Trained
-from qcompiler.passes.unary import Unary
 from qcompiler.plan.placement import Placer
 from qcompiler.plan.quant_plan import Derived, Edge, Fixed, Float, Judged, Proposals, Quantized, QuantPlan, Shared
 from qcompiler.plan.recipes import Recipe, recipe
+from qcompiler.plan.statistics import Statistics
+from qcompiler.plan.unsuited import Unsuited
 from qcompiler.plan.weights import choose_scales
 
 _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is common; [-1, 1) in steps of 1/128, with 0 exact
@@ -48,12 +48,8 @@ _FIXED = {  # values in [0, 1) in steps of 1/256; [0, 1] where 1 itself is commo
     "tanh": (QParams(1 / 128, 0), "a hyperbolic tangent lies in [-1, 1)"),
     "recurrence": (QParams(1 / 128, 0), "a hidden state lies in [-1, 1)"),
 }
-Found = TypeVar("Found")
-_APART = 10.0  # quantities whose magnitudes differ by more share no scale at the end of a network
 _MIN_GAIN = 0.01  # an observer displaces a simpler one when it lowers the error by more than this fraction
 _WIDE_MARGIN = 2.0  # of a 16-bit range beyond what was seen: one bit of sixteen against saturation
-_SOUND, _AMPLIFIED, _BESIDE = 40.0, 3.0, 9.0  # dB, of a function's result: enough; less than its argument has; less than its own rounding leaves
-_SLACK = 1.01  # a state that was rounded may lie a little beyond its bound
 _TINY = 2.0**-64  # a range below it is taken as zero: products of its scale would leave float32
 
 
@@ -154,13 +150,13 @@ class _Planner:
         self, module: tvm.IRModule, table: CalibrationTable, target: Target, recipe: Recipe, keep_float: Mapping[str, str], ranges: Mapping[str, Judged]
     ) -> None:
         self.table, self.ranges = table, ranges
-        graph = Graph.of(module)
+        graph, self.placer = Graph.of(module), Placer(module, target)
         self.exprs, self.trained = graph.values(), Trained.of(graph.attrs)
         self.halves = {half: (value, i == 0) for value, pair in graph.attrs.get(HALVES, {}).items() for i, half in enumerate(pair)}
         self.sixteen: Mapping[str, str] = graph.attrs.get(SIXTEEN, {})
-        self.asked_wide = values_in_sixteen(graph.attrs) or frozenset()
+        self.statistics = Statistics(table, self.placer.made_by)
+        self.unsuited = Unsuited(self.placer, self.statistics, self.trained, values_in_sixteen(graph.attrs) or frozenset())
         self.missing: list[str] = []  # values that have neither statistics nor parameters of their own
-        self.placer = Placer(module, target)
         self.groups, self.made_by, self.readers = self.placer.groups, self.placer.made_by, self.placer.readers
         self.keep_float = keep_float
         self.recipe = recipe
@@ -169,9 +165,9 @@ class _Planner:
         self.classes: dict[str, set[str]] = {}  # value -> the values that share its quantization
 
     def run(self) -> QuantPlan:
-        kept = {**self.unbounded(), **self.steep(), **self.keep_float}
+        kept = {**self.unsuited.unbounded(), **self.unsuited.steep(), **self.keep_float}
         placement = self.placer.place(kept)
-        if parted := self.parted(placement.reasons):
+        if parted := self.unsuited.parted(placement.reasons):
             placement = self.placer.place({**kept, **parted})
         self.plan.reasons = placement.reasons
         self.plan.edges = dict.fromkeys(self.readers, Float(""))  # keeps the order of execution
@@ -200,71 +196,6 @@ class _Planner:
         self.plan.validate(self.groups, [v for v in self.readers if v not in self.made_by])
         return self.plan
 
-    def unbounded(self) -> dict[str, str]:
-        """group id -> why it stays float: it reads or makes what no scale can state."""
-        touching = {g.id: next((v for v in (*g.operands, g.id) if v in self.table.unbounded), None) for g in self.groups}
-        found = {name: f"value '{value}' was infinite in the calibration data, or as good as that (a mask)" for name, value in touching.items() if value}
-        for group in self.groups:
-            if group.kind == "recurrence" and (why := self.beyond(group)):
-                found[group.id] = why
-        return found
-
-    def steep(self) -> dict[str, str]:
-        """group id -> why it stays float: a function of one tensor that makes much of the rounding of its argument, as a sine of many periods does, and what
-        computes that argument, as far as it is light: products hand their sums out in float32."""
-        found: dict[str, str] = {}
-        for group in self.groups:
-            if group.function is None or group.reason or group.inputs[0] in self.asked_wide or not self.table.values or self.trained.keeps_float:
-                continue
-            before, own = (sqnr_db(h, QParams.from_range(h.low, h.high)) for h in (self.statistics(group.inputs[0]), self.statistics(group.id)))
-            after = self.result_db(group.function, self.statistics(group.inputs[0]))
-            if after < min(_SOUND, before - _AMPLIFIED, own - _BESIDE):
-                found[group.id] = f"8 bits of its argument would leave {after:.0f} dB of its result"
-                makers = [self.made_by[v] for v in group.inputs if v in self.made_by]
-                while makers:
-                    maker = makers.pop()
-                    if (maker.traits.light or maker.traits.moves) and maker.id not in found:
-                        found[maker.id] = f"8 bits of it would leave {after:.0f} dB of '{group.id}'"
-                        makers += [self.made_by[v] for v in maker.operands if v in self.made_by]
-        return found
-
-    def result_db(self, function: Unary, argument: Histogram) -> float:
-        """What 8 bits of its argument leave of a function's result under the best of some ranges: one that saturates is better off with a part of it."""
-        ranges = [QParams.from_range(argument.low / part, argument.high / part) for part in (1, 2, 4, 8, 16)]
-        return self.once((str(function.expression), argument.digest), lambda: max(result_db(function, argument, params) for params in ranges))
-
-    def beyond(self, group: Group) -> str | None:
-        """Why the initial state or cell of a recurrent layer is more than its integers hold."""
-        given = iter(group.plain)
-        for what, limit, known in zip(("state", "cell"), STATE_LIMITS, group.attrs["rest"], strict=False):
-            reach = float(np.abs(known).max(initial=0.0)) if isinstance(known, np.ndarray) else self.reach(next(given))
-            if reach > limit * _SLACK:
-                return f"its initial {what} reaches {reach:.4g}; integers hold up to {limit:g}"
-        return None
-
-    def reach(self, value: str) -> float:
-        """The greatest magnitude of a value in the calibration data; 0 without any."""
-        if not self.table.values:
-            return 0.0
-        histogram = self.statistics(value)
-        return max(-histogram.low, histogram.high)
-
-    def parted(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """group id -> why it shall stay float, of concatenations at the end of the network whose operands differ in magnitude by more than `_APART`: under one
-        scale the smaller ones would be lost, and nothing in 8 bits reads them. reasons: of the groups that are float anyway."""
-        ends: set[str] = set()  # values that only outputs read, or float operators, or what moves them there
-        for value in reversed(self.readers):
-            if all(g.id in reasons or (g.traits.moves and g.id in ends) for g in self.readers[value]):
-                ends.add(value)
-        found = {}
-        for group in self.groups:
-            if not group.traits.joins or group.id in reasons or group.id not in ends or any(v in self.trained.values for v in (*group.inputs, group.id)):
-                continue
-            reach = [max(-h.low, h.high) for v in group.inputs if (s := self.table.values.get(v)) is not None for h in [s.histogram]]
-            if len(reach) == len(group.inputs) and max(reach) > _APART * min(reach) > 0:
-                found[group.id] = f"its operands reach from {min(reach):.3g} to {max(reach):.3g}, and each keeps a scale of its own on the way out"
-        return found
-
     def weight_scales(self, group: Group) -> np.ndarray:
         """The model file's, where every weight is a multiple of its scale."""
         assert group.weight is not None
@@ -276,7 +207,7 @@ class _Planner:
         if trained is not None:
             self.plan.notes.append(f"operator '{group.id}': its weights were changed after they were rounded; their scales are chosen anew")
         x, weight, ratios = self.plan.params(group.inputs[0]), group.weight, self.recipe.ratios
-        found = self.once((ratios, weight.shape, hashlib.sha256(np.ascontiguousarray(weight).data).digest()), lambda: choose_scales(weight, ratios))
+        found = self.statistics.once((ratios, weight.shape, hashlib.sha256(np.ascontiguousarray(weight).data).digest()), lambda: choose_scales(weight, ratios))
         return found.with_bias(group.bias, None if x is None else x.scale).scale
 
     def float_edge_reason(self, value: str) -> str:
@@ -322,7 +253,7 @@ class _Planner:
             return True
         if len(self.readers[value]) == 1:
             return True
-        own, joint = self.histogram(self.classes[value]), self.statistics(concat.id)
+        own, joint = self.histogram(self.classes[value]), self.statistics.of(concat.id)
         return max(own.high, 0) - min(own.low, 0) >= 0.5 * (max(joint.high, 0) - min(joint.low, 0))
 
     def stated(self, members: set[str]) -> set[QParams]:
@@ -336,18 +267,11 @@ class _Planner:
     def copies(self, group: Group) -> bool:
         return group.traits.keeps and group.id not in self.plan.reasons
 
-    def statistics(self, value: str) -> Histogram:
-        while value not in self.table.values and value in self.made_by and self.made_by[value].kind == "reshape":
-            value = self.made_by[value].inputs[0]  # another view of the same elements, which no step computes
-        if value not in self.table.values:
-            raise PlanError(f"value '{value}' has no statistics in the calibration table, which was made for another model or other values; calibrate again")
-        return self.table.values[value].histogram
-
     def histogram(self, members: set[str]) -> Histogram:
         """All values of a class together."""
         joint = Histogram()
         for value in self.parts(members):
-            joint = joint.merged(self.statistics(value))
+            joint = joint.merged(self.statistics.of(value))
         return joint
 
     def parts(self, members: set[str]) -> list[str]:
@@ -357,14 +281,7 @@ class _Planner:
 
     def proposed(self, members: set[str], histogram: Histogram) -> dict[str, QParams]:
         """What the recipe's observers propose."""
-        return self.once((self.recipe.observers, histogram.digest), lambda: propose(histogram, self.recipe.observers))
-
-    def once(self, of: Hashable, find: Callable[[], Found]) -> Found:
-        """What `find` finds, or what it found of the same before: plan after plan is made of a table, and tables have values in common."""
-        if of not in self.table.asked:
-            self.table.asked[of] = find()
-        found: Found = self.table.asked[of]
-        return found
+        return self.statistics.once((self.recipe.observers, histogram.digest), lambda: propose(histogram, self.recipe.observers))
 
     # -- parameters ---------------------------------------------------------------------------------------------------------------------
 
