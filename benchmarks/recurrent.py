@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler.base.text import number, table
 from qcompiler.numerics.metrics import sqnr_db
-from qcompiler.pipeline.stages import compile_float
+from qcompiler.pipeline.float_library import compile_float
 from qcompiler.runtime.bench import interleave, ratios
 from qcompiler.runtime.peers import onnxruntime_call
 

@@ -44,7 +44,7 @@ class Prepared:
         from qcompiler.backend.build import build
         from qcompiler.backend.tuning_log import Tuned
         from qcompiler.pipeline.compile import quantize
-        from qcompiler.pipeline.stages import compile_float
+        from qcompiler.pipeline.float_library import compile_float
 
         self.network, self.target, self.tflite = network, target, tflite
         wanted = [c for c in CANDIDATES if c not in without]

@@ -24,7 +24,7 @@ import qcompiler
 from qcompiler.backend.artifact import Artifact
 from qcompiler.base.text import number, size, table
 from qcompiler.numerics.metrics import sqnr_db
-from qcompiler.pipeline.stages import compile_float
+from qcompiler.pipeline.float_library import compile_float
 from qcompiler.runtime.bench import interleave, random_inputs, ratios
 from qcompiler.runtime.peers import onnxruntime_call
 from qcompiler.runtime.session import Session

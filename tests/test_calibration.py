@@ -33,7 +33,7 @@ from qcompiler.calibration.table import CalibrationTable, Statistics, calibrate
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
 from qcompiler.pipeline.float_code import float_code
-from qcompiler.pipeline.stages import float_models
+from qcompiler.pipeline.float_library import float_models
 
 
 def histogram_of(*samples: np.ndarray) -> Histogram:

@@ -16,7 +16,7 @@ import qcompiler
 from qcompiler.base.errors import ArtifactError
 from qcompiler.importers import operators
 from qcompiler.importers.onnx_file import exactness
-from qcompiler.pipeline.stages import compile_float
+from qcompiler.pipeline.float_library import compile_float
 from qcompiler.runtime.reference import ImportCheck, OnnxRuntime, check_import
 from qcompiler.runtime.session import Session
 

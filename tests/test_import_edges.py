@@ -15,7 +15,7 @@ from qcompiler.base.errors import ModelError
 from qcompiler.importers.model import load
 from qcompiler.passes.graph import Graph, match_op
 from qcompiler.passes.groups import find_groups
-from qcompiler.pipeline.stages import compile_float
+from qcompiler.pipeline.float_library import compile_float
 from tests.onnx_nets import OnnxNet, agrees, execute, operators, samples
 
 INF = np.float32(np.inf)

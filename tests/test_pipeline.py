@@ -18,8 +18,8 @@ from qcompiler.base.targets import load_targets, missing_features
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.pipeline.compile import compile_stages
+from qcompiler.pipeline.float_library import compile_float
 from qcompiler.pipeline.library import Compilation
-from qcompiler.pipeline.stages import compile_float
 from qcompiler.runtime.session import Session
 from qcompiler.verification.bits import bit_parity
 from qcompiler.verification.interpreter import run

@@ -25,7 +25,7 @@ from qcompiler.passes.groups import SIXTEEN, find_groups
 from qcompiler.passes.halves import HALVES, divisible
 from qcompiler.passes.sequence import HALVED, RESIDUAL, run
 from qcompiler.passes.streams import residual_values
-from qcompiler.pipeline import stages
+from qcompiler.pipeline import rewritten, stages
 from qcompiler.pipeline.compile import compile_stages, quantize
 from qcompiler.pipeline.halves import with_halves
 from qcompiler.pipeline.job import opened
@@ -119,7 +119,7 @@ def test_only_what_is_new_is_looked_at_again(halves: bool, tmp_path: Path, monke
         looked.extend(ids)
         return observe(equalized, ids, *rest, **options)
 
-    monkeypatch.setattr(stages, "observe", counted)
+    monkeypatch.setattr(rewritten, "observe", counted)
     streams, operands = residual_values(find_groups(measured.model.module)), divisible(measured.model.module)
     found = with_halves(measured, dict.fromkeys(operands, "a test")) if halves else with_wide(measured, dict.fromkeys(streams, "a test"))
     assert measured.table.values.keys().isdisjoint(looked) and bool(looked) == halves

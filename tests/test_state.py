@@ -16,8 +16,8 @@ from qcompiler.base.errors import DataError, ModelError
 from qcompiler.cli.main import main
 from qcompiler.importers.model import load
 from qcompiler.importers.states import KEY
+from qcompiler.pipeline.float_library import compile_float
 from qcompiler.pipeline.job import opened
-from qcompiler.pipeline.stages import compile_float
 from qcompiler.runtime.library import CHECKSUM_MAGIC, checksum
 from qcompiler.runtime.session import Session
 

@@ -18,7 +18,7 @@ import qcompiler
 from qcompiler.base.errors import ModelError
 from qcompiler.importers.model import load
 from qcompiler.importers.origin import origin_of
-from qcompiler.pipeline.stages import compile_float
+from qcompiler.pipeline.float_library import compile_float
 from qcompiler.runtime.reference import check_import
 from qcompiler.runtime.session import Session
 

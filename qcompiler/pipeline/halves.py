@@ -19,7 +19,8 @@ from qcompiler.passes.groups import STREAMS, find_groups
 from qcompiler.passes.halves import Division, divisible
 from qcompiler.passes.sequence import HALVED
 from qcompiler.pipeline.goal import decibel
-from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network, rewritten
+from qcompiler.pipeline.rewritten import rewritten
+from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network
 from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, SAMPLES, Survey, estimate
 from qcompiler.plan.sensitivity import Sensitivity
 from qcompiler.plan.tradeoff import WideCost

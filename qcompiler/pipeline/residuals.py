@@ -16,7 +16,8 @@ from qcompiler.passes.sequence import RESIDUAL
 from qcompiler.passes.streams import residual_values
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.goal import decibel
-from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network, rewritten
+from qcompiler.pipeline.rewritten import rewritten
+from qcompiler.pipeline.stages import Measured, QuantizedNetwork, integer_network
 from qcompiler.pipeline.survey import BEYOND_NOTICE, ELEMENT, Survey, worst_estimate
 
 _MOVED = 2  # elements written for each of a stream: one of 16 bits and one of the copy, in place of one

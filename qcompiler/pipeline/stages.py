@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import tvm
 
-from qcompiler.backend.artifact import Artifact
 from qcompiler.backend.build import Built, build
 from qcompiler.backend.kernel_cache import installation
 from qcompiler.base.debug import no_dump
-from qcompiler.base.errors import ArtifactError, bugs_named
+from qcompiler.base.errors import bugs_named
 from qcompiler.base.memory import give_back
 from qcompiler.base.parallel import one_blas_thread
-from qcompiler.base.progress import Progress, silent
-from qcompiler.base.shape_table import shape_rows
 from qcompiler.base.targets import find_target
 from qcompiler.calibration import table as calibration
 from qcompiler.calibration.data import unused
@@ -32,16 +29,14 @@ from qcompiler.calibration.suspicion import SAMPLES, doubts
 from qcompiler.calibration.table import CalibrationTable
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.onnx_file import QUANTIZED
-from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import SIXTEEN, Group, find_groups
 from qcompiler.passes.halves import HALVES
 from qcompiler.passes.sequence import INSERT_QDQ, INTEGER, REPLACE_OPERANDS, REPLACE_WEIGHTS, run
-from qcompiler.passes.streams import copied_values
 from qcompiler.pipeline.findings import Findings, Found, named, remembered
 from qcompiler.pipeline.float_code import float_code
 from qcompiler.pipeline.job import Job
-from qcompiler.pipeline.shapes import common_constants, load_all, plan_for
+from qcompiler.pipeline.shapes import common_constants, plan_for
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
 from qcompiler.plan.ranges import TRIFLE, SampleEnds, choose, output_noise, premium
@@ -57,39 +52,6 @@ from qcompiler.refine.weight_rounding import round_weights
 from qcompiler.runtime.reference import ImportCheck, check_import, installed_version
 
 # -- the float network ----------------------------------------------------------------------------------------------------------------------
-
-
-def compile_float(
-    model: AnyModel,
-    target: str = "native",
-    input_shapes: Any = None,
-    progress: Progress = silent,
-    input_values: Mapping[str, Any] | None = None,
-) -> Artifact:
-    """The float twin as a library, for comparison. Arguments as `compile`."""
-    return float_library(float_models(model, input_shapes, input_values), target, progress)
-
-
-def float_models(
-    model: AnyModel, input_shapes: Any = None, input_values: Mapping[str, Any] | None = None, wanted: Sequence[str | None] = ()
-) -> Sequence[FloatModel]:
-    """What `compile_float` makes a library of: the network at each shape. wanted: the digest of the model at each, ArtifactError when the file's are others."""
-    origin = origin_of(model)
-    models = load_all(origin, shape_rows(input_shapes), input_values=input_values)
-    for expected, found in zip(wanted, models, strict=False):
-        if expected not in (None, found.digest):
-            raise ArtifactError(
-                f"the library was not compiled from {origin.where}: its manifest says that its model has the digest {expected}, and this one has "
-                f"{found.digest} (of all that is read, and the input shapes); give the very model that it was compiled from"
-            )
-    return models
-
-
-def float_library(models: Sequence[FloatModel], target: str = "native", progress: Progress = silent) -> Artifact:
-    """The float twin of a network at each of its shapes, as a library."""
-    first, *others = models
-    further = [{"digests": {"model": m.digest}} for m in others]
-    return float_code(first, target, progress=progress, others=others).link(**first.account(), digests={"model": first.digest}, further=further)
 
 
 @dataclass
@@ -252,7 +214,7 @@ def calibrate(equalized: Equalized) -> Measured:
     job = equalized.job
     if job.samples.count == 0:
         return Measured(equalized, CalibrationTable(), FloatMeans(job.model.module, 0), SampleEnds(()), [])
-    ids, means = _looked_at(job), _means(job)
+    ids, means = looked_at(job), means_of(job)
     ends, first = SampleEnds(ids), FirstLayers(equalized.first, SAMPLES)
     groups = find_groups(job.model.module)
     give_back()  # what equalization took
@@ -264,41 +226,15 @@ def calibrate(equalized: Equalized) -> Measured:
     return Measured(equalized, table, means, ends, warnings)
 
 
-def _means(job: Job) -> FloatMeans:
+def means_of(job: Job) -> FloatMeans:
+    """What is to be known of the means of a job's network; nothing yet."""
     return FloatMeans(job.model.module, job.recipe.samples if job.recipe.optimizes else 0, outputs=SAMPLES)
 
 
-def _looked_at(job: Job) -> list[str]:
+def looked_at(job: Job) -> list[str]:
     """The values whose statistics a plan may need."""
     ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
     return list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
-
-
-def rewritten(measured: Measured, rewrite: tuple[Callable[..., tvm.IRModule], ...], stage: str, *arguments: Any) -> Measured:
-    """The statistics of the network behind passes that change nothing that is computed. What has a name of before, or is a copy, is known; a pass over the
-    samples looks at the rest, if there is any. stage: what it is called. arguments: as `run` has them."""
-    job = measured.job
-    first, *others = (dataclasses.replace(m, module=run(rewrite, m.module, *arguments, dump=job.dump)) for m in job.models)
-    job = dataclasses.replace(job, model=first, others=tuple(others))
-    equalized = dataclasses.replace(measured.equalized, job=job, twin=FloatTwin(job))
-    if job.samples.count == 0:
-        return calibrate(equalized).with_noise_of(measured)
-    ids, sources, means = _looked_at(job), _sources(measured, job), _means(job)
-    new, known = [v for v in ids if v not in sources], {v: sources[v] for v in ids if v in sources}
-    means.know(measured.means, sources)
-    table, ends = CalibrationTable(measured.table.samples), SampleEnds(new)
-    if new or means.wanted:
-        table = observe(equalized, new, [means, ends], stage, [means.limit], at_first=True)
-    table, ends = table.with_copies(measured.table, known), ends.with_copies(measured.ends, known)
-    job.dump("calibration", table)
-    return Measured(equalized, table, means, ends, measured.warnings).with_noise_of(measured)
-
-
-def _sources(measured: Measured, job: Job) -> dict[str, str]:
-    """Value of a job's network -> the one with its numbers of those that were measured."""
-    seen = measured.table.values.keys() | measured.table.unbounded  # a view is computed by no step, and so not seen
-    copies = {copy: value for copy, value in copied_values(job.model.module).items() if value in seen}
-    return copies | {value: value for value in _looked_at(measured.job)}
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def _rows(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _models(model: AnyModel, like: Any, samples: Any) -> Sequence[FloatModel]:
-    from qcompiler.pipeline.stages import float_models
+    from qcompiler.pipeline.float_library import float_models
 
     manifests = _manifests(like, samples)
     wanted = [m.get("digests", {}).get("model") for m in manifests]
@@ -86,7 +86,7 @@ def _models(model: AnyModel, like: Any, samples: Any) -> Sequence[FloatModel]:
 
 
 def _artifact(models: Sequence[FloatModel], like: Any, here: bool) -> Artifact:
-    from qcompiler.pipeline.stages import float_library
+    from qcompiler.pipeline.float_library import float_library
 
     row = load_targets().get(like.manifest["target"])
     return float_library(models, row.name if row is not None and not row.gpu and not (here and missing_features(row)) else "native")
