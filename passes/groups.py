@@ -286,8 +286,8 @@ class _Finder:
             op = relax_op(self.values[source])
             if op in _CLAMPED or (op in _BINARY and self.scalar_function(source, self.values[source]) is None):
                 return None
-        outside = [o for n in inside for o in self.operands(n)]
-        if any(shape_of(o) != shape or (str(o.name) == source and dtype_of(o) != "float32") for o in outside):
+        operands = [o for n in inside for o in self.operands(n)]
+        if any(shape_of(o) != shape or (str(o.name) == source and dtype_of(o) != "float32") for o in operands):
             return None
         function = Unary(expression_of(self.values, root, inside))
         members = self.members(inside)

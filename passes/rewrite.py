@@ -16,7 +16,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.passes.graph import Graph, GraphBuilder, const, const_value, dtype_of, is_const, relax_op, shape_of, substitute
-from qcompiler.passes.trained import ATTRIBUTE, Trained, rounded
+from qcompiler.passes.trained import ATTRIBUTE, Trained
 
 
 class Rewrite:
@@ -66,7 +66,7 @@ class Rewrite:
     def replace(self, name: str, by: Any) -> None:
         """Readers of `name` read `by` (a variable or constant) instead; a constant as the model file rounds that value."""
         if is_const(by) and name in self.trained.values:
-            by = const(rounded(const_value(by), self.trained.values[name]))
+            by = const(self.trained.values[name].rounded(const_value(by)))
         self.env[name] = by
         if isinstance(by, relax.Var):
             self.renamed[name] = str(by.name)

@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from qcompiler.numerics.spec import LIMITS, QParams
+from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import Graph, arguments, const_value, is_const, relax_op
 
 ATTRIBUTE = "qc.trained"
@@ -141,14 +141,6 @@ def settled(module: tvm.IRModule, variables: Mapping[str, str]) -> tvm.IRModule:
 def _ids(module: tvm.IRModule) -> set[str]:
     graph = Graph.of(module)
     return {str(p.name) for p in graph.inputs} | {name for name, _ in graph.bindings}
-
-
-def rounded(value: np.ndarray, params: QParams) -> np.ndarray:
-    """float32: a constant of which the file states a rounding, rounded in float32 as ONNX defines QuantizeLinear and DequantizeLinear."""
-    scale, (low, high) = np.float32(params.scale), LIMITS[params.dtype]
-    with np.errstate(over="ignore"):
-        steps = np.rint(np.asarray(value, np.float32) / scale)
-    return np.asarray((np.clip(steps, low - params.zero_point, high - params.zero_point) * scale), np.float32)
 
 
 def in_eight_bits(graph: Graph) -> dict[str, QParams | None]:

@@ -155,7 +155,7 @@ def expression_of(values: Mapping[str, Any], root: str, inside: Collection[str],
 def elementwise(expr: Any, arrays: bool = False) -> tuple[str, list[Any]] | None:
     """(operator, operands) of an elementwise Relax call this file can evaluate; operands are Relax variables or floats. Else None.
 
-    arrays: constants of several elements are operands too, float64 in their own shape.
+    arrays: constants of several elements are operands too, arrays as they are.
     """
     op = relax_op(expr)
     name = op.rsplit(".", 1)[-1] if op else ""
@@ -167,7 +167,7 @@ def elementwise(expr: Any, arrays: bool = False) -> tuple[str, list[Any]] | None
             value = const_value(arg)
             if value.ndim > len(expr.ty.shape) or (value.size != 1 and not arrays):
                 return None
-            operands.append(float(value.reshape(())) if value.size == 1 else value.astype(np.float64))
+            operands.append(float(value.reshape(())) if value.size == 1 else value)
         elif hasattr(arg, "value"):  # clip bounds
             operands.append(float(plain(arg)))
         else:

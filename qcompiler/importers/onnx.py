@@ -35,7 +35,7 @@ from qcompiler.importers.valid import check_kinds, computes
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.graph import GraphBuilder, const, dtype_of, relax_op, shape_of
 from qcompiler.passes.sequence import IMPORTED, run
-from qcompiler.passes.trained import ATTRIBUTE, rounded
+from qcompiler.passes.trained import ATTRIBUTE
 
 _STANDARD = ("", "ai.onnx")
 ADVICE = "replace it before export, or cut the model before it"
@@ -265,7 +265,7 @@ class _Importer:
 
     def rounded(self, name: str, value: np.ndarray) -> np.ndarray:
         """A value that needs no run: as the file rounds it, where it does."""
-        return rounded(value, self.stated[name]) if name in self.stated else value
+        return self.stated[name].rounded(value) if name in self.stated else value
 
     # -- the end ------------------------------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,13 @@ class QParams:
         """float64 real values of integers `q`."""
         return (np.asarray(q, np.float64) - self.zero_point) * self.scale
 
+    def rounded(self, real: np.ndarray) -> np.ndarray:
+        """float32: `dequantize` of `quantize`, both in float32 as ONNX defines QuantizeLinear and DequantizeLinear: what a file that states them computes."""
+        scale, (low, high) = np.float32(self.scale), LIMITS[self.dtype]
+        with np.errstate(over="ignore"):
+            steps = np.rint(np.asarray(real, np.float32) / scale)
+        return np.asarray(np.clip(steps, low - self.zero_point, high - self.zero_point) * scale, np.float32)
+
     @property
     def range(self) -> tuple[float, float]:
         """The least and the greatest representable real value."""

@@ -44,8 +44,9 @@ class Unsuited:
         for group in self._groups:
             if group.function is None or group.reason or group.inputs[0] in self._wide or not self._statistics.table.values or self._trained.keeps_float:
                 continue
-            before, own = (sqnr_db(h, QParams.from_range(h.low, h.high)) for h in (self._statistics.of(group.inputs[0]), self._statistics.of(group.id)))
-            after = self._result_db(group.function, self._statistics.of(group.inputs[0]))
+            argument, result = self._statistics.of(group.inputs[0]), self._statistics.of(group.id)
+            before, own = (sqnr_db(h, QParams.from_range(h.low, h.high)) for h in (argument, result))
+            after = self._result_db(group.function, argument)
             if after < min(_SOUND, before - _AMPLIFIED, own - _BESIDE):
                 found[group.id] = f"8 bits of its argument would leave {after:.0f} dB of its result"
                 makers = [self._made_by[v] for v in group.inputs if v in self._made_by]
