@@ -258,6 +258,21 @@ def test_a_network_that_is_another_at_another_shape_is_refused(tmp_path: Path) -
         qcompiler.compile(model, calibration=[{"x": np.ones((1, 6), np.float32)}], input_shapes={"x": [(1, 6), (1, 8)]})
 
 
+def test_a_transpose_is_a_reshape_where_the_batch_is_one(tmp_path: Path) -> None:
+    """As before recurrent layers and attention, whichever of the batches is the first."""
+    net = OnnxNet(seed=5)
+    x = net.op("Transpose", net.input("x", "n", 6, 8), perm=[1, 0, 2])
+    states, _ = net.op("GRU", x, net.weight(1, 12, 8), net.weight(1, 12, 4), outputs=2, hidden_size=4)  # [6, 1, n, 4]
+    model = net.save(tmp_path / "turned.onnx", [net.op("Transpose", net.op("Squeeze", states, net.ints(1)), perm=[1, 0, 2])])
+    samples = [{"x": np.random.default_rng(s).standard_normal((3, 6, 8)).astype(np.float32)} for s in range(3)]
+    for batches in ((1, 3), (3, 1)):
+        made = compile_stages(model, "native", samples, input_shapes={"x": [(n, 6, 8) for n in batches]}, preset="fast")
+        session = Session(made.artifact.save(tmp_path / "turned.so"))
+        whole, row = session.run(samples[0]), session.run({"x": samples[0]["x"][:1]})
+        for name in whole:
+            np.testing.assert_array_equal(whole[name][:1], row[name])
+
+
 def test_weights_alone_at_several_shapes(folder: Path, text: tuple[Compilation, Path], tmp_path: Path) -> None:
     shapes = {"ids": [(1, n) for n in LENGTHS[:2]]}
     session = Session(qcompiler.compile(folder / "bert.onnx", weights="int8", input_shapes=shapes).save(tmp_path / "w.so"))

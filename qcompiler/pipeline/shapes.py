@@ -18,7 +18,7 @@ from qcompiler.base.shape_table import Row
 from qcompiler.importers.model import FloatModel, load
 from qcompiler.importers.origin import AnyModel, origin_of
 from qcompiler.numerics.spec import QParams
-from qcompiler.passes.groups import find_groups
+from qcompiler.passes.groups import Group, find_groups
 from qcompiler.plan.quant_plan import Derived, Float, QuantPlan
 from qcompiler.runtime.shapes import Fitting, spelled
 
@@ -78,11 +78,16 @@ def check_alike(first: FloatModel, other: FloatModel) -> None:
             if not group.traits.moves and group.reason is None:
                 raise refuse(f"{group.kind} '{group.id}' is there only")
             continue
-        if known.kind != group.kind:
+        if known.kind != group.kind and not (_rearranges(known) and _rearranges(group)):
             raise refuse(f"'{group.id}' is {group.kind} and {known.kind}")
         for what, own, its in (("weights", known.weight, group.weight), ("bias", known.bias, group.bias)):
             if group.traits.weighted and not _equal(own, its):
                 raise refuse(f"the {what} of {group.kind} '{group.id}' differ")
+
+
+def _rearranges(group: Group) -> bool:
+    """Does it move one tensor's numbers, and no others? A transpose is a reshape where the axes that it swaps have length 1."""
+    return group.traits.moves and not (group.traits.joins or group.traits.pads)
 
 
 def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
