@@ -234,6 +234,17 @@ def test_integers_at_the_edges_are_the_float_numbers_rounded(tmp_path: Path, dty
     assert qcompiler.verify(library, model, floats, min_sqnr=10).passed
 
 
+def test_an_output_that_only_views_a_float_value_has_its_range(tmp_path: Path) -> None:
+    net = OnnxNet(seed=2)
+    share = net.op("Softmax", net.op("MatMul", net.input("x", 1, 12), net.weight(12, 8)), axis=1)
+    out = net.op("Unsqueeze", net.op("Reshape", share, net.ints(4, 2)), net.ints(0))
+    model = net.save(tmp_path / "m.onnx", [out])
+    samples = [{"x": np.random.default_rng(s).standard_normal((1, 12)).astype(np.float32)} for s in range(4)]
+    library = load(qcompiler.compile(model, calibration=samples, output_types={out: "uint8"}, preset="fast"), tmp_path, "m.so")
+    assert (library.outputs[0].shape, library.outputs[0].dtype) == ((1, 4, 2), "uint8")
+    assert qcompiler.verify(library, model, samples, min_sqnr=20).passed
+
+
 def test_pixels_and_integers_at_several_shapes(tmp_path: Path) -> None:
     """At every batch, compiled or padded: what a library with float inputs and outputs makes of the same pixels. Samples may be of any of them."""
     model, rng = network(tmp_path / "m.onnx", batch="n", tail=False), np.random.default_rng(11)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,8 +54,9 @@ def test_wrong_requests_are_refused_where_they_are_made(pool: SessionPool) -> No
     for inputs, text in (({"imago": 0}, "unknown input 'imago'"), ({}, "is missing"), ({"image": np.zeros(3, np.float32)}, "has shape")):
         with pytest.raises(DataError, match=text):
             pool.submit(inputs)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="timeout is -1"):
-        pool.submit(demo_data()[1][0], timeout=-1)
+    for seconds in (-1, float("nan"), "1", True):
+        with pytest.raises(DataError, match=f"timeout is {seconds!r}; expected 0"):
+            pool.submit(demo_data()[1][0], timeout=seconds)  # type: ignore[arg-type]
 
 
 def test_a_full_queue_makes_askers_wait(library: Path) -> None:
@@ -105,6 +108,33 @@ def test_requests_can_be_cancelled_while_they_wait(pool: SessionPool) -> None:
     cancelled = [f for f in reversed(futures) if f.cancel()]
     pool.submit(demo_data()[1][0]).result()
     assert all(f.cancelled() for f in cancelled) and all(f.done() for f in futures)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_callbacks_raise_ends_no_stream(library: Path) -> None:
+    sample = demo_data()[1][0]
+    refused: list[BaseException] = []
+
+    def callback(error: BaseException | None) -> Callable[[Any], None]:
+        def called(future: Any) -> None:
+            try:
+                pool.close()
+            except SessionBusy as busy:
+                refused.append(busy)
+            if error is not None:
+                raise error
+
+        return called
+
+    with SessionPool(library, waiting=np.int64(4)) as pool:
+        for error in (SystemExit(3), KeyboardInterrupt(), ValueError("from a callback"), None):
+            pool.submit(sample, timeout=np.float32(60)).add_done_callback(callback(error))
+        pool.submit(sample, timeout=float("inf")).cancel()
+        assert "logits" in pool.submit(sample, timeout=1e12).result(60)
+        assert "1 stream of <Session" in repr(pool) and len(refused) == 4
+        with pytest.raises(TypeError, match="can't be copied or pickled"):
+            pickle.dumps(pool)
+    assert "closed" in repr(pool)
 
 
 def test_a_pool_that_can_not_be(library: Path, tmp_path: Path) -> None:

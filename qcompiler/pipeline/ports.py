@@ -12,10 +12,9 @@ from qcompiler.base.targets import find_target
 from qcompiler.calibration.ports import Ports
 from qcompiler.importers.model import FloatModel
 from qcompiler.numerics.spec import QParams
-from qcompiler.passes.graph import Graph
 from qcompiler.passes.ports import IntegerPort, PixelPort, quantizations, stored_output
 from qcompiler.passes.sequence import PORTS, run
-from qcompiler.pipeline.stages import Corrected, Measured
+from qcompiler.pipeline.stages import Corrected, Measured, computed_outputs
 
 
 def ported(corrected: Corrected) -> Corrected:
@@ -32,7 +31,7 @@ def ported(corrected: Corrected) -> Corrected:
     for name in ports.integers:
         found = quantizations(integer, name)
         inputs[name] = IntegerPort(found[0] if found else _seen(measured, "input", name, name))
-    values = {name: str(var.name) for name, var in Graph.of(job.model.module).outputs}
+    values = computed_outputs(job.model)
     made = []
     for number, module in enumerate(modules):
         outputs = {

@@ -233,8 +233,17 @@ def means_of(job: Job) -> FloatMeans:
 
 def looked_at(job: Job) -> list[str]:
     """The values whose statistics a plan may need."""
-    ports = {name: str(v.name) for name, v in Graph.of(job.model.module).outputs if name in job.ports.outputs}
-    return list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports.values()]))
+    ports = [value for name, value in computed_outputs(job.model).items() if name in job.ports.outputs]
+    return list(dict.fromkeys([*observed_ids(job.model), *job.ports.integers, *ports]))
+
+
+def computed_outputs(model: FloatModel) -> dict[str, str]:
+    """Output name -> the value that holds its numbers where the network runs; no step computes a view of it."""
+    views = {g.id: g.inputs[0] for g in find_groups(model.module) if g.traits.views and g.inputs}
+    found = {name: str(var.name) for name, var in Graph.of(model.module).outputs}
+    while behind := {name: views[value] for name, value in found.items() if value in views}:
+        found |= behind
+    return found
 
 
 # -- the integer network --------------------------------------------------------------------------------------------------------------------

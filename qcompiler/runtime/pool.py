@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -102,12 +104,11 @@ class SessionPool:
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1 << 20:
                 raise DataError(f"{name} is {value!r}; at least 1 is needed")
         check("SessionPool()", "pin", pin, bool)
-        number = isinstance(deadline, (int, float, np.number)) and not isinstance(deadline, bool)
-        if deadline is not None and not (number and 0 < deadline <= 3600):
-            raise DataError(
-                f"deadline is {f'{deadline:g}' if number else repr(deadline)}; expected a number of seconds above 0, or None for requests that run one by one"
-            )
-        self.streams, self.threads, self.deadline = int(streams), int(threads), deadline
+        if deadline is not None and not 0 < (seconds := _seconds(deadline)) <= 3600:
+            said = repr(deadline) if math.isnan(seconds) else f"{seconds:g}"
+            raise DataError(f"deadline is {said}; expected a number of seconds above 0, at most 3600, or None for requests that run one by one")
+        self.streams, self.threads, self.deadline = int(streams), int(threads), None if deadline is None else float(deadline)
+        self._path = Path(path)
         self._batches = [] if deadline is None else batches(read_manifest(path), Path(path))
         self._room = _Room(waiting)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -136,8 +137,8 @@ class SessionPool:
 
         Raises DataError for inputs that are not the library's, SessionBusy where there is no room in time, PoolClosed.
         """
-        if timeout is not None and not timeout >= 0:
-            raise DataError(f"timeout is {timeout}; it must be 0 (do not wait) or more seconds")
+        if timeout is not None and not _seconds(timeout) >= 0:
+            raise DataError(f"timeout is {timeout!r}; expected 0 (do not wait) or more seconds, or None to wait as long as it takes")
         self._check_open()
         if self.state and isinstance(inputs, Mapping) and not set(self.state) <= set(inputs):
             names = ", ".join(f"'{name}'" for name in self.state)
@@ -147,7 +148,7 @@ class SessionPool:
             )
         bound = self._sessions[0].bound(inputs)
         due = time.monotonic() + (self.deadline or 0.0)
-        if not self._room.take(timeout):
+        if not self._room.take(None if timeout is None or timeout > threading.TIMEOUT_MAX else float(timeout)):
             raise SessionBusy(f"as many requests wait as may, and none was begun within {timeout:g} s; wait longer, or allow more to wait")
         with self._lock:
             if self._closed:
@@ -158,8 +159,10 @@ class SessionPool:
         return future
 
     def close(self) -> None:
-        """Accept no more requests, run those accepted to their end, and end the streams. Closing twice is fine; not from inside a stream (a callback of a
-        future)."""
+        """Accept no more requests, run those accepted to their end, and end the streams. Closing twice is fine. Raises SessionBusy inside a stream (a callback
+        of a future), which can't wait for its own end."""
+        if threading.current_thread() in self._workers:
+            raise SessionBusy("a callback of a future runs in a stream of the pool, which can't wait for its own end; close the pool in another thread")
         with self._lock:
             first, self._closed = not self._closed, True
             if first and self._owner == os.getpid():
@@ -175,6 +178,12 @@ class SessionPool:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"<SessionPool{' (closed)' * self._closed}: {self.streams} stream{'s' * (self.streams != 1)} of {self._sessions[0]!r}>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"a SessionPool holds threads of its process and can't be copied or pickled; make another on {self._path} where it is needed")
 
     def _check_open(self) -> None:
         if self._closed or self._owner != os.getpid():
@@ -195,10 +204,10 @@ class SessionPool:
                 found = _run(session, group)
             except BaseException as error:
                 for request in group:
-                    request.future.set_exception(error)
+                    _tell(request.future.set_exception, error)
             else:
                 for request, outputs in zip(group, found, strict=True):
-                    request.future.set_result(outputs)
+                    _tell(request.future.set_result, outputs)
 
     def _singly(self) -> Iterator[list[_Request]]:
         """For one stream: one request after the other, until the pool is closed."""
@@ -236,6 +245,20 @@ class SessionPool:
         size = max((b // least for b in self._batches if b // least <= alike), default=1)
         group, held[:size] = held[:size], []
         return open_, group
+
+
+def _seconds(given: Any) -> float:
+    """A number of seconds; NaN for what is none."""
+    return float(given) if isinstance(given, (int, float, np.number)) and not isinstance(given, bool) else math.nan
+
+
+def _tell(settle: Callable[[Any], None], what: Any) -> None:
+    """Settle a future. What leaves its callbacks (SystemExit, say), which run here, must not end the stream, for which others wait: it is reported as any
+    thread's."""
+    try:
+        settle(what)
+    except BaseException:
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 def _run(session: Session, group: Sequence[_Request]) -> list[Outputs]:

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 #include <thread>
 
 #include "check.hpp"
@@ -49,6 +50,13 @@ int main(int, char** words) {
     throws(QC_ERROR_SIZE, "0 inputs and 1 outputs given; the library has 1 and 1", [&] { pool.submit({}, {answer.data()}); });
     throws(QC_ERROR_ARGUMENT, "is null", [&] { pool.submit({nullptr}, {answer.data()}).get(); });
     throws(QC_ERROR_ALIGNMENT, "must be aligned", [&] { pool.submit({reinterpret_cast<const char*>(pictures[0].data()) + 1}, {answer.data()}).get(); });
+    std::future<void> thrown = pool.submit({pictures[3].data()}, {answer.data()}, [] { throw std::out_of_range("by a callback"); });
+    try {
+      thrown.get();
+      expect(false, "a future throws what its callback throws");
+    } catch (const std::out_of_range& error) {
+      expect(std::string(error.what()) == "by a callback", error.what());
+    }
     pool.submit({pictures[3].data()}, {answer.data()}).get();
     expect(answer == expected[3], "a wrong request spoils no other");
   }

@@ -47,7 +47,7 @@ class SessionPool {
 
   /// Ask for one run. Waits while the queue is full. The buffers must live until the future is ready; it throws Error when the run failed.
   /// Throws Error(QC_ERROR_STATE) when the pool is closed, Error(QC_ERROR_SIZE) for a wrong number of pointers.
-  /// then: called in the stream's thread when the run has succeeded, before the future is ready; it must not throw, nor close the pool.
+  /// then: called in the stream's thread when the run has succeeded, before the future is ready, which throws what it throws; it must not close the pool.
   std::future<void> submit(const std::vector<const void*>& inputs, const std::vector<void*>& outputs, std::function<void()> then = {}) {
     return enter(inputs, outputs, qc_pool_submit, std::move(then));
   }
@@ -108,9 +108,13 @@ class SessionPool {
   };
   static void finished(void* user, qc_status status, const char* message) {
     const std::unique_ptr<Request> request(static_cast<Request*>(user));
-    if (status == QC_OK && request->then) request->then();
-    if (status == QC_OK) request->promise.set_value();
-    else request->promise.set_exception(std::make_exception_ptr(Error(status, message)));
+    try {
+      if (status != QC_OK) throw Error(status, message);
+      if (request->then) request->then();
+      request->promise.set_value();
+    } catch (...) {
+      request->promise.set_exception(std::current_exception());
+    }
   }
   template <class Info>
   static std::vector<const qc_tensor_info*> infos(int count, Info info) {
