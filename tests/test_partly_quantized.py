@@ -187,7 +187,7 @@ def test_layers_of_quantized_files_kept_in_float(layer: int, tmp_path: Path) -> 
     assert len(compilation.quantized.plan.scales) == (0 if layer == 2 else 1)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.1, np.nan, 1e-45, 3e38, np.inf])
+@pytest.mark.parametrize("value", [0.0, -0.1, np.nan, 1e-45, np.inf])
 def test_scales_that_cannot_be_are_refused(value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for of in ("x", ""):  # an activation, constant or not; paired or read as integers
         g = Graph("g")

@@ -281,8 +281,8 @@ def broken(kind: str) -> tuple[Net, str]:
         net.node("Conv", [net.node("DequantizeLinear", [q, *names], axis=1), net.weight((8, 4, 1, 1))])
         return net, "an activation has one scale in int8 kernels"
     if kind == "zero point":
-        q = net.tensor(np.linspace(0, 255, 32).astype(np.uint8).reshape(8, 4, 1, 1))
-        net.node("Conv", [x, net.node("DequantizeLinear", [q, net.tensor(np.float32(0.01)), net.tensor(np.uint8(100))])])
+        q = net.tensor(np.linspace(0, 255, 8).astype(np.uint8).reshape(8, 1, 1, 1))
+        net.node("Conv", [x, net.node("DequantizeLinear", [q, net.tensor(np.float32(0.01)), net.tensor(np.uint8(100))])], group=4)
         return net, "weights of uint8 farther than 128 steps from their zero point have no int8 kernel; they are quantized anew"
     if kind == "blocks":
         q = net.tensor(RNG.integers(-100, 101, (10, 144)).astype(np.int8))

@@ -30,7 +30,7 @@ from qcompiler.importers.dynamic import real_lstms, take_back
 from qcompiler.importers.nodes import RANDOM, Refused
 from qcompiler.importers.onnx_file import default_opset, names
 from qcompiler.importers.qlinear import CONTRIB, expand
-from qcompiler.importers.stated import BITS, Parameters, Rounded, check_scale, weight_scales
+from qcompiler.importers.stated import BITS, Parameters, Rounded, check_scale, summands, weight_scales
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes.trained import Trained
 
@@ -40,6 +40,7 @@ MOVES = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "
          "DepthToSpace", "SpaceToDepth", "GlobalMaxPool"}  # fmt: skip
 """Operators whose results are elements of their first operand: they keep its quantization."""
 _REARRANGES = MOVES - {"MaxPool", "GlobalMaxPool", "Dropout"}
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SMALL = 4096  # elements of the operands of what is computed here: scales, shapes
 
 
@@ -256,13 +257,26 @@ class _Rewriter:
             copy.input[i] = self.alias.get(name, name)
         if self.known(copy):
             return
+        if copy.op_type in WEIGHTED:
+            self.within_reach(copy)
         self.emit(copy)
-        if copy.op_type in MOVES and copy.input[0] in self.held:
+        if copy.input and copy.input[0] in self.held and (copy.op_type in MOVES or self.pads_alike(copy)):
             self.held |= dict.fromkeys(copy.output, self.held[copy.input[0]])
-        if copy.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        if copy.op_type in WEIGHTED:
             self.weighted(copy)
         elif copy.op_type in ("Add", "Sub", "Mul"):
             self.constant_operand(copy)
+
+    def pads_alike(self, node: onnx.NodeProto) -> bool:
+        """Is this a Pad whose new elements its operand's quantization states exactly?"""
+        if node.op_type != "Pad" or self.opset < 11 or any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
+            return node.op_type == "Pad" and self.opset >= 11
+        value = self.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
+        if value is None:
+            return False
+        params = self.held[node.input[0]]
+        steps = float(value.reshape(-1)[0]) / params.scale
+        return abs(steps - round(steps)) < 1e-4 and -128 <= round(steps) + params.zero_point <= 127
 
     def emit(self, node: onnx.NodeProto) -> None:
         self.nodes.append(node)
@@ -298,6 +312,28 @@ class _Rewriter:
         except Exception:  # it raises whatever its operators raise
             return None
         return [np.asarray(r) for r in results] if all(isinstance(r, (np.ndarray, np.generic)) for r in results) else None
+
+    def within_reach(self, node: onnx.NodeProto) -> None:
+        """Weights that int8 can't say, of a product whose other operand the file rounds: as a longer sum of such that it can (`summands`)."""
+        x, weight = node.input[0], self.rounded.get(node.input[1])
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        found = summands(node.op_type, attributes, weight) if weight is not None and x in self.held and self.opset >= 11 else None
+        if found is None or isinstance(weight_scales(node.op_type, attributes, found[2]), str):
+            return
+        axis, again, parts = found
+        made, operands = self.naming.made, [x]
+        for i, ends in enumerate(again):
+            operands.append(x if ends is None else made(node.output[0], f"again{i}"))
+            if ends is not None:
+                bounds = [made(operands[-1], what) for what in ("from", "to", "along")]
+                self.made |= {name: np.array([n], np.int64) for name, n in zip(bounds, (*ends, axis), strict=True)}
+                self.emit(helper.make_node("Slice", [x, *bounds], [operands[-1]], name=operands[-1]))
+                self.state(operands[-1], self.held[x])
+        node.input[0], node.input[1] = made(node.output[0], "operands"), made(node.output[0], "weight")
+        self.emit(helper.make_node("Concat", operands, [node.input[0]], name=node.input[0], axis=axis))
+        self.state(node.input[0], self.held[x])
+        self.rounded[node.input[1]] = parts
+        self.made[node.input[1]] = np.asarray(parts.value * parts.scale, np.float32)
 
     def weighted(self, node: onnx.NodeProto) -> None:
         """The weights and bias of a convolution or product, where they are stated in integers."""

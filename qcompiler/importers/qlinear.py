@@ -18,8 +18,10 @@ from onnx import helper, numpy_helper
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.control import captured
 
-MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth")
-"""Operators that yield elements of their first operand, integers as well as floats."""
+MOVES = ("MaxPool", "GlobalMaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile", "Identity",
+         "Dropout", "DepthToSpace", "SpaceToDepth", "Pad", "Resize")  # fmt: skip
+"""Operators that yield elements of their first operand, integers as well as floats, or numbers between them: what ONNX leaves open there, how a Resize of
+integers rounds, is to the nearest then."""
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 _UNARY = {  # (X, scale, zero point, scale of Y, zero point of Y)
     "QLinearSigmoid": "Sigmoid", "QLinearLeakyRelu": "LeakyRelu", "QLinearSoftmax": "Softmax", "QLinearAveragePool": "AveragePool",
@@ -28,7 +30,7 @@ _UNARY = {  # (X, scale, zero point, scale of Y, zero point of Y)
 _BINARY = {"QLinearAdd": "Add", "QLinearMul": "Mul", "QLinearMatMul": "MatMul"}  # (A, scale, zero point, B, scale, zero point, scale of Y, zero point of Y)
 
 
-ON_INTEGERS = (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat")
+ON_INTEGERS = (*_UNARY, *_BINARY, "QLinearConv", "QGemm", "QLinearConcat", "QLinearWhere")
 """Operators that `expand` rewrites."""
 
 
@@ -100,26 +102,33 @@ class _Expander:
             self.emit(node, _UNARY[op], [self.real(node, 0)], inputs[3], inputs[4] if len(inputs) > 4 else "")
         elif op == "QLinearConcat":
             self.emit(node, "Concat", [self.real(node, i) for i in range(2, len(inputs), 3)], inputs[0], inputs[1])
-        elif op in MOVES and inputs[0] in self.integers and len(node.output) == 1 and self.one(self.integers[inputs[0]][2]):
+        elif op == "QLinearWhere":
+            self.emit(node, "Where", [inputs[0], self.real(node, 1), self.real(node, 4)], inputs[7], inputs[8] if len(inputs) > 8 else "")
+        elif op in MOVES and inputs[0] in self.integers and (len(node.output) == 1 or op == "Split") and self.one(self.integers[inputs[0]][2]):
             _, _, scale, zero = self.integers[inputs[0]]
-            self.emit(node, op, [self.form(node, inputs[0], scale, zero), *inputs[1:]], scale, zero)
+            operands = [self.form(node, inputs[0], scale, zero), *inputs[1:]]
+            if op == "Pad":
+                if len(inputs) < 2:
+                    return False  # before opset 11 it takes floats alone
+                operands[2:3] = [self.form(node, inputs[2] if len(inputs) > 2 and inputs[2] else self.none(node, zero), scale, zero)]
+            self.emit(node, op, operands, scale, zero)
         else:
             return False
         return True
 
     def emit(self, node: onnx.NodeProto, op: str, operands: list[str], scale: str, zero: str, axis: int | None = None) -> None:
-        """The float operator, and its result as integers and as float again; a result without scale is float. axis: of several scales."""
-        y = node.output[0]
+        """The float operator, and its results as integers and as float again; those without scale are float. axis: of several scales."""
         if not scale:
-            self.nodes.append(_made(node, op, operands, y))
+            self.nodes.append(_made(node, op, operands, list(node.output)))
             return
         made, along = self.naming.made, {} if axis is None else {"axis": axis}
-        integer, real = (y, made(y, "real")) if y in self.outputs else (made(y, "int8"), y)
-        self.nodes.append(_made(node, op, operands, made(y, "exact")))
+        self.nodes.append(_made(node, op, operands, [made(y, "exact") for y in node.output]))
         parameters = [scale, zero] if zero else [scale]
-        self.nodes.append(helper.make_node("QuantizeLinear", [made(y, "exact"), *parameters], [integer], name=made(node.name or y, "q"), **along))
-        self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=made(node.name or y, "dq"), **along))
-        self.integers[y] = (integer, real, scale, zero)
+        for y in node.output:
+            integer, real = (y, made(y, "real")) if y in self.outputs else (made(y, "int8"), y)
+            self.nodes.append(helper.make_node("QuantizeLinear", [made(y, "exact"), *parameters], [integer], name=made(y, "q"), **along))
+            self.nodes.append(helper.make_node("DequantizeLinear", [integer, *parameters], [real], name=made(y, "dq"), **along))
+            self.integers[y] = (integer, real, scale, zero)
 
     def real(self, node: onnx.NodeProto, index: int, axis: int | None = None) -> str:
         """The float form of operand `index`, whose scale and zero point are the two operands behind it."""
@@ -148,6 +157,12 @@ class _Expander:
         self.nodes.append(helper.make_node("DequantizeLinear", [name, scale], [result], axis=0))
         return result
 
+    def none(self, node: onnx.NodeProto, zero: str) -> str:
+        """The integer 0, of the type of a zero point."""
+        kind = self.tensors[zero].data_type if zero in self.tensors else onnx.TensorProto.UINT8
+        self.added.append(helper.make_tensor(self.naming.made(node.output[0], "none"), kind, [], [0]))
+        return str(self.added[-1].name)
+
     def one(self, scale: str) -> bool:
         """Is this one scale, known now? It is the scale of moved elements too."""
         return scale in self.tensors and int(np.prod(self.tensors[scale].dims)) == 1
@@ -158,8 +173,8 @@ class _Expander:
         return a in self.tensors and b in self.tensors and np.array_equal(numpy_helper.to_array(self.tensors[a]), numpy_helper.to_array(self.tensors[b]))
 
 
-def _made(node: onnx.NodeProto, op: str, operands: list[str], output: str) -> onnx.NodeProto:
-    made = helper.make_node(op, operands, [output], name=node.name)
+def _made(node: onnx.NodeProto, op: str, operands: list[str], outputs: list[str]) -> onnx.NodeProto:
+    made = helper.make_node(op, operands, outputs, name=node.name)
     made.attribute.extend(a for a in node.attribute if a.name not in ("channels_last", "opset"))
     return made
 

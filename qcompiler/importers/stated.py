@@ -18,6 +18,7 @@ BITS = {
 """The least and the greatest number of the types that QuantizeLinear yields."""
 _SHIFT = {"int2": 0, "uint2": 2, "int4": 0, "uint4": 8, "int8": 0, "uint8": 128}  # what moves a type's numbers into int8's
 _WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1}
+_MOST = 127  # the farthest that an int8 weight lies from 0
 _SMALLEST, _LARGEST = np.float32(2.0**-125), np.float32(2.0**119)  # 255 steps of the largest are still a float32
 
 
@@ -25,10 +26,10 @@ def check_scale(scale: np.ndarray, tensor: str, divides: bool) -> None:
     """Raises Refused for a scale by which nothing can be quantized (`divides`) or that yields no number."""
     wrong = ~np.isfinite(scale)
     if divides:
-        wrong |= ~((scale >= _SMALLEST) & (scale <= _LARGEST))
+        wrong |= ~(scale >= _SMALLEST)
     if wrong.any():
         which = f" ({int(wrong.sum())} of {scale.size} are so)" if scale.size > 1 else ""
-        raise Refused(f"the scale '{tensor}' is {scale[wrong].reshape(-1)[0]:g}{which}; supported: from 2^-125 to 2^119. Export the model again")
+        raise Refused(f"the scale '{tensor}' is {scale[wrong].reshape(-1)[0]:g}{which}; supported: finite numbers from 2^-125 on. Export the model again")
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,14 @@ class Parameters:
             return f"{self.dtype} activations have no int8 kernel"
         if (self.scale != self.scale.reshape(-1)[:1]).any() or (self.zero_point != self.zero_point.reshape(-1)[:1]).any():
             return "an activation has one scale in int8 kernels, not one per channel or block"
+        if self.scale.reshape(-1)[0] > _LARGEST:  # of attention masks, whose least number is float32's
+            return f"a scale of {self.scale.reshape(-1)[0]:g} is beyond 2^119, the largest of int8 kernels"
         return QParams(float(self.scale.reshape(-1)[0]), int(self.zero_point.reshape(-1)[0]) - _SHIFT[self.dtype])
 
     @property
     def is_positive(self) -> bool:
         """Are the scales such as an activation may have?"""
-        return bool(((self.scale >= _SMALLEST) & (self.scale <= _LARGEST)).all())
+        return bool((self.scale >= _SMALLEST).all())
 
     @property
     def fills_int8(self) -> bool:
@@ -137,3 +140,34 @@ def weight_scales(op: str, attributes: dict[str, Any], weight: Rounded) -> np.nd
     scales = np.abs(apart[:, 0].astype(np.float64))  # a negative scale is a positive one of negative integers
     scales[scales < _SMALLEST] = 1.0  # such weights are nothing beside any other number
     return np.tile(scales, int(attributes.get("group", 1))) if op == "ConvTranspose" else scales
+
+
+def summands(op: str, attributes: dict[str, Any], weight: Rounded) -> tuple[int, list[tuple[int, int] | None], Rounded] | None:
+    """Weights of 9 bits (uint8 whose zero point is not its middle) as several of 8, side by side along the axis that the product sums over:
+
+        sum over k of x[k] * w[k]    =    sum over k of x[k] * clip(w[k], -127, 127) + sum over k of x[k] * the rest of w[k]
+
+    (the axis of x, from where to where x is to be read again along it, None: all of it, the weights); None where nothing is so far from 0, and where several
+    groups share a convolution."""
+    centred = weight.value - weight.zero_point
+    if weight.value.ndim < 2 or np.abs(centred).max(initial=0) <= 128 or attributes.get("group", 1) != 1 or attributes.get("transA"):
+        return None
+    convolves = op in _WEIGHT_AXIS
+    axis = 1 - _WEIGHT_AXIS[op] if convolves else centred.ndim - 2
+    if op == "Gemm" and attributes.get("transB"):
+        axis = 1
+    parts, scales = [np.clip(centred, -_MOST, _MOST)], [weight.scale]
+    rest, again = centred - parts[0], list[tuple[int, int] | None]()
+    while rest.any():
+        used = np.flatnonzero(np.moveaxis(rest, axis, 0).reshape(rest.shape[axis], -1).any(1))
+        first, behind, size = int(used[0]), int(used[-1]) + 1, rest.shape[axis]
+        if 4 * (behind - first) > 3 * size:  # a copy of a part saves nothing then
+            first, behind = 0, size
+        again.append(None if behind - first == size else (first, behind))
+        part = np.clip(rest, -_MOST, _MOST)
+        parts.append(part.take(range(first, behind), axis))
+        scales.append(weight.scale.take(range(first, behind), axis))
+        rest = rest - part
+    value = np.concatenate(parts, axis)
+    found = Rounded(value, np.concatenate(scales, axis), np.zeros_like(value), weight.dtype, "it is read in several parts")
+    return 1 if convolves else -1, again, found
