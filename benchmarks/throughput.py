@@ -3,7 +3,9 @@
     python benchmarks/throughput.py --data ../shared/data [--network resnet50]... [--batch 1 8] [--streams 2] [--rounds 5] [--seconds 3]
 
 Each network is compiled as one library for all batches; requests of each batch go through a pool of their own, whose queue is always full. Candidates take
-turns in one process: read the ratios, medians over the rounds. Needs openvino and nncf. About three minutes a network; the table goes to --results too.
+turns in one process: read the ratios, medians over the rounds. "of peak" counts the network's multiply-accumulates against dot instructions on registers
+alone, on as many threads; "at peak" is the ratio that a library would have whose every multiply-accumulate came at that rate. Needs openvino and nncf. About
+three minutes a network; the table goes to --results too.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from typing import Any
 
 import networks
 import numpy as np
+import roofline
 from soak import machine, markdown
 
 import qcompiler
+from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import open_samples
 from qcompiler.importers.model import load
 from qcompiler.runtime import peers
@@ -79,18 +83,24 @@ def compared(network: networks.Network, folder: Path, options: argparse.Namespac
     samples = list(itertools.islice(open_samples(network.calibration(), [single], network.preprocess), CALIBRATION))
     path = qcompiler.compile(network.model, calibration=samples, input_shapes=rows, preset="fast").save(folder / f"{network.name}.so")
     peer = openvino_queue(peers.nncf_model(network.model, samples), samples[0], options.streams * options.threads)
-    inputs = {at.inputs[0].shape[0]: random_inputs(at.inputs) for at in Session(path).specializations}
+    session = Session(path)
+    inputs = {at.inputs[0].shape[0]: random_inputs(at.inputs) for at in session.specializations}
     found = []
     with contextlib.ExitStack() as stack:
         ours_at = {batch: pool_queue(stack.enter_context(SessionPool(path, options.streams, options.threads)), inputs[batch]) for batch in options.batch}
         for warm in (peer, *ours_at.values()):
             warm(options.seconds / 2)
+        own = session.manifest
+        peak, counted = roofline.peak_call(roofline.unit_of(find_target(own["target"])), find_target(own["target"]), options.streams * options.threads)
+        macs = sum(step["macs"] for step in own["steps"])
+        peaks: list[float] = []  # samples a second
         figures: dict[int, list[float]] = {batch: [] for batch in options.batch}
         theirs: list[float] = []
         for _ in range(options.rounds):
             for batch, requests in ours_at.items():
                 figures[batch].append(batch * requests(options.seconds))
             theirs.append(peer(options.seconds))
+            peaks.append(counted / roofline.seconds_of(peak) / macs)
         for batch, ours in figures.items():
             ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
             cells = [
@@ -98,6 +108,8 @@ def compared(network: networks.Network, folder: Path, options: argparse.Namespac
                 f"{statistics.median(theirs):.1f}",
                 f"{statistics.median(ratios):.3f}",
                 f"{min(ratios):.3f} to {max(ratios):.3f}",
+                *(f"{100 * statistics.median(rates) / statistics.median(peaks):.0f} %" for rates in (ours, theirs)),
+                f"{statistics.median(peaks) / statistics.median(theirs):.2f}",
             ]
             found.append([network.name, str(batch), *cells])
             print(" ".join(found[-1]), file=sys.stderr, flush=True)
@@ -117,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for network in networks.chosen(options) for row in compared(network, Path(folder), options)]
     title = f"Samples a second, {options.streams} streams of {options.threads} threads, {options.rounds} rounds of {options.seconds:g} s each"
-    head = ("network", "batch", "ours", "OpenVINO", "ratio", "ratios of the rounds")
+    head = ("network", "batch", "ours", "OpenVINO", "ratio", "ratios of the rounds", "of peak", "OpenVINO's", "at peak")
     text = f"{title}\n\n{markdown(head, rows)}\n\n{machine()}; openvino {version('openvino')}, nncf {version('nncf')}\n"
     print(text)
     options.results.write_text(f"    python benchmarks/throughput.py {' '.join(sys.argv[1:])}\n\n{text}")
