@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.selection import boxes
 from qcompiler.base.targets import Target
-from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, offset_of, recode, splat, task_count, vector, view
+from qcompiler.schedules.builder import Emitter, View, dense_strides, loops, make_kernel, offset_of, recode, splat, store, task_count, vector, view
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.elementwise import constants_of, tasks_of
-from qcompiler.schedules.portable.nest import elementwise
+from qcompiler.schedules.portable.nest import elementwise, merged, shared
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 
 GRAIN = 100_000
@@ -28,7 +29,16 @@ def move(k: Emitter, source: View, target: View) -> None:
 def fill(k: Emitter, target: View, value: int) -> None:
     """Every element of an 8-bit or float view becomes the canonical `value` (storage offset added here)."""
     scalar = k.f32(value) if target.dtype == "float32" else T.bind(T.Cast(target.dtype, k.i32(value + offset_of(target.dtype))))
-    elementwise(k, [], target, lambda x, n: splat(scalar, n))
+    (target,) = merged([target])
+    *outer, length = target.shape
+    if k.gpu or target.strides[-1] != 1:
+        elementwise(k, [], target, lambda x, n: splat(scalar, n))
+        return
+    # Whole vectors, the last of which overlaps the one before. LLVM does not see how many: unrolled, borders would be most of a network's code.
+    lanes = 1 << min(length, k.width // np.dtype(target.dtype).itemsize).bit_length() - 1
+    extents = [k.i32(e) if isinstance(e, int) and e > 1 else e for e in shared(k, [*outer, -(-length // lanes)])]
+    with loops(*extents) as (*index, i):
+        store(target.buffer, target.at([*index, T.min(i * lanes, length - lanes)]), splat(scalar, lanes), lanes)
 
 
 def around(shape: Sequence[int], begin: Sequence[int], inner: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -61,14 +71,18 @@ def copy(op: OpCall, target: Target, row: str) -> Kernel:
 def fill_halo(op: OpCall, target: Target, row: str) -> Kernel:
     """Writes `value` (canonical) around the image, channel padding included; the image itself is not touched."""
     layout = op.output
+    images, height, width, _ = layout.shape
+    (top, left, bottom, right), pitch = layout.halo, layout.channel_pitch
+    line = layout.rows[1] * pitch
+    # what lies outside is contiguous from the end of a line of the image to the beginning of the next: (first element, how often, length)
+    before = (0, 1, top * line + left * pitch)
+    between = (before[2] + width * pitch, height - 1, (left + right) * pitch)
+    behind = (before[2] + (height - 1) * line + width * pitch, 1, right * pitch + bottom * line)
 
     def emit(k: Emitter) -> None:
-        height, width = layout.rows
-        stored = (layout.shape[0], height, width, layout.channel_pitch)
-        whole = View(k.output, layout.dtype, stored, dense_strides(stored))
-        top, left, _, _ = layout.halo
-        for begin, shape in around(stored, (0, top, left, 0), (*layout.shape[:3], layout.channel_pitch)):
-            fill(k, whole.window(begin, shape), op.attrs["value"])
+        for first, count, length in (before, between, behind):
+            if count and length:
+                fill(k, View(k.output, layout.dtype, (images, count, length), (layout.rows[0] * line, line, 1), first), op.attrs["value"])
 
     return make_kernel(row, op, target, emit)
 
