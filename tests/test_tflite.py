@@ -184,6 +184,20 @@ def test_int8_weights_beside_float_activations(tmp_path: Path) -> None:
     assert report.passed and "what LiteRT" in str(report)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64"])
+def test_quotients_of_integers_are_rounded_down(dtype: str, tmp_path: Path) -> None:
+    """Also where the next multiple is no number of the type."""
+    ends = np.iinfo(dtype)
+    x = np.array([ends.min, ends.min + 1, -7, -6, -1, 0, 1, 6, 7, ends.max - 1, ends.max], dtype)
+    net = TfliteNet()
+    held = net.input(x.shape, dtype, name="x")
+    divisors = [3, -3, 1, ends.max]
+    outputs = [net.op("FLOOR_DIV", [held, net.const(np.array([d], dtype))], x.shape, dtype=dtype, kind="FloorDivOptions") for d in divisors]
+    session = Session(compile_float(net.save(tmp_path / "m.tflite", outputs)).save(tmp_path / "m.so"))
+    for divisor, got in zip(divisors, session.run({"x": x}).values(), strict=True):
+        np.testing.assert_array_equal(got, x // np.array(divisor, dtype))
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +223,9 @@ def test_complex_numbers_beyond_a_spectrum(tmp_path: Path) -> None:
     assert "input 'x' holds complex numbers; take in their real and imaginary parts" in refused(tmp_path, net, net.op("REAL", [0], (1, 8)))
     net, _ = spectrum()
     assert "it takes a part of 'x', which holds no complex numbers" in refused(tmp_path, net, net.op("IMAG", [0], (1, 8)))
+    net = TfliteNet()
+    line = net.op("RFFT2D", [net.input((8,), name="x"), net.const(ints(1, 8))], (5,), dtype="complex64", kind="Rfft2dOptions")
+    assert "it transforms a tensor of 1 axis; supported: from 2 on" in refused(tmp_path, net, net.op("REAL", [line], (5,)))
     net, _ = spectrum()
     constant = net.const(np.ones((1, 8), np.complex64))
     assert "is a constant of complex numbers" in refused(tmp_path, net, net.op("REAL", [constant], (1, 8)))

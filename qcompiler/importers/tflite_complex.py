@@ -17,6 +17,8 @@ COMPLEX = "complex64"
 def rfft2d(g: Graph, op: Operator) -> None:
     """The last two axes, cut or filled with zeros to the lengths given; of the last one the first half, as its numbers are real."""
     height, width = g.ints(op, 1, "length")
+    if (rank := g.rank(op)) < 2:
+        raise Refused(f"it transforms a tensor of {rank} axis; supported: from 2 on")
     x = g.node("Unsqueeze", [g.value(op), g.int64([-1])])[0]
     x = g.node("DFT", [x, *(g.constant(np.array(n, np.int64), "along") for n in (width, -2))], onesided=1)[0]
     if (height, g.operand(op, 0).shape[-2]) != (1, 1):

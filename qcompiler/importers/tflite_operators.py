@@ -59,11 +59,16 @@ def squared_difference(g: Graph, op: Operator) -> None:
 
 
 def floor_div(g: Graph, op: Operator) -> None:
-    """Of integers (x - x mod y) / y, whose remainder has the sign of y: ONNX's quotient of integers is cut, not rounded down."""
+    """Of integers ONNX's quotient, which is cut, not rounded down: one less where the signs differ and something is left."""
     x, y = g.value(op, 0), g.value(op, 1)
-    if g.operand(op, 0).dtype.startswith("float"):
+    dtype = g.operand(op, 0).dtype
+    if dtype.startswith("float"):
         return g.chain(op, "Floor", g.node("Div", [x, y]))
-    return g.chain(op, "Div", [*g.node("Sub", [x, *g.node("Mod", [x, y])]), y])
+    none = g.constant(np.array(0, dtype), "none")
+    left = g.node("Not", g.node("Equal", [*g.node("Mod", [x, y]), none]))
+    differ = g.node("Xor", [*g.node("Less", [x, none]), *g.node("Less", [y, none])])
+    less = g.node("Cast", g.node("And", [*left, *differ]), to=_element(dtype))
+    return g.chain(op, "Sub", [*g.node("Div", [x, y]), *less])
 
 
 def floor_mod(g: Graph, op: Operator) -> None:
