@@ -95,9 +95,10 @@ class EmulatedProgram:
             kernels = {self.symbols.setdefault(s.kernel.key, f"k{len(self.symbols)}"): s.kernel for s in program.steps}
             emulated = Emulated(kernels, program.target, emulated)
         self.emulated = emulated
+        self.values: dict[str, np.ndarray] = {}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[Step, np.ndarray]]:
-        """Every step and the value that it has just written."""
+        """Every step and the value that it has just written. `self.values` then has all values that are written, `more` of a step too."""
         program = self.program
         spaces = {"workspace": [aligned(program.workspace + 64, "uint8")], "input": [], "output": []}
         spaces["workspace"][0][:] = 0xA5
@@ -120,5 +121,7 @@ class EmulatedProgram:
             arrays += [spaces["workspace"][0][step.scratch :]] if step.kernel.scratch else []
             arrays += [counters] if step.kernel.counters else []
             self.emulated.launch(self.symbols[step.kernel.key], arrays)
-            layout = program.values[step.writes].layout
-            yield step, fetch(memory(step.writes)[: layout.bytes].view(layout.dtype), layout)
+            for value in [step.writes, *step.more]:
+                layout = program.values[value].layout
+                self.values[value] = fetch(memory(value)[: layout.bytes].view(layout.dtype), layout).copy()
+            yield step, self.values[step.writes]

@@ -70,7 +70,7 @@ def test_network(name: str, split: bool, tmp_path: Path) -> None:
         else:
             np.testing.assert_allclose(value, wanted[step.writes], rtol=1e-4, atol=1e-5, err_msg=step.writes)
     rows = {step.kernel.row for step in program.steps}
-    assert exact >= 15 and {"cuda/legalized", "cuda/mean", f"{program.target.rows[0]}/conv2d"} <= rows, rows
+    assert exact >= 15 and {"cuda/fused", "cuda/mean", f"{program.target.rows[0]}/conv2d"} <= rows, rows
 
 
 @pytest.mark.parametrize("name", ["cuda-sm75-dp4a", "cuda-sm75", "cuda-sm90a"])

@@ -181,7 +181,10 @@ class _Lowering:
         self.read()
         self.select_rows()
         if self.target.gpu:
+            from qcompiler.backend.fused import with_fused  # not above: the schedules for GPUs, which no other target needs
+
             self.nodes = with_tails(self.nodes, self.values, self.output_values, self.op_call)
+            self.nodes = with_fused(self.nodes, self.values, self.output_values)
         self.decide_layouts()
         steps = self.make_steps()
         workspace, near = self.place(steps)
@@ -264,11 +267,11 @@ class _Lowering:
         needs: dict[str, list[tuple[Need, Node]]] = {v: [] for v in self.values}
         for node in self.nodes:
             ids = [o for o in node.operands if isinstance(o, str)]
-            wanted = node.row.needs(self.op_call(node), self.target) if node.row else [Need(dense=True)] * len(ids)
+            wanted = node.row.needs(self.op_call(node), self.target) if node.row else [Need(dense=not node.parts)] * len(ids)
             for operand, need in zip(ids, wanted, strict=True):
                 needs[operand].append((need, node))
         rigid = {str(p.name) for p in self.graph.inputs} | set(self.output_values)
-        rigid |= {o for n in self.nodes if n.row is None or n.name in FLAT for o in n.written}
+        rigid |= {o for n in self.nodes if (n.row is None and not n.parts) or n.name in FLAT for o in n.written}
         ordered: list[Node] = []
         late: dict[str, list[Node]] = {}  # copies to insert after the producer of a value
         for value, asked in needs.items():
@@ -328,7 +331,7 @@ class _Lowering:
                 layout = self.layout(value, node.images)
                 if any(layout.halo) and self.values[value].root == value:
                     steps.append(replace(self.fill_halo(value, layout, zero_points[value]), images=node.images))
-            steps.append(self.step(node, reads))
+            steps.append(self.fused(node, reads) if node.parts else self.step(node, reads))
         self.output_values = [self.own_output(steps, value, taken) for value in self.output_values]
         return steps
 
@@ -349,6 +352,13 @@ class _Lowering:
         steps = [Step(first, None, "float", kernel, reads, more=more, auxiliary=True) for kernel in kernels]
         steps[-1].auxiliary = False
         return steps
+
+    def fused(self, node: Node, reads: list[str]) -> Step:
+        from qcompiler.backend.fused import fused_call
+
+        first, *more = node.outputs
+        kernel = fused_call(node, {v: value.layout for v, value in self.values.items()}, self.target)
+        return Step(first, None, "float", kernel, reads, more=more)
 
     def step(self, node: Node, reads: list[str]) -> Step:
         assert node.row is not None

@@ -13,7 +13,9 @@ from qcompiler.schedules.table import Layout, OpCall, Row
 
 @dataclass
 class Node:
-    """An operator, or what stayed float ("legalized"). tail, inner: see `OpCall`; inner is the layout of its own value, where that is not written."""
+    """An operator, or what stayed float ("legalized"). tail, inner: see `OpCall`; inner is the layout of its own value, where that is not written.
+    parts: operators that one kernel computes element by element (`qcompiler/backend/fused.py`), which reads `operands` and constants, and writes `outputs`.
+    inside: layouts of what they make."""
 
     id: str
     name: str
@@ -26,6 +28,8 @@ class Node:
     images: int = 1  # see `Step`
     tail: list[Node] = field(default_factory=list)
     inner: Layout | None = None
+    parts: list[Node] = field(default_factory=list)
+    inside: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def written(self) -> list[str]:

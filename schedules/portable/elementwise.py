@@ -42,42 +42,40 @@ def constants_of(op: OpCall) -> list[np.ndarray]:
     return [o for o in op.operands if isinstance(o, np.ndarray)]
 
 
+def quantized(k: Emitter) -> tuple[Compute, Compute]:
+    """What `qc.quantize` makes of [float32]: the stored number, and a word with it in the low byte."""
+    inverse = k.f32(1.0 / np.float64(np.float32(k.op.attrs["scale"])))
+    end = Requantize.of(k, k.op.attrs)
+    return lambda x, n: end.store_value(x[0] * splat(inverse, n), n), lambda x, n: end.store_word(x[0] * splat(inverse, n), n)
+
+
 def quantize(op: OpCall, target: Target, row: str) -> Kernel:
     """float32 -> 8 or 16 bits, transposed by `axes` when given; the source may have any alignment."""
-    a = op.attrs
     channels = op.output.shape[-1] if op.output.shape else 1
 
     def emit(k: Emitter) -> None:
-        inverse = k.f32(1.0 / np.float64(np.float32(a["scale"])))
-        end = Requantize.of(k, a)
+        compute, words = quantized(k)
         source = k.operands()[0]
-        source = source.permuted(a["axes"]) if a.get("axes") else source
+        source = source.permuted(op.attrs["axes"]) if op.attrs.get("axes") else source
         spare = op.output.channel_pitch - channels
-
-        def compute(x: list[Any], n: int) -> Any:
-            return end.store_value(x[0] * splat(inverse, n), n)
-
-        def words(x: list[Any], n: int) -> Any:
-            return end.store_word(x[0] * splat(inverse, n), n)
-
         elementwise(k, [source], view(k.output, op.output), compute, spare=spare, words=words if op.output.dtype != "int16" else None)
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
 
 
+def dequantized(k: Emitter) -> Compute:
+    """What `qc.dequantize` makes of [stored number]."""
+    zero, scale = k.i32(k.op.attrs["zero_point"] + offset_of(k.op.tensors[0].dtype)), k.f32(k.op.attrs["scale"])
+    return lambda x, n: cast("float32", centered(x[0], zero, n), n) * splat(scale, n)
+
+
 def dequantize(op: OpCall, target: Target, row: str) -> Kernel:
     """8 or 16 bits -> float32, transposed by `axes` when given."""
-    a = op.attrs
 
     def emit(k: Emitter) -> None:
         source = k.operands()[0]
-        zero, scale = k.i32(a["zero_point"] + offset_of(source.dtype)), k.f32(a["scale"])
-        source = source.permuted(a["axes"]) if a.get("axes") else source
-
-        def compute(x: list[Any], n: int) -> Any:
-            return cast("float32", centered(x[0], zero, n), n) * splat(scale, n)
-
-        elementwise(k, [source], view(k.output, op.output), compute)
+        source = source.permuted(op.attrs["axes"]) if op.attrs.get("axes") else source
+        elementwise(k, [source], view(k.output, op.output), dequantized(k))
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op), arrays=constants_of(op))
 

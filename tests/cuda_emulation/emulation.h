@@ -294,6 +294,8 @@ inline T __ldcg(const T* from) {
   return *from;
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float value) { return std::sqrt(value); }
 inline int __float2int_rn(float value) {  // saturates; NaN becomes 0

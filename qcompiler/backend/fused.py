@@ -1,0 +1,189 @@
+"""Operators on a GPU that go element by element, as one kernel where they hang together: each launch costs more than most of them compute.
+
+dequantize -> multiply -> add -> quantize      one kernel, which writes the last value
+greater(x); multiply(x) -> clip -> round       one kernel, which writes both results
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qcompiler.backend.node import Node
+from qcompiler.base.targets import Target
+from qcompiler.schedules.cuda.fused import CONVERSIONS, LARGEST, FusedCall, Part, fused_kernel, goes_by_elements, reads_inside
+from qcompiler.schedules.table import Kernel, Layout, OpCall
+
+_REPEATED = 2**22  # operations that are rather computed again than launched before: less than a microsecond of a GPU
+_POINTERS, _PARTS, _CONVERSIONS = 40, 64, 12  # of a kernel; a conversion has up to 5 of its 64 scalars
+
+
+def with_fused(nodes: Sequence[Node], values: MutableMapping[str, Any], outputs: Collection[str]) -> list[Node]:
+    """The nodes in an order in which they can run, with one for each group of them that a kernel computes. What lies inside of a group is no value of the
+    program any more. outputs: values that the network hands out."""
+    grouping = _Grouping(nodes, {value: v.layout for value, v in values.items()}, outputs)
+    for node in nodes:
+        grouping.join(node)
+    made = grouping.result()
+    left = {value for node in made for value in node.written}
+    for value in (value for node in nodes for value in node.written if value not in left):
+        del values[value]
+    return made
+
+
+def fused_call(node: Node, layouts: Mapping[str, Layout], target: Target) -> Kernel:
+    """The kernel of a node with parts. layouts: as decided of what it reads and writes, others are of what they were."""
+    outside = [o for o in node.operands if isinstance(o, str)]
+    arrays = {_key(o): o for part in node.parts for o in part.operands if isinstance(o, np.ndarray)}
+    numbers: dict[Any, int] = {key: i for i, key in enumerate([*outside, *arrays, *(part.id for part in node.parts)])}
+
+    def layout(value: str) -> Layout:
+        return layouts[value] if value in layouts else node.inside[value]
+
+    parts = []
+    for part in node.parts:
+        call = OpCall(part.name, [layout(o) if isinstance(o, str) else o for o in part.operands], part.attrs, layout(part.id), part.id)
+        parts.append(Part(call, tuple(numbers[o if isinstance(o, str) else _key(o)] for o in part.operands), part.function))
+    results = [numbers[value] - len(outside) - len(arrays) for value in node.outputs]
+    operands: list[Layout | np.ndarray] = [*(layout(o) for o in outside), *arrays.values()]
+    return fused_kernel(FusedCall("fused", operands, {}, layout(node.id), node.id, parts=parts, results=results), target)
+
+
+def _key(array: np.ndarray) -> tuple[Any, ...]:
+    return array.shape, str(array.dtype), array.tobytes()
+
+
+def _values(node: Node) -> list[str]:
+    return [o for o in node.operands if isinstance(o, str)]
+
+
+class _Grouping:
+    def __init__(self, nodes: Sequence[Node], layouts: Mapping[str, Layout], outputs: Collection[str]) -> None:
+        self.nodes, self.layouts, self.outputs = nodes, layouts, set(outputs)
+        self.place = {node.id: i for i, node in enumerate(nodes)}
+        self.maker = {value: node for node in nodes for value in node.written}
+        self.readers: dict[str, list[Node]] = {value: [] for value in self.maker}
+        for node in nodes:
+            for operand in set(_values(node)) & set(self.readers):
+                self.readers[operand].append(node)
+        self.groups = {node.id: [node] for node in nodes if self.may_join(node)}
+
+    def may_join(self, node: Node) -> bool:
+        layouts = [self.layouts[v] for v in (*_values(node), *node.written)]
+        if any(not 0 < math.prod(layout.shape) <= LARGEST for layout in layouts) or node.tail or not _values(node):
+            return False
+        if node.name in CONVERSIONS:  # those at the edges of a network stay steps, which say how its inputs and outputs are stored
+            return node.id not in self.outputs if node.name == "qc.dequantize" else node.operands[0] in self.maker
+        return node.name == "legalized" and len(node.outputs) == 1 and goes_by_elements(node.function)
+
+    def join(self, node: Node) -> None:
+        """With the groups of what it reads."""
+        for operand in _values(node) if node.id in self.groups else []:
+            made = self.source(operand)
+            if made is not None and made.id in self.groups and self.groups[made.id] is not self.groups[node.id]:
+                both = sorted([*self.groups[made.id], *self.groups[node.id]], key=lambda n: self.place[n.id])
+                if self.is_a_kernel(both):
+                    self.groups |= dict.fromkeys((n.id for n in both), both)
+
+    def source(self, value: str) -> Node | None:
+        """The node that makes a value, or what it is a reshape of; None for inputs."""
+        made = self.maker.get(value)
+        while made is not None and made.name == "qc.reshape" and isinstance(made.operands[0], str):
+            made = self.maker.get(made.operands[0])
+        return made
+
+    def is_a_kernel(self, nodes: Sequence[Node]) -> bool:
+        """Is it within limits, can it hold in registers what lies inside, and goes no value from it through others and back?"""
+        inside, outside, constants = {n.id for n in nodes}, set[str](), 0
+        for node in nodes:
+            for number, operand in enumerate(node.operands):
+                if not isinstance(operand, str):
+                    constants += 1
+                elif (made := self.source(operand)) is None or made.id not in inside:
+                    outside.add(operand)
+                elif not self.in_registers(node, number, made, len(nodes)):
+                    return False
+        conversions = sum(n.name in CONVERSIONS for n in nodes)
+        if len(nodes) > _PARTS or conversions > _CONVERSIONS or len(outside) + constants + len(self.written(nodes)) > _POINTERS:
+            return False
+        waiting, seen = list(outside), set[str]()
+        while waiting:
+            maker = self.maker.get(waiting.pop())
+            for each in [] if maker is None or maker.id in seen else self.groups.get(maker.id, [maker]):
+                if each.id in inside:
+                    return False
+                seen.add(each.id)
+                waiting += _values(each)
+        return True
+
+    def in_registers(self, node: Node, number: int, made: Node, operations: int) -> bool:
+        """May an operand that `made` computes be computed where it is read?"""
+        if node.name == "legalized" and not reads_inside(node.function, number):
+            return False
+        elements = math.prod(self.layouts[node.id].shape)
+        return elements <= math.prod(self.layouts[made.id].shape) or elements * operations <= _REPEATED
+
+    def written(self, nodes: Sequence[Node]) -> list[str]:
+        """What others read, or the network hands out."""
+        inside = {n.id for n in nodes}
+        return [n.id for n in nodes if self.read_outside(n.id, inside)]
+
+    def read_outside(self, value: str, inside: Collection[str]) -> bool:
+        if value in self.outputs:
+            return True
+        return any(self.read_outside(n.id, inside) if n.name == "qc.reshape" else n.id not in inside for n in self.readers[value])
+
+    def one(self, nodes: Sequence[Node]) -> Node:
+        """A node for all of them. Reshapes of what they make are parts too."""
+        inside, parts, operands = {n.id for n in nodes}, list(nodes), dict[str, None]()
+        for node in nodes:
+            for operand in _values(node):
+                made = self.source(operand)
+                if made is None or made.id not in inside:
+                    operands[operand] = None
+                while made is not None and made.id in inside and operand != made.id:
+                    view = self.maker[operand]
+                    parts += [view] if view not in parts else []
+                    operand = str(view.operands[0])
+        parts.sort(key=lambda n: self.place[n.id])
+        outputs = self.written(nodes)
+        return Node(outputs[0], "fused", list(operands), {}, outputs, parts=parts, inside={n.id: self.layouts[n.id] for n in parts})
+
+    def result(self) -> list[Node]:
+        made: list[Node] = []
+        for node in self.nodes:
+            group = self.groups.get(node.id, [])
+            if len(group) > 1 or (group and node.name == "legalized"):
+                made += [self.one(group)] if node is group[0] else []
+            elif node.name != "qc.reshape" or self.is_read(node):
+                made.append(node)
+        return self.ordered(made)
+
+    def is_read(self, view: Node) -> bool:
+        """Does anybody read a reshape but the kernel that computes what it is of?"""
+        source = self.source(view.id)
+        return self.read_outside(view.id, {n.id for n in self.groups.get(source.id, [])} if source is not None else ())
+
+    def ordered(self, nodes: Sequence[Node]) -> list[Node]:
+        """Each as early as what it reads and the given order allow."""
+        number = {value: i for i, node in enumerate(nodes) for value in node.written}
+        awaited = [{number[o] for o in _values(node) if o in number} for node in nodes]
+        behind: list[list[int]] = [[] for _ in nodes]
+        for i, before in enumerate(awaited):
+            for j in before:
+                behind[j].append(i)
+        ready, found = [i for i, before in enumerate(awaited) if not before], list[Node]()
+        heapq.heapify(ready)
+        while ready:
+            i = heapq.heappop(ready)
+            found.append(nodes[i])
+            for j in behind[i]:
+                awaited[j].discard(i)
+                if not awaited[j]:
+                    heapq.heappush(ready, j)
+        assert len(found) == len(nodes), "a value goes from a kernel through others and back"
+        return found
