@@ -69,6 +69,7 @@ def row_cases(target: Target) -> dict[str, Any]:
         if unit.name in target.rows:
             found |= {f"{gemm.tag(unit)}/{name}": pair for name, pair in gemm.kernels(unit).items()}
     found |= importlib.import_module("test_cuda_tails").ended(target)
+    found |= importlib.import_module("test_cuda_fused").of_one_result(target)
     for name, conv in depthwise.CONVS.items():
         case = conv.case()
         found[f"depthwise/{name}"] = (case, case.prepare(target))

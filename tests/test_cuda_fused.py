@@ -12,12 +12,14 @@ import tvm
 from cuda_emulated import Emulated, EmulatedProgram
 from small_nets import Net, op, scalar
 from test_cuda_sass import instructions
+from test_cuda_tails import Ended
 from tools import require_nvcc
 
 from qcompiler.backend.lowering import Program, lower
-from qcompiler.base.targets import find_target
+from qcompiler.base.targets import Target, find_target
 from qcompiler.passes.graph import const, dtype_of, make_op, shape_of
 from qcompiler.schedules.cuda.fused import LARGEST
+from qcompiler.schedules.table import Kernel, OpCall
 from qcompiler.verification.interpreter import run
 
 TARGET = find_target("cuda-sm80")
@@ -73,11 +75,10 @@ def conversions(net: Net) -> tvm.IRModule:
 
 
 def diamonds(net: Net) -> tvm.IRModule:
-    """40 values, each read twice: code that doubled with each would never end."""
-    x = net.input("x", 2, 1, 3, 1, 9)
+    """40 values, each second one read twice: code that doubled with each would never end. Iterations that amplify every rounding."""
+    x = net.add("start", op.clip(net.input("x", 2, 1, 3, 1, 9), -1.5, 1.5))
     for i in range(20):
-        y = net.add(f"product{i}", op.multiply(x, x))
-        x = net.add(f"sum{i}", op.subtract(y, scalar(0.7) if i % 2 else x))
+        x = net.add(f"next{i}", op.subtract(net.add(f"square{i}", op.multiply(x, x)), scalar(1.4)))
     return net.done(x)
 
 
@@ -127,6 +128,18 @@ def inputs_of(module: tvm.IRModule) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     drawn = {"float32": lambda s: 2 * rng.standard_normal(s), "int8": lambda s: rng.integers(-128, 128, s)}
     return {str(p.name): np.asarray(drawn.get(dtype_of(p), lambda s: rng.integers(0, 2, s))(shape_of(p)), dtype_of(p)) for p in module["main"].params}
+
+
+def of_one_result(target: Target) -> dict[str, tuple[Ended, Kernel]]:
+    """For whoever runs all cases of all kernels, with kernels for `target`."""
+    found = {}
+    for name in ("diamonds", "one function twice"):
+        module = NETS[name][0](Net(2))
+        program, inputs = lower(module, target), inputs_of(module)
+        (step,), (expected,) = program.steps, run(module, inputs).values()
+        layout = program.values[step.writes].layout
+        found[f"fused/{name}"] = Ended(OpCall("fused", [], {}, layout), [inputs[value] for value in step.reads], layout, expected), step.kernel
+    return found
 
 
 @pytest.fixture(scope="module")
