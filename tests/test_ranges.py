@@ -14,7 +14,7 @@ from calibrated import watch
 
 from qcompiler.base.targets import find_target
 from qcompiler.calibration.data import open_samples
-from qcompiler.calibration.headroom import MOST, headroom
+from qcompiler.calibration.headroom import MANY, MOST, headroom, unseen
 from qcompiler.calibration.table import calibrate
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
@@ -91,8 +91,8 @@ def test_noise_is_that_of_the_reference_arithmetic(network: QuantizedNetwork, tm
             rounded = {"image": p.dequantize(p.quantize(sample["image"])).astype(np.float32)}
             error += np.square(run(module, rounded)["logits"] - wanted).sum()
             power += np.square(wanted).sum()
-        assert found["image"][name] == pytest.approx(error / power, rel=0.01)
-    assert found["image"]["clipped"] > 2 * found["image"]["wide"]
+        assert found["image"].noise[name] == pytest.approx(error / power, rel=0.01)
+    assert found["image"].noise["clipped"] > 2 * found["image"].noise["wide"]
 
 
 def test_what_is_hopeless_after_a_few_samples_stays_out(network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +108,11 @@ def test_what_is_hopeless_after_a_few_samples_stays_out(network: QuantizedNetwor
     monkeypatch.setattr(ranges, "_BEHIND", math.inf)
     everything = output_noise(twin, proposals, ends, judges, 12, 3)
     for value in proposals:
-        best = min(everything[value].values())
-        same = {name for name, noise in everything[value].items() if found[value][name] == noise}
-        assert {name for name, noise in everything[value].items() if noise < 1.2 * best} <= same
-        assert all(found[value][name] > 1.4 * best for name in params if name not in same)
-    assert any(found[v]["clipped"] != everything[v]["clipped"] for v in proposals)
+        best = min(everything[value].noise.values())
+        same = {name for name, noise in everything[value].noise.items() if found[value].noise[name] == noise}
+        assert {name for name, noise in everything[value].noise.items() if noise < 1.2 * best} <= same
+        assert all(found[value].noise[name] > 1.4 * best for name in params if name not in same)
+    assert any(found[v].noise["clipped"] != everything[v].noise["clipped"] for v in proposals)
 
 
 @pytest.mark.parametrize(
@@ -281,18 +281,46 @@ def test_few_samples_leave_room() -> None:
     assert premium(3) > premium(12) > premium(100) == PREMIUM
 
 
+def test_what_lies_beyond_all_samples_is_what_the_next_one_loses() -> None:
+    """Of greatest elements as theory has them, with ends below and beyond all that was seen; nothing where all samples are alike."""
+    rng = np.random.default_rng(0)
+    drawn, next_ones = rng.gumbel(3.0, 0.4, (200, 40)), rng.gumbel(3.0, 0.4, 1_000_000)
+    furthest, deviation = drawn.max(axis=1), 0.4 * np.pi / math.sqrt(6)
+    for end in (4.2, 5.5, 6.5):
+        lost = [float((np.square(np.maximum(next_ones - end, 0)) * (next_ones > f)).mean()) for f in furthest]
+        found = unseen(np.full(200, end), furthest, np.full(200, 3.0 + 0.4 * np.euler_gamma), np.full(200, deviation))
+        assert found.mean() == pytest.approx(np.mean(lost), rel=0.1)
+    assert unseen(np.ones(1), np.full(1, 2.0), np.full(1, 2.0), np.zeros(1)) == 0
+
+
+def test_few_samples_take_the_range_that_the_next_one_needs(network: QuantizedNetwork) -> None:
+    """Where clipping costs the outputs something, further than all that was seen, and the less so the more the value's rounding costs; as it is with many."""
+    twin, many = network.measured.twin.session(1), samples(12)
+    ends = ends_of_values(network, many)
+    low, high = (of(e[i] for e in ends.ends["relu5"]) for i, of in enumerate((min, max)))
+    p = Proposals({"seen": QParams.from_range(low, high), "clipped": QParams.from_range(0.5 * low, 0.5 * high)}, ("relu5",), low, high)
+    found = output_noise(twin, {"relu5": p}, ends, open_samples(many, twin.inputs), 12, 8)
+    beyond = ends.beyond({"relu5": p}, found)
+    assert found["relu5"].cut > 0 and beyond["relu5"](p.params["clipped"]) > beyond["relu5"](p.params["seen"]) > 0
+    widths = [choose({"v": p}, {"v": {o: f * n for o, n in found["relu5"].noise.items()}}, 1e-9, {"v": beyond["relu5"]})["v"] for f in (1e-3, 1.0, 1e9)]
+    assert widths[0].params.scale > 1.2 * p.params["seen"].scale and widths[0].params.scale >= widths[1].params.scale > widths[2].params.scale * 0.99
+    ends.ends = {name: seen * MANY for name, seen in ends.ends.items()}
+    assert ends.beyond({"relu5": p}, found) == {}
+
+
 # -- in a compilation -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_takes_the_judges_word(network: QuantizedNetwork) -> None:
     plan, measured = network.plan, network.measured
-    noise = measured.noise(measured.ends.with_room(plan.proposals, measured.equalized.equalization.room))
+    heard = measured.noise(plan.proposals)
+    noise, beyond = {v: h.noise for v, h in heard.items()}, measured.ends.beyond(plan.proposals, heard)
     judged = [v for v in noise if isinstance(plan.edges[v], Edge)]
-    assert len(judged) > 3 and set(noise) == set(plan.proposals), "all of so small a network"
+    assert len(judged) > 3 and set(heard) == set(plan.proposals), "all of so small a network"
     for value in judged:
         edge = plan.edges[value]
         assert (isinstance(edge, Edge) and "least error at the network's outputs" in edge.reason) or len(plan.proposals[value].params) == 1
-        if "widened" not in edge.reason:
+        if "widened" not in edge.reason and value not in beyond:
             assert noise[value][edge.observer] <= min(noise[value].values()) + TRIFLE * sum(min(n.values()) for n in noise.values())
         assert math.isfinite(edge.sqnr)
 

@@ -23,18 +23,37 @@ USUAL = 0.15  # standard deviation over mean
 MOST = 2.0
 
 
-def headroom(samples: int, furthest: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """float64 like the arguments, from 1 to `MOST`: what the furthest of some samples is to be multiplied by. furthest, mean, variance: of how far each of
-    `samples` reached, 0 or more; elements are peers. An end that all samples reach alike is a bound, and one that none reaches is left alone."""
-    if samples >= MANY:
-        return np.ones_like(mean)
+def spread(samples: int, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """float64 like the arguments: standard deviation over mean of how far samples reach, as far as `samples` of them and their peers tell. 0 for an end that
+    all samples reach alike, which is a bound, and for one that none reaches."""
     variance = np.where(variance > 1e-12 * np.square(mean), variance, 0.0)
     spoken = (mean > 0) & ((variance > 0) | (samples == 1))
     square = variance / np.where(spoken, np.square(mean), 1.0) * samples / max(samples - 1, 1)
     usual = float(np.median(square[spoken])) if spoken.any() else 0.0
     usual += (USUAL**2 - usual) / samples
-    freedom = samples - 1 + PEERS
-    spread = np.sqrt((square * (samples - 1) + PEERS * usual) / freedom)
-    limit = mean * (1 + student95(freedom) * math.sqrt(1 + 1 / samples) * spread)
-    result: np.ndarray = np.where(spoken, np.clip(limit / np.where(spoken & (furthest > 0), furthest, 1.0), 1.0, MOST), 1.0)
+    result: np.ndarray = np.where(spoken, np.sqrt((square * (samples - 1) + PEERS * usual) / (samples - 1 + PEERS)), 0.0)
+    return result
+
+
+def headroom(samples: int, furthest: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """float64 like the arguments, from 1 to `MOST`: what the furthest of some samples is to be multiplied by. furthest, mean, variance: of how far each of
+    `samples` reached, 0 or more; elements are peers."""
+    if samples >= MANY:
+        return np.ones_like(mean)
+    limit = mean * (1 + student95(samples - 1 + PEERS) * math.sqrt(1 + 1 / samples) * spread(samples, mean, variance))
+    result: np.ndarray = np.clip(limit / np.where(furthest > 0, furthest, 1.0), 1.0, MOST)
+    return result
+
+
+def unseen(end: np.ndarray, furthest: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """The expected square of what the next sample loses beyond `end` by reaching further than all before it (what those lose was seen). furthest, mean,
+    deviation: of how far they reach. Greatest elements follow Gumbel's distribution, of scale b = deviation sqrt(6) / pi: beyond any x far out lies
+    exp(-(x - mean) / b - 0.577) of them, b further on the average, so that with B the greater of `end` and `furthest`
+
+        E = exp(-(B - mean) / b - 0.577) ((B - end)^2 + 2 b (B - end) + 2 b^2)
+    """
+    b = np.maximum(deviation * math.sqrt(6) / math.pi, 1e-30)
+    beyond = np.maximum(furthest - end, 0.0)
+    part = np.exp(np.minimum(-(end + beyond - mean) / b - np.euler_gamma, 0.0))
+    result: np.ndarray = np.where(deviation > 0, part * (np.square(beyond) + 2 * b * beyond + 2 * np.square(b)), 0.0)
     return result

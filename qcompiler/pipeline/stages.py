@@ -39,7 +39,7 @@ from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, plan_for
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
-from qcompiler.plan.ranges import TRIFLE, SampleEnds, choose, output_noise, premium
+from qcompiler.plan.ranges import TRIFLE, Heard, SampleEnds, choose, output_noise, premium
 from qcompiler.plan.recipes import Recipe
 from qcompiler.refine.analytic import mean_of_rounding, shift_of_rounding
 from qcompiler.refine.correction import correct_biases, stated_biases
@@ -156,7 +156,7 @@ class Measured:
     means: FloatMeans
     ends: SampleEnds
     warnings: list[str]
-    _noise: dict[str, tuple[Proposals, dict[str, float]]] = field(default_factory=dict)
+    _noise: dict[str, tuple[Proposals, Heard | None]] = field(default_factory=dict)
 
     @property
     def job(self) -> Job:
@@ -186,26 +186,26 @@ class Measured:
         self.table.asked.update(before.table.asked)
         return dataclasses.replace(self, _noise=dict(before._noise))
 
-    def noise(self, proposals: Mapping[str, Proposals]) -> dict[str, dict[str, float]]:
+    def noise(self, proposals: Mapping[str, Proposals]) -> dict[str, Heard]:
         """`ranges.output_noise` of proposals; what an earlier plan asked for is known."""
         new = {name: p for name, p in proposals.items() if name not in self._noise or self._noise[name][0] != p}
         if new:
             job = self.job
-            known = (min(self._noise[name][1].values(), default=0.0) for name in proposals.keys() - new.keys())
+            known = (min(h.noise.values()) for name in proposals.keys() - new.keys() if (h := self._noise[name][1]))
             beside = math.fsum(filter(math.isfinite, known))
 
             def judged() -> Findings:
                 count = job.alike.count or self.table.samples
                 noise = output_noise(self.twin.session(), new, self.ends, job.alike, count, *job.recipe.judges, job.progress, self.padding, beside)
-                return {name: np.array([*by_observer.values()]) for name, by_observer in noise.items()}
+                return {name: np.array([*heard.noise.values(), heard.cut]) for name, heard in noise.items()}
 
             decisive = [TRIFLE, beside, self.table.digest, sorted((name, repr(p)) for name, p in new.items())]
 
-            def pairs(found: Findings) -> dict[str, tuple[Proposals, dict[str, float]]]:
-                return {name: (p, dict(zip(p.params, found[name].tolist(), strict=True)) if name in found else {}) for name, p in new.items()}
+            def pairs(found: Findings) -> dict[str, tuple[Proposals, Heard | None]]:
+                return {name: (p, _heard(p, found[name].tolist()) if name in found else None) for name, p in new.items()}
 
             self._noise |= remembered(job, "ranges", decisive, judged, pairs)
-        return {name: noise for name in proposals if (noise := self._noise[name][1])}
+        return {name: heard for name in proposals if (heard := self._noise[name][1])}
 
 
 def calibrate(equalized: Equalized) -> Measured:
@@ -263,12 +263,26 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
         proposals = found.proposals
         if "judge-ranges" not in job.recipe.steps:
             proposals = {name: p.only_first() for name, p in proposals.items()}
-        if "margins" in job.recipe.steps:
-            proposals = measured.ends.with_room(proposals, measured.equalized.equalization.room)
-        found = decided(choose(proposals, measured.noise(proposals), premium(measured.table.samples) if "margins" in job.recipe.steps else 0.0))
+        found = decided(_ranges(measured, proposals))
     found.constants |= common_constants(found, job.models) if job.others else {}
     job.dump("plan", found.explain())
     return found
+
+
+def _ranges(measured: Measured, proposals: Mapping[str, Proposals]) -> dict[str, Judged]:
+    """The ranges that the outputs prefer."""
+    heard = measured.noise(proposals)
+    noise = {name: h.noise for name, h in heard.items()}
+    if "margins" not in measured.job.recipe.steps:
+        return choose(proposals, noise, 0.0)
+    beyond = measured.ends.beyond(proposals, heard)
+    roomy = measured.ends.with_room({n: p for n, p in proposals.items() if n not in beyond}, measured.equalized.equalization.room)
+    noise |= {n: {o: x * (p.params[o].scale / proposals[n].params[o].scale) ** 2 for o, x in noise[n].items()} for n, p in roomy.items() if n in noise}
+    return choose({**proposals, **roomy}, noise, premium(measured.table.samples), beyond)
+
+
+def _heard(proposals: Proposals, numbers: Sequence[float]) -> Heard:
+    return Heard(dict(zip(proposals.params, numbers[:-1], strict=True)), numbers[-1])
 
 
 @dataclass

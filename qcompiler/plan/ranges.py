@@ -15,8 +15,12 @@ goes to the few values that the outputs depend on.
 **Margins.** What was never seen can go further than all that was, and a clipped spike costs more than many roundings. A value's own rounding often has
 no part in the noise at the outputs: there a wider range is free. So the widest is taken of ranges that differ by a trifle from the best. Rounding noise
 grows with the square of the step, so all ranges are widened, at most to `REACH` times what was seen, until each value's noise comes to one common level;
-the level is where this adds a fraction (`premium`) to the noise of all values. Before they compete, ranges get headroom for the next sample, where there
-were few (`headroom.py`).
+the level is where this adds a fraction (`premium`) to the noise of all values.
+
+**Few samples.** Less than a hundred hardly show how far a value reaches, and what no sample showed costs nothing in this competition. The ranges that clip tell
+what it does cost: noise at the outputs beyond that of rounding, per square of what the furthest elements lost. Times what the next sample is to lose
+(`headroom.unseen`) it is the noise that each range adds out of sample; with it a range competes, as wide as makes least of both (`choose`). Ranges of which
+that isn't known get headroom for the next sample instead.
 """
 
 from __future__ import annotations
@@ -24,14 +28,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import Samples, take
-from qcompiler.calibration.headroom import headroom
+from qcompiler.calibration.headroom import MANY, headroom, spread, unseen
 from qcompiler.calibration.padding import Padding
 from qcompiler.calibration.table import Seen
 from qcompiler.numerics.metrics import Parts
@@ -45,10 +50,20 @@ PREMIUM = 0.02
 LEAST_COUNTED = 64
 TRIFLE = 0.01
 LITTLE = 2.0**36  # float multiplications: a second or two
+_WIDER = 2 ** (np.arange(13) / 8)  # what a range is multiplied by, for the sake of the next sample
+_FELT = 4.0  # steps that a range clips at least, to tell what clipping costs
 _BEHIND = 2.0  # times 1 / n
 _NEAR = 0.02
 _PIECE = 12  # runs of the network, of what a sample judges in one go: beside them the one that every go begins with takes little
 _GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Heard(NamedTuple):
+    """What the outputs say of a value's ranges. noise: over power, by observer. cut: noise over power, per square of what clipping takes off the furthest
+    elements, in units of the value; nan where no range clips."""
+
+    noise: dict[str, float]
+    cut: float
 
 
 class SampleEnds:
@@ -85,7 +100,7 @@ class SampleEnds:
         names = [name for name, p in proposals.items() if len({len(self.ends.get(m, ())) for m in p.members} - {0}) == 1]
         if not names:
             return dict(proposals)
-        reach = np.stack([self._reach([m for m in proposals[name].members if self.ends.get(m)]) for name in names])  # [values, samples, ends]
+        reach = np.stack([self.reach([m for m in proposals[name].members if self.ends.get(m)]) for name in names])  # [values, samples, ends]
         room = headroom(reach.shape[1], reach.max(axis=1), reach.mean(axis=1), reach.var(axis=1))
         found = {}
         for name, own in zip(names, room, strict=True):
@@ -93,7 +108,23 @@ class SampleEnds:
             found[name] = proposals[name].with_room(*np.max([own, *known], axis=0).tolist())
         return {**proposals, **found}
 
-    def _reach(self, values: Sequence[str]) -> np.ndarray:
+    def beyond(self, proposals: Mapping[str, Proposals], heard: Mapping[str, Heard]) -> dict[str, Callable[[QParams], float]]:
+        """Value -> the noise over power that a range adds in the next sample, beyond what all samples showed; of values of which that is known, and none where
+        samples are `MANY`."""
+        known = [name for name in proposals if name in heard and not math.isnan(heard[name].cut)]
+        names = [name for name in known if len({len(self.ends.get(m, ())) for m in proposals[name].members}) == 1]
+        reach = [self.reach(proposals[name].members) for name in names]
+        if not names or len(reach[0]) >= MANY:
+            return {}
+        furthest, mean, variance = (np.array([of(r, axis=0) for r in reach]) for of in (np.max, np.mean, np.var))
+        deviation = mean * spread(len(reach[0]), mean, variance)
+
+        def lost(i: int) -> Callable[[QParams], float]:
+            return lambda params: heard[names[i]].cut * float(unseen(_reach_of(params), furthest[i], mean[i], deviation[i]).sum())
+
+        return {name: lost(i) for i, name in enumerate(names)}
+
+    def reach(self, values: Sequence[str]) -> np.ndarray:
         """float64[samples, 2]: how far values that are stored alike reach below and above zero."""
         ends = np.array([self.ends[v] for v in values])
         result: np.ndarray = np.maximum(ends * (-1, 1), 0.0).max(axis=0)
@@ -111,6 +142,11 @@ class SampleEnds:
         known = set(first)
         rest = [i for i in _spread(count) if i not in known]
         return dict.fromkeys(first, 1.0) | dict.fromkeys(rest[:spread], len(rest) / max(min(spread, len(rest)), 1))
+
+
+def _reach_of(params: QParams) -> np.ndarray:
+    """float64[2]: how far a range reaches below and above zero."""
+    return np.array(params.range) * (-1, 1)
 
 
 @functools.lru_cache(1)
@@ -131,8 +167,8 @@ def output_noise(
     progress: Progress = silent,
     padding: Padding | None = None,
     beside: float = 0.0,
-) -> dict[str, dict[str, float]]:
-    """{value: {observer: noise over power at the outputs of the float network `twin`}}. samples: all `count` of the calibration, which `ends` has seen;
+) -> dict[str, Heard]:
+    """{value: what its ranges do at the outputs of the float network `twin`}. samples: all `count` of the calibration, which `ends` has seen;
     each value is judged by 2 * `each` of them. Outputs count alike, each relative to its own power. part: values behind which more than this part of the
     network's multiplications lie are left out, unless judging all takes `LITTLE` at most; so are those that `twin` does not compute. work: so many times
     the multiplications of calibration (of `LEAST_COUNTED` samples where it had fewer) may be spent, on values nearest to the outputs first. No clock decides.
@@ -149,7 +185,7 @@ def output_noise(
     standing = {member: standing[member] for p in judged.values() for member in p.members}
     if not judged:
         return {}
-    judges = _Judges(twin, judged, standing, each, padding, beside, 0 if much else 1)
+    judges = _Judges(twin, judged, standing, each, padding, beside, 0 if much else 1, ends)
     variants, done = sum(len(standing[m]) * len(p.params) for p in judged.values() for m in p.members), 0
     workers = twin.alone(worker_count(twin.manifest["workspace"]))
     while wanted := judges.wanted:
@@ -162,7 +198,7 @@ def output_noise(
         judges.rule()
     if done < variants:
         progress("judge ranges", variants, variants)
-    return {name: dict(zip(judged[name].params, noises.tolist(), strict=True)) for name, noises in judges.noises()}
+    return {name: Heard(dict(zip(judged[name].params, noises.tolist(), strict=True)), judges.cut[name]) for name, noises in judges.noises()}
 
 
 class _Judges:
@@ -182,6 +218,7 @@ class _Judges:
         padding: Padding | None,
         beside: float,
         settles: int,
+        ends: SampleEnds,
     ) -> None:
         self._twin, self._judged, self._standing, self._padding, self._beside, self._settles = twin, judged, standing, padding, beside, settles
         self._leader = {member: name for name, p in judged.items() for member in p.members}
@@ -191,6 +228,7 @@ class _Judges:
         self._round, self._rounds = 0, {member: _rounds(weights, each) for member, weights in standing.items()}
         self._open = set(judged)
         self._lag = {name: np.ones(len(p.params)) for name, p in judged.items()}  # times the noise of the best, of ranges that are out
+        self._ends, self.cut = ends, dict[str, float]()
         self.noise: dict[str, np.ndarray] = {}
         self.power: dict[str, np.ndarray] = {}
         self.left = {name: np.ones(len(p.params), bool) for name, p in judged.items()}
@@ -235,6 +273,8 @@ class _Judges:
     def rule(self) -> None:
         """End a round: put out ranges that are far behind, and settle values."""
         noises = dict(self.noises())
+        if not self._round:  # in which all ranges run
+            self.cut = {name: self._cost_of_clipping(name, noise) for name, noise in noises.items()}
         for name in self._open & noises.keys():
             left, least = self.left[name], noises[name].min()
             out = left & (noises[name] > (1 + _BEHIND / 2**self._round) * least)
@@ -246,6 +286,25 @@ class _Judges:
         if self._round >= self._settles:
             self._open = {name for name in self._open & noises.keys() if noises[name][self.left[name]].max() > noises[name].min() + trifle}
         self._round += 1
+
+    def _cost_of_clipping(self, name: str, noise: np.ndarray) -> float:
+        """`Heard.cut`, after the first round: the least that a range says. Rounding noise is taken to grow with the square of the step."""
+        params, members = list(self._judged[name].params.values()), self._judged[name].members
+        scales, ends = np.array([p.scale for p in params]), np.stack([_reach_of(p) for p in params])
+        widest, lost, count = int(scales.argmax()), np.zeros(len(params)), 0.0
+        for member in members:
+            if not self._ends.ends.get(member):
+                return math.nan
+            reach = self._ends.reach([member])
+            for sample in self._rounds[member].get(0, ()):
+                weight = self._standing[member][sample]
+                lost += weight * np.square(np.maximum(reach[sample] - ends, 0.0)).sum(axis=1)
+                count += weight / len(members)
+        clips = lost > np.square(_FELT * scales[widest])
+        if not clips.any():
+            return math.nan
+        clipping = noise - noise[widest] * np.square(scales / scales[widest])
+        return max(float((clipping[clips] / lost[clips]).min()) * count, 0.0)
 
     def noises(self) -> Iterator[tuple[str, np.ndarray]]:
         """(value, float64[ranges]: the noise of each, over power, by the samples so far); a range that is out stays as far behind the best as it was."""
@@ -284,17 +343,23 @@ def _affordable(judged: Mapping[str, Proposals], runs: Mapping[str, float], most
     return {name: p for name, p in judged.items() if name in kept}
 
 
-def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], part: float) -> dict[str, Judged]:
+def choose(
+    proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, float]], part: float, beyond: Mapping[str, Callable[[QParams], float]] = {}
+) -> dict[str, Judged]:
     """The range with the least noise of every value that was judged. With a `part` of the noise of all that margins may add, the widest of those that differ
-    by a trifle from it, and widened."""
-    best, trifle = {}, _trifle(min(found.values()) for found in noise.values())
+    by a trifle from it, and widened. beyond: value -> the noise that a range adds in the next sample, where that is known; then ranges compete with it, each
+    as wide as makes the sum least."""
+    best, chosen, trifle = dict[str, str](), dict[str, tuple[QParams, float]](), _trifle(min(found.values()) for found in noise.values())
     for name, found in noise.items():
-        params, least = proposals[name].params, min(found.values())
+        p, more = proposals[name], beyond.get(name)
+        ranges = {o: _enough(params, found[o], more, p.bound) if more else (params, found[o]) for o, params in p.params.items()}
+        costs = {o: own + more(params) if more else own for o, (params, own) in ranges.items()}
+        least = min(costs.values())
         if part:
-            best[name] = max((o for o in params if found[o] <= least + trifle), key=lambda o: params[o].scale)
+            best[name] = max((o for o in ranges if costs[o] <= least + trifle), key=lambda o: ranges[o][0].scale)
         else:
-            best[name] = next(o for o in params if found[o] <= least * (1 + _NEAR))
-    chosen = {name: (proposals[name].params[o], noise[name][o]) for name, o in best.items()}
+            best[name] = next(o for o in ranges if costs[o] <= least * (1 + _NEAR))
+        chosen[name] = ranges[best[name]]
     wider = widened(chosen, proposals, part) if part else {}
     best |= {name: next(iter(p.params)) for name, p in proposals.items() if name not in noise and p.room != NO_ROOM}
     result = {}
@@ -302,9 +367,19 @@ def choose(proposals: Mapping[str, Proposals], noise: Mapping[str, Mapping[str, 
         competed = len(noise.get(name, ()))
         reason = f"least error at the network's outputs of {competed} ranges" if competed > 1 else "least estimated error"
         reason += ", widened where that costs the outputs next to nothing," if name in wider else ""
-        reason += ", with headroom," if proposals[name].room != NO_ROOM else ""
-        result[name] = Judged(wider.get(name, proposals[name].params[observer]), observer, reason)
+        own = proposals[name].params[observer]
+        enough, _ = chosen.get(name, (own, 0.0))
+        reason += ", with headroom," if proposals[name].room != NO_ROOM or enough != own else ""
+        result[name] = Judged(wider.get(name, enough), observer, reason)
     return result
+
+
+def _enough(params: QParams, noise: float, beyond: Callable[[QParams], float], bound: float) -> tuple[QParams, float]:
+    """(a range as wide as makes least of its rounding and of what lies beyond it, its noise without the latter). noise: of `params`."""
+    low, high = params.range
+    tried = [params, *(QParams.from_range(f * low, max(high, min(f * high, bound))) for f in _WIDER[1:].tolist())]
+    noises = [noise * (p.scale / params.scale) ** 2 for p in tried]
+    return min(zip(tried, noises, strict=True), key=lambda pair: pair[1] + beyond(pair[0]))
 
 
 def premium(samples: int) -> float:
