@@ -94,7 +94,7 @@ def test_what_is_known_of_ranges_serves_both_plans(monkeypatch: pytest.MonkeyPat
     proposals = {name: stages.Proposals(p.params, p.members, p.low * 2, p.high * 2) for name, (p, _) in measured._noise.items()}
     measured.noise({name: proposals[name] if name in fewer else measured._noise[name][0] for name in noise})
     again, beside = asked[1]
-    assert again.keys() == fewer.keys() and beside == pytest.approx(sum(min(n.values()) for name, n in noise.items() if name not in fewer))
+    assert again.keys() == fewer.keys() and beside == pytest.approx(sum(min(h.noise.values()) for name, h in noise.items() if name not in fewer))
 
 
 def test_few_samples_are_not_held_out() -> None:
