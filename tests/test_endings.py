@@ -31,6 +31,9 @@ def test_everywhere():
 """
 
 
+LIMIT = "faulthandler_timeout=3"  # of each test; importing what it needs does not count
+
+
 def run(root: Path, folder: Path, text: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """pytest, configured as for this suite, on one file of tests."""
     (folder / "test_it.py").write_text(text)
@@ -47,10 +50,10 @@ def run(root: Path, folder: Path, text: str, *options: str, **environment: str) 
 def test_a_process_that_dies_is_a_failure_of_its_test(death: str, root: Path, tmp_path: Path) -> None:
     load, _, act = death.rpartition("; ")
     text = f"import ctypes, os, time, pytest\n{load}\n@pytest.mark.parametrize('i', range(4))\ndef test_one(i):\n    if i == 2:\n        {act}\n"
-    many = run(root, tmp_path, text, "-n", "1", "--dist", "loadfile", "-o", "faulthandler_timeout=10")
+    many = run(root, tmp_path, text, "-n", "1", "--dist", "loadfile", "-o", LIMIT)
     assert many.returncode == 1, many.stdout + many.stderr
     assert "FAILED test_it.py::test_one[2] - worker 'gw" in many.stdout and "1 failed, 2 passed" in many.stdout
-    alone = run(root, tmp_path, text, "-o", "faulthandler_timeout=10")
+    alone = run(root, tmp_path, text, "-o", LIMIT)
     assert alone.returncode not in (0, 5) and 'test_it.py", line 6 in test_one' in alone.stderr
 
 

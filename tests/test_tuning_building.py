@@ -106,7 +106,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "cores", lambda: 2)
     rows = [AwayRow(kinds=("copy", "backwards", "hang")), AwayRow(kinds=("copy", "backwards"))]
-    with contextlib.closing(libraries(search(*rows), NATIVE, 3, lambda: 1 << 20, Limits(prepare=20, build=5))) as made:
+    with contextlib.closing(libraries(search(*rows), NATIVE, 3, lambda: 1 << 20, Limits(prepare=8, build=1))) as made:
         first, second = made
     assert [p["kind"] for p in first.points] == ["copy", "backwards"] and "took longer than" in first.failed[0] and second.data and not second.failed
 

@@ -36,8 +36,9 @@ class WorkerLost(Exception):
 
 @dataclass
 class Limits:
-    """Seconds a phase may take. Preparing a task computes references, and builds and times the default."""
+    """Seconds a phase may take. Starting the process imports the compiler. Preparing a task computes references, and builds and times the default."""
 
+    start: float = 120.0
     prepare: float = 120.0
     build: float = 15.0
     run: float = 15.0
@@ -124,7 +125,7 @@ class Worker:
         self._pipe = ours
         if self._abandoned:  # since this question was asked
             self._process.kill()
-        self._receive("hello", self.limits.prepare, "start")
+        self._receive("hello", self.limits.start, "start")
 
     def _ask(self, question: tuple[Any, ...], phases: Sequence[tuple[str, float, str]]) -> dict[str, Any]:
         """Send a question and wait for the reports of its phases (a final "done" may come early). The last one's content."""
