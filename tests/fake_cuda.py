@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,14 +18,22 @@ from cuda_emulated import HEADERS, compile_emulated
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.cuda import find_nvcc
 from qcompiler.backend.lowering import Program
+from qcompiler.base.files import temporary_folder
 from qcompiler.base.targets import find_target
 
 
+@functools.cache
+def driver() -> bytes:
+    """The stand-in, compiled once for all tests of this process."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", f"-I{HEADERS}"]
+    with temporary_folder() as folder:
+        subprocess.run(["g++", *flags, str(HEADERS / "driver.cc"), "-o", str(folder / "libcuda.so.1"), "-ldl"], check=True)
+        return (folder / "libcuda.so.1").read_bytes()
+
+
 def compile_driver(folder: Path) -> None:
-    driver = folder / "libcuda.so.1"
-    if not driver.exists():
-        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", f"-I{HEADERS}"]
-        subprocess.run(["g++", *flags, str(HEADERS / "driver.cc"), "-o", str(driver), "-ldl"], check=True)
+    if not (folder / "libcuda.so.1").exists():
+        (folder / "libcuda.so.1").write_bytes(driver())
 
 
 @dataclass(frozen=True)
