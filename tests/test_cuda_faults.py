@@ -13,6 +13,7 @@ from fake_cuda import FakeGpu
 from test_shapes import batch, pictures
 from test_weight_only import Layer
 from tools import require_nvcc
+from tvm import relax
 
 from qcompiler.backend.build import build
 from qcompiler.base.targets import find_target
@@ -75,12 +76,14 @@ def a_table(builder: GraphBuilder) -> Any:
 
 
 def newer_kernels(builder: GraphBuilder) -> Any:
-    """Weights in 4 bits beside floats and beside integers, attention, a product of two computed tensors, and a normalization that goes on."""
+    """Weights in 4 bits beside floats and beside integers, attention, a product of two computed tensors, operators that go element by
+    element, and a normalization that goes on."""
     rng, (tokens, width) = np.random.default_rng(0), (12, 96)
     layer = Layer((1, tokens), width, 64, WeightScheme(4, 32, True))
     x = builder.input("x", (1, tokens, 64), "float32")
     real = builder.emit("real", make_op(layer.op.name, [x, *map(const, layer.constants)], layer.attrs, (1, tokens, width), "float32"))
-    packed = builder.emit("packed", make_op("qc.quantize", [real], {"scale": 0.2, "zero_point": 0}, (1, tokens, width), "int8"))
+    bent = builder.emit("bent", relax.op.multiply(real, builder.emit("gate", relax.op.sigmoid(real))))
+    packed = builder.emit("packed", make_op("qc.quantize", [bent], {"scale": 0.2, "zero_point": 0}, (1, tokens, width), "int8"))
     multiplier, factor = (const(np.full(4, f, np.float32)) for f in (2e-4, 1.0))
     attrs = {"heads": 4, "kv_heads": 4, "size": 8, "value_size": 8, "columns": [0, 32, 64], "zero_points": [0, 0, 0], "zero_point": 0}
     mixed = builder.emit("mixed", make_op("qc.attention", [packed, packed, packed, multiplier, factor], attrs, (1, tokens, 32), "int8"))
@@ -118,7 +121,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     np.savez(folder / "x.npz", x=x)
     rows = {step.kernel.row for step in built.program.steps}
     on_tensor_cores = {f"cuda-mma/{name}" for name in ("f32.dense_weight_only", "attention", "matmul", "dense-int4")}
-    assert request.param is a_table or {*on_tensor_cores, "cuda/layer_norm"} <= rows
+    assert request.param is a_table or {*on_tensor_cores, "cuda/layer_norm", "cuda/fused"} <= rows
     artifact = built.link()
     return Model(artifact.save(folder / "net.so"), FakeGpu.build(folder, built.program), folder / "x.npz", artifact.manifest)
 
