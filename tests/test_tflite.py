@@ -256,7 +256,7 @@ def test_unknown_operators_are_named_together(tmp_path: Path) -> None:
         (lambda net, y: setattr(net.tensors[0], "type", schema.TensorType.STRING), "is of type STRING; supported: float32"),
         (lambda net, y: setattr(net.tensors[0], "shape", np.array([1, 6, 24], np.int32)), r"has 3 axes; supported: images"),
         (lambda net, y: setattr(net.tensors[1].quantization, "scale", np.ones(3, np.float32)), "has 3 scales along axis 0"),
-        (lambda net, y: setattr(net.tensors[y].quantization, "scale", np.zeros(1, np.float32)), "the scale .* is 0; supported: from 2"),
+        (lambda net, y: setattr(net.tensors[y].quantization, "scale", np.zeros(1, np.float32)), "the scale .* is 0; supported: finite numbers from 2"),
         (lambda net, y: net.tensors[y].quantization.__setattr__("zeroPoint", np.array([999])), "a zero point of tensor .* is no int8"),
         (lambda net, y: net.operators.clear(), "is computed by no operator"),
         (lambda net, y: net.inputs.clear(), "is computed by no operator before it"),
