@@ -341,7 +341,8 @@ class _Planner:
         for name, other in proposed.items():
             if all(_differ(other, p) for p in competing.values()):
                 competing[name] = self.with_padding(other, members)[0]
-        self.plan.proposals[leader] = Proposals(competing, tuple(roots), histogram.low, histogram.high, bound)
+        size = histogram.total / max(self.table.samples, 1)
+        self.plan.proposals[leader] = Proposals(competing, tuple(roots), histogram.low, histogram.high, bound, size=size)
         if (judged := self.ranges.get(leader)) is not None:
             params, observer, sqnr, why = judged.params, judged.observer, sqnr_db(histogram, judged.params), judged.reason
         why += f" on [{histogram.low:.4g}, {histogram.high:.4g}]" + (f" of {len(others)} values together" if others else "")

@@ -83,7 +83,7 @@ NO_ROOM = (1.0, 1.0)
 class Proposals:
     """The ranges that compete for one value. params: by observer, that with the least estimated error first. members: the values that are stored so
     (several in front of a concatenation). low, high: the least and greatest value seen. bound: what it can't exceed (a clamp), inf for none.
-    room: what the ranges' ends were multiplied by, so that other samples fit in."""
+    room: what the ranges' ends were multiplied by, so that other samples fit in. size: how many numbers a sample has, all members together."""
 
     params: Mapping[str, QParams]
     members: tuple[str, ...]
@@ -91,6 +91,7 @@ class Proposals:
     high: float
     bound: float = math.inf
     room: tuple[float, float] = NO_ROOM
+    size: float = 1.0
 
     def with_room(self, below: float, above: float) -> Proposals:
         """All ranges so many times as far below and above zero."""

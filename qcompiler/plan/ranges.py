@@ -96,14 +96,19 @@ class SampleEnds:
         return found
 
     def with_room(self, proposals: Mapping[str, Proposals], least: Mapping[str, np.ndarray]) -> dict[str, Proposals]:
-        """The ranges, each with headroom for the next sample. least: float64[2], what is known of the headroom below and above a value."""
+        """The ranges, each with headroom for the next sample: as much as makes least of what it clips, a single number, and of the rounding of all. least:
+        float64[2], what is known of the headroom below and above a value."""
         names = [name for name, p in proposals.items() if len({len(self.ends.get(m, ())) for m in p.members} - {0}) == 1]
         if not names:
             return dict(proposals)
         reach = np.stack([self.reach([m for m in proposals[name].members if self.ends.get(m)]) for name in names])  # [values, samples, ends]
-        room = headroom(reach.shape[1], reach.max(axis=1), reach.mean(axis=1), reach.var(axis=1))
+        furthest, mean, variance = reach.max(axis=1), reach.mean(axis=1), reach.var(axis=1)
+        room, deviation = headroom(reach.shape[1], furthest, mean, variance), mean * spread(reach.shape[1], mean, variance)
         found = {}
-        for name, own in zip(names, room, strict=True):
+        for i, name in enumerate(names):
+            rounding = proposals[name].size / 12 * ((furthest[i].sum() / 255) * _WIDER) ** 2
+            clipping = [unseen(f * furthest[i], furthest[i], mean[i], deviation[i]).sum() for f in _WIDER.tolist()]
+            own = np.minimum(room[i], _WIDER[int(np.argmin(rounding + clipping))])
             known = [least[m] for m in proposals[name].members if m in least]
             found[name] = proposals[name].with_room(*np.max([own, *known], axis=0).tolist())
         return {**proposals, **found}
