@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -172,8 +173,9 @@ def temporary_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked_folder(prefix: str, root: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    folder = root / f"{prefix}{secrets.token_hex(8)}"  # known before it is made: a signal may come at any moment from then on
     try:
+        folder.mkdir(mode=0o700)
         with (folder / _MARK).open("wb") as mark:
             _lock(mark.fileno())
             yield folder
@@ -199,7 +201,7 @@ def _sweep_once(root: Path) -> None:
 
 def _sweep_beside(folder: Path) -> None:
     """Remove what killed processes left where results are written."""
-    ours = re.compile(rf"\.{_PREFIX}\w{{8}}(\.\w*)?")  # as tempfile names them
+    ours = re.compile(rf"\.{_PREFIX}\w{{8,}}(\.\w*)?")  # as tempfile and `_locked_folder` name them
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in [e for e in entries if ours.fullmatch(e.name)]:
             path = Path(entry.path)
