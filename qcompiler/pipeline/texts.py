@@ -21,7 +21,7 @@ def noise_rows(rows: Sequence[LayerNoise]) -> list[list[str]]:
 
 
 def noise_title(samples: int, estimate: float) -> str:
-    return f"Sensitivity on {samples} samples; SQNR of the whole plan about {number(estimate)} dB, were all roundings independent"
+    return f"Sensitivity on {samples} sample{'s' * (samples != 1)}; SQNR of the whole plan about {number(estimate)} dB, were all roundings independent"
 
 
 WEIGHT_COLUMNS = ("layer", "outputs x inputs", "float32|", "stored|", "SQNR of weights dB|")

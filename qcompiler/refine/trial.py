@@ -151,7 +151,7 @@ class Correction:
         verdict = "kept" if self.kept else "dropped"
         what = f"weight rounding of {len(self.weights)} layers" if self.weights else f"{self.what} of {len(self.biases)} layers"
         judged = f", judged on {self.held_out} others" if self.held_out else ""
-        return f"{what} on {self.samples} samples{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
+        return f"{what} on {self.samples} sample{'s' * (self.samples != 1)}{judged}: {self.before:.2f} dB -> {self.after:.2f} dB, {verdict}"
 
 
 class Trial:

@@ -157,7 +157,8 @@ class ImportCheck:
         measured = f"'{worst.name}' {worst.sqnr_db:.1f} dB, {worst.differing} elements differ by up to {worst.max_error:.3g}"
         verdict = "is" if self.status == "equal" else "is NOT"
         what = "library" if self.library else "float network"
-        return f"import: the {what} {verdict} what {self.runtime} computes from the model, on {self.samples} samples: at the worst {measured}"
+        on = f"{self.samples} sample{'s' * (self.samples != 1)}"
+        return f"import: the {what} {verdict} what {self.runtime} computes from the model, on {on}: at the worst {measured}"
 
     @property
     def failure(self) -> str | None:

@@ -124,7 +124,8 @@ def _verdict(e: Evidence) -> str:
     said = "every threshold holds" if p.passed else f"{len(p.failures)} finding{'s' if len(p.failures) > 1 else ''}"
     mismatch = "The library was compiled from another model file, or for other input shapes, than the one compared with: their digests differ."
     warning = "" if e.model_matches else f'<div class="verdict warn" id="model-mismatch"><strong>Not the same model</strong><br>{mismatch}</div>'
-    box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {p.samples} samples: {said}.{failures}{hidden}{imported}</div>'
+    on = f"{p.samples} sample{'s' * (p.samples != 1)}"
+    box = f'<div class="verdict {kind}"><strong id="verdict">{word}</strong> on {on}: {said}.{failures}{hidden}{imported}</div>'
     return box + warning + html_table(("threshold", "required", "measured", "result"), rows, "thresholds")
 
 

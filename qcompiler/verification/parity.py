@@ -152,14 +152,15 @@ def _parity_rows(rows: Sequence[Compared]) -> list[list[str]]:
 
 def parity_text(report: ParityReport, layers: int = 10) -> str:
     """The outputs, the `layers` worst layers (negative: all, in order), accuracy and the verdict."""
-    parts = [table(f"Outputs, {report.samples} samples", _PARITY_COLUMNS, _parity_rows(report.outputs))]
+    parts = [table(f"Outputs, {report.samples} sample{'s' * (report.samples != 1)}", _PARITY_COLUMNS, _parity_rows(report.outputs))]
     for out in report.outputs:
         if out.metrics.parts:
             shares = "; ".join(f"{db:.2f} dB in {name}" for name, db in out.metrics.parts.items())
             parts.append(f"output '{out.name}' holds several quantities: {shares}")
     if report.layers and layers:
         shown = report.layers if layers < 0 else report.worst_layers(layers)
-        title = f"Layers, {report.layer_samples} samples" + ("" if layers < 0 else f": the worst {len(shown)} of {len(report.layers)}")
+        title = f"Layers, {report.layer_samples} sample{'s' * (report.layer_samples != 1)}"
+        title += "" if layers < 0 else f": the worst {len(shown)} of {len(report.layers)}"
         parts.append(table(title, _PARITY_COLUMNS[:-1], [cells[:-1] for cells in _parity_rows(shown)]))
     if report.float_accuracy is not None and report.int8_accuracy is not None:
         drop = 100 * (report.float_accuracy - report.int8_accuracy)
