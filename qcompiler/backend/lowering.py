@@ -20,8 +20,9 @@ from tvm import relax
 from qcompiler import schedules
 from qcompiler.backend.images import choose_images, one_at_a_time, one_image, runs_of
 from qcompiler.backend.in_place import join_in_place
-from qcompiler.backend.node import Node
+from qcompiler.backend.node import Node, Taps
 from qcompiler.backend.tails import with_tails
+from qcompiler.backend.unread_taps import read_of, without_unread_taps
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
 from qcompiler.base.memory import Request, bytes_of, packed, plan_memory, united
@@ -72,6 +73,7 @@ class Step:
     more: list[str] = field(default_factory=list)  # further values it writes
     auxiliary: bool = False  # made by lowering (halo, copy): no value of the model
     images: int = 1  # how many times the kernel is called, each time for the next image of all values
+    taps: Taps | None = None  # see `Node`
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Program:
         for at, raw in self.packed_with(step, {index: array}).items():
             self.constants[step.constants[at] : step.constants[at] + raw.size] = raw
         if step.op is not None:
-            step.op.operands[index] = np.asarray(array, np.asarray(step.op.operands[index]).dtype)
+            step.op.operands[index] = np.asarray(read_of({index: array}, step.taps)[index], np.asarray(step.op.operands[index]).dtype)
         self.revision += 1
 
     def packed_with(self, step: Step, operands: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -141,7 +143,7 @@ class Program:
         if step.op is None or step.row is None:
             at = {index - len(step.reads): array for index, array in operands.items()}
             return {i: bytes_of(np.asarray(array, step.kernel.constants[i].dtype)) for i, array in at.items()}
-        own = step.op.operands
+        own, operands = step.op.operands, read_of(operands, step.taps)
         op = replace(step.op, operands=[np.asarray(operands[i], np.asarray(o).dtype) if i in operands else o for i, o in enumerate(own)])
         # Code that was made with some headroom serves these constants as long as they need no more than all of it, and code that trusts none serves any.
         tried = (replace(op, attrs={**op.attrs, **given}) for given in ({}, {"headroom": 1.0}, {"headroom": math.inf}))
@@ -215,7 +217,8 @@ class _Lowering:
             op = match_op(expr)
             if op is not None:
                 self.add_value(name, expr)
-                self.nodes.append(Node(name, op[0], [operand(a) for a in op[1]], op[2], [name]))
+                node = Node(name, op[0], [operand(a) for a in op[1]], op[2], [name])
+                self.nodes.append(without_unread_taps(node, shape_of(op[1][0])) if op[1] else node)
             elif relax_op(expr) == "relax.call_tir":
                 types = expr.ty_args
                 if len(types) == 1 and not hasattr(types[0], "fields"):
@@ -367,7 +370,7 @@ class _Lowering:
         params = dict(tuned if tuned is not None else node.row.default(op, self.target))
         kernel = node.row.build(op, params, self.target)
         first, *more = node.written
-        return Step(first, op, node.name, kernel, reads, node.row, params, more=more, auxiliary=node.auxiliary, images=node.images)
+        return Step(first, op, node.name, kernel, reads, node.row, params, more=more, auxiliary=node.auxiliary, images=node.images, taps=node.taps)
 
     def halo_values(self) -> dict[str, float]:
         """What the halo of each value holds: the zero point by which its consumers read it."""

@@ -10,6 +10,8 @@ import numpy as np
 
 from qcompiler.schedules.table import Layout, OpCall, Row
 
+Taps = tuple[slice, ...]  # of axes [outputs, rows, columns] of the weights of a convolution
+
 
 @dataclass
 class Node:
@@ -30,6 +32,7 @@ class Node:
     inner: Layout | None = None
     parts: list[Node] = field(default_factory=list)
     inside: dict[str, Layout] = field(default_factory=dict)
+    taps: Taps | None = None  # of its weights in the module, those that it was lowered with
 
     @property
     def written(self) -> list[str]:
