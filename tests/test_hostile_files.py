@@ -348,12 +348,11 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch
 
 def test_no_room_for_intermediate_files(monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
-    import tempfile
 
     def full(*args: object, **more: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OutputError, match="no room for intermediate files.*TMPDIR"), temporary_folder():
         pass
     monkeypatch.undo()
