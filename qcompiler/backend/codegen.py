@@ -25,7 +25,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.backend.artifact import entry_name
 from qcompiler.backend.cuda import gpu_object_code
-from qcompiler.backend.kernel_cache import cached, trim
+from qcompiler.backend.kernel_cache import cached
 from qcompiler.backend.lowering import Program, kernels_of
 from qcompiler.backend.shared import Places, share
 from qcompiler.backend.toolchain import compiler_words
@@ -147,7 +147,6 @@ def object_code(program: Program, others: Sequence[Program] = (), places: Places
         offsets = (places or share(programs)).offsets
         entries = tvm.IRModule({entry_name(i): _entry(entry_name(i), p, offsets[i], symbols) for i, p in enumerate(programs)})
         objects.append(cached(f"entries {tvm_ffi.structural_hash(entries)}", program.target, lambda: _built(entries, program.target)))
-    trim()
     return _joined(objects, map(_entry_symbol, range(len(programs))), program.target)
 
 
