@@ -180,7 +180,7 @@ HOMES = {
     "cstdio": "FILE fclose ferror fopen fprintf fputs fread fwrite printf remove rename sscanf",
     "cstdlib": "strtod",
     "cstring": "memcmp memcpy strchr strcmp strcspn strerror",
-    "exception": "exception make_exception_ptr",
+    "exception": "current_exception exception make_exception_ptr",
     "functional": "function",
     "future": "future promise",
     "map": "map",
