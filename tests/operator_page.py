@@ -20,14 +20,15 @@ from tvm import relax
 
 from qcompiler.importers.classical import CLASSICAL
 from qcompiler.importers.classical import DOMAIN as CLASSICAL_DOMAIN
+from qcompiler.importers.contributed import CONTRIBUTED
 from qcompiler.importers.control import CONTROL
 from qcompiler.importers.dynamic import TAKEN_BACK
 from qcompiler.importers.model import FloatModel
 from qcompiler.importers.nodes import RANDOM
-from qcompiler.importers.onnx import CONTRIBUTED, NO_CONVERSION
+from qcompiler.importers.onnx import NO_CONVERSION
 from qcompiler.importers.operators import CONVERTERS, by_definition
 from qcompiler.importers.qdq import PAIR
-from qcompiler.importers.qlinear import CONTRIB, ON_INTEGERS
+from qcompiler.importers.qlinear import ON_INTEGERS
 from qcompiler.importers.relax_import import defined, known_to_relax
 from qcompiler.passes.graph import Graph, dtype_of
 from qcompiler.passes.groups import find_groups
@@ -37,6 +38,7 @@ from tests.onnx_suite import BESIDE, FLOAT_TABLE, HERE, Case, cases, expected, i
 PAGE = HERE.parent / "docs" / "operators.md"
 AGAIN = "python -m tests.operator_page"
 FLOAT = "float"
+OURS = "a converter of ours"
 CONSTANT = "a constant"  # the reason of constants that float operators read
 OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Optional
 NONE = NO_CONVERSION.partition(";")[0]  # without the advice
@@ -133,7 +135,7 @@ def way(op: str, version: int) -> str:
     if op in CONTROL:
         return "decided or unrolled when compiling"
     if op in CONVERTERS and CONVERTERS[op] is not by_definition:
-        return "a converter of ours"
+        return OURS
     if op not in CONVERTERS and known_to_relax(op):
         return "Relax's importer"
     return "its definition" if defined(op, version, "") else ""
@@ -188,9 +190,9 @@ def page() -> str:
             latest[schema.name] = schema.since_version
     rows = [row(op, latest.get(op, onnx.defs.onnx_opset_version()), found.get(op)) for op in sorted(latest.keys() | found.keys(), key=str.lower)]
     floating = [f"| {op} | {'; '.join(sorted(s.reasons))} |" for op, s in sorted(found.items(), key=lambda item: item[0].lower()) if s.whole and s.reasons]
-    theirs = {op: "Relax's importer" for domain, op in CONTRIBUTED if domain == CONTRIB}
+    theirs = dict.fromkeys([*CONTRIBUTED, *(CONVERTERS.keys() - latest.keys())], OURS)
     theirs |= dict.fromkeys(ON_INTEGERS, "as a quantized file states it") | dict.fromkeys(TAKEN_BACK, TAKEN)
-    theirs |= dict.fromkeys((f"{op} (`{CLASSICAL_DOMAIN}`)" for op in CLASSICAL), "a converter of ours")
+    theirs |= dict.fromkeys((f"{op} (`{CLASSICAL_DOMAIN}`)" for op in CLASSICAL), OURS)
     own = [f"| {op} | {what} |" for op, what in sorted(theirs.items(), key=lambda item: item[0].lower())]
     kinds = [kind_row(k) for k in KINDS.values() if k.operator]
     return TEXT.format(

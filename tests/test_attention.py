@@ -296,30 +296,6 @@ def test_a_soft_cap_is_computed_and_named(tmp_path: Path) -> None:
     assert reason == "no attention: operator 'tanh' stands between its softmax and the product of queries and keys"
 
 
-CONTRIBUTED: dict[str, tuple[Callable[[OnnxNet, str], list[str]], str, dict[str, Any]]] = {
-    "SkipLayerNormalization": (lambda net, x: [x, net.input("skip", BATCH, ROWS, WIDTH), *(net.weight(WIDTH) for _ in range(3))], "layer_norm", {}),
-    "Gelu": (lambda net, x: [x], "gelu", {}),
-    "BiasGelu": (lambda net, x: [x, net.weight(WIDTH)], "gelu", {}),
-    "FastGelu": (lambda net, x: [x, net.weight(WIDTH)], "gelu_tanh", {}),
-}
-
-
-@pytest.mark.parametrize("operator", CONTRIBUTED)
-def test_operators_of_onnx_runtime(tmp_path: Path, operator: str) -> None:
-    operands, becomes, attrs = CONTRIBUTED[operator]
-    net = OnnxNet(17)
-    y = net.op(operator, *operands(net, net.input("x", BATCH, ROWS, WIDTH)), domain="com.microsoft", **attrs)
-    model = agrees(net.save(tmp_path / "net.onnx", [y]))
-    assert operators(model).count(becomes) == 1 and becomes in {g.kind if g.function is None else g.function.name for g in find_groups(model.module)}
-
-
-def test_what_onnx_runtime_has_and_nothing_converts_is_refused_by_name(tmp_path: Path) -> None:
-    net = OnnxNet(17)
-    y = net.op("MultiHeadAttention", *(net.input(n, BATCH, ROWS, WIDTH) for n in "qkv"), domain="com.microsoft", num_heads=HEADS)
-    with pytest.raises(ModelError, match=r"com\.microsoft::MultiHeadAttention"):
-        load(net.save(tmp_path / "net.onnx", [y]))
-
-
 # -- what is no attention ---------------------------------------------------------------------------------------------------------------
 
 

@@ -24,11 +24,13 @@ from qcompiler.base.value_ids import Naming
 from qcompiler.importers import onnx_file
 from qcompiler.importers.classical import CLASSICAL
 from qcompiler.importers.classical import DOMAIN as CLASSICAL_DOMAIN
+from qcompiler.importers.contributed import CONTRIBUTED
 from qcompiler.importers.control import CONTROL, in_order, reads
 from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, cut_offer, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS, Converter
 from qcompiler.importers.qdq import take_out
+from qcompiler.importers.qlinear import CONTRIB
 from qcompiler.importers.recurrent import RECURRENT, without_unread
 from qcompiler.importers.relax_import import check_folding, check_static, convert_with_relax, defined, definition, known_to_relax, single_node_model
 from qcompiler.importers.valid import check_kinds, computes
@@ -39,11 +41,10 @@ from qcompiler.passes.trained import ATTRIBUTE
 
 _STANDARD = ("", "ai.onnx")
 ADVICE = "replace it before export, or cut the model before it"
-CONTRIBUTED = {("com.microsoft", op) for op in ("BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization")}  # ONNX Runtime's own, as TVM reads them
 WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 NO_CONVERSION = f"no conversion exists for this operator; {ADVICE}"
 SHOWN = 8  # refused nodes in one error
-_TABLES: dict[str, Mapping[str, Converter]] = {"": CONVERTERS, CLASSICAL_DOMAIN: CLASSICAL}
+_TABLES: dict[str, Mapping[str, Converter]] = {"": CONVERTERS, CLASSICAL_DOMAIN: CLASSICAL, CONTRIB: CONTRIBUTED}
 
 
 @dataclass
@@ -145,9 +146,9 @@ class _Importer:
     def check_known(self, proto: onnx.NodeProto) -> None:
         """Raises Beyond for an operator that has no conversion, whatever its operands are."""
         domain = "" if proto.domain in _STANDARD else proto.domain
-        if (domain, proto.op_type) in CONTRIBUTED or defined(proto.op_type, self.opset, domain):
+        if defined(proto.op_type, self.opset, domain):
             return
-        if domain not in _TABLES:
+        if domain not in _TABLES or (domain == CONTRIB and proto.op_type not in CONTRIBUTED):
             raise Beyond(f"operator '{domain}::{proto.op_type}' is not one of the ONNX standard, whatever its name; {ADVICE}")
         if proto.op_type not in _TABLES[domain] and (domain or (proto.op_type not in CONTROL and not known_to_relax(proto.op_type))):
             raise Beyond(NO_CONVERSION)
@@ -221,7 +222,7 @@ class _Importer:
             results = own(node) if own else None
             if results is not None:
                 return results
-            if known_to_relax(node.op) and (not node.domain or (node.domain, node.op) in CONTRIBUTED):
+            if known_to_relax(node.op) and not node.domain:
                 return convert_with_relax(node)
         except Undefined:
             pass

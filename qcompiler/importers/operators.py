@@ -9,6 +9,7 @@ from tvm import relax
 
 from qcompiler.importers import arithmetic, images, indexing, integers, shapes, spectra
 from qcompiler.importers.attention import attention
+from qcompiler.importers.contributed import simplified_layer_norm
 from qcompiler.importers.einsum import einsum
 from qcompiler.importers.nodes import Beyond, Node, Refused, Undefined, Value
 from qcompiler.importers.recurrent import recurrent
@@ -140,6 +141,7 @@ CONVERTERS: dict[str, Converter] = {
     "Scatter": indexing.scatter_elements,
     "ScatterElements": indexing.scatter_elements,
     "ScatterND": indexing.scatter_nd,
+    "SimplifiedLayerNormalization": simplified_layer_norm,  # ONNX Runtime's, written without a domain
     "Slice": shapes.slice_,
     "RoiAlign": _roi_align,
     "Softmax": _softmax,
