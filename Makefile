@@ -5,7 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-JOBS   ?= 2
+JOBS   ?= 3
 TYPED   = build/typed
 
 .PHONY: demo test lint docs package clean
