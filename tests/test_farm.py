@@ -147,7 +147,7 @@ def test_workers_that_are_killed_lose_no_record(running: Processes, model: tuple
     def kill() -> None:
         begun.wait(300)
         while not over.wait(rng.uniform(0.1, 0.8)) and len(killed) < 4:
-            name = rng.choice(BOARDS)
+            name = rng.choice(BOARDS[1:])  # one stays, else a round may end without all of its points, and the next one has others
             if process := running.workers().get(name):
                 os.kill(process, signal.SIGKILL)
                 killed.append(name)
