@@ -192,6 +192,7 @@ def page() -> str:
     floating = [f"| {op} | {'; '.join(sorted(s.reasons))} |" for op, s in sorted(found.items(), key=lambda item: item[0].lower()) if s.whole and s.reasons]
     theirs = dict.fromkeys([*CONTRIBUTED, *(CONVERTERS.keys() - latest.keys())], OURS)
     theirs |= dict.fromkeys(ON_INTEGERS, "as a quantized file states it") | dict.fromkeys(TAKEN_BACK, TAKEN)
+    theirs["QAttention"] = "behind a DynamicQuantizeLinear, as Attention with the reals of its weights"
     theirs |= dict.fromkeys((f"{op} (`{CLASSICAL_DOMAIN}`)" for op in CLASSICAL), OURS)
     own = [f"| {op} | {what} |" for op, what in sorted(theirs.items(), key=lambda item: item[0].lower())]
     kinds = [kind_row(k) for k in KINDS.values() if k.operator]

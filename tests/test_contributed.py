@@ -232,6 +232,22 @@ def test_what_onnx_runtime_has_on_gpus_alone(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[fused], found[spelled], atol=1e-5)
 
 
+@pytest.mark.parametrize("per_column", [False, True])
+def test_attention_quantized_dynamically(tmp_path: Path, per_column: bool) -> None:
+    """ONNX Runtime rounds x to 8 bits in every run; the network taken back does not."""
+    runtime = pytest.importorskip("onnxruntime")
+    net, columns = OnnxNet(17), [3 * WIDTH] if per_column else []
+    q, scale, zero = net.op("DynamicQuantizeLinear", net.input("x", BATCH, ROWS, WIDTH), outputs=3)
+    weights, zeros = net.const(net.rng.integers(-128, 128, (WIDTH, 3 * WIDTH)), "int8"), net.const(net.rng.integers(-3, 4, columns), "int8")
+    scales, mask = net.const(net.rng.uniform(0.002, 0.003, columns)), net.const([5, 8], "int32")
+    y = ms(net, "QAttention", q, weights, net.weight(3 * WIDTH, spread=0.1), scale, scales, mask, zero, zeros, num_heads=HEADS)
+    path = net.save(tmp_path / "net.onnx", [y])
+    model, x = load(path), net.rng.standard_normal((BATCH, ROWS, WIDTH)).astype(np.float32)
+    (found,), (wanted,) = execute(model.module, {"x": x}).values(), runtime.InferenceSession(str(path)).run(None, {"x": x})
+    assert ((found - wanted) ** 2).sum() < 1e-3 * (wanted**2).sum()
+    assert set(operators(model)) <= {"matmul", "add", "reshape", "attention_bias", "attention"}
+
+
 REFUSED: dict[str, tuple[Callable[[OnnxNet, str], str], str]] = {
     "mean": (lambda net, x: ms(net, "SkipLayerNormalization", x, x, net.weight(WIDTH), outputs=2)[1], "its result 1 .*, of training, is read"),
     "activation": (

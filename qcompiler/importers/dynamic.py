@@ -5,6 +5,7 @@
     ConvInteger, DynamicQuantizeMatMul and MatMulIntegerToFloat (com.microsoft)                                    -->    likewise
     x -> DynamicQuantizeLinear -> (q, s, z);   DequantizeLinear(QuantizeLinear(x, s, z) or q, s, z)                --> x
     DynamicQuantizeLSTM (com.microsoft)                                                                            -->    LSTM of the reals of its weights
+    x -> DynamicQuantizeLinear -> QAttention (com.microsoft)                                                       -->    Attention, likewise
 
 Such a file rounds activations to 8 bits under a scale that it finds in every run; a compiled network has one from calibration. What doesn't have this form
 stays, and is computed as it is defined (`integers.py`).
@@ -66,6 +67,31 @@ def real_lstms(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto,
                 node.attribute.append(helper.make_attribute(ON_INTEGERS, 1))
                 said = "an LSTM of the reals that its integers stand for; the ranges of its activations, looked up in every run, are calibrated"
                 notes.append(f"node '{node.name or w}' (DynamicQuantizeLSTM): taken back to {said}")
+    return made, notes
+
+
+def real_attentions(model: onnx.ModelProto, naming: Naming) -> tuple[onnx.ModelProto, list[str]]:
+    """The model with Attention for QAttention, and what is to be said of that. Operands: x, W int8 or uint8 [C, N], bias, scale of x and of W ([] or [N]),
+    mask, zero point of x and of W, past. One whose weights are computed, or that reads anything but a DynamicQuantizeLinear, stays, and is refused by name."""
+    if not any(n.op_type == "QAttention" and n.domain == CONTRIB for n in model.graph.node):
+        return model, []
+    made, notes = onnx.ModelProto(), []
+    made.CopyFrom(model)
+    tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    sources = {n.output[0]: n for n in model.graph.node if n.op_type == "DynamicQuantizeLinear"}
+    for node in made.graph.node:
+        names = [*node.input, *[""] * 9]
+        x, weight, bias, scale, weight_scale, mask, zero, weight_zero, past = names[:9]
+        source = sources.get(x)
+        known = weight in tensors and weight_scale in tensors and (not weight_zero or weight_zero in tensors)
+        if node.op_type != "QAttention" or source is None or [scale, zero] != list(source.output[1:]) or not known:
+            continue
+        numbers = tensors[weight].astype(np.float32) - (tensors[weight_zero].astype(np.float32) if weight_zero else np.float32(0))
+        name = naming.made(node.output[0], "weight")
+        made.graph.initializer.append(numpy_helper.from_array(np.asarray(numbers * tensors[weight_scale], np.float32), name))
+        node.op_type, node.input[:] = "Attention", [source.input[0], name, bias, mask, past]
+        said = "an Attention of the reals that its integers stand for; the ranges of its activations, looked up in every run, are calibrated"
+        notes.append(f"node '{node.name or node.output[0]}' (QAttention): taken back to {said}")
     return made, notes
 
 

@@ -26,7 +26,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qcompiler.base.value_ids import Naming
 from qcompiler.importers.control import captured, in_order
-from qcompiler.importers.dynamic import real_lstms, take_back
+from qcompiler.importers.dynamic import real_attentions, real_lstms, take_back
 from qcompiler.importers.nodes import RANDOM, Refused
 from qcompiler.importers.onnx_file import default_opset, names
 from qcompiler.importers.qlinear import CONTRIB, expand
@@ -48,6 +48,8 @@ def take_out(model: onnx.ModelProto, requantize: bool = False) -> tuple[onnx.Mod
     """(the float network, what was found). A model without quantized arithmetic is returned as it is. Raises Refused for scales that can't be."""
     naming = Naming.beside(names(model))
     model, notes = real_lstms(_sorted(model), naming)
+    model, more = real_attentions(model, naming)
+    notes += more
     model, dynamic = take_back(model, naming)
     model = expand(model, naming)
     if not any(n.op_type in PAIR and n.domain in _DOMAINS for n in model.graph.node):
