@@ -108,8 +108,8 @@ def compared(network: networks.Network, folder: Path, options: argparse.Namespac
                 f"{statistics.median(theirs):.1f}",
                 f"{statistics.median(ratios):.3f}",
                 f"{min(ratios):.3f} to {max(ratios):.3f}",
-                *(f"{100 * statistics.median(rates) / statistics.median(peaks):.0f} %" for rates in (ours, theirs)),
-                f"{statistics.median(peaks) / statistics.median(theirs):.2f}",
+                *(f"{100 * statistics.median(rates) / max(peaks):.0f} %" for rates in (ours, theirs)),
+                f"{max(peaks) / statistics.median(theirs):.2f}",
             ]
             found.append([network.name, str(batch), *cells])
             print(" ".join(found[-1]), file=sys.stderr, flush=True)
