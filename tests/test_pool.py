@@ -59,17 +59,19 @@ def test_wrong_requests_are_refused_where_they_are_made(pool: SessionPool) -> No
             pool.submit(demo_data()[1][0], timeout=seconds)  # type: ignore[arg-type]
 
 
-def test_a_full_queue_makes_askers_wait(library: Path) -> None:
+def test_a_full_queue_makes_askers_wait(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample, begun, go_on = demo_data()[1][0], threading.Event(), threading.Event()
     with SessionPool(library, streams=1, waiting=1) as pool:
+        run = pool._sessions[0].run_bound
 
-        def hold(_: object) -> None:
-            if threading.current_thread().name == "stream 0":  # else it was done before it had a callback
-                begun.set()
-                go_on.wait()
+        def held(inputs: Any) -> Any:
+            begun.set()
+            go_on.wait()
+            return run(inputs)
 
-        while not begun.wait(0.001):  # the one stream stands still now
-            pool.submit(sample).add_done_callback(hold)
+        monkeypatch.setattr(pool._sessions[0], "run_bound", held)
+        pool.submit(sample)
+        begun.wait()  # the one stream stands still now
         pool.submit(sample)
         for seconds in (0, 0.01):
             with pytest.raises(SessionBusy, match="as many requests wait as may"):
