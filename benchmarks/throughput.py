@@ -90,9 +90,9 @@ def compared(network: networks.Network, folder: Path, options: argparse.Namespac
         ours_at = {batch: pool_queue(stack.enter_context(SessionPool(path, options.streams, options.threads)), inputs[batch]) for batch in options.batch}
         for warm in (peer, *ours_at.values()):
             warm(options.seconds / 2)
-        own = session.manifest
-        peak, counted = roofline.peak_call(roofline.unit_of(find_target(own["target"])), find_target(own["target"]), options.streams * options.threads)
-        macs = sum(step["macs"] for step in own["steps"])
+        target = find_target(session.manifest["target"])
+        peak, counted = roofline.peak_call(roofline.unit_of(target), target, options.streams * options.threads)
+        macs = sum(step["macs"] for step in session.manifest["steps"])
         peaks: list[float] = []  # samples a second
         figures: dict[int, list[float]] = {batch: [] for batch in options.batch}
         theirs: list[float] = []

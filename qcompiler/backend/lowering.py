@@ -22,7 +22,7 @@ from qcompiler.backend.images import choose_images, one_at_a_time, one_image, ru
 from qcompiler.backend.in_place import join_in_place
 from qcompiler.backend.node import Node, Taps
 from qcompiler.backend.tails import with_tails
-from qcompiler.backend.unread_taps import read_of, without_unread_taps
+from qcompiler.backend.unread_taps import CONVOLUTIONS, read_of, without_unread_taps
 from qcompiler.base.debug import Dump, no_dump
 from qcompiler.base.errors import ModelError
 from qcompiler.base.memory import Request, bytes_of, packed, plan_memory, united
@@ -134,7 +134,7 @@ class Program:
         for at, raw in self.packed_with(step, {index: array}).items():
             self.constants[step.constants[at] : step.constants[at] + raw.size] = raw
         if step.op is not None:
-            step.op.operands[index] = np.asarray(read_of({index: array}, step.taps)[index], np.asarray(step.op.operands[index]).dtype)
+            step.op.operands[index] = np.asarray(read_of(index, array, step.taps), np.asarray(step.op.operands[index]).dtype)
         self.revision += 1
 
     def packed_with(self, step: Step, operands: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -143,7 +143,7 @@ class Program:
         if step.op is None or step.row is None:
             at = {index - len(step.reads): array for index, array in operands.items()}
             return {i: bytes_of(np.asarray(array, step.kernel.constants[i].dtype)) for i, array in at.items()}
-        own, operands = step.op.operands, read_of(operands, step.taps)
+        own, operands = step.op.operands, {i: read_of(i, array, step.taps) for i, array in operands.items()}
         op = replace(step.op, operands=[np.asarray(operands[i], np.asarray(o).dtype) if i in operands else o for i, o in enumerate(own)])
         # Code that was made with some headroom serves these constants as long as they need no more than all of it, and code that trusts none serves any.
         tried = (replace(op, attrs={**op.attrs, **given}) for given in ({}, {"headroom": 1.0}, {"headroom": math.inf}))
@@ -218,7 +218,7 @@ class _Lowering:
             if op is not None:
                 self.add_value(name, expr)
                 node = Node(name, op[0], [operand(a) for a in op[1]], op[2], [name])
-                self.nodes.append(without_unread_taps(node, shape_of(op[1][0])) if op[1] else node)
+                self.nodes.append(without_unread_taps(node, shape_of(op[1][0])) if op[0] in CONVOLUTIONS else node)
             elif relax_op(expr) == "relax.call_tir":
                 types = expr.ty_args
                 if len(types) == 1 and not hasattr(types[0], "fields"):

@@ -21,13 +21,14 @@ WEIGHT = 1  # number of the operand
 
 
 def without_unread_taps(node: Node, image: Sequence[int]) -> Node:
-    """The operator, which reads images of that shape, without taps that meet padding alone."""
-    weights = node.operands[WEIGHT] if node.name in CONVOLUTIONS else None
+    """A convolution, which reads images of that shape, without taps that meet padding alone."""
+    weights = node.operands[WEIGHT]
     found = read_taps(image, weights.shape, node.attrs) if isinstance(weights, np.ndarray) else None
-    if found is None or not isinstance(weights, np.ndarray):
+    if found is None:
         return node
-    operands = [*node.operands[:WEIGHT], *read_of({WEIGHT: weights}, found[0]).values(), *node.operands[WEIGHT + 1 :]]
-    return replace(node, operands=operands, attrs={**node.attrs, "padding": found[1]}, taps=found[0])
+    taps, padding = found
+    operands = [o if isinstance(o, str) else read_of(i, o, taps) for i, o in enumerate(node.operands)]
+    return replace(node, operands=operands, attrs={**node.attrs, "padding": padding}, taps=taps)
 
 
 def read_taps(image: Sequence[int], weights: Sequence[int], attrs: Mapping[str, Any]) -> tuple[Taps, list[int]] | None:
@@ -65,6 +66,6 @@ def _along(size: int, taps: int, stride: int, dilation: int, before: int, after:
     return slice(begin, end), front, max(back, 0)
 
 
-def read_of(operands: Mapping[int, np.ndarray], taps: Taps | None) -> dict[int, np.ndarray]:
-    """Operands by number, of the weights the taps that an operator was lowered with."""
-    return {i: array if taps is None or i != WEIGHT else np.ascontiguousarray(array[taps]) for i, array in operands.items()}
+def read_of(index: int, operand: np.ndarray, taps: Taps | None) -> np.ndarray:
+    """What an operator that was lowered with some taps reads of an operand of the module: of the weights those."""
+    return operand if taps is None or index != WEIGHT else np.ascontiguousarray(operand[taps])
