@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,14 @@ def test_wrong_requests_are_refused_where_they_are_made(pool: SessionPool) -> No
 def test_a_full_queue_makes_askers_wait(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample, begun, go_on = demo_data()[1][0], threading.Event(), threading.Event()
     with SessionPool(library, streams=1, waiting=1) as pool:
-        run = pool._sessions[0].run_bound
+        run = pool._crew.sessions[0].run_bound
 
         def held(inputs: Any) -> Any:
             begun.set()
             go_on.wait()
             return run(inputs)
 
-        monkeypatch.setattr(pool._sessions[0], "run_bound", held)
+        monkeypatch.setattr(pool._crew.sessions[0], "run_bound", held)
         pool.submit(sample)
         begun.wait()  # the one stream stands still now
         pool.submit(sample)
@@ -165,6 +166,23 @@ pool.submit(sample).add_done_callback(lambda f: print("answered", len(f.result()
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "answered 1\n"), done.stderr
+
+
+@pytest.mark.parametrize("deadline", [None, 0.01])
+def test_a_pool_that_is_dropped_answers_and_ends(batched: Path, deadline: float | None) -> None:
+    before = set(threading.enumerate())
+    pool = SessionPool(batched, 2, deadline=deadline)
+    streams = set(threading.enumerate()) - before
+    futures = [pool.submit(sample) for sample in rows(4)]
+    for future in futures:
+        future.add_done_callback(lambda _, held=pool: repr(held))
+    ended = weakref.ref(pool)
+    del pool
+    assert len(streams) == 2 and all(len(future.result(30)) == 2 for future in futures)
+    del futures, future
+    for stream in streams:
+        stream.join(30)
+    assert ended() is None and not any(stream.is_alive() for stream in streams)
 
 
 @pytest.fixture(scope="module")
