@@ -4,6 +4,8 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from qcompiler.base.tvm_alone import import_tvm_alone as _import_tvm_alone
+
 if _TYPE_CHECKING:
     from qcompiler.backend.artifact import Artifact
     from qcompiler.base.errors import (
@@ -43,6 +45,7 @@ if (_ROOT / "passes" / "__init__.py").is_file() and (_ROOT / "targets.yaml").is_
     __path__.append(str(_ROOT))
 
 __version__ = "0.1.0"
+_import_tvm_alone()
 
 # Imported on first use: running a library needs numpy alone, and listing targets needs no compiler.
 _PUBLIC = {
