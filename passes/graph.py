@@ -210,6 +210,10 @@ class GraphBuilder:
         """Say something of a value: the module's `attribute`, a dictionary, gets {part: {name: text}}."""
         self._attrs.setdefault(attribute, {}).setdefault(part, {})[name] = text
 
+    def note(self, attribute: str, text: str) -> None:
+        """Add to the list `notes` of the module's `attribute`, a dictionary."""
+        self._attrs.setdefault(attribute, {}).setdefault("notes", []).append(text)
+
     def emit(self, name: str, expr: Any) -> Any:
         """Bind `expr` to the value id `name` and return its variable."""
         assert name not in self._names, f"value id {name!r} is taken"

@@ -133,7 +133,7 @@ def way(op: str, version: int) -> str:
     if op in RANDOM:
         return ""
     if op in CONTROL:
-        return "decided or unrolled when compiling"
+        return "decided when compiling, else both branches and a choice" if op == "If" else "unrolled when compiling"
     if op in CONVERTERS and CONVERTERS[op] is not by_definition:
         return OURS
     if op not in CONVERTERS and known_to_relax(op):

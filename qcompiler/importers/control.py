@@ -1,8 +1,11 @@
-"""Order and control flow of an ONNX graph, decided when compiling: nodes sorted, a known branch taken, loops of known length unrolled."""
+"""Order and control flow of an ONNX graph, decided when compiling: nodes sorted, a known branch taken, loops of known length unrolled. Of a branch that is
+decided at run time both are computed."""
 
 from __future__ import annotations
 
+import functools
 import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,16 +14,21 @@ import numpy as np
 import onnx
 from tvm import relax
 
-from qcompiler.importers.nodes import Beyond, Node, Refused, Value
+from qcompiler.base.errors import ModelError
+from qcompiler.importers.nodes import Beyond, Node, Refused, Value, is_tensor, real
+from qcompiler.passes.graph import dtype_of, shape_of
+from qcompiler.passes.trained import ATTRIBUTE
 
 UNROLLED = 20_000  # nodes that a loop may become
 ROUNDS = "Export its body as a model of its own, and call that once a round; what a round hands to the next can stay in the session (--state INPUT=OUTPUT)"
 
 
 class Importer(Protocol):
-    """Takes nodes one at a time; `values`: tensor name -> what it is."""
+    """Takes nodes one at a time; `values`: tensor name -> what it is; `speculative`: what it takes now is computed whether it is wanted or not."""
 
+    where: str
     values: dict[str, Value]
+    speculative: bool
 
     def constants(self, graph: onnx.GraphProto, names: Mapping[str, str]) -> None: ...
     def nodes(self, nodes: Iterable[onnx.NodeProto]) -> None: ...
@@ -95,18 +103,53 @@ def inlined(importer: Importer, graph: onnx.GraphProto, rename: Callable[[str], 
 
 
 def branch(importer: Importer, node: Node) -> list[Value]:
-    """An If whose condition is known: its branch."""
-    condition = node.inputs[0]
+    """An If: the branch of a condition that is known, else both, and a choice of each result."""
+    condition, (then, otherwise) = node.inputs[0], (node.attrs.get(f"{which}_branch") for which in ("then", "else"))
     if not isinstance(condition, np.ndarray):
-        raise Beyond(
-            f"which branch it takes is computed at run time (from '{node.proto.input[0]}'); supported: a condition known when compiling. "
-            "If it depends on an input that is the same in every call, fix that with --input-value NAME=VALUE"
-        )
+        return _both(importer, node, then, otherwise)
     outer = dict(importer.values)
-    graph = node.attrs.get("then_branch" if condition.all() else "else_branch")
+    graph = then if condition.all() else otherwise
     if not isinstance(graph, onnx.GraphProto):
         raise Refused("it has no graph for the branch that its condition takes")
     return inlined(importer, graph, lambda name: node.builder.naming.made(node.id, name) if name in outer else name)
+
+
+def _both(importer: Importer, node: Node, *graphs: onnx.GraphProto | None) -> list[Value]:
+    """`where(condition, then, else)` of every result: both branches are computed, so neither may be one that only its condition lets run."""
+    source, made = node.proto.input[0], node.builder.naming.made
+    decided = "If it depends on an input that is the same in every call, fix that with --input-value NAME=VALUE"
+    why = f"which branch it takes is computed at run time (from '{source}'), so both are computed"
+    if math.prod(node.shape()) != 1:
+        raise Refused(f"its condition has shape {list(node.shape())}; supported: one element")
+    found, before = list[list[Value]](), importer.speculative
+    importer.speculative = True
+    try:
+        for which, graph in zip(("then", "else"), graphs, strict=True):
+            if graph is None:
+                raise Refused(f"it has no {which} branch")
+            found.append(inlined(importer, graph, functools.partial(made, made(node.id, which))))
+    except ModelError as error:
+        inner = str(error).removeprefix(f"{importer.where}: ")
+        raise Beyond(f"{why}, and its {which} branch can't be: {inner}. {decided}") from error
+    finally:
+        importer.speculative = before
+    condition, results = node.tensor(0), list[Value]()
+    for name, pair in zip(node.outputs, zip(*found, strict=True), strict=True):
+        if not all(is_tensor(v) for v in pair):
+            raise Beyond(f"{why}, and its result '{name}' is no tensor. {decided}")
+        arrays = [v if isinstance(v, np.ndarray) else None for v in pair]
+        kinds = [f"{real(v).dtype} {list(v.shape)}" if isinstance(v, np.ndarray) else f"{dtype_of(v)} {list(shape_of(v))}" for v in pair]
+        if kinds[0] != kinds[1]:
+            raise Beyond(f"{why}, and its result '{name}' is {kinds[0]} in one and {kinds[1]} in the other; supported: the same in both. {decided}")
+        if pair[0] is pair[1] or (arrays[0] is not None and arrays[1] is not None and arrays[0].tobytes() == arrays[1].tobytes()):
+            results.append(pair[0])
+            continue
+        if shape_of(condition):
+            condition = node.emit("condition", relax.op.reshape(condition, ()))
+        sides = [node.variable(which, v) for which, v in zip(("then", "else"), pair, strict=True)]
+        results.append(relax.op.where(condition, *sides))
+    node.builder.note(ATTRIBUTE, f"node '{node.proto.name or node.id}' (If): {why} in every call. {decided}: then only its branch is")
+    return results
 
 
 @dataclass
