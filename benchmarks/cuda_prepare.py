@@ -69,7 +69,7 @@ def row_cases(target: Target) -> dict[str, Any]:
         if unit.name in target.rows:
             found |= {f"{gemm.tag(unit)}/{name}": pair for name, pair in gemm.kernels(unit).items()}
     found |= importlib.import_module("test_cuda_tails").ended(target)
-    found |= importlib.import_module("test_cuda_fused").of_one_result(target)
+    found |= importlib.import_module("test_cuda_fused").of_one_result(target) | importlib.import_module("test_cuda_rows").reduced(target)
     for name, conv in depthwise.CONVS.items():
         case = conv.case()
         found[f"depthwise/{name}"] = (case, case.prepare(target))
@@ -175,7 +175,7 @@ def keep(folder: Path, name: str, on_gpu: Sequence[Any], on_cpu: Any, inputs: di
     np.savez(folder / f"{name}.npz", **{f"input {port}": array for port, array in inputs.items()}, **outputs)
     (folder / "cpu.so").unlink()
     steps = on_gpu[0].manifest["steps"]
-    integer = not any(s["op"].startswith("qc.f32.") or s["kernel"] == "cuda/legalized" for s in steps)
+    integer = not any(s["op"].startswith("qc.f32.") or s["kernel"] in ("cuda/legalized", "cuda/rows") for s in steps)
     return {"inputs": list(inputs), "integer": integer}
 
 

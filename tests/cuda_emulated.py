@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,10 @@ def compile_emulated(source: str, path: Path) -> Path:
 class Emulated:
     """Kernels as one library. Compile many at once: most of the time is the compiler's start."""
 
-    def __init__(self, kernels: Mapping[str, Kernel], target: Target, folder: Path) -> None:
+    def __init__(self, kernels: Mapping[str, Kernel], target: Target, folder: Path, fault: Callable[[str], str] = str) -> None:
+        """fault: what a test does to the source."""
         self.kernels = dict(kernels)
-        self.library = ctypes.CDLL(str(compile_emulated(cuda_source(kernels, target), folder / "kernels.so")))
+        self.library = ctypes.CDLL(str(compile_emulated(fault(cuda_source(kernels, target)), folder / "kernels.so")))
 
     def launch(self, symbol: str, arrays: Sequence[np.ndarray], order: int = 1) -> None:
         """Run a kernel on pointers to `arrays`; `order` seeds the order in which threads run."""

@@ -118,8 +118,8 @@ NETS: dict[str, tuple[Callable[[Net], tvm.IRModule], list[str]]] = {  # and the 
     "conversions": (conversions, ["any/dequantize", "any/lut", "any/quantize", "cuda/fused"]),
     "diamonds": (diamonds, ["cuda/fused"]),
     "one function twice": (one_function_twice, ["cuda/fused"]),
-    "there and back": (there_and_back, ["cuda/fused", "cuda/fused", "cuda/legalized"]),
-    "moved": (moved, ["cuda/fused", "cuda/fused"]),
+    "there and back": (there_and_back, ["cuda/rows"]),
+    "moved": (moved, ["cuda/fused"]),
     "reshaped": (reshaped, ["any/copy", "cuda/fused"]),
 }
 

@@ -118,6 +118,12 @@ def test_compiled_between_int8_convolutions(tmp_path: Path) -> None:
     assert sqnr_db(output, result) > 40
     runtime = pytest.importorskip("onnxruntime").InferenceSession(str(path))
     assert sqnr_db(runtime.run(None, samples[0])[0], result) > 25
-    (name,) = (n for n, e in Graph.of(compilation.integer).bindings if getattr(getattr(e, "op", None), "name", "") == "relax.nn.group_norm")
-    found = {s.writes: v for s, v in EmulatedProgram(lower(compilation.integer, find_target("cuda-sm80")), tmp_path).run(samples[0]) if not s.auxiliary}
-    np.testing.assert_allclose(found[name], want[name], rtol=1e-4, atol=1e-4)
+    program = lower(compilation.integer, find_target("cuda-sm80"))
+    assert [step.kernel.row for step in program.steps].count("cuda/rows") == 1 and "cuda/legalized" not in {step.kernel.row for step in program.steps}
+    for step, value in EmulatedProgram(program, tmp_path).run(samples[0]):
+        if step.writes in want and value.dtype == np.int8:  # a float value next to a tie may be rounded to either side
+            assert np.abs(value.astype(int) - want[step.writes]).max() <= (step.kernel.row == "cuda/rows")
+            if step.kernel.row == "cuda/rows":
+                break
+    else:
+        pytest.fail("the normalization writes no 8-bit value")

@@ -1,25 +1,31 @@
-"""Operators on a GPU that go element by element, as one kernel where they hang together: each launch costs more than most of them compute.
+"""Operators on a GPU that go element by element, or reduce over rows of elements, as one kernel where they hang together: each launch costs more than most of
+them compute.
 
 dequantize -> multiply -> add -> quantize      one kernel, which writes the last value
 greater(x); multiply(x) -> clip -> round       one kernel, which writes both results
+dequantize -> softmax -> quantize              one kernel, whose threads share rows
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qcompiler.backend.node import Node
 from qcompiler.base.targets import Target
-from qcompiler.schedules.cuda.fused import CONVERSIONS, LARGEST, FusedCall, Part, fused_kernel, goes_by_elements, reads_inside
+from qcompiler.schedules.cuda.fused import CONVERSIONS, LARGEST, FusedCall, Part
+from qcompiler.schedules.cuda.fused_rows import fused_kernel, rows_of
+from qcompiler.schedules.cuda.nests import nests, operand_reads, reduces
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 
 _REPEATED = 2**22  # operations that are rather computed again than launched before: less than a microsecond of a GPU
 _POINTERS, _PARTS, _CONVERSIONS = 40, 64, 12  # of a kernel; a conversion has up to 5 of its 64 scalars
+_COPIES = 4 * _PARTS  # of parts in its code: each branch of a concatenation has its own
 
 
 def with_fused(nodes: Sequence[Node], values: MutableMapping[str, Any], outputs: Collection[str]) -> list[Node]:
@@ -35,14 +41,15 @@ def with_fused(nodes: Sequence[Node], values: MutableMapping[str, Any], outputs:
     return made
 
 
-def fused_call(node: Node, layouts: Mapping[str, Layout], target: Target) -> Kernel:
-    """The kernel of a node with parts. layouts: as decided of what it reads and writes, others are of what they were."""
+def fused_kernel_of(node: Node, layout: Callable[[str], Layout], target: Target) -> Kernel:
+    """The kernel of a node with parts. layout: as decided of what it reads and writes; others are of what they were."""
+    return fused_kernel(_call(node, lambda value: node.inside[value] if value in node.inside and value not in node.outputs else layout(value)), target)
+
+
+def _call(node: Node, layout: Callable[[str], Layout]) -> FusedCall:
     outside = [o for o in node.operands if isinstance(o, str)]
     arrays = {_key(o): o for part in node.parts for o in part.operands if isinstance(o, np.ndarray)}
     numbers: dict[Any, int] = {key: i for i, key in enumerate([*outside, *arrays, *(part.id for part in node.parts)])}
-
-    def layout(value: str) -> Layout:
-        return layouts[value] if value in layouts else node.inside[value]
 
     parts = []
     for part in node.parts:
@@ -50,7 +57,7 @@ def fused_call(node: Node, layouts: Mapping[str, Layout], target: Target) -> Ker
         parts.append(Part(call, tuple(numbers[o if isinstance(o, str) else _key(o)] for o in part.operands), part.function))
     results = [numbers[value] - len(outside) - len(arrays) for value in node.outputs]
     operands: list[Layout | np.ndarray] = [*(layout(o) for o in outside), *arrays.values()]
-    return fused_kernel(FusedCall("fused", operands, {}, layout(node.id), node.id, parts=parts, results=results), target)
+    return FusedCall("fused", operands, {}, layout(node.id), node.id, parts=parts, results=results)
 
 
 def _key(array: np.ndarray) -> tuple[Any, ...]:
@@ -78,7 +85,17 @@ class _Grouping:
             return False
         if node.name in CONVERSIONS:  # those at the edges of a network stay steps, which say how its inputs and outputs are stored
             return node.id not in self.outputs if node.name == "qc.dequantize" else node.operands[0] in self.maker
-        return node.name == "legalized" and len(node.outputs) == 1 and goes_by_elements(node.function)
+        if node.name != "legalized" or len(node.outputs) > 1 or nests(node.function) is None:
+            return False
+        return not reduces(node.function) or self.rows([node]) is not None
+
+    def rows(self, nodes: Sequence[Node]) -> Collection[str] | None:
+        """Of what some make, each thread of a row has it; None where they agree on no rows."""
+        call = _call(self.one(nodes), self.layouts.__getitem__)
+        rows = rows_of(call)
+        if rows is None or (len(nodes) > 1 and not rows.busy):
+            return None
+        return {call.part(number).call.value_id for number, stage in rows.levels if call.last(number) == (number, stage)}
 
     def join(self, node: Node) -> None:
         """With the groups of what it reads."""
@@ -98,17 +115,27 @@ class _Grouping:
 
     def is_a_kernel(self, nodes: Sequence[Node]) -> bool:
         """Is it within limits, can it hold in registers what lies inside, and goes no value from it through others and back?"""
-        inside, outside, constants = {n.id for n in nodes}, set[str](), 0
-        for node in nodes:
+        inside, outside, constants, copies = {n.id for n in nodes}, set[str](), 0, Counter[str]()
+        held: Collection[str] = ()
+        if any(n.name == "legalized" and reduces(n.function) for n in nodes):
+            rows = self.rows(nodes)
+            if rows is None:
+                return False
+            held = rows
+        for node in reversed(nodes):
+            now = max(copies[node.id], 1)
             for number, operand in enumerate(node.operands):
                 if not isinstance(operand, str):
                     constants += 1
                 elif (made := self.source(operand)) is None or made.id not in inside:
                     outside.add(operand)
-                elif not self.in_registers(node, number, made, len(nodes)):
-                    return False
+                elif made.id not in held:
+                    if not self.in_registers(node, made, len(nodes)):
+                        return False
+                    guarded = node.name == "legalized" and operand_reads(node.function)[number] == "guarded"
+                    copies[made.id] = copies[made.id] + now if guarded else max(copies[made.id], now)
         conversions = sum(n.name in CONVERSIONS for n in nodes)
-        if len(nodes) > _PARTS or conversions > _CONVERSIONS or len(outside) + constants + len(self.written(nodes)) > _POINTERS:
+        if len(nodes) > _PARTS or copies.total() > _COPIES or conversions > _CONVERSIONS or len(outside) + constants + len(self.written(nodes)) > _POINTERS:
             return False
         waiting, seen = list(outside), set[str]()
         while waiting:
@@ -120,10 +147,8 @@ class _Grouping:
                 waiting += _values(each)
         return True
 
-    def in_registers(self, node: Node, number: int, made: Node, operations: int) -> bool:
+    def in_registers(self, node: Node, made: Node, operations: int) -> bool:
         """May an operand that `made` computes be computed where it is read?"""
-        if node.name == "legalized" and not reads_inside(node.function, number):
-            return False
         elements = math.prod(self.layouts[node.id].shape)
         return elements <= math.prod(self.layouts[made.id].shape) or elements * operations <= _REPEATED
 

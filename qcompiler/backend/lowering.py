@@ -357,10 +357,10 @@ class _Lowering:
         return steps
 
     def fused(self, node: Node, reads: list[str]) -> Step:
-        from qcompiler.backend.fused import fused_call
+        from qcompiler.backend.fused import fused_kernel_of
 
         first, *more = node.outputs
-        kernel = fused_call(node, {v: value.layout for v, value in self.values.items()}, self.target)
+        kernel = fused_kernel_of(node, lambda value: self.values[value].layout, self.target)
         return Step(first, None, "float", kernel, reads, more=more)
 
     def step(self, node: Node, reads: list[str]) -> Step:

@@ -93,6 +93,12 @@ static __device__ __forceinline__ T qc_warp_max(T value) {
   return value;
 }
 
+// What the lane holds whose number differs in the bits of `distance`; all lanes of a warp must come here.
+template <typename T>
+static __device__ __forceinline__ T qc_other_lane(T value, int distance) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+}
+
 static __device__ __forceinline__ int qc_row_sum(int value) {
   value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
   return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);

@@ -8,22 +8,21 @@ Products are rounded before they are added to (`__fmul_rn`): fused operators yie
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call, TensorLoad
-from tvm.s_tir.stmt import SBlockRealize
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import BLOCK, Emitter, View, dense_strides, make_kernel, view
 from qcompiler.schedules.cuda.base import local
+from qcompiler.schedules.cuda.nests import Nest, choice, nests, replaced
 from qcompiler.schedules.portable.elementwise import dequantized, quantized
 from qcompiler.schedules.portable.nest import Compute
 from qcompiler.schedules.portable.threads import each, unravel
@@ -31,18 +30,9 @@ from qcompiler.schedules.table import Kernel, Layout, OpCall
 
 LARGEST = 2**31 - BLOCK  # elements: indices are int32, those of a last block's idle threads too
 CONVERSIONS: dict[str, Callable[[Emitter], Compute]] = {"qc.quantize": lambda k: quantized(k)[0], "qc.dequantize": dequantized}
-_SPATIAL = 0  # TVM's kind of a block iterator
 _ROUNDED = {"float32": "__fmul_rn", "float64": "__dmul_rn"}
 
-
-@dataclass(frozen=True)
-class Nest:
-    """`buffer[variables] = value` for all of its indices; a variable is None where the index can be 0 alone."""
-
-    buffer: Any
-    variables: tuple[Any, ...]
-    value: Any
-    others: tuple[Any, ...]  # variables of loops that run once
+Stage = tuple[int, int]  # a number of operands or parts, and which nest of a legalized one
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,16 @@ class Part:
     call: OpCall
     reads: tuple[int, ...]
     function: Any = None
+
+    @property
+    def nests(self) -> tuple[Nest, ...]:
+        """Of a legalized one."""
+        return (nests(self.function) if self.function is not None else None) or ()
+
+    def moved(self, index: Sequence[Any]) -> list[Any]:
+        """What a conversion reads for an element of its result."""
+        there = dict(zip(self.call.attrs.get("axes") or range(len(index)), index, strict=True))
+        return [there[a] for a in range(len(index))]
 
 
 @dataclass
@@ -65,143 +65,112 @@ class FusedCall(OpCall):
     def written(self) -> list[Layout]:
         return [self.parts[i].call.output for i in self.results]
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [o for o in self.operands if isinstance(o, np.ndarray)]
 
-@functools.lru_cache(1024)
-def nests(function: Any) -> tuple[Nest, ...] | None:
-    """What a legalized function computes, its result last; None where it has several results, reduces, or does anything else than store each element once."""
-    body = function.body.block.body
-    found = [_nest(stage) for stage in (body.seq if isinstance(body, tirx.SeqStmt) else [body])]
-    whole = [nest for nest in found if nest is not None]
-    made = [nest.buffer for nest in whole]
-    once = len(whole) == len(found) and all(sum(b.same_as(m) for m in made) == 1 for b in made)
-    own = len(function.body.block.alloc_buffers) + 1 == len(made)
-    return tuple(whole) if once and own and made[-1].same_as(function.params[-1]) else None
+    @property
+    def reduces(self) -> bool:
+        return any(nest.reduction for part in self.parts for nest in part.nests)
 
+    def part(self, number: int) -> Part:
+        return self.parts[number - len(self.operands)]
 
-def _nest(stage: Any) -> Nest | None:
-    loops = []
-    while isinstance(stage, tirx.For):
-        loops.append(stage)
-        stage = stage.body
-    if not isinstance(stage, SBlockRealize) or not isinstance(stage.block.body, tirx.BufferStore) or stage.block.init is not None:
-        return None
-    block, store = stage.block, stage.block.body
-    if any(int(v.iter_type) != _SPATIAL for v in block.iter_vars) or not _certain(stage.predicate):
-        return None
-    bound = [v.var for v in block.iter_vars]
-    places = [next((i for i, b in enumerate(bound) if index.same_as(b)), None) for index in store.indices]
-    named = [p for p in places if p is not None]
-    single = all(p is not None or int(d) == 1 for p, d in zip(places, store.buffer.shape, strict=True))
-    rest = [i for i in range(len(bound)) if i not in named]
-    if len(set(named)) < len(named) or not single or any(int(block.iter_vars[i].dom.extent) != 1 for i in rest):
-        return None
-    return Nest(store.buffer, tuple(None if p is None else bound[p] for p in places), store.value, tuple(bound[i] for i in rest))
+    def last(self, number: int) -> Stage:
+        """Of an operand or a part."""
+        return number, max(len(self.part(number).nests) - 1, 0) if number >= len(self.operands) else 0
+
+    def source(self, number: int, buffer: Any) -> Stage:
+        """What a nest of a part reads."""
+        part = self.part(number)
+        operand = next((n for n, p in zip(part.reads, part.function.params, strict=False) if buffer.same_as(p)), None)
+        return (number, next(i for i, n in enumerate(part.nests) if n.buffer.same_as(buffer))) if operand is None else self.last(operand)
 
 
-def _certain(condition: Any) -> bool:
-    return isinstance(condition, tirx.IntImm) and bool(int(condition))
-
-
-@functools.lru_cache(1024)
-def _loads(function: Any) -> tuple[Any, ...] | None:
-    """Of each operand: is it read inside of its shape, whatever a condition says? None: see `nests`."""
-    found = nests(function)
-    if found is None:
-        return None
-    operands = list(function.params)[:-1]
-    safe = [True] * len(operands)
-    for nest in found:
-        branches: list[Any] = []
-        tvm_ffi.structural_walk(nest.value, [(Call, branches.append), (tirx.Select, branches.append)], order="post")
-        conditional = any(isinstance(b, tirx.Select) or str(getattr(b.op, "name", "")) == "prim.if_then_else" for b in branches)
-
-        def visit(load: Any, conditional: bool = conditional) -> None:
-            plain = all(isinstance(i, tirx.Var | tirx.IntImm) for i in load.indices)
-            for number, operand in enumerate(operands):
-                if load.source.same_as(operand) and conditional and not plain:
-                    safe[number] = False
-
-        tvm_ffi.structural_walk(nest.value, [(TensorLoad, visit)], order="post")
-    return tuple(safe)
-
-
-def goes_by_elements(function: Any) -> bool:
-    """Does a legalized function compute each element of its one result by itself?"""
-    return _loads(function) is not None
-
-
-def reads_inside(function: Any, operand: int) -> bool:
-    """May an operand be computed in registers wherever the function reads it? Not where a condition keeps it from reading outside of its shape."""
-    return bool((_loads(function) or ())[operand])
-
-
-def fused_kernel(call: FusedCall, target: Target) -> Kernel:
+def elements_kernel(call: FusedCall, target: Target) -> Kernel:
     """A thread for each element of the largest result."""
 
     def emit(k: Emitter) -> None:
-        sources = k.operands()
-        conversions = [CONVERSIONS[p.call.name](replace(k, op=p.call)) if p.call.name in CONVERSIONS else None for p in call.parts]
+        conversions = conversions_of(k, call)
         for shape in dict.fromkeys(layout.shape for layout in call.written):
             with each(k, *shape) as index:
-                values = _Values(call, sources, conversions)
+                values = Values(k, call, conversions)
                 for number, layout, output in zip(call.results, call.written, k.outputs, strict=True):
                     if layout.shape == shape:
                         T.buffer_store(output, values.of(len(call.operands) + number, index), [T.int32(0) + view(output, layout).at(index)])
 
     largest = max(math.prod(layout.shape) for layout in call.written)
-    arrays = [o for o in call.operands if isinstance(o, np.ndarray)]
-    return make_kernel("cuda/fused", call, target, emit, threads=max(largest, 1), arrays=arrays)
+    return make_kernel("cuda/fused", call, target, emit, threads=max(largest, 1), arrays=call.arrays)
 
 
-class _Values:
-    """Values of one thread, each computed once for each place where it is read."""
+def conversions_of(k: Emitter, call: FusedCall) -> list[Compute | None]:
+    """How parts that are conversions compute."""
+    return [CONVERSIONS[p.call.name](replace(k, op=p.call)) if p.call.name in CONVERSIONS else None for p in call.parts]
 
-    def __init__(self, call: FusedCall, sources: Sequence[View], conversions: Sequence[Compute | None]) -> None:
-        self.call, self.sources, self.parts = call, sources, list(zip(call.parts, conversions, strict=True))
-        self.known: dict[tuple[int, int], list[tuple[list[Any], Any]]] = {}  # number, and stage of a part --> (index, value)
+
+class Values:
+    """Values of one thread, each computed once for each place where it is read. held: of stages of parts, those that are the same wherever they are read."""
+
+    def __init__(self, k: Emitter, call: FusedCall, conversions: Sequence[Compute | None]) -> None:
+        self.call, self.sources, self.conversions = call, k.operands(), conversions
+        self.known: dict[Stage, list[tuple[list[Any], Any]]] = {}  # (index, value)
         self.places: list[tuple[Any, Any]] = []  # (index, where it is held)
+        self.held: dict[Stage, Any] = {}
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is computed in it is known in it alone."""
+        known, places = {what: list(found) for what, found in self.known.items()}, list(self.places)
+        yield
+        self.known, self.places = known, places
 
     def of(self, number: int, index: Sequence[Any]) -> Any:
         """Of an operand, or of a part."""
+        return self.stage(self.call.last(number), index)
+
+    def stage(self, what: Stage, index: Sequence[Any]) -> Any:
+        """Of an operand, or of what a part computes on its way."""
+        if what in self.held:
+            return self.held[what]
+        number = what[0]
         if number < len(self.call.operands):
             source = self.sources[number]
-            return self.once((number, 0), index, lambda: source.buffer[T.int32(0) + source.at(index)])
-        part, compute = self.parts[number - len(self.call.operands)]
+            return self.once(what, index, lambda: source.buffer[T.int32(0) + source.at(index)])
+        part = self.call.part(number)
         if part.call.name == "qc.reshape":
             return self.of(part.reads[0], self.reshaped(index, part.call.output.shape, part.call.tensors[0].shape))
+        return self.once(what, index, lambda: self.computed(what, index))
+
+    def computed(self, what: Stage, index: Sequence[Any], reduced: Sequence[Any] = ()) -> Any:
+        """An element of a stage, or what a reduction joins. reduced: the index of its further variables."""
+        number, stage = what
+        part, compute = self.call.part(number), self.conversions[number - len(self.call.operands)]
         if compute is not None:
-            axes = part.call.attrs.get("axes") or range(len(index))
-            moved = dict(zip(axes, index, strict=True))
-            return self.once((number, 0), index, lambda: compute([self.of(part.reads[0], [moved[a] for a in range(len(index))])], 1))
-        made = nests(part.function)
-        assert made is not None
-
-        def buffer(which: Any, at: Sequence[Any]) -> Any:
-            for operand, parameter in zip(part.reads, part.function.params, strict=False):
-                if which.same_as(parameter):
-                    return self.of(operand, at)
-            stage = next(i for i, nest in enumerate(made) if nest.buffer.same_as(which))
-            return self.once((number, stage), at, lambda: self.element(made[stage], at, buffer))
-
-        return buffer(made[-1].buffer, index)
-
-    def element(self, nest: Nest, index: Sequence[Any], buffer: Callable[[Any, Sequence[Any]], Any]) -> Any:
-        variables = [(v, i) for v, i in zip(nest.variables, index, strict=True) if v is not None] + [(v, 0) for v in nest.others]
-
-        def variable(var: Any) -> Any:
-            at = next((i for v, i in variables if var.same_as(v)), None)
-            return var if at is None else tirx.const(at, str(var.ty)) if isinstance(at, int) else T.Cast(str(var.ty), at)
+            return compute([self.of(part.reads[0], part.moved(index))], 1)
+        nest = part.nests[stage]
+        variables = nest.at(index, reduced)
 
         def loaded(load: Any) -> Any:
-            return buffer(load.source, [self.place(i) for i in load.indices])
+            return self.stage(self.call.source(number, load.source), [self.place(i) for i in load.indices])
 
-        return tvm_ffi.structural_map(nest.value, [(tirx.Var, variable), (TensorLoad, loaded)])
+        def value(expression: Any) -> Any:
+            if not nest.guards(expression):
+                return replaced(expression, variables, loaded)
+            condition, *branches = choice(expression) or ()
+            result, condition = local(1, str(expression.ty)), replaced(condition, variables, loaded)
+            with T.If(condition):
+                for branch, frame in zip(branches, (T.Then, T.Else), strict=True):
+                    with frame(), self.scope():
+                        T.buffer_store(result, rounded(value(branch)), [0])
+            return result[0]
+
+        return value(nest.value)
 
     def once(self, what: tuple[int, int], index: Sequence[Any], value: Callable[[], Any]) -> Any:
         for at, found in self.known.get(what, []):
             if all(_same(a, b) for a, b in zip(at, index, strict=True)):
                 return found
-        made = _held(rounded(value()))
+        made = held(rounded(value()))
         self.known.setdefault(what, []).append((list(index), made))
         return made
 
@@ -210,23 +179,27 @@ class _Values:
         narrow = _narrow(index)
         if isinstance(narrow, int | tirx.Var):
             return narrow
-        for expression, held in self.places:
-            if narrow.same_as(held) or tvm_ffi.structural_equal(expression, narrow):
-                return held
-        self.places.append((narrow, _held(narrow)))
+        for expression, found in self.places:
+            if narrow.same_as(found) or tvm_ffi.structural_equal(expression, narrow):
+                return found
+        self.places.append((narrow, held(narrow)))
         return self.places[-1][1]
 
     def reshaped(self, index: Sequence[Any], shape: Sequence[int], source: Sequence[int]) -> list[Any]:
         """The index into `source` of an element of the same tensor as `shape`."""
-        kept = [i for i, d in zip(index, shape, strict=True) if d != 1]
-        if [d for d in shape if d != 1] == [d for d in source if d != 1]:
-            along = iter(kept)
-            return [0 if d == 1 else next(along) for d in source]
-        flat = self.place(View(None, "", tuple(shape), dense_strides(shape)).at(index))
-        return [self.place(i) for i in unravel(flat, source)]
+        return reshaped(index, shape, source, lambda flat: [self.place(i) for i in unravel(self.place(flat), source)])
 
 
-def _held(value: Any) -> Any:
+def reshaped(index: Sequence[Any], shape: Sequence[int], source: Sequence[int], divided: Callable[[Any], list[Any]]) -> list[Any]:
+    """The index into `source` of an element of the same tensor as `shape`. divided: a position in it as an index."""
+    kept = [i for i, d in zip(index, shape, strict=True) if d != 1]
+    if [d for d in shape if d != 1] == [d for d in source if d != 1]:
+        along = iter(kept)
+        return [0 if d == 1 else next(along) for d in source]
+    return divided(View(None, "", tuple(shape), dense_strides(shape)).at(index))
+
+
+def held(value: Any) -> Any:
     """A value in a register. TVM's simplifier, in a pass of the code generator, puts what is bound to variables in their places: code would double with each
     value that is read twice, and that pass would never end."""
     register = local(1, str(value.ty))

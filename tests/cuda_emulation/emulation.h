@@ -453,6 +453,13 @@ inline int qc_row_max(int value) {
   return value;
 }
 
+template <typename T>
+inline T qc_other_lane(T value, int distance) {
+  T theirs;
+  qc_exchange(&value, sizeof value, [&](int (*shown)[8]) { std::memcpy(&theirs, shown[qc_emulation::lane() ^ distance], sizeof theirs); });
+  return theirs;
+}
+
 template <typename T, typename Join>
 inline T qc_fold_warp(T value, Join join) {
   for (unsigned other = 16; other; other /= 2)
