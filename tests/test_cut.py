@@ -63,6 +63,33 @@ def test_the_offer_compiles(tail: str, tmp_path: Path) -> None:
             assert 10 * np.log10((array**2).sum() / ((got[name] - array) ** 2).sum()) > 25
 
 
+def test_many_values_are_cut_where_they_come_from(tmp_path: Path) -> None:
+    """A tail that takes classes one at a time, at two levels: few names are offered, behind the last layer, that tell it all that it reads."""
+    net, classes = OnnxNet(), 5
+    image, found = net.input("x", 1, 3, 8, 8), []
+    x = net.op("Relu", net.op("Conv", image, net.weight(8, 3, 3, 3), pads=[1, 1, 1, 1]))
+    for _ in range(2):
+        x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+        rows = net.op("Transpose", net.op("Conv", x, net.weight(4 + classes, 8, 1, 1)), perm=[0, 2, 3, 1])
+        corners = net.op("Add", net.op("Slice", rows, net.ints(0), net.ints(4), net.ints(3)), net.const([1.0]))
+        scores = net.op("Softmax", net.op("Slice", rows, net.ints(4), net.ints(4 + classes), net.ints(3)), axis=-1)
+        for c in range(classes):
+            score = net.op("Slice", scores, net.ints(c), net.ints(c + 1), net.ints(3))
+            kept = net.op("NonZero", net.op("Greater", score, net.const([0.3])))
+            found += [net.op("GatherND", net.op("Mul", corners, score), net.op("Transpose", kept, perm=[1, 0]))]
+    logits = net.op("GlobalAveragePool", x)
+    path = tmp_path / "net.onnx"
+    net.save(path, [net.op("Concat", *found, axis=0), logits])
+    with pytest.raises(ModelError) as refused:
+        load(path)
+    text = str(refused.value)
+    names = shlex.split(text[text.index("--outputs ") + 10 : text.index(" (in Python outputs=")])
+    assert len(names) == 3 and logits in names
+    assert [o.name for o in load(origin_of(path, names)).outputs] == names
+    tail = onnx.utils.Extractor(onnx.load(path)).extract_model(names, [o.name for o in onnx.load(path).graph.output])
+    assert not {node.op_type for node in tail.graph.node} & {"Conv", "MaxPool"}
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.onnx"
     boxes, scores = detector(path, "NonMaxSuppression")

@@ -8,7 +8,7 @@ definition, in that order. Each variable is named by the ONNX tensor it holds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from qcompiler.importers.classical import CLASSICAL
 from qcompiler.importers.classical import DOMAIN as CLASSICAL_DOMAIN
 from qcompiler.importers.contributed import CONTRIBUTED
 from qcompiler.importers.control import CONTROL, in_order, reads
+from qcompiler.importers.frontier import few
 from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, check_total, cut_offer, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS, Converter
@@ -43,7 +44,7 @@ _STANDARD = ("", "ai.onnx")
 ADVICE = "replace it before export, or cut the model before it"
 WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 NO_CONVERSION = f"no conversion exists for this operator; {ADVICE}"
-SHOWN = 8  # refused nodes in one error
+SHOWN = 8  # refused nodes in one error, and the values to cut at before fewer are looked for
 _TABLES: dict[str, Mapping[str, Converter]] = {"": CONVERTERS, CLASSICAL_DOMAIN: CLASSICAL, CONTRIB: CONTRIBUTED}
 
 
@@ -122,7 +123,8 @@ class _Importer:
         refusals: list[str] = []
         lost: set[str] = set()
         ends, beyond = {o.name for o in graph.output}, True
-        for proto in in_order(graph.node):
+        nodes = in_order(graph.node)
+        for proto in nodes:
             try:
                 if lost & reads(proto):
                     self.check_known(proto)
@@ -138,11 +140,12 @@ class _Importer:
             ends |= reads(proto)
         if refusals:
             shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} nodes more"] if len(refusals) > SHOWN else [])
-            raise ModelError(f"{self.where}: {'; '.join(shown)}{self.offer(ends - {v.name for v in graph.input}) if beyond else ''}")
+            raise ModelError(f"{self.where}: {'; '.join(shown)}{self.offer(ends, nodes, {v.name for v in graph.input}) if beyond else ''}")
 
-    def offer(self, ends: Container[str]) -> str:
-        """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network; no inputs."""
-        return cut_offer([name for name, value in self.values.items() if name in ends and isinstance(value, relax.Var)])
+    def offer(self, ends: Container[str], nodes: Iterable[onnx.NodeProto], inputs: Collection[str]) -> str:
+        """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network."""
+        values = {name: value for name, value in self.values.items() if isinstance(value, relax.Var) and name not in inputs}
+        return cut_offer(few([name for name in values if name in ends], SHOWN, nodes, values, inputs))
 
     def check_known(self, proto: onnx.NodeProto) -> None:
         """Raises Beyond for an operator that has no conversion, whatever its operands are."""
