@@ -152,6 +152,19 @@ def test_what_else_reads_padding_needs_a_mask_too(tmp_path: Path, masked: bool) 
     assert bool(Padding(load(_Mean(3).made(tmp_path / "mean.onnx", masked)).module)) == masked
 
 
+@pytest.mark.parametrize("shape", [(2, TOKENS), (2, 1, 1, 3, TOKENS // 3), (1, 2, 1, TOKENS), (2, 1, 1, TOKENS)])
+def test_masks_under_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """The bias is a view of a value of fewer or more axes, of which each sequence of a batch has its own part."""
+    net = Transformer(4)
+    x = net.input("x", 2, TOKENS, WIDTH)
+    bias = net.op("Reshape", net.op("Mul", net.input("mask", *shape), net.const(-1e9)), net.ints(2, 1, 1, TOKENS))
+    model = load(net.save(tmp_path / "net.onnx", [net.op("Add", net.attention(net.norm(x), bias), x)]))
+    hidden = np.arange(2 * TOKENS).reshape(2, TOKENS) % 5 == 0
+    sample = {"x": np.ones((2, TOKENS, WIDTH), np.float32), "mask": hidden.astype(np.float32).reshape(shape)}
+    counted = Padding(model.module).of(float_code(model).session(), sample)
+    assert counted.hidden == hidden.sum() and all(np.array_equal(rows, ~hidden.reshape(-1)) for rows in counted.kept.values())
+
+
 def test_networks_without_computed_masks_have_no_padding(tmp_path: Path) -> None:
     model = load(vit(tmp_path / "vit.onnx"))
     assert not Padding(model.module) and Padding(model.module).of(None, {}) is ALL

@@ -70,11 +70,13 @@ class _Form:
         graph = Graph.of(module)
         self.inputs = {str(p.name): shape_of(p) for p in graph.inputs}
         self.sets: list[Padded] = padded(module)
+        biases = {b for each in self.sets for b in each.biases}
+        self._shapes = {name: shape for name, shape in self.inputs.items() if name in biases} | {n: shape_of(e) for n, e in graph.bindings if n in biases}
         self.ports = {name: str(v.name) for name, v in graph.outputs}
         self._views = {g.id: g.inputs[0] for g in find_groups(module) if g.traits.views}
 
     def biases(self, context: Any) -> list[list[np.ndarray]]:
-        """The masks of each set, as the float network computes them."""
+        """The masks of each set, [B or 1, H or 1, S or 1, T], as the float network computes them."""
         at = {value: i for i, s in enumerate(context.manifest["steps"]) for value in (s["id"], *s.get("more", ()))}
         source = {b: self._source(b, at) for each in self.sets for b in each.biases}
         done, found = 0, dict[str, np.ndarray]()
@@ -82,7 +84,7 @@ class _Form:
             end = at.get(value, -1) + 1  # an input is there already
             context.run(done, end)
             done, found[value] = max(done, end), context.inputs()[value] if end == 0 else context.value(value)
-        return [[found[source[b]] for b in each.biases] for each in self.sets]
+        return [[found[source[b]].reshape(self._shapes[b]) for b in each.biases] for each in self.sets]
 
     def _source(self, value: str, at: Mapping[str, int]) -> str:
         """What a view, which no step computes, is a view of."""
@@ -114,8 +116,7 @@ class Padding:
         for each, biases in zip(form.sets, form.biases(twin.new_context(dict(sample))), strict=True):
             seen = np.zeros((each.batch, each.positions), bool)
             for bias in biases:
-                four = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-                seen |= (four > MASKED).any(axis=(1, 2))
+                seen |= (bias > MASKED).any(axis=(1, 2))
             if not seen.any():
                 names = " and ".join(f"'{name}'" for name in each.sources)
                 raise DataError(f"every position is padding: the mask computed from {names} hides all {each.positions} of them; leave this sample out")
