@@ -12,9 +12,9 @@ from onnx_nets import OnnxNet
 from qcompiler.numerics.spec import QParams
 from qcompiler.pipeline.compile import Compilation, compile_stages
 from qcompiler.pipeline.goal import decibel
-from qcompiler.pipeline.survey import without_sample
 from qcompiler.plan.quant_plan import Derived, Fixed, Quantized, QuantPlan, Shared
 from qcompiler.plan.ranges import SampleEnds
+from qcompiler.plan.together import without_sample
 
 
 def compiled(folder: Path, loudness: list[float], spread: float = 0.0, target: str = "native", preset: str = "fast") -> Compilation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -19,6 +20,7 @@ from qcompiler.calibration.table import calibrate
 from qcompiler.cli.demo import MODEL, demo_data
 from qcompiler.numerics.spec import QParams
 from qcompiler.passes import sequence
+from qcompiler.pipeline import stages
 from qcompiler.pipeline.compile import compile_stages, quantize
 from qcompiler.pipeline.library import Compilation
 from qcompiler.pipeline.stages import QuantizedNetwork
@@ -27,6 +29,7 @@ from qcompiler.plan.quant_plan import Proposals
 from qcompiler.plan.quant_plan import Quantized as Edge
 from qcompiler.plan.ranges import LEAST_COUNTED, LITTLE, PREMIUM, REACH, TRIFLE, SampleEnds, choose, output_noise, premium, widened
 from qcompiler.plan.sensitivity import Walk, work_behind
+from qcompiler.plan.together import noise_together, without_sample
 from qcompiler.runtime.session import Session
 from qcompiler.verification.interpreter import run
 
@@ -306,7 +309,8 @@ def test_few_samples_take_the_range_that_the_next_one_needs(network: QuantizedNe
     widths = [choose({"v": p}, {"v": {o: f * n for o, n in found["relu5"].noise.items()}}, 1e-9, {"v": beyond["relu5"]})["v"] for f in (1e-3, 1.0, 1e9)]
     assert widths[0].params.scale > 1.2 * p.params["seen"].scale and widths[0].params.scale >= widths[1].params.scale > widths[2].params.scale * 0.99
     ends.ends = {name: seen * MANY for name, seen in ends.ends.items()}
-    assert ends.beyond({"relu5": p}, found) == {}
+    last = ends.beyond({"relu5": p}, found)["relu5"](p.params["seen"])
+    assert 0 < last < beyond["relu5"](p.params["seen"]), "many samples leave something to come too"
 
 
 # -- in a compilation -----------------------------------------------------------------------------------------------------------------------
@@ -324,6 +328,31 @@ def test_the_plan_takes_the_judges_word(network: QuantizedNetwork) -> None:
         if "widened" not in edge.reason and value not in beyond:
             assert noise[value][edge.observer] <= min(noise[value].values()) + TRIFLE * sum(min(n.values()) for n in noise.values())
         assert math.isfinite(edge.sqnr)
+
+
+def test_ranges_that_clip_have_to_be_better_together(network: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plans with every value rounded: the one that clips loses more, as it says itself; and a plan that loses clearly more is not taken."""
+    measured, narrow = network.measured, copy.deepcopy(network.plan)
+    for value, edge in narrow.edges.items():
+        if isinstance(edge, Edge):
+            narrow.edges[value] = replace(edge, params=replace(edge.params, scale=edge.params.scale / 4))
+    twin, job = measured.twin.session(), measured.job
+    noise = noise_together(twin, [narrow, network.plan, narrow], measured.ends, job.alike, 12, 4)
+    params = {v: p for v in narrow.edges if (p := narrow.params(v)) is not None}
+    walks = [Walk(twin, sample, twin) for sample in job.alike]
+    lost = [w.errors_of_plan(without_sample(narrow, params, measured.ends, i)) for i, w in enumerate(walks)]
+    weights = measured.ends.standing(12, 4, 4)
+    wanted = sum(w * lost[i] for i, w in weights.items()) / sum(w * walks[i].power for i, w in weights.items())
+    assert noise[0] == noise[2] == pytest.approx(float(np.mean(wanted))) and noise[0] > 2 * noise[1] > 0
+    assert len(weights) == 8 and sum(weights.values()) == pytest.approx(12)
+
+    told = {"better": 0}
+    monkeypatch.setattr(stages, "noise_together", lambda twin, plans, *rest: np.array([1.0 if i == told["better"] else 2.0 for i, _ in enumerate(plans)]))
+    whole = []
+    for told["better"] in (0, 1):
+        edges = quantize(MODEL, find_target("native"), samples(12)).plan.edges.values()
+        whole.append(sum(isinstance(e, Edge) and "everything seen" in e.reason for e in edges))
+    assert whole[0] == 0 < whole[1], "ranges that clip nothing are one plan, taken as a whole"
 
 
 def test_steps_switch_off() -> None:

@@ -39,8 +39,9 @@ from qcompiler.pipeline.job import Job
 from qcompiler.pipeline.shapes import common_constants, plan_for
 from qcompiler.plan.planner import decide, observed_ids
 from qcompiler.plan.quant_plan import Judged, Proposals, QuantPlan
-from qcompiler.plan.ranges import TRIFLE, Heard, SampleEnds, choose, output_noise, premium
+from qcompiler.plan.ranges import TRIFLE, Heard, SampleEnds, output_noise
 from qcompiler.plan.recipes import Recipe
+from qcompiler.plan.together import CLEARLY, noise_together, rival_ranges
 from qcompiler.refine.analytic import mean_of_rounding, shift_of_rounding
 from qcompiler.refine.correction import correct_biases, stated_biases
 from qcompiler.refine.equalization import ChannelWatcher, Equalization, decide_channels, equalized_layers
@@ -263,22 +264,29 @@ def plan(measured: Measured, kept: Mapping[str, str]) -> QuantPlan:
         proposals = found.proposals
         if "judge-ranges" not in job.recipe.steps:
             proposals = {name: p.only_first() for name, p in proposals.items()}
-        found = decided(_ranges(measured, proposals))
+        room, heard = measured.equalized.equalization.room, measured.noise(proposals)
+        rivals = rival_ranges(proposals, heard, measured.ends, measured.table.samples, room, job.recipe.steps)
+        found = decided(_best(measured, rivals, found))
     found.constants |= common_constants(found, job.models) if job.others else {}
     job.dump("plan", found.explain())
     return found
 
 
-def _ranges(measured: Measured, proposals: Mapping[str, Proposals]) -> dict[str, Judged]:
-    """The ranges that the outputs prefer."""
-    heard = measured.noise(proposals)
-    noise = {name: h.noise for name, h in heard.items()}
-    if "margins" not in measured.job.recipe.steps:
-        return choose(proposals, noise, 0.0)
-    beyond = measured.ends.beyond(proposals, heard)
-    roomy = measured.ends.with_room({n: p for n, p in proposals.items() if n not in beyond}, measured.equalized.equalization.room)
-    noise |= {n: {o: x * (p.params[o].scale / proposals[n].params[o].scale) ** 2 for o, x in noise[n].items()} for n, p in roomy.items() if n in noise}
-    return choose({**proposals, **roomy}, noise, premium(measured.table.samples), beyond)
+def _best(measured: Measured, ranges: Sequence[dict[str, Judged]], first: QuantPlan) -> dict[str, Judged]:
+    """Those of some ranges with which the outputs lose least with all values rounded: the first, where none are clearly better. first: a plan with others."""
+    job, plans = measured.job, [first.with_ranges(r) for r in ranges]
+    if len(plans) == 1:
+        return ranges[0]
+
+    def found() -> Findings:
+        give_back()  # what judging ranges one by one took
+        count = job.alike.count or measured.table.samples
+        return {"noise": noise_together(measured.twin.session(), plans, measured.ends, job.alike, count, job.recipe.judges[0], measured.padding)}
+
+    decisive = [measured.table.digest, first.digest, [sorted((name, repr(judged)) for name, judged in r.items()) for r in ranges]]
+    noise = remembered(job, "ranges together", decisive, found, lambda state: state["noise"])
+    best = int(noise.argmin())
+    return ranges[best if noise[best] < CLEARLY * noise[0] else 0]
 
 
 def _heard(proposals: Proposals, numbers: Sequence[float]) -> Heard:

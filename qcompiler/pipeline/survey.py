@@ -12,7 +12,6 @@ import tvm
 
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.numerics.metrics import Parts
-from qcompiler.numerics.spec import LIMITS, QParams
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.groups import Group
 from qcompiler.passes.kinds import KINDS
@@ -20,9 +19,10 @@ from qcompiler.pipeline.findings import Findings
 from qcompiler.pipeline.goal import decibel
 from qcompiler.pipeline.stages import Measured, QuantizedNetwork
 from qcompiler.plan.placement import Placer
-from qcompiler.plan.quant_plan import Derived, Quantized, QuantPlan
+from qcompiler.plan.quant_plan import Derived
 from qcompiler.plan.ranges import SampleEnds
 from qcompiler.plan.sensitivity import Sensitivity, Walk, layer_seconds, measure_sensitivity
+from qcompiler.plan.together import without_sample
 from qcompiler.plan.tradeoff import LayerCost, Network, ValueCost, WideCost
 from qcompiler.refine.analytic import bias_for, shapes_of
 from qcompiler.refine.integer_layers import integer_layers
@@ -161,28 +161,6 @@ def worst_estimate(network: QuantizedNetwork) -> float:
 def first_samples(network: QuantizedNetwork) -> Iterator[Mapping[str, np.ndarray]]:
     """The samples that tell what outputs lose."""
     return itertools.islice(network.job.alike, SAMPLES)
-
-
-def without_sample(plan: QuantPlan, params: Mapping[str, QParams], ends: SampleEnds, index: int) -> dict[str, QParams]:
-    """`params` of a plan as they were without one sample: a range that came from data is narrower by as much as that sample reached further than all others,
-    at either end; values stored alike count as one."""
-    together: dict[str, list[str]] = {}
-    for value in params:
-        together.setdefault(plan.source(value), []).append(value)
-    found = dict(params)
-    for source, members in together.items():
-        seen = [np.array(ends.ends[m]) for m in {source, *members} if len(ends.ends.get(m, ())) > index]
-        if isinstance(plan.edges[source], Quantized) and seen and len({len(s) for s in seen}) == 1 and len(seen[0]) > 1:
-            reach = np.stack([np.minimum(np.min(seen, 0)[:, 0], 0.0), np.maximum(np.max(seen, 0)[:, 1], 0.0)], 1)
-            whole, rest = (np.array([r[:, 0].min(), r[:, 1].max()]) for r in (reach, np.delete(reach, index, 0)))
-            low, high = np.divide(rest, whole, out=np.ones(2), where=whole != 0)
-            if low < 1 or high < 1:
-                p = params[source] if source in params else params[members[0]]
-                least, most = LIMITS[p.dtype]
-                found |= dict.fromkeys(
-                    members, QParams.from_range(p.scale * (least - p.zero_point) * low, p.scale * (most - p.zero_point) * high, dtype=p.dtype)
-                )
-    return found
 
 
 def _padded(group: Group) -> float:

@@ -83,7 +83,8 @@ NO_ROOM = (1.0, 1.0)
 class Proposals:
     """The ranges that compete for one value. params: by observer, that with the least estimated error first. members: the values that are stored so
     (several in front of a concatenation). low, high: the least and greatest value seen. bound: what it can't exceed (a clamp), inf for none.
-    room: what the ranges' ends were multiplied by, so that other samples fit in. size: how many numbers a sample has, all members together."""
+    room: what the ranges' ends were multiplied by, so that other samples fit in. size: how many numbers a sample has, all members together. whole: is the
+    widest of the ranges the only one?"""
 
     params: Mapping[str, QParams]
     members: tuple[str, ...]
@@ -92,6 +93,7 @@ class Proposals:
     bound: float = math.inf
     room: tuple[float, float] = NO_ROOM
     size: float = 1.0
+    whole: bool = False
 
     def with_room(self, below: float, above: float) -> Proposals:
         """All ranges so many times as far below and above zero."""
@@ -101,6 +103,10 @@ class Proposals:
             return QParams.from_range(below * low, max(high, min(above * high, self.bound)))
 
         return self if (below, above) == NO_ROOM else replace(self, params={k: wider(p) for k, p in self.params.items()}, room=(below, above))
+
+    def only_widest(self) -> Proposals:
+        """Without competition: the range that clips least."""
+        return replace(self, params=dict([max(self.params.items(), key=lambda pair: pair[1].scale)]), whole=True)
 
     def only_first(self) -> Proposals:
         """Without competition."""
@@ -139,6 +145,11 @@ class QuantPlan:
         Derived."""
         edge = self.edges[self.source(value_id)]
         return None if isinstance(edge, (Float, Shared, Derived)) else edge.params
+
+    def with_ranges(self, ranges: Mapping[str, Judged]) -> QuantPlan:
+        """The plan with other ranges of values that have parameters of their own."""
+        own = {v: replace(edge, params=ranges[v].params) for v, edge in self.edges.items() if v in ranges and isinstance(edge, Quantized)}
+        return replace(self, edges={**self.edges, **own})
 
     def source(self, value_id: str) -> str:
         """The value with whose parameters a value is stored: itself where it has its own. Errors as `params`."""

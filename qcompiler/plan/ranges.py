@@ -17,10 +17,10 @@ no part in the noise at the outputs: there a wider range is free. So the widest 
 grows with the square of the step, so all ranges are widened, at most to `REACH` times what was seen, until each value's noise comes to one common level;
 the level is where this adds a fraction (`premium`) to the noise of all values.
 
-**Few samples.** Less than a hundred hardly show how far a value reaches, and what no sample showed costs nothing in this competition. The ranges that clip tell
-what it does cost: noise at the outputs beyond that of rounding, per square of what the furthest elements lost. Times what the next sample is to lose
-(`headroom.unseen`) it is the noise that each range adds out of sample; with it a range competes, as wide as makes least of both (`choose`). Ranges of which
-that isn't known get headroom for the next sample instead.
+**Other samples.** The next one may reach further than all before, the more so the fewer they were, and what no sample showed costs nothing in this
+competition. The ranges that clip tell what it does cost: noise at the outputs beyond that of rounding, per square of what the furthest elements lost. Times
+what the next sample is to lose (`headroom.unseen`) it is the noise that each range adds out of sample; with it a range competes, as wide as makes least of
+both (`choose`). Of fewer than a hundred samples, ranges of which that isn't known get headroom for the next one instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from qcompiler.base.parallel import in_order, worker_count
 from qcompiler.base.progress import Progress, silent
 from qcompiler.calibration.data import Samples, take
-from qcompiler.calibration.headroom import MANY, headroom, spread, unseen
+from qcompiler.calibration.headroom import headroom, spread, unseen
 from qcompiler.calibration.padding import Padding
 from qcompiler.calibration.table import Seen
 from qcompiler.numerics.metrics import Parts
@@ -114,12 +114,11 @@ class SampleEnds:
         return {**proposals, **found}
 
     def beyond(self, proposals: Mapping[str, Proposals], heard: Mapping[str, Heard]) -> dict[str, Callable[[QParams], float]]:
-        """Value -> the noise over power that a range adds in the next sample, beyond what all samples showed; of values of which that is known, and none where
-        samples are `MANY`."""
+        """Value -> the noise over power that a range adds in the next sample, beyond what all samples showed; of values of which that is known."""
         known = [name for name in proposals if name in heard and not math.isnan(heard[name].cut)]
         names = [name for name in known if len({len(self.ends.get(m, ())) for m in proposals[name].members}) == 1]
         reach = [self.reach(proposals[name].members) for name in names]
-        if not names or len(reach[0]) >= MANY:
+        if not names:
             return {}
         furthest, mean, variance = (np.array([of(r, axis=0) for r in reach]) for of in (np.max, np.mean, np.var))
         deviation = mean * spread(len(reach[0]), mean, variance)
@@ -138,14 +137,21 @@ class SampleEnds:
     def weights(self, value_id: str, count: int, spread: int, furthest: int) -> dict[int, float]:
         """Sample -> how many it stands for: the `furthest` samples in which the value reaches furthest for themselves, and then `spread` others for the rest.
         The first few of either kind are such a choice too."""
-        ends = np.array(self.ends.get(value_id, ())).reshape(-1, 2)
-        if len(ends) != count:
+        return self._standing([value_id], count, spread, furthest)
+
+    def standing(self, count: int, spread: int, furthest: int) -> dict[int, float]:
+        """The same of all values: the samples in which the typical one reaches furthest."""
+        return self._standing([*self.ends], count, spread, furthest)
+
+    def _standing(self, values: Sequence[str], count: int, spread: int, furthest: int) -> dict[int, float]:
+        known = [np.array(seen) for v in values if len(seen := self.ends.get(v, ())) == count]
+        if not known:
             return dict.fromkeys(_spread(count), 1.0)
-        low, high = min(float(ends[:, 0].min()), 0.0), max(float(ends[:, 1].max()), 0.0)
-        reach = np.maximum(ends[:, 0] / (low or -math.inf), ends[:, 1] / (high or math.inf))
+        ends = np.stack(known)
+        low, high = np.minimum(ends[:, :, 0].min(axis=1), 0.0)[:, None], np.maximum(ends[:, :, 1].max(axis=1), 0.0)[:, None]
+        reach = np.maximum(ends[:, :, 0] / np.where(low < 0, low, -math.inf), ends[:, :, 1] / np.where(high > 0, high, math.inf)).mean(axis=0)
         first = np.argsort(-reach, kind="stable")[:furthest].tolist()
-        known = set(first)
-        rest = [i for i in _spread(count) if i not in known]
+        rest = [i for i in _spread(count) if i not in first]
         return dict.fromkeys(first, 1.0) | dict.fromkeys(rest[:spread], len(rest) / max(min(spread, len(rest)), 1))
 
 
@@ -366,11 +372,12 @@ def choose(
             best[name] = next(o for o in ranges if costs[o] <= least * (1 + _NEAR))
         chosen[name] = ranges[best[name]]
     wider = widened(chosen, proposals, part) if part else {}
-    best |= {name: next(iter(p.params)) for name, p in proposals.items() if name not in noise and p.room != NO_ROOM}
+    best |= {name: next(iter(p.params)) for name, p in proposals.items() if name not in noise and (p.room != NO_ROOM or p.whole)}
     result = {}
     for name, observer in best.items():
         competed = len(noise.get(name, ()))
-        reason = f"least error at the network's outputs of {competed} ranges" if competed > 1 else "least estimated error"
+        reason = "everything seen" if proposals[name].whole else "least estimated error"
+        reason = f"least error at the network's outputs of {competed} ranges" if competed > 1 else reason
         reason += ", widened where that costs the outputs next to nothing," if name in wider else ""
         own = proposals[name].params[observer]
         enough, _ = chosen.get(name, (own, 0.0))
