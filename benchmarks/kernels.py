@@ -24,6 +24,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler import schedules
+from qcompiler.base.host import request_tiles
 from qcompiler.base.targets import Target, find_target, missing_features
 from qcompiler.schedules.harness import aligned, store
 from qcompiler.schedules.table import Kernel, Layout, OpCall, Row, select
@@ -162,6 +163,8 @@ def main() -> None:
     if args.isa == "x86-avxvnni" and missing_features(target):
         print("no AVX-VNNI here: its kernels run in their AVX512VL encoding, with twice the registers")
         target = dataclasses.replace(target, tvm=find_target("x86-avx512vnni").tvm)
+    if "amx_tile" in target.features and (refused := request_tiles()):
+        parser.error(f"Linux gives this process no AMX tiles (error {refused})")
     schedules.load(target)
     peak = roofline.peak_call(roofline.unit_of(target, "qc.f32.conv2d" if args.float else "qc.conv2d"), target)
     for family in args.family:

@@ -38,6 +38,9 @@ MORE = {
     "odd-chunks": Case((1, 4, 9, 67), 24, (1, 1)),
     "wide": Case((1, 2, 50, 16), 64, (3, 3), pad=1),
     "tail-of-three": Case((1, 5, 8, 35), 16, extreme=True),
+    "stored-among-chunks": Case((1, 2, 32, 1700), 32),
+    "stored-among-columns": Case((1, 4, 28, 330), 32, (3, 3), pad=1),
+    "stored-among-rows": Case((1, 9, 16, 64), 40, (5, 5), pad=2),
 }
 TAKEN = {name: case for name, case in (CASES | MORE).items() if case.groups == 1 and name != "one-pixel"}
 
@@ -128,18 +131,18 @@ def op_of(image: tuple[int, int, int, int], outputs: int, kernel: int = 1, group
     return OpCall("qc.conv2d", [Layout(image, "uint8", (kernel // 2,) * 4), weight, *tables], case.attributes(), Layout((*image[:3], outputs), "uint8"))
 
 
-def test_the_code_has_the_instructions() -> None:
-    op = op_of((1, 16, 16, 64), 64)
+@pytest.mark.parametrize(("inputs", "kernel", "between"), [(64, 1, False), (1536, 1, False), (1700, 1, True), (200, 3, True)])
+def test_the_code_has_the_instructions(inputs: int, kernel: int, between: bool) -> None:
+    """2 x 2 tiles of sums; where there are more than 96 products, LLVM having unrolled them or not, one is stored in their midst."""
+    op = op_of((1, 16, 32, inputs), 64, kernel)
     row = select(op, AMX)
-    kernel = row.build(op, row.default(op, AMX), AMX)
-    assembly = tvm.tirx.build(module_of(kernel, len(kernel.constants) + 3), target=tvm.target.Target(AMX.tvm)).inspect_source("asm")
+    made = row.build(op, row.default(op, AMX) | {"rows": 1, "cols": 32, "blocks": 2}, AMX)
+    assembly = tvm.tirx.build(module_of(made, len(made.constants) + 3), target=tvm.target.Target(AMX.tvm)).inspect_source("asm")
     lines = [line.split()[0] for line in assembly.splitlines() if line.startswith("\t")]
-    tiling = kernel.params
-    products = tiling["rows"] * -(-tiling["cols"] // 16) * tiling["blocks"]
-    assert lines.count("tdpbusd") == products == 2
-    assert (lines.count("ldtilecfg"), lines.count("tilerelease"), lines.count("tilestored")) == (1, 1, products)
-    assert (lines.count("tilezero"), lines.count("tileloadd")) == (products, products + 1)
-    assert row.name == "x86-amx/conv2d" and kernel.row == row.name and "zmm" in assembly
+    zeros, loads, products, stores = (lines.count(name) for name in ("tilezero", "tileloadd", "tdpbusd", "tilestored"))
+    assert (lines.count("ldtilecfg"), lines.count("tilerelease"), zeros) == (1, 1, 4)
+    assert loads == products > 0 == products % 4 and (stores > 4) == between and stores >= 4
+    assert row.name == "x86-amx/conv2d" and made.row == row.name and "zmm" in assembly
 
 
 @pytest.mark.parametrize(

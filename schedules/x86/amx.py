@@ -32,6 +32,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
 from qcompiler.schedules import conv_plan as plan
+from qcompiler.schedules.builder import when
 from qcompiler.schedules.conv import ConvRow
 from qcompiler.schedules.conv_epilogue import Epilogue
 from qcompiler.schedules.conv_kernel import ConvKernel
@@ -40,15 +41,17 @@ from qcompiler.schedules.table import Kernel, Need, OpCall, register
 from qcompiler.schedules.x86 import isa
 
 ROWS, BYTES, REGISTERS = 16, 64, 8
-LEAST_PIXELS = 4  # a tile multiplication takes 16 cycles whatever its rows; from 4 rows on that is more than two VPDPBUSD a cycle
+LEAST_PIXELS = 4  # fewer rows take no less time; with 4 a tile multiplication is more than two VPDPBUSD a cycle
 LEAST_STEPS = 7  # of VPDPBUSD: below, sums in vector registers take less time than their way through tiles and memory (measured: 0.8x and 0.9x for 4 and 6)
-MULTIPLY, LOAD_ROW, LOAD_B, EPILOGUE, OVERHEAD = 16, 0.5, 16, (2.5, 0.3), 40
-"""Cycles: of TDPBUSD, of a load of an A tile per row (from the level 1 cache), of a B tile (from the level 2 cache), per vector of results (and more, where
-their number is odd), per register tile."""
-SUMS = 2
-"""Tiles of sums that the heuristic takes. Measured on a shared Sapphire Rapids, TDPBUSD and the loads of its operands from the level 1 cache: on quiet minutes
-a product takes 6 to 8 ns however many sums there are; on others 26 ns with 2 x 2 sums in eight registers and 14 ns with 1 x 2 in five. A likely cause is
-that the other thread of the core, another tenant's, takes its part of the physical tile registers."""
+MULTIPLY, LOAD_ROW, LOAD_B, BESIDE = (4, 0.75, 9.25), 0.51, 21, 0.27
+"""Cycles, as a Xeon of 4.1 GHz has them where TDPBUSD takes 16: of TDPBUSD (and more per row of A; at the least), of a load of an A tile per row (from
+the level 1 cache), of a B tile (from the level 2 cache); the share of products and loads, whichever take less time, that the others don't hide."""
+EPILOGUE, STORE = (1.4, 0.4), 20
+"""Cycles per vector of results (and more, where their number is odd), and per tile of sums; with the constants above they choose tilings of 1.024 times the
+least time of those measured for the layers of ResNet-50 and MobileNetV2."""
+AWAKE = 48
+"""Products after which a tile is stored for nothing. Measured on that Xeon: a TILESTORED that comes more than some 0.6 us (116 to 140 products) after the
+last one takes 0.3 us longer, whatever it stores; 2 x 2 sums over 36 chunks take 0.77 of the time with one in their midst."""
 UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx", sharing=1)  # for the epilogue
 
 
@@ -185,27 +188,33 @@ class TileKernel(ConvKernel):
         for i, b in pairs:
             emit("tilezero", sums(i, b))
 
+        results = [[self.results + (i * blocks + b) * ROWS * ROWS for b in range(blocks)] for i in range(self.tiles)]
+        loops = [*chunks.loops, (chunks.count, 0)]
+        inside = [math.prod(e for e, _ in loops[level + 1 :]) for level in range(len(loops))]  # chunks of an iteration
+        level_awake = next(level for level, n in enumerate(inside) if n * len(pairs) <= AWAKE)
+        period = AWAKE // (inside[level_awake] * len(pairs))  # iterations of that loop, then a tile is stored
+
         def nest(level: int, x: Any, w: Any) -> None:
-            loops = [*chunks.loops, (chunks.count, 0)]
             if level == len(loops):
-                for i, (r, c) in enumerate(tiles):
-                    emit("tileloadd64", number(first_a + i), T.address_of(self.x[x + (r * line + c * apart)]), tirx.const(apart, "int64"))
                 for b in range(blocks):
                     emit("tileloadd64", number(first_b + b), T.address_of(self.w[w + b * (chunks.size * ROWS)]), tirx.const(BYTES, "int64"))
-                for i, b in pairs:
-                    emit("tdpbusd", sums(i, b), number(first_a + i), number(first_b + b))
+                    for i, (r, c) in enumerate(tiles):
+                        if b == 0:
+                            emit("tileloadd64", number(first_a + i), T.address_of(self.x[x + (r * line + c * apart)]), tirx.const(apart, "int64"))
+                        emit("tdpbusd", sums(i, b), number(first_a + i), number(first_b + b))
                 return
             extent, step = loops[level]
-            inner = math.prod(e for e, _ in loops[level + 1 :]) * blocks * chunks.size * ROWS
             if extent == 1:
                 nest(level + 1, x, w)
                 return
             with T.serial(0, extent) as k:
                 move = k * step if level + 1 < len(loops) else chunks.offset(k)
-                nest(level + 1, T.bind(x + move), T.bind(w + k * inner))
+                nest(level + 1, T.bind(x + move), T.bind(w + k * (inside[level] * blocks * chunks.size * ROWS)))
+                if level == level_awake and chunks.total * len(pairs) > 2 * AWAKE:
+                    with when(k % period == period - 1 if period > 1 else None):
+                        emit("tilestored64", number(first_b), T.address_of(self.sums[results[0][0]]), tirx.const(BYTES, "int64"))
 
         nest(0, x, w)
-        results = [[self.results + (i * blocks + b) * ROWS * ROWS for b in range(blocks)] for i in range(self.tiles)]
         for i, b in pairs:
             emit("tilestored64", sums(i, b), T.address_of(self.sums[results[i][b]]), tirx.const(BYTES, "int64"))
         out = T.bind(g.out.index(image, row, col, block * ROWS))
@@ -276,15 +285,11 @@ class AmxRow(ConvRow):
         }
 
     def default(self, op: OpCall, target: Target) -> dict[str, Any]:
-        found = [self.within(op, target, blocks) for blocks in self.space(op, target)["blocks"] if blocks <= SUMS]
-        return min(found, key=lambda f: (f[0], f[1]["rows"], f[1]["cols"], f[1]["blocks"]))[1]
-
-    def within(self, op: OpCall, target: Target, blocks: int) -> tuple[float, dict[str, Any]]:
         g, space = self.geometry(op)[0], self.space(op, target)
-        points = [(r, c, blocks) for r, c in product(space["rows"], space["cols"]) if r * columns(c)[0] * blocks <= SUMS]
-        best = min(points, key=lambda p: (cycles(g, *p), p))
+        points = product(space["rows"], space["cols"], space["blocks"])
+        best = min((p for p in points if fits(p[0] * columns(p[1])[0], p[2])), key=lambda p: (cycles(g, *p), p))
         pixel_tasks, channel_tasks = plan.split_tasks(g, self.unit, best, cycles(g, *best))
-        return cycles(g, *best), plan.Tiling(*best, "pixels", 1, pixel_tasks, channel_tasks).params()
+        return plan.Tiling(*best, "pixels", 1, pixel_tasks, channel_tasks).params()
 
     def kernel(self, geometry: plan.Geometry, tiling: plan.Tiling, epilogue: Epilogue) -> ConvKernel:
         return TileKernel(geometry, tiling, epilogue)
@@ -307,14 +312,16 @@ class AmxRow(ConvRow):
 
 
 def cycles(g: plan.Geometry, rows: int, cols: int, blocks: int) -> float:
-    """An estimate of the whole operator on one core, by which tilings are ranked; throughputs are those of Intel's manual."""
-    depth, (across, rows_of_a) = Chunks.of(g).total, columns(cols)
+    """An estimate of the whole operator on one core, by which tilings are ranked."""
+    chunks, (across, rows_of_a) = Chunks.of(g), columns(cols)
     tiles = rows * across
     channels = plan.cut_channels(g.outputs, UNIT, blocks)
 
     def one(b: int) -> float:
+        products = tiles * b * max(MULTIPLY[2], MULTIPLY[0] + MULTIPLY[1] * rows_of_a)
+        loads = LOAD_ROW * rows_of_a * tiles + LOAD_B * b * chunks.size / BYTES
         epilogue = (EPILOGUE[0] + EPILOGUE[1] * (b % 2)) * rows * cols * b
-        return depth * max(MULTIPLY * tiles * b, LOAD_ROW * rows_of_a * tiles + LOAD_B * b) + epilogue + OVERHEAD
+        return chunks.total * (max(products, loads) + BESIDE * min(products, loads)) + epilogue + STORE * tiles * b
 
     batch, height, width = g.pixels
     count = batch * -(-height // rows) * -(-width // cols)
