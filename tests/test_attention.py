@@ -279,6 +279,20 @@ def test_operator_of_set_23(tmp_path: Path, packed: bool, attrs: dict[str, Any],
     only_attention(agrees(net.save(tmp_path / "net.onnx", [net.op("Attention", *operands, **attrs)])))
 
 
+@pytest.mark.parametrize(("packed", "past"), [(True, 3), (False, 3), (False, 0)])
+def test_a_past_stands_before_the_new_keys(tmp_path: Path, packed: bool, past: int) -> None:
+    """Both are results too, and the attention is one operator still."""
+    net, kv = OnnxNet(23), HEADS // 2
+    counts = {"q": HEADS, "k": kv, "v": kv}
+    operands = [net.input(n, BATCH, ROWS, count * DEPTH) if packed else net.input(n, BATCH, count, ROWS, DEPTH) for n, count in counts.items()]
+    mask = net.const(net.rng.standard_normal((ROWS, past + ROWS)))
+    cache = [net.input(n, BATCH, kv, past, DEPTH) for n in ("pk", "pv")] if past else []
+    attrs = {"is_causal": 1, **({"q_num_heads": HEADS, "kv_num_heads": kv} if packed else {})}
+    found = net.op("Attention", *operands, mask, *cache, outputs=3, **attrs)
+    model = agrees(net.save(tmp_path / "net.onnx", [found[0], *(net.op("Neg", name) for name in found[1:])]))
+    assert operators(model).count("attention_bias") == 1 and "softmax" not in operators(model)
+
+
 @pytest.mark.parametrize(("q", "k"), [(0, 0), (4, 0), (-4, 2)])
 def test_no_heads_are_refused_by_the_node_of_the_file(q: int, k: int, tmp_path: Path) -> None:
     net = OnnxNet(23)

@@ -258,12 +258,11 @@ REFUSED: dict[str, tuple[Callable[[OnnxNet, str], str], str]] = {
         lambda net, x: ms(net, "Attention", x, net.weight(WIDTH, 3 * WIDTH), "", net.const(np.ones((1, 1, 9, 9)), "int32"), num_heads=HEADS),
         r"its mask has shape \[1, 1, 9, 9\]; supported: \[2\]",
     ),
-    "past": (
+    "lengths": (
         lambda net, x: ms(
-            net, "GroupQueryAttention", x, x, x, *(net.weight(BATCH, HEADS, 3, DEPTH) for _ in "kv"), net.const([10, 10], "int32"),
-            net.const(11, "int32"), num_heads=HEADS, kv_num_heads=HEADS,
+            net, "MultiHeadAttention", x, x, x, "", "", "", *(net.weight(BATCH, HEADS, 3, DEPTH) for _ in "kv"), net.const([3], "int32"), num_heads=HEADS
         ),
-        "it has a past of 3 places",
+        r"operand 8 \('.*'\), the length of a shared buffer, is not supported",
     ),
     "unknown": (lambda net, x: ms(net, "LongformerAttention", x), "operator 'com.microsoft::LongformerAttention' is not one"),
 }  # fmt: skip
@@ -276,3 +275,23 @@ def test_what_is_not_supported_is_named(tmp_path: Path, what: str) -> None:
     y = make(net, net.input("x", BATCH, ROWS, WIDTH))
     with pytest.raises(ModelError, match=reason):
         load(net.save(tmp_path / "net.onnx", [y]))
+
+
+def test_layouts_of_one_machine_are_refused_with_the_way_back(tmp_path: Path) -> None:
+    """The file that ONNX Runtime itself saves at its highest level, where that has blocks of channels for this processor."""
+    runtime = pytest.importorskip("onnxruntime")
+    net, options = OnnxNet(17), runtime.SessionOptions()
+    y = net.op("Relu", net.op("Conv", net.input("x", 1, 16, 8, 8), net.weight(16, 16, 3, 3), pads=[1, 1, 1, 1]))
+    path, saved = net.save(tmp_path / "net.onnx", [net.op("MaxPool", y, kernel_shape=[2, 2])]), tmp_path / "saved.onnx"
+    for level in ("ORT_ENABLE_ALL", "ORT_ENABLE_EXTENDED"):
+        options.optimized_model_filepath = str(saved)
+        options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
+        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if any(node.domain == "com.microsoft.nchwc" for node in onnx.load(saved).graph.node):
+            assert level == "ORT_ENABLE_ALL"
+            with pytest.raises(
+                ModelError, match=r"nodes have images in a layout .* \(com.microsoft.nchwc\)\. .*save the optimized one at ORT_ENABLE_EXTENDED or below"
+            ):
+                load(saved)
+        else:
+            load(saved)

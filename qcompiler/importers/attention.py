@@ -16,9 +16,9 @@ _KNOWN = {"is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "
 
 
 def attention(node: Node) -> list[Value]:
-    """Operands [B, S, heads * D] or [B, heads, S, D]; several query heads may share a key head. A cache, lengths per sequence, windows, a cap and logits as a
-    second result are left to the operator's definition."""
-    if set(node.attrs) - _KNOWN or any(node.outputs[1:]) or any(node.has(i) for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
+    """Operands [B, S, heads * D] or [B, heads, S, D]; several query heads may share a key head, and a past of keys and values [B, heads, P, D] stands before
+    the new ones; the results 1 and 2 are both. Lengths per sequence, windows, a cap and logits as a result are left to the operator's definition."""
+    if set(node.attrs) - _KNOWN or any(node.outputs[3:]) or node.has(4) != node.has(5) or node.has(6) or float(node.attrs.get("softcap", 0.0)):
         raise Undefined
     packed = len(node.shape()) == 3
     counts = [int(node.attrs[name]) if packed else node.shape(i)[1] for i, name in ((0, "q_num_heads"), (1, "kv_num_heads"), (1, "kv_num_heads"))]
@@ -26,25 +26,37 @@ def attention(node: Node) -> list[Value]:
         raise Refused(f"it states {counts[0]} query heads and {counts[1]} key heads; at least one of each is needed")
     if counts[0] % counts[1]:
         raise Refused(f"{counts[0]} query heads can't share {counts[1]} key heads")
-    q, k, v = (_rows(node, i, what, count, counts[0]) for i, (what, count) in enumerate(zip("qkv", counts, strict=True)))
+    parts, cached = [node.tensor(i) for i in range(3)], node.has(4) or any(node.outputs[1:])
+    if cached:
+        parts[1:] = [_present(node, i, what, count) for i, what, count in ((1, "k", counts[1]), (2, "v", counts[2]))]
+    q, k, v = (_rows(node, x, what, count, counts[0]) for x, what, count in zip(parts, "qkv", counts, strict=True))
     (batch, rows, heads, depth), columns = shape_of(q), shape_of(k)[1]
     scale = float(node.attrs.get("scale", 1 / math.sqrt(depth)))
-    bias = _bias(node, (batch, heads, rows, columns))
+    bias = _bias(node, (batch, heads, rows, columns), node.shape(4)[2] if node.has(4) else 0)
     call = relax.op.nn.attention(q, k, v, bias, scale=scale)
-    if packed:
-        return [relax.op.reshape(node.emit("rows", call), (batch, rows, heads * shape_of(v)[3]))]
-    return [relax.op.permute_dims(node.emit("rows", call), _IN_ROWS)]
+    y = node.emit("rows", call)
+    result = relax.op.reshape(y, (batch, rows, heads * shape_of(v)[3])) if packed else relax.op.permute_dims(y, _IN_ROWS)
+    return [result, *(parts[1:] if cached else [])]
 
 
-def _rows(node: Node, index: int, what: str, heads: int, wanted: int) -> Any:
-    """Operand `index` as [batch, row, head, channel] with `wanted` heads."""
-    shape, x = node.shape(index), node.tensor(index)
-    if len(shape) == 3:
-        if shape[2] % heads:
-            raise Refused(f"a width of {shape[2]} can't be divided into {heads} heads")
-        x = node.emit(f"{what}-heads", relax.op.reshape(x, (*shape[:2], heads, shape[2] // heads)))
-    else:
-        x = node.emit(f"{what}-rows", relax.op.permute_dims(x, _IN_ROWS))
+def _present(node: Node, index: int, what: str, heads: int) -> Any:
+    """Keys or values [B, heads, P + T, D], those of the past first."""
+    x = node.tensor(index)
+    if len(shape_of(x)) == 3:
+        x = node.emit(f"{what}-first", relax.op.permute_dims(_split(node, x, what, heads), _IN_ROWS))
+    return node.emit(f"{what}-present", relax.op.concat([node.tensor(index + 3), x], 2)) if node.has(index + 3) else x
+
+
+def _split(node: Node, x: Any, what: str, heads: int) -> Any:
+    batch, rows, width = shape_of(x)
+    if width % heads:
+        raise Refused(f"a width of {width} can't be divided into {heads} heads")
+    return node.emit(f"{what}-heads", relax.op.reshape(x, (batch, rows, heads, width // heads)))
+
+
+def _rows(node: Node, x: Any, what: str, heads: int, wanted: int) -> Any:
+    """`x` as [batch, row, head, channel] with `wanted` heads."""
+    x = _split(node, x, what, heads) if len(shape_of(x)) == 3 else node.emit(f"{what}-rows", relax.op.permute_dims(x, _IN_ROWS))
     if heads == wanted:
         return x
     batch, rows, _, depth = shape_of(x)
@@ -53,11 +65,12 @@ def _rows(node: Node, index: int, what: str, heads: int, wanted: int) -> Any:
     return node.emit(f"{what}-all", relax.op.reshape(x, (batch, rows, wanted, depth)))
 
 
-def _bias(node: Node, shape: tuple[int, int, int, int]) -> Any:
-    """What the mask and `is_causal` add to logits of `shape`, or None. A mask may have fewer columns: keys behind them are masked."""
+def _bias(node: Node, shape: tuple[int, int, int, int], past: int) -> Any:
+    """What the mask and `is_causal` add to logits of `shape`, the first `past` columns of which are of the past, or None. A mask may have fewer columns: keys
+    behind them are masked."""
     causal = None
     if int(node.attrs.get("is_causal", 0)):
-        causal = const(np.where(np.tri(*shape[2:], dtype=np.bool_), np.float32(0), np.float32(-np.inf))[None, None])
+        causal = const(np.where(np.tri(*shape[2:], past, dtype=np.bool_), np.float32(0), np.float32(-np.inf))[None, None])
     if not node.has(3):
         return causal
     mask, own = node.tensor(3), node.shape(3)

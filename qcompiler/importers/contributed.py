@@ -1,5 +1,6 @@
 """Operators of ONNX Runtime (domain com.microsoft), as its optimizers write them in place of several of the standard: normalizations with the sum before them,
-layers with their activation, products with their transpositions, look-ups, weights of few bits. Attention is in `contributed_attention.py`.
+layers with their activation, products with their transpositions, look-ups, weights of few bits. Attention is beside (`contributed_attention.py`,
+`contributed_grouped.py`).
 
 What they mean is taken from docs/ContribOperators.md of ONNX Runtime. Each becomes what the operators that it was fused from become.
 """
@@ -14,7 +15,8 @@ import numpy as np
 from tvm import relax
 
 from qcompiler.importers import arithmetic, images
-from qcompiler.importers.contributed_attention import attention_of_weights, group_query_attention, multi_head_attention, rotary_embedding
+from qcompiler.importers.contributed_attention import attention_of_weights, multi_head_attention, rotary_embedding
+from qcompiler.importers.contributed_grouped import group_query_attention
 from qcompiler.importers.nodes import Node, Refused, Value, real
 from qcompiler.passes.graph import const, shape_of
 

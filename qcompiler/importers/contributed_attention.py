@@ -17,7 +17,7 @@ from qcompiler.passes.graph import const, dtype_of, shape_of
 _HEADS_FIRST = [0, 2, 1, 3]
 
 
-def _beyond(node: Node, operands: dict[int, str], attributes: dict[str, float]) -> None:
+def beyond(node: Node, operands: dict[int, str], attributes: dict[str, float]) -> None:
     """Raises Refused where one of these operands is given, or an attribute has another than this value."""
     for index, what in operands.items():
         if node.has(index):
@@ -27,7 +27,7 @@ def _beyond(node: Node, operands: dict[int, str], attributes: dict[str, float]) 
             raise Refused(f"{name} {node.attrs[name]} is not supported; supported: {value}")
 
 
-def _part(node: Node, what: str, x: Value, axis: int, begin: int, end: int) -> Value:
+def part(node: Node, what: str, x: Value, axis: int, begin: int, end: int) -> Value:
     if isinstance(x, np.ndarray):
         return real(x)[(slice(None),) * axis + (slice(begin, end),)]
     return node.emit(what, relax.op.strided_slice(x, [axis], [begin], [end], [1]))
@@ -35,24 +35,24 @@ def _part(node: Node, what: str, x: Value, axis: int, begin: int, end: int) -> V
 
 def attention_of_weights(node: Node) -> list[Value]:
     """x [B, S, C], weights [C, q | k | v], bias; mask; past [2, B, H, P, D]; what is added to the logits. Results: [B, S, v], and present like past."""
-    _beyond(node, {6: "the length of a shared buffer"}, {"do_rotary": 0, "past_present_share_buffer": 0})
+    beyond(node, {6: "the length of a shared buffer"}, {"do_rotary": 0, "past_present_share_buffer": 0})
     width = node.shape(1)[1]
     sizes = [int(v) for v in node.attrs.get("qkv_hidden_sizes", [width // 3] * 3)]
     if len(sizes) != 3 or sum(sizes) != width:
         raise Refused(f"its weights are {width} wide, and queries, keys and values {sizes}")
     x, parts, begin = node.tensor(0), [], 0
     for what, size in zip("qkv", sizes, strict=True):
-        weights = _part(node, f"{what}-weights", node.present(1), 1, begin, begin + size)
+        weights = part(node, f"{what}-weights", node.present(1), 1, begin, begin + size)
         y = node.emit(f"{what}-product", relax.op.matmul(x, const(np.ascontiguousarray(weights)) if isinstance(weights, np.ndarray) else weights))
         if node.has(2):
-            shift = node.variable(f"{what}-shift", _part(node, f"{what}-shift", node.present(2), 0, begin, begin + size))
+            shift = node.variable(f"{what}-shift", part(node, f"{what}-shift", node.present(2), 0, begin, begin + size))
             y = node.emit(what, relax.op.add(y, shift))
         parts.append(y)
         begin += size
     past = [None, None]
     if node.has(4):
         shape = node.shape(4)[1:]
-        past = [node.variable("", node.reshape(_part(node, f"{w}-past", node.present(4), 0, i, i + 1), shape)) for i, w in enumerate("kv")]
+        past = [node.variable("", node.reshape(part(node, f"{w}-past", node.present(4), 0, i, i + 1), shape)) for i, w in enumerate("kv")]
     result, presents = _attended(node, parts, past, mask=3, bias=5)
     if len(node.outputs) < 2 or not node.outputs[1]:
         return [result]
@@ -63,8 +63,8 @@ def attention_of_weights(node: Node) -> list[Value]:
 def multi_head_attention(node: Node) -> list[Value]:
     """q [B, S, H * D], k and v [B, T, H * D] or [B, H, T, D], or packed as [B, T, H, 2 or 3, D]; bias of the projections; mask; what is added to the logits;
     past of k and of v [B, H, P, D]. Results: [B, S, H * D], presents like the past."""
-    _beyond(node, {8: "the length of a shared buffer", 9: "the origin of beams"}, {})
-    _unread_logits(node)
+    beyond(node, {8: "the length of a shared buffer", 9: "the origin of beams"}, {})
+    unread_logits(node)
     heads = int(node.attrs.get("num_heads", 0))
     parts: list[Any] = [node.tensor(i) if node.has(i) else None for i in range(3)]
     packed = next((i for i, p in enumerate(parts) if p is not None and len(shape_of(p)) == 5), None)
@@ -72,7 +72,7 @@ def multi_head_attention(node: Node) -> list[Value]:
         whole = parts[packed]
         batch, rows, heads, count, depth = shape_of(whole)
         for i in range(count):
-            one = _part(node, f"{'qkv'[packed + i]}-slice", whole, 3, i, i + 1)
+            one = part(node, f"{'qkv'[packed + i]}-slice", whole, 3, i, i + 1)
             parts[packed + i] = node.emit(f"{'qkv'[packed + i]}-packed", relax.op.reshape(one, (batch, rows, heads * depth)))
     if any(p is None for p in parts):
         raise Refused("its keys or values are missing")
@@ -82,62 +82,20 @@ def multi_head_attention(node: Node) -> list[Value]:
             if len(shape_of(parts[i])) == 4:  # without bias, says ONNX Runtime
                 continue
             size = shape_of(parts[i])[2]
-            shift = node.variable(f"{what}-shift", _part(node, f"{what}-shift", node.present(3), 0, begin, begin + size))
+            shift = node.variable(f"{what}-shift", part(node, f"{what}-shift", node.present(3), 0, begin, begin + size))
             parts[i], begin = node.emit(what, relax.op.add(parts[i], shift)), begin + size
     past = [node.tensor(i) if node.has(i) else None for i in (6, 7)]
     result, presents = _attended(replace(node, attrs={**node.attrs, "num_heads": heads}), parts, past, mask=4, bias=5)
     return [result, *presents()][: len(node.outputs)] if any(node.outputs[1:]) else [result]
 
 
-def group_query_attention(node: Node) -> list[Value]:
-    """Causal attention of a whole sequence at once, several query heads to a key head: q, k and v apart or side by side in the first operand, turned by their
-    places before. How long the sequences are is of no account: what is behind a place has no influence on it."""
-    _beyond(
-        node,
-        {11: "weights of a sink", 12: "a scale of keys", 13: "a scale of values", 14: "a norm of queries", 15: "a norm of keys", 16: "lengths of queries"},
-        {"causal": 1, "softcap": 0.0, "sliding_window_cache": 0, "qk_output": 0},
-    )  # fmt: skip
-    _unread_logits(node)
-    if int(node.attrs.get("smooth_softmax", -1)) > 0 or int(node.attrs.get("local_window_size", -1)) >= 0:
-        raise Refused("it has a window or a smooth softmax; supported: neither")
-    for index in (3, 4):
-        if node.has(index) and node.shape(index)[2]:
-            raise Refused(f"it has a past of {node.shape(index)[2]} places; supported: none (length 0), the whole sequence at once")
-    counts = [int(node.attrs.get(name, 0)) for name in ("num_heads", "kv_num_heads", "kv_num_heads")]
-    if min(counts) < 1:
-        raise Refused(f"it states {counts[0]} query heads and {counts[1]} key heads; at least one of each is needed")
-    if node.has(1) and node.has(2):
-        parts = [node.tensor(i) for i in range(3)]
-    else:
-        depth, begin, parts = node.shape()[2] // sum(counts), 0, []
-        for what, count in zip("qkv", counts, strict=True):
-            parts.append(node.variable(what, _part(node, what, node.tensor(0), 2, begin, begin + count * depth)))
-            begin += count * depth
-    if node.attrs.get("do_rotary", 0):
-        if not (node.has(7) and node.has(8)):
-            raise Refused("it turns queries and keys (do_rotary) without tables of cosines and sines")
-        places = node.present(9) if node.has(9) else np.arange(shape_of(parts[0])[1], dtype=np.int64)[None]
-        pair = bool(node.attrs.get("rotary_interleaved", 0))
-        for i in (0, 1):
-            what = "qk"[i]
-            batch, rows, width = shape_of(parts[i])
-            split = node.emit(f"{what}-split", relax.op.reshape(parts[i], (batch, rows, counts[i], width // counts[i])))
-            turned = node.emit(
-                f"{what}-turned", _turned(node, what, split, _table(node, f"{what}-cos", 7, places), _table(node, f"{what}-sin", 8, places), pair)
-            )
-            parts[i] = node.emit(f"{what}-whole", relax.op.reshape(turned, (batch, rows, width)))
-    whole = replace(node, attrs={**node.attrs, "unidirectional": 1})
-    result, presents = _attended(whole, parts, [None, None], mask=None, bias=10, kv_heads=counts[1])
-    return [result, *presents()][: len(node.outputs)] if any(node.outputs[1:]) else [result]
-
-
 def rotary_embedding(node: Node) -> list[Value]:
     """x [B, S, H * D] or [B, H, S, D]; places [B, S], or the first place [1]; cosines and sines [places, R / 2] of the first R channels of a head."""
-    _beyond(node, {}, {"is_packed_batching": 0, "scale": 1.0})
+    beyond(node, {}, {"is_packed_batching": 0, "scale": 1.0})
     shape, x = node.shape(), node.tensor(0)
-    turned, heads = int(node.attrs.get("rotary_embedding_dim", 0)), int(node.attrs.get("num_heads", 0))
+    angles, heads = int(node.attrs.get("rotary_embedding_dim", 0)), int(node.attrs.get("num_heads", 0))
     pair, spelled = bool(node.attrs.get("interleaved", 0)), len(shape) == 4
-    depth = shape[3] if spelled else shape[2] // heads if heads else turned or 2 * node.shape(2)[1]
+    depth = shape[3] if spelled else shape[2] // heads if heads else angles or 2 * node.shape(2)[1]
     rows = shape[2] if spelled else shape[1]
     places = node.present(1)
     if node.shape(1) == (1,):
@@ -147,11 +105,11 @@ def rotary_embedding(node: Node) -> list[Value]:
         x = node.emit("rows", relax.op.permute_dims(x, _HEADS_FIRST))
     else:
         x = node.emit("heads", relax.op.reshape(x, (*shape[:2], shape[2] // depth, depth)))
-    y = node.emit("turned", _turned(node, "x", x, _table(node, "cos", 2, places), _table(node, "sin", 3, places), pair))
+    y = node.emit("turned", turned(node, "x", x, table(node, "cos", 2, places), table(node, "sin", 3, places), pair))
     return [relax.op.permute_dims(y, _HEADS_FIRST) if spelled else relax.op.reshape(y, shape)]
 
 
-def _table(node: Node, what: str, index: int, places: Value) -> Value:
+def table(node: Node, what: str, index: int, places: Value) -> Value:
     """Rows of a table, [B or 1, S, 1, R / 2]."""
     table = node.present(index)
     if isinstance(table, np.ndarray) and isinstance(places, np.ndarray):
@@ -161,7 +119,7 @@ def _table(node: Node, what: str, index: int, places: Value) -> Value:
     return node.emit(what, relax.op.reshape(rows, (batch, count, 1, half)))
 
 
-def _turned(node: Node, what: str, x: Any, cos: Value, sin: Value, interleaved: bool) -> Any:
+def turned(node: Node, what: str, x: Any, cos: Value, sin: Value, interleaved: bool) -> Any:
     """`x * (cos, cos) + (-b, a) * (sin, sin)` of x = (a, b) [B, S, H, D]: halves, or with `interleaved` neighbours; channels behind the tables' are kept."""
     batch, rows, heads, depth = shape_of(x)
     half = np.shape(cos)[-1] if isinstance(cos, np.ndarray) else shape_of(cos)[-1]
@@ -169,7 +127,7 @@ def _turned(node: Node, what: str, x: Any, cos: Value, sin: Value, interleaved: 
         raise Refused(f"its tables are of {half} angles, and a head has {depth} channels")
     rest = None
     if 2 * half < depth:
-        x, rest = _part(node, f"{what}-first", x, 3, 0, 2 * half), _part(node, f"{what}-rest", x, 3, 2 * half, depth)
+        x, rest = part(node, f"{what}-first", x, 3, 0, 2 * half), part(node, f"{what}-rest", x, 3, 2 * half, depth)
 
     def twice(name: str, table: Value) -> Any:
         if isinstance(table, np.ndarray):
@@ -180,7 +138,7 @@ def _turned(node: Node, what: str, x: Any, cos: Value, sin: Value, interleaved: 
     if interleaved:
         parts, axis = node.emit(f"{what}-pairs", relax.op.reshape(x, (batch, rows, heads, half, 2))), 4
     end = shape_of(parts)[axis]
-    a, b = _part(node, f"{what}-a", parts, axis, 0, end // 2), _part(node, f"{what}-b", parts, axis, end // 2, end)
+    a, b = part(node, f"{what}-a", parts, axis, 0, end // 2), part(node, f"{what}-b", parts, axis, end // 2, end)
     other = node.emit(f"{what}-other", relax.op.concat([node.emit(f"{what}-minus", relax.op.negative(b)), a], axis))
     if interleaved:
         other = node.emit(f"{what}-others", relax.op.reshape(other, (batch, rows, heads, 2 * half)))
@@ -193,27 +151,26 @@ def _turned(node: Node, what: str, x: Any, cos: Value, sin: Value, interleaved: 
 # -- what they share --------------------------------------------------------------------------------------------------------------------
 
 
-def _unread_logits(node: Node) -> None:
+def unread_logits(node: Node) -> None:
     if any(node.outputs[3:]):
         raise Refused(f"its result 3 ('{node.outputs[3]}'), the product of queries and keys, is read; supported: attention alone. Export without it")
 
 
-def _attended(node: Node, parts: list[Any], past: list[Any], mask: int | None, bias: int, kv_heads: int | None = None) -> tuple[Value, Any]:
+def _attended(node: Node, parts: list[Any], past: list[Any], mask: int, bias: int) -> tuple[Value, Any]:
     """(attention of queries, keys and values, each packed [B, S, H * D] or as heads [B, H, T, D], a function that yields all keys and all values as heads).
     mask, bias: operands."""
     heads = int(node.attrs.get("num_heads", 0))
     if heads < 1:
         raise Refused(f"it states {heads} heads; at least one is needed")
-    kv_heads = kv_heads or heads
     batch, rows = shape_of(parts[0])[:2]
 
     def as_heads(index: int) -> Any:
         what, x = "qkv"[index], parts[index]
         if len(shape_of(x)) == 3:
             count, width = shape_of(x)[1:]
-            if width % kv_heads:
-                raise Refused(f"a width of {width} can't be divided into {kv_heads} heads")
-            x = node.emit(f"{what}-split4", relax.op.reshape(x, (batch, count, kv_heads, width // kv_heads)))
+            if width % heads:
+                raise Refused(f"a width of {width} can't be divided into {heads} heads")
+            x = node.emit(f"{what}-split4", relax.op.reshape(x, (batch, count, heads, width // heads)))
             x = node.emit(f"{what}-first4", relax.op.permute_dims(x, _HEADS_FIRST))
         if past[index - 1] is None:
             return x
@@ -225,18 +182,18 @@ def _attended(node: Node, parts: list[Any], past: list[Any], mask: int | None, b
         past = [None, None]
     columns = shape_of(parts[1])[1 if len(shape_of(parts[1])) == 3 else 2]
     added = _added(node, (batch, rows, columns), before, mask, bias)
-    attrs = {"q_num_heads": heads, "kv_num_heads": kv_heads, **({"scale": node.attrs["scale"]} if node.attrs.get("scale") else {})}
+    attrs = {"q_num_heads": heads, "kv_num_heads": heads, **({"scale": node.attrs["scale"]} if node.attrs.get("scale") else {})}
     inner = replace(node, inputs=[*parts, added], outputs=node.outputs[:1], attrs=attrs)
     return standard.attention(inner)[0], lambda: [as_heads(1), as_heads(2)]
 
 
-def _added(node: Node, shape: tuple[int, int, int], before: int, mask: int | None, bias: int) -> Any:
+def _added(node: Node, shape: tuple[int, int, int], before: int, mask: int, bias: int) -> Any:
     """What is added to logits [B, H, S, T], or None: the mask operand (how many keys are valid [B]; the ends, then the starts of the valid ones [2 * B]; ones
     where they are [B, T] or [B, S, T]), keys behind a query's place, and the operand `bias`. `before`: keys of the past."""
     _, rows, columns = shape
     low = np.float32(node.attrs.get("mask_filter_value", -10000.0))
     terms: list[Any] = []
-    if mask is not None and node.has(mask):
+    if node.has(mask):
         terms.append(_masked(node, mask, shape, low))
     if node.attrs.get("unidirectional", 0):
         terms.append(const(np.where(np.tri(rows, columns, before, dtype=np.bool_), np.float32(0), np.finfo(np.float32).min)[None, None]))

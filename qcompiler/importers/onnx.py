@@ -43,6 +43,7 @@ from qcompiler.passes.trained import ATTRIBUTE
 _STANDARD = ("", "ai.onnx")
 ADVICE = "replace it before export, or cut the model before it"
 WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
+_OF_ONE_MACHINE = ("com.microsoft.nchwc", "com.ms.internal.nhwc")  # images in blocks or layouts of the processor that the file was optimized on
 NO_CONVERSION = f"no conversion exists for this operator; {ADVICE}"
 SHOWN = 8  # refused nodes in one error, and the values to cut at before fewer are looked for
 _TABLES: dict[str, Mapping[str, Converter]] = {"": CONVERTERS, CLASSICAL_DOMAIN: CLASSICAL, CONTRIB: CONTRIBUTED}
@@ -68,6 +69,7 @@ def import_onnx(
 
     Raises ModelError for whatever the model holds that can't be compiled, every node of it at once.
     """
+    _check_layouts(where, model)
     naming = Naming.beside(onnx_file.names(model))
     try:
         model, trained = take_out(model, requantize)
@@ -292,6 +294,17 @@ class _Importer:
                 raise ModelError(f"{self.where}: output '{output.name}' is not a tensor; supported: tensors")
             results.append((output.name, value))
         return self.builder.finish(results)
+
+
+def _check_layouts(where: str, model: onnx.ModelProto) -> None:
+    """Raises ModelError for a model that ONNX Runtime optimized for one machine."""
+    found = [node.domain for node in model.graph.node if node.domain in _OF_ONE_MACHINE]
+    if found:
+        raise ModelError(
+            f"{where}: {len(found)} of its {len(model.graph.node)} nodes have images in a layout that ONNX Runtime made for the machine which it optimized the "
+            f"model on ({', '.join(sorted(set(found)))}). Take the model from before, or save the optimized one at ORT_ENABLE_EXTENDED or below (session "
+            "option graph_optimization_level)"
+        )
 
 
 def _spelled(proto: onnx.NodeProto) -> str:
