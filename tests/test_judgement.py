@@ -52,9 +52,10 @@ def test_corrected_networks_have_one_figure_on_every_target(tmp_path: Path) -> N
     assert first["digests"]["plan"] == here["digests"]["plan"] and first["sqnr_db"] == second["sqnr_db"] == here["sqnr_db"]
 
 
-def test_what_others_may_lose_is_said(tmp_path: Path) -> None:
-    """One sample is five times as loud as the others, and so may the next one be."""
-    made = compiled(tmp_path, [1.0, 1.0, 1.0, 5.0, 1.0, 1.0])
+@pytest.mark.parametrize("loud", [3, 12])
+def test_what_others_may_lose_is_said(loud: int, tmp_path: Path) -> None:
+    """One sample is five times as loud as the others, wherever it stands among them, and so may the next one be."""
+    made = compiled(tmp_path, [5.0 if i == loud else 1.0 for i in range(loud + 3)])
     (line,) = said(made)
     assert line.startswith("the outputs may lose much") and made.artifact.manifest["sqnr_db"] > 25
     assert float(line.split("on others maybe ")[1].split(" dB")[0]) < 20

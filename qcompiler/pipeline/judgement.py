@@ -4,9 +4,10 @@ Every preset is judged: calibration samples run through the network and its floa
 bits of every target and is there whenever a recipe tries corrections; where there is none (`fast` for another machine), the float network runs with all
 roundings, which is an estimate. The worst output counts, and of one that holds several quantities the worst of these.
 
-Ranges that were taken from a sample hold it, and may not hold the next one. So the float network with all roundings runs once more, each sample with the
-ranges that the others alone would have led to. What is lost more by that is added, and the upper end of the sum's 95 % confidence interval is what other
-samples may lose. A network that keeps less than `ENOUGH` on the calibration samples, or may keep less on others, is never handed out without a warning.
+Ranges that were taken from a sample hold it, and may not hold the next one. So the float network with all roundings runs once more, on samples of which half
+reach furthest of all, each with the ranges that the others alone would have led to. What is lost more by that is added to the upper end of the 95 %
+confidence interval of what was lost, and that is what other samples may lose. A network that keeps less than `ENOUGH` on the calibration samples, or may keep
+less on others, is never handed out without a warning.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qcompiler.calibration.data import take
 from qcompiler.passes.graph import Graph
 from qcompiler.passes.trained import Trained
 from qcompiler.pipeline.findings import Findings
@@ -45,16 +47,19 @@ def judged(corrected: Corrected, asked: Recipe) -> Corrected:
 
 
 def _unseen(corrected: Corrected, scores: Scores) -> float:
-    """Noise over power that other samples may lead to."""
-    measured = corrected.network.measured
+    """Noise over power that other samples may lead to: of the samples that tell, half are those that reach furthest, each for itself."""
+    network, measured = corrected.network, corrected.network.measured
+    count = network.job.alike.count or measured.table.samples
 
     def found() -> Findings:
-        survey, twin = Survey(corrected.network, corrected.integer), measured.twin.session()
-        _, seen, unseen = survey.errors(twin, first_samples(corrected.network), (None, measured.ends))
-        return {"seen": seen, "unseen": unseen}
+        survey, twin, standing = Survey(network, corrected.integer), measured.twin.session(), measured.ends.standing(count, SAMPLES // 2, SAMPLES // 2)
+        numbers = sorted(standing)
+        power, seen, unseen = survey.errors(twin, take(network.job.alike, numbers), (None, measured.ends), numbers)
+        weights = np.array([standing[n] for n in numbers])
+        return {"power": weights @ power, "more": weights @ np.maximum(unseen - seen, 0.0)}
 
-    more = corrected.network.remembered("unseen", found, lambda state: np.maximum(state["unseen"] - state["seen"], 0.0))
-    return dataclasses.replace(scores, noise=scores.noise + more).noise_bound()
+    power, more = network.remembered("unseen", found, lambda state: (state["power"], state["more"]), count)
+    return scores.noise_bound() + float((more / np.maximum(power, np.finfo(np.float64).tiny)).max())
 
 
 def _scores(corrected: Corrected) -> Scores:

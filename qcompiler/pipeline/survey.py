@@ -70,15 +70,17 @@ class Survey:
         result: np.ndarray = np.divide(noise, power, out=np.zeros_like(power), where=power > 0)
         return result
 
-    def errors(self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]], unseen: Sequence[SampleEnds | None] = (None,)) -> tuple[np.ndarray, ...]:
+    def errors(
+        self, twin: Session, samples: Iterable[Mapping[str, np.ndarray]], unseen: Sequence[SampleEnds | None] = (None,), numbers: Iterable[int] | None = None
+    ) -> tuple[np.ndarray, ...]:
         """float64[S, outputs] each: sums of squares of the float outputs, and (for each of `unseen`) of their errors with all roundings at once: the float
         network `twin` runs with the int8 weights, and every value that the plan stores is rounded before its readers see it. No code is generated. An output
-        that holds several quantities counts as several. unseen: the ends of all samples, in the same order, where each is to meet the ranges that the others
-        alone would have led to."""
+        that holds several quantities counts as several. unseen: the ends of all samples of the calibration, where each is to meet the ranges that the others
+        alone would have led to. numbers: which of them `samples` are; None: the first."""
         plan, padding, parts = self._quantized.plan, self._quantized.measured.padding, list[Parts]()
         params = {v: p for v in self._placement.stored if (p := plan.params(v)) is not None}
         rounded, _ = self._rounded(twin.threads)
-        numbered = list(enumerate(samples))
+        numbered = list(zip(itertools.count() if numbers is None else numbers, samples, strict=False))
 
         def walked(sessions: tuple[Session, Session], numbered: tuple[int, Mapping[str, np.ndarray]]) -> list[np.ndarray]:
             index, sample = numbered
