@@ -15,6 +15,7 @@ from test_cuda_sass import instructions
 from test_cuda_tails import Ended
 from tools import require_nvcc
 
+from qcompiler.backend import fused
 from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.targets import Target, find_target
 from qcompiler.passes.graph import const, dtype_of, make_op, shape_of
@@ -170,6 +171,32 @@ def test_products_are_rounded(programs: dict[str, tuple[tvm.IRModule, Program]],
     kernels = {name: next(step.kernel for step in programs[name][1].steps if step.kernel.row == "cuda/fused") for name in names}
     for name, found in instructions(kernels, TARGET, tmp_path).items():
         assert found["FMUL"] and found["FADD"] and not found["FFMA"] + found["LDL"] + found["STL"], (name, found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_random_networks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However groups grow, each has a rank above those of all that it reads from, so none reads from itself through others; and some grow."""
+    net, rng = Net(seed), np.random.default_rng(seed)
+    values, weight = [net.input("x", 4, 6), net.input("y", 4, 6)], net.random(6, 6)
+    for i in range(40):
+        a, b = (values[max(0, len(values) - int(rng.geometric(0.15)))] for _ in range(2))
+        kind = int(rng.integers(8))
+        if kind == 0:
+            made = op.reshape(net.add(f"negative{i}", op.negative(net.add(f"view{i}", op.reshape(a, [2, 12])))), [4, 6])
+        else:
+            made = op.matmul(a, weight) if kind == 1 else op.nn.softmax(a, axis=i % 2) if kind == 2 else op.add(a, b)
+        values.append(net.add(f"value{i}", made))
+    merge, merged = fused._Grouping.merge, []
+
+    def checked(self: Any, *groups: Any) -> None:
+        merge(self, *groups)
+        merged.append(groups)
+        first = {node.id: self.groups[node.id][0].id for node in self.nodes}
+        edges = {(first[source], first[node.id]) for node in self.nodes if not self.views(node) for source in self.before[node.id]}
+        assert all(self.rank[a] < self.rank[b] for a, b in edges if a != b)
+
+    monkeypatch.setattr(fused._Grouping, "merge", checked)
+    assert len(lower(net.done(*values[-3:]), TARGET).steps) < 40 and len(merged) > 5
 
 
 def test_limits() -> None:

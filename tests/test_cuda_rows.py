@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 import tvm
 from cuda_emulated import Emulated, EmulatedProgram
+from onnx_nets import OnnxNet
 from small_nets import Net, op, scalar
 from test_cuda_fused import dequantize, inputs_of, quantize
 from test_cuda_sass import instructions
 from test_cuda_tails import Ended
 from tools import require_nvcc
+from transformer_nets import bert, vit
 
 from qcompiler.backend.codegen_cuda import cuda_source
 from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.targets import Target, find_target
+from qcompiler.importers.model import load
+from qcompiler.passes import sequence
 from qcompiler.passes.graph import const, make_op
 from qcompiler.schedules.table import Kernel, OpCall
 from qcompiler.verification.interpreter import run
@@ -201,6 +205,22 @@ def test_a_barrier_that_is_missing_shows(programs: dict[str, Program], tmp_path:
     with pytest.raises(AssertionError):
         found = emulated.run("k", [x], layout)
         np.testing.assert_allclose(found.reshape(layout.shape), run(NETS["layer norm"][0], {"x": x})["out0"], rtol=1e-5, atol=1e-5)
+
+
+def group_norms(path: Path) -> Path:
+    """SiLU behind two group norms, between convolutions."""
+    net = OnnxNet(opset=21)
+    x = net.op("Conv", net.input("x", 1, 3, 10, 10), net.weight(12, 3, 3, 3))
+    for _ in range(2):
+        x = net.op("GroupNormalization", x, net.weight(12), net.weight(12), num_groups=3)
+        x = net.op("Conv", net.op("Mul", x, net.op("Sigmoid", x)), net.weight(12, 12, 3, 3), pads=[1] * 4)
+    return net.save(path, [x])
+
+
+@pytest.mark.parametrize(("make", "most"), [(bert, 30), (vit, 33), (group_norms, 7)])
+def test_launches(make: Callable[[Path], Path], most: int, tmp_path: Path) -> None:
+    """Of whole networks in float. More would be a loss that nothing else shows."""
+    assert len(lower(sequence.run(sequence.FLOAT, load(make(tmp_path / "net.onnx")).module), TARGET).steps) <= most
 
 
 def test_nothing_is_read_outside(tmp_path: Path) -> None:

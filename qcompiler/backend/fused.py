@@ -69,6 +69,8 @@ def _values(node: Node) -> list[str]:
 
 
 class _Grouping:
+    """Groups of nodes, each of them in one: that is no graph with cycles. rank: of a group, by its first node, less than those of all that read from it."""
+
     def __init__(self, nodes: Sequence[Node], layouts: Mapping[str, Layout], outputs: Collection[str]) -> None:
         self.nodes, self.layouts, self.outputs = nodes, layouts, set(outputs)
         self.place = {node.id: i for i, node in enumerate(nodes)}
@@ -77,7 +79,14 @@ class _Grouping:
         for node in nodes:
             for operand in set(_values(node)) & set(self.readers):
                 self.readers[operand].append(node)
-        self.groups = {node.id: [node] for node in nodes if self.may_join(node)}
+        self.groups = {node.id: [node] for node in nodes}
+        self.rank = {node.id: i for i, node in enumerate(nodes)}
+        self.before = {node.id: {s.id: s for o in _values(node) if (s := self.source(o))} for node in nodes}
+        self.behind: dict[str, list[Node]] = {node.id: [] for node in nodes}
+        for node in nodes:
+            for source in () if self.views(node) else self.before[node.id]:
+                self.behind[source].append(node)
+        self.joinable = {node.id for node in nodes if self.may_join(node)}
 
     def may_join(self, node: Node) -> bool:
         layouts = [self.layouts[v] for v in (*_values(node), *node.written)]
@@ -99,24 +108,62 @@ class _Grouping:
 
     def join(self, node: Node) -> None:
         """With the groups of what it reads."""
-        for operand in _values(node) if node.id in self.groups else []:
-            made = self.source(operand)
-            if made is not None and made.id in self.groups and self.groups[made.id] is not self.groups[node.id]:
-                both = sorted([*self.groups[made.id], *self.groups[node.id]], key=lambda n: self.place[n.id])
-                if self.is_a_kernel(both):
-                    self.groups |= dict.fromkeys((n.id for n in both), both)
+        for made in self.before[node.id].values() if node.id in self.joinable else []:
+            one, other = self.groups[made.id], self.groups[node.id]
+            if made.id in self.joinable and one is not other and len(one) + len(other) <= _PARTS:
+                both = sorted([*one, *other], key=lambda n: self.place[n.id])
+                inner = self.between(other, one, self.before_of)
+                if inner is not None and self.is_a_kernel(both):
+                    self.merge(one, other, both, inner)
+
+    def before_of(self, node: Node) -> Collection[Node]:
+        return self.before[node.id].values()
+
+    def behind_of(self, node: Node) -> Collection[Node]:
+        return self.behind[node.id]
+
+    def between(self, group: list[Node], end: list[Node], step: Callable[[Node], Collection[Node]]) -> list[list[Node]] | None:
+        """The groups that steps from one lead to whose rank lies between that and the one of `end`; None where they lead there through another."""
+        limits = sorted((self.rank[group[0].id], self.rank[end[0].id]))
+        found, waiting = dict[str, list[Node]](), [group]
+        while waiting:
+            now = waiting.pop()
+            for each in {self.groups[n.id][0].id: self.groups[n.id] for node in now for n in step(node)}.values():
+                if each is end and now is not group:
+                    return None
+                if limits[0] < self.rank[each[0].id] < limits[1] and each[0].id not in found:
+                    found[each[0].id] = each
+                    waiting.append(each)
+        return list(found.values())
+
+    def merge(self, one: list[Node], other: list[Node], both: list[Node], before: list[list[Node]]) -> None:
+        """before: the groups that `other` reads from, of those between. They get the lowest of all ranks, and those that read from `one` the highest."""
+        after = self.between(one, other, self.behind_of) or []
+        moved = [one, other, *before, *after]
+        ranks = sorted(self.rank[group[0].id] for group in moved)
+        order = [sorted(groups, key=lambda g: self.rank[g[0].id]) for groups in (before, after)]
+        self.groups |= dict.fromkeys((n.id for n in both), both)
+        for rank, group in zip(ranks, [*order[0], both, *order[1]], strict=False):
+            self.rank[group[0].id] = rank
 
     def source(self, value: str) -> Node | None:
         """The node that makes a value, or what it is a reshape of; None for inputs."""
         made = self.maker.get(value)
-        while made is not None and made.name == "qc.reshape" and isinstance(made.operands[0], str):
-            made = self.maker.get(made.operands[0])
+        while made is not None and self.views(made):
+            made = self.maker.get(str(made.operands[0]))
         return made
 
+    def views(self, node: Node) -> bool:
+        """Is it a reshape of what is computed? Those are in no group."""
+        return node.name == "qc.reshape" and isinstance(node.operands[0], str)
+
     def is_a_kernel(self, nodes: Sequence[Node]) -> bool:
-        """Is it within limits, can it hold in registers what lies inside, and goes no value from it through others and back?"""
+        """Is it within limits, and can it hold in registers what lies inside?"""
         inside, outside, constants, copies = {n.id for n in nodes}, set[str](), 0, Counter[str]()
         held: Collection[str] = ()
+        conversions = sum(n.name in CONVERSIONS for n in nodes)
+        if conversions > _CONVERSIONS:
+            return False
         if any(n.name == "legalized" and reduces(n.function) for n in nodes):
             rows = self.rows(nodes)
             if rows is None:
@@ -134,18 +181,7 @@ class _Grouping:
                         return False
                     guarded = node.name == "legalized" and operand_reads(node.function)[number] == "guarded"
                     copies[made.id] = copies[made.id] + now if guarded else max(copies[made.id], now)
-        conversions = sum(n.name in CONVERSIONS for n in nodes)
-        if len(nodes) > _PARTS or copies.total() > _COPIES or conversions > _CONVERSIONS or len(outside) + constants + len(self.written(nodes)) > _POINTERS:
-            return False
-        waiting, seen = list(outside), set[str]()
-        while waiting:
-            maker = self.maker.get(waiting.pop())
-            for each in [] if maker is None or maker.id in seen else self.groups.get(maker.id, [maker]):
-                if each.id in inside:
-                    return False
-                seen.add(each.id)
-                waiting += _values(each)
-        return True
+        return copies.total() <= _COPIES and len(outside) + constants + len(self.written(nodes)) <= _POINTERS
 
     def in_registers(self, node: Node, made: Node, operations: int) -> bool:
         """May an operand that `made` computes be computed where it is read?"""
@@ -181,8 +217,8 @@ class _Grouping:
     def result(self) -> list[Node]:
         made: list[Node] = []
         for node in self.nodes:
-            group = self.groups.get(node.id, [])
-            if len(group) > 1 or (group and node.name == "legalized"):
+            group = self.groups[node.id]
+            if len(group) > 1 or (node.id in self.joinable and node.name == "legalized"):
                 made += [self.one(group)] if node is group[0] else []
             elif node.name != "qc.reshape" or self.is_read(node):
                 made.append(node)
@@ -191,7 +227,7 @@ class _Grouping:
     def is_read(self, view: Node) -> bool:
         """Does anybody read a reshape but the kernel that computes what it is of?"""
         source = self.source(view.id)
-        return self.read_outside(view.id, {n.id for n in self.groups.get(source.id, [])} if source is not None else ())
+        return self.read_outside(view.id, {n.id for n in self.groups[source.id]} if source is not None else ())
 
     def ordered(self, nodes: Sequence[Node]) -> list[Node]:
         """Each as early as what it reads and the given order allow."""

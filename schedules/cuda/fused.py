@@ -8,6 +8,7 @@ Products are rounded before they are added to (`__fmul_rn`): fused operators yie
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.base.targets import Target
 from qcompiler.schedules.builder import BLOCK, Emitter, View, dense_strides, make_kernel, view
 from qcompiler.schedules.cuda.base import local
-from qcompiler.schedules.cuda.nests import Nest, choice, nests, replaced
+from qcompiler.schedules.cuda.nests import Nest, choice, nests, reads, replaced
 from qcompiler.schedules.portable.elementwise import dequantized, quantized
 from qcompiler.schedules.portable.nest import Compute
 from qcompiler.schedules.portable.threads import each, unravel
@@ -43,7 +44,7 @@ class Part:
     reads: tuple[int, ...]
     function: Any = None
 
-    @property
+    @functools.cached_property
     def nests(self) -> tuple[Nest, ...]:
         """Of a legalized one."""
         return (nests(self.function) if self.function is not None else None) or ()
@@ -79,6 +80,12 @@ class FusedCall(OpCall):
     def last(self, number: int) -> Stage:
         """Of an operand or a part."""
         return number, max(len(self.part(number).nests) - 1, 0) if number >= len(self.operands) else 0
+
+    def reads(self, what: Stage) -> list[tuple[Stage, tuple[Any, ...]]]:
+        """What a nest of a part reads, and where."""
+        part = self.part(what[0])
+        found = reads(part.function)[what[1]]
+        return [((what[0], stage) if operand is None else self.last(part.reads[operand]), index) for operand, stage, index in found]
 
     def source(self, number: int, buffer: Any) -> Stage:
         """What a nest of a part reads."""

@@ -30,6 +30,7 @@ from qcompiler.schedules.portable.threads import unravel
 from qcompiler.schedules.table import Kernel
 
 LEAST_BLOCK, MOST_THREADS, KEPT = 128, 512, 4  # threads of a block; of a row; elements that a thread keeps in registers
+DEEPEST = 8  # reductions one behind the other
 SPREAD, LONG = 64, 2**13  # so many rows, or of fewer elements, keep a GPU busy
 
 Index = Sequence[Any]
@@ -135,23 +136,35 @@ class _Agreement:
         for variable, (extent, _) in zip(self.variables, axes, strict=True):
             self.analyzer.bind(variable, tvm.ir.Range(0, extent))
         self.row = self.flat(self.position(True), rows.extents(True)) + tirx.const(0, "int64")
-        self.asked: list[Stage] = []  # what a row has once, of that which is followed now
         self.seen: set[tuple[Any, ...]] = set()
-        self.reduced = self.behind_reductions()
-        for number in range(first, first + len(call.parts)):
-            for stage in range(max(len(call.part(number).nests), 1)):
-                self.level((number, stage))
+        self.names: dict[str, Any] = {}
+        self.depth = self.depths()
+        for what in rows.levels:
+            self.follow_row(what)
         for number in call.results:
-            self.follow_result(first + number)
+            if call.last(first + number) not in rows.levels:
+                index = result_index(call, first + number, lambda shape: self.spread(self.variables, [e for e, _ in rows.axes], shape))
+                self.follow(call.last(first + number), index)
 
-    def behind_reductions(self) -> set[Stage]:
-        found: set[Stage] = set()
+    def depths(self) -> dict[Stage, int]:
+        """How many reductions lie one behind the other up to each stage behind any; those of what a row has once are its levels."""
+        found: dict[Stage, int] = {}
         for number, part in enumerate(self.call.parts, len(self.call.operands)):
-            if not part.nests and self.call.last(part.reads[0]) in found:
-                found.add((number, 0))
-            for stage, nest in enumerate(part.nests):
-                if nest.reduction or any(self.call.source(number, load.source) in found for load in loads(nest.value)):
-                    found.add((number, stage))
+            for stage, nest in enumerate(part.nests or [None]):
+                what = number, stage
+                sources = [source for source, _ in self.call.reads(what)] if nest else [self.call.last(part.reads[0])]
+                depth = max(found.get(source, 0) for source in sources) if sources else 0
+                single = math.prod(stage_shape(self.call, what)) == self.rows.number
+                if nest and nest.reduction:
+                    if not single:
+                        raise _Disagreement
+                    depth += 1
+                if depth:
+                    found[what] = depth
+                    if single and part.call.name != "qc.reshape":
+                        self.rows.levels[what] = depth
+        if max(found.values()) > DEEPEST:
+            raise _Disagreement
         return found
 
     def position(self, of_rows: bool) -> list[Any]:
@@ -162,52 +175,35 @@ class _Agreement:
 
     def divided(self, flat: Any, shape: Sequence[int]) -> list[Any]:
         strides = dense_strides(shape)
-        return [self.analyzer.simplify(tirx.floormod(tirx.floordiv(flat, s), d)) if d > 1 else 0 for s, d in zip(strides, shape, strict=True)]
+        return [self.named(self.analyzer.simplify(tirx.floormod(tirx.floordiv(flat, s), d))) if d > 1 else 0 for s, d in zip(strides, shape, strict=True)]
 
     def spread(self, index: Index, shape: Sequence[int], into: Sequence[int]) -> list[Any]:
         if math.prod(shape) != math.prod(into):
             raise _Disagreement
         return reshaped(index, shape, into, lambda flat: self.divided(flat, into))
 
-    def level(self, what: Stage) -> None:
-        """Follow what a row has once, and what its reductions read."""
-        part, shape = self.call.part(what[0]), stage_shape(self.call, what)
-        if what not in self.reduced or math.prod(shape) != self.rows.number:
-            if part.nests and part.nests[what[1]].reduction:
-                raise _Disagreement
-            return
-        if part.call.name == "qc.reshape":
-            return
-        index = self.spread(self.position(True), self.rows.extents(True), shape)
-        self.asked, self.seen = [], set()
-        reduction = part.nests[what[1]].reduction if part.nests else None
-        if reduction:
-            extents = [extent for _, extent in reduction.variables]
-            self.compute(what, index, self.spread(self.position(False), self.rows.extents(False), extents))
-        else:
-            self.compute(what, index)
-        self.rows.levels[what] = max([0, *(self.rows.levels[a] for a in self.asked)]) + bool(reduction)
-
-    def follow_result(self, number: int) -> None:
-        what = self.call.last(number)
-        if what not in self.rows.levels:
-            self.seen = set()
-            self.follow(what, result_index(self.call, number, lambda shape: self.spread(self.variables, [e for e, _ in self.rows.axes], shape)))
+    def follow_row(self, what: Stage) -> None:
+        """What it is computed from."""
+        index = self.spread(self.position(True), self.rows.extents(True), stage_shape(self.call, what))
+        nest = reducing(self.call, what)
+        extents = [extent for _, extent in nest.reduction.variables] if nest and nest.reduction else []
+        self.compute(what, index, self.spread(self.position(False), self.rows.extents(False), extents) if extents else [])
 
     def follow(self, what: Stage, index: Index) -> None:
-        number = what[0]
-        if number < len(self.call.operands) or what not in self.reduced:
+        if what not in self.depth:
             return
-        part = self.call.part(number)
+        part = self.call.part(what[0])
         if part.call.name == "qc.reshape":
             self.follow(self.call.last(part.reads[0]), self.spread(index, part.call.output.shape, part.call.tensors[0].shape))
-        elif what in self.rows.levels:
-            self.asked.append(what)
-            if not self.analyzer.can_prove(self.flat(index, stage_shape(self.call, what)) - self.row == tirx.const(0, "int64")):
-                raise _Disagreement
-        elif (key := (what, *map(str, index))) not in self.seen:
-            self.seen.add(key)
+            return
+        key = what, *(i if isinstance(i, int) else id(i) for i in index)
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        if what not in self.rows.levels:
             self.compute(what, index)
+        elif not self.analyzer.can_prove(self.flat(index, stage_shape(self.call, what)) - self.row == tirx.const(0, "int64")):
+            raise _Disagreement
 
     def compute(self, what: Stage, index: Index, reduced: Index = ()) -> None:
         """Follow what is read for an element of a stage."""
@@ -216,10 +212,19 @@ class _Agreement:
             self.follow(self.call.last(part.reads[0]), part.moved(index))
             return
         variables = part.nests[what[1]].at(index, reduced)
-        for load in loads(part.nests[what[1]].value):
-            source = self.call.source(what[0], load.source)
-            if source in self.reduced:
-                self.follow(source, [self.analyzer.simplify(replaced(i, variables, lambda nested: nested)) for i in load.indices])
+        for source, at in self.call.reads(what):
+            if source in self.depth:
+                self.follow(source, [self.place(i, variables) for i in at])
+
+    def place(self, index: Any, variables: Sequence[tuple[Any, Any]]) -> Any:
+        """An index in symbols of rows and elements: the same object wherever it is the same."""
+        if isinstance(index, tirx.Var):
+            return next(i for v, i in variables if index.same_as(v))
+        return index if isinstance(index, int) else self.named(self.analyzer.simplify(replaced(index, variables, lambda nested: nested)))
+
+    def named(self, index: Any) -> Any:
+        same = next((v for v in self.variables if index.same_as(v)), None)
+        return int(index) if isinstance(index, tirx.IntImm) else self.names.setdefault(str(index), index) if same is None else same
 
 
 def result_index(call: FusedCall, number: int, spread: Callable[[tuple[int, ...]], Index]) -> Index:

@@ -112,6 +112,20 @@ def choice(value: Any) -> Sequence[Any] | None:
 
 
 @functools.lru_cache(1024)
+def reads(function: Any) -> tuple[tuple[tuple[int | None, int, tuple[Any, ...]], ...], ...]:
+    """What each nest of a function reads: (operand, or None), the nest that makes it otherwise, and the index: of ints, variables and expressions."""
+    made, operands = [nest.buffer for nest in nests(function) or ()], list(function.params)[:-1]
+
+    def place(buffer: Any, among: Sequence[Any]) -> int | None:
+        return next((i for i, b in enumerate(among) if buffer.same_as(b)), None)
+
+    def read(load: Any) -> tuple[int | None, int, tuple[Any, ...]]:
+        return place(load.source, operands), place(load.source, made) or 0, tuple(int(i) if isinstance(i, tirx.IntImm) else i for i in load.indices)
+
+    return tuple(tuple(map(read, loads(nest.value))) for nest in nests(function) or ())
+
+
+@functools.lru_cache(1024)
 def operand_reads(function: Any) -> tuple[str, ...]:
     """How each operand is read: "plain", at an index of the result; "moved", anywhere else; "guarded", under a condition without which it would be outside."""
     kinds = []
