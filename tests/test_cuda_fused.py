@@ -17,9 +17,10 @@ from tools import require_nvcc
 
 from qcompiler.backend import fused
 from qcompiler.backend.lowering import Program, lower
+from qcompiler.base.errors import ModelError
 from qcompiler.base.targets import Target, find_target
 from qcompiler.passes.graph import const, dtype_of, make_op, shape_of
-from qcompiler.schedules.cuda.fused import LARGEST
+from qcompiler.schedules.builder import LARGEST
 from qcompiler.schedules.table import Kernel, OpCall
 from qcompiler.verification.interpreter import run
 
@@ -210,6 +211,16 @@ def test_limits() -> None:
     assert rows((8, 8)) == ["cuda/fused"]
     assert rows((2**14, 2**12)) == ["cuda/fused", "cuda/fused"]
     assert rows((2, LARGEST // 2 + 1))[-1] == "cuda/legalized"
+
+
+@pytest.mark.parametrize("target", ["cuda-sm80", "x86-avx2"])
+def test_rows_of_ours_index_in_32_bits(target: str) -> None:
+    """So a larger tensor is refused, by its name."""
+    net = Net()
+    x = net.input("x", 2, 2**15, 2**15, dtype="int8")
+    module = net.done(net.add("bent", make_op("qc.lut", [x, const(np.arange(-128, 128).astype(np.int8))], {}, shape_of(x), "int8")))
+    with pytest.raises(ModelError, match=r"'bent': 2147483648 elements of a tensor \(2 x 32768 x 32768\); kernels index at most 2147483392"):
+        lower(module, find_target(target))
 
 
 def test_on_a_cpu_nothing_changes() -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from qcompiler.backend.node import Node
 from qcompiler.base.targets import Target
-from qcompiler.schedules.cuda.fused import CONVERSIONS, LARGEST, FusedCall, Part
+from qcompiler.schedules.builder import LARGEST
+from qcompiler.schedules.cuda.fused import CONVERSIONS, FusedCall, Part
 from qcompiler.schedules.cuda.fused_rows import fused_kernel, rows_of
 from qcompiler.schedules.cuda.nests import nests, operand_reads, reduces
 from qcompiler.schedules.table import Kernel, Layout, OpCall

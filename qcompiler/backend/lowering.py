@@ -20,7 +20,7 @@ from tvm import relax
 from qcompiler import schedules
 from qcompiler.backend.images import choose_images, one_at_a_time, one_image, runs_of
 from qcompiler.backend.in_place import join_in_place
-from qcompiler.backend.node import Node, Taps
+from qcompiler.backend.node import Node, Taps, indexable
 from qcompiler.backend.tails import with_tails
 from qcompiler.backend.unread_taps import CONVOLUTIONS, read_of, without_unread_taps
 from qcompiler.base.debug import Dump, no_dump
@@ -365,7 +365,7 @@ class _Lowering:
 
     def step(self, node: Node, reads: list[str]) -> Step:
         assert node.row is not None
-        op = self.op_call(node)
+        op = indexable(self.op_call(node))
         tuned = self.params(node.row, op)
         params = dict(tuned if tuned is not None else node.row.default(op, self.target))
         kernel = node.row.build(op, params, self.target)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.base.errors import ModelError
+from qcompiler.schedules.builder import LARGEST
 from qcompiler.schedules.table import Layout, OpCall, Row
 
 Taps = tuple[slice, ...]  # of axes [outputs, rows, columns] of the weights of a convolution
@@ -47,3 +49,14 @@ class Node:
             constants = map(np.asarray, each.operands[1:])
             tail.append(OpCall(each.name, [tail[-1].output if tail else output, *constants], each.attrs, each.inner or layout(each.id), each.id))
         return OpCall(self.name, operands, self.attrs, output, self.id, tuple(tail), self.inner is not None)
+
+
+def indexable(op: OpCall) -> OpCall:
+    """The same. Raises ModelError where kernels, which index in 32 bits, can't reach all of a tensor."""
+    for layout in [*op.tensors, *op.written]:
+        if layout.elements > LARGEST:
+            raise ModelError(
+                f"'{op.value_id}': {layout.elements} elements of a tensor ({' x '.join(map(str, layout.shape))}); kernels index at most {LARGEST}; "
+                "compile for a smaller batch or a smaller input"
+            )
+    return op

@@ -21,7 +21,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.base.targets import Target
-from qcompiler.schedules.builder import BLOCK, Emitter, View, dense_strides, make_kernel, view
+from qcompiler.schedules.builder import Emitter, View, dense_strides, make_kernel, view
 from qcompiler.schedules.cuda.base import local
 from qcompiler.schedules.cuda.nests import Nest, choice, nests, reads, replaced
 from qcompiler.schedules.portable.elementwise import dequantized, quantized
@@ -29,7 +29,6 @@ from qcompiler.schedules.portable.nest import Compute
 from qcompiler.schedules.portable.threads import each, unravel
 from qcompiler.schedules.table import Kernel, Layout, OpCall
 
-LARGEST = 2**31 - BLOCK  # elements: indices are int32, those of a last block's idle threads too
 CONVERSIONS: dict[str, Callable[[Emitter], Compute]] = {"qc.quantize": lambda k: quantized(k)[0], "qc.dequantize": dequantized}
 _ROUNDED = {"float32": "__fmul_rn", "float64": "__dmul_rn"}
 
