@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import FakeGpu
-from tools import require_nvcc
+from tools import require_module, require_nvcc
 
 from qcompiler.base.progress import silent
 from qcompiler.base.targets import find_target
@@ -242,3 +242,26 @@ def test_samples_of_a_batch_differ(scripts: Any) -> None:
     batches = [scripts("cuda_prepare").batch_of(images, 32, i) for i in (0, 1)]
     assert batches[0].shape == (32, 3, 5, 40) and batches[0].flags.c_contiguous
     assert len({image.tobytes() for image in batches[0]}) == 32 and batches[0].tobytes() != batches[1].tobytes()
+
+
+def test_the_peer_of_a_text_encoder(scripts: Any) -> None:
+    """A layer is PyTorch's own with the same weights, masked tokens count for nothing, and inputs go by their names."""
+    torch = require_module("torch")
+    sections = scripts("cuda_sections")
+    model = sections.torch_model("paraphrase-MiniLM-L3, 16 tokens").eval()
+    assert len(model.layers) == 3 and len(sections.torch_model("MiniLM, 128 tokens").layers) == 6
+    ours, theirs = model.layers[0], torch.nn.TransformerEncoderLayer(384, 12, 1536, activation="gelu", batch_first=True).eval()
+    pairs = {"self_attn.in_proj_": ours.qkv, "self_attn.out_proj.": ours.out, "linear1.": ours.first, "linear2.": ours.second}
+    pairs |= {"norm1.": ours.norms[0], "norm2.": ours.norms[1]}
+    theirs.load_state_dict({f"{name}{kind}": getattr(layer, kind) for name, layer in pairs.items() for kind in ("weight", "bias")})
+    with torch.inference_mode():
+        x = torch.randn(2, 16, 384)
+        torch.testing.assert_close(ours(x, torch.zeros(2, 1, 1, 16)), theirs(x), rtol=1e-4, atol=1e-5)
+        ids, mask = np.random.default_rng(0).integers(0, 4096, (2, 16)).astype(np.int32), np.ones((2, 16), np.int64)
+        mask[1, 10:] = 0
+        other = np.where(mask > 0, ids, 5)
+        found = [model(*map(torch.from_numpy, sections.torch_inputs({"attention_mask": mask, "input_ids": i}))) for i in (ids, other)]
+        assert found[0].shape == (2, 16, 384) and not torch.equal(*found)
+        torch.testing.assert_close(found[0][mask > 0], found[1][mask > 0], rtol=1e-4, atol=1e-5)
+    (image,) = sections.torch_inputs({"x": np.ones((1, 3, 4, 4), np.float32)})
+    assert image.dtype == np.float16
