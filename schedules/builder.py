@@ -25,7 +25,6 @@ from qcompiler.schedules.table import Kernel, Layout, OpCall, kernel_key, once, 
 
 GRAIN = 50_000  # elements of elementwise work that are worth a task of their own
 BLOCK = 256  # GPU threads per block
-LARGEST = 2**31 - BLOCK  # elements of a tensor: indices are int32, those of a last block's idle threads too
 
 # -- the function frame --------------------------------------------------------------------------------------------------------------------
 

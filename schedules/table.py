@@ -239,6 +239,8 @@ def kernel_key(*parts: Any) -> str:
 KERNELS: dict[str, list[Row]] = {}  # operator name -> rows, best first
 
 
+LARGEST = 2**31 - 2**8  # elements of a tensor: indices are int32, those of the idle threads of a GPU's last block too
+
 FLAT: set[str] = set()
 """Operators whose kernels write their result without halo and channel padding, whatever reads it."""
 

@@ -20,8 +20,7 @@ from qcompiler.backend.lowering import Program, lower
 from qcompiler.base.errors import ModelError
 from qcompiler.base.targets import Target, find_target
 from qcompiler.passes.graph import const, dtype_of, make_op, shape_of
-from qcompiler.schedules.builder import LARGEST
-from qcompiler.schedules.table import Kernel, OpCall
+from qcompiler.schedules.table import LARGEST, Kernel, OpCall
 from qcompiler.verification.interpreter import run
 
 TARGET = find_target("cuda-sm80")

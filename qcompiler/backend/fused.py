@@ -18,11 +18,10 @@ import numpy as np
 
 from qcompiler.backend.node import Node
 from qcompiler.base.targets import Target
-from qcompiler.schedules.builder import LARGEST
 from qcompiler.schedules.cuda.fused import CONVERSIONS, FusedCall, Part
 from qcompiler.schedules.cuda.fused_rows import fused_kernel, rows_of
 from qcompiler.schedules.cuda.nests import nests, operand_reads, reduces
-from qcompiler.schedules.table import Kernel, Layout, OpCall
+from qcompiler.schedules.table import LARGEST, Kernel, Layout, OpCall
 
 _REPEATED = 2**22  # operations that are rather computed again than launched before: less than a microsecond of a GPU
 _POINTERS, _PARTS, _CONVERSIONS = 40, 64, 12  # of a kernel; a conversion has up to 5 of its 64 scalars

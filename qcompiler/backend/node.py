@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.base.errors import ModelError
-from qcompiler.schedules.builder import LARGEST
-from qcompiler.schedules.table import Layout, OpCall, Row
+from qcompiler.schedules.table import LARGEST, Layout, OpCall, Row
 
 Taps = tuple[slice, ...]  # of axes [outputs, rows, columns] of the weights of a convolution
 
