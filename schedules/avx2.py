@@ -91,6 +91,18 @@ def multiply_pairs(a: Any, b: Any, lanes: int = WORDS) -> Any:
     return call(f"int32x{lanes}", {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[lanes], a, b)
 
 
+def adjacent(table: Any, index: Any, lanes: int) -> Any:
+    """(table[i], table[i + 1]) for 8 or 16 int32 lanes of i: int16 vector. table: an int16 buffer."""
+    none, first, scale = scalar(0, "int32", lanes), T.address_of(table[0]), 2
+    if lanes == WORDS:
+        mask = scalar(-1, "int32", lanes)
+        found = T.call_llvm_intrin(f"int32x{lanes}", "llvm.x86.avx2.gather.d.d.256", none, first, index, mask, tirx.const(scale, "int8"))
+    else:
+        mask = scalar(True, "bool", lanes)
+        found = T.call_llvm_intrin(f"int32x{lanes}", "llvm.x86.avx512.mask.gather.dpi.512", none, first, index, mask, tirx.const(scale, "int32"))
+    return T.bind(T.reinterpret(f"int16x{2 * lanes}", found))
+
+
 def pairs_of(first: Any, second: Any, lanes: int) -> list[Any]:
     """Two 8-bit vectors of 8 or 16 lanes as int16 vectors of 16 that hold first[i] and second[i] side by side."""
     starts = range(0, lanes, WORDS)

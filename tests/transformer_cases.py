@@ -71,7 +71,13 @@ def conversions() -> dict[str, Case]:
     cases["requantize-same"] = Case(
         "qc.requantize", [data16(3, 4, 37), channels * 60], {"x_zero_point": 0, "zero_point": 0, "out_dtype": "int16"}, constants=(1,)
     )
-    for bits, y in ((10, QParams(1 / 64, -30)), (4, QParams(2.0**-14, 0, "int16")), (12, QParams(1 / 256, -128))):
+    for bits, y in (
+        (10, QParams(1 / 64, -30)),
+        (4, QParams(2.0**-14, 0, "int16")),
+        (12, QParams(1 / 256, -128)),
+        (1, QParams(1 / 128, 0)),
+        (2, QParams(1 / 128, 0)),
+    ):
         table, attrs = constants.lut16(np.tanh if bits != 12 else lambda v: 1 / (1 + np.exp(-v)), 2.0**-12, y, bits)
         cases[f"lut16-{bits}"] = Case("qc.lut16", [data16(bits, 5, 53), table], attrs, constants=(1,))
     extreme = np.array([-32768, 32767] * 513, np.int16)[:1025]

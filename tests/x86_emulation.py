@@ -238,6 +238,14 @@ def vpternlogd(dtype: str, a: Any, b: Any, c: Any, table: Any) -> Any:
     return T.bind(found)
 
 
+def vpgatherdd(dtype: str, otherwise: Any, first: Any, index: Any, mask: Any, scale: Any) -> Any:
+    """Two halves by the 256-bit instruction."""
+    assert dtype == "int32x16" and bool(mask.value), "all lanes"
+    every, byte = scalar(-1, "int32", 8), tirx.const(int(scale), "int8")
+    halves = [[shuffle([v], range(i, i + 8)) for v in (otherwise, index)] for i in (0, 8)]
+    return shuffle([T.bind(T.call_llvm_intrin("int32x8", "llvm.x86.avx2.gather.d.d.256", o, first, i, every, byte)) for o, i in halves], range(16))
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     **{f"llvm.x86.avx512.vpdpbusd.{bits}": vpdpbusd for bits in (128, 256, 512)},
     "llvm.x86.avx512.pmaddw.d.512": vpmaddwd,
@@ -249,4 +257,5 @@ MODELS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.packuswb.512": vpack(signed=False),
     "llvm.x86.avx512.mask.cvtps2dq.512": vcvtps2dq,
     "llvm.x86.avx512.pternlog.d.512": vpternlogd,
+    "llvm.x86.avx512.mask.gather.dpi.512": vpgatherdd,
 }

@@ -28,6 +28,7 @@ from qcompiler.schedules.builder import (
     view,
 )
 from qcompiler.schedules.conv_epilogue import by_sign
+from qcompiler.schedules.isa import shuffle
 from qcompiler.schedules.portable.base import portable
 from qcompiler.schedules.portable.nest import Compute, elementwise
 from qcompiler.schedules.table import Kernel, OpCall
@@ -201,12 +202,18 @@ def requantize(op: OpCall, target: Target, row: str) -> Kernel:
 
 def interpolated(k: Emitter) -> Compute:
     """What `qc.lut16` makes of [stored number]; its table is the last of the emitter's arrays."""
-    entries, end, scale = k.arrays[-1], Requantize.of(k, k.op.attrs), k.f32(2.0 ** -k.op.attrs["shift"])
-    bits = 17 - np.asarray(k.op.operands[1]).size.bit_length()  # of W
+    entries, end, scale = k.arrays[-1], Requantize.of(k, k.op.attrs, 2.0**15), k.f32(2.0 ** -k.op.attrs["shift"])
+    bits, lanes = 17 - np.asarray(k.op.operands[1]).size.bit_length(), k.width // 4  # of W; int32 of a register
+    paired = k.avx2 and bits < 15  # W is an int16
 
     def compute(x: list[Any], n: int) -> Any:
         place = T.bind(cast("int32", x[0], n) + splat(T.int32(1 << 15), n))
         index, part = T.bind(T.shift_right(place, splat(T.int32(bits), n))), T.bind(T.bitwise_and(place, splat(T.int32((1 << bits) - 1), n)))
+        if paired and n % lanes == 0:
+            shares = T.bind(splat(T.int32(1 << bits), n) + part * splat(T.int32(0xFFFF), n))  # W - f below, f above
+            parts = [[shuffle([v], range(i, i + lanes)) for v in (index, shares)] for i in range(0, n, lanes)]
+            sums = [avx2.multiply_pairs(avx2.adjacent(entries, i, lanes), T.reinterpret(f"int16x{2 * lanes}", s), lanes) for i, s in parts]
+            return end(T.bind(sums[0] if n == lanes else shuffle(sums, range(n))), splat(scale, n), n)
         before, after = (cast("int32", entries[index + splat(T.int32(i), n)], n) for i in (0, 1))
         return end(before * (splat(T.int32(1 << bits), n) - part) + after * part, splat(scale, n), n)
 
@@ -218,7 +225,7 @@ def lut16(op: OpCall, target: Target, row: str) -> Kernel:
 
     def emit(k: Emitter) -> None:
         compute = interpolated(k)
-        k.width = min(k.width, 32)  # entries are loaded one by one
+        k.width = min(k.width, 32)  # without AVX2 entries are loaded one by one
         elementwise(k, [k.operands()[0]], view(k.output, op.output), compute)
 
     return make_kernel(row, op, target, emit, tasks=tasks_of(op, 20_000), arrays=constants_of(op))
