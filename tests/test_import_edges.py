@@ -178,6 +178,29 @@ def test_resizes_of_integers(mode: str, tmp_path: Path) -> None:
         load(net.save(tmp_path / "net.onnx", [net.op("Resize", net.input("x", 1, 3, 4, 4, dtype=TensorProto.UINT8), "", net.const([1, 1, 2, 2]), mode=mode)]))
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize(("kind", "fmod"), [("Div", 0), ("Mod", 0), ("Mod", 1)])
+def test_integers_divided_by_whatever_comes(kind: str, fmod: int, dtype: str, tmp_path: Path) -> None:
+    """By 0, which ONNX Runtime refuses, the result is 0; the least number by -1, where its int64 traps, wraps."""
+    element, least = TensorProto.DataType.Value(dtype.upper()), int(np.iinfo(dtype).min)
+    attributes = {"fmod": fmod} if kind == "Mod" else {}
+    a = np.array([7, 100, 5, least, least, 9, 0, 3], dtype)
+    b = np.array([2, 3, 7, -1, 1, -1, -1, -2] if least < 0 else [2, 3, 7, 9, 1, 2, 9, 4]).astype(dtype)
+    ports = [helper.make_tensor_value_info(name, element, [8]) for name in "ab"]
+    path = saved(tmp_path / "net.onnx", [helper.make_node(kind, ["a", "b"], ["y"], **attributes)], ports)
+    runtime, model = pytest.importorskip("onnxruntime"), load(path)
+    (want,) = runtime.InferenceSession(str(path)).run(None, {"a": np.where((b == -1) if least < 0 else False, 0, a).astype(dtype), "b": b})
+    if kind == "Div" and least < 0:
+        want = np.where(b == -1, -a, want)  # in wrapping numbers
+    (found,) = execute(model.module, {"a": a, "b": b}).values()
+    np.testing.assert_array_equal(found, want)
+    zeros = execute(model.module, {"a": a, "b": b * 0})
+    assert not next(iter(zeros.values())).any()
+    fixed = saved(tmp_path / "fixed.onnx", [helper.make_node(kind, ["a", "b"], ["y"], **attributes)], ports[:1], tensor(b, "b"))
+    (found,) = execute(load(fixed).module, {"a": a}).values()
+    np.testing.assert_array_equal(found, want)
+
+
 def test_sparse_tensors(tmp_path: Path) -> None:
     def sparse(indices: object, values: object, dims: Sequence[int]) -> onnx.SparseTensorProto:
         return helper.make_sparse_tensor(tensor(np.asarray(values, np.float32)), tensor(np.asarray(indices, np.int64), "i"), dims)

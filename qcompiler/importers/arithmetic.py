@@ -150,9 +150,38 @@ def bit_shift(node: Node) -> list[Value]:
     return [relax.op.where(small, shifted, rest)]
 
 
+def divide(node: Node) -> list[Value] | None:
+    """Of integers, see `whole`; what divides floats is left to Relax's importer."""
+    return None if "float" in node.dtype() else whole(node, relax.op.divide, by_minus_one=relax.op.negative)
+
+
+def whole(node: Node, operation: Callable[[Any, Any], Any], by_minus_one: Callable[[Any], Any] | None = None) -> list[Value]:
+    """A quotient or remainder of integers: 0 where the divisor is 0, and wrapping where it is -1, which ONNX Runtime does for int32; processors trap at
+    -2^31 / -1. by_minus_one: None yields 0."""
+    dtype, divisor = node.dtype(), node.inputs[1]
+    x, by = node.tensor(0), node.tensor(1)
+    signed = dtype.startswith("int")
+    if isinstance(divisor, np.ndarray) and divisor.all() and not (signed and (divisor == -1).any()):
+        return [operation(x, by)]
+
+    def constant(value: int) -> Any:
+        return const(np.asarray(value, dtype))
+
+    none = node.emit("none", relax.op.equal(by, constant(0)))
+    other = node.emit("flips", relax.op.equal(by, constant(-1))) if signed else None
+    plain = none if other is None else node.emit("special", relax.op.logical_or(none, other))
+    result = operation(x, node.emit("divisor", relax.op.where(plain, constant(1), by)))
+    if other is not None:
+        flipped = node.emit("flipped", by_minus_one(x)) if by_minus_one is not None else constant(0)
+        result = relax.op.where(other, flipped, node.emit("divided", result))
+    return [relax.op.where(none, constant(0), node.emit("result", result))]
+
+
 def modulo(node: Node) -> list[Value] | None:
-    """With fmod 0, a remainder of floats has the divisor's sign, also where the divisor is infinite or the remainder is zero."""
-    if node.attrs.get("fmod", 0) or node.dtype() != "float32":
+    """With fmod 0, a remainder has the divisor's sign, of floats also where the divisor is infinite or the remainder is zero. Of integers, see `whole`."""
+    if "float" not in node.dtype():
+        return whole(node, relax.op.mod if node.attrs.get("fmod", 0) else relax.op.floor_mod)
+    if node.attrs.get("fmod", 0):
         return None
     zero, divisor = const(np.float32(0)), node.tensor(1)
     rest = node.emit("rest", relax.op.mod(node.tensor(0), divisor))

@@ -24,11 +24,10 @@ ROUNDS = "Export its body as a model of its own, and call that once a round; wha
 
 
 class Importer(Protocol):
-    """Takes nodes one at a time; `values`: tensor name -> what it is; `speculative`: what it takes now is computed whether it is wanted or not."""
+    """Takes nodes one at a time; `values`: tensor name -> what it is."""
 
     where: str
     values: dict[str, Value]
-    speculative: bool
 
     def constants(self, graph: onnx.GraphProto, names: Mapping[str, str]) -> None: ...
     def nodes(self, nodes: Iterable[onnx.NodeProto]) -> None: ...
@@ -121,8 +120,7 @@ def _both(importer: Importer, node: Node, *graphs: onnx.GraphProto | None) -> li
     why = f"which branch it takes is computed at run time (from '{source}'), so both are computed"
     if math.prod(node.shape()) != 1:
         raise Refused(f"its condition has shape {list(node.shape())}; supported: one element")
-    found, before = list[list[Value]](), importer.speculative
-    importer.speculative = True
+    found = list[list[Value]]()
     try:
         for which, graph in zip(("then", "else"), graphs, strict=True):
             if graph is None:
@@ -131,8 +129,6 @@ def _both(importer: Importer, node: Node, *graphs: onnx.GraphProto | None) -> li
     except ModelError as error:
         inner = str(error).removeprefix(f"{importer.where}: ")
         raise Beyond(f"{why}, and its {which} branch can't be: {inner}. {decided}") from error
-    finally:
-        importer.speculative = before
     condition, results = node.tensor(0), list[Value]()
     for name, pair in zip(node.outputs, zip(*found, strict=True), strict=True):
         if not all(is_tensor(v) for v in pair):

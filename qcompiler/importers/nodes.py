@@ -79,14 +79,6 @@ def check_finite(node: Node) -> None:
             raise Refused(f"tensor '{name}' holds {what} among its {value.size} elements. Mend the weights before export: training may have diverged")
 
 
-def check_total(node: Node) -> None:
-    """Raises Beyond for what a processor can't compute of any operands: the condition of a branch may have kept them away."""
-    if node.op in ("Div", "Mod") and node.has(1) and node.dtype(1) != "float32":
-        divisor = node.inputs[1]
-        if not isinstance(divisor, np.ndarray) or not divisor.all():
-            raise Beyond("it divides integers by what may be 0")
-
-
 class Undefined(Exception):
     """Neither our table nor Relax's importer converts this node rightly: use the operator's definition."""
 

@@ -27,7 +27,7 @@ from qcompiler.importers.classical import DOMAIN as CLASSICAL_DOMAIN
 from qcompiler.importers.contributed import CONTRIBUTED
 from qcompiler.importers.control import CONTROL, in_order, reads
 from qcompiler.importers.frontier import few
-from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, check_total, cut_offer, is_tensor, real
+from qcompiler.importers.nodes import RANDOM, Beyond, Node, Refused, Undefined, Value, attributes, check_finite, cut_offer, is_tensor, real
 from qcompiler.importers.onnx_inputs import dense, read_inputs
 from qcompiler.importers.operators import CONVERTERS, Converter
 from qcompiler.importers.qdq import take_out
@@ -94,7 +94,6 @@ class _Importer:
     values: dict[str, Value] = field(default_factory=dict)
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
     builder: GraphBuilder = field(default_factory=GraphBuilder)
-    speculative: bool = False
 
     def fail(self, proto: onnx.NodeProto, reason: object) -> ModelError:
         return ModelError(f"{self.where}: {_spelled(proto)}: {reason}")
@@ -178,8 +177,6 @@ class _Importer:
             node = Node(proto.op_type, domain, self.opset, inputs, list(proto.output), attributes(proto), proto, self.builder)
             check_finite(node)
             check_kinds(node)
-            if self.speculative:
-                check_total(node)
             results = CONTROL[node.op](self, node) if node.op in CONTROL and not domain else self.fold(node) or self.convert(node)
             if results is not None:
                 self.bind(node, results)

@@ -86,6 +86,7 @@ CONVERTERS: dict[str, Converter] = {
     "DepthToSpace": images.depth_to_space,
     "DequantizeLinear": integers.dequantize_linear,
     "DFT": spectra.dft,
+    "Div": arithmetic.divide,
     "Dropout": arithmetic.dropout,
     "DynamicQuantizeLinear": integers.dynamic_quantize_linear,
     "Einsum": einsum,
