@@ -103,7 +103,7 @@ def adjacent(table: Any, index: Any, lanes: int) -> Any:
     return T.bind(T.reinterpret(f"int16x{2 * lanes}", found))
 
 
-def pairs_of(first: Any, second: Any, lanes: int) -> list[Any]:
-    """Two 8-bit vectors of 8 or 16 lanes as int16 vectors of 16 that hold first[i] and second[i] side by side."""
-    starts = range(0, lanes, WORDS)
-    return [T.Cast("int16x16", shuffle([first, second], [i + j for i in range(s, s + WORDS) for j in (0, lanes)])) for s in starts]
+def pairs_of(first: Any, second: Any, lanes: int, width: int = WORDS) -> list[Any]:
+    """Two 8-bit vectors of `lanes` as int16 vectors that hold first[i] and second[i] side by side, for `width` of i each."""
+    starts = range(0, lanes, width)
+    return [T.Cast(f"int16x{2 * width}", shuffle([first, second], [i + j for i in range(s, s + width) for j in (0, lanes)])) for s in starts]

@@ -1,4 +1,4 @@
-"""Matrix product of two computed operands: a register tile of 4 rows times two vectors of int32, on AVX2 by products of pairs."""
+"""Matrix product of two computed operands: a register tile of 4 rows (8 with AVX512) times two vectors of int32, on x86 by products of pairs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qcompiler.schedules.builder import (
     cast,
     centered,
     clamp,
+    has_avx2,
     load,
     loops,
     make_kernel,
@@ -37,23 +38,24 @@ from qcompiler.schedules.table import Kernel, OpCall
 
 @dataclass(frozen=True)
 class Extents:
-    """Of a product [batch..., m, depth] by [batch..., depth, n], and how it is cut. `paired`: by products of pairs of int16, as AVX2 has them."""
+    """Of a product [batch..., m, depth] by [batch..., depth, n], and how it is cut. `paired`: sums of a vector of products of pairs of int16, as AVX2 and
+    AVX512 have them; 0: one step at a time."""
 
     batch: tuple[int, ...]
     m: int
     n: int
     depth: int
-    paired: bool
+    paired: int
 
     @staticmethod
     def of(op: OpCall, target: Target) -> Extents:
         *batch, m, n = op.output.shape
-        return Extents(tuple(batch), m, n, op.operands[0].shape[-1], vector_bytes(target) == avx2.BYTES and n >= 8)
+        return Extents(tuple(batch), m, n, op.operands[0].shape[-1], vector_bytes(target) // 4 if has_avx2(target) and n >= avx2.WORDS else 0)
 
     @property
     def rows(self) -> int:
-        """Of a register tile: 4, or the largest power of two that m has."""
-        return min(4, 1 << (self.m.bit_length() - 1))
+        """Of a register tile: 4 (8 with 32 registers), or the largest power of two that m has."""
+        return min(8 if self.paired > avx2.WORDS else 4, 1 << (self.m.bit_length() - 1))
 
     @property
     def steps(self) -> int:
@@ -103,7 +105,7 @@ class Product:
             self.first = T.bind(T.min(tile * e.rows, e.m - e.rows))
             if e.paired:
                 self.store_pairs(words)
-            vectors(e.n, k.width // 2, lambda c, lanes: self.by_pairs(words, c, lanes) if e.paired and lanes >= 8 else self.by_elements(c, lanes))
+            vectors(e.n, k.width // 2, lambda c, lanes: self.by_pairs(words, c, lanes) if e.paired and lanes >= avx2.WORDS else self.by_elements(c, lanes))
 
     def store_pairs(self, words: Any) -> None:
         """Rows of a without their zero point, as pairs of int16 in scratch from `words` on; an odd last one is paired with 0."""
@@ -119,21 +121,21 @@ class Product:
                 store(k.scratch, place + i, T.bitwise_or(T.bitwise_and(even, T.int32(0xFFFF)), T.shift_left(odd, T.int32(16))), 1)
 
     def by_pairs(self, words: Any, c: Any, lanes: int) -> None:
-        """`lanes` columns from `c` on by AVX2, which multiplies two adjacent int16 by two others and adds: two steps of the reduction at once."""
+        """`lanes` columns from `c` on by VPMADDWD, which multiplies two adjacent int16 by two others and adds: two steps of the reduction at once."""
         b, e = self.b, self.extents
-        parts = _zeros(e.rows * lanes // 8, 8)
-        accs = [parts[r * lanes // 8 : (r + 1) * lanes // 8] for r in range(e.rows)]
-        zeros = T.bind(splat(T.Cast("int16", self.b_zero), 16))
+        width = min(e.paired, lanes)
+        accs = [_zeros(lanes // width, width) for _ in range(e.rows)]
+        zeros = T.bind(splat(T.Cast("int16", self.b_zero), 2 * width))
         with loops(e.steps) as (i,):
             second = T.min(i * 2 + 1, e.depth - 1) if e.depth % 2 else i * 2 + 1
             even, odd = (load(b.buffer, b.at([*self.index, j, c]), lanes) for j in (i * 2, second))
-            ys = [T.bind(y - zeros) for y in avx2.pairs_of(even, odd, lanes)]
+            ys = [T.bind(y - zeros) for y in avx2.pairs_of(even, odd, lanes, width)]
             for r, acc in enumerate(accs):
-                x = T.bind(T.reinterpret("int16x16", splat(self.k.scratch[words + r * e.steps + i], 8)))
+                x = T.bind(T.reinterpret(f"int16x{2 * width}", splat(self.k.scratch[words + r * e.steps + i], width)))
                 for part, y in zip(acc, ys, strict=True):
-                    store(part, 0, load(part, 0, 8) + avx2.multiply_pairs(x, y), 8)
+                    store(part, 0, load(part, 0, width) + avx2.multiply_pairs(x, y, width), width)
         for r, acc in enumerate(accs):
-            self.finish(r, c, T.bind(T.Shuffle([load(part, 0, 8) for part in acc], list(range(lanes)))), lanes)
+            self.finish(r, c, T.bind(T.Shuffle([load(part, 0, width) for part in acc], list(range(lanes)))), lanes)
 
     def by_elements(self, c: Any, lanes: int) -> None:
         """`lanes` columns from `c` on, one step of the reduction at a time."""

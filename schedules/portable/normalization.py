@@ -218,7 +218,11 @@ class Softmax:
     def exponential(self, index: list[Any], c: Any, top: Any, line: Any, lanes: int) -> Any:
         """Stored in scratch, and returned."""
         place = index_of(self.k, splat(top, lanes) - self.number(index, c, lanes), self.multiplier, SOFTMAX, lanes)
-        e = T.bind(cast("int32", self.table[place], lanes))
+        if self.k.avx2 and lanes >= avx2.WORDS:
+            pairs = T.reinterpret(f"int32x{lanes}", avx2.adjacent(self.table, place, lanes))
+            e = T.bind(T.bitwise_and(pairs, splat(T.int32(0xFFFF), lanes)))
+        else:
+            e = T.bind(cast("int32", self.table[place], lanes))
         store(self.k.scratch, line + c, e, lanes)
         return e
 
@@ -252,7 +256,8 @@ def softmax(op: OpCall, target: Target, row: str) -> Kernel:
 
 
 def softmax_arrays(op: OpCall) -> list[np.ndarray]:
-    return [*constants_of(op), SOFTMAX.table.astype(np.int16)]
+    """The table of exponentials ends in one more, since entries are read by twos."""
+    return [*constants_of(op), np.append(SOFTMAX.table, 0).astype(np.int16)]
 
 
 def check_softmax(op: OpCall) -> str | None:
