@@ -49,9 +49,9 @@ the level 1 cache), of a B tile (from the level 2 cache); the share of products 
 EPILOGUE, STORE = (1.4, 0.4), 20
 """Cycles per vector of results (and more, where their number is odd), and per tile of sums; with the constants above they choose tilings of 1.024 times the
 least time of those measured for the layers of ResNet-50 and MobileNetV2."""
-AWAKE = 48
-"""Products after which a tile is stored for nothing. Measured on that Xeon: a TILESTORED that comes more than some 0.6 us (116 to 140 products) after the
-last one takes 0.3 us longer, whatever it stores; 2 x 2 sums over 36 chunks take 0.77 of the time with one in their midst."""
+AWAKE = 32
+"""Products after which a tile is stored for nothing. Measured on that Xeon: a TILESTORED that comes more than some 0.6 us (116 to 140 products, 90 where A lies
+in the level 2 cache too) after the last one takes 0.3 us longer, whatever it stores; 2 x 2 sums over 36 chunks take 0.77 of the time with one in between."""
 UNIT = dataclasses.replace(isa.AVX512VNNI, name="x86-amx", sharing=1)  # for the epilogue
 
 
