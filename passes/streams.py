@@ -52,6 +52,9 @@ def stream_values(groups: Sequence[Group], stated: frozenset[str] = frozenset(),
             front += maker.inputs
         if maker is not None and maker.residual:
             front.append(maker.residual)
+    moved = {g.id: g.inputs[0] for g in groups if g.traits.moves and not g.traits.joins and g.inputs}
+    while eight := {value for value in found if moved.get(value, value) not in found}:  # the numbers of a value in 8 bits, moved
+        found -= eight
     return found | (_bent(groups, made_by) - stated if found else set())
 
 

@@ -11,9 +11,10 @@ import pytest
 from emulated import ARM
 from onnx_nets import OnnxNet, execute
 from traced import on_arm, on_cuda, on_x86
-from transformer_nets import WIDTH, bert, pictures, sentences, vit
+from transformer_nets import WIDTH, Transformer, bert, pictures, sentences, vit
 from x86_emulation import ALL, each, runs_here
 
+import qcompiler
 from qcompiler.base.targets import Target
 from qcompiler.importers.model import load
 from qcompiler.numerics.metrics import sqnr_db
@@ -146,3 +147,21 @@ def test_short_sequences(tokens: int, tmp_path: Path) -> None:
     session = Session(compile_stages(path, "native", samples).artifact.save(tmp_path / "net.so"))
     wanted = onnxruntime.InferenceSession(str(path)).run(None, samples[0])[0]
     assert sqnr_db(next(iter(session.run(samples[0]).values())), wanted) > 30
+
+
+@pytest.mark.parametrize("between", ["MaxPool", "AveragePool", "Sigmoid"])
+def test_what_computes_in_8_bits_ends_a_stream(between: str, tmp_path: Path) -> None:
+    """A normalization, an operator that reads and writes 8 bits, and its numbers moved into the sums of a transformer's block."""
+    net = Transformer(4)
+    x = net.op("Conv", net.input("image", 1, 3, 8, 8), net.weight(WIDTH, 3, 3, 3), pads=[1, 1, 1, 1])
+    x = net.op("Transpose", net.norm(net.op("Transpose", x, perm=[0, 2, 3, 1])), perm=[0, 3, 1, 2])
+    x = net.op(between, x) if between == "Sigmoid" else net.op(between, x, kernel_shape=[2, 2], strides=[2, 2])
+    x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 3, 1]), net.ints(1, -1, WIDTH))
+    x = net.op("Add", net.attention(net.norm(net.op("Add", x, net.const(net.rng.standard_normal(WIDTH)))), None), x)
+    path = net.save(tmp_path / "net.onnx", [net.norm(x)])
+    rng = np.random.default_rng(0)
+    samples = [{"image": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)} for _ in range(4)]
+    session = qcompiler.load(qcompiler.compile(path, calibration=samples, preset="fast").save(tmp_path / "net.so"))
+    (wanted,) = onnxruntime.InferenceSession(str(path)).run(None, samples[0])
+    (got,) = session.run(samples[0]).values()
+    assert sqnr_db(got, wanted) > 20
