@@ -85,6 +85,7 @@ def test_many_values_are_cut_where_they_come_from(tmp_path: Path) -> None:
     text = str(refused.value)
     names = shlex.split(text[text.index("--outputs ") + 10 : text.index(" (in Python outputs=")])
     assert len(names) == 3 and logits in names
+    assert text.count("(NonZero)") == 3 and f" and {2 * classes - 3} nodes more: the shape of its result" in text
     assert [o.name for o in load(origin_of(path, names)).outputs] == names
     tail = onnx.utils.Extractor(onnx.load(path)).extract_model(names, [o.name for o in onnx.load(path).graph.output])
     assert not {node.op_type for node in tail.graph.node} & {"Conv", "MaxPool"}

@@ -45,7 +45,8 @@ ADVICE = "replace it before export, or cut the model before it"
 WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 _OF_ONE_MACHINE = ("com.microsoft.nchwc", "com.ms.internal.nhwc")  # images in blocks or layouts of the processor that the file was optimized on
 NO_CONVERSION = f"no conversion exists for this operator; {ADVICE}"
-SHOWN = 8  # refused nodes in one error, and the values to cut at before fewer are looked for
+SHOWN = 8  # reasons in one error, and the values to cut at before fewer are looked for
+NAMED = 3  # refused nodes of one reason
 _TABLES: dict[str, Mapping[str, Converter]] = {"": CONVERTERS, CLASSICAL_DOMAIN: CLASSICAL, CONTRIB: CONTRIBUTED}
 
 
@@ -121,7 +122,7 @@ class _Importer:
 
     def graph(self, graph: onnx.GraphProto) -> None:
         """All nodes. Every node that can't be converted is named, in one error; what reads the results of such a node is left out."""
-        refusals: list[str] = []
+        refusals: dict[str, list[str]] = {}  # reason -> nodes
         lost: set[str] = set()
         ends, beyond = {o.name for o in graph.output}, True
         nodes = in_order(graph.node)
@@ -133,15 +134,15 @@ class _Importer:
                     self.node(proto)
                     continue
             except Beyond as reason:
-                refusals.append(f"{_spelled(proto)}: {reason}")
+                refusals.setdefault(str(reason), []).append(_spelled(proto))
             except ModelError as error:
-                refusals.append(str(error).removeprefix(f"{self.where}: "))
+                who = _spelled(proto)
+                refusals.setdefault(str(error).removeprefix(f"{self.where}: ").removeprefix(f"{who}: "), []).append(who)
                 beyond &= isinstance(error.__cause__, Beyond)
             lost |= set(proto.output) - {""}
             ends |= reads(proto)
         if refusals:
-            shown = refusals[:SHOWN] + ([f"and {len(refusals) - SHOWN} nodes more"] if len(refusals) > SHOWN else [])
-            raise ModelError(f"{self.where}: {'; '.join(shown)}{self.offer(ends, nodes, {v.name for v in graph.input}) if beyond else ''}")
+            raise ModelError(f"{self.where}: {_listed(refusals)}{self.offer(ends, nodes, {v.name for v in graph.input}) if beyond else ''}")
 
     def offer(self, ends: Container[str], nodes: Iterable[onnx.NodeProto], inputs: Collection[str]) -> str:
         """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network."""
@@ -302,6 +303,17 @@ def _check_layouts(where: str, model: onnx.ModelProto) -> None:
             f"model on ({', '.join(sorted(set(found)))}). Take the model from before, or save the optimized one at ORT_ENABLE_EXTENDED or below (session "
             "option graph_optimization_level)"
         )
+
+
+def _listed(refusals: Mapping[str, Sequence[str]]) -> str:
+    """Reasons, each behind the first nodes that it is of."""
+    texts = []
+    for reason, nodes in list(refusals.items())[:SHOWN]:
+        more = f" and {len(nodes) - NAMED} nodes more" if len(nodes) > NAMED else ""
+        texts.append(f"{', '.join(nodes[:NAMED])}{more}: {reason}")
+    if beyond := sum(map(len, list(refusals.values())[SHOWN:])):
+        texts.append(f"and {beyond} nodes more")
+    return "; ".join(texts)
 
 
 def _spelled(proto: onnx.NodeProto) -> str:
