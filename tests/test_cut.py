@@ -91,6 +91,21 @@ def test_many_values_are_cut_where_they_come_from(tmp_path: Path) -> None:
     assert not {node.op_type for node in tail.graph.node} & {"Conv", "MaxPool"}
 
 
+def test_numbers_are_offered_before_comparisons(tmp_path: Path) -> None:
+    """A tail that reads only which numbers passed two thresholds; beside it one that reads what tells only true from false at the input."""
+    net = OnnxNet()
+    x = net.op("Conv", net.input("x", 1, 3, 8, 8), net.weight(2, 3, 1, 1))
+    scores, sizes = (net.op("Sigmoid", net.op("Slice", x, net.ints(i), net.ints(i + 1), net.ints(1))) for i in range(2))
+    passed = net.op("And", net.op("Greater", scores, net.const([0.3])), net.op("Less", sizes, net.const([0.7])))
+    at = net.op("NonZero", net.op("Reshape", passed, net.ints(-1)))
+    path = net.save(tmp_path / "net.onnx", [at, net.op("NonZero", net.op("Greater", "x", net.const([0.0]))), net.op("Relu", x)])
+    with pytest.raises(ModelError) as refused:
+        load(path)
+    text = str(refused.value)
+    names = shlex.split(text[text.index("--outputs ") + 10 : text.index(" (in Python outputs=")])
+    assert [o.dtype for o in load(origin_of(path, names)).outputs].count("bool") == 1
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.onnx"
     boxes, scores = detector(path, "NonMaxSuppression")

@@ -8,7 +8,7 @@ stand operators that cost little wherever they run. The fewest values in between
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Container, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import onnx
@@ -22,12 +22,13 @@ LEARNED = {
 """Operators that are never left to whoever runs the tail."""
 
 
-def few(ends: Sequence[str], most: int, nodes: Iterable[onnx.NodeProto], values: Container[str], inputs: Collection[str]) -> list[str]:
-    """`ends` where they are `most` or less, else the fewest of `values` that tell the same beside the network's inputs, in the order of `nodes`.
+def few(ends: Sequence[str], most: int, nodes: Iterable[onnx.NodeProto], values: Mapping[str, bool], inputs: Collection[str]) -> list[str]:
+    """`ends` where they are `most` or less and numbers, else the fewest numbers that tell the same beside the network's inputs, in the order of `nodes`.
 
-    ends: what the tail reads and the network's own outputs. nodes: those that were converted, in order. values: those that a network can be cut at.
+    ends: what the tail reads and the network's own outputs. nodes: those that were converted, in order. values: those that a network can be cut at, and
+    whether each is of numbers: what only says which passed a threshold is offered where no numbers stand before it, or where they are too many.
     """
-    if len(ends) <= most:
+    if len(ends) <= most and all(values[name] for name in ends):
         return list(ends)
     made = {name: node for node in nodes for name in node.output if name in values}
     residual: dict[Hashable, dict[Hashable, float]] = {"source": {}, "sink": {}}  # a value is (name, False) as it is made, (name, True) as it is read
@@ -38,8 +39,9 @@ def few(ends: Sequence[str], most: int, nodes: Iterable[onnx.NodeProto], values:
 
     for name, node in made.items():
         read = reads(node)
-        edge((name, False), (name, True), 1)
-        if node.op_type in LEARNED or not read.isdisjoint(inputs):
+        first = node.op_type in LEARNED or not read.isdisjoint(inputs)
+        edge((name, False), (name, True), 1 if first or values[name] else len(made))
+        if first:
             edge("source", (name, False), len(made))
         if node.op_type not in LEARNED:
             for earlier in read & made.keys():
@@ -47,7 +49,7 @@ def few(ends: Sequence[str], most: int, nodes: Iterable[onnx.NodeProto], values:
     for name in ends:
         edge((name, True), "sink", len(made))
     paths = 0
-    while (path := _path(residual)) and paths < len(ends):
+    while (path := _path(residual)) and paths < len(made):
         paths += 1
         for a, b in pairwise(path):
             residual[a][b] -= 1
@@ -59,7 +61,8 @@ def few(ends: Sequence[str], most: int, nodes: Iterable[onnx.NodeProto], values:
             if a not in near and residual[a][b] > 0:
                 near.add(a)
                 left.append(a)
-    return [name for name in made if (name, True) in near and (name, False) not in near]
+    cut = [name for name in made if (name, True) in near and (name, False) not in near]
+    return cut if len(cut) <= max(most, len(ends)) else list(ends)
 
 
 def _path(residual: dict[Hashable, dict[Hashable, float]]) -> list[Hashable]:

@@ -146,7 +146,8 @@ class _Importer:
 
     def offer(self, ends: Container[str], nodes: Iterable[onnx.NodeProto], inputs: Collection[str]) -> str:
         """How to compile what stands before refused nodes. ends: what those read, what is lost with them reads, and the outputs of the network."""
-        values = {name: value for name, value in self.values.items() if isinstance(value, relax.Var) and name not in inputs}
+        made = {name: value for name, value in self.values.items() if isinstance(value, relax.Var) and name not in inputs}
+        values = {name: dtype_of(value) != "bool" for name, value in made.items() if isinstance(value.ty, relax.TensorType)}
         return cut_offer(few([name for name in values if name in ends], SHOWN, nodes, values, inputs))
 
     def check_known(self, proto: onnx.NodeProto) -> None:
