@@ -32,7 +32,7 @@ def tensor_type(shape: Iterable[int], dtype: str) -> Any:
 
 def shape_of(expr: Any) -> tuple[int, ...]:
     """Static shape of a Relax expression whose type is a tensor."""
-    return tuple(int(d) for d in expr.ty.shape)
+    return tuple(int(d) for d in expr.ty.shape.values[:])  # a slice is a list at once: iterating asks TVM for the length at each element
 
 
 def dtype_of(expr: Any) -> str:
@@ -160,7 +160,7 @@ def arguments(expr: Any) -> list[Any]:
         return list(expr.fields)
     if isinstance(expr, tvm.ir.Call):
         flat: list[Any] = []
-        for arg in expr.args:
+        for arg in expr.args[:]:
             flat += list(arg.fields) if isinstance(arg, relax.Tuple) else [arg]
         flat = [a for a in flat if isinstance(a, (relax.Var, relax.TupleGetItem)) or is_const(a)]  # not shapes, bounds, callees
         return flat
@@ -267,7 +267,7 @@ def substitute(expr: Any, replace: Callable[[Any], Any]) -> Any:
     if isinstance(expr, relax.TupleGetItem):
         return relax.TupleGetItem(substitute(expr.tuple_value, replace), expr.index)
     if isinstance(expr, tvm.ir.Call):
-        before = list(expr.args)
+        before = expr.args[:]
         after = [substitute(a, replace) for a in before]
         alike = all(new is old or (isinstance(old, relax.Var) and tvm_ffi.structural_equal(new.ty, old.ty)) for old, new in zip(before, after, strict=True))
         result = expr.ty_args[0] if expr.op == _CALL_PURE_PACKED else expr.ty if alike else None
